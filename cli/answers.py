@@ -1,175 +1,174 @@
-"""Answers to requests, one by one or in batches, in order, to standard output."""
+"""What standard input asks, and the answers in order on standard output: one by one, or several decoded together."""
 
 import json
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
-from layerskip_core.config.options import hints_of
-from layerskip_core.errors import LayerSkipError
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, changed
+from layerskip_core.config.options import checked, hints_of
+from layerskip_core.errors import DataError, LayerSkipError
+from layerskip_core.files import parse_json
 
 from .console import narrate
-from .requests import Request
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats, StopReason
     from layerskip_core.decoding.dialogue import TextStream
-    from layerskip_core.serving import Scheduler, Update
+    from layerskip_core.serving import Request as Job
+    from layerskip_core.serving import Update
 
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
-Resolve = Callable[[Request], DecodingConfig]  # raises LayerSkipError for a request that cannot be decoded
 
 
-def answer_all(
-    loaded: "Decoder", resolve: Resolve, requests: Iterator[Request], lines: bool, jsonl: bool
+@dataclass
+class Request:
+    """A prompt, the number of its line and how to decode it. `error`: why it cannot be. `id`: what a row calls itself."""
+
+    number: int
+    prompt: str
+    config: DecodingConfig
+    error: LayerSkipError | None = None
+    id: Any = None
+
+
+def requests_of(
+    lines: Iterable[str], jsonl: bool, flags: DecodingOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
+) -> Iterator[Request]:
+    """Each of the lines, decoded as `usual`; a row of `jsonl` may change `flags`."""
+    for number, line in enumerate(lines, start=1):
+        if not jsonl:
+            yield Request(number, line, usual)
+        elif line.strip():
+            request = Request(number, "", usual)
+            try:
+                row = parse_json(line, "row", DataError)
+                prompt, request.id = (row.get("prompt"), row.get("id")) if isinstance(row, dict) else (None, None)
+                if not isinstance(prompt, str):
+                    raise DataError("needed an object with a text `prompt`")
+                request.prompt = prompt
+                options = {key: value for key, value in row.items() if key in hints_of(DecodingOptions)}
+                if own := checked(DecodingOptions, options):
+                    request.config = resolve(changed(flags, cast(DecodingOptions, own)))
+            except LayerSkipError as error:
+                request.error = error
+            yield request
+
+
+def print_answers(
+    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool], alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Answers every request in order; returns whether one failed, and the counts of all."""
-    from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.dialogue import TextStream
+    """Answers every request in order; returns whether one failed, and the counts of all.
 
-    failed, total = False, DecodeStats()
-    for request in requests:
-        try:
-            config = resolve(request)
-            answer = TextStream(loaded, request.prompt, config)
-            for piece in answer:
-                if not jsonl:
-                    _write(piece)
-        except LayerSkipError as error:
-            if not (lines or jsonl):
-                raise
-            failed = True
-            _report(error, request, jsonl)
-        else:
-            total = total + answer.stats
-            if jsonl:
-                _write_object(answer, request, config.policy)
-        _write("\n")
-    return failed, total
-
-
-def answer_in_batches(
-    loaded: "Decoder",
-    resolve: Resolve,
-    requests: Iterator[Request],
-    is_ready: Callable[[], bool],
-    batch_size: int,
-    jsonl: bool,
-) -> tuple[bool, "DecodeStats"]:
-    """The same, with up to `batch_size` requests decoded at once: where one is finished, the next takes its place.
-
-    Those with equal settings share passes. `is_ready`: whether the next request can be read without a wait, which would hold up
-    those that are being decoded, and never end if whoever writes requests waits for answers.
+    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
+    end if whoever writes requests waits for answers. Raises the error of a request that is `alone`.
     """
     from layerskip_core.decoding import DecodeStats
 
     failed, total = False, DecodeStats()
-    for finished, seconds in _decoded(loaded, resolve, requests, is_ready, batch_size):
-        total += DecodeStats(total_seconds=seconds)
-        for pending in finished:
-            if pending.error is not None:
-                failed = True
-                _report(pending.error, pending.request, jsonl)
+    answers = _singly(loaded, requests) if batch_size == 1 else _together(loaded, requests, batch_size, is_ready)
+    for request, answer in answers:
+        named = {"line": request.number} | ({} if request.id is None else {"id": request.id})
+        try:
+            if isinstance(answer, LayerSkipError):
+                raise answer
+            for piece in answer:
+                if not jsonl:
+                    _write(piece)
+        except LayerSkipError as error:
+            if alone:
+                raise
+            failed = True
+            message = f"line {request.number}: {str(error).removeprefix('row: ')}"
+            if jsonl:  # names keys of the row where other messages show flags
+                _write(json.dumps({**named, "error": _OPTIONS.sub(r"\1", message)}, ensure_ascii=False))
             else:
-                total += pending.stats
-                if jsonl:
-                    _write_object(pending, pending.request, pending.policy)
-                else:
-                    _write(pending.text)
-            _write("\n")
+                narrate(f"error: {message}")
+        else:
+            total = total + answer.stats
+            if jsonl:
+                document = named | {"text": answer.text, "finish_reason": answer.finish_reason, "policy": request.config.policy}
+                _write(json.dumps(document | _counts(answer.stats), ensure_ascii=False))
+        _write("\n")
     return failed, total
 
 
-def _decoded(
-    loaded: "Decoder", resolve: Resolve, requests: Iterator[Request], is_ready: Callable[[], bool], batch_size: int
-) -> Iterator[tuple[list["_Pending"], float]]:
-    """By step of the decoding: the requests that are finished and follow those before, and the step's seconds."""
+def _singly(loaded: "Decoder", requests: Iterator[Request]) -> "Iterator[tuple[Request, TextStream | LayerSkipError]]":
+    from layerskip_core.decoding.dialogue import TextStream
+
+    for request in requests:
+        answer: TextStream | LayerSkipError
+        try:
+            answer = request.error or TextStream(loaded, request.prompt, request.config)
+        except LayerSkipError as error:
+            answer = error
+        yield request, answer
+
+
+def _together(
+    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool]
+) -> "Iterator[tuple[Request, _Pending | LayerSkipError]]":
+    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes."""
+    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.serving import Request as Job
     from layerskip_core.serving import Scheduler
 
-    scheduler, has_more = Scheduler(loaded, batch_size), True
+    scheduler, has_more, seconds = Scheduler(loaded, batch_size), True, 0.0
     unanswered: deque[_Pending] = deque()
     while has_more or unanswered:
         while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
             if (request := next(requests, None)) is None:
                 has_more = False
-            else:
-                unanswered.append(_Pending(loaded, resolve, request, scheduler))
-        started, finished = time.perf_counter(), []
+                break
+            unanswered.append(pending := _Pending(request, request.error))
+            try:
+                if request.error is None:
+                    pending.job = Job(loaded.encode_prompt(request.prompt), request.config, pending.take, streams=False)
+                    scheduler.add(pending.job)
+            except LayerSkipError as error:
+                pending.error = error
+        started = time.perf_counter()
         scheduler.step()
+        seconds += time.perf_counter() - started
         for pending in unanswered:
-            pending.raise_if_broken()
-        while unanswered and unanswered[0].is_finished:
-            finished.append(unanswered.popleft())
-        yield finished, time.perf_counter() - started
+            if pending.error is not None and not isinstance(pending.error, LayerSkipError):
+                raise pending.error  # no fault of the request, such as Ctrl-C
+        while unanswered and (unanswered[0].error or unanswered[0].finish_reason):
+            pending = unanswered.popleft()
+            if pending.job is not None:
+                pending.job.stats, seconds = pending.job.stats + DecodeStats(total_seconds=seconds), 0.0
+            yield pending.request, pending if pending.error is None else cast(LayerSkipError, pending.error)
 
 
+@dataclass
 class _Pending:
-    """A request of a batch, and what has become of it."""
+    """A request that is decoded with others, and what has come of its answer."""
 
-    def __init__(self, loaded: "Decoder", resolve: Resolve, request: Request, scheduler: "Scheduler") -> None:
-        """Hands it to the scheduler, unless it cannot be decoded."""
-        from layerskip_core.serving import Request as Job
+    request: Request
+    error: BaseException | None
+    job: "Job | None" = None
+    text: str = ""
+    finish_reason: "StopReason | None" = None
 
-        self.request = request
-        self.text = ""
-        self.finish_reason: StopReason | None = None
-        self.error: LayerSkipError | None = None
-        self.policy: str | None = None
-        self._broken: BaseException | None = None
-        self._job: Job | None = None
-        try:
-            config = resolve(request)
-            self.policy = config.policy
-            self._job = Job(loaded.encode_prompt(request.prompt), config, self._take, streams=False)
-        except LayerSkipError as error:
-            self.error = error
-        else:
-            scheduler.add(self._job)
+    def take(self, update: "Update") -> None:
+        self.text, self.finish_reason, self.error = self.text + update.text, update.finish_reason, update.error
 
-    @property
-    def is_finished(self) -> bool:
-        return self.error is not None or self.finish_reason is not None
+    def __iter__(self) -> Iterator[str]:
+        yield self.text
 
     @property
     def stats(self) -> "DecodeStats":
-        assert self._job is not None
-        return self._job.stats
-
-    def raise_if_broken(self) -> None:
-        """Raises what ended the request and is not its own fault, such as Ctrl-C."""
-        if self._broken is not None:
-            raise self._broken
-
-    def _take(self, update: "Update") -> None:
-        self.text, self.finish_reason = self.text + update.text, update.finish_reason
-        if isinstance(update.error, LayerSkipError):
-            self.error = update.error
-        else:
-            self._broken = update.error
+        assert self.job is not None
+        return self.job.stats
 
 
-def _report(error: LayerSkipError, request: Request, jsonl: bool) -> None:
-    """Prints an error in place of an answer."""
-    message = f"line {request.number}: {error}"
-    if jsonl:
-        named = _OPTIONS.sub(r"\1", message)  # keys of the row, where other messages show flags
-        _write(json.dumps({**request.named, "error": named}, ensure_ascii=False))
-    else:
-        narrate(f"error: {message}")
-
-
-def _write_object(answer: "TextStream | _Pending", request: Request, policy: str | None) -> None:
-    stats = answer.stats
-    document = {
-        **request.named,
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "policy": policy,
+def _counts(stats: "DecodeStats") -> dict[str, Any]:
+    return {
         "prompt_tokens": stats.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "drafted": stats.drafted,
@@ -179,9 +178,25 @@ def _write_object(answer: "TextStream | _Pending", request: Request, policy: str
         "steps_by_drafter": stats.steps_by_drafter,
         "mean_layers": round(stats.mean_layers, 2),
     }
-    _write(json.dumps(document, ensure_ascii=False))
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
+    """Counts and speed of one answer or of many, and how they were decoded."""
+    backend = loaded.backend
+    steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
+    exits = ""
+    if sum(stats.tokens_by_layers[: backend.num_layers - 1]):  # some tokens left early
+        by_exit = (f"exit {layers}: {count}" for layers, count in enumerate(stats.tokens_by_layers, start=1) if count)
+        exits = f"{stats.mean_layers:.1f} layers per token ({', '.join(by_exit)}); "
+    return (
+        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "
+        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
+        f"{f'steps by {steps}; ' if steps else ''}"
+        f"layers: {backend.implementation}, {str(backend.dtype).removeprefix('torch.')} on "
+        f"{backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
+    )

@@ -1,23 +1,42 @@
 """What a command runs on: CPU threads, and the model that it decodes with, as its flags say."""
 
 import os
-import time
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.checks import require_given
-from layerskip_core.config.decoding import EXACT, DecodingConfig, DecodingOptions, implied_strategy, is_open
-from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.decoding import EXACT, DecodingConfig, DecodingOptions, choices, implied_strategy
+from layerskip_core.config.model import MachineConfig, PromptingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.prompting import PromptingConfig
 
-from .console import narrate, narrate_notes
+from .console import narrate
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
 _SMALL_WIDTH = 256  # of the hidden states
 _INTERVAL = 0.25  # seconds in which other processes are watched
+_PLAIN = PackingConfig()
+
+
+def load_model(
+    model: str,
+    machine: MachineConfig,
+    packing: PackingConfig = _PLAIN,
+    policies: Collection[str] | None = (),
+    prompting: PromptingConfig | None = None,
+) -> "Decoder":
+    """The model with its template and with what these policies draft with (None: all); prints its notes, sets the threads."""
+    use_threads(machine.threads)
+    from layerskip_core.checkpoint.open import for_decoding
+
+    loaded = for_decoding(model, machine.device, machine.dtype, packing, policies)
+    if prompting is not None:
+        loaded = loaded.with_template(prompting.asked, prompting.system)
+    for note in loaded.notes:
+        narrate(note)
+    use_threads(machine.threads, loaded)
+    return loaded
 
 
 def load_to_decode(
@@ -28,25 +47,16 @@ def load_to_decode(
     machine: MachineConfig,
     all_policies: bool = False,
 ) -> "tuple[Decoder, DecodingConfig]":
-    """The model with its template and with what these options draft with, and what they mean for it.
-
-    `all_policies`: with what any saved policy drafts with too.
+    """The model with what these options draft with, and what they mean for it. `all_policies`: with what any policy needs too.
 
     Raises as `for_decoding`, `with_template` and `Decoder.resolve` do: a wrong flag is one error, before the first prompt.
     """
-    require_given("model", model)
-    use_threads(machine.threads)
-    from layerskip_core.checkpoint.open import for_decoding
-
-    policy = decoding.get("policy")
-    adaptive = policy is None and implied_strategy(decoding) in (None, "adaptive")
+    given = choices(decoding)
+    policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
+    adaptive = "policy" not in given and implied_strategy(decoding) in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
-    used = policy or (EXACT if is_open(decoding) and not packing.drafts_apart else None)
-    policies = None if all_policies else () if used is None else (used,)
-    loaded = for_decoding(model, machine.device, machine.dtype, kept, policies)
-    loaded = loaded.with_template(prompting.asked, prompting.system)
-    narrate_notes(loaded)
-    use_threads(machine.threads, loaded)
+    policies = None if all_policies else () if policy is None else (policy,)
+    loaded = load_model(model, machine, kept, policies, prompting)
     return loaded, loaded.resolve(decoding, packing)
 
 
@@ -88,11 +98,6 @@ def busy_cores() -> float:
     """
     import psutil
 
-    def seconds() -> float:
-        times = psutil.cpu_times(percpu=True)
-        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
-        return float(sum(times[core].user + times[core].system for core in usable if core < len(times)))
-
-    before, started = seconds(), time.monotonic()
-    time.sleep(_INTERVAL)
-    return (seconds() - before) / (time.monotonic() - started)
+    times = psutil.cpu_times_percent(_INTERVAL, percpu=True)
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
+    return float(sum(times[core].user + times[core].system for core in usable if core < len(times))) / 100

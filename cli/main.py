@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from . import failure, streams
+from . import streams
 from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.chat import chat
@@ -26,7 +26,8 @@ from .commands.inspect import inspect
 from .commands.serve import serve
 from .commands.sweep_exits import sweep_exits
 from .commands.verify import verify
-from .signature import Command
+from .console import tell_error
+from .options import Command
 
 
 class _Commands(TyperGroup):
@@ -49,19 +50,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("finetune", cls=Command, short_help="Train a checkpoint with layer dropout and early-exit loss.")(finetune)
-app.command("sweep-exits", cls=Command, short_help="Measure exits and draft lengths, and recommend a setting.")(sweep_exits)
-app.command("generate", cls=Command, short_help="Generate text from prompts.")(generate)
-app.command("chat", cls=Command, short_help="Talk with a model in the terminal.")(chat)
-app.command("bench", cls=Command, short_help="Compare decoding strategies on the same prompts.")(bench)
-app.command("verify", cls=Command, short_help="Check on this machine that outputs are what is promised.")(verify)
-app.command("compare", cls=Command, short_help="Compare runs, with intervals over seeds.")(compare)
-app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)
-app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
-app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)
-app.command("export", cls=Command, short_help="Write an exit as a draft model for another engine.")(export)
-app.command("serve", cls=Command, short_help="Serve a model over an OpenAI-compatible API.")(serve)
-app.command("data", cls=Command, short_help="Print the rows of a data set as JSON lines.")(data)
+for _name, _command, _help in (
+    ("finetune", finetune, "Train a checkpoint with layer dropout and early-exit loss."),
+    ("sweep-exits", sweep_exits, "Measure exits and draft lengths, and recommend a setting."),
+    ("generate", generate, "Generate text from prompts."),
+    ("chat", chat, "Talk with a model in the terminal."),
+    ("bench", bench, "Compare decoding strategies on the same prompts."),
+    ("verify", verify, "Check on this machine that outputs are what is promised."),
+    ("compare", compare, "Compare runs, with intervals over seeds."),
+    ("inspect", inspect, "Show what the model predicts after every layer."),
+    ("calibrate", calibrate, "Make better int4 weights for a model."),
+    ("import", import_model, "Write any model as a plain transformers checkpoint."),
+    ("export", export, "Write an exit as a draft model for another engine."),
+    ("serve", serve, "Serve a model over an OpenAI-compatible API."),
+    ("data", data, "Print the rows of a data set as JSON lines."),
+):
+    app.command(_name, cls=Command, short_help=_help)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,7 +96,7 @@ def _run(arguments: list[str], debug: bool) -> str | int | None:
         try:
             app(arguments)
         except SystemExit as end:
-            streams.finish()
+            sys.stdout.flush()
             return end.code
         return 0  # unreachable: Typer always exits
     except BrokenPipeError:
@@ -102,7 +106,7 @@ def _run(arguments: list[str], debug: bool) -> str | int | None:
         streams.give_up()
         return 130
     except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
-        failure.tell(error, debug)
+        tell_error(error, debug)
         streams.give_up()
         return 1
 

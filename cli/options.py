@@ -1,80 +1,150 @@
-"""The flags of settings that are declared in layerskip_core/config, and settings that only the command line has."""
+"""Commands made of settings: Typer sees a flag for each field that has one, the function gets its settings checked."""
 
+import inspect
 import re
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, is_typeddict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass, replace
+from functools import wraps
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import typer
+from msgspec import Meta
+from typer.core import TyperCommand
 
-from layerskip_core.config.calibration import CalibrationConfig
-from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import DecodingOptions
-from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
-from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.options import OUTPUT, Flag, Text, flag_of, hints_of
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.serving import ServeConfig
-from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
-from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, parse_list
 
-FORMATS = ("table", "json", "csv", "markdown")
-_FORMAT_HELP = "Format of standard output: table, json, csv or markdown."
-Format = Annotated[str, typer.Option("--format", help=_FORMAT_HELP, rich_help_panel=OUTPUT)]
+FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
+_ALONE: set[str] = set()  # flags that need no value
 
-
-@dataclass(frozen=True)
-class Report:
-    """Where the result of a measurement goes; `saved` is a results.json to render again."""
-
-    format: Annotated[Literal["table", "json", "csv", "markdown"], Flag(OUTPUT, _FORMAT_HELP)] = "table"
-    output: Annotated[
-        Text | None, Flag(OUTPUT, "Folder for report.html, answers.html, results.json, results.csv and plots.")
-    ] = None
-    saved: Annotated[Text | None, Flag(OUTPUT, "Measure nothing: render this results.json again.", "--from")] = None
+Format = Annotated[
+    Literal["table", "json", "csv", "markdown"], Flag("Output", "Format of standard output: table, json, csv or markdown.")
+]
+ReportFolder = Annotated[
+    Text | None, Flag("Output", "Folder for report.html, answers.html, results.json, results.csv and plots.")
+]
+SavedReport = Annotated[Text | None, Flag("Output", "Measure nothing: render this results.json again.", "--from")]
+Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")]
 
 
-_KINDS = (
-    DecodingOptions, PromptingConfig, PackingConfig, MachineConfig, TaskConfig, BenchConfig, SweepConfig, VerifyConfig,
-    ServeConfig, CalibrationConfig, Report, DataConfig, RecipeSettings, RetentionSettings, ExitBlockSettings, FinetuneConfig,
-)  # fmt: skip
-# Flags of settings within other settings that a command does not have, because it says this itself.
-HIDDEN: dict[type, tuple[str, ...]] = {
-    BenchConfig: ("strategy", "policy", "exits"),
-    SweepConfig: ("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits"),
-    ServeConfig: ("seed",),
-    VerifyConfig: ("dtype",),
-}
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function whose parameters with a Flag, and the fields of its groups of settings, became flags.
 
+    Groups that share a field's name share its flag, and every one of them gets its value; the help is that of the first.
+    """
+    hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
+    parameters: dict[str, inspect.Parameter] = {}
+    for name in given:
+        for field, hint, default in _flags(name, hints[name], defaults[name]):
+            parameters.setdefault(field, _parameter(field, hint, default))
 
-def is_settings(kind: Any) -> bool:
-    return is_dataclass(kind) or is_typeddict(kind)
+    @wraps(function)
+    def run(**values: Any) -> None:
+        function(**{name: _made(name, hints[name], defaults[name], values) for name in given})
 
-
-@cache
-def flags_in(kind: Any) -> dict[str, Flag]:
-    """The flags of a kind's own fields, in their order; none of what is no kind of settings."""
-    if not is_settings(kind):
-        return {}
-    order = [field.name for field in fields(kind)] if is_dataclass(kind) else list(hints_of(kind))
-    named = {field: flag_of(hints_of(kind)[field]) for field in order}
-    return {field: flag for field, flag in named.items() if flag is not None}
-
-
-def flags_of(field: str, option: Flag) -> tuple[str, ...]:
-    """The flags of a field, --max-new-tokens for `max_new_tokens` unless its Flag names others. Errors show the first."""
-    return tuple((option.flag or "--" + field.replace("_", "-")).split("/"))
-
-
-_NAMED = {field: flags_of(field, option)[0] for kind in _KINDS for field, option in flags_in(kind).items()}
-_OF_COMMANDS = ("layers", "save", "engine", "only")
-FLAGS = _NAMED | {name: "--" + name.replace("_", "-") for name in _OF_COMMANDS}
-ALONE = {
-    flag for kind in _KINDS for field, option in flags_in(kind).items() if option.optional for flag in flags_of(field, option)
-}  # flags that need no value
+    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"return": None}
+    return run
 
 
 def with_flags(message: str) -> str:
     """A message of the core, with flags in place of the settings that it names in backquotes."""
     return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)
+
+
+class Command(TyperCommand):
+    """A command whose --help lists the options under the headings of their panels, and whose flags can have optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        followers = [*args[1:], "-"][: len(args)]
+        alone = [flag in _ALONE and after.startswith("-") for flag, after in zip(args, followers, strict=True)]
+        return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *get_args(Panel), "Other")}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                panel = getattr(parameter, "rich_help_panel", None) or "Other"
+                panels["Arguments" if parameter.param_type_name == "argument" else panel].append(record)
+        for panel, records in panels.items():
+            if records:
+                with formatter.section(panel):
+                    formatter.write_dl(records)
+
+
+def _group(hint: Any) -> Any:
+    """The dataclass or TypedDict of an annotation, without its metadata; None for any other type."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return kind if is_dataclass(kind) or is_typeddict(kind) else None
+
+
+def _value(group: Any, field: str) -> Any:
+    return group.get(field) if isinstance(group, dict) else getattr(group, field)
+
+
+def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+    """A parameter's field, annotation and default; of a group those of its fields, which hide fields of groups within."""
+    kind = _group(hint)
+    if kind is None:
+        yield field, hint, default
+        return
+    inner, default = hints_of(kind), kind() if default is None else default
+    hidden = {name for note in getattr(hint, "__metadata__", ()) if isinstance(note, Without) for name in note}
+    for name in {**kind.__annotations__, **inner}:  # what a kind adds to another comes first
+        if flag_of(inner[name]):
+            if name not in hidden:
+                yield name, inner[name], _value(default, name)
+        elif _group(inner[name]):
+            for flag in _flags(name, inner[name], _value(default, name)):
+                if flag[0] not in hidden and not flag_of(inner.get(flag[0])):
+                    yield flag
+
+
+def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
+    """The value of a parameter, or the group, from what Typer read."""
+    kind = _group(hint)
+    if kind is not None:
+        group, inner = kind() if default is None else default, hints_of(kind)
+        named = [name for name in inner if _group(inner[name]) or (name in values and flag_of(inner[name]))]
+        made = {name: _made(name, inner[name], _value(group, name), values) for name in named}
+        if is_typeddict(kind):
+            return {name: value for name, value in made.items() if value is not None}
+        return replace(group, **made)
+    value, flag = values[field], flag_of(hint)
+    if value is None:
+        return default
+    if flag is not None and flag.optional:
+        value = value or True
+    elif isinstance(value, str) and _is_list(hint):
+        value = parse_list(value, field, hint)
+    is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
+    return check(field, hint, value) if is_declared else value
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(alternatives(hint)[-1]) not in (None, Literal)
+
+
+def _parameter(field: str, hint: Any, default: Any) -> inspect.Parameter:
+    """A parameter as Typer takes it."""
+    flag = flag_of(hint)
+    if flag is None:
+        return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+    names = (flag.flag or "--" + field.replace("_", "-")).split("/")
+    FLAGS[field] = names[0]
+    kind: Any = alternatives(hint)[0]
+    if flag.repeated:
+        kind, default = list[str], None
+    elif flag.optional or _is_list(hint):
+        kind, default = str, ",".join(map(str, default or ())) or None
+    elif get_origin(kind) is Literal:
+        kind = str
+    if flag.optional:
+        _ALONE.update(names)
+    if kind is bool:
+        names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
+    shown = f" [default: {flag.default}]" if flag.default and default is None else ""
+    metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else None
+    option = typer.Option(*names, help=flag.help + shown, rich_help_panel=flag.panel, metavar=metavar)
+    annotation: Any = Annotated[kind if default is not None else kind | None, option]
+    return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -3,10 +3,8 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
 
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.training.data import rows_per_step
 from layerskip_core.training.plan import Blocks, Plan
 from layerskip_core.training.progress import StepReport
@@ -20,33 +18,32 @@ def plan_text(plan: Plan) -> str:
     else:
         assert plan.blocks is not None
         lines = _block_lines(plan, plan.blocks)
-    return "\n".join((*lines, *plan.notes))
+    if plan.step_seconds is not None:
+        training, memory = _minutes(plan.step_seconds * plan.total_steps), plan.memory_mb
+        lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
+    return "\n".join((*lines, *_retention_lines(plan), *plan.notes))
 
 
 def _recipe_lines(plan: Plan, recipe: Recipe) -> list[str]:
-    config = plan.config
+    config, processes = plan.config, world_size()
+    rows = f"a stream, cut at {plan.max_length} tokens"
+    if plan.rows is not None:
+        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
+        rows = f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}{left_out}"
     adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
+    sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
+    shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
     dropout = f"p_max {recipe.p_max}{' constant over depth' if recipe.dropout_profile == 'constant' else ''}"
     named = f" over {','.join(map(str, recipe.exits))}" if recipe.exits else ""
     rotation = f" R={recipe.rotation}" if recipe.rotation else ""
     return [
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {_rows_text(plan)}",
+        f"on {config.data.name}: {rows}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
-        f"{adapted}{plan.dtype} on {plan.device}{_processes_text(config)}",
+        f"{adapted}{plan.dtype} on {plan.device}{shared}",
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}{named}{rotation}, "
         f"{plan.exits_per_step:.1f} exits per step",
-        *_step_lines(plan),
-        *_retention_lines(plan),
     ]
-
-
-def _step_lines(plan: Plan) -> list[str]:
-    """What a step was measured to take."""
-    if plan.step_seconds is None:
-        return []
-    training = _minutes(plan.step_seconds * plan.total_steps)
-    return [f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {plan.memory_mb:.0f} MB"]
 
 
 def _block_lines(plan: Plan, blocks: Blocks) -> list[str]:
@@ -63,15 +60,7 @@ def _block_lines(plan: Plan, blocks: Blocks) -> list[str]:
         f"{writing}states in {most}{_minutes(blocks.state_seconds)} and {blocks.disk_mb:.0f} MB of disk",
         f"{plan.steps} steps per exit of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
         f"{plan.dtype} on {plan.device}",
-        *_step_lines(plan),
     ]
-
-
-def _processes_text(config: FinetuneConfig) -> str:
-    processes = world_size()
-    if processes == 1:
-        return ""
-    return f" in each of {processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else "")
 
 
 def _retention_lines(plan: Plan) -> list[str]:
@@ -89,33 +78,16 @@ def _retention_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _rows_text(plan: Plan) -> str:
-    if plan.rows is None:
-        return f"a stream, cut at {plan.max_length} tokens"
-    left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
-    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}{left_out}"
-
-
-def report_text(frozen: bool) -> Callable[[StepReport], str]:
+def report_text(report: StepReport, frozen: bool) -> str:
     """How a step is shown; `frozen`: of a run that trains exit blocks."""
-    return _block_report if frozen else _recipe_report
-
-
-def _recipe_report(report: StepReport) -> str:
-    exits = " ".join(f"{layer}:{loss:.2f}" for layer, loss in spread(report.exit_losses))
+    speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
+    exits = " ".join(f"{layer}:{loss:.{3 if frozen else 2}f}" for layer, loss in spread(report.exit_losses))
+    if frozen:
+        agreement = " ".join(f"{layer}:{share:.1%}" for layer, share in spread(report.agreement))
+        return f"divergence {exits} {f'first drafts agree {agreement} ' if agreement else ''}{speed}"
     held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
     anchor = "" if report.divergence is None else f"divergence {report.divergence:.3f} "
-    return (
-        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{anchor}"
-        f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    )
-
-
-def _block_report(report: StepReport) -> str:
-    exits = " ".join(f"{layer}:{loss:.3f}" for layer, loss in spread(report.exit_losses))
-    agreement = " ".join(f"{layer}:{share:.1%}" for layer, share in spread(report.agreement))
-    held_out = f"first drafts agree {agreement} " if agreement else ""
-    return f"divergence {exits} {held_out}lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
+    return f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{anchor}{speed}"
 
 
 def result_text(info: CheckpointInfo, plan: Plan) -> str:

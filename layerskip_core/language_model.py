@@ -7,7 +7,7 @@ from typing import Unpack, cast
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
 from .config.decoding import DecodingConfig, DecodingOptions
-from .config.machine import DType
+from .config.model import DType
 from .config.options import checked
 from .config.packing import PackingConfig, Quantization
 from .decoding import Answer, check_prompt, decode_batch

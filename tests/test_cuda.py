@@ -12,8 +12,8 @@ from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.config.evaluation import VerifyConfig
+from layerskip_core.config.model import MachineConfig
 from layerskip_core.decoding import decode, loop_of
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.evaluation.verification.run import verify

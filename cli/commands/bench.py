@@ -2,15 +2,12 @@
 
 from typing import Annotated
 
-import typer
-
 from layerskip_core.config.checks import require
 from layerskip_core.config.evaluation import BenchConfig
-from layerskip_core.config.options import OUTPUT
+from layerskip_core.config.options import Flag
 
-from .. import console, evaluation, options
-from ..loading import use_threads
-from ..signature import command
+from .. import console, evaluation
+from ..options import Format, ReportFolder, SavedReport, command
 
 _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "
@@ -20,22 +17,19 @@ _SEARCHING = (
 
 @command
 def bench(
-    *,
     config: BenchConfig,
-    report: options.Report,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue the interrupted run in --output.", rich_help_panel=OUTPUT),
-    ] = False,
+    format: Format = "table",
+    output: ReportFolder = None,
+    saved: SavedReport = None,
+    resume: Annotated[bool, Flag("Output", "Continue the interrupted run in --output.")] = False,
 ) -> None:
     """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, latency and memory.
 
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
-    require(report.output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     scored = bool(config.task.harness_tasks)
+    require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
-    use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.output_folder import output_folder
@@ -44,20 +38,20 @@ def bench(
     from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
     from layerskip_core.evaluation.results import read_record
 
-    with output_folder(report.output, "layerskip bench") as folder:
-        if report.saved is not None:
-            record = with_answers(read_record(report.saved, "bench"), report.saved)
-        elif scored:
-            loaded, tasks = evaluation.load_scored(config)
-            from layerskip_core.harness.measure import bench_scores  # needs lm-eval
-
-            record = evaluation.watch(bench_scores(loaded, tasks, config))
+    with output_folder(output, "layerskip bench") as folder:
+        if saved is not None:
+            record = with_answers(read_record(saved, "bench"), saved)
         else:
             loaded, rows = evaluation.load(config)
-            if must_search(loaded, config):
-                console.narrate(_SEARCHING)
-            record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
+            if scored:
+                from layerskip_core.harness.measure import bench_scores
+
+                record = evaluation.watch(bench_scores(loaded, rows, config))
+            else:
+                if must_search(loaded, config):
+                    console.narrate(_SEARCHING)
+                record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
         tables = [score_table(record)] if has_scores(record) else [bench_table(record), *category_tables(record)]
-        evaluation.deliver(record, tables, report.format, folder)
-        if folder is not None and report.saved is None and not scored:
+        evaluation.deliver_report(record, tables, format, folder)
+        if folder is not None and saved is None and not scored:
             close_journal(folder)

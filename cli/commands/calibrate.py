@@ -4,27 +4,22 @@ import shlex
 import time
 from typing import Annotated
 
-import typer
-
-from layerskip_core.config.calibration import CalibrationConfig
-from layerskip_core.config.options import MACHINE, Threads, check
+from layerskip_core.config.model import CalibrationConfig
+from layerskip_core.config.options import Flag, Threads
 
 from ..console import narrate, stage_bars
 from ..loading import use_threads
-from ..signature import command
+from ..options import command
 
 
 @command
 def calibrate(
-    *,
-    config: CalibrationConfig,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=MACHINE)] = 0,
+    config: CalibrationConfig, threads: Annotated[Threads, Flag("Machine", "CPU threads; 0: torch's choice.")] = 0
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and --draft-weights int4 use them from then on.
 
     Example: layerskip calibrate --model my-model
     """
-    check("threads", Threads, threads)
     use_threads(threads)
     from layerskip_core.calibration.run import Progress, calibrate, output_folder
     from layerskip_core.files import hold

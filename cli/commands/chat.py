@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,25 +9,22 @@ import typer
 from rich.text import Text
 
 from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
-from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.options import MODEL, OUTPUT
+from layerskip_core.config.model import MachineConfig, PromptingConfig
+from layerskip_core.config.options import Flag, ModelName
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import ContextError, LayerSkipError
 from layerskip_core.interruption import Interruption
 from layerskip_core.wording import plural
 
 from .. import streams
-from ..console import ResultsConsole, narrate
-from ..failure import one_line
+from ..answers import stats_text
+from ..console import ResultsConsole, narrate, one_line
 from ..loading import load_to_decode
-from ..signature import command
-from ..stats import stats_text
+from ..options import command
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding.dialogue import TextStream
-    from layerskip_core.decoding.output import Segment
 
 _COMMANDS = """\
 /reset   start a new conversation
@@ -42,22 +38,14 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 
 @command
 def chat(
-    model: Annotated[
-        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=MODEL)
-    ] = "embedded",
+    model: ModelName = "embedded",
     *,
     decoding: DecodingOptions,
     prompting: PromptingConfig,
     packing: PackingConfig,
     machine: MachineConfig,
-    show_drafts: Annotated[
-        bool,
-        typer.Option("--show-drafts", help="On a terminal, show accepted drafts in green.", rich_help_panel=OUTPUT),
-    ] = False,
-    stats: Annotated[
-        bool,
-        typer.Option("--stats", help="Print counts and speed to stderr after every answer.", rich_help_panel=OUTPUT),
-    ] = False,
+    show_drafts: Annotated[bool, Flag("Output", "On a terminal, show accepted drafts in green.")] = False,
+    stats: Annotated[bool, Flag("Output", "Print counts and speed to stderr after every answer.")] = False,
 ) -> None:
     """Talk with a model. It sees the whole conversation, and computes only what is new of it.
 
@@ -81,12 +69,10 @@ class _Chat:
         from layerskip_core.decoding import DecodeStats
         from layerskip_core.decoding.dialogue import Dialogue
 
-        self._loaded, self._policy = loaded, config.policy
+        self._loaded, self._policy, self._stats = loaded, config.policy, stats
         self._dialogue = Dialogue(loaded, config)
         self._console = ResultsConsole()
         self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None
-        self._mark = "underline" if self._console.no_color else "green"
-        self._stats = stats
         self._last: TextStream | None = None
         self._answers, self._total = 0, DecodeStats()
         self._refused = False  # a line, so far
@@ -98,10 +84,18 @@ class _Chat:
         if self._colours:
             narrate(f"accepted drafts are {'underlined' if self._console.no_color else 'green'}")
         narrate("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        for line in _typed_lines():
+        goes_on = True
+        while goes_on:
             try:
-                if not self._takes(line):
-                    return
+                line = streams.typed_line("> ")
+            except KeyboardInterrupt:
+                narrate("\n/exit or Ctrl-D leaves")
+                continue
+            except EOFError:
+                narrate("")
+                return
+            try:
+                goes_on = self._takes(line)
             except KeyboardInterrupt:
                 narrate("\nstopped")
 
@@ -122,73 +116,62 @@ class _Chat:
         if not self._dialogue.has_turns:
             narrate(f"{self._loaded.template.name} is no chat template: every message is a prompt of its own")
 
-    def _refuse(self, error: LayerSkipError, number: int | None) -> None:
-        self._refused = True
-        room = f"; {_ROOM}" if isinstance(error, ContextError) and self._dialogue.turns else ""
-        narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
-
     def _takes(self, line: str, number: int | None = None) -> bool:
         """Does what a line says; False if that is to leave. `number`: of a line of a pipe."""
         if not line.strip():
             return True
-        if not line.startswith("/") or line.startswith("//"):
-            self._answer(line[1:] if line.startswith("//") else line, number)
-            return True
-        match line.split():
-            case ["/exit"]:
-                return False
-            case ["/reset"]:
-                self._dialogue.forget()
-                narrate("a new conversation")
-            case ["/forget"]:
-                self._dialogue.forget(1)
-                narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
-            case ["/stats"]:
-                self._tell_stats()
-            case ["/help"]:
-                narrate(_COMMANDS)
-            case _:
-                unknown = LayerSkipError(f"needed a message or a command, found {line!r:.60}; /help lists the commands")
-                self._refuse(unknown, number)
+        try:
+            if not line.startswith("/") or line.startswith("//"):
+                self._answer(line[1:] if line.startswith("//") else line, number is None)
+                return True
+            match line.split():
+                case ["/exit"]:
+                    return False
+                case ["/reset"]:
+                    self._dialogue.forget()
+                    narrate("a new conversation")
+                case ["/forget"]:
+                    self._dialogue.forget(1)
+                    narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
+                case ["/stats"]:
+                    self._tell_stats()
+                case ["/help"]:
+                    narrate(_COMMANDS)
+                case _:
+                    raise LayerSkipError(f"needed a message or a command, found {line!r:.60}; /help lists the commands")
+        except LayerSkipError as error:
+            self._refused = True
+            room = f"; {_ROOM}" if isinstance(error, ContextError) and self._dialogue.turns else ""
+            narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
         return True
 
-    def _answer(self, message: str, number: int | None) -> None:
+    def _answer(self, message: str, interactive: bool) -> None:
         """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, pressed again at once."""
-        with Interruption(signal.SIGINT) if number is None else nullcontext() as interruption:
-            try:
-                stream = self._last = self._dialogue.ask(message)
-            except LayerSkipError as error:
-                self._refuse(error, number)
-                return
+        with Interruption(signal.SIGINT) if interactive else nullcontext() as interruption:
+            stream = self._last = self._dialogue.ask(message)
             for segments in stream.segments():
-                self._write(segments)
+                if self._colours:
+                    mark = "underline" if self._console.no_color else "green"
+                    text = Text.assemble(*((segment.text, mark if segment.from_draft else "") for segment in segments))
+                    self._console.print(text, end="", soft_wrap=True)
+                else:
+                    sys.stdout.write("".join(segment.text for segment in segments))
+                    sys.stdout.flush()
                 if interruption is not None and interruption.signal is not None:
                     break
         sys.stdout.write("\n")
         sys.stdout.flush()
         self._answers, self._total = self._answers + 1, self._total + stream.stats
-        self._tell_end(stream, number is None)
-        if self._stats:
-            narrate(self._stats_of(stream))
-
-    def _write(self, segments: "list[Segment]") -> None:
-        if self._colours:
-            text = Text.assemble(*((segment.text, self._mark if segment.from_draft else "") for segment in segments))
-            self._console.print(text, end="", soft_wrap=True)
-        else:
-            sys.stdout.write("".join(segment.text for segment in segments))
-            sys.stdout.flush()
-
-    def _tell_end(self, stream: "TextStream", interactive: bool) -> None:
-        """Says why an answer ended where the model did not end it."""
-        limit = self._loaded.backend.max_positions
         if stream.finish_reason == "context":
             room = f"; {_ROOM}" if self._dialogue.has_turns else ""
+            limit = self._loaded.backend.max_positions
             narrate(f"the answer ends here because the model's context of {limit} tokens is full{room}")
         elif interactive and stream.finish_reason == "length":
             narrate(f"the answer ends here because of `max_new_tokens` {stream.stats.new_tokens}")
         elif interactive and stream.finish_reason is None:
             narrate("stopped" if stream.text else "stopped before the answer: the message was left out")
+        if self._stats:
+            narrate(self._stats_of(stream))
 
     def _tell_stats(self) -> None:
         if self._last is None:
@@ -207,17 +190,3 @@ class _Chat:
             f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
             f"{stream.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
         )
-
-
-def _typed_lines() -> Iterator[str]:
-    """What is typed, line by line, until Ctrl-D. Ctrl-C begins a new line."""
-    while True:
-        try:
-            line = streams.typed_line("> ")
-        except KeyboardInterrupt:
-            narrate("\n/exit or Ctrl-D leaves")
-            continue
-        except EOFError:
-            narrate("")
-            return
-        yield line

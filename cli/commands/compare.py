@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.checks import refused, require, require_choice, require_given
-from layerskip_core.config.options import MEASUREMENT, OUTPUT, parse_counts, parse_names
+from layerskip_core.config.checks import refused, require_choice
+from layerskip_core.config.options import Flag, Layer, Text
 
-from .. import evaluation, options
+from .. import evaluation
 from ..console import narrate
+from ..options import Format, command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.compare.comparison import Run
@@ -17,6 +18,7 @@ _EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by 
 _SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
 
 
+@command
 def compare(
     runs: Annotated[
         list[str] | None,
@@ -27,52 +29,36 @@ def compare(
             "Without runs, embedded-base and embedded are measured.",
         ),
     ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option(help="Figures to compare, with commas: exact_match,perplexity.", rich_help_panel=MEASUREMENT),
-    ] = None,
-    exits: Annotated[str | None, typer.Option(help="Exits to compare: 3,6,8 or A:B:STEP.", rich_help_panel=MEASUREMENT)] = None,
-    form: options.Format = "table",
-    output: Annotated[
-        str | None,
-        typer.Option(help="Folder for comparison.md, .json and .csv, and plots.", rich_help_panel=OUTPUT),
-    ] = None,
+    only: Annotated[tuple[str, ...], Flag("Measurement", "Figures to compare, with commas: exact_match,perplexity.")] = (),
+    exits: Annotated[tuple[Layer, ...], Flag("Measurement", "Exits to compare: 3,6,8 or A:B:STEP.")] = (),
+    format: Format = "table",
+    output: Annotated[Text | None, Flag("Output", "Folder for comparison.md, .json and .csv, and plots.")] = None,
 ) -> None:
     """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.
 
     Example: layerskip compare without=runs/none-1,runs/none-2 with=runs/both-1,runs/both-2 --output comparison
     """
-    require_choice(form, "format", options.FORMATS)
-    require_given("output", output)
-    chosen = () if exits is None else parse_counts(exits, "exits")
-    names = () if only is None else parse_names(only, "only")
     from layerskip_core.evaluation.compare.comparison import compare as compare_runs
     from layerskip_core.evaluation.compare.comparison import figures_of, labelled, read_run
     from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv
-    from layerskip_core.evaluation.output_folder import output_folder, write_files
-    from layerskip_core.evaluation.report.documents import to_json
+    from layerskip_core.evaluation.output_folder import output_folder
 
     with output_folder(output, "layerskip compare") as folder:
         if runs:
             groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
         else:
             groups = {model: [_measured(model)] for model in _EMBEDDED}
-        known = figures_of(groups)
-        for name in names:
-            require(name in known, "only", f"some of {', '.join(known)}", name)
-        comparison = compare_runs(groups, names, chosen)
+        for name in only:
+            require_choice(name, "only", figures_of(groups))
+        comparison = compare_runs(groups, only, exits)
         if not comparison.lines and exits:
-            raise refused("exits", "exits that all runs of a label have", exits)
+            raise refused("exits", "exits that all runs of a label have", ",".join(map(str, exits)))
         if not comparison.lines:
             raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
-        table = compare_table(comparison)
-        if folder is not None:
-            files = compare_files(comparison)
-            write_files(folder, files)
-            narrate(f"wrote {', '.join(files)} to {folder}")
-        evaluation.print_as(form, [table], lambda: to_json(comparison), lambda: to_csv(comparison))
+        files = {} if folder is None else compare_files(comparison)
+        evaluation.deliver(comparison, [compare_table(comparison)], format, lambda: to_csv(comparison), folder, files)
 
 
 def _measured(model: str) -> "Run":

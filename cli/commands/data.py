@@ -6,7 +6,7 @@ import typer
 
 from layerskip_core.config.data import DataConfig
 
-from ..signature import command
+from ..options import command
 
 _TEN_ROWS = DataConfig(split="test", limit=10)
 

@@ -1,44 +1,24 @@
 """`layerskip export`: an exit of a model, as a draft model for another engine."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from layerskip_core.config.export import ENGINES, FORMATS, ExportConfig
-from layerskip_core.config.options import checked
+from layerskip_core.config.model import ExportConfig
+from layerskip_core.config.options import Text
 
 from ..console import narrate
+from ..options import command
 
 
+@command
 def export(
     model: Annotated[
-        str, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+        Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
     ] = "embedded",
-    exit_layer: Annotated[
-        int | None,
-        typer.Option("--exit", help="Layers of the draft; the last: the whole model. [default: the checkpoint's]"),
-    ] = None,
-    output: Annotated[str, typer.Option("--output", help="Folder for the draft model.")] = "draft-model",
-    form: Annotated[
-        str | None,
-        typer.Option("--format", help=f"{', '.join(FORMATS)}. [default: gguf with --engine llama.cpp, else transformers]"),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", help=f"Also print how it drafts in this engine: {', '.join(ENGINES)}."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Of the weights written: fp32, bf16, or auto: as stored, packed as generate chooses; "
-            "in GGUF f16, q8_0, q4_0, or auto: f16.",
-        ),
-    ] = "auto",
-    quantize: Annotated[
-        str | None, typer.Option("--quantize", help="int8 or int4 weights, with --format packed. [default: none]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
+    *,
+    config: ExportConfig,
 ) -> None:
     """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
 
@@ -48,14 +28,10 @@ def export(
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
-    given = {
-        "model": model, "exit_layer": exit_layer, "output": output, "format": form, "engine": engine, "dtype": dtype,
-        "overwrite": overwrite, "quantize": quantize,
-    }  # fmt: skip
-    config = ExportConfig(**checked(ExportConfig, given))
+    config, output = replace(config, model=model), config.output
     from layerskip_core.files import hold
 
-    if config.is_packed:
+    if config.format == "packed":
         from layerskip_core.export.packed import export_packed
 
         with hold(output, "layerskip export"):

@@ -4,24 +4,24 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config.checks import require_choice, require_given
-from layerskip_core.config.machine import DTYPES
+from layerskip_core.config.model import DType
+from layerskip_core.config.options import Flag, Text
 
 from ..console import narrate
+from ..options import command
 
 
+@command
 def import_model(
     model: Annotated[
-        str, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
+        Text, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
     ] = "embedded",
-    output: Annotated[str, typer.Option("--output", help="Folder for the checkpoint.")] = "imported-model",
+    output: Annotated[Text, Flag("Output", "Folder for the checkpoint.")] = "imported-model",
     dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", help="Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing."
-        ),
+        DType,
+        Flag("Output", "Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing."),
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
+    overwrite: Annotated[bool, Flag("Output", "Replace a model that --output holds.")] = False,
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 
@@ -29,9 +29,6 @@ def import_model(
 
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
-    require_choice(dtype, "dtype", DTYPES)
-    require_given("the MODEL", model)
-    require_given("output", output)
     from layerskip_core.checkpoint.importing import import_checkpoint
     from layerskip_core.checkpoint.save import refuse_overwrite
     from layerskip_core.files import hold

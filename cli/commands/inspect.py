@@ -2,84 +2,67 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as Cell
 
-from layerskip_core.config.checks import require, require_choice, require_given
-from layerskip_core.config.decoding import MaxNewTokens
-from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.options import DECODING, MODEL, OUTPUT, check, parse_counts
-from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.checks import require
+from layerskip_core.config.model import MachineConfig, PromptingConfig
+from layerskip_core.config.options import Count, Flag, Layer, ModelName, Text
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.wording import visible
 
 from .. import streams
-from ..console import ResultsConsole, narrate, narrate_notes
-from ..loading import use_threads
-from ..signature import command
+from ..console import ResultsConsole, narrate
+from ..loading import load_model
+from ..options import Prompt, command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.inspection import Inspection, TokenTrace
+    from layerskip_core.evaluation.inspection import Inspection
 
 _CELL = 9  # characters shown of a token
-_FORMATS = ("table", "json")
 
 
 @command
 def inspect(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=MODEL)
-    ] = "embedded",
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in the answer.", rich_help_panel=DECODING)] = 24,
+    prompt: Prompt = None,
+    model: ModelName = "embedded",
+    max_new_tokens: Annotated[Count, Flag("Decoding", "Maximum number of tokens in the answer.")] = 24,
     *,
     prompting: PromptingConfig,
     machine: MachineConfig,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Layers shown: 2,4,8 or A:B:STEP. [default: as many as fit]", rich_help_panel=OUTPUT),
-    ] = None,
-    format: Annotated[str, typer.Option(help="Format of standard output: table or json.", rich_help_panel=OUTPUT)] = "table",
-    output: Annotated[str | None, typer.Option(help="HTML file with every layer.", rich_help_panel=OUTPUT)] = None,
+    layers: Annotated[tuple[Layer, ...], Flag("Output", "Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit")] = (),
+    format: Annotated[Literal["table", "json"], Flag("Output", "Format of standard output: table or json.")] = "table",
+    output: Annotated[Text | None, Flag("Output", "HTML file with every layer.")] = None,
 ) -> None:
     """Show what the model would have answered after every layer, and from which layer on each token was correct.
 
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
-    require_choice(format, "format", _FORMATS)
-    check("max_new_tokens", MaxNewTokens, max_new_tokens)
-    require_given("model", model)
-    require_given("output", output)
-    wanted = parse_counts(layers, "layers") if layers is not None else None
-    use_threads(machine.threads)
-    from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.evaluation.inspection import inspect as run_inspect
     from layerskip_core.evaluation.report.pages import inspection_page
     from layerskip_core.files import require_writable, write_file
 
-    if output is not None:
-        require_writable(_page_file(output), LayerSkipError)
-    loaded = for_decoding(model, machine.device, machine.dtype).with_template(prompting.asked, prompting.system)
-    narrate_notes(loaded)
-    use_threads(machine.threads, loaded)
+    page = None if output is None else _page_file(output)
+    if page is not None:
+        require_writable(page, LayerSkipError)
+    loaded = load_model(model, machine, prompting=prompting)
     count = loaded.backend.num_layers
     console = ResultsConsole()
-    shown = wanted or _spread(count, _room(console))
-    require(shown[0] >= 1 and shown[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, shown)))
-    inspection = run_inspect(loaded, _prompt(prompt), max_new_tokens)
-    if output is not None:
-        write_file(_page_file(output), inspection_page(inspection).encode(), LayerSkipError)
+    room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))  # layers beside a token and its count
+    layers = layers or tuple(sorted({max(1, round(count * part / room)) for part in range(1, room + 1)}))
+    require(layers[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, layers)))
+    inspection = run_inspect(loaded, streams.given_prompt(prompt, may_be_empty=False), max_new_tokens)
+    if page is not None:
+        write_file(page, inspection_page(inspection).encode(), LayerSkipError)
         narrate(f"wrote {output}")
     if format == "json":
         typer.echo(json.dumps(inspection.document(), indent=2, ensure_ascii=False))
     else:
-        _print(inspection, shown, console)
+        _print(inspection, layers, room, console)
 
 
 def _page_file(output: str) -> Path:
@@ -95,36 +78,26 @@ def _page_file(output: str) -> Path:
     return file
 
 
-def _prompt(given: str | None) -> str:
-    if given is None and streams.is_piped():
-        given = streams.prompts_stream().read().removesuffix("\n") or None
-    return streams.example_prompt() if given is None else given
-
-
-def _room(console: Console) -> int:
-    """The number of layers that fit next to a token and its count."""
-    return max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))
-
-
-def _spread(num_layers: int, count: int) -> tuple[int, ...]:
-    """About `count` evenly spaced layers, the last one included."""
-    return tuple(sorted({max(1, round(num_layers * part / count)) for part in range(1, count + 1)}))
-
-
-def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) -> None:
+def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console: Console) -> None:
     """A row per token, a column per layer and exit block, in as many tables as the terminal's width requires."""
-    room, blocks = _room(console), inspection.tokens[0].blocks if inspection.tokens else {}
+    blocks = inspection.tokens[0].blocks if inspection.tokens else {}
     columns = [(kind, layer) for layer in layers for kind in ("layer", "block") if kind == "layer" or layer in blocks]
     for start in range(0, len(columns), room):
-        part = columns[start : start + room]
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("token", no_wrap=True, width=_CELL)
         table.add_column("needed", justify="right", no_wrap=True)
-        for kind, layer in part:
+        for kind, layer in columns[start : start + room]:
             table.add_column(f"{kind} {layer}", no_wrap=True, width=_CELL)
         for trace in inspection.tokens:
-            cells = (_cell(trace, layer) if kind == "layer" else _block_cell(trace, layer) for kind, layer in part)
-            table.add_row(Text(visible(trace.token)), str(trace.settled), *cells)
+            cells = []
+            for kind, layer in columns[start : start + room]:
+                predicted = (trace.predictions[layer - 1] if kind == "layer" else trace.blocks[layer]).token
+                if kind == "layer" and layer >= trace.settled:
+                    mark, style = "=", "bold green"
+                else:
+                    mark, style = ("~", "yellow") if predicted == trace.token else (" ", "dim")
+                cells.append(Cell(mark + visible(predicted), style))
+            table.add_row(Cell(visible(trace.token)), str(trace.settled), *cells)
         console.print(table)
         console.print()
     console.print(
@@ -133,16 +106,3 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) 
         + (" block E: the exit block after layer E." if blocks else ""),
         markup=False,
     )
-
-
-def _cell(trace: "TokenTrace", layer: int) -> Text:
-    predicted = trace.predictions[layer - 1].token
-    return Text("=" + visible(predicted), "bold green") if layer >= trace.settled else _compared(trace, predicted)
-
-
-def _block_cell(trace: "TokenTrace", exit_layer: int) -> Text:
-    return _compared(trace, trace.blocks[exit_layer].token)
-
-
-def _compared(trace: "TokenTrace", predicted: str) -> Text:
-    return Text("~" + visible(predicted), "yellow") if predicted == trace.token else Text(" " + visible(predicted), "dim")

@@ -8,15 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from layerskip_core.config.checks import refused
-from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.model import MachineConfig, PromptingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.errors import LayerSkipError
 
 from ..console import narrate
 from ..loading import load_to_decode
-from ..signature import command
+from ..options import command
 
 KEY = "LAYERSKIP_API_KEY"
 _GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
@@ -48,7 +47,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
     with _bound(serving.host, serving.port) as listener:
         loaded, _ = load_to_decode(serving.model, serving.decoding, prompting, packing, machine)
-        name = _name_of(serving.model)
+        path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
+        name = path.resolve().name if path.exists() else serving.model
         engine = Engine(loaded, serving.batch_size, serving.queue_size)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
@@ -94,8 +94,3 @@ def _bound(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or str(error)
         raise LayerSkipError(f"`host` {host} with `port` {port} cannot be used: {reason}") from None
     return listener
-
-
-def _name_of(model: str) -> str:
-    """The model's name in the API. Of a folder or a file it is the last part: clients need not know paths of this machine."""
-    return Path(model).resolve().name if Path(model).exists() else model

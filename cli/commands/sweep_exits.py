@@ -7,43 +7,37 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from layerskip_core.config.checks import require
-from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, Policy, is_exit_drafting, policy_text
+from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, Policy, policy_text
 from layerskip_core.config.evaluation import SweepConfig
-from layerskip_core.config.options import OUTPUT, counts_text
+from layerskip_core.config.options import Flag, counts_text
 from layerskip_core.errors import ConfigError
 
-from .. import console, evaluation, options
-from ..loading import use_threads
+from .. import evaluation
+from ..console import narrate
+from ..options import Format, ReportFolder, SavedReport, command
 from ..pictures import front
-from ..signature import command
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.info import CheckpointInfo
-    from layerskip_core.evaluation.results import Recommendation, Result, RunRecord
+    from layerskip_core.evaluation.results import Result, RunRecord
+
+_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # of a policy without more
 
 
 @command
 def sweep_exits(
-    *,
     config: SweepConfig,
-    report: options.Report,
+    format: Format = "table",
+    output: ReportFolder = None,
+    saved: SavedReport = None,
     save: Annotated[
-        bool,
-        typer.Option(
-            "--save",
-            help="Write the recommendation and the policies exact and fast into the model's layerskip.json.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, Flag("Output", "Write the recommendation and the policies exact and fast into the model's layerskip.json.")
     ] = False,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculative decoding, predict its speed, and recommend one.
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
-    use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.documents import with_answers
@@ -51,27 +45,24 @@ def sweep_exits(
     from layerskip_core.evaluation.report.tables import has_scores, score_table, sweep_table
     from layerskip_core.evaluation.results import read_record
 
-    record = with_answers(read_record(report.saved, "sweep-exits"), report.saved) if report.saved is not None else None
-    scored = has_scores(record) if record is not None else bool(config.task.harness_tasks)
+    record = None if saved is None else with_answers(read_record(saved, "sweep-exits"), saved)
+    scored = bool(config.task.harness_tasks) if record is None else has_scores(record)
     require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
-    target = config.model if record is None else str(record.config["model"])
-    with _model_folder(target) if save else nullcontext(), output_folder(report.output, "layerskip sweep-exits") as folder:
-        if record is None and scored:
-            loaded, tasks = evaluation.load_scored(config)
-            from layerskip_core.harness.measure import sweep_scores  # needs lm-eval
-
-            record = evaluation.watch(sweep_scores(loaded, tasks, config))
-        elif record is None:
+    model = config.model if record is None else str(record.config["model"])
+    with _model_folder(model) if save else nullcontext(), output_folder(output, "layerskip sweep-exits") as folder:
+        if record is None:
             loaded, rows = evaluation.load(config)
-            record = evaluation.watch(sweep(loaded, rows, config))
-        elif save:
-            _require_of_model(target, record)
+            if scored:
+                from layerskip_core.harness.measure import sweep_scores
+
+                record = evaluation.watch(sweep_scores(loaded, rows, config))
+            else:
+                record = evaluation.watch(sweep(loaded, rows, config))
         if save:  # first: the reader of stdout may go away
-            _save(target, record)
+            _save(model, record)
         points = points_of(record)
-        picture = None if points is None else partial(front, points)
         table = score_table(record) if scored else sweep_table(record)
-        evaluation.deliver(record, [table], report.format, folder, picture)
+        evaluation.deliver_report(record, [table], format, folder, None if points is None else partial(front, points))
 
 
 @contextmanager
@@ -92,53 +83,31 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores in layerskip.json, in one step, what the sweep found, and says what that is."""
+    """Stores in layerskip.json, in one step, what the sweep found, and says what that is.
+
+    The recommended exit is one that drafts with the model's own layers, whatever the policy `exact` drafts with.
+    """
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
-    advice, skip = record.recommendation, _skip_of(record.results)
-    info = read_info(model)
+    advice, skip, info, told = record.recommendation, _skip_of(record.results), read_info(model), []
+    info = replace(info, profile=record.profile or info.profile, skip=skip or info.skip)
     if advice is not None:
-        info = _advised(info, advice)
-    write_info(model, replace(info, profile=record.profile or info.profile, skip=skip or info.skip))
-    if advice is not None:
-        _narrate_advice(model, advice)
+        drafts: Policy = {"exit_layer": advice.exit_layer or 1, "num_draft_tokens": advice.num_draft_tokens or 1}
+        exact: Policy = advice.policies.get(EXACT) or {"strategy": "self-speculative", **drafts}
+        by_exit = exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT
+        exit_layer, count = (advice.exit_layer, advice.num_draft_tokens) if by_exit else (None, None)
+        strategy = "autoregressive" if exit_layer is None else None
+        info = replace(info, exit_layer=exit_layer, num_draft_tokens=count, strategy=strategy, policies=advice.policies)
+        found, why = (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
+        told = [f"saved {found} as the default of {model}{why}"]
+        told += [f"policy {FAST}: {advice.fast_reason}"] if advice.fast_reason else []
     if skip is not None:
-        layers = counts_text(skip["skip"])
-        console.narrate(f"saved --skip {layers} and {skip['num_draft_tokens']} draft tokens for --strategy draft-and-verify")
-
-
-def _advised(info: "CheckpointInfo", advice: "Recommendation") -> "CheckpointInfo":
-    """With the policies, and with the recommended exit and draft length for versions that know no policies.
-
-    What these versions do not know, such as low-bit drafts, is plain decoding for them; so is a recommendation of it.
-    """
-    exit_layer, drafts = _known_exit(advice)
-    strategy = "autoregressive" if exit_layer is None else None
-    return replace(info, exit_layer=exit_layer, num_draft_tokens=drafts, policies=advice.policies, strategy=strategy)
-
-
-def _known_exit(advice: "Recommendation") -> tuple[int | None, int | None]:
-    """The exit and the draft length, if they say all of the recommendation."""
-    exact = advice.policies.get(EXACT)
-    known = advice.exit_layer is not None and (exact is None or is_exit_drafting(exact))
-    return (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
-
-
-def _exact_of(advice: "Recommendation") -> Policy:
-    if EXACT in advice.policies:
-        return advice.policies[EXACT]
-    exit_layer, drafts = _known_exit(advice)
-    return {"strategy": "self-speculative", "exit_layer": exit_layer or 1, "num_draft_tokens": drafts or 1}
-
-
-def _narrate_advice(model: str, advice: "Recommendation") -> None:
-    if advice.pays:
-        console.narrate(f"saved {policy_text(_exact_of(advice))} as the default of {model}")
-    else:
-        console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
-    if advice.fast_reason:
-        console.narrate(f"policy {FAST}: {advice.fast_reason}")
+        layers, count = counts_text(skip["skip"]), skip["num_draft_tokens"]
+        told += [f"saved --skip {layers} and {count} draft tokens for --strategy draft-and-verify"]
+    write_info(model, info)
+    for line in told:
+        narrate(line)
 
 
 def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
@@ -148,17 +117,3 @@ def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
         return None
     best = max(rows, key=lambda result: result.speedup or 0.0)
     return {"skip": best.skip, "num_draft_tokens": best.num_draft_tokens or 1}
-
-
-def _require_of_model(model: str, record: "RunRecord") -> None:
-    """Raises ConfigError for results of a deeper model than the one in the folder, which could not decode with them."""
-    from layerskip_core.checkpoint.folder import CONFIG_FILE, read_settings
-
-    layers = read_settings(model, CONFIG_FILE).get("num_hidden_layers")  # an adapter's folder has none
-    advice, skip = record.recommendation, _skip_of(record.results)
-    named = [*skip["skip"]] if skip is not None else []
-    for policy in advice.policies.values() if advice is not None else ():
-        named += [*policy.get("exits", ()), *policy.get("skip", ()), policy.get("exit_layer", 0)]
-    deepest = max([*named, (advice.exit_layer or 0) if advice is not None else 0])
-    if layers is not None and deepest > layers:
-        raise ConfigError(f"`saved` has settings with layer {deepest}, but {model} has {layers} layers")

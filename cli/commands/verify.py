@@ -5,28 +5,23 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config.checks import require_choice, require_given
-from layerskip_core.config.options import OUTPUT
-from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.config.evaluation import VerifyConfig
+from layerskip_core.config.options import Flag, Text
 
-from .. import evaluation, options
-from ..console import narrate, narrate_notes
-from ..loading import use_threads
-from ..signature import command
+from .. import evaluation
+from ..loading import load_model
+from ..options import Format, command
 
 
 @command
 def verify(
     model: Annotated[
-        str, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+        Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
     ] = "embedded",
     *,
     config: VerifyConfig,
-    form: options.Format = "table",
-    output: Annotated[
-        str | None,
-        typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=OUTPUT),
-    ] = None,
+    format: Format = "table",
+    output: Annotated[Text | None, Flag("Output", "Folder for verification.md, .json and .csv.")] = None,
 ) -> None:
     """Check that batching, drafting and resuming do not change outputs on this machine.
 
@@ -36,27 +31,17 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    require_choice(form, "format", options.FORMATS)
-    require_given("model", model)
-    require_given("output", output)
-    use_threads(config.machine.threads)
-    from layerskip_core.checkpoint.open import for_decoding
-    from layerskip_core.evaluation.output_folder import output_folder, write_files
+    from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.documents import to_json
     from layerskip_core.evaluation.verification.run import tables, to_csv
     from layerskip_core.evaluation.verification.run import verify as run_verify
 
     with output_folder(output, "layerskip verify") as folder:
-        loaded = for_decoding(model, config.machine.device)
-        narrate_notes(loaded)
-        use_threads(config.machine.threads, loaded)
-        del loaded
+        load_model(model, config.machine)  # for its notes and threads; freed before the checks, which load their own
         record = evaluation.watch(run_verify(replace(config, model=model)))
-        shown, document, rows = tables(record), to_json(record), to_csv(record)
-        if folder is not None:
-            files = {"md": "\n".join(table.markdown() for table in shown), "json": document, "csv": rows}
-            write_files(folder, {f"verification.{ending}": text.encode() for ending, text in files.items()})
-            narrate(f"wrote verification.md, .json and .csv to {folder}")
-        evaluation.print_as(form, shown, lambda: document, lambda: rows)
+        shown, rows = tables(record), to_csv(record)
+        texts = {"md": "\n".join(table.markdown() for table in shown), "json": to_json(record), "csv": rows}
+        files = {f"verification.{ending}": text.encode() for ending, text in texts.items()}
+        evaluation.deliver(record, shown, format, lambda: rows, folder, files)
     if not all(result.passed for result in record.results):
         raise typer.Exit(1)

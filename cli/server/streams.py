@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.serving import Request, Update
 
-from ..failure import tell
+from ..console import tell_error
 from .bodies import api_error
 
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +45,7 @@ class Updates:
             if update.error is not None:
                 refused = api_error(update.error)
                 if refused.status == 500:
-                    tell(update.error, debug=True)
+                    tell_error(update.error, debug=True)
                 raise refused
             count -= update.is_last
             yield number, update

@@ -20,10 +20,10 @@ from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
-from ..config.calibration import CalibrationConfig
 from ..config.checks import require
 from ..config.data import DataConfig
 from ..config.decoding import DecodingConfig
+from ..config.model import CalibrationConfig
 from ..data.examples import Conversation, load_rows
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError

@@ -14,13 +14,13 @@ from ..config.decoding import (
     DecodingOptions,
     Policy,
     Recommended,
-    is_open,
+    choices,
     policy_named,
     policy_options,
     policy_packing,
     resolve,
 )
-from ..config.machine import DTYPES
+from ..config.model import DTYPES
 from ..config.packing import PackingConfig, Quantization
 from ..errors import CheckpointError, ConfigError
 from ..model import Backend, TransformersBackend
@@ -142,7 +142,7 @@ class Decoder:
         only draft, for a policy that is not saved or needs copies of the weights that are not here, and as `resolve` does.
         """
         name, policies = options.get("policy"), self.info.policies
-        if name is None and EXACT in policies and is_open(options) and not packing.drafts_apart:
+        if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
             name = None if self._missing(policies[EXACT]) else EXACT
         if name is not None:
             policy = policy_named(policies, name)

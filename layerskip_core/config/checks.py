@@ -13,38 +13,23 @@ def require(condition: bool, field: str, needed: str, found: object) -> None:
         raise refused(field, needed, shown(found))
 
 
-def require_choice(value: str, field: str, choices: tuple[str, ...]) -> None:
+def require_choice(value: str, field: str, choices: Sequence[str]) -> None:
     require(value in choices, field, f"one of {', '.join(choices)}", value)
-
-
-def require_unicode(field: str, text: str | None) -> None:
-    """Raises ConfigError for lone surrogates, which stand for the bytes of an argument that is not valid UTF-8."""
-    whole = text is None or text.encode("utf-8", "replace").decode() == text
-    require(whole, field, "valid Unicode", ascii(text))
-
-
-def require_given(field: str, name: str | None) -> None:
-    """Raises ConfigError for an empty name, which would mean the current folder. None, not given, passes."""
-    require(name != "", field, "a name that is not empty", "an empty one")
 
 
 def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = False, field: str = "exit_layer") -> None:
     """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
     last = num_layers if may_be_last else num_layers - 1
-    if not 1 <= exit_layer <= last:
-        raise refused(field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
+    require(1 <= exit_layer <= last, field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
 
 
 def require_skip(skip: Sequence[int], num_layers: int) -> None:
     """Layers of the model, numbered 1..L, one at least and not all of them."""
-    if not skip:
-        needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
-        raise refused("skip", needed, "none")
-    outside = [layer for layer in skip if not 1 <= layer <= num_layers]
-    if outside:
-        raise refused("skip", f"in 1..{num_layers}", f"{outside[0]} (model has {num_layers} layers)")
-    if len(set(skip)) == num_layers:
-        raise refused("skip", "a list that leaves at least one layer", f"all {num_layers} layers")
+    needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+    require(bool(skip), "skip", needed, "none")
+    for layer in skip:
+        require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
+    require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")
 
 
 def refused(field: str, needed: str, got: str) -> ConfigError:

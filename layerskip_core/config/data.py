@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from msgspec import Meta
-
-from .options import DATA, Flag, Seed, Text
+from .options import CountOrNone, Flag, Seed, Text
 
 
 @dataclass(frozen=True)
@@ -16,15 +14,14 @@ class DataConfig:
     """
 
     name: Annotated[
-        Text, Flag(DATA, "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data")
+        Text, Flag("Data", "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data")
     ] = "commands"
-    split: Annotated[str, Flag(DATA, "Split of the data; for `commands` train, validation, test or compositional.")] = "train"
-    prompt_column: Annotated[str, Flag(DATA, "Column of the prompt.")] = "prompt"
-    completion_column: Annotated[str, Flag(DATA, "Column of what follows the prompt.")] = "completion"
+    split: Annotated[str, Flag("Data", "Split of the data; for `commands` train, validation, test or compositional.")] = "train"
+    prompt_column: Annotated[str, Flag("Data", "Column of the prompt.")] = "prompt"
+    completion_column: Annotated[str, Flag("Data", "Column of what follows the prompt.")] = "completion"
     limit: Annotated[
-        int,
-        Meta(ge=0, le=10_000_000),
-        Flag(DATA, "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
+        CountOrNone,
+        Flag("Data", "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
     ] = 0
-    seed: Annotated[Seed, Flag(DATA, "Seed of generated rows.")] = 0
+    seed: Annotated[Seed, Flag("Data", "Seed of generated rows.")] = 0
     setting: str = "data"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypedDict, cast
 from msgspec import Meta
 
 from .checks import refused, require, require_exit_layer, require_skip
-from .options import DECODING, SAMPLING, UNICODE, Flag, Seed, Text, counts_text, hints_of, one_of, parse_counts
+from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Text, counts_text, hints_of, one_of
 from .packing import PackingConfig, Quantization
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
@@ -26,10 +26,6 @@ _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
 _OF_A_REQUEST = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")  # what a policy does not set
 
-Layer = Annotated[int, Meta(ge=1)]
-Drafts = Annotated[int, Meta(ge=1, le=10_000)]
-MaxNewTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
-Share = Annotated[float, Meta(ge=0, le=1)]
 Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
 
 
@@ -47,7 +43,7 @@ class DecodingOptions(TypedDict, total=False):
         str,
         one_of(*STRATEGIES),
         Flag(
-            DECODING,
+            "Decoding",
             f"{', '.join(STRATEGIES)}.",
             default="adaptive; self-speculative with a flag about an exit or about drafts",
         ),
@@ -55,38 +51,39 @@ class DecodingOptions(TypedDict, total=False):
     exit_layer: Annotated[
         Layer,
         UsedBy(("self-speculative", "early-exit")),
-        Flag(DECODING, "Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
+        Flag("Decoding", "Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
     ]
     num_draft_tokens: Annotated[
-        Drafts, UsedBy(DRAFTERS), Flag(DECODING, "Most draft tokens per round.", "--spec", "the checkpoint's")
+        Drafts, UsedBy(DRAFTERS), Flag("Decoding", "Most draft tokens per round.", "--spec", "the checkpoint's")
     ]
-    max_new_tokens: Annotated[MaxNewTokens, Flag(DECODING, "Maximum number of tokens in an answer.", default="256")]
+    max_new_tokens: Annotated[Count, Flag("Decoding", "Maximum number of tokens in an answer.", default="256")]
     draft_confidence: Annotated[
         float,
         Meta(ge=0, lt=1),
         UsedBy(("adaptive", "self-speculative", "draft-and-verify")),
-        Flag(DECODING, "Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
+        Flag("Decoding", "Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
     ]
     stop: Annotated[
         Annotated[str, Meta(min_length=1)] | Sequence[Text],  # msgspec 0.22 crashes on a pattern beside a list
         Meta(description=f"{UNICODE.description}, or several"),
-        Flag(DECODING, "End the answer before this text. Can be repeated."),
+        Flag("Decoding", "End the answer before this text. Can be repeated.", repeated=True),
     ]
     lookup: Annotated[
         int,
         Meta(ge=0, le=1_000),
         UsedBy(DRAFTERS),
         Flag(
-            DECODING,
+            "Decoding",
             "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.",
             default="0",
         ),
     ]
     exit_confidence: Annotated[
-        Share,
+        float,
+        Meta(ge=0, le=1),
         UsedBy(("early-exit",)),
         Flag(
-            DECODING,
+            "Decoding",
             "Early exit: each token leaves at the first exit that gives its best token more than this probability.",
             default="0",
         ),
@@ -95,16 +92,15 @@ class DecodingOptions(TypedDict, total=False):
         Sequence[Layer],
         UsedBy(("draft-and-verify",)),
         Flag(
-            DECODING,
+            "Decoding",
             "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
             default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
-            parse=parse_counts,
         ),
     ]
     policy: Annotated[
         Text,
         Flag(
-            DECODING,
+            "Decoding",
             "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
             "of plain decoding) or fast (nearly its quality).",
             default="exact if it is stored and nothing else is said",
@@ -114,22 +110,19 @@ class DecodingOptions(TypedDict, total=False):
         Sequence[Layer],
         UsedBy(("early-exit", "adaptive")),  # which takes the trained ones
         Flag(
-            DECODING,
+            "Decoding",
             "Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.",
             default="the trained ones, at most six",
-            parse=parse_counts,
         ),
     ]
-    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag(SAMPLING, "Temperature; 0 is greedy.", default="0")]
-    top_k: Annotated[
-        int, Meta(ge=0, le=10_000_000), Flag(SAMPLING, "Sample from the k most probable tokens; 0: from all.", default="0")
-    ]
+    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Sampling", "Temperature; 0 is greedy.", default="0")]
+    top_k: Annotated[CountOrNone, Flag("Sampling", "Sample from the k most probable tokens; 0: from all.", default="0")]
     top_p: Annotated[
         float,
         Meta(gt=0, le=1),
-        Flag(SAMPLING, "Sample from the most probable tokens that add up to this probability.", default="1"),
+        Flag("Sampling", "Sample from the most probable tokens that add up to this probability.", default="1"),
     ]
-    seed: Annotated[Seed, Flag(SAMPLING, "Seed of sampling.", default="0")]
+    seed: Annotated[Seed, Flag("Sampling", "Seed of sampling.", default="0")]
 
 
 class Measured(TypedDict):
@@ -152,7 +145,7 @@ class Policy(DecodingOptions, total=False):
     draft_weights: Quantization
     draft_copies: Sequence[Quantization]
     draft_head: Quantization
-    draft_vocab: Annotated[int, Meta(ge=0, le=10_000_000)]
+    draft_vocab: CountOrNone
     measured: Measured
 
 
@@ -165,11 +158,11 @@ class DraftProfile:
     drafts were stored, as in PackingConfig.
     """
 
-    acceptance: dict[str, Share] = field(default_factory=dict)
+    acceptance: dict[str, Annotated[float, Meta(ge=0, le=1)]] = field(default_factory=dict)
     passes: tuple[Milliseconds, ...] = ()
     drafts: dict[str, Milliseconds] = field(default_factory=dict)
     draft_head: Quantization | None = None
-    draft_vocab: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    draft_vocab: CountOrNone = 0
 
     def without(self, exits: Iterable[int]) -> "DraftProfile":
         """Without what was measured of drafts at these exits, by the model's own layers or by copies."""
@@ -242,7 +235,15 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
         strategy = "adaptive" if packing.drafts_apart or known.strategy is None else known.strategy
         if options.get("lookup") and strategy not in used_by("lookup"):
             strategy = "adaptive"
-    _require_used(strategy, options)
+    given = choices(options)
+    if "exit_confidence" in given:
+        for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
+            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
+            raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
+    require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
+    for name in given:
+        users = used_by(name)
+        require(strategy in users, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
     return resolve_as(strategy, options, known, num_layers, packing)
 
 
@@ -259,7 +260,11 @@ def resolve_as(
         completed["draft_weights"] = packing.draft_weights[0]
     match strategy:
         case "early-exit" if asked.get("exit_confidence"):
-            completed["exits"] = _exits_to_test(asked.get("exits", ()), known.exits, num_layers)
+            needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
+            require(bool(asked.get("exits") or known.exits), "exit_confidence", needed, "neither")
+            for exit_layer in asked.get("exits", ()):
+                require_exit_layer(exit_layer, num_layers, field="exits")
+            completed["exits"] = spread_exits(known.exits, num_layers)
         case "early-exit" | "self-speculative":
             of_copies = "draft_weights" in completed
             all_layers = of_copies and "exit_layer" not in asked and not known.exits
@@ -291,23 +296,17 @@ def implied_strategy(options: DecodingOptions) -> str | None:
     return "self-speculative" if drafting else None
 
 
-def is_open(options: DecodingOptions) -> bool:
-    """Whether nothing is said about how to draft or where to exit."""
-    return not options.get("policy") and not choices(options)
-
-
 def choices(options: DecodingOptions) -> dict[str, Any]:
-    """What was said of all that a policy sets."""
-    return {name: value for name, value in _said(options).items() if value and name not in (*_OF_A_REQUEST, "policy")}
+    """What was said about how to draft and where to exit: a policy, or what it sets. Without it the checkpoint chooses."""
+    return {name: value for name, value in _said(options).items() if value and name not in _OF_A_REQUEST}
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> DecodingOptions:
     """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
-    kept = dict(options)
     if "policy" in changes:
-        kept = {name: value for name, value in kept.items() if name in _OF_A_REQUEST}
-    elif choices(changes):
-        kept.pop("policy", None)
+        kept = {name: value for name, value in options.items() if name in _OF_A_REQUEST}
+    else:
+        kept = {name: value for name, value in options.items() if name != "policy" or not choices(changes)}
     return cast(DecodingOptions, kept | dict(changes))
 
 
@@ -328,8 +327,9 @@ def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
 def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
     """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError if it says more."""
     for name, value in choices(request).items():
-        text = counts_text(value) if isinstance(value, tuple) else value
-        raise refused("policy", f"given without `{name}`", f"`{name}` {text}")
+        if name != "policy":
+            text = counts_text(value) if isinstance(value, tuple) else value
+            raise refused("policy", f"given without `{name}`", f"`{name}` {text}")
     own = {name: value for name, value in request.items() if name in _OF_A_REQUEST}
     decoding = {name: value for name, value in policy.items() if name in hints_of(DecodingOptions)}
     return cast(DecodingOptions, decoding | own)
@@ -353,12 +353,6 @@ def policy_text(policy: Policy) -> str:
     return name if drafts is None else f"{name} with {drafts} draft tokens"
 
 
-def is_exit_drafting(policy: Policy) -> bool:
-    """Whether an exit and a draft length say it all."""
-    simple = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}
-    return policy["strategy"] == "self-speculative" and policy.keys() <= simple
-
-
 def default_exits(num_layers: int) -> tuple[int, ...]:
     """Six exits, denser among the early layers, where drafts are cheap. Of 24 layers: 3, 4, 6, 8, 12 and 18."""
     shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
@@ -378,25 +372,3 @@ def _said(options: Mapping[str, Any]) -> dict[str, Any]:
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
     return {name: value for name, value in tuples.items() if value not in (None, ())}
-
-
-def _require_used(strategy: str, options: DecodingOptions) -> None:
-    """Raises ConfigError for options that this strategy does not use, or that contradict each other."""
-    given = choices(options)
-    if "exit_confidence" in given:
-        for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
-            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
-            raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
-    require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
-    for name in given:
-        users = used_by(name)
-        require(strategy in users, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
-
-
-def _exits_to_test(exits: tuple[int, ...], trained: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The exits that `exit_confidence` chooses among: those given, else a spread of the trained ones."""
-    needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
-    require(bool(exits or trained), "exit_confidence", needed, "neither")
-    for exit_layer in exits:
-        require_exit_layer(exit_layer, num_layers, field="exits")
-    return exits or spread_exits(trained, num_layers)

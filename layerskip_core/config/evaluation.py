@@ -1,16 +1,15 @@
 """What is evaluated, and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal, cast
 
 from msgspec import Meta
 
-from .checks import require, require_choice
+from .checks import require
 from .decoding import DRAFTERS, STRATEGIES, DecodingOptions
-from .machine import MachineConfig
-from .options import DECODING, MEASUREMENT, MODEL, TASK, Flag, Seed, Text, parse_counts, parse_names, parse_shares
+from .model import MachineConfig, PromptingConfig
+from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 from .packing import PackingConfig
-from .prompting import PromptingConfig
 
 # Each task, and the TaskLoader that loads it. It is imported when the task is used.
 TASKS = {
@@ -24,11 +23,13 @@ TASKS = {
     "mbpp": "layerskip_core.evaluation.tasks.code:MBPP",
     "lm": "layerskip_core.evaluation.tasks.language_modelling:LANGUAGE_MODELLING",
 }
-METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
 UNSANDBOXED = "unsandboxed"
 HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
+PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
+
+_OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
 
 
 @dataclass(frozen=True)
@@ -45,59 +46,55 @@ class TaskConfig:
     task: Annotated[
         Text | None,
         Flag(
-            TASK,
+            "Task",
             f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
             default="by --data, else commands",
         ),
     ] = None
-    data: Annotated[Text | None, Flag(TASK, "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = (
-        None
-    )
-    split: Annotated[str, Flag(TASK, "train, validation or test; compositional too for `commands`.")] = "test"
-    samples: Annotated[int, Meta(ge=0, le=10_000_000), Flag(TASK, "Number of rows; 0: all, 20000 for `commands`.")] = 12
-    seed: Annotated[Seed, Flag(TASK, "Seed of generated rows and of sampling.")] = 0
-    max_new_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=10_000_000)] | None,
-        Flag(DECODING, "Maximum number of tokens in an answer.", default="the task's"),
+    data: Annotated[
+        Text | None, Flag("Task", "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")
     ] = None
-    prompt_column: Annotated[str | None, Flag(TASK, "Column of the prompt.", default="the first of the usual names")] = None
-    completion_column: Annotated[str | None, Flag(TASK, "Column of the reference.", default="the first of the usual names")] = (
-        None
-    )
+    split: Annotated[str, Flag("Task", "train, validation or test; compositional too for `commands`.")] = "test"
+    samples: Annotated[CountOrNone, Flag("Task", "Number of rows; 0: all, 20000 for `commands`.")] = 12
+    seed: Annotated[Seed, Flag("Task", "Seed of generated rows and of sampling.")] = 0
+    max_new_tokens: Annotated[
+        Count | None, Flag("Decoding", "Maximum number of tokens in an answer.", default="the task's")
+    ] = None
+    prompt_column: Annotated[str | None, Flag("Task", "Column of the prompt.", default="the first of the usual names")] = None
+    completion_column: Annotated[
+        str | None, Flag("Task", "Column of the reference.", default="the first of the usual names")
+    ] = None
     metric: Annotated[
-        str | None, Flag(TASK, "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references")
+        Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
+        Flag("Task", "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
     ] = None
     shots: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag(TASK, "Solved rows before each prompt.", default="the task's")
+        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag("Task", "Solved rows before each prompt.", default="the task's")
     ] = None
-    pass_k: Annotated[tuple[int, ...], Flag(TASK, "The k of pass@k, such as 1,10.", parse=parse_counts)] = (1,)
+    pass_k: Annotated[tuple[Count, ...], Flag("Task", "The k of pass@k, such as 1,10.")] = (1,)
     problem_samples: Annotated[
-        int, Meta(ge=1, le=10_000), Flag(TASK, "Answers to each code problem, for pass@k; needs --temperature if above 1.")
+        int,
+        Meta(ge=1, le=10_000),
+        Flag("Task", "Answers to each code problem, for pass@k; needs --temperature if above 1."),
     ] = 1
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
+        Meta(description=f"given without a value, or {UNSANDBOXED}"),
         Flag(
-            TASK,
+            "Task",
             f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
-            parse=lambda text, field: text or True,
             optional=UNSANDBOXED,
         ),
     ] = False
-    include_path: Annotated[str | None, Flag(TASK, f"Folder with task files of your own, for {HARNESS}.")] = None
+    include_path: Annotated[str | None, Flag("Task", f"Folder with task files of your own, for {HARNESS}.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
-        if self.metric is not None:
-            require_choice(self.metric, "metric", METRICS)
-        require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
-        known = self.allow_code_execution in (False, True, UNSANDBOXED)
-        require(known, "allow_code_execution", f"given without a value, or {UNSANDBOXED}", self.allow_code_execution)
         most = max(self.pass_k)
         require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
         named = self.task is not None and self.task.startswith(HARNESS)
         require(not named or bool(self.harness_tasks), "task", f"{HARNESS} with the name of a task", self.task)
-        local = self.include_path is None or named
-        require(local, "include_path", f"used with `task` {HARNESS}...", self.include_path)
+        require(self.include_path is None or named, "include_path", f"used with `task` {HARNESS}...", self.include_path)
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
@@ -108,44 +105,62 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """Strategies and baselines side by side. None for exit and draft length: what the checkpoint recommends.
+class MeasurementConfig:
+    """What every measurement of decoding has.
 
-    Layers to skip in `generation` imply the strategy draft-and-verify.
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none, None: some) are timed.
     """
 
-    model: Annotated[Text, Flag(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded"
-    task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
-    exit_layer: Annotated[
-        int | None, Flag(DECODING, "Layers of the early exit and of the drafts.", "--exit", "the checkpoint's")
-    ] = None
-    num_draft_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=10_000)] | None, Flag(DECODING, "Draft tokens per round.", "--spec", "the checkpoint's")
-    ] = None
-    strategies: Annotated[
-        tuple[str, ...], Flag(DECODING, "The strategies to run; autoregressive is required.", parse=parse_names)
-    ] = field(
-        default_factory=lambda: ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
-    )
+    model: ModelName = "embedded"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    _: KW_ONLY
     batch_size: Annotated[
-        int,
-        Meta(ge=1, le=65_536),
-        Flag(MEASUREMENT, "Prompts answered together, for quality; speed is measured at batch size 1."),
+        BatchSize, Flag("Measurement", "Prompts answered together, for quality; speed is measured at batch size 1.")
     ] = 1
     timed: Annotated[
         Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag(MEASUREMENT, "With --batch-size: the number of prompts that speed is measured on.", default="8"),
+        Flag("Measurement", "With --batch-size: the number of prompts that speed is measured on.", default="8"),
     ] = None
-    repeats: Annotated[
-        int, Meta(ge=1, le=1_000), Flag(MEASUREMENT, "Number of times that everything is measured; medians are reported.")
-    ] = 3
-    baselines: Annotated[tuple[str, ...], Flag(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=parse_names)] = ()
-    draft_model: Annotated[Text | None, Flag(MEASUREMENT, "Model that the baseline draft-model drafts with.")] = None
-    gguf: Annotated[Text | None, Flag(MEASUREMENT, "The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+
+    def __post_init__(self) -> None:
+        size, timed, temperature = self.batch_size, self.timed, self.generation.get("temperature", 0.0)
+        require(size == 1 or not self.packing.exact, "batch_size", "1 with `exact`", size)
+        require(size == 1 or temperature == 0, "batch_size", "1 with a `temperature` above 0", size)
+        require(timed is None or size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)
+        drawn = self.task.problem_samples == 1 or temperature > 0
+        require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
+
+
+@dataclass(frozen=True)
+class BenchConfig(MeasurementConfig):
+    """Strategies and baselines side by side. None for exit and draft length: what the checkpoint recommends.
+
+    Layers to skip in `generation` imply the strategy draft-and-verify.
+    """
+
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
+    exit_layer: Annotated[
+        Layer | None, Flag("Decoding", "Layers of the early exit and of the drafts.", "--exit", "the checkpoint's")
+    ] = None
+    num_draft_tokens: Annotated[Drafts | None, Flag("Decoding", "Draft tokens per round.", "--spec", "the checkpoint's")] = None
+    strategies: Annotated[
+        tuple[Annotated[str, one_of(*STRATEGIES)], ...],
+        Flag("Decoding", "The strategies to run; autoregressive is required."),
+    ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
+    repeats: Annotated[
+        int, Meta(ge=1, le=1_000), Flag("Measurement", "Number of times that everything is measured; medians are reported.")
+    ] = 3
+    baselines: Annotated[
+        tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Measurement", f"Also: {','.join(BASELINES)}, or some.")
+    ] = ()
+    draft_model: Annotated[Text | None, Flag("Measurement", "Model that the baseline draft-model drafts with.")] = None
+    gguf: Annotated[Text | None, Flag("Measurement", "The model as a GGUF file, for the baseline llama.cpp.")] = None
+    generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(
+        default_factory=lambda: DecodingOptions()
+    )
 
     def decoding(self, generation: DecodingOptions) -> DecodingOptions:
         """These options with the exit and the draft length."""
@@ -158,111 +173,108 @@ class BenchConfig:
         return bool(self.generation.get("skip")) or "draft-and-verify" in (*self.strategies, *self.baselines)
 
     def __post_init__(self) -> None:
-        for name in self.strategies:
-            require_choice(name, "strategies", STRATEGIES)
-        known = "autoregressive" in self.strategies
-        require(
-            known, "strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
-        )
+        super().__post_init__()
+        compared = "autoregressive" in self.strategies
+        listed = ",".join(self.strategies)
+        require(compared, "strategies", "a list with autoregressive, which the others are compared with", listed)
         temperature = self.generation.get("temperature", 0.0)
-        _require_batches(self.batch_size, self.timed, 0, temperature, self.packing)
-        _require_drawn(self.task.problem_samples, temperature)
-        for name in self.baselines:
-            require_choice(name, "baselines", BASELINES)
         require(not self.baselines or temperature == 0, "temperature", "0 with `baselines`, which are greedy", temperature)
-        drafting = "draft-model" in self.baselines
-        require(
-            drafting == (self.draft_model is not None), "draft_model", "given with the baseline draft-model", self.draft_model
-        )
-        needed = ("llama.cpp" in self.baselines) == (self.gguf is not None)
-        require(needed, "gguf", "given with the baseline llama.cpp, and only then", self.gguf or "none")
+        for name, baseline in (("draft_model", "draft-model"), ("gguf", "llama.cpp")):
+            given = getattr(self, name)
+            needed = (baseline in self.baselines) == (given is not None)
+            require(needed, name, f"given with the baseline {baseline}, and only then", given or "none")
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(MeasurementConfig):
     """Every exit and drafter with every draft length; `quick`: only those predicted to be fastest.
 
     No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
     `exit_confidences`: early exits at a depth of each token's own; None: a few, if the exits were trained.
-
     `search_skips`: also Draft & Verify, with the layers to skip and the draft length that a search finds.
     `keep`: the share of full depth's quality that an early exit must keep to become the policy `fast`.
-    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """
 
-    model: Annotated[Text, Flag(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded"
-    task: TaskConfig = field(default_factory=TaskConfig)
     exits: Annotated[
-        tuple[int, ...],
+        tuple[Layer, ...],
         Flag(
-            DECODING,
+            "Decoding",
             "Exits: 3,6,8 or A:B:STEP, both ends included.",
             default="six of them, and all layers of --draft-weights; the latter alone if no exit was trained",
-            parse=parse_counts,
         ),
     ] = ()
-    specs: Annotated[tuple[int, ...], Flag(DECODING, "Draft lengths, in the same form.", parse=parse_counts)] = (2, 4, 6, 8, 12)
+    specs: Annotated[tuple[Drafts, ...], Flag("Decoding", "Draft lengths, in the same form.")] = (2, 4, 6, 8, 12)
     keep: Annotated[
-        float,
-        Meta(gt=0, le=1),
-        Flag(MEASUREMENT, "Share of full depth's quality that an early exit must keep to be the policy `fast`."),
+        Share, Flag("Measurement", "Share of full depth's quality that an early exit must keep to be the policy `fast`.")
     ] = 0.98
     exit_confidences: Annotated[
-        tuple[float, ...] | None,
+        tuple[Share, ...] | None,
         Flag(
-            DECODING,
+            "Decoding",
             "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
             default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
-            parse=parse_shares,
         ),
     ] = None
-    quick: Annotated[bool, Flag(MEASUREMENT, "Measure only the settings that are predicted to be fastest.")] = False
+    quick: Annotated[bool, Flag("Measurement", "Measure only the settings that are predicted to be fastest.")] = False
     search_skips: Annotated[
         bool,
         Flag(
-            MEASUREMENT,
+            "Measurement",
             "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.",
         ),
     ] = False
-    batch_size: Annotated[
-        int,
-        Meta(ge=1, le=65_536),
-        Flag(MEASUREMENT, "Prompts answered together, for quality; speed is measured at batch size 1."),
-    ] = 1
-    timed: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag(MEASUREMENT, "With --batch-size: the number of prompts that speed is measured on.", default="8"),
-    ] = None
-    generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
-    machine: MachineConfig = field(default_factory=MachineConfig)
-    packing: PackingConfig = field(default_factory=PackingConfig)
+    generation: Annotated[
+        DecodingOptions,
+        Without("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK),
+    ] = field(default_factory=lambda: DecodingOptions())
 
     def __post_init__(self) -> None:
-        require(all(exit_layer >= 1 for exit_layer in self.exits), "exits", "layers of at least 1", _listed(self.exits))
-        require(bool(self.specs), "specs", "at least one draft length", "none")
-        require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
-        shares = self.exit_confidences or ()
-        require(all(0 < share <= 1 for share in shares), "exit_confidences", "above 0 and up to 1", _listed(shares))
+        super().__post_init__()
+        require(self.timed != 0, "timed", "at least 1", self.timed)
         single = self.generation.get("exit_confidence")
         require(not single, "exit_confidence", "left out of a sweep, which takes `exit_confidences`", single)
         skip = self.generation.get("skip", ())
         require(not (self.search_skips and skip), "search_skips", "left out with `skip`", ",".join(map(str, skip)))
-        temperature = self.generation.get("temperature", 0.0)
-        _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
-        _require_drawn(self.task.problem_samples, temperature)
 
 
-def _require_batches(batch_size: int, timed: int | None, fewest: int, temperature: float, packing: PackingConfig) -> None:
-    require(batch_size == 1 or not packing.exact, "batch_size", "1 with `exact`", batch_size)
-    require(batch_size == 1 or temperature == 0, "batch_size", "1 with a `temperature` above 0", batch_size)
-    require(timed is None or batch_size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)
-    require(timed is None or timed >= fewest, "timed", f"at least {fewest}", timed)
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Half of the `samples` prompts come from `data`, the others are random token ids.
 
+    `precisions` and `kernels`: those to verify; no `kernels`: all that this machine can run. `exits` and `specs` are those of
+    the drafts; no exits: the recommended one, one below and one above. `draws`: sampled outputs that are compared with the
+    model's distribution; 0: none.
+    """
 
-def _require_drawn(problem_samples: int, temperature: float) -> None:
-    drawn = problem_samples == 1 or temperature > 0
-    require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
-
-
-def _listed(numbers: tuple[float, ...]) -> str:
-    return ",".join(map(str, numbers))
+    model: Text = "embedded"
+    data: Annotated[Text, Flag("Data", "Real prompts: commands, a file, a TOPv2 folder or a hub id.")] = "commands"
+    samples: Annotated[
+        int, Meta(ge=2, le=10_000_000), Flag("Data", "Number of prompts; half of them are random token ids.")
+    ] = 8
+    max_new_tokens: Annotated[
+        int, Meta(ge=3, le=10_000_000), Flag("Decoding", "Maximum number of tokens in an output.")  # it is cut in two
+    ] = 16
+    seed: Annotated[Seed, Flag("Data", "Seed of random prompts and of sampling.")] = 0
+    precisions: Annotated[tuple[Annotated[str, one_of(*PRECISIONS)], ...], Flag("Weights", "Precisions of the weights.")] = (
+        PRECISIONS
+    )
+    kernels: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Machine",
+            "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
+            "(the same with --exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
+            default="all that this machine and this model can run",
+        ),
+    ] = ()
+    exits: Annotated[
+        tuple[Layer, ...],
+        Flag("Decoding", "Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it"),
+    ] = ()
+    specs: Annotated[tuple[Drafts, ...], Flag("Decoding", "Draft lengths, in the same form.")] = (1, 4, 7)
+    draws: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag("Measurement", "Sampled outputs whose first tokens are compared with the model's distribution; 0: none."),
+    ] = 400
+    machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)

@@ -1,13 +1,13 @@
 """How a setting is declared: its type, its range and its flag stand together in one annotation.
 
-    num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag(DECODING, "Most draft tokens per round.", "--spec")]
+    num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Decoding", "Most draft tokens per round.", "--spec")]
 
 The command line makes a flag of it. `checked` tests what a user gave: a flag, a Python option, JSON or TOML.
 Settings that our own code makes are not checked.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -19,15 +19,10 @@ from msgspec import Meta
 
 from .checks import refused, require, shown
 
-# The headings of --help, in their order.
-PANELS = (
-    INPUT, MODEL, SERVER, RECIPE, RETENTION, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS,
-    RUN, MEASUREMENT, WEIGHTS, MACHINE, OUTPUT,
-) = (
+Panel = Literal[
     "Input", "Model", "Server", "Recipe", "Retention", "Exit blocks", "Optimisation", "Task", "Data", "Decoding", "Sampling",
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
-)  # fmt: skip
-MAX_COUNT = 1_000_000_000
+]  # the headings of --help, in their order  # fmt: skip
 _MOST_COUNTS = 10_000  # in a list or range of counts
 _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
@@ -41,16 +36,23 @@ class Flag:
         help: one sentence.
         flag: its spelling where it is not the field's name; several with slashes between.
         default: shown in --help where the field has no default of its own.
-        parse: makes the value from a text, given the field's name for errors.
-        optional: a value that may follow the flag; without one `parse` gets an empty text.
+        repeated: the flag can be repeated; a list has one flag otherwise, with commas.
+        optional: a value that may follow the flag; without one the field is True.
     """
 
-    panel: str
+    panel: Panel
     help: str
     flag: str | None = None
     default: str | None = None
-    parse: Callable[[str, str], object] | None = None
+    repeated: bool = False
     optional: str | None = None
+
+
+class Without(frozenset[str]):
+    """Beside a field that is a group of settings: those that are no flags of this command."""
+
+    def __new__(cls, *names: str) -> "Without":
+        return super().__new__(cls, names)
 
 
 def one_of(*names: str) -> Meta:
@@ -61,9 +63,16 @@ def one_of(*names: str) -> Meta:
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
 UNICODE = Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description="a text of valid Unicode that is not empty")
 Text = Annotated[str, UNICODE]
-Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
+Count = Annotated[int, Meta(ge=1, le=10_000_000)]
+CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]
+Steps = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Layer = Annotated[int, Meta(ge=1)]
+Drafts = Annotated[int, Meta(ge=1, le=10_000)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
+Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
+ModelName = Annotated[Text, Flag("Model", "embedded, embedded-base, a folder, a .gguf file or a hub id.")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,12 +109,30 @@ def needed(hint: Any) -> str:
             return needed(parts[0])
         return meta.description or f"{_KINDS[parts[0]]} {_range(meta, whole=parts[0] is int)}"
     if origin is Literal:
-        return f"one of {', '.join(parts)}"
+        return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):
         return " or ".join(needed(part) for part in parts if part is not NoneType)
     if origin is not None and issubclass(origin, Sequence):
         return f"a list, each {needed(parts[0])}"
     return _KINDS[hint]
+
+
+def _range(meta: Meta, whole: bool) -> str:
+    low, high = (meta.gt if meta.ge is None else meta.ge), (meta.lt if meta.le is None else meta.le)
+    if high is None:
+        return f"{'above' if meta.ge is None else 'of at least'} {low:g}"
+    if whole:
+        return f"in {low}..{high}"
+    return f"in {'(' if meta.ge is None else '['}{low:g}, {high:g}{')' if meta.le is None else ']'}"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, ranges and other iterables as Python's numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return [_plain(entry) for entry in value]
+    return value
 
 
 def flag_of(hint: Any) -> Flag | None:
@@ -119,43 +146,54 @@ def hints_of(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def parse_names(text: str, field: str) -> tuple[str, ...]:
-    """Names from `one,two`. Raises ConfigError for none."""
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that a value can have, without metadata and None."""
+    if get_origin(hint) is Annotated:
+        return alternatives(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in alternatives(part))
+    return () if hint is NoneType else (hint,)
+
+
+def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
+    """The parts of a flag with commas, by the type of the list: counts, shares or names. Raises ConfigError."""
+    (entry, *_) = alternatives(get_args(alternatives(hint)[-1])[0])
+    parse = {int: parse_counts, float: _parse_shares}.get(entry, _parse_names)
+    return parse(text, field)
+
+
+def _parse_names(text: str, field: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     require(bool(names), field, "a name, or several with commas", repr(text))
     return names
 
 
+def _parse_shares(text: str, field: str) -> tuple[float, ...]:
+    """Distinct numbers in ascending order."""
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text))) from None
+
+
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
     """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
 
-    Raises ConfigError, also for more than _MOST_COUNTS of them.
+    Raises ConfigError, also for more than 10,000 of them.
     """
     try:
-        parts = [[int(number) for number in part.split(":")] for part in text.split(",")]
-        if any(abs(number) > MAX_COUNT for numbers in parts for number in numbers):
-            raise refused(field, f"counts of at most {MAX_COUNT}", shown(text))
-        ranges = [_counts(*numbers) if len(numbers) > 1 else numbers for numbers in parts]
-    except (ValueError, TypeError):  # not a number; too many for a range
+        ranges = [_counts(*map(int, part.split(":"))) for part in text.split(",")]
+        count = sum(map(len, ranges))
+    except (ValueError, TypeError, OverflowError):  # not a number; too many for a range, or of them
         ranges = []
     if not ranges or not all(ranges):
-        needed = "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1"
-        raise refused(field, needed, repr(shown(text)))
-    count = sum(map(len, ranges))
-    if count > _MOST_COUNTS:
-        raise refused(field, f"at most {_MOST_COUNTS} counts", str(count))
+        raise refused(field, "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1", repr(shown(text)))
+    require(count <= _MOST_COUNTS, field, f"at most {_MOST_COUNTS} counts", count)
     return tuple(sorted(set(chain.from_iterable(ranges))))
 
 
-def parse_shares(text: str, field: str) -> tuple[float, ...]:
-    """Distinct shares above 0 and up to 1 in ascending order, from `0.8,0.9`. Raises ConfigError."""
-    try:
-        shares = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        shares = []
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text)))
-    return tuple(shares)
+def _counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
+    return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()
 
 
 def counts_text(counts: Sequence[int]) -> str:
@@ -167,26 +205,3 @@ def counts_text(counts: Sequence[int]) -> str:
         else:
             runs.append([count])
     return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
-
-
-def _counts(start: int, stop: int, step: int = 1) -> Sequence[int]:
-    """Lazy, so that a huge range costs nothing."""
-    return range(start, stop + 1, step) if step >= 1 else ()
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays, ranges and other iterables as Python's numbers and lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        return [_plain(entry) for entry in value]
-    return value
-
-
-def _range(meta: Meta, whole: bool) -> str:
-    low, high = (meta.gt if meta.ge is None else meta.ge), (meta.lt if meta.le is None else meta.le)
-    if high is None:
-        return f"{'above' if meta.ge is None else 'of at least'} {low:g}"
-    if whole:
-        return f"in {low}..{high}"
-    return f"in {'(' if meta.ge is None else '['}{low:g}, {high:g}{')' if meta.le is None else ']'}"

@@ -3,17 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from msgspec import Meta
-
 from .checks import require
-from .options import WEIGHTS, Flag, parse_names
+from .options import CountOrNone, Flag
 
 Quantization = Literal["int8", "int4"]
-
-
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-
-
 EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 
 
@@ -29,23 +23,17 @@ class PackingConfig:
     that of autoregressive decoding, in every precision.
     """
 
-    quantize: Annotated[Quantization | None, Flag(WEIGHTS, "int8 or int4 weights (CPU only).", default="none")] = None
+    quantize: Annotated[Quantization | None, Flag("Weights", "int8 or int4 weights (CPU only).", default="none")] = None
     draft_weights: Annotated[
         tuple[Quantization, ...],
-        Flag(
-            WEIGHTS,
-            "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same.",
-            parse=parse_names,
-        ),
+        Flag("Weights", "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
     ] = ()
     draft_layers: int = 0
     draft_head: Annotated[
-        Quantization | None, Flag(WEIGHTS, "Precision of the head of these copies: int8 or int4.", default="int8")
+        Quantization | None, Flag("Weights", "Precision of the head of these copies: int8 or int4.", default="int8")
     ] = None
-    draft_vocab: Annotated[
-        int, Meta(ge=0, le=10_000_000), Flag(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all.")
-    ] = 0
-    exact: Annotated[bool, Flag(WEIGHTS, "Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = (
+    draft_vocab: Annotated[CountOrNone, Flag("Weights", "Draft among the N most frequent tokens only; 0: among all.")] = 0
+    exact: Annotated[bool, Flag("Weights", "Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = (
         False
     )
     adaptive: bool = False

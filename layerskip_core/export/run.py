@@ -14,7 +14,7 @@ from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
 from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
 from ..config.checks import require, require_exit_layer
-from ..config.export import Engine, ExportConfig
+from ..config.model import Engine, ExportConfig
 from ..model import TransformersBackend
 from ..model.exit_blocks import NO_BLOCKS
 from .draft import cut_to_exit, recommended_length

@@ -18,7 +18,7 @@ from ..checkpoint.loaded import Decoder
 from ..checkpoint.open import for_decoding
 from ..config.checks import require
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
-from ..config.machine import DTYPES
+from ..config.model import DTYPES
 from ..config.options import checked
 from ..config.packing import PackingConfig, Quantization
 from ..decoding import before_stop, check_prompt, decode_batch

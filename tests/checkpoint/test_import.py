@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.config.calibration import CalibrationConfig
+from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.model.exit_blocks import ExitBlock
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 from command_line import fails, run
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -79,18 +78,8 @@ def test_own_rows_are_calibrated_on(wide, tmp_path):
     assert short.code == 1 and "--data" in short.err and "must have at least 24 tokens, found" in short.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--length", "129"), "--length must be at most 128, the model's context, got 129"),
-        (("--length", "1"), "--length must be a whole number in 2..10000000, got 1"),
-        (("--samples", "0"), "--samples must be at least 1, got 0"),
-        (("--samples", "-1"), "--samples must be a whole number in 0..10000000, got -1"),
-        (("--steps", "-1"), "--steps must be a whole number in 0..1000000000, got -1"),
-    ],
-)
-def test_wrong_settings_are_one_error(wide, arguments, message):
-    fails(message, "calibrate", "--model", str(wide), *arguments)
+def test_wrong_settings_are_one_error(wide):
+    fails("--length must be at most 128, the model's context, got 129", "calibrate", "--model", str(wide), "--length", "129")
     assert not (wide / INT4_FILE).exists()
 
 

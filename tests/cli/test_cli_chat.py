@@ -162,7 +162,7 @@ def test_the_conversation_ends_where_nothing_can_be_written(model):
     with open("/dev/full", "w") as full:
         process = start("chat", "--model", model, "--max-new-tokens", "4", stdout=full)
         result = finish(process, lines(*MESSAGES))
-    assert (result.code, result.err) == (1, "error: standard output cannot be written: No space left on device\n")
+    assert (result.code, result.err) == (1, "error: [Errno 28] No space left on device\n")
 
 
 def test_colours_are_for_terminals(chat, conversation, monkeypatch):

@@ -4,54 +4,54 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
-import typer
 from evaluating import own_answers, tiny_loaded
-from typer.testing import CliRunner
 
-from cli.commands.bench import bench
-from cli.commands.sweep_exits import sweep_exits
-from cli.options import with_flags
-from cli.signature import Command
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import policy_text
-from layerskip_core.errors import LayerSkipError
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
 
-app = typer.Typer()
-app.command("sweep-exits", cls=Command)(sweep_exits)
-app.command("bench", cls=Command)(bench)
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    loaded, folder = tiny_loaded(torch.float32), str(tmp_path_factory.mktemp("tiny") / "model")
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, loaded.info, folder, torch.float32)
+    return folder
 
 
 @pytest.fixture
-def model(tmp_path):
-    loaded = tiny_loaded(torch.float32)
-    save_checkpoint(loaded.backend.model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
-    return str(tmp_path / "model")
+def copy(model, tmp_path):
+    """Where a sweep can save."""
+    return str(shutil.copytree(model, tmp_path / "copy"))
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     """The model's own answers as a file: exact match is 100% wherever decoding is the model's own."""
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"prompt": example.prompt, "reference": example.completion} for example in own_answers().examples]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 
 def run(*arguments):
-    """A command in this process; whatever it raises comes through."""
-    result = CliRunner().invoke(app, list(arguments))
-    if isinstance(result.exception, LayerSkipError):
-        raise LayerSkipError(with_flags(str(result.exception)))
-    assert result.exit_code == 0, result.stderr
+    result = command_line.run(*arguments)
+    assert result.code == 0, result.err
     return result
+
+
+def refused(message, *arguments):
+    result = command_line.run(*arguments)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert message in result.err
 
 
 def test_sweep_prints_json_and_writes_files(tmp_path, model):
@@ -59,7 +59,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
         "sweep-exits", "--model", model, "--samples", "2", "--exits", "2,5", "--specs", "2", "--max-new-tokens", "6",
         "--format", "json", "--output", str(tmp_path / "out"),
     )  # fmt: skip
-    document = json.loads(result.stdout)
+    document = json.loads(result.out)
     assert [(one["strategy"], one["exit_layer"]) for one in document["results"][:5]] == [
         ("autoregressive", None), ("early-exit", 2), ("early-exit", 5), ("self-speculative", 2), ("self-speculative", 5),
     ]  # fmt: skip
@@ -71,9 +71,9 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
     assert json.loads((out / "results.json").read_text()) == document
-    assert "wrote report.html, results.json, results.csv, answers.html, answers.jsonl, pareto.png" in result.stderr
+    assert "wrote report.html, results.json, results.csv, answers.html, answers.jsonl, pareto.png" in result.err
     again = run("sweep-exits", "--from", str(out / "results.json"), "--format", "json", "--output", str(tmp_path / "again"))
-    assert again.stdout == result.stdout
+    assert again.out == result.out
     for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
@@ -81,88 +81,63 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
 def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
-    lines = result.stdout.splitlines()
+    lines = result.out.splitlines()
     columns = [name for line in lines if line.startswith("strategy") for name in line.split()[3:]]
     assert columns[:2] == ["R2", "EM"] and columns[-6:] == ["accept", "mean", "tok/s", "speed", "pred", "same"]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
     assert lines[4].split()[:3] == ["self-speculative", "5", "12"]
     assert max(map(len, lines)) <= 80
-    assert "…" not in result.stdout
-    assert "ecommended: " in result.stdout
-    assert "prompts 3/3" in result.stderr
-    assert "prompts 3/3" not in result.stdout
+    assert "…" not in result.out
+    assert "ecommended: " in result.out
+    assert "prompts 3/3" in result.err
+    assert "prompts 3/3" not in result.out
 
 
-def test_older_versions_decode_plainly_what_they_do_not_know(model, monkeypatch):
+SAVED = ("--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save")
+
+
+def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
     monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0)
     monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("lookup",))
-    arguments = ("--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6")
-    result = run("sweep-exits", *arguments, "--save")
-    info = read_info(model)
+    result = run("sweep-exits", "--model", copy, *SAVED)
+    info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
     assert (info.policies["exact"]["strategy"], info.policies["exact"]["num_draft_tokens"]) == ("lookup", 3)
-    assert f"saved lookup with 3 draft tokens as the default of {model}" in result.stderr
-    assert "Recommended: lookup with 3 draft tokens is the fastest of 1 settings" in result.stdout
+    assert f"saved lookup with 3 draft tokens as the default of {copy}" in result.err
+    assert "Recommended: lookup with 3 draft tokens is the fastest of 1 settings" in result.out
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays):
+def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypatch, pays):
     monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("self-speculative",))
     monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0 if pays else 1e9)
-    result = run(
-        "sweep-exits", "--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save"
-    )
-    info = read_info(model)
+    result = run("sweep-exits", "--model", copy, *SAVED, "--output", str(tmp_path / "out"))
+    info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))
-    assert info.prompt_template == "{prompt}\n"
-    assert info.strategy == (None if pays else "autoregressive")
+    assert info.prompt_template == "{prompt}\n" and info.strategy == (None if pays else "autoregressive")
     saved = (
-        f"saved exit 5 with 3 draft tokens as the default of {model}"
-        if pays
-        else f"saved plain decoding as the default of {model}: speculation does not"
+        "exit 5 with 3 draft tokens as the default" if pays else f"plain decoding as the default of {copy}: speculation does"
     )
-    assert saved in result.stderr
+    assert f"saved {saved}" in result.err
     exact = info.policies["exact"]
     assert (exact["strategy"], exact.get("exit_layer")) == (("self-speculative", 5) if pays else ("autoregressive", None))
     assert (exact["measured"]["task"], exact["measured"]["metric"]) == ("commands", "exact_match")
-    assert "policy fast: none, because exact_match is 0 at full depth" in result.stderr
+    assert "policy fast: none, because exact_match is 0 at full depth" in result.err
     assert set(info.profile.acceptance) == set(info.profile.drafts) == {"exit 5"} and len(info.profile.passes) == 17
-    assert "Policy fast: none, because" in result.stdout and f"Policy exact: {policy_text(exact)}." in result.stdout
-
-
-def test_a_sweep_of_an_older_version_saves_its_recommendation_alone(tmp_path, model):
-    arguments = ("--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6")
-    record = json.loads(run("sweep-exits", *arguments, "--format", "json", "--save").stdout)
-    assert read_info(model).policies
-    record["recommendation"] |= {"exit_layer": 5, "num_draft_tokens": 3}
-    del record["recommendation"]["policies"], record["recommendation"]["fast_reason"], record["config"]["keep"]
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(record))
-    result = run("sweep-exits", "--from", str(file), "--save")
-    info = read_info(model)
-    assert (info.exit_layer, info.num_draft_tokens, info.strategy, info.policies) == (5, 3, None, {})
-    assert "saved exit 5 with 3 draft tokens" in result.stderr and "Policy" not in result.stdout
-    stored = read_info(model)
-    for policies in (
-        {"fast": {"strategy": "early-exit", "exit_layer": 9}},
-        {"exact": {"strategy": "draft-and-verify", "skip": [9]}},
-    ):
-        record["recommendation"]["policies"] = policies
-        file.write_text(json.dumps(record))
-        with pytest.raises(LayerSkipError, match=rf"--from has settings with layer 9, but {model} has 6 layers"):
-            run("sweep-exits", "--from", str(file), "--save")
-    assert read_info(model) == stored
+    assert "Policy fast: none, because" in result.out and f"Policy exact: {policy_text(exact)}." in result.out
+    (Path(copy) / "layerskip.json").unlink()
+    run("sweep-exits", "--from", str(tmp_path / "out" / "results.json"), "--save")
+    assert read_info(copy).policies == info.policies and read_info(copy).exit_layer == info.exit_layer
 
 
 def test_save_needs_a_folder():
-    with pytest.raises(LayerSkipError, match=r"--save needs a --model that is a folder.*got embedded"):
-        run("sweep-exits", "--save")
+    refused("--save needs a --model that is a folder", "sweep-exits", "--save")
 
 
 def test_bench_formats(tmp_path, model, data):
     arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1")
     arguments += ("--max-new-tokens", "12", "--strategies", STRATEGIES)
-    table = run(*arguments, "--output", str(tmp_path / "out")).stdout.splitlines()
+    table = run(*arguments, "--output", str(tmp_path / "out")).out.splitlines()
     assert table[0].split() == ["autoregressive", "early-exit", "self-speculative"]
     figures = {line[:22].strip(): re.sub(r" \(.*?\)", "", line[22:]).split() for line in table[2:]}
     assert figures["exit layer"] == ["-", "5", "5"]
@@ -173,12 +148,11 @@ def test_bench_formats(tmp_path, model, data):
     files = [*pages, "acceptance_by_position.png", "pareto.png", "time_split.png"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted([*files, "outputs.jsonl"])
     saved = str(tmp_path / "out" / "results.json")
-    assert run("bench", "--from", saved).stdout.splitlines() == table
-    with pytest.raises(LayerSkipError, match=r"must be a results\.json that sweep-exits wrote"):
-        run("sweep-exits", "--from", saved)
-    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))
+    assert run("bench", "--from", saved).out.splitlines() == table
+    refused("must be a results.json that sweep-exits wrote", "sweep-exits", "--from", saved)
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").out)))
     assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]
-    assert run(*arguments, "--format", "markdown").stdout.startswith("|  | autoregressive | early-exit | self-speculative |\n")
+    assert run(*arguments, "--format", "markdown").out.startswith("|  | autoregressive | early-exit | self-speculative |\n")
 
 
 def test_all_baselines_at_80_columns(model, data, monkeypatch):
@@ -188,7 +162,7 @@ def test_all_baselines_at_80_columns(model, data, monkeypatch):
         "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
         "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model, "--strategies", STRATEGIES,
     )  # fmt: skip
-    lines = result.stdout.splitlines()
+    lines = result.out.splitlines()
     headers = [line.split() for line in lines if "early-exit" in line]
     assert headers == [["autoregressive", "early-exit", "self-speculative", "transformers"], names[1:]]
     same = [line.split()[2:] for line in lines if line.startswith("identical outputs")]
@@ -196,26 +170,26 @@ def test_all_baselines_at_80_columns(model, data, monkeypatch):
     over = [line.split()[2:] for line in lines if line.startswith("over transformers")]
     assert over[0][3] == "1.00"
     assert max(map(len, lines)) <= 80
-    assert "…" not in result.stdout
+    assert "…" not in result.out
 
 
 def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monkeypatch):
     packings = []
 
-    def recorded(name, device, dtype, packing):
+    def recorded(name, device, dtype, packing, *policies):
         packings.append(packing)
-        return for_decoding(name, device, dtype, packing)
+        return for_decoding(name, device, dtype, packing, *policies)
 
     monkeypatch.setattr("layerskip_core.checkpoint.open.for_decoding", recorded)
     arguments = ("--model", model, "--data", data, "--samples", "1", "--max-new-tokens", "6", "--format", "json")
     for strategies in ("autoregressive", "autoregressive,adaptive"):
         result = run("bench", *arguments, "--repeats", "1", "--strategies", strategies)
-    plain, adaptive = json.loads(result.stdout)["results"]
+    plain, adaptive = json.loads(result.out)["results"]
     assert (adaptive["exit_layer"], adaptive["num_draft_tokens"], adaptive["draft_weights"]) == (None, None, None)
     assert adaptive["metrics"] == plain["metrics"] and adaptive["identical_outputs"] == 1.0
     assert sum(step[0] for step in adaptive["longest_answer"]) == 6 and plain["longest_answer"] == []
     assert {step[2] for step in adaptive["longest_answer"][1:]} <= set(adaptive["steps_by_drafter"])
-    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").stdout)
+    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").out)
     assert swept["results"][-1]["strategy"] == "adaptive"
     assert [packing.adaptive for packing in packings] == [False, True, True]
 
@@ -223,7 +197,7 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
 def test_answers_in_batches_without_speed(tmp_path, model, data):
     arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--max-new-tokens", "12")
     arguments += ("--strategies", "autoregressive,self-speculative", "--batch-size", "2")
-    lines = run(*arguments, "--timed", "0", "--output", str(tmp_path / "out")).stdout.splitlines()
+    lines = run(*arguments, "--timed", "0", "--output", str(tmp_path / "out")).out.splitlines()
     assert [re.split(r"  +", line)[0] for line in lines[2 : lines.index("")]] == [
         "exit layer", "draft tokens", "drafted by", "rouge2", "exact match", "identical outputs", "acceptance rate",
         "mean accepted tokens",
@@ -232,7 +206,7 @@ def test_answers_in_batches_without_speed(tmp_path, model, data):
     answers = [json.loads(line)["outputs"] for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[1:]]
     assert len(answers) == 3
     assert all(plain["text"] == drafted["text"] for plain, drafted in answers)
-    timed = run(*arguments, "--timed", "1", "--repeats", "2").stdout
+    timed = run(*arguments, "--timed", "1", "--repeats", "2").out
     assert "tokens/s" in timed
     assert "speed: 1 prompt at batch size 1, medians of 2 repeats" in " ".join(timed.split())
 
@@ -243,12 +217,12 @@ FIXED += ("--strategies", STRATEGIES)
 
 def test_bench_measures_with_the_flags_of_decoding(model, data):
     arguments = ("bench", "--model", model, "--data", data, *FIXED)
-    plain = json.loads(run(*arguments).stdout)
-    unsure = json.loads(run(*arguments, "--draft-confidence", "0.999999").stdout)
+    plain = json.loads(run(*arguments).out)
+    unsure = json.loads(run(*arguments, "--draft-confidence", "0.999999").out)
     assert unsure["config"]["generation"]["draft_confidence"] == 0.999999
     drafted = [document["results"][2]["mean_accepted_tokens"] for document in (plain, unsure)]
     assert drafted[0] > drafted[1]
-    hot = json.loads(run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").stdout)
+    hot = json.loads(run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").out)
     sampling = {"temperature": 5.0, "top_k": 9, "top_p": 0.9, "seed": 3}
     assert hot["config"]["generation"].items() >= sampling.items()
     assert (plain["results"][0]["metrics"]["exact_match"], hot["results"][0]["metrics"]["exact_match"]) == (1.0, 0.0)
@@ -262,26 +236,25 @@ def test_stop_strings_cut_the_answers_that_are_scored(tmp_path, model, data):
     cut.write_text("".join(json.dumps({**row, "reference": row["reference"].split(stop)[0]}) + "\n" for row in rows[:1]))
     arguments = ("--model", model, "--data", str(cut), "--max-new-tokens", "12", "--format", "json", "--metric", "exact_match")
     for command in (("bench", "--exit", "5", "--repeats", "1"), ("sweep-exits", "--exits", "5", "--specs", "3")):
-        document = json.loads(run(*command, *arguments, "--stop", stop).stdout)
+        document = json.loads(run(*command, *arguments, "--stop", stop).out)
         assert document["config"]["generation"]["stop"] == [stop]
         assert document["results"][0]["metrics"]["exact_match"] == document["results"][2]["metrics"]["exact_match"] == 1.0
 
 
 def test_what_was_applied_is_in_the_report(model, data):
     arguments = ("--model", model, "--data", data, "--max-new-tokens", "4", "--samples", "1")
-    table = run("bench", *arguments, "--repeats", "1", "--raw", "--temperature", "0.5", "--draft-confidence", "0.25").stdout
+    table = run("bench", *arguments, "--repeats", "1", "--raw", "--temperature", "0.5", "--draft-confidence", "0.25").out
     assert table.splitlines()[-3:] == [
         "Prompt template: raw.", "Sampled at temperature 0.5, top-k 0, top-p 1.", "Drafts stop below a confidence of 0.25.",
     ]  # fmt: skip
-    swept = run("sweep-exits", *arguments, "--exits", "5", "--specs", "3", "--draft-confidence", "0.25").stdout
+    swept = run("sweep-exits", *arguments, "--exits", "5", "--specs", "3", "--draft-confidence", "0.25").out
     assert "Prompt template: '{prompt}\\n'." in swept
     assert "Predictions are for greedy decoding with whole drafts." in swept
 
 
 def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):
     arguments = ("bench", "--model", model, "--samples", "1", "--repeats", "1", "--max-new-tokens", "2", "--resume")
-    with pytest.raises(LayerSkipError, match="--resume must be used with the --output of the interrupted run, got none"):
-        run(*arguments)
+    refused("--resume must be used with the --output of the interrupted run, got none", *arguments)
     run(*arguments, "--output", str(tmp_path / "out"))
     assert not (tmp_path / "out" / "unfinished.jsonl").exists()
 
@@ -290,9 +263,9 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')
     result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
-    results = json.loads(result.stdout)["results"]
+    results = json.loads(result.out)["results"]
     assert [[failure["sample"] for failure in one["failures"]] for one in results] == [[0]] * len(results)
-    assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.stderr
+    assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.err
 
 
 def test_code_is_judged_with_the_flag_alone(tmp_path, model):
@@ -302,11 +275,11 @@ def test_code_is_judged_with_the_flag_alone(tmp_path, model):
     arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
     arguments += ("--max-new-tokens", "4", "--format", "json")
     without = run(*arguments)
-    assert list(json.loads(without.stdout)["results"][0]["metrics"]) == ["rouge2"]
-    assert "pass@k needs --allow-code-execution" in without.stderr
+    assert list(json.loads(without.out)["results"][0]["metrics"]) == ["rouge2"]
+    assert "pass@k needs --allow-code-execution" in without.err
     drawn = ("--allow-code-execution", "--pass-k", "1,2", "--problem-samples", "2", "--temperature", "1.0")
     result = run(*arguments, *drawn)
-    for one in json.loads(result.stdout)["results"]:
+    for one in json.loads(result.out)["results"]:
         assert list(one["metrics"]) == ["pass@1", "pass@2", "rouge2"]
         assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
 
@@ -319,11 +292,10 @@ def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_uns
     arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--repeats", "1", "--exit", "5")
     arguments += ("--strategies", "autoregressive", "--format", "json")
     for flag in (["--allow-code-execution"], ["--allow-code-execution", "--max-new-tokens", "4"]):
-        with pytest.raises(LayerSkipError, match="--allow-code-execution needs a sandbox, and none works on this machine"):
-            run(*arguments, *flag)
+        refused("--allow-code-execution needs a sandbox, and none works on this machine", *arguments, *flag)
     result = run(*arguments, "--allow-code-execution", "unsandboxed", "--max-new-tokens", "4")
-    assert json.loads(result.stdout)["results"][0]["metrics"]["pass@1"] == 0.0
-    assert "the sandbox does not restrict: files, file names, network" in result.stderr
+    assert json.loads(result.out)["results"][0]["metrics"]["pass@1"] == 0.0
+    assert "the sandbox does not restrict: files, file names, network" in result.err
 
 
 def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
@@ -331,39 +303,32 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
     file = tmp_path / "text.txt"
     file.write_text("remind me to call mom at five and to buy some milk on the way " * 40)
     arguments = ("--model", model, "--task", "lm", "--data", str(file), "--samples", "1", "--max-new-tokens", "3")
-    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").stdout)["results"]
+    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").out)["results"]
     assert [one["metrics"]["perplexity"] for one in swept[:2]] == [one["perplexity"] for one in swept[:2]]
     assert swept[2]["metrics"] == swept[0]["metrics"] != swept[1]["metrics"]
-    benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").stdout)["results"]
+    benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").out)["results"]
     assert [one["metrics"] for one in benched[:3]] == [swept[place]["metrics"] for place in (0, 1, 0)]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
         (("bench", "--format", "xml"), "--format must be one of table, json, csv, markdown, got xml"),
-        (("bench", "--repeats", "0"), "--repeats must be a whole number in 1..1000, got 0"),
-        (("bench", "--spec", "0"), "--spec must be a whole number in 1..10000, got 0"),
-        (("bench", "--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, got fp8"),
         (("bench", "--data", "nothing-here"), "nothing-here"),
         (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
-        (
-            ("bench", "--temperature", "1", "--baselines", "no-reuse"),
-            "--temperature must be 0 with --baselines, which are greedy",
-        ),
-        (("bench", "--pass-k", "none"), "--pass-k must be a list such as"),
+        (("bench", "--temperature", "1", "--baselines", "no-reuse"), "--temperature must be 0 with --baselines"),
+        (("bench", "--baselines", "magic"), "--baselines must be a list, each one of transformers, "),
+        (("bench", "--strategies", "lookup"), "--strategies must be a list with autoregressive"),
+        (("bench", "--gguf", "x.gguf"), "--gguf must be given with the baseline llama.cpp"),
         (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
-        (("sweep-exits", "--exits", "8:2"), "--exits must be a list such as 3,6,8"),
-        (("sweep-exits", "--specs", "0,2"), "--specs must be draft lengths of at least 1, got 0,2"),
-        (("sweep-exits", "--samples", "-1"), "--samples must be a whole number in 0..10000000, got -1"),
+        (("sweep-exits", "--specs", "0,2"), "--specs must be a list, each a whole number in 1..10000, got 0,2"),
     ],
 )
-def test_bad_flags_are_named(arguments, message):
-    with pytest.raises(LayerSkipError, match=message):
-        run(*arguments)
+def test_bad_flags_are_named(arguments, named):
+    refused(named, *arguments)
 
 
 def test_an_exit_outside_the_model_leaves_no_files(tmp_path, model):
-    with pytest.raises(LayerSkipError, match=r"--exits must be in 1..5, got 6 \(model has 6 layers\)"):
-        run("sweep-exits", "--model", model, "--samples", "1", "--exits", "6", "--output", str(tmp_path / "out"))
+    arguments = ("sweep-exits", "--model", model, "--samples", "1", "--exits", "6", "--output", str(tmp_path / "out"))
+    refused("--exits must be in 1..5, got 6 (model has 6 layers)", *arguments)
     assert list((tmp_path / "out").iterdir()) == []

@@ -37,35 +37,33 @@ def model(checkpoint, tmp_path):
     return folder
 
 
-FOREIGN = ("model.safetensors", "other.safetensors", "tokenizer.json", "additional_chat_templates/tools.jinja")
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.safetensors", "mine"),
+        ("additional_chat_templates/tools.jinja", "mine"),
+        ("token_order.json", "mine"),
+        ("config.json", "{}"),
+    ],
+)
+def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name, text):
     """The model does not exist: nobody has looked for it yet."""
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
-    file.write_text("mine")
+    file.write_text(text)
     told = f"--output {tmp_path}/out: in the way is {name}, which layerskip did not write; move it away, or give another folder"
-    for command in (("import", "no/model"), ("finetune", "--model", "no/model")):
-        for flags in ((), ("--overwrite",)):
-            fails(told, *command, "--output", str(tmp_path / "out"), *flags)
-    assert contents(tmp_path) == {f"out/{name}": b"mine"}
+    for command in (("import", "no/model"), ("finetune", "--threads", "1", "--model", "no/model")):
+        fails(told, *command, "--output", str(tmp_path / "out"), "--overwrite")
+    assert contents(tmp_path) == {f"out/{name}": text.encode()}
 
 
-def test_a_config_that_is_not_of_a_model_is_in_the_way(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    told = f"--output {tmp_path}: in the way is config.json, which layerskip did not write; "
-    fails(f"{told}move it away, or give another folder", "import", "no/model", "--output", str(tmp_path), "--overwrite")
-    assert contents(tmp_path) == {"config.json": b"{}"}
-
-
-@pytest.mark.parametrize("name", RUN_FILES)
-def test_finetune_asks_for_what_it_writes_too(tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
-    fails(told, "finetune", "--model", "no/model", "--output", str(tmp_path))
-    assert contents(tmp_path) == {name: b"mine"}
+def test_finetune_asks_for_what_it_writes_too(tmp_path):
+    for name in RUN_FILES:
+        (tmp_path / name).write_text("mine")
+        told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
+        fails(told, "finetune", "--threads", "1", "--model", "no/model", "--output", str(tmp_path))
+        assert contents(tmp_path) == {name: b"mine"}
+        (tmp_path / name).unlink()
 
 
 def test_a_folder_is_in_the_way_even_under_a_name_of_ours(model):

@@ -52,12 +52,6 @@ def test_busy_cores_are_those_that_this_process_may_use(monkeypatch):
         nice: float
         system: float
 
-    readings = iter(
-        [[Times(9, 9, 9), Times(9, 9, 9), Times(9, 9, 9)], [Times(10.2, 9, 9.2), Times(11, 9, 9), Times(9.1, 11, 9.5)]]
-    )
-    moments = iter([5.0, 7.0])
-    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(readings))
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda *_, percpu: [Times(60, 9, 10), Times(90, 0, 9), Times(5, 80, 25)])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
-    monkeypatch.setattr(loading.time, "sleep", lambda _: None)
-    monkeypatch.setattr(loading.time, "monotonic", lambda: next(moments))
     assert loading.busy_cores() == pytest.approx(1.0)

@@ -7,7 +7,7 @@ from layerskip_core.config.decoding import (
     DecodingOptions,
     Recommended,
     changed,
-    is_open,
+    choices,
     policy_named,
     policy_options,
     policy_packing,
@@ -35,13 +35,10 @@ LOW = {
     [
         ({}, TRAINED, "self-speculative", 4, 12),
         ({}, UNKNOWN, "adaptive", None, 32),
-        ({"strategy": "adaptive", "num_draft_tokens": 5}, TRAINED, "adaptive", None, 5),
         ({}, Recommended(4, 12, "autoregressive"), "autoregressive", None, 6),
         ({"exit_layer": 3}, UNKNOWN, "self-speculative", 3, 6),
         ({"num_draft_tokens": 1}, UNKNOWN, "self-speculative", 2, 1),
-        ({"draft_confidence": 0.5}, UNKNOWN, "self-speculative", 2, 6),
         ({"strategy": "early-exit", "exit_layer": 8}, TRAINED, "early-exit", 8, 6),
-        ({"lookup": 3}, TRAINED, "self-speculative", 4, 12),
         ({"lookup": 3}, Recommended(4, 12, "autoregressive"), "adaptive", None, 32),  # it was ignored
     ],
 )
@@ -64,7 +61,6 @@ def test_weights_for_drafts_imply_drafting():
     ("asked", "recommended", "skip", "drafts"),
     [
         ({"skip": [2]}, UNKNOWN, (2,), 6),  # implies the strategy
-        ({"num_draft_tokens": 3, "draft_confidence": 0.5, "skip": [2]}, SEARCHED, (2,), 3),
         ({"strategy": "draft-and-verify"}, SEARCHED, (3, 5), 9),
         ({"strategy": "draft-and-verify", "num_draft_tokens": 2}, SEARCHED, (3, 5), 2),
     ],
@@ -97,19 +93,14 @@ def test_early_exit_by_confidence_is_among_the_trained_exits():
     ("asked", "field", "message"),
     [
         ({"exit_layer": 8}, "exit_layer", "in 1..7, got 8 (model has 8 layers)"),
-        ({"strategy": "early-exit", "skip": [2]}, "skip", "used with `strategy` draft-and-verify"),
         ({"exit_layer": 3, "skip": [2]}, "exit_layer", "used with `strategy` self-speculative or early-exit"),
         ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify, or found by"),
         ({"skip": [2, 9]}, "skip", "in 1..8, got 9 (model has 8 layers)"),
         (CONFIDENT, "exit_confidence", "used with a model whose exits were trained"),
         ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
         ({**CONFIDENT, "exit_layer": 3}, "exit_layer", "left out with `exit_confidence`"),
-        ({**CONFIDENT, "num_draft_tokens": 3}, "num_draft_tokens", "left out with `exit_confidence`"),
-        ({**CONFIDENT, "strategy": "autoregressive"}, "exit_confidence", "used with `strategy` early-exit"),
         ({"exits": [2]}, "exits", "used with `exit_confidence`, got none"),
         ({"strategy": "early-exit", "lookup": 3}, "lookup", "used with `strategy` adaptive or self-speculative or "),
-        ({"strategy": "adaptive", "exit_layer": 3}, "exit_layer", "used with `strategy` self-speculative or early-exit"),
-        ({"strategy": "early-exit", "num_draft_tokens": 5}, "num_draft_tokens", "used with `strategy` adaptive or "),
     ],
 )
 def test_options_that_contradict_each_other_or_the_model(asked, field, message):
@@ -162,10 +153,10 @@ def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
     assert changed(flags, {"lookup": 0}) == flags | {"lookup": 0}
 
 
-def test_options_are_open_where_nothing_is_said():
-    assert is_open({}) and is_open({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0})
+def test_what_is_said_of_all_but_the_request():
+    assert choices({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0}) == {}
     for said in ({"policy": "fast"}, {"strategy": "autoregressive"}, {"exit_layer": 2}, {"draft_confidence": 0.5}):
-        assert not is_open(said)
+        assert choices({**said, "seed": 1}) == said
 
 
 def test_how_its_drafts_are_stored_and_its_name():

@@ -10,7 +10,7 @@ import pytest
 from evaluating import score, tiny_loaded
 
 from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores

@@ -10,7 +10,7 @@ from command_line import run
 from evaluating import tiny_loaded
 
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.config.evaluation import VerifyConfig
 from layerskip_core.decoding import PrefixCache, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler, accepted_choices

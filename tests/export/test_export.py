@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.config.export import ENGINES
+from layerskip_core.config.model import Engine
 from layerskip_core.export.draft import recommended_length
 from layerskip_core.export.run import instructions
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -100,7 +101,7 @@ def test_the_number_of_draft_tokens(with_block):
     assert recommended_length(loaded, 2, 3)[0] == max(rates, key=rates.get)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", get_args(Engine))
 def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
     text = instructions(engine, "/it's target", "/a draft", 5)
     language, _, code = text.removeprefix("```").removesuffix("\n```\n").partition("\n")

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_tasks import write_tasks
 from transformers import AutoTokenizer
 
-from layerskip_core.config.export import ExportConfig
+from layerskip_core.config.model import ExportConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.run import export
 from layerskip_core.harness import register

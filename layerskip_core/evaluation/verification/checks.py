@@ -14,8 +14,8 @@ from torch import Tensor
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig
+from ...config.evaluation import VerifyConfig
 from ...config.packing import Quantization
-from ...config.verification import VerifyConfig
 from ...decoding import PrefixCache, decode, decode_batch, loop_of
 from ...decoding.sampling import probabilities
 from ...wording import plural

@@ -11,8 +11,8 @@ from ...checkpoint.locate import own_folder
 from ...checkpoint.open import for_decoding, for_training
 from ...config.checks import require_choice
 from ...config.data import DataConfig
+from ...config.evaluation import VerifyConfig
 from ...config.packing import PackingConfig
-from ...config.verification import VerifyConfig
 from ...data.examples import load_prompts
 from ...decoding import check_prompt
 from ...errors import ConfigError, DataError, LayerSkipError
