@@ -88,8 +88,7 @@ def deliver(
 
     `picture`: by the width of the terminal, below tables there.
     """
-    from layerskip_core.evaluation.output_folder import write_files
-    from layerskip_core.evaluation.report.documents import to_json
+    from layerskip_core.evaluation.report.documents import to_json, write_files
 
     if folder is not None:
         write_files(folder, dict(files))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.report.points import Points
+    from layerskip_core.evaluation.report.tables import Points
 
 _HEIGHT = 12  # lines of a front
 _MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
@@ -24,8 +24,7 @@ def front(points: "Points", width: int) -> Text:
 
     `width`: characters of a line.
     """
-    from layerskip_core.evaluation.report.points import is_wide
-    from layerskip_core.evaluation.report.tables import result_name, strategy_name
+    from layerskip_core.evaluation.report.tables import is_wide, result_name, strategy_name
 
     high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
     margin = max(len(high), len(low))

@@ -16,7 +16,7 @@ from layerskip_core.config.evaluation import VerifyConfig
 from layerskip_core.config.model import MachineConfig
 from layerskip_core.decoding import decode, loop_of
 from layerskip_core.decoding.graphs import Recorder
-from layerskip_core.evaluation.verification.run import verify
+from layerskip_core.evaluation.verification import verify
 from layerskip_core.model import TorchBackend
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -20,7 +20,7 @@ from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, Re
 from layerskip_core.decoding import PrefixCache, decode, loop_of
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.verification.run import verify
+from layerskip_core.evaluation.verification import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock

@@ -12,7 +12,7 @@ from ..console import narrate
 from ..options import Format, command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.compare.comparison import Run
+    from layerskip_core.evaluation.comparison import Run
 
 _EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by equally many steps
 _SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
@@ -38,10 +38,10 @@ def compare(
 
     Example: layerskip compare without=runs/none-1,runs/none-2 with=runs/both-1,runs/both-2 --output comparison
     """
-    from layerskip_core.evaluation.compare.comparison import compare as compare_runs
-    from layerskip_core.evaluation.compare.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv
-    from layerskip_core.evaluation.output_folder import output_folder
+    from layerskip_core.evaluation.comparison import compare as compare_runs
+    from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
+    from layerskip_core.evaluation.report.comparison import compare_files, compare_table, to_csv
+    from layerskip_core.evaluation.report.documents import output_folder
 
     with output_folder(output, "layerskip compare") as folder:
         if runs:
@@ -64,7 +64,7 @@ def compare(
 def _measured(model: str) -> "Run":
     """A short sweep of an embedded model."""
     from layerskip_core.config.evaluation import SweepConfig, TaskConfig
-    from layerskip_core.evaluation.compare.comparison import Run, add_record
+    from layerskip_core.evaluation.comparison import Run, add_record
     from layerskip_core.evaluation.measure.sweep import sweep
 
     narrate(f"measuring {model} on {_SAMPLES} rows of its task")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from layerskip_core.config.checks import require
-from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, Policy, policy_text
+from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, policy_text
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.options import Flag, counts_text
 from layerskip_core.errors import ConfigError
@@ -39,10 +39,8 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.output_folder import output_folder
-    from layerskip_core.evaluation.report.documents import with_answers
-    from layerskip_core.evaluation.report.points import points_of
-    from layerskip_core.evaluation.report.tables import has_scores, score_table, sweep_table
+    from layerskip_core.evaluation.report.documents import output_folder, with_answers
+    from layerskip_core.evaluation.report.tables import has_scores, points_of, score_table, sweep_table
     from layerskip_core.evaluation.results import read_record
 
     record = None if saved is None else with_answers(read_record(saved, "sweep-exits"), saved)
@@ -93,15 +91,13 @@ def _save(model: str, record: "RunRecord") -> None:
     advice, skip, info, told = record.recommendation, _skip_of(record.results), read_info(model), []
     info = replace(info, profile=record.profile or info.profile, skip=skip or info.skip)
     if advice is not None:
-        drafts: Policy = {"exit_layer": advice.exit_layer or 1, "num_draft_tokens": advice.num_draft_tokens or 1}
-        exact: Policy = advice.policies.get(EXACT) or {"strategy": "self-speculative", **drafts}
+        exact = advice.policies[EXACT]
         by_exit = exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT
         exit_layer, count = (advice.exit_layer, advice.num_draft_tokens) if by_exit else (None, None)
         strategy = "autoregressive" if exit_layer is None else None
         info = replace(info, exit_layer=exit_layer, num_draft_tokens=count, strategy=strategy, policies=advice.policies)
         found, why = (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
-        told = [f"saved {found} as the default of {model}{why}"]
-        told += [f"policy {FAST}: {advice.fast_reason}"] if advice.fast_reason else []
+        told = [f"saved {found} as the default of {model}{why}", f"policy {FAST}: {advice.fast_reason}"]
     if skip is not None:
         layers, count = counts_text(skip["skip"]), skip["num_draft_tokens"]
         told += [f"saved --skip {layers} and {count} draft tokens for --strategy draft-and-verify"]

@@ -31,10 +31,9 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    from layerskip_core.evaluation.output_folder import output_folder
-    from layerskip_core.evaluation.report.documents import to_json
-    from layerskip_core.evaluation.verification.run import tables, to_csv
-    from layerskip_core.evaluation.verification.run import verify as run_verify
+    from layerskip_core.evaluation.report.documents import output_folder, to_json
+    from layerskip_core.evaluation.verification import tables, to_csv
+    from layerskip_core.evaluation.verification import verify as run_verify
 
     with output_folder(output, "layerskip verify") as folder:
         load_model(model, config.machine)  # for its notes and threads; freed before the checks, which load their own

@@ -123,7 +123,7 @@ class Recommendation:
 
     `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
     over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
-    not. Older versions wrote neither.
+    not.
     """
 
     exit_layer: int | None
@@ -131,14 +131,13 @@ class Recommendation:
     speedup: float | None
     baseline_drift: float
     reason: str
-    fast_reason: str = ""
-    policies: dict[str, Policy] = field(default_factory=dict)
+    fast_reason: str
+    policies: dict[str, Policy]
 
     @property
     def pays(self) -> bool:
         """Whether anything but plain decoding is recommended."""
-        exact = self.policies.get(EXACT)
-        return self.exit_layer is not None if exact is None else exact["strategy"] != "autoregressive"
+        return self.policies[EXACT]["strategy"] != "autoregressive"
 
 
 @dataclass(frozen=True)

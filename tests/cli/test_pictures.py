@@ -3,7 +3,7 @@
 import pytest
 from layerskip_cli.pictures import _POINTS, Curves, front
 
-from layerskip_core.evaluation.report.points import points_of
+from layerskip_core.evaluation.report.tables import points_of
 from layerskip_core.evaluation.results import Result, RunRecord
 
 

@@ -21,7 +21,6 @@ from layerskip_core.evaluation.measure.measure import (
     measure_prompt,
     top2_gap,
 )
-from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.results import Difference, Step
 
@@ -125,19 +124,6 @@ def test_a_bench_with_batches_differs_in_speed_only():
             assert single.acceptance_rate == timed.acceptance_rate == quality.acceptance_rate > 0
     assert (batched.config["batch_size"], batched.config["timed"]) == (2, 2)
     json.dumps(untimed.document(), allow_nan=False)
-
-
-def test_a_sweep_with_batches_differs_in_speed_only():
-    task, config = own_answers(5), SweepConfig("tiny", exits=(2, 5), specs=(3,))
-    *_, alone = sweep(tiny_loaded(), task, config)
-    *events, batched = sweep(tiny_loaded(), task, replace(config, batch_size=4, timed=2))
-    for single, timed in zip(alone.results, batched.results, strict=True):
-        assert (single.metrics, single.identical_outputs) == (timed.metrics, timed.identical_outputs)
-        assert single.perplexity == timed.perplexity
-        # Adaptive drafts depend on measured times.
-        assert single.acceptance_rate == timed.acceptance_rate or single.strategy == "adaptive"
-        assert timed.speedup > 0
-    assert max(event.total for event in events if event.phase == "prompts") == 2
 
 
 def test_measurements_of_several_tasks_add_up():

@@ -199,14 +199,6 @@ def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():
     assert not found["fast"].keys() & {"draft_confidence", "lookup"}
 
 
-def test_an_exit_by_confidence_can_be_fast():
-    found, reason = policies(
-        row("early-exit", 4, speedup=1.5), row("early-exit", speedup=1.9, exit_confidence=0.9, exits=(2, 4))
-    )
-    assert found["fast"] == {"strategy": "early-exit", "exit_confidence": 0.9, "exits": [2, 4], "measured": measured(0.9, 1.9)}
-    assert reason.startswith("exits by confidence 0.9: 1.90x the speed of plain decoding")
-
-
 def test_exact_is_adaptive_unless_that_was_slower_than_plain_decoding():
     fixed = row("self-speculative", 4, 6, speedup=1.04)
     adaptive = row("adaptive", speedup=1.0)
@@ -228,6 +220,7 @@ def test_how_drafts_were_stored_belongs_to_the_policy():
     found, _ = policies(*table, packing=packing)
     assert (found["exact"]["exit_layer"], found["exact"]["draft_weights"]) == (8, "int8")
     assert policy_packing(found["exact"]) == replace(packing, draft_weights=("int8",))
+    assert (found["fast"]["exit_confidence"], found["fast"]["exits"]) == (0.9, [2, 4])
     assert policy_packing(found["fast"]) == PackingConfig(draft_vocab=500)
     assert policy_packing(policies(row("adaptive", speedup=1.6), packing=packing)[0]["exact"]) == packing
     assert policy_packing(policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"]) == PackingConfig()

@@ -8,10 +8,10 @@ import os
 from dataclasses import replace
 
 import pytest
+from command_line import run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.output_folder import prepare_output
-from layerskip_core.evaluation.report.documents import to_csv, to_json
+from layerskip_core.evaluation.report.documents import prepare_output, to_csv, to_json
 from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
 from layerskip_core.evaluation.results import (
     Bounds,
@@ -44,7 +44,7 @@ SWEEP = RunRecord(
     {"model": "tiny", "task": {"task": "commands"}},
     MACHINE,
     (PLAIN, EARLY, DRAFTED),
-    Recommendation(12, 12, 1.824, 0.01, "it is the only one"),
+    Recommendation(12, 12, 1.824, 0.01, "it is the only one", "none", {"exact": {"strategy": "lookup", "num_draft_tokens": 4}}),
     PredictionError(1, 0.0428, 0.0428, 0.0428),
 )
 POEM = Result(
@@ -111,7 +111,7 @@ def test_the_table_of_a_sweep():
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
         "±: half-width of the 95% bootstrap interval over prompts.\n"
         "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
-        "Recommended: it is the only one."
+        "Recommended: it is the only one.\nPolicy exact: lookup with 4 draft tokens.\nPolicy fast: none."
     )
     assert len(table.column_blocks(80)) == 1
 
@@ -191,7 +191,6 @@ def test_columns_without_room_go_into_another_table():
     # Widths with a space: 5, 4, 6, 6; the last column needs no space.
     assert table.column_blocks(20) == [[0, 1, 2, 3]]
     assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
-    assert table.column_blocks(9) == [[0, 1], [0, 2], [0, 3]]
     assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
     assert TextTable(("a|b",), (("c\nd",),), "").markdown().splitlines() == ["| a\\|b |", "| --- |", "| c d |", "", ""]
     assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
@@ -204,7 +203,7 @@ def test_a_record_is_read_back_from_its_json(tmp_path, record):
     assert read_record(str(file)) == record
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH)])
+@pytest.mark.parametrize("text", ["", "[]", to_json(BENCH), to_json(SWEEP).replace("182.4", '"fast"')])
 def test_a_file_that_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(LayerSkipError, match=r"`saved` .*x.json must be a results.json that sweep-exits wrote"):
@@ -223,3 +222,28 @@ def test_the_output_folder_is_checked_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(LayerSkipError, match="No space left"):
         prepare_output(str(tmp_path))
+
+
+SHORT = ("--samples", "2", "--max-new-tokens", "6", "--threads", "1")
+COMMANDS = {
+    "sweep-exits": ("--exits", "2,4", "--specs", "2,3"),
+    "bench": ("--repeats", "1", "--baselines", "no-reuse"),
+}
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def saved(request, checkpoint, tmp_path_factory):
+    """A command, the folder of its report, and its table."""
+    folder = tmp_path_factory.mktemp(request.param)
+    arguments = ("--model", checkpoint, *SHORT, *COMMANDS[request.param], "--format", "markdown", "--output", str(folder))
+    result = run(request.param, *arguments)
+    assert result.code == 0, result.err
+    return request.param, folder, result.out
+
+
+def test_a_saved_record_gives_the_same_report(saved, tmp_path):
+    command, folder, table = saved
+    result = run(command, "--from", str(folder / "results.json"), "--format", "markdown", "--output", str(tmp_path))
+    assert (result.code, result.out) == (0, table), result.err
+    for name in ("results.json", "results.csv", "answers.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

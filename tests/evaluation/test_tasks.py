@@ -1,5 +1,6 @@
 """Tasks by name and from files: prompts, ends of answers, scores."""
 
+import csv
 import gzip
 import json
 from dataclasses import replace
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from command_line import run
 from evaluating import score, tiny_loaded
 
-from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.config.evaluation import TASKS, TaskConfig
 from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
@@ -98,13 +100,6 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
         load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"), shots=1))
 
 
-def test_rows_of_which_some_have_no_reference_are_refused(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": "b", "completion": "x"}]
-    for order, message in ((1, "rows.jsonl:1: needed a reference"), (-1, "rows.jsonl:2: no column 'completion'")):
-        with pytest.raises(DataError, match=message):
-            load_task(TaskConfig("jsonl", write_lines(tmp_path / "rows.jsonl", rows[::order])))
-
-
 @pytest.mark.parametrize(
     ("template", "prompt", "completion", "model_template"),
     [
@@ -125,56 +120,59 @@ def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, comple
     assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ("\n\n", "!")}
 
 
-def test_a_folder_of_topv2_files(tmp_path):
-    (tmp_path / "music_test.tsv").write_text("domain\tutterance\tsemantic_parse\nmusic\tplay it\t[IN:PLAY_MUSIC play it ]\n")
-    for task in (load_task(TaskConfig("topv2", str(tmp_path))), load_task(TaskConfig(data=str(tmp_path)))):
-        assert task.quality_metric == "exact_match"
-        assert task.examples == (Example("play it", "[IN:PLAY_MUSIC play it ]"),)
-
-
-def test_training_rows_of_topv2_are_shots_before_each_prompt(tmp_path):
+def test_topv2_from_a_folder_with_and_without_shots(tmp_path):
     head, form = "domain\tutterance\tsemantic_parse\n", "music\t{0}\t[IN:{0} ]\n"
     (tmp_path / "music_train.tsv").write_text(head + "".join(map(form.format, ("one", "two", "three", "more"))))
     (tmp_path / "music_test.tsv").write_text(head + form.format("four"))
+    assert load_task(TaskConfig(data=str(tmp_path))).examples == (Example("four", "[IN:four ]"),)
     task = load_task(TaskConfig("topv2", str(tmp_path), shots=2))
     assert task.examples == (Example("one\n[IN:one ]\n\nthree\n[IN:three ]\n\nfour", "[IN:four ]"),)
     assert (task.stop, task.template, task.config.shots) == (("\n\n",), None, 2)
     assert score(task, ["[IN:four ]\n\nfive"]) == {"exact_match": 1.0}
 
 
-def test_cnn_dm_from_the_hub_shows_one_article_of_the_training_split(hub):
+ARTICLE = {"article": "Rain fell.", "highlights": "It rained .\nA lot ."}
+SHOWN = "Article: Rain fell.\nSummary: It rained . A lot .\n\n"
+ABSTRACT = {"source": ["Snow fell.", "It was white."], "target": ["It snowed a lot.", "Rain is rare."]}
+PARQUET = {"revision": "refs/convert/parquet"}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "row", "example", "keywords", "answer"),
+    [
+        ("cnn_dm", "abisee/cnn_dailymail", ARTICLE, Example(f"{SHOWN}Article: Rain fell.\nSummary:", " It rained . A lot ."),
+         {"name": "3.0.0"}, " It rained . A lot .\nArticle: more"),
+        ("xsum", "EdinburghNLP/xsum", {"document": "Snow fell.", "summary": "It snowed a lot."},
+         Example("Article: Snow fell.\nSummary:", " It snowed a lot."), PARQUET, " It snowed a lot."),
+        ("scitldr", "allenai/scitldr", ABSTRACT, Example("Snow fell. It was white.\nTL;DR:", " It snowed a lot."),
+         {"data_dir": "Abstract", **PARQUET}, " Rain is rare.\nTL;DR: more"),
+    ],
+)  # fmt: skip
+def test_summaries_from_the_hub(hub, name, source, row, example, keywords, answer):
+    """CNN/DM shows an article of the training split; the best of a row's summaries counts."""
     rows, calls = hub
-    rows["abisee/cnn_dailymail", "train"] = [{"article": "Rain fell.", "highlights": "It rained .\nA lot ."}] * 2
-    rows["abisee/cnn_dailymail", "test"] = [{"article": "Snow fell.", "highlights": "It snowed ."}]
-    task = load_task(TaskConfig("cnn_dm"))
-    prompt = "Article: Rain fell.\nSummary: It rained . A lot .\n\nArticle: Snow fell.\nSummary:"
-    assert task.examples == (Example(prompt, " It snowed ."),)
-    assert calls == [
-        ("abisee/cnn_dailymail", "test", False, {"name": "3.0.0"}),
-        ("abisee/cnn_dailymail", "train", True, {"name": "3.0.0"}),
-    ]
-    assert (task.quality_metric, task.template, task.max_new_tokens) == ("rouge2", "{prompt}", 128)
-    assert score(task, [" It snowed .\nArticle: more"]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
-    assert load_task(TaskConfig("cnn_dm", shots=0)).examples[0].prompt == "Article: Snow fell.\nSummary:"
+    rows[source, "validation"] = rows[source, "train"] = [row, row]
+    task = load_task(TaskConfig(name, split="validation", samples=1))
+    assert task.examples == (example,)
+    assert calls[0] == (source, "validation", False, keywords)
+    assert calls[1:] == ([(source, "train", True, keywords)] if name == "cnn_dm" else [])
+    assert score(task, [answer]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+    assert (task.quality_metric, task.template) == ("rouge2", "{prompt}")
 
 
-def test_xsum_from_the_hub_has_no_shots(hub):
+def test_other_tasks_from_the_hub(hub):
     rows, calls = hub
-    rows["EdinburghNLP/xsum", "validation"] = [{"document": "Snow fell.", "summary": "It snowed."}]
-    task = load_task(TaskConfig("xsum", split="validation"))
-    assert task.examples == (Example("Article: Snow fell.\nSummary:", " It snowed."),)
-    assert calls == [("EdinburghNLP/xsum", "validation", False, {"revision": "refs/convert/parquet"})]
-
-
-def test_scitldr_takes_the_best_of_a_rows_summaries(hub):
-    rows, calls = hub
-    row = {"source": ["Snow fell.", "It was white."], "target": ["It snowed a lot.", "Rain is rare."]}
-    rows["allenai/scitldr", "validation"] = [row, row]
-    task = load_task(TaskConfig("scitldr", split="validation", samples=1))
-    assert task.examples == (Example("Snow fell. It was white.\nTL;DR:", " It snowed a lot."),)
-    assert calls == [("allenai/scitldr", "validation", False, {"data_dir": "Abstract", "revision": "refs/convert/parquet"})]
-    assert score(task, [" Rain is rare.\nTL;DR: more"]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
-    assert (task.quality_metric, task.template, task.max_new_tokens) == ("rouge2", "{prompt}", 64)
+    rows["owner/set", "test"] = [{"question": "one", "answer": "two"}]
+    rows["Salesforce/wikitext", "test"] = [{"text": " = Snow = \n"}, {"text": ""}, {"text": " It fell . \n"}]
+    rows["openai/openai_humaneval", "test"] = [problem(1)]
+    rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
+    rows["google-research-datasets/mbpp", "test"] = [small(11)]
+    assert load_task(TaskConfig("jsonl", "owner/set")).examples == (Example("one", "two"),)
+    assert load_task(TaskConfig("lm")).text == " = Snow = \n It fell . \n"
+    assert load_task(TaskConfig("humaneval")).examples[0].completion == "\n    return x + 1\n"
+    (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
+    assert example.prompt == SOLVED.format(2) + SHOT.format(11)
+    assert [call[1] for call in calls] == ["test", "test", "test", "test", "prompt"]
 
 
 def test_complete_xsum_prompts_are_not_changed(tmp_path):
@@ -259,28 +257,11 @@ def test_the_tests_of_mbpp_have_a_setup_that_uses_the_answer_or_imports(tmp_path
     assert score(task, ["def f8(): return 8"])["pass@1"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("column", "odd"),
-    [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5]), ("test_imports", "import math")],
-)
+@pytest.mark.parametrize(("column", "odd"), [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5])])
 def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: {column} must be a "):
         load_task(TaskConfig("mbpp", file, shots=0))
-
-
-def test_shots_leave_a_row_to_ask(tmp_path, hub):
-    message = r"`shots` must be below 2, the rows of .*\.jsonl, got 2"
-    pairs = [{"prompt": "a", "summary": "b"}] * 2
-    files = {"jsonl": pairs, "cnn_dm": [{"article": "a", "summary": "b"}] * 2, "mbpp": [small(1), small(2)]}
-    for task, rows in files.items():
-        with pytest.raises(ConfigError, match=message):
-            load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=2))
-
-
-def test_rows_of_the_hub_have_columns_too(hub):
-    hub[0]["owner/set", "test"] = [{"question": "one", "answer": "two"}]
-    assert load_task(TaskConfig("jsonl", "owner/set")).examples == (Example("one", "two"),)
 
 
 @pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
@@ -289,17 +270,6 @@ def test_lm_of_texts_with_few_words(tmp_path, text):
     (tmp_path / "text.md").write_text(text)
     examples = load_task(TaskConfig("lm", str(tmp_path / "text.md"))).examples
     assert examples and all(example.prompt for example in examples)
-
-
-def test_code_from_the_hub(hub):
-    rows, calls = hub
-    rows["openai/openai_humaneval", "test"] = [problem(1)]
-    rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
-    rows["google-research-datasets/mbpp", "test"] = [small(11)]
-    assert load_task(TaskConfig("humaneval")).examples[0].completion == "\n    return x + 1\n"
-    (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
-    assert example.prompt == SOLVED.format(2) + SHOT.format(11)
-    assert [call[1] for call in calls] == ["test", "test", "prompt"]
 
 
 def test_lm_takes_passages_of_a_text(tmp_path):
@@ -315,36 +285,23 @@ def test_lm_takes_passages_of_a_text(tmp_path):
     rows = tmp_path / "rows.csv"
     rows.write_text("name,text\nx,first\ny,second\n")
     assert load_task(TaskConfig("lm", str(rows))).text == "first\n\nsecond"
-    packed = tmp_path / "text.txt.gz"
-    packed.write_bytes(gzip.compress(file.read_bytes()))
-    assert load_task(TaskConfig("lm", str(packed))).text == task.text
 
 
-def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
-    rows, calls = hub
-    rows["Salesforce/wikitext", "test"] = [{"text": " = Snow = \n"}, {"text": ""}, {"text": " It fell . \n"}]
-    assert load_task(TaskConfig("lm")).text == " = Snow = \n It fell . \n"
-    assert calls[0][3] == {"name": "wikitext-2-raw-v1"}
-    assert load_task(TaskConfig("lm", write_lines(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}]))).text == "a\n\nb"
+ANSWERED = {"prompt": "a", "answer": "b"}
 
 
 @pytest.mark.parametrize(
-    ("second", "named"),
+    ("rows", "named"),
     [
-        ({"prompt": "a"}, r"rows.jsonl:2: .*completion_column"),
-        ({"prompt": "a", "answer": "b", "category": 3}, "rows.jsonl:2: category"),
-        ({"prompt": "a", "answer": [1]}, "rows.jsonl:2: answer"),
+        ([ANSWERED, {"prompt": "a"}], "rows.jsonl:2: .*completion_column"),
+        ([{"prompt": "a"}, ANSWERED], "rows.jsonl:1: needed a reference"),
+        ([ANSWERED, {**ANSWERED, "category": 3}], "rows.jsonl:2: category"),
+        ([ANSWERED, {"prompt": "a", "answer": [1]}], "rows.jsonl:2: answer"),
     ],
 )
-def test_bad_data_is_named(tmp_path, second, named):
+def test_bad_data_is_named(tmp_path, rows, named):
     with pytest.raises(DataError, match=named):
-        load_task(TaskConfig(write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "b"}, second])))
-
-
-def test_a_split_without_rows_is_named(tmp_path):
-    (tmp_path / "music_test.tsv").write_text("domain\tutterance\tsemantic_parse\n")
-    with pytest.raises(DataError, match="no rows in split test"):
-        load_task(TaskConfig(data=str(tmp_path)))
+        load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows)))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +321,13 @@ def test_settings_and_data_that_a_task_lacks_are_named(keywords, named):
         load_task(TaskConfig(**keywords))
 
 
+@pytest.mark.parametrize("task", ["jsonl", "cnn_dm"])
+def test_shots_leave_a_row_to_ask(tmp_path, task):
+    rows = [{"prompt": "a", "article": "a", "summary": "b"}] * 2
+    with pytest.raises(ConfigError, match="`shots` must be below 2"):
+        load_task(TaskConfig(task, write_lines(tmp_path / "rows.jsonl", rows), shots=2))
+
+
 def test_if_the_hub_is_unreachable_the_error_names_the_data_setting(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("offline\nmore")
@@ -371,3 +335,26 @@ def test_if_the_hub_is_unreachable_the_error_names_the_data_setting(monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"cannot load data openai/openai_humaneval: offline; a file .* by `data`"):
         load_task(TaskConfig("humaneval"))
+
+
+def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", "toy_task:TOY")
+    folder = tmp_path / "out"
+    arguments = ("--model", checkpoint, "--task", "toy", "--samples", "3", "--format", "markdown", "--output", str(folder))
+    result = run("bench", *arguments, "--exit", "5", "--spec", "3", "--repeats", "1")
+    assert result.code == 0, result.err
+    document = json.loads((folder / "results.json").read_text())
+    assert (document["config"]["task"]["task"], document["config"]["quality_metric"]) == ("toy", "digits")
+    values = [row["metrics"]["digits"] for row in document["results"]]
+    (line,) = [line for line in result.out.splitlines() if line.startswith("| digits |")]
+    assert [cell.split()[0] for cell in line.split(" | ")[1:]] == [f"{value:.1%}" for value in values]
+    assert [float(row["digits"]) for row in csv.DictReader((folder / "results.csv").open())] == values
+    page = (folder / "report.html").read_text()
+    assert "<button>digits</button>" in page
+    assert "Quality: digits (%)</text>" in page
+
+
+def test_a_task_takes_only_the_settings_that_it_accepts(monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", "toy_task:TOY")
+    result = run("bench", "--task", "toy", "--shots", "2")
+    assert (result.code, "--shots must be 0 for --task toy, got 2" in result.err) == (1, True), result.err

@@ -14,8 +14,8 @@ from layerskip_core.config.evaluation import VerifyConfig
 from layerskip_core.decoding import PrefixCache, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler, accepted_choices
-from layerskip_core.evaluation.verification import run as verification
-from layerskip_core.evaluation.verification.checks import (
+from layerskip_core.evaluation import verification
+from layerskip_core.evaluation.checks import (
     BATCH,
     DISTRIBUTION,
     DRAFTS,
@@ -28,7 +28,7 @@ from layerskip_core.evaluation.verification.checks import (
     TURN,
     chi_square,
 )
-from layerskip_core.evaluation.verification.run import tables, to_csv
+from layerskip_core.evaluation.verification import tables, to_csv
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native_backend import NativeBackend
 from layerskip_core.model.torch_backend import TorchBackend

@@ -1,25 +1,24 @@
-"""A record as JSON, CSV and JSON lines of its answers; and all files of a report."""
+"""A record as JSON, CSV and JSON lines of its answers; all files of a report, and the folder of `output` for them."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import LayerSkipError
-from ...files import read_bytes
+from ...files import hold, read_bytes, require_writable, write_file
+from ..outputs import JOURNAL, OUTPUTS
 from ..results import Answered, RunRecord
 from .pages import ANSWERS_PAGE, answers_page, report_page
 from .tables import PARETO_NOTE, TextTable, flat_rows
 
 ANSWERS_FILE = "answers.jsonl"
-_FIGURES = (
-    "pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "speed_within_an_answer",
-    "time_split", "scores_by_exit", "lower_scores_by_exit",
-)  # fmt: skip
-REPORT_FILES = ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in _FIGURES))
+_PROBE_BYTES = 1 << 20  # more than any report takes
 
 
 def to_json(record: Any) -> str:
@@ -84,3 +83,34 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
     files = {name: text.encode() for name, text in texts.items()}
     return files | {f"{name}.png": to_png(figure) for name, figure in drawn.items()}
+
+
+@contextmanager
+def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
+    """The prepared folder, locked by `command`; None if `folder` is None. Raises as `prepare_output` and `hold` do."""
+    if folder is None:
+        yield None
+        return
+    path = prepare_output(folder)
+    with hold(path, command):
+        yield path
+
+
+def prepare_output(folder: str) -> Path:
+    """Creates the folder and checks that a report can be written to it. Raises LayerSkipError."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
+    for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
+        require_writable(path / name, LayerSkipError)
+    return path
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file whole. Raises LayerSkipError when a file cannot be written; it then keeps its old content."""
+    for name, content in files.items():
+        write_file(folder / name, content, LayerSkipError)

@@ -16,8 +16,7 @@ from matplotlib.transforms import Bbox
 
 from ..metrics import lower_is_better
 from ..results import RunRecord
-from .points import Points, is_wide, points_of
-from .tables import has_scores, result_name, strategy_name
+from .tables import Points, has_scores, is_wide, points_of, result_name, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"

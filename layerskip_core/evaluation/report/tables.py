@@ -1,4 +1,4 @@
-"""Records of sweeps and benchmarks as text tables, and as the flat rows of CSV files and pages."""
+"""Records of sweeps and benchmarks as text tables, as the flat rows of CSV files and pages, and as points of figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...wording import number, plural
-from ..metrics import is_share, lower_is_better
-from ..results import Result, RunRecord
+from ..metrics import is_share, lower_is_better, quality
+from ..results import Result, RunRecord, frontier
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
+_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
@@ -141,10 +142,8 @@ def _advice(record: RunRecord) -> Iterator[str]:
         yield f"{over}: median {error.median:.1%}, largest {error.largest:.1%}, mean {error.mean:+.1%}."
     if advice := record.recommendation:
         yield f"{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
-        if EXACT in advice.policies:
-            yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."
-        if advice.fast_reason:
-            yield f"Policy {FAST}: {advice.fast_reason}."
+        yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."
+        yield f"Policy {FAST}: {advice.fast_reason}."
 
 
 def bench_table(record: RunRecord) -> TextTable:
@@ -337,3 +336,38 @@ def _short(metric: str) -> str:
 def _perplexity(value: float | None) -> str:
     """Three significant digits, with short exponents: 12.3, 1.2e4."""
     return number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+@dataclass(frozen=True)
+class Points:
+    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better.
+
+    `optimal`: the indices of the points on the Pareto frontier. `strategies`: their names, in the order of the results.
+    """
+
+    results: list[Result]
+    speeds: list[float]
+    values: list[float]
+    optimal: list[int]
+    strategies: list[str]
+    lower_is_better: bool
+    quality_label: str
+
+
+def points_of(record: RunRecord) -> Points | None:
+    """None without quality or speed."""
+    metric = str(record.config.get("quality_metric"))
+    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
+    if not shown:
+        return None
+    lower, share = lower_is_better(metric), is_share(metric)
+    speeds = [result.tokens_per_second or 0.0 for result in shown]
+    values = [result.metrics[metric] * (100 if share else 1) for result in shown]
+    optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
+    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
+    return Points(shown, speeds, values, optimal, list(dict.fromkeys(map(strategy_name, shown))), lower, label)
+
+
+def is_wide(values: list[float]) -> bool:
+    """Whether an axis is better logarithmic: one very fast exit would squeeze all other points together."""
+    return max(values) > _WIDE * min(values) > 0

@@ -18,8 +18,7 @@ from ...data.records import Record, spread
 from ...errors import ConfigError
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
-from .prompts import BARE, framed, rows_of, shots_and_rest
-from .task import Task, TaskLoader
+from .task import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest
 
 _HUMANEVAL = "openai/openai_humaneval"
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")

@@ -7,8 +7,7 @@ from ...data.examples import Example
 from ...data.records import FILE_ENDINGS, file_ending, file_records, hub_records
 from ...errors import DataError
 from ...files import text_lines
-from .prompts import BARE
-from .task import Task, TaskLoader
+from .task import BARE, Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _WIKITEXT = f"{_HUB}/{_HUB_NAME}"

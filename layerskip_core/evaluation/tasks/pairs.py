@@ -13,8 +13,7 @@ from ...data.records import spread
 from ...errors import DataError
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
-from .prompts import BARE, SHOT_END, framed, shots_and_rest
-from .task import Scorer, Task, TaskLoader
+from .task import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, shots_and_rest
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
 _PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)

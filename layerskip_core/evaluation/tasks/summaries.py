@@ -10,8 +10,7 @@ from ...data.examples import Example
 from ...data.records import Record, spread
 from ..metrics import ROUGES
 from .pairs import text_scores
-from .prompts import BARE, framed, rows_of, shots_and_rest
-from .task import Task, TaskLoader
+from .task import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest
 
 _CNN_DM, _XSUM, _SCITLDR = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "allenai/scitldr"
 _FORM = "Article: {prompt}\nSummary:"

@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 
-from ...checkpoint.info import INFO_FILE, read_info
-from ...config.checks import refused
-from ...errors import ConfigError, LayerSkipError
-from ...files import read_bytes
-from ..metrics import is_share, lower_is_better
-from ..report.tables import result_name
-from ..results import RunRecord, read_record
+from ..checkpoint.info import INFO_FILE, read_info
+from ..config.checks import refused
+from ..errors import ConfigError, LayerSkipError
+from ..files import read_bytes
+from .metrics import is_share, lower_is_better
+from .report.tables import result_name
+from .results import RunRecord, read_record
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"

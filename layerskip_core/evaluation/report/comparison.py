@@ -6,10 +6,10 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from ..report.documents import csv_text, to_json
-from ..report.plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
-from ..report.tables import TextTable
-from .comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
+from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
+from .documents import csv_text, to_json
+from .plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
+from .tables import TextTable
 
 OVER_STEPS = f"{HELD_OUT}_over_steps"
 _PANELS = 4  # exits whose perplexity over the steps is drawn

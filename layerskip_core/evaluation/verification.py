@@ -5,25 +5,25 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
-from ...checkpoint.beside import read_exit_blocks
-from ...checkpoint.loaded import Decoder, decoder_of
-from ...checkpoint.locate import own_folder
-from ...checkpoint.open import for_decoding, for_training
-from ...config.checks import require_choice
-from ...config.data import DataConfig
-from ...config.evaluation import VerifyConfig
-from ...config.packing import PackingConfig
-from ...data.examples import load_prompts
-from ...decoding import check_prompt
-from ...errors import ConfigError, DataError, LayerSkipError
-from ...model import TransformersBackend
-from ...model.native.compiled import VARIANTS, requesting
-from ...wording import number, plural
-from ..measure.figures import environment
-from ..measure.measure import Progress
-from ..report.documents import csv_text
-from ..report.tables import TextTable
+from ..checkpoint.beside import read_exit_blocks
+from ..checkpoint.loaded import Decoder, decoder_of
+from ..checkpoint.locate import own_folder
+from ..checkpoint.open import for_decoding, for_training
+from ..config.checks import require_choice
+from ..config.data import DataConfig
+from ..config.evaluation import VerifyConfig
+from ..config.packing import PackingConfig
+from ..data.examples import load_prompts
+from ..decoding import check_prompt
+from ..errors import ConfigError, DataError, LayerSkipError
+from ..model import TransformersBackend
+from ..model.native.compiled import VARIANTS, requesting
+from ..wording import number, plural
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
+from .measure.figures import environment
+from .measure.measure import Progress
+from .report.documents import csv_text
+from .report.tables import TextTable
 
 KERNELS = (*VARIANTS, "torch", "exact", "generic")  # torch: on repacked weights; exact: split calls; generic: transformers'
 _MOST_RANDOM = 48  # tokens of a random prompt
