@@ -24,7 +24,8 @@ def front(points: "Points", width: int) -> Text:
 
     `width`: characters of a line.
     """
-    from layerskip_core.evaluation.report.tables import is_wide, result_name, strategy_name
+    from layerskip_core.evaluation.report.tables import is_wide, strategy_name
+    from layerskip_core.evaluation.results import result_name
 
     high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
     margin = max(len(high), len(low))

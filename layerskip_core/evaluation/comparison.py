@@ -16,8 +16,7 @@ from ..config.checks import refused
 from ..errors import ConfigError, LayerSkipError
 from ..files import read_bytes
 from .metrics import is_share, lower_is_better
-from .report.tables import result_name
-from .results import RunRecord, read_record
+from .results import RunRecord, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"

@@ -9,6 +9,7 @@ from ..config.decoding import EXACT, DraftProfile, Policy
 from ..config.packing import Quantization
 from ..errors import LayerSkipError
 from ..files import read_bytes
+from ..wording import plural
 
 
 class Step(NamedTuple):
@@ -179,6 +180,21 @@ class RunRecord:
         """The record as plain values; every float in it is finite."""
         fields = asdict(replace(self, answered=()))
         return {key: value for key, value in fields.items() if key != "answered" and value is not None}
+
+
+def result_name(result: Result) -> str:
+    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
+    if result.strategy in ("autoregressive", "transformers"):
+        return result.strategy
+    if result.exit_confidence is not None:
+        return f"exits at {result.exit_confidence:.6g}"
+    if result.strategy == "early-exit":
+        return f"exit {result.exit_layer} alone"
+    parts = [] if result.strategy == "self-speculative" else [result.strategy]
+    if result.exit_layer is not None:
+        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
+    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
+    return ", ".join(parts)
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from ...wording import visible
 from ..inspection import Inspection
-from ..results import RunRecord
-from .tables import FIGURES, Row, cell, flat_rows, form_of, result_name
+from ..results import RunRecord, result_name
+from .tables import FIGURES, Row, cell, flat_rows, form_of
 
 ANSWERS_PAGE = "answers.html"
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by

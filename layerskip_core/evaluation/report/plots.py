@@ -15,8 +15,8 @@ from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from ..metrics import lower_is_better
-from ..results import RunRecord
-from .tables import Points, has_scores, is_wide, points_of, result_name, strategy_name
+from ..results import RunRecord, result_name
+from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"

@@ -9,7 +9,7 @@ from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...wording import number, plural
 from ..metrics import is_share, lower_is_better, quality
-from ..results import Result, RunRecord, frontier
+from ..results import Result, RunRecord, frontier, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
@@ -75,21 +75,6 @@ class TextTable:
 def strategy_name(result: Result) -> str:
     """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
-
-
-def result_name(result: Result) -> str:
-    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
-    if result.strategy in ("autoregressive", "transformers"):
-        return result.strategy
-    if result.exit_confidence is not None:
-        return f"exits at {result.exit_confidence:.6g}"
-    if result.strategy == "early-exit":
-        return f"exit {result.exit_layer} alone"
-    parts = [] if result.strategy == "self-speculative" else [result.strategy]
-    if result.exit_layer is not None:
-        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
-    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
-    return ", ".join(parts)
 
 
 def form_of(metric: str) -> str:
