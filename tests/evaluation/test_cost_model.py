@@ -4,13 +4,12 @@ import json
 import shutil
 
 import pytest
-from evaluating import NEW_TOKENS, TOO_LONG, collect, own_answers, task_of, tiny_loaded
+from evaluating import NEW_TOKENS, TOO_LONG, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
     agreement,
@@ -120,13 +119,11 @@ def test_times_that_were_disturbed_do_not_count():
     assert averages([usual] * 7 + [disturbed] + [usual] * 2) == pytest.approx(usual)
 
 
-def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():
+def test_prompts_that_fail_are_left_out():
     loaded, task = tiny_loaded(), own_answers(1)
     _, alone = collect(predict(loaded, task.examples, [SETTING], PLAIN))
     _, found = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], PLAIN))
     assert found.agreement == alone.agreement
-    with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
-        collect(predict(loaded, task_of(TOO_LONG).examples, [SETTING], PLAIN))
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():

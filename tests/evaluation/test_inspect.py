@@ -43,17 +43,6 @@ def test_every_layer_predicts_as_transformers_does():
     assert all(one.predictions[-1].token == one.token for one in found.tokens)
 
 
-KNOWN = Inspection(
-    "tiny",
-    "a <b>",
-    3,
-    (
-        TokenTrace(" x", 2, (LayerPrediction("y", 0.25), LayerPrediction(" x", 0.5), LayerPrediction(" x", 1.0))),
-        TokenTrace("<", 3, (LayerPrediction("<", 0.5), LayerPrediction("\n", 0.5), LayerPrediction("<", 0.75))),
-    ),
-)
-
-
 def test_no_text_of_an_inspection_becomes_markup():
     text = """</pre></title><script>alert("1")</script><img src=x onerror='1'>&lt;"""
     page = inspection_page(Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),)))
@@ -64,8 +53,10 @@ def test_no_text_of_an_inspection_becomes_markup():
 
 
 def test_the_page_of_a_known_inspection():
-    page = inspection_page(KNOWN)
-    assert KNOWN.mean_layers == 2.5
+    said = LayerPrediction
+    first = TokenTrace(" x", 2, (said("y", 0.25), said(" x", 0.5), said(" x", 1.0)))
+    second = TokenTrace("<", 3, (said("<", 0.5), said("\n", 0.5), said("<", 0.75)))
+    page = inspection_page(Inspection("tiny", "a <b>", 3, (first, second)))
     assert "On average, a token needed 2.5 of 3 layers." in page
     rows = re.findall(r'<tr><th scope="row">(\d)</th>(.*?)</tr>', page, re.DOTALL)
     cells = {int(layer): re.findall(r'<td class="(\w+)" .*?>(.*?)</td>', row) for layer, row in rows}
