@@ -96,7 +96,6 @@ class Result:
     speedup_over_transformers: float | None = None
     pareto: bool = False
     predicted_speedup: float | None = None
-    predicted_tokens_per_second: float | None = None
     predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None

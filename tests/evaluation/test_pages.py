@@ -104,7 +104,7 @@ def test_the_table_of_the_page():
     assert head[:6] == ["strategy", "exit layer", "draft tokens", "exact match", "perplexity", "acceptance rate"]
     assert plain[:6] == ["autoregressive", "-", "-", "87.5%", "1.25", "-"]
     assert early[1:5] == ["12", "-", "50.0%", "1.235e+04"]
-    assert drafted[head.index("predicted tokens/s")] == "190.2"
+    assert drafted[head.index("predicted speedup")] == "1.90"
     assert drafted[head.index("pass times verify (ms)")] == "5"
     assert drafted[head.index("speedup")] == "1.82 (1.70-1.95)"
     assert len({len(row) for row in rows}) == 1

@@ -36,7 +36,7 @@ EARLY = Result(
 DRAFTED = Result(
     "self-speculative", 12, 12, {"exact_match": 0.875}, acceptance_rate=0.71, mean_accepted_tokens=10.8,
     tokens_per_second=182.4, speedup=1.824, identical_outputs=1.0, pareto=True, predicted_speedup=1.902,
-    predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
+    predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
     pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5}, intervals={"speedup": Bounds(1.7, 1.95)},
     differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
 )  # fmt: skip

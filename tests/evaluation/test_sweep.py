@@ -80,7 +80,7 @@ def test_a_sweep_of_the_tiny_model():
     for result in drafted:
         assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
         assert result.predicted_acceptance_rate == result.acceptance_rate  # in fp64 the simulated rounds are the real ones
-        assert result.predicted_tokens_per_second > 0
+        assert result.predicted_speedup > 0
         assert list(result.pass_times_ms) == ["draft", "verify", "other", "plain"]
     assert early_exits[0].agreement < early_exits[1].agreement < 1
     assert record.prediction_error.settings == 4
@@ -156,7 +156,7 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     best = [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
     assert measured == [*best, ("lookup", None, 4)]
     skipped = rows["self-speculative", 5, 4]
-    assert skipped.predicted_tokens_per_second < rows["self-speculative", 2, 2].predicted_tokens_per_second
+    assert skipped.predicted_speedup < rows["self-speculative", 2, 2].predicted_speedup
     assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)
     assert rows["early-exit", 5, None].perplexity is not None
     assert record.prediction_error.settings == 1

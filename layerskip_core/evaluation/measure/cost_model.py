@@ -215,7 +215,6 @@ class Prediction(NamedTuple):
 
     rounds: DecodeStats
     times: PassTimes
-    tokens_per_second: float
     speedup: float
 
 
@@ -239,7 +238,7 @@ def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens:
     """
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
-    return Prediction(rounds, times, tokens / seconds, (prefill + (tokens - answers) * times.plain) / seconds)
+    return Prediction(rounds, times, (prefill + (tokens - answers) * times.plain) / seconds)
 
 
 def predict(

@@ -14,7 +14,6 @@ from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
 from ..bootstrap import estimate, margin, metric
 from ..metrics import Scores
-from ..outputs import finite
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
@@ -188,7 +187,6 @@ def _results(
             result = replace(
                 result,
                 predicted_speedup=prediction.speedup,
-                predicted_tokens_per_second=finite(prediction.tokens_per_second),
                 predicted_acceptance_rate=prediction.rounds.acceptance_rate,
                 pass_times_ms={name: 1000 * seconds for name, seconds in prediction.times._asdict().items()},
             )

@@ -37,7 +37,6 @@ FIGURES = {
     "peak_memory_mb": ("peak memory (MB)", ".0f"),
     "agreement": ("agreement", ".1%"),
     "predicted_speedup": ("predicted speedup", ".2f"),
-    "predicted_tokens_per_second": ("predicted tokens/s", ".1f"),
     "predicted_acceptance_rate": ("predicted acceptance rate", ".1%"),
 }
 _SETTING, _MEASURED = list(FIGURES)[:6], list(FIGURES)[6:17]  # the rows of a benchmark, above its metrics and below them
