@@ -104,9 +104,8 @@ def test_a_run_on_the_models_own_answers():
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "repeats": 2, "strategies": STRATEGIES}
     record = record_of(task, BenchConfig("tiny", **settings))
     plain, early, drafted, looked_up = record.results
-    assert [result.strategy for result in record.results] == list(STRATEGIES)
-    assert [result.exit_layer for result in record.results] == [None, 5, 5, None]
-    assert [result.num_draft_tokens for result in record.results] == [None, None, 3, 3]
+    settings = zip(STRATEGIES, (None, 5, 5, None), (None, None, 3, 3), strict=True)
+    assert [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results] == list(settings)
     assert plain.metrics == drafted.metrics == looked_up.metrics == {"exact_match": 1.0}
     assert (looked_up.identical_outputs, looked_up.differences) == (1.0, ())
     assert (plain.speedup, plain.decode_speedup, plain.identical_outputs) == (1.0, 1.0, 1.0)
@@ -123,11 +122,8 @@ def test_a_run_on_the_models_own_answers():
     assert set(looked_up.steps_by_drafter) <= {"lookup", "plain"}
     assert plain.acceptance_rate is None
     assert plain.steps_by_drafter == early.steps_by_drafter == {}
-    assert record.config["exit_layer"] == 5
     assert record.config["task"]["max_new_tokens"] == NEW_TOKENS
-    assert record.environment["dtype"] == "float64"
-    assert record.environment["implementation"] == "generic"
-    assert record.environment["threads"] == torch.get_num_threads()
+    assert (record.environment["dtype"], record.environment["implementation"]) == ("float64", "generic")
 
 
 def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
