@@ -16,7 +16,7 @@ from ..config.checks import refused
 from ..errors import ConfigError, LayerSkipError
 from ..files import read_bytes
 from .metrics import is_share, lower_is_better
-from .results import RunRecord, read_record, result_name
+from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"
@@ -110,9 +110,7 @@ def add_record(run: Run, record: RunRecord) -> Run:
     """
     run.rows[RESULTS] = record.config["task"]
     for result in record.results:
-        drafts = ""
-        if result.strategy == "self-speculative":
-            drafts = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
+        drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
         fixed = result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None
         setting = Setting(result_name(result), result.exit_layer if fixed else None, drafts)
         plain = result.acceptance_rate is None

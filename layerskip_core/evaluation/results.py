@@ -196,6 +196,11 @@ def result_name(result: Result) -> str:
     return ", ".join(parts)
 
 
+def drafts_name(result: Result) -> str:
+    """What a round of a result drafts: `6 drafts`, `6 int8 drafts`."""
+    return " ".join(filter(None, (str(result.num_draft_tokens), result.draft_weights, "drafts")))
+
+
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
     """Reads a results.json back.
 

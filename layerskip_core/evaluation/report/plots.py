@@ -15,7 +15,7 @@ from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from ..metrics import lower_is_better
-from ..results import RunRecord, result_name
+from ..results import RunRecord, drafts_name, result_name
 from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
@@ -176,8 +176,7 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
     agreeing = []
     for result in sorted(record.results, key=lambda result: (result.draft_weights or "", result.num_draft_tokens or 0)):
         if result.strategy == "self-speculative" and result.acceptance_rate is not None:
-            name = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
-            curves.setdefault(name, []).append((result.exit_layer or 0, 100 * result.acceptance_rate))
+            curves.setdefault(drafts_name(result), []).append((result.exit_layer or 0, 100 * result.acceptance_rate))
         if result.strategy == "early-exit" and result.agreement is not None:
             agreeing.append((result.exit_layer, 100 * result.agreement))
     if len({exit_layer for points in curves.values() for exit_layer, _ in points}) < 2:
