@@ -243,8 +243,8 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
     """The first position where two outputs differ, None when they are equal. If one is a prefix of the other, its length."""
     if list(ids) == list(expected):
         return None
-    shorter = min(len(ids), len(expected))
-    return next((position for position in range(shorter) if ids[position] != expected[position]), shorter)
+    pairs = enumerate(zip(ids, expected, strict=False))
+    return next((position for position, (own, other) in pairs if own != other), min(len(ids), len(expected)))
 
 
 @torch.inference_mode()

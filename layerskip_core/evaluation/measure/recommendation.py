@@ -45,7 +45,12 @@ def recommend(
     """
     policies = [policy_of(result, results[0], quality_metric, config) for result in results]
     measured = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
-    faithful = [place for place in measured if _is_faithful(results[place], results[0], near_tie)]
+    faithful = [
+        place
+        for place in measured
+        if results[place].failures == results[0].failures
+        and all(found.top2_gap <= near_tie for found in results[place].differences)
+    ]
     speeds, rank = [result.speedup or 0.0 for result in results], "the fastest"
     best = max(faithful, key=speeds.__getitem__, default=0)
     chosen = best if speeds[best] >= _WORTHWHILE else 0
@@ -188,7 +193,3 @@ def _may_be_as_fast(times: Tensor | None, of_best: Tensor | None) -> bool:
     """Whether the interval of their ratio contains 1."""
     ends = None if times is None or of_best is None else speed_ratio(times[:2], of_best[:2]).bounds
     return ends is not None and ends.low <= 1 <= ends.high
-
-
-def _is_faithful(result: Result, plain: Result, near_tie: float) -> bool:
-    return result.failures == plain.failures and all(found.top2_gap <= near_tie for found in result.differences)
