@@ -67,7 +67,7 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
     waits for it. Measured on two cores with layers of width 160 and torch's kernels: the same speed on a quiet machine, far
     below half on a busy one. Our own kernels gain 1.6 times from a second thread on a quiet machine.
     """
-    small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.hidden_size < _SMALL_WIDTH
+    small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.spec.hidden < _SMALL_WIDTH
     if threads or small:
         import torch
 

@@ -42,7 +42,7 @@ from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.evaluation.measure.figures import environment
 from layerskip_core.model import DraftEnds, Submodel
-from layerskip_core.model.drafting import most_probable
+from layerskip_core.model.drafting import DraftSide, most_probable
 
 REPEATS = 5
 BATCH_SIZES = (1, 8)
@@ -125,13 +125,17 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[s
 
 
 def passes(backend: Any, layers: int, count: int, context: int, cache: Any = None) -> Callable[[], Tensor]:
-    """A function that runs `count` tokens after a context through the first layers and the head, and chooses a token."""
+    """A function that runs `count` tokens after a context through the first layers and the head, and chooses a token.
+
+    `backend` may be a draft side, if there is a cache.
+    """
     ids = torch.randint(5, IDS, (1, context + count))
     positions = torch.arange(context + count)[None]
     if cache is None:
         cache = filled_cache(backend, context)
     new, places = ids[:, context:], positions[:, context:]
-    return lambda: most_probable(backend.unembed(backend.run_layers(backend.embed(new), 0, layers, places, cache)))
+    chain = backend.layers if isinstance(backend, DraftSide) else backend
+    return lambda: most_probable(backend.unembed(chain.run_layers(chain.embed(new), 0, layers, places, cache)))
 
 
 def filled_cache(backend: Any, context: int) -> Any:
@@ -351,7 +355,7 @@ def part_prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     model = for_training(arguments.model, "cpu", arguments.dtype).model
     one, rates, ratios, table = DecodingConfig("autoregressive", max_new_tokens=1), {}, {}, []
     for length, goal in ((128, 1.8), (512, 2.0), (2048, 2.0)):
-        if length >= loaded.backend.max_positions:
+        if length >= loaded.backend.spec.context:
             continue
         prompt = torch.randint(5, IDS, (length,)).tolist()
         runs: dict[str, Callable[[], Any]] = {
@@ -369,7 +373,7 @@ def part_prefill(arguments: argparse.Namespace) -> dict[str, Any]:
 def part_context(arguments: argparse.Namespace) -> dict[str, Any]:
     """A step with a long context against one with a short context."""
     backend = load(arguments).backend
-    long = min(2048, backend.max_positions - 1)
+    long = min(2048, backend.spec.context - 1)
     times = pass_seconds(backend, {str(context): (backend, backend.num_layers, 1, context) for context in (128, long)})
     note = f"{1000 * times[str(long)]:.2f} over {1000 * times['128']:.2f} ms"
     return {"step_seconds": times, "table": [(f"context {long:,} over 128", -1.3, times[str(long)] / times["128"], note)]}

@@ -75,7 +75,7 @@ def drafters_of(backend: Backend) -> dict[str, Predict]:
 
 
 def of_copy(side: DraftSide) -> Predict:
-    return lambda ids, positions: side.unembed(side.run_layers(side.embed(ids), 0, side.num_layers, positions))
+    return lambda ids, positions: side.unembed(side.layers.run_layers(side.layers.embed(ids), 0, side.num_layers, positions))
 
 
 def of_block(backend: Backend, block: PlacedBlock) -> Predict:

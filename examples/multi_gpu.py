@@ -42,10 +42,10 @@ def flops(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) 
     Causal attention adds 6 T D per layer. Layer dropout saves layers, and each exit adds a head.
     """
     parameters = sum(weight.numel() for weight in backend.model.parameters())
-    recipe = resolve_recipe(RecipeSettings(), "continual", parameters, backend.num_layers, backend.vocab_size)
+    recipe = resolve_recipe(RecipeSettings(), "continual", parameters, backend.num_layers, backend.spec.vocab)
     exits = mean_exits(recipe, STEPS, backend.num_layers)
     kept = 1 - sum(dropout_rates(recipe.p_max, backend.num_layers)) / backend.num_layers
-    layers, head = layer_weights(backend) * kept, backend.hidden_size * backend.vocab_size * exits
+    layers, head = layer_weights(backend) * kept, backend.spec.hidden * backend.spec.vocab * exits
     attention = 6 * LENGTH * backend.spec.heads * backend.spec.head_dim * backend.num_layers * kept
     per_token = (4 if lora else 6) * (layers + head) + attention + 2 * layers + attention / 3 + 2 * head
     return batch_size * gpus * LENGTH * per_token
@@ -59,7 +59,7 @@ def memory(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool)
     parameters = sum(weight.numel() for weight in backend.model.parameters())
     whole = parameters - layer_weights(backend) * (1 - 2 / backend.num_layers)
     state = parameters * (4 if lora else 16) / gpus + 2 * whole * (1 if lora else 2)
-    activations = backend.num_layers * backend.hidden_size + 14 * backend.hidden_size + 4 * backend.spec.inner
+    activations = backend.num_layers * backend.spec.hidden + 14 * backend.spec.hidden + 4 * backend.spec.inner
     return state + 2 * batch_size * LENGTH * activations + 4 * 3 * CHUNK_LOGITS
 
 

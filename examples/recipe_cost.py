@@ -74,10 +74,10 @@ def measured(arguments: argparse.Namespace) -> dict:
     device = loaded.backend.device
     rotation = arguments.rotation if arguments.curriculum == "rotational" else None
     asked = RecipeSettings(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=rotation)
-    recipe = resolve_recipe(asked, "finetune", 0, loaded.backend.num_layers, loaded.backend.vocab_size)
+    recipe = resolve_recipe(asked, "finetune", 0, loaded.backend.num_layers, loaded.backend.spec.vocab)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
-    ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length), device=device)
+    ids = torch.randint(3, loaded.backend.spec.vocab, (arguments.batch, arguments.length), device=device)
 
     def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bf16"):
@@ -114,8 +114,8 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     kept = sum(max(1, len(kept_rows(rate, batch, training.seed, number, 0, layer))) for layer, rate in enumerate(rates))
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
     attention = length * backend.spec.queries  # scores and values, causal
-    head = backend.hidden_size * backend.vocab_size
-    chunked = batch * (length - 1) > losses.CHUNK_LOGITS // backend.vocab_size
+    head = backend.spec.hidden * backend.spec.vocab
+    chunked = batch * (length - 1) > losses.CHUNK_LOGITS // backend.spec.vocab
     heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))
     return length * (3.0 * kept * (layer + attention) + batch * heads * head)
 

@@ -39,7 +39,7 @@ class LanguageModel:
         encoded: list[list[int]] = []
         for prompt in prompts:
             encoded.append(decoder.encode_prompt(prompt))
-            check_prompt(encoded[-1], decoder.backend.max_positions)
+            check_prompt(encoded[-1], decoder.backend.spec.context)
         if not encoded:
             return []
         answers = decode_batch(decoder.backend, encoded, config, decoder.ends(config.stop), decoder.detokenize)

@@ -65,7 +65,7 @@ class _Answer:
     """A request that is being decoded."""
 
     def __init__(self, decoder: Decoder, request: Request) -> None:
-        check_prompt(request.ids, decoder.backend.max_positions)
+        check_prompt(request.ids, decoder.backend.spec.context)
         self.request = request
         request.stats = DecodeStats(sequences=1, prompt_tokens=len(request.ids))
         self._text = OutputText(decoder.detokenize, decoder.ends(request.config.stop), request.config.stop)

@@ -164,7 +164,7 @@ class _Chat:
         self._answers, self._total = self._answers + 1, self._total + stream.stats
         if stream.finish_reason == "context":
             room = f"; {_ROOM}" if self._dialogue.has_turns else ""
-            limit = self._loaded.backend.max_positions
+            limit = self._loaded.backend.spec.context
             narrate(f"the answer ends here because the model's context of {limit} tokens is full{room}")
         elif interactive and stream.finish_reason == "length":
             narrate(f"the answer ends here because of `max_new_tokens` {stream.stats.new_tokens}")
@@ -185,7 +185,7 @@ class _Chat:
         )
 
     def _stats_of(self, stream: "TextStream") -> str:
-        counts, limit = stream.stats, self._loaded.backend.max_positions
+        counts, limit = stream.stats, self._loaded.backend.spec.context
         return (
             f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
             f"{stream.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"

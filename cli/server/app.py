@@ -132,7 +132,7 @@ class Service:
             system = decoder.template.system
             turns = prompt if system is None or prompt[0][0] == "system" else (("system", system), *prompt)
             ids = decoder.known_ids(encode_conversation(decoder.tokenizer, turns))
-        check_prompt(ids, decoder.backend.max_positions)
+        check_prompt(ids, decoder.backend.spec.context)
         return ids
 
     async def _models(self, request: Request) -> Response:

@@ -73,7 +73,7 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
                 module.weight.copy_(weight.weight)
         low = [run(hidden) for hidden in low]
         report(index + 1)
-    moments = Moments(backend.hidden_size)
+    moments = Moments(backend.spec.hidden)
     for hidden, reference in zip(low, full, strict=True):
         moments.add(backend.normed(hidden).flatten(0, -2), backend.normed(reference).flatten(0, -2))
     head = backend.spec.head_name
@@ -189,7 +189,7 @@ def tune(
     for number, rows in enumerate(_batches(texts, steps, seed), start=1):
         hidden = backend.run_layers(backend.embed(texts[rows]), 0, backend.num_layers, positions)
         original = quantized.original[rows].flatten(0, 1)
-        (total,), _ = summed_divergences(backend.unembed, [hidden.flatten(0, 1)], original, backend.vocab_size)
+        (total,), _ = summed_divergences(backend.unembed, [hidden.flatten(0, 1)], original, backend.spec.vocab)
         divergence = total / len(original)
         torch.autograd.backward(divergence)
         with torch.no_grad():

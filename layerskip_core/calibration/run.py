@@ -94,7 +94,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
 def _texts(config: CalibrationConfig, report: Report) -> Tensor:
     """Raises ConfigError for a model that no int4 kernel runs."""
     decoder = for_decoding(config.model, "cpu")
-    spec, most = decoder.backend.spec, decoder.backend.max_positions
+    spec, most = decoder.backend.spec, decoder.backend.spec.context
     if missing := missing_feature(spec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     for name in matrix_names(spec):
@@ -115,7 +115,7 @@ def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: 
     texts: list[list[int]] = []
     while len(texts) < count:
         templated = bool(start) and len(texts) // _ROWS % 2 == 1
-        prompts = [start if templated else [draw.randrange(decoder.backend.vocab_size)] for _ in range(_ROWS)]
+        prompts = [start if templated else [draw.randrange(decoder.backend.spec.vocab)] for _ in range(_ROWS)]
         prompts = prompts[: count - len(texts)]
         config = DecodingConfig("autoregressive", max_new_tokens=length - len(prompts[0]), temperature=1.0)
         seeds = [draw.randrange(2**32) for _ in prompts]

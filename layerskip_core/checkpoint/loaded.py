@@ -91,7 +91,7 @@ class Decoder:
 
     def known_ids(self, ids: list[int]) -> list[int]:
         """The ids of a prompt as they are. Raises ConfigError for one that the model has no embedding for."""
-        last, known = max(ids, default=0), self.backend.vocab_size
+        last, known = max(ids, default=0), self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
             raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")

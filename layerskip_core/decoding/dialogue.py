@@ -131,7 +131,7 @@ class Dialogue:
         Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
         CheckpointError for a chat template that refuses them. The turns are then as before.
         """
-        turns, limit = self.turns, self._loaded.backend.max_positions
+        turns, limit = self.turns, self._loaded.backend.spec.context
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, limit, "the conversation with this message" if turns else "the prompt")
         stream = TextStream(self._loaded, ids, self._config, self._prefix)

@@ -132,7 +132,7 @@ def loop_of(
     sides = drafter = None
     carries = target.exit_cache is not None and target.exit_cache.needs_finals
     if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
-        target.recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
+        target.recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.spec.context))
         sides = recorded_sides(model, target.recorder)
     if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
@@ -220,8 +220,8 @@ class DecodingLoop:
         self._num_draft_tokens, self._prefix = config.num_draft_tokens, prefix
         self._rows = []
         for number, prompt in enumerate(prompts):
-            check_prompt(prompt, model.max_positions)
-            limits = config.max_new_tokens, model.max_positions - len(prompt)
+            check_prompt(prompt, model.spec.context)
+            limits = config.max_new_tokens, model.spec.context - len(prompt)
             self._rows.append(_Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
         end = max(len(row.ids) + row.scanner.room for row in self._rows)
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left

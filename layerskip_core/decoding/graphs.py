@@ -39,7 +39,7 @@ class Recorder:
     def __init__(self, model: Backend, end: int) -> None:
         """`end`: positions of the first text; there is often room for the next, too."""
         self._device = model.device
-        self.places = min(max(_LEAST_PLACES, 1 << (end - 1).bit_length()), model.max_positions)
+        self.places = min(max(_LEAST_PLACES, 1 << (end - 1).bit_length()), model.spec.context)
         self.cache = model.new_cache(1, self.places)
         self.cache.reserve(self.places)
         self.whole = WholeCache(self.cache)

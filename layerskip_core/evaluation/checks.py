@@ -265,7 +265,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
 
 def check_turns(subject: Subject) -> Iterator[CheckResult]:
     """A text that begins with the one before, and starts at the entries that it left, gives what it gives afresh."""
-    room = subject.backend.max_positions - subject.config.max_new_tokens - 1
+    room = subject.backend.spec.context - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
     turns = [
         [*prompt, *output, *more][:room]

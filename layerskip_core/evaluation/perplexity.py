@@ -54,7 +54,7 @@ def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.with_template(RAW, None).encode_prompt("")
-    size = min(_WINDOW_TOKENS, loaded.backend.max_positions - len(start))
+    size = min(_WINDOW_TOKENS, loaded.backend.spec.context - len(start))
     offsets = range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size)
     count = min(windows or len(offsets), len(offsets))
     for number in range(count):
@@ -64,7 +64,7 @@ def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[
 
 @torch.inference_mode()
 def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> Losses:
-    ids = (prompt + reference)[: model.max_positions]
+    ids = (prompt + reference)[: model.spec.context]
     first = max(len(prompt), 1)  # no token predicts the very first one
     targets = torch.tensor(ids[first:], device=model.device)
     if not len(targets):
@@ -79,5 +79,5 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
             continue
         scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
         head = model.unembed if block is None else block.head
-        summed[stop] = float(summed_losses(head, scored[0, first - 1 :], targets, model.vocab_size)[0])
+        summed[stop] = float(summed_losses(head, scored[0, first - 1 :], targets, model.spec.vocab)[0])
     return len(targets), summed

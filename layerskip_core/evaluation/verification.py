@@ -116,7 +116,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
 
 def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[Ids]:
     """Those of `texts` that fit this model's context, in its template, and random token ids."""
-    room, size = loaded.backend.max_positions - config.max_new_tokens, loaded.backend.vocab_size
+    room, size = loaded.backend.spec.context - config.max_new_tokens, loaded.backend.spec.vocab
     encoded = [loaded.encode_prompt(text) for text in texts]
     fitting = [list(ids) for ids in encoded if ids and len(ids) < room]
     if not fitting:

@@ -46,7 +46,7 @@ def likelihoods(
     """
     for exit_layer in exits:
         target_block(model.exit_blocks, exit_layer)
-    limit, of_context = model.max_positions, defaultdict[tuple[int, ...], list[int]](list)
+    limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:
             yield place, dict.fromkeys(exits, Likelihood(0.0, True))
@@ -129,7 +129,7 @@ def _scored(
         owner, targets, rows, columns = torch.tensor(after).T
         for stop, hidden, head in _states(model, texts, starts, cache, exits):
             totals, greedy = found[stop]
-            logs, best = _log_probabilities(head, hidden[rows, columns], targets.to(hidden.device), model.vocab_size)
+            logs, best = _log_probabilities(head, hidden[rows, columns], targets.to(hidden.device), model.spec.vocab)
             totals.index_add_(0, owner, logs.double())
             greedy[owner[~best]] = False
 

@@ -72,7 +72,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         size = str(batch_size).partition(":")[0]
         require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)
         self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
-        self.max_length, self.max_gen_toks = self.decoder.backend.max_positions, int(max_gen_toks)
+        self.max_length, self.max_gen_toks = self.decoder.backend.spec.context, int(max_gen_toks)
         strategy = "self-speculative" if spec is not None else "autoregressive" if exit is None else "early-exit"
         asked = {"strategy": strategy, "exit_layer": exit, "num_draft_tokens": spec}
         self.decoding = self.decoder.resolve(cast(DecodingOptions, asked), packing)

@@ -138,7 +138,7 @@ class Backend(Layers, Protocol):
     """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits.
 
     Attributes:
-        spec: what the model is; `hidden_size`, `vocab_size` and the context limit `max_positions`, in tokens, are its own.
+        spec: what the model is.
         implementation: which kernels run, for reports.
         exact: whether calls are split to be batch-invariant. Such a backend takes one row.
         batch_invariant: whether a token has the same bits alone as among others, so that drafts change no greedy output.
@@ -150,12 +150,6 @@ class Backend(Layers, Protocol):
 
     @property
     def spec(self) -> ModelSpec: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property

@@ -79,16 +79,6 @@ class DraftSide:
     shares_states: bool = True
     kernel: DraftKernel | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.layers.device
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.layers.embed(ids)
-
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.layers.run_layers(hidden, start, stop, positions, cache)
-
     def draft_greedily(
         self,
         token: Tensor,
@@ -140,9 +130,9 @@ def beyond_exit(
     """
     block = submodel.block
     if block is not None:
-        hidden = side.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
+        hidden = side.layers.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
         return block.head(hidden), None if block.join is None else block.norm(hidden)
-    return side.unembed(run_spans(side, states, submodel.beyond, positions, cache)), None
+    return side.unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
 
 
 def most_probable(logits: Tensor) -> Tensor:

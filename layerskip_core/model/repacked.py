@@ -49,13 +49,14 @@ class RepackedLayers(ABC, Generic[LayerT]):
 
     def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[LayerT | None], dtype: torch.dtype) -> None:
         """`layers`, with those of exit blocks: None where this copy lacks one. `dtype`: of hidden states."""
-        self.num_layers, self.max_positions = len(layers), spec.context
-        self.device, self.embedding = embedding.device, embedding
+        self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
         self.spec, self.layers, self.dtype = spec, layers, dtype
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
 
     def embed(self, ids: Tensor) -> Tensor:
-        hidden = torch.embedding(self.embedding, ids).to(self.dtype)
+        hidden = torch.embedding(self.embedding, ids)
+        if self.dtype != hidden.dtype:
+            hidden = hidden.to(self.dtype)
         return hidden if self._scale == 1 else hidden * self._scale
 
     @abstractmethod
@@ -79,7 +80,7 @@ class RepackedLayers(ABC, Generic[LayerT]):
             with torch.inference_mode():
                 return self.run_layers(hidden, start, stop, positions, cache)
         if cache is None:
-            cache = KVCache(self.num_layers, len(hidden), self.max_positions)
+            cache = KVCache(self.num_layers, len(hidden), self.spec.context)
         parts = self._parts(hidden, start, stop, positions, cache)
         outputs = [self.run(part, start, stop, places, cache) for part, places in parts]
         if len(outputs) < 2:
@@ -171,8 +172,7 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
             kernel = self._draft_kernel(layers, head, vocabulary, own)
             side = DraftSide(layers, chain.depth, head, chain.blocks[-1], vocabulary, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
-        self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
-        self.max_positions, self.device, self.dtype = spec.context, embedding.device, embedding.dtype
+        self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
         self.implementation = named_int4(self._described(packing), int4 is not None)
 
     @classmethod

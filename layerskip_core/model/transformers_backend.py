@@ -83,12 +83,7 @@ class TransformersBackend:
         self._decoder: Any = transformers_model.model
         self._head: Any = transformers_model.get_output_embeddings()
         self.layers: nn.ModuleList = self._decoder.layers
-        self.num_layers, self.hidden_size, self.vocab_size, self.max_positions = (
-            spec.layers,
-            spec.hidden,
-            spec.vocab,
-            spec.context,
-        )
+        self.num_layers = spec.layers
         # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
         parameters = inspect.signature(type(self.layers[0]).forward).parameters
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"

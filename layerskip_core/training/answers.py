@@ -124,7 +124,7 @@ def digest(value: object) -> str:
 def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writing) -> tuple[float, float]:
     """(seconds that answers of the full length take on this machine, seconds of a token in a pass of many), by timed passes."""
     backend = decoder.backend
-    length = min(_MEASURED, backend.max_positions - 1)
+    length = min(_MEASURED, backend.spec.context - 1)
     cache = backend.new_cache(BATCH, length + 1)
     ids = torch.zeros(BATCH, 1, dtype=torch.long, device=backend.device)
 
@@ -190,7 +190,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     count, tokens = min(steps * rows, MOST_REPLAYED), config.retention.replay_tokens or round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    first = torch.randint(decoder.backend.vocab_size, (count,), generator=generator).tolist()
+    first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
     templated = decoder.prompt_start()[: encoder.max_length - 1]
     starts = [templated if templated and text % 2 else [token] for text, token in enumerate(first)]
     journal = checkpoints_folder(config.output) / f"replay-{answers_digest(original, starts, how, config.dtype)}.jsonl"

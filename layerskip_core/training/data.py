@@ -115,7 +115,7 @@ def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Ro
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     pack = config.regime != "finetune" and plain if config.pack is None else config.pack
-    max_length = sequence_length(config.max_length, config.regime, trainable.backend.max_positions)
+    max_length = sequence_length(config.max_length, config.regime, trainable.backend.spec.context)
     return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, pack)
 
 

@@ -38,7 +38,7 @@ class Block(nn.Module):
     def __init__(self, backend: TransformersBackend, block: ExitBlock) -> None:
         super().__init__()
         model: Any = backend.model
-        width = backend.hidden_size
+        width = backend.spec.hidden
         self.layer: nn.Module = deepcopy(backend.layers[-1])
         self.norm: nn.Module = deepcopy(model.model.norm)
         self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
@@ -71,7 +71,7 @@ class FrozenExits(nn.Module):
         self.config = model.config
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.measured_exits = tuple(block.exit_layer for block in blocks)
-        self.vocab_size = backend.vocab_size
+        self.vocab_size = backend.spec.vocab
         self.backend = backend
         self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
         self._total_variation = loss == "tv"
@@ -147,7 +147,7 @@ def write_states(
     """
     batches, paths = _batches(texts), _files(folder, exits)
     ends = [0, *accumulate(sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches)]  # in tokens
-    size = backend.hidden_size * _BYTES  # of a token's state
+    size = backend.spec.hidden * _BYTES  # of a token's state
     written = min(path.stat().st_size // size if path.is_file() else 0 for path in paths)
     done = sum(end <= written for end in ends) - 1
     rows = sum(map(len, batches[:done]))

@@ -155,7 +155,7 @@ class FrozenModel:
             return backend.normed(hidden.to(backend.dtype))
 
         write_states(self.decoder.backend, final_norm, texts, exits, self.states, stage("states", len(texts)))
-        states = States(texts, exits, backend.hidden_size, self.states)
+        states = States(texts, exits, backend.spec.hidden, self.states)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
         phases = [

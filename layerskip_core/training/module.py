@@ -119,7 +119,7 @@ class RecipeModule(nn.Module):
         self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backend = TransformersBackend(base)
-        self.vocab_size = self.backend.vocab_size
+        self.vocab_size = self.backend.spec.vocab
         self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 
     def forward(
@@ -147,7 +147,7 @@ class RecipeModule(nn.Module):
             teacher = last_layer if exit_layer < layers else original
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
                 cross_entropy, divergence = summed_losses(
-                    self.backend.unembed, *rows[exit_layer], self.backend.vocab_size, teacher
+                    self.backend.unembed, *rows[exit_layer], self.backend.spec.vocab, teacher
                 )
             mixed = (1 - share) * cross_entropy + share * divergence if exit_layer < layers else cross_entropy
             total = total + weight * mixed

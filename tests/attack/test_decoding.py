@@ -137,10 +137,10 @@ def require_consistent(model, prompt_tokens, config, ids, reason, stats):
     assert (stats.prompt_tokens, stats.new_tokens) == (prompt_tokens, len(ids))
     assert 0 <= stats.accepted <= stats.drafted and stats.accepted < max(1, len(ids))
     assert sum(stats.accepted_by_position) == stats.accepted and stats.rounds <= stats.drafted
-    room = min(config.max_new_tokens, model.max_positions - prompt_tokens)
+    room = min(config.max_new_tokens, model.spec.context - prompt_tokens)
     assert len(ids) <= room
     assert (reason in ("length", "context")) == (len(ids) == room and reason not in ("eos", "stop"))
-    assert all(0 <= token < model.vocab_size for token in ids)
+    assert all(0 <= token < model.spec.vocab for token in ids)
 
 
 def require_prefixes_to_change_nothing(model, prompts, config, ends):
@@ -152,7 +152,7 @@ def require_prefixes_to_change_nothing(model, prompts, config, ends):
         ids = [token.id for tokens in decoding for token in tokens]
         assert ids == expected
         longer = [*text, *ids, *more]
-        text = longer if len(longer) < model.max_positions // 2 else text[: len(more)]
+        text = longer if len(longer) < model.spec.context // 2 else text[: len(more)]
 
 
 def joined(data, model, prompts, config, ends):

@@ -157,7 +157,7 @@ def test_fresh_weights_depend_on_the_seed_alone(folder, tokenizer):
 def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
     loaded = blank(str(tmp_path), 0, tokenizer)
-    assert loaded.backend.vocab_size == 300 and decoder_of(loaded).eos_ids == {2}
+    assert loaded.backend.spec.vocab == 300 and decoder_of(loaded).eos_ids == {2}
     assert loaded.model.config.pad_token_id == 0
 
 

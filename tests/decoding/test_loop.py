@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from itertools import count, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,7 +286,8 @@ class TableModel:
     shares_states, vocabulary, exit_blocks = True, None, {}  # of its draft side, which is the model itself
 
     def __init__(self, table):
-        self.table, self.max_positions, self.draft_sides = table, table.shape[1], {None: self}
+        self.table, self.spec, self.layers = table, SimpleNamespace(context=table.shape[1]), self
+        self.draft_sides = {None: self}
 
     def new_cache(self, batch_size=1, max_positions=None):
         return KVCache(2, batch_size, max_positions)

@@ -95,7 +95,7 @@ def test_pass_times_of_the_real_loop():
     for context in (40, 10_000):  # passes of 1 to 17 tokens after the context, as far as there is room
         passes = draft_profile(loaded, (), PackingConfig(), [5] * context).passes
         assert len(passes) == 17 and all(time > 0 for time in passes)
-    for without_room in (timed_part(loaded, [5] * (loaded.backend.max_positions - 1), [5]), timed_part(loaded, prompt, [])):
+    for without_room in (timed_part(loaded, [5] * (loaded.backend.spec.context - 1), [5]), timed_part(loaded, prompt, [])):
         assert plain_seconds(loaded, without_room) is None
         assert pass_times(loaded, without_room, setting, 0.1) is None
 

@@ -53,11 +53,11 @@ def states(backend):
         places, hidden = torch.arange(IDS.shape[1])[None], backend.embed(IDS)
         found = [hidden]
         for side in backend.draft_sides.values():
-            drafted = side.run_layers(side.embed(IDS), 0, 2, places)
+            drafted = side.layers.run_layers(side.layers.embed(IDS), 0, 2, places)
             found += [drafted, side.unembed(drafted)]
             for block in side.exit_blocks.values():
                 entered = block.enter(drafted, drafted)
-                found.append(block.head(side.run_layers(entered, block.layer, block.layer + 1, places)))
+                found.append(block.head(side.layers.run_layers(entered, block.layer, block.layer + 1, places)))
         for layer in range(backend.num_layers):
             hidden = backend.run_layers(hidden, layer, layer + 1, places)
             found.append(hidden)

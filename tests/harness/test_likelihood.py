@@ -18,7 +18,7 @@ from layerskip_core.model.exit_blocks import ExitBlock
 @torch.inference_mode()
 def alone(model, context, continuation, exit_layer):
     """The likelihood by definition: one pass over one text, cut at its beginning if the context limit needs it."""
-    ids = [*context, *continuation][-(model.max_positions + 1) :]
+    ids = [*context, *continuation][-(model.spec.context + 1) :]
     tokens, places, cache = torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], model.new_cache(1)
     hidden, block = model.run_layers(model.embed(tokens), 0, exit_layer, places, cache), model.exit_blocks.get(exit_layer)
     if block is not None:
@@ -44,7 +44,7 @@ def pairs_for(model):
     draw = random.Random(3)
 
     def some(count):
-        return [draw.randrange(model.vocab_size) for _ in range(count)]
+        return [draw.randrange(model.spec.vocab) for _ in range(count)]
 
     start, limit = some(70), 128
     shared = [start + some(draw.randrange(1, 30)) for _ in range(4)]
@@ -58,7 +58,7 @@ def pairs_for(model):
 @pytest.mark.parametrize("kind", ["generic", "kernels"])
 def test_every_exit_of_one_pass_equals_a_pass_of_its_own(kind, batch_size, wide):
     model = tiny_loaded().backend if kind == "generic" else for_decoding(str(wide), dtype="fp32").backend
-    assert model.max_positions == 128
+    assert model.spec.context == 128
     pairs, exits = pairs_for(model), [1, 4, 6]
     found = dict(likelihoods(model, pairs, exits, batch_size))
     assert sorted(found) == list(range(len(pairs)))

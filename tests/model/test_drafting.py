@@ -44,8 +44,8 @@ def drafted(backend, **ends):
     side, cache, last = side_of(backend), backend.new_cache(), PROMPT.shape[1] - 1
     positions = torch.arange(last + MOST)[None]
     with torch.inference_mode():
-        for layers in (backend, side):  # a draft side with its own weights has its own keys
-            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, layers.num_layers, positions[:, :last], cache)
+        for layers in (backend, side.layers):  # a draft side with its own weights has its own keys
+            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, positions[:, :last], cache)
         return side.draft_greedily(PROMPT[:, last:], SUBMODEL, positions[:, last:], cache, DraftEnds(**ends))
 
 
@@ -56,7 +56,7 @@ def expected(backend):
     with torch.inference_mode():
         while True:
             places = torch.arange(ids.shape[1])[None]
-            states = {stop: side.run_layers(side.embed(ids), 0, stop, places) for stop in STOPS}
+            states = {stop: side.layers.run_layers(side.layers.embed(ids), 0, stop, places) for stop in STOPS}
             if ids.shape[1] == PROMPT.shape[1] + MOST:
                 new = slice(PROMPT.shape[1] - 1, None)
                 return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
@@ -103,7 +103,7 @@ def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, pac
     with torch.inference_mode():
         target, draft = (
             layers.run_layers(layers.embed(PROMPT), 0, EXIT, torch.arange(PROMPT.shape[1])[None])
-            for layers in (backend, side_of(backend))
+            for layers in (backend, side_of(backend).layers)
         )
     copies = packing is not None and "draft_weights" in PACKINGS[packing]
     assert side_of(backend).shares_states == torch.equal(target, draft) == (not copies)

@@ -135,16 +135,16 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
         features = features_of(finals)
         given = features[:, -1:] if block.join is not None else None
         cache, positions = backend.new_cache(), torch.arange(last + most)[None]
-        states = side.run_layers(side.embed(ids[:, :last]), 0, exit_layer, positions[:, :last], cache)
+        states = side.layers.run_layers(side.layers.embed(ids[:, :last]), 0, exit_layer, positions[:, :last], cache)
         entered = block.enter(states, features[:, :last])
-        side.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
+        side.layers.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
         drafted = side.draft_greedily(
             ids[:, last:], Submodel(exit_layer, block=block), positions[:, last:], cache, DraftEnds(wants_probs=True), given
         )
         probs = []
         for _ in range(most):
-            states = side.run_layers(side.embed(ids), 0, exit_layer, places(ids))
-            hidden = side.run_layers(block.enter(states, features), block.layer, block.layer + 1, places(ids))
+            states = side.layers.run_layers(side.layers.embed(ids), 0, exit_layer, places(ids))
+            hidden = side.layers.run_layers(block.enter(states, features), block.layer, block.layer + 1, places(ids))
             logits = block.head(hidden[:, -1:])
             probs.append(float(logits.softmax(-1).amax()))
             chosen = logits.argmax(-1)
@@ -183,8 +183,8 @@ def test_copies_have_the_blocks_of_the_exits_that_they_reach():
     side = backend.draft_sides["int8"]
     assert side.num_layers == 3 and list(side.exit_blocks) == [2]
     assert list(backend.draft_sides[None].exit_blocks) == [2, 4]
-    hidden = side.embed(IDS)
+    hidden = side.layers.embed(IDS)
     for start in (3, 7):
         with pytest.raises(AssertionError):
-            side.run_layers(hidden, start, start + 1, places(IDS))
-    side.run_layers(hidden, 6, 7, places(IDS))
+            side.layers.run_layers(hidden, start, start + 1, places(IDS))
+    side.layers.run_layers(hidden, 6, 7, places(IDS))

@@ -122,7 +122,7 @@ def test_draft_weights_and_vocabularies_change_no_output(packing, exit_layer, nu
 def test_a_draft_vocabulary_limits_only_the_drafts():
     model, prompt = packed(torch.float64, draft_vocab=20), prompt_of(9)
     side = model.draft_sides[None]
-    hidden = side.embed(torch.tensor([prompt]))
+    hidden = side.layers.embed(torch.tensor([prompt]))
     with torch.inference_mode():
         torch.testing.assert_close(side.unembed(hidden), model.unembed(hidden)[..., :20])
     assert side.shares_states and side.num_layers == 6
@@ -216,7 +216,7 @@ def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
         return layers.run_layers(layers.embed(prompt[:, 8:]), 0, 4, places[:, 8:], cache)
 
     with torch.inference_mode():
-        assert model.draft_sides[None].shares_states and torch.equal(state(model.draft_sides[None]), state(model))
+        assert model.draft_sides[None].shares_states and torch.equal(state(model.draft_sides[None].layers), state(model))
 
 
 def test_exact_attention_respects_windows():

@@ -113,7 +113,7 @@ def backend(monkeypatch):
 def test_states_are_those_of_each_text_alone(backend, tmp_path):
     reports = []
     write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, reports.append)
-    states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
+    states = States(TEXTS, (2, 5), backend.spec.hidden, tmp_path)
     assert reports[0] == 0 and reports[-1] == len(TEXTS) and len(reports) > 3
     for row, text in enumerate(TEXTS):
         positions = torch.arange(len(text["input_ids"]))[None]
@@ -142,7 +142,7 @@ def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
 
 def test_a_batch_is_padded_at_the_right(backend, tmp_path):
     write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, ignored)
-    states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
+    states = States(TEXTS, (2, 5), backend.spec.hidden, tmp_path)
     batch = collate([states.row(row, (2, 5)) for row in (1, 3)])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "input_ids": (2, 11), "labels": (2, 11), "states": (2, 2, 11, 32), "finals": (2, 11, 32), "exits": (2,),

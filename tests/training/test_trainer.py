@@ -167,7 +167,7 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     reports = train(settings(regime="scratch", vocab_size=280))
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
     loaded = for_training(str(tmp_path / "out"))
-    assert len(loaded.tokenizer) == loaded.backend.vocab_size == 280
+    assert len(loaded.tokenizer) == loaded.backend.spec.vocab == 280
     with pytest.raises(ConfigError, match="`steps` must be at least 2 to train from scratch with layer dropout, got 1"):
         prepare(settings(regime="scratch", steps=1, overwrite=True))
     prepare(settings(regime="scratch", steps=1, overwrite=True, recipe=PLAIN))

@@ -34,7 +34,7 @@ class ExitDrafter:
         self._draft_side, self._sampler, self._submodel = side, setup.sampler, submodel
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
-        self._looks = side.device.type == "cpu"
+        self._looks = side.layers.device.type == "cpu"
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
         # A draft side with other weights has other states than the target.
         self._reuses = setup.reuse_exit_states and side.shares_states
@@ -54,6 +54,7 @@ class ExitDrafter:
 
     def _step_by_step(self, context: Context, limits: Sequence[int]) -> Draft:
         side, submodel, vocabulary = self._draft_side, self._submodel, self._draft_side.vocabulary
+        layers = side.layers
         rooms, counts, token, features = list(limits), [0] * len(limits), context.newest, context.features
         tokens, probs, kept = [token], [], []
         unread: list[Tensor] = []  # (B, 1) each, the largest probability of each draft
@@ -62,7 +63,7 @@ class ExitDrafter:
             if not going:
                 break
             positions = context.positions[:, step : step + 1]
-            kept.append(states_at(side, side.embed(token), submodel.stops, positions, context.cache))
+            kept.append(states_at(layers, layers.embed(token), submodel.stops, positions, context.cache))
             logits, features = beyond_exit(side, submodel, kept[-1][submodel.exit_layer], positions, context.cache, features)
             draft_probs = self._sampler.probs(logits)
             if self._confidence:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples

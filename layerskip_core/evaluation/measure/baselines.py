@@ -89,7 +89,7 @@ class TransformersGenerate:
 
     def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""
-        ends, room = loaded.ends(setting.stop), loaded.backend.max_positions - len(prompt_ids)
+        ends, room = loaded.ends(setting.stop), loaded.backend.spec.context - len(prompt_ids)
         scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
@@ -232,7 +232,7 @@ class LlamaCpp:
         Raises ConfigError if the package is missing, the file is missing, llama.cpp cannot read it, or it has other layers or
         tokens, and CheckpointError for a damaged file.
         """
-        xllamacpp, layers, tokens = _package(), loaded.backend.num_layers, loaded.backend.vocab_size
+        xllamacpp, layers, tokens = _package(), loaded.backend.num_layers, loaded.backend.spec.vocab
         if not Path(gguf).is_file():
             raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
         file = GgufFile(Path(gguf))
@@ -242,7 +242,7 @@ class LlamaCpp:
                 f"layers and {file.tokens} tokens",
                 "gguf",
             )
-        self._context = min(loaded.backend.max_positions, _MOST_CONTEXT)
+        self._context = min(loaded.backend.spec.context, _MOST_CONTEXT)
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.n_ctx, settings.n_parallel = gguf, self._context, 1
         settings.warmup = settings.fit_params = False

@@ -72,7 +72,7 @@ def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[
     """
     start = max(0, (len(output_ids) - _STEPS) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
-    return TimedPart(ids, max(1, min(len(output_ids) - start + 1, loaded.backend.max_positions - len(ids))))
+    return TimedPart(ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids))))
 
 
 def plain_seconds(loaded: Decoder, part: TimedPart) -> float | None:
@@ -170,9 +170,9 @@ def agreement(
                 block, before = model.exit_blocks[stop], None if features is None else features[:, :first]
                 model.write_kv(block.enter(hidden, before), block.layer, block.layer + 1, positions[:, :first], cache)
     after = None if features is None else features[:, first:]
-    hidden = drafting.embed(tokens[:, first:])
+    hidden = drafting.layers.embed(tokens[:, first:])
     for start, stop in pairwise([0, *exits]):
-        hidden = drafting.run_layers(hidden, start, stop, positions[:, first:], cache)
+        hidden = drafting.layers.run_layers(hidden, start, stop, positions[:, first:], cache)
         submodel = Submodel(stop, block=blocks.get(stop))
         logits, _ = beyond_exit(drafting, submodel, hidden, positions[:, first:], cache, after)
         chosen = logits.argmax(-1)[0]
@@ -291,7 +291,7 @@ def _along(
     for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
         found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
         choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
-    room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
+    room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
     ends = loaded.ends(plain.stop)
     return {side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()}, {
         setting: simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends) for setting in settings
@@ -329,7 +329,7 @@ def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingCo
 def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]:
     """Milliseconds of a pass of the target by its rows, medians, after as much of the context as leaves room for them."""
     backend = loaded.backend
-    before = context[: max(backend.max_positions - _ROWS, 0)]
+    before = context[: max(backend.spec.context - _ROWS, 0)]
     if not before:
         return ()
     start, end = len(before), len(before) + _ROWS

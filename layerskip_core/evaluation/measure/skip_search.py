@@ -68,7 +68,7 @@ class Probe:
         with torch.inference_mode():
             # The last block first, because its keys and values are seen by none of the others.
             parts = [
-                run_spans(self._side, hidden[:, block], spans, self._positions[:, block], self._cache)
+                run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], self._cache)
                 for block in reversed(blocks)
             ]
             chosen = self._side.unembed(torch.cat(parts[::-1], dim=1)).argmax(-1)[0]
@@ -191,7 +191,7 @@ def _timed(
     by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
     context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
     settings = [DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights) for skip, drafts in asked]
-    visits = list(timed_visits(loaded, [TimedPart(context, loaded.backend.max_positions - len(context))] * _VISITS, settings))
+    visits = list(timed_visits(loaded, [TimedPart(context, loaded.backend.spec.context - len(context))] * _VISITS, settings))
     if not all(visits):
         raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
     return [averages([visit[setting] for visit in visits]) for setting in settings]
