@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model
 from exit_block_models import random_blocks
 from test_generic import logits_of, native_backend
+from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
@@ -155,22 +156,18 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
     assert drafted.states[exit_layer].shape[1] in (most, most + 1)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(threads):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(number, threads):  # noqa: F811  a fixture
+    threads(number)
     backend = native(tiny_model("llama", torch.float32, **WIDE), None, random_blocks(tiny_model("llama", **WIDE), *BLOCKS))
     submodel = Submodel(4, block=backend.exit_blocks[4], taps=(1, 2))
-    before, last = torch.get_num_threads(), IDS.shape[1] - 1
+    last = IDS.shape[1] - 1
     with torch.inference_mode():
         cache, positions = backend.new_cache(), torch.arange(last + 5)[None]
         hidden = backend.run_layers(backend.embed(IDS[:1, :last]), 0, 6, positions[:, :last], cache)
         feature = backend.normed(hidden[:, -1:])
-        try:
-            torch.set_num_threads(threads)
-            drafted = backend.draft_sides[None].draft_greedily(
-                IDS[:1, last:], submodel, positions[:, last:], cache, DraftEnds(), feature
-            )
-        finally:
-            torch.set_num_threads(before)
+        side, token, after = backend.draft_sides[None], IDS[:1, last:], positions[:, last:]
+        drafted = side.draft_greedily(token, submodel, after, cache, DraftEnds(), feature)
         ids = torch.cat([IDS[:1, :last], drafted.tokens], dim=1)
         for stop in (1, 2, 4):
             states = backend.run_layers(backend.embed(ids), 0, stop, places(ids))

@@ -2,11 +2,13 @@
 
 import ctypes
 import shutil
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import fails, run
+from command_line import run
 from conftest import tiny_model
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
@@ -35,6 +37,7 @@ from layerskip_core.model.drafting import most_probable
 from layerskip_core.model.native import compiled
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
+BUILT_FOLDER = Path(compiled.__file__).parent
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
 LIKE_AVX2 = [name for name in BUILT if name in ("avx512_vnni", "avx_vnni")]  # but for one instruction
 PRECISIONS = {
@@ -308,17 +311,15 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
 
 
 def test_which_precisions_devices_and_widths_the_kernels_support(variant):
-    config, cpu = tiny_model("llama", torch.float32, **WIDE).config, torch.device("cpu")
-    assert can_run_native(ModelSpec.of(config), torch.float32, cpu, None)
-    assert can_run_native(ModelSpec.of(config), torch.bfloat16, cpu, PackingConfig(quantize="int4"))
-    assert not can_run_native(ModelSpec.of(config), torch.float64, cpu, None)
-    assert not can_run_native(ModelSpec.of(config), torch.float32, torch.device("cuda"), None)
-    assert not can_run_native(
-        ModelSpec.of(tiny_model("llama", torch.float32, hidden_act="relu").config), torch.float32, cpu, None
-    )
-    narrow = tiny_model("llama", torch.float32, intermediate_size=48).config  # 48: no whole groups of 32
-    assert can_run_native(ModelSpec.of(narrow), torch.float32, cpu, None)
-    assert not can_run_native(ModelSpec.of(narrow), torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
+    spec, cpu = ModelSpec.of(tiny_model("llama", torch.float32, **WIDE).config), torch.device("cpu")
+    assert can_run_native(spec, torch.float32, cpu, None)
+    assert can_run_native(spec, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
+    assert not can_run_native(spec, torch.float64, cpu, None)
+    assert not can_run_native(spec, torch.float32, torch.device("cuda"), None)
+    assert not can_run_native(replace(spec, activation="relu"), torch.float32, cpu, None)
+    narrow = replace(spec, inner=48)  # no whole groups of 32
+    assert can_run_native(narrow, torch.float32, cpu, None)
+    assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
 @needs_kernels
@@ -357,22 +358,12 @@ def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkey
 def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 256."""
     monkeypatch.setattr(repacked, "CHUNK", 16)
-    model, ids = model_of("fp32"), ids_of(40, 50)
+    model, ids, results = model_of("fp32"), ids_of(40, 50), []
     layers = model._layers
-    positions, sizes, run = torch.arange(50).expand(40, -1), [], layers.run
-
-    def counted(hidden, *arguments):
-        sizes.append(hidden.shape[0] * hidden.shape[1])
-        return run(hidden, *arguments)
-
-    monkeypatch.setattr(layers, "run", counted)
-    with torch.inference_mode():
-        results = []
-        for rows in (2000, 130, 30):
-            monkeypatch.setattr(repacked, "MOST_BYTES", rows * layers.row_bytes())
-            sizes.clear()
-            results.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
-            assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
+    for rows, tokens in ((2000, 16), (130, 3), (30, 1)):
+        monkeypatch.setattr(repacked, "MOST_BYTES", rows * layers.row_bytes())
+        assert layers.tokens_at_once(40, 50) == tokens  # of each prompt
+        results.append(logits_of(model, ids))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -412,24 +403,16 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
 
 
 @pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
-def test_a_note_says_that_a_better_library_cannot_be_loaded(monkeypatch, tmp_path, checkpoint):
+def test_a_note_says_that_a_better_library_cannot_be_loaded(absent, tmp_path):
     """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway there is nothing to say."""
-    monkeypatch.delenv(compiled.SWITCH, raising=False)
-    on_processor(monkeypatch, "x86_64", {"avx2", "fma", *compiled._AVX512})
-    shutil.copy(Path(compiled.__file__).with_name("_avx2.so"), tmp_path)
+    shutil.copy(BUILT_FOLDER / "_avx2.so", tmp_path)
     (tmp_path / "_avx512.so").write_text("damaged")
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
-    note = "the compiled avx512 kernels cannot be loaded"
-    generated = run("generate", "go", "--model", checkpoint, "--max-new-tokens", "2", "--exit", "2")
-    assert generated.code == 0 and generated.err.count(note) == 1
-    assert "decoding uses the avx2 kernels, which are slower" in generated.err
-    on_processor(monkeypatch, "x86_64", {"avx2", "fma"})
     assert compiled.kernel_note() is None
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "_avx2.so").write_text("damaged")
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "damaged" / "compiled.py"))
-    assert "avx2 kernels cannot be loaded" in compiled.kernel_note()
+    on_processor(absent, "x86_64", {"avx2", "fma", *compiled._AVX512})
+    assert "the compiled avx512 kernels cannot be loaded" in (note := compiled.kernel_note())
+    assert "decoding uses the avx2 kernels, which are slower" in note
+    (tmp_path / "_avx2.so").write_text("damaged")
+    assert "decoding uses torch's" in compiled.kernel_note()
 
 
 def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):
@@ -438,8 +421,7 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
     monkeypatch.delenv(compiled.SWITCH, raising=False)
     ids, threaded = ids_of(1, 12), model_of("fp32")
     monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
-    built = Path(compiled.__file__).with_name(f"_{variant}.so")
-    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(built, tmp_path)))
+    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(BUILT_FOLDER / f"_{variant}.so", tmp_path)))
     assert not single.has_threads and compiled.kernels(variant).has_threads
     monkeypatch.setattr(native, "kernels", lambda: single)
     monkeypatch.setattr(compiled, "_load", lambda requested: (single, {}))
@@ -465,12 +447,9 @@ def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
     assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path, model_type):
+def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path):
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
-    message = f"LAYERSKIP_KERNELS must be one of {', '.join(compiled.VARIANTS)}, torch, got avx1024"
-    tiny_model(model_type, torch.float64).save_pretrained(tmp_path)
-    for load in (for_decoding, for_training):
-        with pytest.raises(ConfigError, match=message):
-            load(str(tmp_path), "cpu")
-    fails(message, "generate", "go", "--model", checkpoint)
+    tiny_model("gemma2", torch.float64).save_pretrained(tmp_path)
+    for folder, load in product((checkpoint, tmp_path), (for_decoding, for_training)):
+        with pytest.raises(ConfigError, match=r"LAYERSKIP_KERNELS must be one of .*, torch, got avx1024"):
+            load(str(folder), "cpu")

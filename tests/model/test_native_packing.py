@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from test_native import BUILT
+from test_native import BUILT, threads  # noqa: F401  a fixture
 
 from layerskip_core.model.low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels, stored
 from layerskip_core.model.native import compiled
@@ -89,21 +89,15 @@ def assert_packed(variant, weights, quantization=None):
         assert torch.equal(scale, torch.stack([part for _, part in expected], dim=1).flatten())
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 SHAPES = [(1, 32), (31, 64), (32, 96), (100, 32), (257, 544)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantization", EXPECTED)
 @pytest.mark.parametrize("variant", BUILT)
-def test_panels_are_those_of_torch(variant, quantization, dtype, threads):
+@pytest.mark.parametrize("number", [1, 3])
+def test_panels_are_those_of_torch(variant, quantization, dtype, number, threads):  # noqa: F811  a fixture
+    threads(number)
     for outputs, inputs in SHAPES:
         assert_packed(variant, [random_weight(outputs, inputs, DTYPES[dtype])], quantization)
     for inputs in () if quantization else (2, 14, 30, 34, 62):  # unrounded weights have any even width
@@ -119,7 +113,7 @@ def test_panels_of_two_weights_alternate(variant, quantization):
 
 
 @pytest.mark.parametrize("variant", BUILT)
-def test_stored_int4_weights(variant, threads):
+def test_stored_int4_weights(variant):
     """Their padding differs from that of rounded weights: rows of zero bytes."""
     weights = [stored(int4_of(random_weight(100, 3 * GROUP_SIZE, torch.float32))) for _ in range(2)]
     assert_packed(variant, weights, "int4")
