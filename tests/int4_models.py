@@ -4,7 +4,7 @@ from layerskip_core.checkpoint.beside import fingerprint, int4_content, matrix_n
 from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.model.low_bit import int4_of, stored
+from layerskip_core.model.weights import int4_of, stored
 
 
 def add_int4(folder, change=lambda weight: weight):

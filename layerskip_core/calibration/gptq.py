@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.low_bit import GROUP_SIZE, LEVELS, Int4
+from ..model.weights import GROUP_SIZE, LEVELS, Int4
 
 _DAMPING = 0.1  # of the mean of H's diagonal, added to it
 _CORRECTION_DAMPING = 1.0  # the same for the correction

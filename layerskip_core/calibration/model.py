@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..losses import summed_divergences
 from ..model import TransformersBackend
-from ..model.low_bit import LEVELS, Int4
+from ..model.weights import LEVELS, Int4
 from .gptq import Aim, Moments, descended, gptq
 
 _TOKENS = 4096  # of a forward pass

@@ -28,7 +28,7 @@ from ..data.examples import Conversation, load_rows
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError
 from ..model import missing_feature
-from ..model.low_bit import GROUP_SIZE, stored
+from ..model.weights import GROUP_SIZE, stored
 from .model import quantize, tune
 
 _COPY = "calibrated-model"  # the folder of the copy of a model that is no folder

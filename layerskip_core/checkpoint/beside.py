@@ -3,7 +3,7 @@
 The header of each says which format it has, and has a fingerprint of the weights that it was made for, so that it is not used
 with others.
 
-int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/low_bit.py) for each weight of a layer's
+int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
 projections and of the head, by the weight's name.
 
 exit_blocks.safetensors, which `layerskip finetune --frozen` trains, holds weights whose names say which exits have a block, and
@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
-from ..model.low_bit import GROUP_SIZE, int4_of, stored_shape
 from ..model.spec import ModelSpec, Shapes
-from ..model.weights import Take
+from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
 from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}

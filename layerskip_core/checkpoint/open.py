@@ -25,10 +25,9 @@ from ..model import (
 )
 from ..model.drafting import token_order
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
-from ..model.low_bit import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
-from ..model.weights import Take, taken_from
+from ..model.weights import Take, named_int4, taken_from
 from ..prompting import resolve_template
 from .beside import read_exit_blocks, read_int4
 from .folder import (

@@ -19,10 +19,9 @@ from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import NativeBackend, can_run_native
 from ..model.drafting import ORDER_FILE
-from ..model.low_bit import named_int4
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import EMBEDDING
-from ..model.weights import Weights
+from ..model.weights import Weights, named_int4
 
 _CPU = torch.device("cpu")
 

@@ -8,16 +8,14 @@ from torch import Tensor
 from ..config.packing import PackingConfig, Quantization
 from .drafting import DraftKernel, DraftVocabulary
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
-from .low_bit import GROUP_SIZE
 from .native.compiled import ACTIVATIONS, MOST_ROPES, kernels
-from .native.draft import choose, draft
-from .native.layers import Engine, NativeLayer, NativeLayers, NativeLinear
+from .native.layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
 from .native.matrix import MatrixForm, NativeMatrix, PackMatrix
 from .repacked import RepackedBackend
 from .spec import ModelSpec
 from .torch_layer import missing_feature
 from .torch_linear import Norm
-from .weights import Affine, Take, Weights
+from .weights import GROUP_SIZE, Affine, Take, Weights
 
 _LARGEST_HEAD = 256
 

@@ -13,9 +13,8 @@ from .backend import Chooser
 from .cache import KVCache
 from .drafting import DraftKernel, DraftSide, DraftVocabulary
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
-from .low_bit import named_int4
 from .spec import EMBEDDING, ModelSpec
-from .weights import Affine, Take, Weights, checked, norm_weights, taken_from
+from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
 CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
 MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each

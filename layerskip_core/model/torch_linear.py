@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..config.packing import Quantization
 from ..errors import ConfigError
-from .low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels
-from .weights import Affine
+from .weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels
 
 _PREPACKED_SIZE = 1 << 18  # elements; a call of oneDNN costs 9 us, which a smaller fp32 matrix does not regain at one row
 _TYPICAL_ROWS = 8  # oneDNN chooses its layout for this row count: a round of speculation, and good at one row too

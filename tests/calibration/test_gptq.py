@@ -3,7 +3,7 @@
 import torch
 
 from layerskip_core.calibration.gptq import Aim, Moments, descended, gptq, searched, with_best_levels, with_best_scales
-from layerskip_core.model.low_bit import int4_of
+from layerskip_core.model.weights import int4_of
 
 OUTPUTS, INPUTS = 24, 160
 

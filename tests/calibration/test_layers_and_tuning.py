@@ -7,7 +7,7 @@ from conftest import tiny_model
 from layerskip_core.calibration.model import quantize, tune
 from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.low_bit import int4_of
+from layerskip_core.model.weights import int4_of
 
 TEXTS = torch.randint(3, 67, (48, 32), generator=torch.Generator().manual_seed(0))
 UNSEEN = torch.randint(3, 67, (8, 32), generator=torch.Generator().manual_seed(1))

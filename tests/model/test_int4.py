@@ -8,8 +8,8 @@ from test_generic import logits_of
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import NativeBackend, TorchBackend
-from layerskip_core.model.low_bit import Int4, inputs_of, int4_of, stored, stored_shape
 from layerskip_core.model.native.compiled import kernels
+from layerskip_core.model.weights import Int4, inputs_of, int4_of, stored, stored_shape
 
 WIDE = {"intermediate_size": 96, "hidden_size": 64}
 BACKENDS = [TorchBackend, pytest.param(NativeBackend, marks=pytest.mark.skipif(kernels() is None, reason="no kernels here"))]

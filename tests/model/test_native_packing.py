@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from test_native import BUILT, threads  # noqa: F401  a fixture
 
-from layerskip_core.model.low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels, stored
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
-from layerskip_core.model.weights import Affine
+from layerskip_core.model.weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels, stored
 
 PANEL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..drafting import DraftVocabulary
-from ..low_bit import GROUP_SIZE, is_stored
-from ..weights import Affine
+from ..weights import GROUP_SIZE, Affine, is_stored
 from .compiled import KINDS, CMatrix, Kernels
 
 LAYOUT = 1  # the version of the panels below: files of panels say which they have
