@@ -79,6 +79,11 @@ class DraftSide:
     shares_states: bool = True
     kernel: DraftKernel | None = None
 
+    def choose(self, logits: Tensor) -> Tensor:
+        """The token ids (...) with the largest of the logits (..., N)."""
+        chosen = most_probable(logits)
+        return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
+
     def draft_greedily(
         self,
         token: Tensor,
@@ -102,8 +107,7 @@ class DraftSide:
             place = positions[:, step : step + 1]
             kept.append(states_at(self.layers, self.layers.embed(tokens[-1]), submodel.stops, place, cache))
             logits, feature = beyond_exit(self, submodel, kept[-1][submodel.exit_layer], place, cache, feature)
-            chosen = most_probable(logits)
-            tokens.append(chosen if self.vocabulary is None else self.vocabulary.tokens(chosen))
+            tokens.append(self.choose(logits))
             if ends.needs_probs:
                 prob = logits.float().softmax(-1).amax()
                 if not looks:

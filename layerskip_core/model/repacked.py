@@ -231,7 +231,7 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
     ) -> list[_Chain[LayerT, HeadT]]:
         """The model's own chain and the copies that draft, with their heads and without layers."""
         quantize, exact, layers = packing.quantize, packing.exact, self.spec.layers
-        weights = weights.remembered("").after({EMBEDDING: self._embedding}.get)
+        weights = weights.remembered().after({EMBEDDING: self._embedding}.get)
 
         def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> HeadT:
             return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
@@ -256,7 +256,7 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
         for block in exit_blocks.blocks:
             parts.append((block.exit_layer, of_blocks.below(block.prefix), block))
         for place, (depth, stored, added) in enumerate(parts):
-            own = stored.remembered("") if added is not None or len(chains) > 1 else stored
+            own = stored.remembered() if added is not None or len(chains) > 1 else stored
             for chain in chains:
                 if depth > chain.depth:
                     chain.layers.append(None)

@@ -36,9 +36,9 @@ class Weights:
     def below(self, prefix: str) -> "Weights":
         return Weights(self.take, self.shapes, self.prefix + prefix)
 
-    def remembered(self, prefix: str) -> "Weights":
-        """As `below`, for weights used twice: they are read and checked once, and stay in memory as long as this object."""
-        return Weights(cache(self.take), self.shapes, self.prefix + prefix)
+    def remembered(self) -> "Weights":
+        """For weights used twice: they are read and checked once, and stay in memory as long as this object."""
+        return Weights(cache(self.take), self.shapes, self.prefix)
 
     def after(self, first: Take) -> "Weights":
         """With the weights that `first` has in the place of those of the same name."""

@@ -60,8 +60,7 @@ def expected(backend):
             if ids.shape[1] == PROMPT.shape[1] + MOST:
                 new = slice(PROMPT.shape[1] - 1, None)
                 return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
-            chosen = side.unembed(states[EXIT][:, -1:]).argmax(-1)
-            ids = torch.cat([ids, chosen if side.vocabulary is None else side.vocabulary.tokens(chosen)], dim=1)
+            ids = torch.cat([ids, side.choose(side.unembed(states[EXIT][:, -1:]))], dim=1)
 
 
 CASES = [

@@ -175,8 +175,7 @@ def agreement(
         hidden = drafting.layers.run_layers(hidden, start, stop, positions[:, first:], cache)
         submodel = Submodel(stop, block=blocks.get(stop))
         logits, _ = beyond_exit(drafting, submodel, hidden, positions[:, first:], cache, after)
-        chosen = logits.argmax(-1)[0]
-        choices[stop] = (chosen if drafting.vocabulary is None else drafting.vocabulary.tokens(chosen)).tolist()
+        choices[stop] = drafting.choose(logits)[0].tolist()
     return choices
 
 

@@ -71,10 +71,9 @@ class Probe:
                 run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], self._cache)
                 for block in reversed(blocks)
             ]
-            chosen = self._side.unembed(torch.cat(parts[::-1], dim=1)).argmax(-1)[0]
+            chosen = self._side.choose(self._side.unembed(torch.cat(parts[::-1], dim=1)))[0]
             self._written.copy_(self._kept)
-        vocabulary = self._side.vocabulary
-        return (chosen if vocabulary is None else vocabulary.tokens(chosen)).tolist()
+        return chosen.tolist()
 
 
 class SkipSet(NamedTuple):

@@ -156,9 +156,8 @@ class NativeLayers(RepackedLayers[NativeLayer]):
         assert self.has(range(start, stop))
         batch, count, _ = rows.shape
         buffers, places = self.engine.buffers(batch * count), positions.contiguous()
-        self.place(buffers.call, cache, cache.writer(positions).stop, places, start, stop)
-        buffers.call.rows_per_sequence = count
-        buffers.call.hidden = rows.data_ptr()
+        self.place(buffers.call, cache, places, start, stop)
+        buffers.call.rows_per_sequence, buffers.call.hidden = count, rows.data_ptr()
         kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
 
     def has(self, layers: Iterable[int]) -> bool:
@@ -169,9 +168,12 @@ class NativeLayers(RepackedLayers[NativeLayer]):
         """The address of a layer's structure; those of the next layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def place(self, call: CCall, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
-        """Sets where the call's rows stand, all before position `end`, and where layers start..stop-1 keep keys and values."""
-        shape, like = self.engine.shape, self.embedding
+    def place(self, call: CCall, cache: KVCache, positions: Tensor, start: int, stop: int) -> None:
+        """Sets at which positions (B, T) the call's rows stand, and where layers start..stop-1 keep keys and values.
+
+        The call reads the contiguous `positions` themselves: they must outlive it.
+        """
+        shape, like, end = self.engine.shape, self.embedding, cache.writer(positions).stop
         storage = cache.scattered(end, shape.kv_heads, shape.head_dim, like)
         layers, _, slots, kv_heads, places, head_dim = storage.shape
         assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, like.dtype)
@@ -243,9 +245,9 @@ def draft(
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
-    places = torch.arange(start, start + most + 1)
+    places = torch.arange(start, start + most + 1)[None]
     engine, buffers = layers.engine, layers.engine.buffers(1)
-    layers.place(buffers.call, cache, cache.writer(places[None]).stop, places, 0, max(order, default=-1) + 1)
+    layers.place(buffers.call, cache, places, 0, max(order, default=-1) + 1)
     buffers.call.rows_per_sequence = 1
     tokens = torch.empty(1, most + 1, dtype=torch.long)
     tokens[0, 0] = int(token)
@@ -310,9 +312,8 @@ def choose(
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
     engine, buffers, places = layers.engine, layers.engine.buffers(batch * count), positions.contiguous()
-    layers.place(buffers.call, cache, cache.writer(positions).stop, places, start, stop)
-    buffers.call.rows_per_sequence = count
-    buffers.call.hidden = rows.data_ptr()
+    layers.place(buffers.call, cache, places, start, stop)
+    buffers.call.rows_per_sequence, buffers.call.hidden = count, rows.data_ptr()
     chosen = torch.empty(batch, count, dtype=torch.long)
     choice = CChoice(
         layers.embedding.data_ptr(),
