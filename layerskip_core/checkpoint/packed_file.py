@@ -25,7 +25,7 @@ from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import EMBEDDING, ModelSpec, Shapes
-from ..model.weights import GROUP_SIZE, Affine
+from ..model.weights import Affine
 from .beside import open_formed
 from .folder import PACKED_FILE
 
