@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import ModelSpec, NativeBackend, can_run_native
 
@@ -24,8 +23,7 @@ def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
 
 
-def native_or_skip(model, packing=None, **blocks):
-    packing, dtype = packing or PackingConfig(), next(model.parameters()).dtype
-    if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here")
-    return NativeBackend.of(model, packing, **blocks)
+def native_or_skip(model, packing=None, **options):
+    if not can_run_native(ModelSpec.of(model.config), model.dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here, or the CPU lacks what they need")
+    return NativeBackend.of(model, packing, **options)

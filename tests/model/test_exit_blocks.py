@@ -1,38 +1,33 @@
 """Exit blocks in every backend, against transformers' own layers with the block's weights."""
 
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import WIDE, native_or_skip
 from exit_block_models import random_blocks
-from test_generic import logits_of, native_backend
+from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, features_of
+from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
 MODELS = ["llama", "gemma2", "starcoder2", "phi3", "smollm3"]
 
 
-def native(model, packing=None, blocks=NO_BLOCKS):
-    return native_backend(model, packing, ORDER, exit_blocks=blocks)
+DTYPES = {"native": torch.float32, "packed": torch.float64, "generic": torch.float64}
 
 
-def packed(model, packing=None, blocks=NO_BLOCKS):
-    return TorchBackend.of(model, packing, ORDER, exit_blocks=blocks)
-
-
-def generic(model, packing=None, blocks=NO_BLOCKS):
-    return TransformersBackend(model, blocks)
-
-
-BACKENDS = {"native": (native, torch.float32), "packed": (packed, torch.float64), "generic": (generic, torch.float64)}
+def backend_of(kind, model, packing, blocks):
+    if kind == "generic":
+        return TransformersBackend(model, blocks)
+    return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, token_order=ORDER, exit_blocks=blocks)
 
 
 def places(ids):
@@ -59,14 +54,13 @@ def block_logits(backend, block, ids, features=None):
     return block.head(hidden)
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_block_is_a_model_of_one_layer_more_than_its_exit(kind, architecture):
-    make, dtype = BACKENDS[kind]
-    model = tiny_model(architecture, dtype, **WIDE)
+    model = tiny_model(architecture, DTYPES[kind], **WIDE)
     blocks = random_blocks(model, ExitBlock(2), ExitBlock(5))
     short = {block.exit_layer: shortened(model, blocks, block) for block in blocks.blocks}
-    backend = make(model, None, blocks)
+    backend = backend_of(kind, model, None, blocks)
     with torch.inference_mode():
         known = {exit_layer: model(IDS, use_cache=False).logits for exit_layer, model in short.items()}
         assert list(backend.exit_blocks) == [2, 5] and backend.num_layers == 6
@@ -74,15 +68,14 @@ def test_a_block_is_a_model_of_one_layer_more_than_its_exit(kind, architecture):
             torch.testing.assert_close(block_logits(backend, block, IDS), known[exit_layer], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "starcoder2"])
 def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind, architecture):
-    make, dtype = BACKENDS[kind]
-    model = tiny_model(architecture, dtype, **WIDE)
+    model = tiny_model(architecture, DTYPES[kind], **WIDE)
     blocks = random_blocks(model, ExitBlock(3, "final"))
     reference = TransformersBackend(deepcopy(model))
     short = TransformersBackend(shortened(model, blocks, blocks.blocks[0]))
-    backend = make(model, None, blocks)
+    backend = backend_of(kind, model, None, blocks)
     with torch.inference_mode():
         full = reference.run_layers(reference.embed(IDS), 0, 6, places(IDS))
         finals = reference.model.model.norm(full)
@@ -97,16 +90,15 @@ def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("packing", [None, PackingConfig("int8"), PackingConfig(exact=True)])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [("generic", None), *product(("native", "packed"), (None, PackingConfig("int8"), PackingConfig(exact=True)))],
+)
 def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
-    if kind == "generic" and packing is not None:
-        pytest.skip("it has no packing")
-    make, _ = BACKENDS[kind]
     logits = []
     for given in ((), BLOCKS):
         model = tiny_model("llama", dtype, **WIDE)
-        backend = make(model, packing, random_blocks(model, *given))
+        backend = backend_of(kind, model, packing, random_blocks(model, *given))
         logits.append(logits_of(backend, IDS))
     assert torch.equal(*logits)
 
@@ -119,16 +111,12 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("kind", "packing"), [("generic", "plain"), *product(("native", "packed"), PACKINGS)])
 @pytest.mark.parametrize("exit_layer", [2, 4])
 def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer):
     """Against the same steps over the whole text for each token; the prompt's features are true ones."""
-    if kind == "generic" and PACKINGS[packing]:
-        pytest.skip("it has no packing")
-    make, dtype = BACKENDS[kind]
-    model = tiny_model("llama", dtype, **WIDE)
-    backend = make(model, PackingConfig(**PACKINGS[packing]), random_blocks(model, *BLOCKS))
+    model = tiny_model("llama", DTYPES[kind], **WIDE)
+    backend = backend_of(kind, model, PackingConfig(**PACKINGS[packing]), random_blocks(model, *BLOCKS))
     side = list(backend.draft_sides.values())[-1]
     block, ids, last, most = side.exit_blocks[exit_layer], IDS[:1], IDS.shape[1] - 1, 5
     with torch.inference_mode():
@@ -158,7 +146,8 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(number, threads):  # noqa: F811  a fixture
     threads(number)
-    backend = native(tiny_model("llama", torch.float32, **WIDE), None, random_blocks(tiny_model("llama", **WIDE), *BLOCKS))
+    model = tiny_model("llama", torch.float32, **WIDE)
+    backend = backend_of("native", model, None, random_blocks(model, *BLOCKS))
     submodel = Submodel(4, block=backend.exit_blocks[4], taps=(1, 2))
     last = IDS.shape[1] - 1
     with torch.inference_mode():
@@ -175,7 +164,8 @@ def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(number, threads):  
 
 def test_copies_have_the_blocks_of_the_exits_that_they_reach():
     model = tiny_model("llama", torch.float64, **WIDE)
-    backend = packed(model, PackingConfig(draft_weights=("int8",), draft_layers=3), random_blocks(model, *BLOCKS))
+    packing = PackingConfig(draft_weights=("int8",), draft_layers=3)
+    backend = backend_of("packed", model, packing, random_blocks(model, *BLOCKS))
     side = backend.draft_sides["int8"]
     assert side.num_layers == 3 and list(side.exit_blocks) == [2]
     assert list(backend.draft_sides[None].exit_blocks) == [2, 4]

@@ -5,7 +5,7 @@ import torch
 from conftest import CHANGES, tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import ModelSpec, NativeBackend, TransformersBackend, can_run_native
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 
 
@@ -26,13 +26,6 @@ def logits_of(model, ids, edges=(), side=None):
             hidden = layers.run_layers(hidden, 0, 1, positions, cache)
             pieces.append(scorer.unembed(layers.run_layers(hidden, 1, scorer.num_layers, positions, cache)))
     return torch.cat(pieces, dim=1)
-
-
-def native_backend(model, packing=None, *args, **options):
-    """On the C kernels; the test is skipped where there are none."""
-    if not can_run_native(ModelSpec.of(model.config), model.dtype, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here, or the CPU lacks what they need")
-    return NativeBackend.of(model, packing, *args, **options)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import WIDE
 from test_native import variant  # noqa: F401  a fixture
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -12,7 +13,6 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import tiny_model
+from decodings import ids_of, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generic import logits_of
@@ -32,13 +33,9 @@ def packed(dtype=torch.float32, model_type="llama", **packing):
 KINDS = ("gemma3_text", "olmo2", "starcoder2")  # with norms after blocks, over projections, and with LayerNorm
 
 
-def prompt_of(length):
-    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
 def output(model, prompt, max_new_tokens=24, **config):
     decoding = decode(model, prompt, DecodingConfig(max_new_tokens=max_new_tokens, **config))
-    return [token.id for tokens in decoding for token in tokens], decoding.stats
+    return ids_of(decoding), decoding.stats
 
 
 def plain(model, prompt, **config):

@@ -135,22 +135,18 @@ LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "
 BAD = [
     ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got 'gpt2'"),
     *(({"num_hidden_layers": value}, r"num_hidden_layers must be a whole number in 1\.\.1024") for value in (0, 10**7, True)),
-    ({"hidden_size": 10**12}, "hidden_size must be a whole number in"),
     ({"vocab_size": "67"}, r"vocab_size must be a whole number in 1\.\.16777216, got 67"),
     ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),
     *(({"head_dim": value}, f"head_dim must be an even number .*, got {value}") for value in (0, 7, 2048)),
     ({"head_dim": None, "hidden_size": 36}, "hidden_size / num_attention_heads must be an even number, got 9"),
     ({"head_dim": None, "num_attention_heads": 6}, "hidden_size must be a multiple of num_attention_heads, 6, got 32"),
     ({"num_attention_heads": 4096, "head_dim": 1024}, r"num_attention_heads \* head_dim must be at most 1048576, got 4194304"),
-    *(({"max_position_embeddings": value}, "max_position_embeddings must be") for value in (None, 9.5, 10**18)),
     *(({"rms_norm_eps": value}, "rms_norm_eps must be a number") for value in (0, nan, inf, "x", None)),
-    ({"sliding_window": 0}, "sliding_window must be"),
     ({"layer_types": [FULL] * 5}, "layer_types must be a list of num_hidden_layers, 6, entries, got 5"),
     ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list, each one of full_attention, sliding_attention, got"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of at least num_hidden_layers, 6"),
     ({"model_type": "gemma2", "layer_types": [SLIDING] * 6}, "sliding_window must be given for layers of sliding_attention"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got yes"),
-    ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
     ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
     *(({"rope_parameters": {"rope_theta": value}}, r"rope_parameters\.rope_theta must be") for value in (0, "1", nan, inf)),
@@ -159,7 +155,6 @@ BAD = [
       "model_type": "gemma3_text"}, r"rope_parameters\.sliding_attention\.rope_theta must be"),
     *(({"eos_token_id": value}, "eos_token_id must be a whole number .* or a list") for value in (True, "2", -1, [2, None])),
     ({"model_type": "phi3", "rope_parameters": LONG}, r"head_dim \* partial_rotary_factor must be an even number above 0"),
-    ({"logits_scaling": 0}, "logits_scaling must be a number in"),
 ]  # fmt: skip
 
 
