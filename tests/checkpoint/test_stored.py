@@ -67,7 +67,7 @@ def test_damaged_files(folder, name, content):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_an_invalid_token_that_ends_answers(folder, name):
     edit(folder / name, eos_token_id="</s>")
-    with pytest.raises(CheckpointError, match="eos_token_id must be a token id, a list of them, or null, got '</s>'"):
+    with pytest.raises(CheckpointError, match=r"eos_token_id must be .*, got '?</s>"):
         for_decoding(str(folder), "cpu")
 
 
