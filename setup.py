@@ -56,6 +56,10 @@ def extensions() -> list[Extension]:
 
 
 class BuildKernels(build_ext):
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = True  # the variants beside one another, on all cores
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 

@@ -145,7 +145,15 @@ def on_gpu(checkpoint):
 
 def test_benchmarks(on_gpu, checkpoint):
     strategies, baselines = ("autoregressive", "self-speculative"), ("transformers", "no-reuse")
-    config = BenchConfig(checkpoint, own_answers(1).config, 2, 3, strategies, repeats=1, baselines=baselines)
+    config = BenchConfig(
+        checkpoint,
+        own_answers(1).config,
+        exit_layer=2,
+        num_draft_tokens=3,
+        strategies=strategies,
+        repeats=1,
+        baselines=baselines,
+    )
     *_, record = bench(on_gpu, own_answers(1), config)
     assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
     assert record.environment["device_name"] == "simulated" and record.environment["implementation"] == "packed, CUDA graphs"

@@ -13,7 +13,7 @@ from cli import loading
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
     def loaded(width, device="cpu"):
-        return SimpleNamespace(backend=SimpleNamespace(hidden_size=width, device=torch.device(device)))
+        return SimpleNamespace(backend=SimpleNamespace(spec=SimpleNamespace(hidden=width), device=torch.device(device)))
 
     before = torch.get_num_threads()
     try:

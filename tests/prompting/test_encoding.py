@@ -32,7 +32,7 @@ def encode_prompt(tokenizer, template, prompt, system=None):
 
 
 def decoder_with(tokenizer):
-    backend = SimpleNamespace(vocab_size=1 << 20)
+    backend = SimpleNamespace(spec=SimpleNamespace(vocab=1 << 20))
     return Decoder("m", backend, tokenizer, CheckpointInfo(), frozenset(), PromptTemplate(CHAT))
 
 
