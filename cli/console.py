@@ -146,5 +146,5 @@ def _plain_updates(label: str, total: int) -> _Update:
 
 
 def _is_first_process() -> bool:
-    """Whether this process prints, of those that torchrun started."""
+    """True for the one of torchrun's processes that prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -83,7 +83,7 @@ def _value(group: Any, field: str) -> Any:
 
 
 def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
-    """A parameter's field, annotation and default; of a group those of its fields, which hide fields of groups within."""
+    """Field, annotation and default of a parameter, or of each field of a group. A group's own fields hide nested ones."""
     kind = _group(hint)
     if kind is None:
         yield field, hint, default

@@ -247,7 +247,7 @@ class Engine:
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int) -> None:
-        """`batch_size`: requests that are decoded at once. `queue_size`: those that may wait besides."""
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait."""
         self.held = self.running = 0
         self.is_stopped = False
         self._scheduler = Scheduler(decoder, batch_size)

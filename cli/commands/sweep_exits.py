@@ -107,7 +107,7 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
-    """The layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
+    """The skipped layers and the draft length of the fastest Draft & Verify row."""
     rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
     if not rows:
         return None

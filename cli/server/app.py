@@ -114,7 +114,7 @@ class Service:
         return request, jobs
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Without effect on those that are finished."""
+        """Finished ones stay as they are."""
         for job in jobs:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
@@ -136,7 +136,7 @@ class Service:
         return ids
 
     async def _models(self, request: Request) -> Response:
-        """All models, which is one, or that of the path."""
+        """The list of models, which has one entry, or the model named in the path."""
         self.authorize(request)
         name = request.path_params.get("model")
         if name is None:

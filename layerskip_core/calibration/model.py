@@ -145,7 +145,7 @@ class Tuned:
         return Int4(levels, changed, (middle - _CENTRE * changed).bfloat16().float())
 
     def take_gradients(self) -> None:
-        """Those of both changes, from that of the parameter."""
+        """The gradients of both changes, from the gradient of the parameter."""
         assert self._parameter.grad is not None
         levels, scale, _ = self._first
         gradients = self._parameter.grad.float().view(*scale.shape, -1)

@@ -85,7 +85,7 @@ class GgufFile:
 
 
 class GgufModel:
-    """A model in a GGUF file, of which only what describes the model was read."""
+    """A model in a GGUF file; only its metadata is read yet."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a damaged file, an unsupported architecture, and values missing or out of range."""

@@ -88,7 +88,7 @@ class CheckpointInfo:
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
     def trained_exits(self, num_layers: int) -> tuple[int, ...]:
-        """The exits before the last layer that `finetune` trained: those of the recipe, or all."""
+        """The exits before the last layer that `finetune` trained: the recipe's, or all."""
         recipe = self._training.config.recipe or _Recipe()
         if recipe.curriculum == "none":
             return ()

@@ -20,7 +20,7 @@ _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would 
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub, of which only the configuration was read."""
+    """A model in a folder or on the hub; only its configuration is read yet."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
@@ -74,7 +74,7 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Adds the adapters' weights to those of `base`, the last adapter first; the tokenizer is that of the first adapter."""
+    """Merges the adapters into `base`, the last one first; the tokenizer comes from the first adapter."""
     model, spec = base.model, base.backend.spec
     for adapter in reversed(adapters):
         model = _merged(model, adapter)

@@ -1,4 +1,4 @@
-"""Which rows of which data."""
+"""The rows of a data set."""
 
 from dataclasses import dataclass
 from typing import Annotated

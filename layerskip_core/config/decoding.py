@@ -1,4 +1,4 @@
-"""How tokens are decoded: what was asked for (DecodingOptions), and what it means for a checkpoint (DecodingConfig)."""
+"""How tokens are decoded: options as requested (DecodingOptions), and resolved for a checkpoint (DecodingConfig)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -279,7 +279,7 @@ def resolve_as(
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
-    """A strategy with those of the options that it uses, and other fields of DecodingConfig; all else is usual."""
+    """A strategy with the options that it uses and other fields of DecodingConfig; the rest are defaults."""
     used = {name: value for name, value in _said(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
@@ -297,7 +297,7 @@ def implied_strategy(options: DecodingOptions) -> str | None:
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
-    """What was said about how to draft and where to exit: a policy, or what it sets. Without it the checkpoint chooses."""
+    """The requested policy, or the requested options that a policy sets. Empty: the checkpoint chooses."""
     return {name: value for name, value in _said(options).items() if value and name not in _OF_A_REQUEST}
 
 
@@ -317,7 +317,7 @@ def used_by(option: str) -> Sequence[str]:
 
 
 def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
-    """Raises ConfigError, which names those that are there, for another name."""
+    """Raises ConfigError, which lists the saved policies, for an unknown name."""
     there = ", ".join(policies) or "there are none"
     how = f"`layerskip sweep-exits --save` saves {EXACT}, and {FAST} where an early exit keeps the quality"
     require(name in policies, "policy", f"one that is saved with the model ({there}; {how})", name)
@@ -367,7 +367,7 @@ def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 
 
 def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with tuples for lists, without those that say nothing."""
+    """Options with tuples for lists, without None and empty ones."""
     stop = options.get("stop")
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}

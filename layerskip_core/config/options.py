@@ -49,7 +49,7 @@ class Flag:
 
 
 class Without(frozenset[str]):
-    """Beside a field that is a group of settings: those that are no flags of this command."""
+    """In the annotation of a group of settings: names of settings without a flag in this command."""
 
     def __new__(cls, *names: str) -> "Without":
         return super().__new__(cls, names)

@@ -58,7 +58,7 @@ class FixedTarget:
         block: PlacedBlock | None = None,
         greedy: bool = False,
     ) -> None:
-        """`block`: that of exit E. `greedy`: logits are needed for choices only."""
+        """`block`: of exit E. `greedy`: only the best tokens are needed, no logits."""
         self._model, self._layers = model, layers
         self._only_chooses = greedy and exit_cache is None and block is None
         self.exit_cache, self._block = exit_cache, block
@@ -87,7 +87,7 @@ class FixedTarget:
         return TargetOutput(logits, self._layers)
 
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> TargetOutput:
-        """One pass over tokens (B, T), from their exit states on, which may lack those of the last token."""
+        """One pass over tokens (B, T), from their exit states on; the last token may lack its state."""
         if states and (known := states[max(states)].shape[1]) < tokens.shape[1]:
             last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
             states = joined((states, last))
@@ -163,7 +163,7 @@ class CalmTarget:
         return chosen
 
     def _propagate(self, span: int, count: int, cache: KVCache) -> None:
-        """Writes the span's KV entries of those of the first `count` tokens that left below it."""
+        """Writes the span's KV entries for the tokens, among the first `count`, that left below it."""
         written, (start, stop) = self._written[span], self._spans[span]
         if written < count:
             positions = torch.arange(self._begin + written, self._begin + count)[None]

@@ -130,7 +130,7 @@ class Grammar:
                 yield from self._closed(_drawn(rng, rule.alternatives), split, rng, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
-        """A value of an open rule. Its text, and that of every open value in it, is on the side of the split."""
+        """A value of an open rule. Its text, and the text of every open value in it, belongs to the split."""
         side = "test" if split == "compositional" else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):

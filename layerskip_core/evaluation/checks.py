@@ -264,7 +264,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_turns(subject: Subject) -> Iterator[CheckResult]:
-    """A text that begins with the one before, and starts at the entries that it left, gives what it gives afresh."""
+    """A text that continues the previous one, on its KV entries, gets the same tokens as in a fresh cache."""
     room = subject.backend.spec.context - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
     turns = [

@@ -131,7 +131,7 @@ class _Step:
 
 
 def _add_losses(run: Run, file: Path) -> None:
-    """The losses that `finetune` writes, a line per step; those of the last validation are figures too."""
+    """The losses that `finetune` writes, a line per step. The last validation's losses are figures too."""
     last = None
     for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
         try:
@@ -311,7 +311,7 @@ def _points(groups: Mapping[str, Sequence[Run]], exits: Sequence[int]) -> Iterat
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """A label whose figures are of other rows than those of the first, run by run."""
+    """A label measured on other rows than the first label, run by run."""
     for file, what in ((RESULTS, "metrics"), (LOSSES, "held-out losses")):
         rows = {
             label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]

@@ -167,7 +167,7 @@ def _check(spec: ModelSpec) -> None:
 
 
 def _full_rope(spec: ModelSpec) -> RopeSpec:
-    """The rope of layers with full attention; that of the sliding ones if there are no others."""
+    """The rope of layers with full attention, or of the sliding layers if there are no others."""
     places = [rope for layer, rope in enumerate(spec.rope_of) if spec.window_of(layer) is None] or list(spec.rope_of)
     return spec.ropes[places[0] or 0]
 
@@ -216,7 +216,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
 
 
 def _split(described: dict[str, Any]) -> str:
-    """llama.cpp's name of what comes before BPE. Raises CheckpointError for what it does not have."""
+    """llama.cpp's name of the pre-tokenizer. Raises CheckpointError for one that llama.cpp lacks."""
     normalizer, before = described["normalizer"], described["pre_tokenizer"]
     if described["model"].get("byte_fallback"):
         if json.dumps(_SPACE) in json.dumps([normalizer, before]):

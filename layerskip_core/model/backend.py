@@ -54,7 +54,7 @@ def states_at(
 
 
 def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """The states of all tokens, from those of the first, of the next, and so on."""
+    """Joins the states of consecutive chunks of tokens."""
     return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
 
 

@@ -145,7 +145,7 @@ class WholeCache(KVCache):
 
 
 class SpanWriter:
-    """Where a call writes its tokens. transformers' attention takes it for a cache, of which it calls only `update`."""
+    """Where a call writes its tokens. It stands for a cache in transformers' attention, which calls only `update`."""
 
     def __init__(self, cache: KVCache, positions: Tensor, whole: bool = False) -> None:
         """`whole`: the call attends to all places, and its positions are on the device."""

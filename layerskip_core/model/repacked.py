@@ -47,7 +47,7 @@ class RepackedLayers(ABC, Generic[LayerT]):
     """
 
     def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[LayerT | None], dtype: torch.dtype) -> None:
-        """`layers`, with those of exit blocks: None where this copy lacks one. `dtype`: of hidden states."""
+        """`layers`: the model's and the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states."""
         self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
         self.spec, self.layers, self.dtype = spec, layers, dtype
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
@@ -94,7 +94,7 @@ class RepackedLayers(ABC, Generic[LayerT]):
     def _parts(
         self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """The hidden states and positions of a call, as those of calls that are small enough; none if there is no work."""
+        """Splits hidden states and positions into calls that are small enough; none for zero tokens."""
         batch, count, _ = hidden.shape
         assert 0 <= start <= stop <= self.num_layers and cache.rows == batch and positions.shape == (batch, count)
         if start == stop or batch * count == 0:
@@ -223,7 +223,7 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
     def _layers_of(self, layers: list[LayerT | None], exact: bool) -> LayersT: ...
 
     def _draft_kernel(self, layers: LayersT, head: HeadT, vocabulary: DraftVocabulary | None, own: bool) -> DraftKernel | None:
-        """For whole drafts in one call, if there is one. `own`: the layers are those that verify."""
+        """The function that writes a whole draft in one call, or None. `own`: the layers also verify."""
         return None
 
     def _headed_chains(

@@ -240,7 +240,7 @@ class ModelSpec:
 
     @property
     def projections(self) -> dict[Block, tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The projections of each block, as `Architecture` names them, and the widths of what those before the last give."""
+        """The projections of each block, as `Architecture` names them, and the output widths of all but the last."""
         gates = 1 + self.architecture.gated
         return {
             "self_attn.": (self.architecture.attention_projections, (self.queries, self.keys, self.keys)),

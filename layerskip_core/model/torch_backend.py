@@ -91,7 +91,7 @@ class TorchLayers(RepackedLayers[TorchLayer]):
         return space
 
     def _same_alone(self, count: int) -> bool:
-        """Whether a layer gives `count` random rows what it gives each alone. All layers have the same shapes."""
+        """True if a layer's output for `count` random rows equals its outputs row by row. All layers have the same shapes."""
         generator = torch.Generator(self.device).manual_seed(count)
         size = self.embedding.shape[1]
         hidden = torch.randn(1, 24 + count, size, generator=generator, device=self.device).to(self.dtype)

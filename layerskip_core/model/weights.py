@@ -27,7 +27,7 @@ Take = Callable[[str], Tensor | None]  # the weight of a name, or None
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name after a prefix. `shapes` are those that the architecture has; others in a checkpoint are ignored."""
+    """Weights by name after a prefix. `shapes`: what the architecture has; other weights of a checkpoint are ignored."""
 
     take: Take  # `checked`
     shapes: Shapes
@@ -41,7 +41,7 @@ class Weights:
         return Weights(cache(self.take), self.shapes, self.prefix)
 
     def after(self, first: Take) -> "Weights":
-        """With the weights that `first` has in the place of those of the same name."""
+        """With the weights of `first` in place of weights of the same names."""
 
         def take(name: str) -> Tensor | None:
             weight = first(name)

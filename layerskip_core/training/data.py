@@ -270,7 +270,7 @@ def ordered_rows(lengths: Sequence[int], rows_per_step: int, steps: int, seed: i
 
 
 def with_replay(rows: RunRows, texts: Sequence[Any], replayed: int, per_step: int) -> RunRows:
-    """`replayed` texts in each step of `per_step` rows, at even distances among those of the data."""
+    """Mixes `replayed` texts into each step of `per_step` rows, evenly spaced among the rows of the data."""
     own = per_step - replayed
 
     def row(position: int) -> Any:

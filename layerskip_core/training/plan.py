@@ -1,4 +1,4 @@
-"""A run with all of its defaults resolved, and what it will take on this machine."""
+"""A run with all defaults resolved, and its time and memory on this machine."""
 
 import json
 import resource

@@ -24,7 +24,7 @@ _LENGTHS = {"finetune": 512, "continual": 2048, "scratch": 2048, "code": 2048}
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe of a run, with all defaults resolved; the fields are those of RecipeSettings."""
+    """The recipe of a run: RecipeSettings with all defaults resolved."""
 
     p_max: float = 0.2
     dropout_profile: DropoutProfile = "exponential"

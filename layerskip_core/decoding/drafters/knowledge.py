@@ -122,7 +122,7 @@ class LinearTime:
 
 
 def _in_unit(sums: Sequence[float], factor: float) -> list[float]:
-    """The sums of a LinearTime, with times in a unit of which the old one has `factor`."""
+    """Scales the times in the sums of a LinearTime by `factor`."""
     return [*sums[:3], factor * sums[3], factor * sums[4]]
 
 

@@ -62,7 +62,7 @@ class Measured:
         return [None if output.error is not None else output.text for output in self.answers]
 
     def of(self, samples: Sequence[int], timed: Sequence[int]) -> "Measured":
-        """On some of the prompts; `timed`: their places among those that were timed."""
+        """The same for some of the prompts. `timed`: their indices among the timed prompts."""
         repeats = [[outputs[place] for place in timed] for outputs in self.repeats if timed]
         scores = {name: each.of(samples) for name, each in self.scores.items()}
         return Measured(self.setting, [self.answers[sample] for sample in samples], repeats, (), scores)

@@ -167,7 +167,7 @@ def fast_policy(
 
 
 def mark_pareto(results: Sequence[Result], quality_metric: str) -> list[Result]:
-    """The results with `pareto` set, by the quality metric and tokens per second, for those that were measured."""
+    """The results, with `pareto` set among measured ones by the quality metric and tokens per second."""
     measured = [index for index, result in enumerate(results) if result.metrics]
     points = [(quality(results[index].metrics, quality_metric), results[index].tokens_per_second or 0.0) for index in measured]
     optimal = {measured[index] for index in frontier(points)}

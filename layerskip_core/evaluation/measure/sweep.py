@@ -175,7 +175,7 @@ def _results(
     perplexity: Mapping[DecodingConfig, Scores | None],
     predictions: Predictions,
 ) -> list[Result]:
-    """The figures of each setting, of which the first is full depth, and what is known without decoding by the setting."""
+    """The figures of each setting (full depth first), measured and predicted."""
     results = []
     for setting in settings:
         result, losses, prediction = setting_of(setting), perplexity.get(setting), predictions.settings.get(setting)

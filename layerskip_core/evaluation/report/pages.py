@@ -99,7 +99,7 @@ def answers_page(record: RunRecord) -> str:
 
 
 def _parts(answer: str, first: str) -> list[dict[str, Any]]:
-    """The answer in parts, of which those that `first` lacks are marked. A mark without text stands for a part left out."""
+    """The answer in parts; parts that `first` lacks are marked. A mark without text stands for a part left out."""
     if answer == first:
         return [{"text": answer, "marked": False}]
     pieces, expected = _PIECE.findall(answer), _PIECE.findall(first)

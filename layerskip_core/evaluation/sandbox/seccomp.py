@@ -1,4 +1,4 @@
-"""A filter of system calls (seccomp): those that a program may make. All others are refused; README.md says which, and why."""
+"""A seccomp filter that allows a list of system calls and refuses all others; README.md gives the reasons."""
 
 import ctypes
 import platform

@@ -79,7 +79,7 @@ class Task:
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
     def answered(self, answers: Sequence[Sequence[str | None] | None]) -> tuple[Answered, ...]:
-        """Each prompt with its answers, cut at the stop strings; `answers`: those of each result, None if not measured."""
+        """Each prompt with its answers, cut at the stop strings. `answers`: by result; None where it was not measured."""
         by_result = (answers_of or [None] * len(self.examples) for answers_of in answers)
         return tuple(
             Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))

@@ -107,7 +107,7 @@ class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
     def __init__(self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
-        """`weights` are those of the layer; of its matrices only those that `pack` asks for are read."""
+        """`weights`: of this layer; only the matrices that `pack` asks for are read."""
         first, *_, last = spec.architecture.attention_projections
         biased, gates = spec.attention_bias, 1 + spec.architecture.gated
         qkv = MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=first in biased)
@@ -165,7 +165,7 @@ class NativeLayers(RepackedLayers[NativeLayer]):
         return all(0 <= layer < self.num_layers and self.layers[layer] is not None for layer in layers)
 
     def address(self, layer: int) -> int:
-        """The address of a layer's structure; those of the next layers follow it."""
+        """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
     def place(self, call: CCall, cache: KVCache, positions: Tensor, start: int, stop: int) -> None:
