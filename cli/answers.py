@@ -1,4 +1,4 @@
-"""What standard input asks, and the answers in order on standard output: one by one, or several decoded together."""
+"""Requests from standard input, answers in order on standard output: one by one, or several decoded together."""
 
 import json
 import re
@@ -28,7 +28,7 @@ _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
 
 @dataclass
 class Request:
-    """A prompt, the number of its line and how to decode it. `error`: why it cannot be. `id`: what a row calls itself."""
+    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: the row's own."""
 
     number: int
     prompt: str
@@ -147,7 +147,7 @@ def _together(
 
 @dataclass
 class _Pending:
-    """A request that is decoded with others, and what has come of its answer."""
+    """A request in a batch, and its answer so far."""
 
     request: Request
     error: BaseException | None

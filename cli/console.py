@@ -1,4 +1,4 @@
-"""What people read while a command works, all on stderr: stdout carries results only."""
+"""Narration and progress, all on stderr: stdout carries results only."""
 
 import os
 import sys
@@ -53,7 +53,7 @@ def tell_error(error: BaseException, debug: bool) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What is wrong. An unexpected exception is shown with its type, and with how to see its traceback."""
+    """The error message. An unexpected exception comes with its type and a hint at --debug."""
     line = " ".join(part for part in map(str.strip, with_flags(str(error)).splitlines()) if part)
     text = "".join(ascii(each)[1:-1] if unicodedata.category(each) in _UNSHOWN else each for each in line[: _LONGEST + 1])
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

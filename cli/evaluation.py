@@ -1,4 +1,4 @@
-"""What the commands that measure share: progress on stderr, and the result on stdout and in files."""
+"""Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a command runs on: CPU threads, and the model that it decodes with, as its flags say."""
+"""Sets CPU threads and loads the model, as a command's flags say."""
 
 import os
 from collections.abc import Collection

@@ -51,7 +51,7 @@ def take() -> None:
 
 
 def give_up() -> None:
-    """Sends what is still buffered for standard output to /dev/null, so that the interpreter's exit does not fail."""
+    """Sends buffered standard output to /dev/null, so that the interpreter's exit does not fail."""
     with suppress(OSError):  # not a file
         descriptor = sys.stdout.fileno()
         null = os.open(os.devnull, os.O_WRONLY)

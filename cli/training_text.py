@@ -64,7 +64,7 @@ def _block_lines(plan: Plan, blocks: Blocks) -> list[str]:
 
 
 def _retention_lines(plan: Plan) -> list[str]:
-    """What holds the model to the original, one line each."""
+    """A line each for the anchor, replay and other ties to the original model."""
     config, asked, replay, lines = plan.config, plan.config.retention, plan.replay, []
     if asked.anchor:
         beside = "the model without its adapters" if config.lora_rank else f"a copy in {asked.anchor_weights or 'bf16'}"
@@ -91,7 +91,7 @@ def report_text(report: StepReport, frozen: bool) -> str:
 
 
 def result_text(info: CheckpointInfo, plan: Plan) -> str:
-    """The last loss of every exit, and of those on held-out rows if there are any; or what each block ended with."""
+    """The last loss of every exit, held-out losses included, or the last figures of each block."""
     if plan.blocks is not None:
         trained = {exit_layer: info.details["exit_blocks"][str(exit_layer)] for exit_layer in plan.blocks.exits}
         return "\n".join(

@@ -22,7 +22,7 @@ def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a divergence is taken from: constant hidden states (N, D), and the head that makes logits (N, V) of them."""
+    """The reference of a divergence: constant hidden states (N, D), and the head that gives logits (N, V)."""
 
     states: Tensor
     unembed: Callable[[Tensor], Tensor]

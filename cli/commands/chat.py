@@ -63,7 +63,7 @@ def chat(
 
 
 class _Chat:
-    """A conversation, and what is printed of it."""
+    """A conversation and its display."""
 
     def __init__(self, loaded: "Decoder", config: DecodingConfig, show_drafts: bool, stats: bool) -> None:
         from layerskip_core.decoding import DecodeStats
@@ -117,7 +117,7 @@ class _Chat:
             narrate(f"{self._loaded.template.name} is no chat template: every message is a prompt of its own")
 
     def _takes(self, line: str, number: int | None = None) -> bool:
-        """Does what a line says; False if that is to leave. `number`: of a line of a pipe."""
+        """Runs a line, a message or a /command; False if it ends the chat. `number`: of a pipe's line."""
         if not line.strip():
             return True
         try:

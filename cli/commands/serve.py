@@ -70,7 +70,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
 @contextmanager
 def _until_a_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is inside, and are no error. uvicorn notes them, finishes, and raises them again."""
+    """SIGINT and SIGTERM end the server without an error. uvicorn finishes its work and raises them again."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""`layerskip verify`: whether outputs are what they are promised to be, on this machine."""
+"""`layerskip verify`: checks on this machine that drafts, batches and resumption do not change outputs."""
 
 from dataclasses import replace
 from typing import Annotated

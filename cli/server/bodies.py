@@ -1,4 +1,4 @@
-"""What the body of a request asks for: prompts, and how to decode them; and errors, in OpenAI's form."""
+"""Reads a request's body (prompts and options), and writes errors in OpenAI's form."""
 
 import re
 import secrets
@@ -162,7 +162,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None, sta
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Any exception as what the client is told; of one that is not the client's fault and unexpected no more than that."""
+    """The response for an exception. An unexpected one says only that the server failed."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

@@ -49,7 +49,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a weight in 4 bits should be: near `weight` (out, in), in the norm that `square` (in, in) gives."""
+    """Rounds a weight to 4 bits: near `weight` (out, in), in the norm that `square` (in, in) gives."""
 
     weight: Tensor
     square: Tensor

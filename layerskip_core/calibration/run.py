@@ -37,7 +37,7 @@ _ROWS = 32  # texts that are written together
 
 @dataclass(frozen=True)
 class Progress:
-    """What is done: texts, layers or steps of tuning. `divergence`: of the predictions at that step, in nats per token."""
+    """Progress in texts, layers or steps of tuning. `divergence`: of the predictions at that step, in nats per token."""
 
     stage: str
     done: int

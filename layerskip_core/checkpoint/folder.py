@@ -83,7 +83,7 @@ class WeightFile:
         self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in self._header.items()}
 
     def mapped(self, name: str) -> Tensor:
-        """A weight that is a part of the mapped file: what is used of it is read, and stays in memory as the file does."""
+        """A weight as a view of the mapped file: only the pages used are read."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 

@@ -198,7 +198,7 @@ class GgufModel:
         return weights
 
     def _in_transformers(self, name: str, weight: Tensor) -> Tensor:
-        """A weight as transformers has it; the reverse of what the export to GGUF does."""
+        """A weight in transformers' layout; the inverse of the export to GGUF."""
         spec = self.spec
         if self._form.rotates_neighbours and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
             heads = spec.heads if part == "q_proj" else spec.kv_heads

@@ -38,7 +38,7 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """What is read of the details that training writes. `final_losses` and `exit_blocks` are by exit layer."""
+    """The fields read from the details that training writes. `final_losses` and `exit_blocks` are by exit layer."""
 
     config: _Config = _Config()
     final_losses: dict[str, float | None] = {}

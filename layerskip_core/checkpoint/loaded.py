@@ -98,7 +98,7 @@ class Decoder:
         return ids
 
     def prompt_start(self) -> list[int]:
-        """The tokens that every prompt begins with: what `template` and the tokenizer put before it."""
+        """The tokens before every prompt, from `template` and the tokenizer."""
         one, other = self.encode_prompt("a"), self.encode_prompt("1")
         return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 

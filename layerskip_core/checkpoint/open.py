@@ -259,7 +259,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
 
 
 def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...] = ()) -> Decoder:
-    """With what the files of the folder say of prompts and their ends."""
+    """With the template and the end tokens that the folder's files name."""
     tokenizer = lean_tokenizer(folder) or read_tokenizer(folder)
     check_tokenizer(tokenizer, backend.spec.vocab)
     eos_ids = end_ids(generation_config(folder), backend.spec.config, tokenizer)

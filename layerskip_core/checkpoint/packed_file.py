@@ -39,7 +39,7 @@ _ENTRY = 256  # bytes of the header that an entry takes at most
 
 @dataclass(frozen=True)
 class Content:
-    """What was packed. `dtype`: of the embedding, and of weights without low bits. `blocks`: what each exit's block reads."""
+    """The packed content. `dtype`: of the embedding, and of weights without low bits. `blocks`: each exit block's inputs."""
 
     dtype: Literal["fp32", "bf16"]
     quantize: Quantization | None
@@ -49,7 +49,7 @@ class Content:
     blocks: dict[str, Feature]
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
-        """What is asked for, of what there is. Raises ConfigError for anything that was not packed."""
+        """Selects the requested content. Raises ConfigError for anything that was not packed."""
         copies, head = asked.draft_weights, asked.draft_head or "int8"
         if asked.adaptive and not copies and self.quantize is None and not asked.exact:
             usual: Quantization = "int4" if self.calibrated else "int8"
@@ -70,7 +70,7 @@ class PackedFile:
     """The file of a folder, whose matrices are parts of the mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the header and what the fingerprint needs. Raises CheckpointError for a file that is damaged or foreign."""
+        """Reads the header and the fingerprint's rows. Raises CheckpointError for a file that is damaged or foreign."""
         self._path = Path(folder) / PACKED_FILE
         try:
             self._file = open_formed(self._path, _FORM)

@@ -165,7 +165,7 @@ class DraftProfile:
     draft_vocab: CountOrNone = 0
 
     def without(self, exits: Iterable[int]) -> "DraftProfile":
-        """Without what was measured of drafts at these exits, by the model's own layers or by copies."""
+        """Without the figures of drafts at these exits, by the model's own layers or by copies."""
         names = tuple(f"exit {exit_layer}" for exit_layer in exits)
 
         def others(measured: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is evaluated, and how."""
+"""Tasks and measurements."""
 
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal, cast

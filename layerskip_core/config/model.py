@@ -1,4 +1,4 @@
-"""What a model runs on, how a prompt is put to it, and what is made of its weights."""
+"""The machine, prompting, calibration and export of a model."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args

@@ -12,7 +12,7 @@ from .options import BatchSize, Count, Flag, ModelName, Text, Without
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What is served, where, and its limits. `decoding`: for what a request does not say itself."""
+    """Address and limits of a server. `decoding`: options that a request leaves out."""
 
     model: ModelName = "embedded"
     host: Annotated[Text, Flag("Server", "Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1"

@@ -91,7 +91,7 @@ class TextStream:
 
 
 class Turn(NamedTuple):
-    """A message and what has come of its answer."""
+    """A message and its answer so far."""
 
     message: str
     answer: str
@@ -116,7 +116,7 @@ class Dialogue:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """What the next message follows. A turn without any answer, as after an interruption, is none."""
+        """The turns before the next message. A turn without any answer, as after an interruption, is left out."""
         if self._asked is not None and self.has_turns:
             message, stream = self._asked
             if stream.text or stream.finish_reason is not None:
@@ -139,7 +139,7 @@ class Dialogue:
         return stream
 
     def forget(self, count: int | None = None) -> None:
-        """Leaves out the oldest `count` turns; without a number all, and what the cache has of them."""
+        """Drops the oldest `count` turns, or all, with their KV entries."""
         self._turns, self._asked = () if count is None else self.turns[count:], None
         if count is None:
             self._prefix = PrefixCache()

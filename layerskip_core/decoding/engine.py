@@ -42,7 +42,7 @@ class Decoding:
 
     @property
     def drafter(self) -> str | None:
-        """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
+        """The drafter of the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could draft, as in prefill."""
         return next(iter(self._loop.steps(0)[-1].steps_by_drafter), None)
 
     def __iter__(self) -> Iterator[list[Token]]:

@@ -1,4 +1,4 @@
-"""What comes out of decoding: counts and seconds, where an output ends, its text, and the whole answer."""
+"""The output of decoding: counts and seconds, where it ends, its text, and the whole answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields

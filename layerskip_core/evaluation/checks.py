@@ -251,7 +251,7 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
 
 
 def check_batches(subject: Subject) -> Iterator[CheckResult]:
-    """Rows of a batch give what they give alone, also where rows join it while it is decoded, as requests to `serve` do."""
+    """Rows of a batch get the tokens they get alone, also if they join while it is decoded, as in `serve`."""
     for setting, config in subject.usual.items():
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))

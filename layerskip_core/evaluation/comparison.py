@@ -159,7 +159,7 @@ class Interval:
     high: float | None = None
 
     def within(self, low: float, high: float) -> "Interval":
-        """Without what lies outside the values that there are."""
+        """The interval clipped to low..high, a figure's possible values."""
         ends = (None if end is None else min(max(end, low), high) for end in (self.low, self.high))
         return Interval(self.mean, *ends)
 
@@ -271,7 +271,7 @@ def is_logarithmic(figure: str) -> bool:
 
 
 def is_percentage(figure: str) -> bool:
-    """Whether a figure, a metric or what was measured of decoding, is in 0..1, and shown in percent."""
+    """True for a figure or metric in 0..1, which is shown in percent."""
     return is_share(figure) and figure not in _NO_SHARES
 
 

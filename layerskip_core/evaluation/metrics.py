@@ -22,7 +22,7 @@ class Scores:
 
     @property
     def columns(self) -> tuple[Sequence[float], Sequence[float]]:
-        """The values, and what each counts for; the arguments of `mean_of` are their sums."""
+        """Values and their weights; `mean_of` takes the sums of both."""
         return self.values, self.tokens or (1.0,) * len(self.values)
 
     def mean_of(self, total: Tensor, count: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is measured: one result for each way of decoding, and the record of a run, which is one JSON document."""
+"""Results: one for each way of decoding, and the record of a run, which is one JSON document."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -197,7 +197,7 @@ def result_name(result: Result) -> str:
 
 
 def drafts_name(result: Result) -> str:
-    """What a round of a result drafts: `6 drafts`, `6 int8 drafts`."""
+    """The drafts of a round, in words: `6 drafts`, `6 int8 drafts`."""
     return " ".join(filter(None, (str(result.num_draft_tokens), result.draft_weights, "drafts")))
 
 

@@ -160,7 +160,7 @@ def tables(record: VerifyRecord) -> list[TextTable]:
 
 
 def _cell(results: list[CheckResult]) -> str:
-    """What several settings of a check found together."""
+    """The joint outcome of a check's settings."""
     if not results:
         return "-"
     if broken := sum(not result.passed for result in results):

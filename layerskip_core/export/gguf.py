@@ -151,7 +151,7 @@ def _add_values(writer: Any, spec: ModelSpec) -> None:
 
 
 def _check(spec: ModelSpec) -> None:
-    """Raises CheckpointError for what llama.cpp does not read from the file but takes from the architecture."""
+    """Raises CheckpointError for values that llama.cpp takes from the architecture instead of from the file."""
     pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
     windows = tuple(spec.window_of(layer) is not None for layer in range(spec.layers))
     gemma = spec.model_type == "gemma3_text"

@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 
 class PackedModel(NamedTuple):
-    """What was written: in words (`int4`, or `bf16 with int8 for drafts`), and how many bytes of weights."""
+    """The format in words (`int4`, or `bf16 with int8 for drafts`) and the bytes of the weights written."""
 
     kinds: str
     nbytes: int
@@ -74,7 +74,7 @@ def export_packed(config: ExportConfig) -> PackedModel:
 
 
 def _write_weights(source: Source, path: Path) -> str:
-    """Packs what `source` needs to decode. Heads are packed whole: loading chooses the rows that `draft_vocab` leaves."""
+    """Packs the weights that `source` decodes with. Heads are packed whole: loading takes the rows of `draft_vocab`."""
     packing = replace(source.packing, draft_vocab=0)
     spec, blocks, calibrated = source.spec, source.exit_blocks, source.int4 is not None
     block_shapes = blocks.shapes(spec)

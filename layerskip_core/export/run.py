@@ -25,7 +25,7 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: exit and layers, whether the exit was trained, and the README's text if an engine was named."""
+    """The written model: exit and layers, whether the exit was trained, and the README's text if an engine was named."""
 
     exit_layer: int
     layers: int

@@ -231,7 +231,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return self.decoder.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes about the model into its results."""
+        """The description of the model in lm-eval's results."""
         backend = self.decoder.backend
         return {
             "model_num_parameters": backend.spec.parameters,

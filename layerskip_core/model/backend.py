@@ -1,4 +1,4 @@
-"""What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
+"""The protocols that decoding needs of a model. They are complete: no backend is asked at run time for more."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

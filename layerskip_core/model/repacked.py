@@ -1,4 +1,4 @@
-"""What the backends on repacked weights share: how weights become layers, heads and cheaper copies, and calls in parts."""
+"""The base of both backends on repacked weights: makes layers, heads and low-bit copies, and splits large calls."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -35,7 +35,7 @@ HeadT = TypeVar("HeadT", bound=Head)
 
 
 def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
-    """How many of a call's rows one part has. `row_bytes`: about what the activations of a row take."""
+    """Rows per part of a call. `row_bytes`: approximate size of a row's activations."""
     return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
 
 
@@ -60,7 +60,7 @@ class RepackedLayers(ABC, Generic[LayerT]):
 
     @abstractmethod
     def row_bytes(self) -> int:
-        """About what the activations of a token take in a layer."""
+        """Approximate bytes of a token's activations in a layer."""
 
     @abstractmethod
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
@@ -199,7 +199,7 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig) -> None:
-        """Sets what all parts share, once there is the embedding."""
+        """Sets the shared values, once the embedding is there."""
 
     @abstractmethod
     def _described(self, packing: PackingConfig) -> str:

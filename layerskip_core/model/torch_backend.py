@@ -58,7 +58,7 @@ class TorchLayers(RepackedLayers[TorchLayer]):
     def _call(
         self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
     ) -> tuple[list[TorchLayer], list[LayerSlots], Step, Workspace]:
-        """The layers of a call, where each writes and reads, and what they share."""
+        """The layers of a call with their cache slots and shared tensors."""
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
         assert len(layers) == stop - start
         writer = cache.writer(positions)

@@ -29,7 +29,7 @@ _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 def missing_feature(spec: ModelSpec) -> str | None:
-    """What the layers here lack for an architecture; None where they have it all."""
+    """The feature of an architecture that these layers lack; None if they have all."""
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation}"
     for rope in spec.ropes:
@@ -41,7 +41,7 @@ def missing_feature(spec: ModelSpec) -> str | None:
 
 
 class Step(NamedTuple):
-    """What all layers of a call share. The dicts are by kind of layer."""
+    """Tensors shared by all layers of a call. The dicts are by kind of layer."""
 
     ropes: list[Tensor]  # by index of the rotary embedding: (B, T, 1, G+2, half a head) complex, or without B
     still: Tensor  # the same for layers without rotary positions
@@ -186,7 +186,7 @@ def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = N
 
 
 class Masks:
-    """What is added to attention scores, so that no query sees a later key or one before its window."""
+    """The additive attention mask: a query sees no later key and none before its window."""
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
         """Masks have the precision and the device of `like`."""

@@ -35,7 +35,7 @@ _FREE = (
 
 @dataclass(frozen=True)
 class Blocks:
-    """The exit blocks of a run, ExitBlockSettings with all defaults, and what comes before their training."""
+    """The exit blocks of a run: ExitBlockSettings with all defaults, and the stages before their training."""
 
     exits: tuple[int, ...]  # ascending
     feature: Feature

@@ -61,7 +61,7 @@ class LossHistory:
 
     @classmethod
     def read(cls, file: Path) -> "LossHistory":
-        """What `to_jsonl` has written."""
+        """Reads the lines of `to_jsonl`."""
         history = cls()
         for line in file.read_text(encoding="utf-8").splitlines():
             history.add(msgspec.convert(json.loads(line), StepLosses, str_keys=True))
@@ -74,11 +74,11 @@ class LossHistory:
             self.validated, self.agreement = losses.validation, losses.agreement
 
     def validate(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
-        """Adds what was measured on held-out rows after the last step."""
+        """Adds the held-out losses after the last step."""
         self.add(replace(self.steps.pop(), validation=losses, agreement=agreement))
 
     def to_jsonl(self) -> str:
-        """One JSON line per step, without what the run does not measure."""
+        """One JSON line per step, with the figures that the run measures."""
         rows = (
             {name: value for name, value in vars(step).items() if name not in _RARE or value != _RARE[name]}
             for step in self.steps

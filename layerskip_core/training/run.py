@@ -63,7 +63,7 @@ class Job:
         with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers():
 
             def stage(name: str, total: int) -> Callable[[int], None]:
-                """Reports what is done of a stage before the training, and ends the run after a signal."""
+                """Reports the progress of a stage before the training, and ends the run after a signal."""
 
                 def report(done: int) -> None:
                     if interruption.signal is not None:

@@ -65,7 +65,7 @@ class DrafterSetup:
 
 
 class Drafter(Protocol):
-    """Proposes tokens for the rows of a batch, and may learn from what the target made of them."""
+    """Proposes tokens for the rows of a batch, and may learn from their acceptance."""
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""

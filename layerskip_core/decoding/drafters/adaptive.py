@@ -62,7 +62,7 @@ class AdaptiveDrafter:
         return draft
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
-        """Learns from what became of a row's drafts; from the first row of a round also how long the round took."""
+        """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
         if self._draft is not None:
             rows, tokens = self._draft.tokens.shape
             self._draft = None

@@ -106,6 +106,6 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:
-    """What reports call a drafter: `exit 8`, `int8 exit 8`, or `int8` for a copy of all layers."""
+    """The name of a drafter in reports: `exit 8`, `int8 exit 8`, or `int8` for a copy of all layers."""
     layers = "" if exit_layer == num_layers else f"exit {exit_layer}"
     return " ".join(filter(None, (weights, layers)))

@@ -1,4 +1,4 @@
-"""What adaptive drafting knows of a model: what can draft, how often it is right, and how long passes take."""
+"""Adaptive drafting's knowledge of a model: its drafters, their acceptance, and the time of passes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Acceptance:
             self._accepted[of] = _MEMORY * self._accepted[of] + (index < accepted)
 
     def compare(self, draft: Sequence[int], said: Sequence[int]) -> None:
-        """Observes a draft that was not verified itself, by what the target said in its place."""
+        """Observes a draft that was not verified itself, by the target's token in its place."""
         known = list(zip(draft, said, strict=False))
         accepted = next((index for index, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
@@ -187,7 +187,7 @@ class Option:
 
 
 class Knowledge:
-    """What is known of one model. Times are in passes of one row until the first is measured, then in seconds."""
+    """The estimates for one model. Times are in passes of one row until the first is measured, then in seconds."""
 
     def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
         self.plain, self.options = plain, options

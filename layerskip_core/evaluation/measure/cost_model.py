@@ -36,11 +36,11 @@ _ROWS = 17  # of the longest pass that is timed for adaptive drafting
 _TIMES = 5  # per number of rows
 
 Side = tuple[Quantization | None, int]
-"""What drafts: the weights (None: the model's own) and how many of their layers."""
+"""The drafter: its weights (None: the model's own) and number of layers."""
 
 
 def side_of(setting: DecodingConfig) -> Side:
-    """What drafts in self-speculative decoding; for an early exit, the layers that answer. 0 layers of other strategies."""
+    """The drafter of self-speculative decoding; the layers of an early exit; 0 layers for other strategies."""
     return setting.draft_weights, setting.exit_layer or 0
 
 

@@ -1,4 +1,4 @@
-"""The figures of what was measured: a Result for each way of decoding, and the machine that they hold for."""
+"""The figures of a measurement: a Result for each way of decoding, and a description of the machine."""
 
 import math
 import os

@@ -21,7 +21,7 @@ from ..outputs import Journal, Output, answer_text, require_outputs
 from ..results import Difference, Step
 
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
-"""What answers the ids of a prompt in place of our own decoding, for a setting with the baseline's name as strategy."""
+"""Answers the ids of a prompt in place of our own decoding. The setting's strategy is the baseline's name."""
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
 # logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.

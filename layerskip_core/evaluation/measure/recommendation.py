@@ -1,4 +1,4 @@
-"""What a sweep advises: the Pareto frontier, the cost model's error, the setting to decode with, and the policies to store."""
+"""A sweep's advice: the Pareto frontier, the cost model's error, the recommended setting, and the policies to store."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace

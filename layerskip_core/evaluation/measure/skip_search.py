@@ -38,7 +38,7 @@ _VISITS = 3  # to each of them
 
 
 class Probe:
-    """A prompt with the model's own greedy output: tells what drafts without some layers would be along it."""
+    """A prompt with the model's own greedy output, along which drafts without some layers are predicted."""
 
     def __init__(self, loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], weights: Quantization | None):
         self.prompt_ids, self.output_ids = list(prompt_ids), list(output_ids)

@@ -72,7 +72,7 @@ class TextTable:
 
 
 def strategy_name(result: Result) -> str:
-    """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
+    """The name of a strategy in tables and figures: `int8 drafts` for drafts by a low-bit copy."""
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
@@ -118,7 +118,7 @@ def sweep_table(record: RunRecord) -> TextTable:
 
 
 def _advice(record: RunRecord) -> Iterator[str]:
-    """What a sweep found out, as notes."""
+    """The findings of a sweep, as notes."""
     for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
         yield f"Layers that drafts skip: --skip {skip}."
     if error := record.prediction_error:

@@ -59,7 +59,7 @@ class Engine:
         return self._rope
 
     def buffers(self, rows: int) -> "Buffers":
-        """Those for this many rows and the threads of now. The next call with as many overwrites what is in them."""
+        """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
         threads = torch.get_num_threads()
         buffers = self._kept.get((rows, threads))
         if buffers is None:
@@ -71,7 +71,7 @@ class Engine:
         return buffers
 
     def row_bytes(self) -> int:
-        """About what the activations of a row take."""
+        """Approximate bytes of a row's activations."""
         return 4 * (sum(self.widths) + 2 * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
 
 
