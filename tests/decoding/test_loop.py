@@ -493,7 +493,7 @@ VOCABULARY, NEW = 5, 4
 COMBINATIONS = [DecodingConfig(temperature=1.0), DecodingConfig(temperature=1.2, top_k=4, top_p=0.9)]
 
 
-def sampled_table_p_value(config, draws=800, num_draft_tokens=3):
+def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     config = replace(config, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
@@ -549,7 +549,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certai
     backend, sampler = TransformersBackend(model), Sampler(config, torch.device("cpu"))
     drafter = Certain() if is_certain else ExitDrafter(DrafterSetup(backend, sampler, config), None, Submodel(1))
     stats, outputs = DecodeStats(), []
-    for _ in range(200):
+    for _ in range(300):
         decoding = single(backend, prompt, config, 2, drafter, sampler=sampler)
         outputs.append(tuple(ids_of(decoding)))
         stats += decoding.stats

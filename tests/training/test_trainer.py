@@ -85,9 +85,9 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
 
 def test_a_small_set_is_memorised(settings, tmp_path):
     data = rows_file(tmp_path, *(f"{letter} is the answer" for letter in "abcdefgh"))
-    reports = train(settings(data=data, recipe=RecipeSettings(p_max=0, curriculum="all"), steps=60, batch_size=8, lr=1e-2))
+    reports = train(settings(data=data, recipe=RecipeSettings(p_max=0, curriculum="all"), steps=80, batch_size=8, lr=1e-2))
     first, last = reports[0], reports[-1]
-    assert last.final_loss < 0.7 < first.final_loss - 3
+    assert last.final_loss < 0.5 < first.final_loss - 3
     assert last.exit_losses[2] < first.exit_losses[2] - 2  # a middle exit learns with it
 
 
