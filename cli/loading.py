@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import EXACT, DecodingConfig, DecodingOptions, choices, implied_strategy
-from layerskip_core.config.model import MachineConfig, PromptingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 
 from .console import narrate
 

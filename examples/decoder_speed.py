@@ -35,9 +35,8 @@ from torch import Tensor
 
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.evaluation.measure.figures import environment

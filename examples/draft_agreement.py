@@ -16,8 +16,7 @@ from torch import Tensor
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.config.model import PromptingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model import Backend

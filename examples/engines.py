@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data.examples import load_prompts
 from layerskip_core.decoding import decode
 

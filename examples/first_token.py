@@ -68,7 +68,7 @@ def run_once(model: str, setting: str, tokens: int) -> None:
     """In a process of its own: prints one JSON object."""
     from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.config.decoding import DecodingConfig
-    from layerskip_core.config.packing import PackingConfig
+    from layerskip_core.config.model import PackingConfig
     from layerskip_core.decoding import decode
 
     imported, started = memory("VmRSS"), time.perf_counter()

@@ -12,7 +12,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.data.examples import load_examples
 
 CAPITALS = (

@@ -1,8 +1,12 @@
-"""The errors that a user can cause or fix.
+"""The errors that a user can cause or fix, the checks that raise them, and the words of messages.
 
 A message says what was needed and what was found. It names a setting in backquotes, as the configs do (`exit_layer`); the
 command line shows the flag instead.
 """
+
+from collections.abc import Iterable, Sequence
+
+_SHOWN = 60  # characters of a refused value
 
 
 class LayerSkipError(Exception):
@@ -51,3 +55,56 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     told = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
     return told[:300]
+
+
+# Checks
+
+
+def require(condition: bool, field: str, needed: str, found: object) -> None:
+    """Raises ConfigError `field must be needed, got found` unless the condition holds."""
+    if not condition:
+        raise refused(field, needed, shown(found))
+
+
+def require_choice(value: str, field: str, choices: Sequence[str]) -> None:
+    require(value in choices, field, f"one of {', '.join(choices)}", value)
+
+
+def refused(field: str, needed: str, got: str) -> ConfigError:
+    """The error `field must be needed, got got`. What is no field ("the prompt") is named as it stands."""
+    known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
+    return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}", field if known else None)
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: cut if it is very long, lone surrogates escaped."""
+    try:
+        text = str(value).encode("utf-8", "backslashreplace").decode()
+    except ValueError:  # an int with more digits than Python converts
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+# Words
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error message: on one line, at most 80 characters."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 draft`, `6 drafts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A value by a format, or a dash for none."""
+    return "-" if value is None else format(value, form)
+
+
+def visible(token: str) -> str:
+    """A token on one line, with visible whitespace."""
+    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
+    return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)

@@ -65,12 +65,6 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
         raise DataError(f"`{setting}` {path} cannot be read{place}: {reason}") from None
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names for an error message: on one line, at most 80 characters."""
-    text = ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 # JSON
 
 

@@ -7,9 +7,8 @@ from typing import Unpack, cast
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
 from .config.decoding import DecodingConfig, DecodingOptions
-from .config.model import DType
+from .config.model import DType, PackingConfig, Quantization
 from .config.options import checked
-from .config.packing import PackingConfig, Quantization
 from .decoding import Answer, check_prompt, decode_batch
 from .decoding.dialogue import Dialogue, TextStream
 

@@ -9,8 +9,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
-from .config.checks import require
-from .errors import CheckpointError, ConfigError, LayerSkipError
+from .errors import CheckpointError, ConfigError, LayerSkipError, require
 
 if TYPE_CHECKING:
     import jinja2

@@ -14,8 +14,7 @@ from training_runs import RECIPE, settings_on, train
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
-from layerskip_core.config.model import MachineConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import MachineConfig, PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.decoding import PrefixCache, decode, loop_of
 from layerskip_core.errors import ConfigError

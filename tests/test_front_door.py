@@ -17,8 +17,8 @@ from layerskip_core import Answer, TextStream, load
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingOptions
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import checked
-from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
 
 PROMPT = "remind me to call mom at 5"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
 from layerskip_core.training import whole_model

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from layerskip_core.config.checks import require
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.options import Flag
+from layerskip_core.errors import require
 
 from .. import console, evaluation
 from ..options import Format, ReportFolder, SavedReport, command

@@ -9,12 +9,10 @@ import typer
 from rich.text import Text
 
 from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
-from layerskip_core.config.model import MachineConfig, PromptingConfig
+from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import Flag, ModelName
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.errors import ContextError, LayerSkipError
+from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
-from layerskip_core.wording import plural
 
 from .. import streams
 from ..answers import stats_text

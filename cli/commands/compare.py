@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.checks import refused, require_choice
 from layerskip_core.config.options import Flag, Layer, Text
+from layerskip_core.errors import refused, require_choice
 
 from .. import evaluation
 from ..console import narrate

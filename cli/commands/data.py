@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 
 from ..options import command
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config.checks import shown
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import FinetuneConfig
-from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line
+from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
 from layerskip_core.files import read_text
 
 from ..console import narrate, show_picture, stage_bars

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import DecodingOptions
-from layerskip_core.config.model import MachineConfig, PromptingConfig
+from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Flag, ModelName
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.errors import require
 
 from .. import streams
 from ..answers import Request, print_answers, requests_of, stats_text

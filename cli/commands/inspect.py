@@ -9,11 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Cell
 
-from layerskip_core.config.checks import require
 from layerskip_core.config.model import MachineConfig, PromptingConfig
 from layerskip_core.config.options import Count, Flag, Layer, ModelName, Text
-from layerskip_core.errors import LayerSkipError
-from layerskip_core.wording import visible
+from layerskip_core.errors import LayerSkipError, require, visible
 
 from .. import streams
 from ..console import ResultsConsole, narrate

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, policy_text
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.options import Flag, counts_text
-from layerskip_core.errors import ConfigError
+from layerskip_core.errors import ConfigError, require
 
 from .. import evaluation
 from ..console import narrate

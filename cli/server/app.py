@@ -18,14 +18,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.serving import ServeConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update
 from layerskip_core.serving import Request as Job
 
+from ..commands.serve import ServeConfig
 from .bodies import ApiError, Asked, Prompt, api_error, asked, invalid, only_user_turn
 from .metrics import CONTENT_TYPE, Metrics
 from .streams import DONE, Document, Updates, event, usage_of

@@ -20,13 +20,11 @@ from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
-from ..config.checks import require
-from ..config.data import DataConfig
 from ..config.decoding import DecodingConfig
-from ..config.model import CalibrationConfig
+from ..config.model import CalibrationConfig, DataConfig
 from ..data.examples import Conversation, load_rows
 from ..decoding import decode_batch
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, require
 from ..model import missing_feature
 from ..model.weights import GROUP_SIZE, stored
 from .model import quantize, tune

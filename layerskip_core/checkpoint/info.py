@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile, Policy
+from ..config.model import PackingConfig
 from ..config.options import Drafts, Layer
-from ..config.packing import PackingConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from ..prompting import PromptTemplate

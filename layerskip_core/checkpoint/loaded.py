@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config.checks import require, require_choice
 from ..config.decoding import (
     EXACT,
     DecodingConfig,
@@ -20,9 +19,8 @@ from ..config.decoding import (
     policy_packing,
     resolve,
 )
-from ..config.model import DTYPES
-from ..config.packing import PackingConfig, Quantization
-from ..errors import CheckpointError, ConfigError
+from ..config.model import DTYPES, PackingConfig, Quantization
+from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import target_block
 from ..prompting import PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import policy_packing
-from ..config.packing import PackingConfig
+from ..config.model import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import (
     Backend,

@@ -17,10 +17,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..config.checks import require
-from ..config.packing import PackingConfig, Quantization
+from ..config.model import PackingConfig, Quantization
 from ..config.training import Feature
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix

@@ -6,9 +6,9 @@ from typing import Annotated, Any, TypedDict, cast
 
 from msgspec import Meta
 
-from .checks import refused, require, require_exit_layer, require_skip
+from ..errors import refused, require
+from .model import PackingConfig, Quantization
 from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Text, counts_text, hints_of, one_of
-from .packing import PackingConfig, Quantization
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -372,3 +372,18 @@ def _said(options: Mapping[str, Any]) -> dict[str, Any]:
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
     return {name: value for name, value in tuples.items() if value not in (None, ())}
+
+
+def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = False, field: str = "exit_layer") -> None:
+    """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
+    last = num_layers if may_be_last else num_layers - 1
+    require(1 <= exit_layer <= last, field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
+
+
+def require_skip(skip: Sequence[int], num_layers: int) -> None:
+    """Layers of the model, numbered 1..L, one at least and not all of them."""
+    needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+    require(bool(skip), "skip", needed, "none")
+    for layer in skip:
+        require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
+    require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")

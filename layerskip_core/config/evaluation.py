@@ -5,11 +5,10 @@ from typing import Annotated, Literal, cast
 
 from msgspec import Meta
 
-from .checks import require
+from ..errors import require
 from .decoding import DRAFTERS, STRATEGIES, DecodingOptions
-from .model import MachineConfig, PromptingConfig
+from .model import MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
-from .packing import PackingConfig
 
 # Each task, and the TaskLoader that loads it. It is imported when the task is used.
 TASKS = {

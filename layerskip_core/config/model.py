@@ -1,19 +1,21 @@
-"""The machine, prompting, calibration and export of a model."""
+"""The machine, the weights, prompting, data, calibration and export of a model."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from .checks import require, require_choice
-from .options import Count, Flag, ModelName, Seed, Text, Threads
-from .packing import Quantization
+from ..errors import require, require_choice
+from .options import Count, CountOrNone, Flag, ModelName, Seed, Text, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
 Format = Literal["transformers", "gguf", "packed"]
+Quantization = Literal["int8", "int4"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
+EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]
 
 
@@ -24,6 +26,58 @@ class MachineConfig:
     device: Annotated[str, Flag("Machine", "auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[DType, Flag("Machine", "auto, fp32 or bf16.")] = "auto"
     threads: Annotated[Threads, Flag("Machine", "CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How the weights of a model that only decodes are stored; the embedding keeps its precision.
+
+    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
+    drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
+    agreement with the target. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and a
+    kernel is there. `draft_vocab`: drafts are chosen among this many tokens (0: all): the most frequent of the
+    training data if there is a token_order.json, else the tokenizer's first. `exact`: self-speculative output is bit for bit
+    that of autoregressive decoding, in every precision.
+    """
+
+    quantize: Annotated[Quantization | None, Flag("Weights", "int8 or int4 weights (CPU only).", default="none")] = None
+    draft_weights: Annotated[
+        tuple[Quantization, ...],
+        Flag("Weights", "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
+    ] = ()
+    draft_layers: int = 0
+    draft_head: Annotated[
+        Quantization | None, Flag("Weights", "Precision of the head of these copies: int8 or int4.", default="int8")
+    ] = None
+    draft_vocab: Annotated[CountOrNone, Flag("Weights", "Draft among the N most frequent tokens only; 0: among all.")] = 0
+    exact: Annotated[bool, Flag("Weights", "Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = (
+        False
+    )
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        used = self.draft_head is None or bool(self.draft_weights)
+        require(used, "draft_head", "used with `draft_weights`", self.draft_head)
+
+    @property
+    def drafts_apart(self) -> bool:
+        """Whether drafts have a head of their own, and possibly layers."""
+        return bool(self.draft_weights) or self.draft_vocab > 0
+
+    @property
+    def has_int4(self) -> bool:
+        """Whether any weights are int4."""
+        return "int4" in (self.quantize, self.draft_head, *self.draft_weights)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
+        return self.quantize is None and not self.drafts_apart and not self.exact
+
+    @property
+    def drafting(self) -> str:
+        """The low-bit copies, as reports name them: `, int8 drafts`."""
+        return f", {' and '.join(self.draft_weights)} drafts" if self.draft_weights else ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +111,27 @@ class PromptingConfig:
     def asked(self) -> str | None:
         """The template: `chat`, `raw`, a text with {prompt} in it, or None where nothing was said."""
         return "raw" if self.raw else self.template
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; its columns; the number of rows (0: all).
+
+    `setting` is the one that named the data, for errors.
+    """
+
+    name: Annotated[
+        Text, Flag("Data", "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data")
+    ] = "commands"
+    split: Annotated[str, Flag("Data", "Split of the data; for `commands` train, validation, test or compositional.")] = "train"
+    prompt_column: Annotated[str, Flag("Data", "Column of the prompt.")] = "prompt"
+    completion_column: Annotated[str, Flag("Data", "Column of what follows the prompt.")] = "completion"
+    limit: Annotated[
+        CountOrNone,
+        Flag("Data", "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
+    ] = 0
+    seed: Annotated[Seed, Flag("Data", "Seed of generated rows.")] = 0
+    setting: str = "data"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from .checks import require
-from .data import DataConfig
-from .model import DType, PromptingConfig
+from ..errors import require
+from .model import DataConfig, DType, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Flag, Layer, Seed, Steps, Text
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..config.data import DataConfig
+from ..config.model import DataConfig
 from ..embedded import commands
-from ..errors import DataError
-from ..files import listed
+from ..errors import DataError, listed
 from .records import FILE_ENDINGS, TEXT_COLUMN, Record, delimited, file_ending, file_records, hub_records, spread
 
 MESSAGES = "messages"  # the column of a conversation

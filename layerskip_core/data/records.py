@@ -8,9 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..config.checks import shown
-from ..errors import DataError, first_line
-from ..files import listed, parse_json, text_lines
+from ..errors import DataError, first_line, listed, shown
+from ..files import parse_json, text_lines
 
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
 _MAX_FIELD = 1 << 30  # characters of a CSV field

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.checks import require
 from ..config.decoding import DRAFTERS, DecodingConfig
-from ..config.packing import EXACT_TOKENS
-from ..errors import ContextError
+from ..config.model import EXACT_TOKENS
+from ..errors import ContextError, require
 from ..model.backend import Backend
 from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup

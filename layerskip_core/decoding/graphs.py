@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from ..errors import first_line
 from ..model.backend import Backend, DraftEnds, GreedyDraft, Submodel
 from ..model.cache import KVCache, WholeCache

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
-from ..config.checks import require
+from ..errors import require
 
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.loaded import Decoder
-from ..config.checks import require_exit_layer
-from ..config.decoding import DecodingConfig
+from ..config.decoding import DecodingConfig, require_exit_layer
 from ..config.evaluation import VerifyConfig
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from ..decoding import PrefixCache, decode, decode_batch, loop_of
 from ..decoding.sampling import probabilities
-from ..wording import plural
+from ..errors import plural
 from .measure.measure import NEAR_TIE, first_difference
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;

@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 
 from ..checkpoint.info import INFO_FILE, read_info
-from ..config.checks import refused
-from ..errors import ConfigError, LayerSkipError
+from ..errors import ConfigError, LayerSkipError, refused
 from ..files import read_bytes
 from .metrics import is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name

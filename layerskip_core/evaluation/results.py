@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config.decoding import EXACT, DraftProfile, Policy
-from ..config.packing import Quantization
-from ..errors import LayerSkipError
+from ..config.model import Quantization
+from ..errors import LayerSkipError, plural
 from ..files import read_bytes
-from ..wording import plural
 
 
 class Step(NamedTuple):

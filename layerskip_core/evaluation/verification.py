@@ -9,16 +9,13 @@ from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.loaded import Decoder, decoder_of
 from ..checkpoint.locate import own_folder
 from ..checkpoint.open import for_decoding, for_training
-from ..config.checks import require_choice
-from ..config.data import DataConfig
 from ..config.evaluation import VerifyConfig
-from ..config.packing import PackingConfig
+from ..config.model import DataConfig, PackingConfig
 from ..data.examples import load_prompts
 from ..decoding import check_prompt
-from ..errors import ConfigError, DataError, LayerSkipError
+from ..errors import ConfigError, DataError, LayerSkipError, number, plural, require_choice
 from ..model import TransformersBackend
 from ..model.native.compiled import VARIANTS, requesting
-from ..wording import number, plural
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
 from .measure.figures import environment
 from .measure.measure import Progress

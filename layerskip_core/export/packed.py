@@ -14,8 +14,7 @@ from ..checkpoint.open import Source, for_packing
 from ..checkpoint.packed_file import Content, PackedWriter, norm_names
 from ..checkpoint.save import refuse_overwrite, save_files
 from ..checkpoint.transformers_read import open_model
-from ..config.model import ExportConfig
-from ..config.packing import PackingConfig
+from ..config.model import ExportConfig, PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import NativeBackend, can_run_native
 from ..model.drafting import ORDER_FILE

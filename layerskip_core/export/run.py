@@ -13,8 +13,9 @@ from ..checkpoint.loaded import decoder_of
 from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
 from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
-from ..config.checks import require, require_exit_layer
+from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig
+from ..errors import require
 from ..model import TransformersBackend
 from ..model.exit_blocks import NO_BLOCKS
 from .draft import cut_to_exit, recommended_length

@@ -13,10 +13,10 @@ from operator import add
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from ..config.checks import require, require_exit_layer
-from ..config.decoding import DecodingConfig, decoding, default_exits
+from ..config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data.examples import Example
+from ..errors import require
 from ..evaluation.measure.bench import must_search, strategies_of
 from ..evaluation.measure.figures import depth_of, drafts_tokens, environment, result_of, setting_of
 from ..evaluation.measure.measure import Measured, Progress, default_timed, measure

@@ -16,13 +16,11 @@ from tqdm import tqdm
 
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.open import for_decoding
-from ..config.checks import require
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
-from ..config.model import DTYPES
+from ..config.model import DTYPES, PackingConfig, Quantization
 from ..config.options import checked
-from ..config.packing import PackingConfig, Quantization
 from ..decoding import before_stop, check_prompt, decode_batch
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require
 from ..prompting import encoded, render_chat
 from .likelihood import Pair, likelihoods
 

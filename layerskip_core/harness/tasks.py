@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy
 
-from ..config.checks import refused, require
 from ..config.evaluation import HARNESS, TaskConfig
 from ..data.records import quiet_datasets
-from ..errors import DataError, LayerSkipError, first_line
+from ..errors import DataError, LayerSkipError, first_line, refused, require
 from ..prompting import CHAT, RAW
 from . import require_harness
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from .cache import KVCache
 from .exit_blocks import PlacedBlock
 from .spec import ModelSpec

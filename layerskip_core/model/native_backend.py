@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..config.packing import PackingConfig, Quantization
+from ..config.model import PackingConfig, Quantization
 from .drafting import DraftKernel, DraftVocabulary
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from .native.compiled import ACTIVATIONS, MOST_ROPES, kernels

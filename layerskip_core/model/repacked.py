@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config.packing import PackingConfig, Quantization
+from ..config.model import PackingConfig, Quantization
 from .backend import Chooser
 from .cache import KVCache
 from .drafting import DraftKernel, DraftSide, DraftVocabulary

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ..config.checks import shown
 from ..config.options import hints_of, needed
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .architectures import Architecture, architecture_of
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config.checks import require_choice
-from ..config.packing import EXACT_TOKENS, PackingConfig, Quantization
+from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
+from ..errors import require_choice
 from .cache import KVCache, LayerSlots, SpanWriter
 from .drafting import DraftVocabulary
 from .exit_blocks import ExitBlock

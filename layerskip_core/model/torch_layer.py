@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from .cache import LayerSlots, SpanWriter
 from .spec import ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from ..errors import ConfigError
 from .weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.packing import Quantization
+from ..config.model import Quantization
 from .cache import KVCache, SpanWriter
 from .drafting import DraftSide
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks

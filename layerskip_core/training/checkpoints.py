@@ -19,8 +19,8 @@ from torch import nn
 
 from ..checkpoint.folder import open_weights
 from ..checkpoint.save import files_below
-from ..errors import CheckpointError, ConfigError
-from ..files import discard_folder, listed, publish_folder, remove_leftovers
+from ..errors import CheckpointError, ConfigError, listed
+from ..files import discard_folder, publish_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2  # if the newest is damaged, there is one before it

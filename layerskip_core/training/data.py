@@ -16,11 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset
 
 from ..checkpoint.loaded import Trainable
-from ..config.checks import require
-from ..config.data import DataConfig
+from ..config.model import DataConfig
 from ..config.training import FinetuneConfig
 from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder

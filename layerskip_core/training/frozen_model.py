@@ -19,9 +19,9 @@ from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.locate import downloaded, is_adapter, own_folder, reading
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_beside
-from ..config.checks import require, require_exit_layer
+from ..config.decoding import require_exit_layer
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, require
 from ..files import require_disk
 from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlock

@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.open import for_decoding
 from ..checkpoint.save import write_model
-from ..config.checks import require
-from ..config.packing import PackingConfig
+from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, first_line, require
 from ..losses import Teacher, summed_losses, target_rows
 from ..model import Backend, SpanInputs, TransformersBackend
 from .checkpoints import load_weights

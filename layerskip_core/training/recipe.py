@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config.checks import require, require_exit_layer
+from ..config.decoding import require_exit_layer
 from ..config.training import Curriculum, DropoutProfile, ExitWeights, RecipeSettings, Regime
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 
 _MIX = 1_000_003
 _LARGE_VOCABULARY = 8192

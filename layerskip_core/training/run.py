@@ -16,9 +16,8 @@ import torch
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import pick_device
-from ..config.checks import require
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line
+from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
 from ..files import hold, run_staging
 from ..interruption import Interruption
 from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from ..config.checks import require
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require
 
 _SHARD = "shard-{}.pt"
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them

@@ -17,9 +17,8 @@ from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of
 from ..checkpoint.open import blank, for_training
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
-from ..config.checks import require
 from ..config.training import FinetuneConfig
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, first_line, require
 from ..files import require_disk
 from ..model.drafting import ORDER_FILE
 from .answers import plan_replay

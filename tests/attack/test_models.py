@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native, missing_feature
 from layerskip_core.model.architectures import ARCHITECTURES
 

@@ -15,10 +15,9 @@ from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError

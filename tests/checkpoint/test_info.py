@@ -8,7 +8,7 @@ import pytest
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.config.decoding import DraftProfile
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError
 
 POLICIES = {

@@ -14,7 +14,7 @@ from layerskip_core.checkpoint.importing import import_checkpoint
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError
 
 INT4 = PackingConfig("int4")

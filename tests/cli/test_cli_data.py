@@ -5,7 +5,7 @@ import json
 import pytest
 from command_line import fails, run
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.data.examples import load_examples
 
 

@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import policy_packing
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop
 
 PROMPT = "wake me up"
@@ -297,7 +297,7 @@ def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
     from layerskip_core.checkpoint.open import for_decoding
-    from layerskip_core.config.packing import PackingConfig
+    from layerskip_core.config.model import PackingConfig
     from layerskip_core.errors import ConfigError
 
     loaded = for_decoding(folder, "cpu", "fp32")

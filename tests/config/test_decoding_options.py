@@ -16,8 +16,8 @@ from layerskip_core.config.decoding import (
     resolve_as,
     spread_exits,
 )
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import checked
-from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
 
 TRAINED = Recommended(4, 12, "self-speculative")

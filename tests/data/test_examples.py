@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.data.examples import Conversation, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.data.examples import Conversation, Example, load_rows, stream_rows
 from layerskip_core.errors import DataError
 

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.knowledge import Acceptance, LinearTime, best_length, knowledge_of

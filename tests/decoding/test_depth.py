@@ -10,7 +10,7 @@ from decodings import WIDE, prompt_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.target import TargetOutput
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend

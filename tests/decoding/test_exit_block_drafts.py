@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch, loop_of
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.errors import ConfigError

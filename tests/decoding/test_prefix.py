@@ -9,7 +9,7 @@ from decodings import WIDE, ids_of, native_or_skip, prompt_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock

@@ -10,7 +10,7 @@ from decodings import ids_of
 from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError

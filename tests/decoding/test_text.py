@@ -8,7 +8,7 @@ import pytest
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import Token, decode, dialogue
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.language_model import LanguageModel

@@ -11,8 +11,7 @@ from evaluating import NEW_TOKENS, early_exit_share, outputs_of, own_answers, ti
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, TaskConfig
-from layerskip_core.config.model import PromptingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError, LayerSkipError

@@ -8,7 +8,7 @@ from evaluating import NEW_TOKENS, TOO_LONG, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,

@@ -12,11 +12,10 @@ from conftest import tiny_model
 from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import counts_text
-from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup

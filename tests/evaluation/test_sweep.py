@@ -11,8 +11,8 @@ from evaluating import LAYERS, early_exit_share, own_answers, tiny_loaded
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import default_exits
 from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import checked, counts_text, parse_counts
-from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.bootstrap import metric
 from layerskip_core.evaluation.measure.cost_model import PassTimes

@@ -16,8 +16,7 @@ from layerskip_core.checkpoint.folder import PACKED_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
-from layerskip_core.config.model import ExportConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import ExportConfig, PackingConfig
 from layerskip_core.export.packed import export_packed
 from layerskip_core.model import NativeBackend
 from layerskip_core.model import native_backend as native

@@ -5,7 +5,7 @@ import random
 
 import yaml
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.data.examples import load_examples
 
 CHOICE = {

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from decodings import native_or_skip
 
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
 
 STOPS, EXIT, MOST = (1, 3), 3, 5

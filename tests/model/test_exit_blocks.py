@@ -11,7 +11,7 @@ from exit_block_models import random_blocks
 from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 from test_generic import logits_of
 
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import NativeBackend, TorchBackend
 from layerskip_core.model.native.compiled import kernels

@@ -15,7 +15,7 @@ from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors
 
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for

@@ -9,7 +9,7 @@ from decodings import WIDE
 from test_native import variant  # noqa: F401  a fixture
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import PrefixCache
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 

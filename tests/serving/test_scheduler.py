@@ -13,7 +13,7 @@ from exit_block_models import random_blocks
 
 from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ContextError

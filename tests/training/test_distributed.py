@@ -11,7 +11,7 @@ import torch
 from command_line import finish, run, start
 from training_runs import in_processes, loss_rows, run_quietly, settings_on, weights
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")

@@ -16,9 +16,8 @@ from training_runs import Interrupted, stop_at
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DraftProfile
-from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for

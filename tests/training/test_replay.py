@@ -11,8 +11,7 @@ import torch
 from training_runs import Interrupted, stop_at, train, weights
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.data import DataConfig
-from layerskip_core.config.model import PromptingConfig
+from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED

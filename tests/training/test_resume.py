@@ -16,7 +16,7 @@ import torch
 from command_line import run, start
 from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module

@@ -7,8 +7,7 @@ from evaluating import tiny_loaded
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
-from layerskip_core.config.data import DataConfig
-from layerskip_core.config.model import PromptingConfig
+from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example
 from layerskip_core.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import Interrupted, in_processes, loss_rows, run_quietly, saved_base, settings_on, stop_at, weights
 
-from layerskip_core.config.data import DataConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.config.data import DataConfig
-from layerskip_core.config.model import PromptingConfig
+from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError, TrainingError
 from layerskip_core.model.drafting import token_order

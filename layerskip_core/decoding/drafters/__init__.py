@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...config.decoding import DecodingConfig
-from ...config.packing import Quantization
+from ...config.model import Quantization
 from ...model.backend import Backend
 from ...model.cache import KVCache
 from ...model.drafting import DraftSide

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...config.packing import Quantization
+from ...config.model import Quantization
 from ...model.backend import DraftEnds, Submodel
 from . import Context, Draft, DrafterSetup
 from .exit import ExitDrafter, drafter_name

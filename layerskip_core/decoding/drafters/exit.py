@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...config.checks import require
-from ...config.packing import Quantization
+from ...config.model import Quantization
+from ...errors import require
 from ...model.backend import DraftEnds, Submodel, joined, states_at
 from ...model.drafting import beyond_exit
 from . import Context, Draft, DrafterSetup

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
-from ...config.packing import Quantization
+from ...config.model import Quantization
 from ...model.backend import Backend, DraftEnds, Submodel
 
 _MEMORY = 0.98  # weight of what was known, per new observation

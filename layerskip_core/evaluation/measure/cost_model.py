@@ -16,7 +16,7 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DraftProfile
-from ...config.packing import PackingConfig, Quantization
+from ...config.model import PackingConfig, Quantization
 from ...data.examples import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name

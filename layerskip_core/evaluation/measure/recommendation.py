@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config.decoding import DRAFTERS, EXACT, FAST, Policy, policy_text, used_by
 from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
-from ...wording import plural
+from ...errors import plural
 from ..bootstrap import Margin, speed_ratio
 from ..metrics import quality
 from ..results import PredictionError, Recommendation, Result, frontier

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require
 from ...config.decoding import DecodingConfig, DecodingOptions
-from ...config.packing import Quantization
+from ...config.model import Quantization
 from ...data.records import spread
 from ...decoding import DecodeStats
 from ...decoding.drafters.skipping import kept_layers
-from ...errors import ConfigError, DataError, LayerSkipError
+from ...errors import ConfigError, DataError, LayerSkipError, require
 from ...model.backend import run_spans
 from ..outputs import require_outputs
 from ..tasks.task import Task, load_task

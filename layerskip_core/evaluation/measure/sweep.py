@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require, require_exit_layer, require_skip
-from ...config.decoding import DecodingConfig, DecodingOptions, decoding, default_exits, resolve_as, spread_exits
+from ...config.decoding import (
+    DecodingConfig,
+    DecodingOptions,
+    decoding,
+    default_exits,
+    require_exit_layer,
+    require_skip,
+    resolve_as,
+    spread_exits,
+)
 from ...config.evaluation import SweepConfig
-from ...config.packing import Quantization
+from ...config.model import Quantization
+from ...errors import require
 from ..bootstrap import estimate, margin, metric
 from ..metrics import Scores
 from ..perplexity import scores_by_exit

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...wording import visible
+from ...errors import visible
 from ..inspection import Inspection
 from ..results import RunRecord, result_name
 from .tables import FIGURES, Row, cell, flat_rows, form_of

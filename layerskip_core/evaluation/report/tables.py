@@ -7,7 +7,7 @@ from typing import Any
 from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
-from ...wording import number, plural
+from ...errors import number, plural
 from ..metrics import is_share, lower_is_better, quality
 from ..results import Result, RunRecord, frontier, result_name
 

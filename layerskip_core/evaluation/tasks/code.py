@@ -11,11 +11,10 @@ from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
-from ...config.checks import require
 from ...config.evaluation import UNSANDBOXED, TaskConfig
 from ...data.examples import Example
 from ...data.records import Record, spread
-from ...errors import ConfigError
+from ...errors import ConfigError, require
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
 from .task import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest

@@ -5,12 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from ...config.checks import require
-from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
+from ...config.model import DataConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import spread
-from ...errors import DataError
+from ...errors import DataError, require
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .task import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, shots_and_rest

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require
 from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
 from ...data.examples import Example
 from ...data.records import Record, file_records, hub_records
 from ...decoding import before_stop
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
 from ..metrics import Scores
 from ..perplexity import Losses, reference_losses, text_losses

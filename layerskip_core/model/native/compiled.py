@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...config.checks import require_choice
-from ...errors import LayerSkipError
+from ...errors import LayerSkipError, require_choice
 
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
