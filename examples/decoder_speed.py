@@ -37,7 +37,7 @@ from layerskip_core.checkpoint.loaded import Decoder, decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.evaluation.measure.figures import environment
 from layerskip_core.model import DraftEnds, Submodel

@@ -26,7 +26,7 @@ import torch
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
-from layerskip_core.data.examples import load_prompts
+from layerskip_core.data import load_prompts
 from layerskip_core.decoding import decode
 
 AT_ONCE = (1, 4, 16)

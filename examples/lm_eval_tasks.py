@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 
 CAPITALS = (
     "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Austria Vienna, Poland Warsaw, "

@@ -3,11 +3,12 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .errors import CheckpointError, ConfigError, LayerSkipError, require
 
@@ -17,47 +18,62 @@ if TYPE_CHECKING:
 
 CHAT = "chat"  # the tokenizer's chat template
 RAW = "raw"  # nothing is added, and the text of special tokens in a prompt becomes tokens
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PLACE = "{prompt}"  # where a template that is a text takes the prompt
 
 Result = TypeVar("Result")
 
 
-class Tokenizer(Hashable, Protocol):
-    """Text to token ids and back: a tokenizer of transformers, or LeanTokenizer."""
+class Tokenizer:
+    """Text to token ids and back by the tokenizers library alone. transformers' tokenizers have the same methods."""
 
-    @property
-    def eos_token_id(self) -> int | None: ...
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        """`folder` has tokenizer.json and perhaps a chat template; `settings` are tokenizer_config.json."""
+        import tokenizers
 
-    @property
-    def chat_template(self) -> Any:
-        """A text, several by name, or None. It comes with the model and is not checked."""
+        self.backend_tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+        named = {name: settings.get(name) for name in _NAMED_TOKENS}
+        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        self.special_tokens_map = {name: content for name, content in named.items() if isinstance(content, str)}
+        ids = {name: self.backend_tokenizer.token_to_id(content) for name, content in self.special_tokens_map.items()}
+        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
+        file = Path(folder) / "chat_template.jinja"  # a text; in the settings several by name, too
+        self.chat_template: Any = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
 
-    @property
-    def special_tokens_map(self) -> Mapping[str, Any]:
-        """The special tokens that have a name, such as eos_token."""
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
+        """`input_ids` of a text, or a list of them for several texts."""
+        if isinstance(text, str):
+            return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+        encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": [encoding.ids for encoding in encoded]}
 
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """The tokens that were added to the model's vocabulary, by id, each with `content` and `special`."""
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def vocab_size(self) -> int:
         """Tokens without the added ones."""
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=False))
 
-    def __len__(self) -> int:
-        """Tokens with the added ones."""
-
-    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
-        """`input_ids` of a text, or a list of them for several texts."""
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The tokens that were added to the model's vocabulary, by id, each with `content` and `special`."""
+        return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     def decode(
         self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
-    ) -> Any: ...
+    ) -> str:
+        assert not clean_up_tokenization_spaces, "only transformers cleans up"
+        return str(self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def get_vocab(self) -> dict[str, int]: ...
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
 
-    def convert_ids_to_tokens(self, ids: int) -> Any:
+    def convert_ids_to_tokens(self, ids: int) -> str:
         """The text by which the vocabulary names a token."""
+        return str(self.backend_tokenizer.id_to_token(ids))
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

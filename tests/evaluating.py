@@ -11,7 +11,7 @@ from layerskip_core.checkpoint.loaded import Decoder, Trainable, decoder_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
+from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.bootstrap import metric
 from layerskip_core.evaluation.measure.measure import measure_prompt

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.data.examples import Example
+from layerskip_core.data import Example
 from layerskip_core.evaluation.tasks.task import Task, TaskLoader
 
 

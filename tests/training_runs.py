@@ -13,7 +13,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 from layerskip_core.training import whole_model
 from layerskip_core.training.encoding import train_tokenizer
 from layerskip_core.training.module import RecipeModule

@@ -17,7 +17,7 @@ def data(rows: DataConfig = _TEN_ROWS) -> None:
 
     Example: layerskip data --samples 3
     """
-    from layerskip_core.data.examples import load_examples
+    from layerskip_core.data import load_examples
 
     for example in load_examples(rows):
         typer.echo(json.dumps({"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False))

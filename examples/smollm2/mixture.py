@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerskip_core.data.examples import PARSING_TEMPLATE
+from layerskip_core.data import PARSING_TEMPLATE
 
 TOPV2_DOMAINS = ("reminder", "weather")
 TOPV2_ROWS = 6000  # of 40,896, about 70 tokens each

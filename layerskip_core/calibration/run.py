@@ -22,7 +22,7 @@ from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig, DataConfig
-from ..data.examples import Conversation, load_rows
+from ..data import Conversation, load_rows
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError, require
 from ..model import missing_feature

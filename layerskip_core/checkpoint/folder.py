@@ -29,7 +29,6 @@ INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
@@ -139,59 +138,11 @@ def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> No
 # Tokenizers
 
 
-class LeanTokenizer:
-    """A `Tokenizer` by the tokenizers library alone, for a folder whose tokenizer.json is the whole tokenizer."""
-
-    def __init__(self, folder: str) -> None:
-        import tokenizers
-
-        self.backend_tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        self.backend_tokenizer.no_padding()
-        self.backend_tokenizer.no_truncation()
-        settings = read_settings(folder, TOKENIZER_FILE)
-        named = {name: settings.get(name) for name in _NAMED_TOKENS}
-        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-        self.special_tokens_map = {name: content for name, content in named.items() if isinstance(content, str)}
-        ids = {name: self.backend_tokenizer.token_to_id(content) for name, content in self.special_tokens_map.items()}
-        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
-        template = Path(folder) / "chat_template.jinja"
-        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-
-    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
-        if isinstance(text, str):
-            return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
-        encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": [encoding.ids for encoding in encoded]}
-
-    def __len__(self) -> int:
-        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=False))
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, Any]:
-        return dict(self.backend_tokenizer.get_added_tokens_decoder())
-
-    def decode(
-        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
-    ) -> str:
-        assert not clean_up_tokenization_spaces, "only transformers cleans up"
-        return str(self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
-
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        return str(self.backend_tokenizer.id_to_token(ids))
-
-
-def lean_tokenizer(folder: str) -> LeanTokenizer | None:
+def lean_tokenizer(folder: str) -> Tokenizer | None:
     """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
     settings = read_settings(folder, TOKENIZER_FILE)
     whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
-    return LeanTokenizer(folder) if whole else None
+    return Tokenizer(folder, settings) if whole else None
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.loaded import Decoder
-from ..data.examples import Example
+from ..data import Example
 from ..losses import summed_losses
 from ..model.backend import Backend
 from ..prompting import RAW

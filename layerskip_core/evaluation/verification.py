@@ -11,7 +11,7 @@ from ..checkpoint.locate import own_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..config.evaluation import VerifyConfig
 from ..config.model import DataConfig, PackingConfig
-from ..data.examples import load_prompts
+from ..data import load_prompts
 from ..decoding import check_prompt
 from ..errors import ConfigError, DataError, LayerSkipError, number, plural, require_choice
 from ..model import TransformersBackend

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
-from ..data.examples import Example
+from ..data import Example
 from ..errors import require
 from ..evaluation.measure.bench import must_search, strategies_of
 from ..evaluation.measure.figures import depth_of, drafts_tokens, environment, result_of, setting_of

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from ..config.evaluation import HARNESS, TaskConfig
-from ..data.records import quiet_datasets
+from ..data import quiet_datasets
 from ..errors import DataError, LayerSkipError, first_line, refused, require
 from ..prompting import CHAT, RAW
 from . import require_harness

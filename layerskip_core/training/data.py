@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
 from ..config.training import FinetuneConfig
-from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
+from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
 from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.examples import Conversation, Example, Row
+from ..data import Conversation, Example, Row
 from ..errors import DataError, LayerSkipError, first_line
 from ..losses import IGNORED
 from ..prompting import RAW, PromptTemplate, encode_prompt, encoded, render_chat, special_text

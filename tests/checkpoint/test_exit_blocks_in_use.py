@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.inspection import inspect

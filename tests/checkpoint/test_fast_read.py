@@ -8,14 +8,14 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.folder import LeanTokenizer, lean_spec, lean_tokenizer
+from layerskip_core.checkpoint.folder import lean_spec, lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.prompting import special_ids
+from layerskip_core.prompting import Tokenizer, special_ids
 
 TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
 
@@ -41,7 +41,7 @@ def test_logits_and_ids_equal_transformers(folder, model_type):
     assert lean_spec(path) is not None
     trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
     expected = decoder_of(trainable)
-    assert not isinstance(lean.backend, TransformersBackend) and isinstance(lean.tokenizer, LeanTokenizer)
+    assert not isinstance(lean.backend, TransformersBackend) and isinstance(lean.tokenizer, Tokenizer)
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     with torch.inference_mode():

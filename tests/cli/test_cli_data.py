@@ -6,7 +6,7 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 
 
 @pytest.mark.parametrize("split", ["test", "compositional"])

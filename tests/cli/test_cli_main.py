@@ -20,7 +20,7 @@ def failing(monkeypatch):
         def fail(*_):
             raise error
 
-        monkeypatch.setattr("layerskip_core.data.examples.load_examples", fail)
+        monkeypatch.setattr("layerskip_core.data.load_examples", fail)
 
     return arrange
 
@@ -158,7 +158,7 @@ def test_an_interrupted_command_ends_with_130(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layerskip_core.data.examples.load_examples", interrupt)
+    monkeypatch.setattr("layerskip_core.data.load_examples", interrupt)
     result = run("data")
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import Conversation, load_examples, load_rows, stream_rows
+from layerskip_core.data import Conversation, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import Conversation, Example, load_rows, stream_rows
+from layerskip_core.data import Conversation, Example, load_rows, stream_rows
 from layerskip_core.errors import DataError
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

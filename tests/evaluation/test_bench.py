@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig, PromptingConfig
-from layerskip_core.data.examples import PARSING_TEMPLATE
+from layerskip_core.data import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import measure

@@ -7,7 +7,7 @@ import torch
 from evaluating import TOO_LONG, outputs_of, tiny_loaded
 from torch.nn.functional import cross_entropy
 
-from layerskip_core.data.examples import Example
+from layerskip_core.data import Example
 from layerskip_core.evaluation import perplexity
 from layerskip_core.evaluation.bootstrap import change, estimate, metric, speed_ratio
 from layerskip_core.evaluation.measure.figures import repeated_times

@@ -16,7 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import counts_text
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for

@@ -13,7 +13,7 @@ from evaluating import score, tiny_loaded
 
 from layerskip_core.config.evaluation import TASKS, TaskConfig
 from layerskip_core.config.model import PromptingConfig
-from layerskip_core.data.examples import Example
+from layerskip_core.data import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.tasks.task import load_task

@@ -6,7 +6,7 @@ import random
 import yaml
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import load_examples
+from layerskip_core.data import load_examples
 
 CHOICE = {
     "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "label",

@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import PromptingConfig
-from layerskip_core.data.examples import Conversation
+from layerskip_core.data import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate

@@ -5,7 +5,7 @@ import torch
 from training_runs import Interrupted, stop_at, train, weights
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example, load_examples
+from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_examples
 from layerskip_core.errors import DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import PromptTemplate

@@ -9,7 +9,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import FinetuneConfig
-from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example
+from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example
 from layerskip_core.errors import ConfigError
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate
 from layerskip_core.training.data import make_encoder

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data.examples import Example, load_examples
+from layerskip_core.data import Example, load_examples
 from layerskip_core.prompting import PromptTemplate
 from layerskip_core.training import data as vocabulary
 from layerskip_core.training.data import encode_rows, encode_stream, token_order

@@ -17,7 +17,7 @@ import torch
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DraftProfile
 from ...config.model import PackingConfig, Quantization
-from ...data.examples import Example
+from ...data import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model.backend import Submodel

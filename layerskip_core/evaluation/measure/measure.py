@@ -11,8 +11,7 @@ import torch
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
-from ...data.examples import Example
-from ...data.records import Item, spread
+from ...data import Example, Item, spread
 from ...decoding import check_prompt, decode, decode_batch
 from ...errors import LayerSkipError
 from ...model.backend import Backend

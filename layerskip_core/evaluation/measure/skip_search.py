@@ -14,7 +14,7 @@ import torch
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DecodingOptions
 from ...config.model import Quantization
-from ...data.records import spread
+from ...data import spread
 from ...decoding import DecodeStats
 from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError, require

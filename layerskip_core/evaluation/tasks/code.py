@@ -12,8 +12,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ...config.evaluation import UNSANDBOXED, TaskConfig
-from ...data.examples import Example
-from ...data.records import Record, spread
+from ...data import Example, Record, spread
 from ...errors import ConfigError, require
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers

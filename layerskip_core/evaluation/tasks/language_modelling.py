@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ...config.evaluation import TaskConfig
-from ...data.examples import Example
-from ...data.records import FILE_ENDINGS, file_ending, file_records, hub_records
+from ...data import FILE_ENDINGS, Example, file_ending, file_records, hub_records
 from ...errors import DataError
 from ...files import text_lines
 from .task import BARE, Task, TaskLoader

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from ...config.evaluation import TaskConfig
 from ...config.model import DataConfig
-from ...data.examples import Example, is_parsing, load_examples, load_records
-from ...data.records import spread
+from ...data import Example, is_parsing, load_examples, load_records, spread
 from ...errors import DataError, require
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge

@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 from ...config.evaluation import TaskConfig
-from ...data.examples import Example
-from ...data.records import Record, spread
+from ...data import Example, Record, spread
 from ..metrics import ROUGES
 from .pairs import text_scores
 from .task import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest

@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeVar
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
-from ...data.examples import Example
-from ...data.records import Record, file_records, hub_records
+from ...data import Example, Record, file_records, hub_records
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW

@@ -1,1 +1,0 @@
-"""Rows to train and evaluate on."""
