@@ -18,11 +18,10 @@ from .console import narrate
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
-    from layerskip_core.decoding import DecodeStats, StopReason
+    from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
-    from layerskip_core.serving import Request as Job
-    from layerskip_core.serving import Update
 
+_COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
 
 
@@ -69,6 +68,7 @@ def print_answers(
     end if whoever writes requests waits for answers. Raises the error of a request that is `alone`.
     """
     from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.dialogue import TextStream
 
     failed, total = False, DecodeStats()
     answers = _singly(loaded, requests) if batch_size == 1 else _together(loaded, requests, batch_size, is_ready)
@@ -77,7 +77,7 @@ def print_answers(
         try:
             if isinstance(answer, LayerSkipError):
                 raise answer
-            for piece in answer:
+            for piece in answer if isinstance(answer, TextStream) else [answer.text]:
                 if not jsonl:
                     _write(piece)
         except LayerSkipError as error:
@@ -90,10 +90,13 @@ def print_answers(
             else:
                 narrate(f"error: {message}")
         else:
-            total = total + answer.stats
+            stats = answer.stats
+            total = total + stats
             if jsonl:
+                counts = {name: getattr(stats, name) for name in _COUNTS}
+                rounded = {"acceptance_rate": round(stats.acceptance_rate, 4), "mean_layers": round(stats.mean_layers, 2)}
                 document = named | {"text": answer.text, "finish_reason": answer.finish_reason, "policy": request.config.policy}
-                _write(json.dumps(document | _counts(answer.stats), ensure_ascii=False))
+                _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
 
@@ -112,72 +115,43 @@ def _singly(loaded: "Decoder", requests: Iterator[Request]) -> "Iterator[tuple[R
 
 def _together(
     loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool]
-) -> "Iterator[tuple[Request, _Pending | LayerSkipError]]":
+) -> "Iterator[tuple[Request, Answer | LayerSkipError]]":
     """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes."""
-    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
-    from layerskip_core.serving import Scheduler
+    from layerskip_core.serving import Scheduler, Update
 
     scheduler, has_more, seconds = Scheduler(loaded, batch_size), True, 0.0
-    unanswered: deque[_Pending] = deque()
+    unanswered: deque[tuple[Request, Job, list[Update]]] = deque()
     while has_more or unanswered:
         while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
             if (request := next(requests, None)) is None:
                 has_more = False
                 break
-            unanswered.append(pending := _Pending(request, request.error))
+            updates: list[Update] = []
+            job = Job([], request.config, updates.append, streams=False)
+            unanswered.append((request, job, updates))
             try:
-                if request.error is None:
-                    pending.job = Job(loaded.encode_prompt(request.prompt), request.config, pending.take, streams=False)
-                    scheduler.add(pending.job)
+                if request.error is not None:
+                    raise request.error
+                job.ids = loaded.encode_prompt(request.prompt)
+                scheduler.add(job)
             except LayerSkipError as error:
-                pending.error = error
+                updates.append(Update("", error=error))
         started = time.perf_counter()
         scheduler.step()
         seconds += time.perf_counter() - started
-        for pending in unanswered:
-            if pending.error is not None and not isinstance(pending.error, LayerSkipError):
-                raise pending.error  # no fault of the request, such as Ctrl-C
-        while unanswered and (unanswered[0].error or unanswered[0].finish_reason):
-            pending = unanswered.popleft()
-            if pending.job is not None:
-                pending.job.stats, seconds = pending.job.stats + DecodeStats(total_seconds=seconds), 0.0
-            yield pending.request, pending if pending.error is None else cast(LayerSkipError, pending.error)
-
-
-@dataclass
-class _Pending:
-    """A request in a batch, and its answer so far."""
-
-    request: Request
-    error: BaseException | None
-    job: "Job | None" = None
-    text: str = ""
-    finish_reason: "StopReason | None" = None
-
-    def take(self, update: "Update") -> None:
-        self.text, self.finish_reason, self.error = self.text + update.text, update.finish_reason, update.error
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.text
-
-    @property
-    def stats(self) -> "DecodeStats":
-        assert self.job is not None
-        return self.job.stats
-
-
-def _counts(stats: "DecodeStats") -> dict[str, Any]:
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "new_tokens": stats.new_tokens,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "rounds": stats.rounds,
-        "acceptance_rate": round(stats.acceptance_rate, 4),
-        "steps_by_drafter": stats.steps_by_drafter,
-        "mean_layers": round(stats.mean_layers, 2),
-    }
+        for _, _, updates in unanswered:
+            fault = updates[-1].error if updates else None
+            if fault is not None and not isinstance(fault, LayerSkipError):
+                raise fault  # no fault of the request, such as Ctrl-C
+        while unanswered and (updates := unanswered[0][2]) and updates[-1].is_last:
+            (request, job, updates), end = unanswered.popleft(), updates[-1]
+            if isinstance(end.error, LayerSkipError):
+                yield request, end.error
+            elif end.finish_reason is not None:
+                stats, seconds = job.stats + DecodeStats(total_seconds=seconds), 0.0
+                yield request, Answer("".join(update.text for update in updates), end.finish_reason, stats)
 
 
 def _write(text: str) -> None:
