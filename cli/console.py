@@ -6,7 +6,7 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 
 from rich.console import Console, RenderableType
@@ -21,7 +21,6 @@ _PLAIN_SECONDS = 10.0  # between two progress lines
 _LONGEST = 2_000  # characters of an error
 _UNSHOWN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
 Picture = Callable[[int], Text]  # by the width of the terminal
-_Update = Callable[[int, str], None]
 
 
 @cache
@@ -80,69 +79,54 @@ def stage_bars(pictures: Mapping[str, Picture] | None = None) -> Iterator[Callab
     Elsewhere a plain line every ten seconds and at the end of a stage. `pictures`: of stages that have one, drawn above the bar
     again and again.
     """
-    stage = ""
-    update: _Update = lambda done, text: None  # noqa: E731
-    with ExitStack() as bars:
+    if not _is_first_process():
+        yield lambda *_: None
+    elif not stderr_console().is_terminal:
+        yield _plain_lines()
+    else:
+        description, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (SpinnerColumn(), description, BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        rate = 2 if pictures else 10
+        with _Bar(*columns, console=stderr_console(), transient=True, refresh_per_second=rate) as bar:
+            bar.pictures = pictures or {}
 
-        def show(name: str, done: int, total: int, text: str) -> None:
-            nonlocal stage, update
-            if not _is_first_process():
-                return
-            if name != stage:
-                bars.close()
-                if stderr_console().is_terminal:
-                    update = bars.enter_context(_bar(name, total, (pictures or {}).get(name)))
-                else:
-                    update = _plain_updates(name, total)
-                stage = name
-            update(done, text)
+            def show(stage: str, done: int, total: int, text: str) -> None:
+                if not bar.tasks or bar.tasks[0].description != stage:
+                    for task in bar.task_ids:
+                        bar.remove_task(task)
+                    # A resumed run begins in the middle, which says nothing about its speed.
+                    bar.add_task(stage, total=total, completed=max(done - 1, 0), text=text)
+                bar.update(bar.task_ids[0], completed=done, text=text)
 
-        yield show
+            yield show
 
 
 class _Bar(Progress):
-    """A progress bar, below a picture if there is one."""
+    """A progress bar, below the picture of its stage if there is one."""
 
-    picture: Picture | None = None
+    pictures: Mapping[str, Picture] = {}
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        if self.picture is not None:
-            yield self.picture(self.console.width)
+        if self.tasks and (picture := self.pictures.get(self.tasks[0].description)):
+            yield picture(self.console.width)
         yield from super().get_renderables()
 
 
-@contextmanager
-def _bar(label: str, total: int, picture: Picture | None) -> Iterator[_Update]:
-    described, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-    columns = (SpinnerColumn(), described, BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), text)
-    bar = _Bar(*columns, console=stderr_console(), transient=True, refresh_per_second=10 if picture is None else 2)
-    bar.picture = picture
-    with bar:
-        task = bar.add_task(label, total=total, text="", start=False)
+def _plain_lines() -> Callable[[str, int, int, str], None]:
+    stage, first, started, shown = "", 0, 0.0, 0.0  # the first report of a resumed run comes in its middle
 
-        def update(done: int, text: str) -> None:
-            if not bar.tasks[0].started:  # a resumed run begins in the middle, which says nothing about its speed
-                bar.reset(task, completed=max(done - 1, 0))
-            bar.update(task, completed=done, text=text)
-
-        yield update
-
-
-def _plain_updates(label: str, total: int) -> _Update:
-    started = shown = time.monotonic()
-    before: int | None = None  # steps done before the first report: not 0 in a resumed run
-
-    def update(done: int, text: str) -> None:
-        nonlocal shown, before
-        before = max(done - 1, 0) if before is None else before
+    def show(name: str, done: int, total: int, text: str) -> None:
+        nonlocal stage, first, started, shown
         now = time.monotonic()
-        if now - shown < _PLAIN_SECONDS and done < total:
+        if name != stage:
+            stage, first, started, shown = name, done, now, now
+        if done < total and now - shown < _PLAIN_SECONDS:
             return
         shown = now
-        left = (now - started) / max(done - before, 1) * (total - done)
-        print(f"{label} {done}/{total}{text and f' {text}'} {left:.0f} s left", file=sys.stderr, flush=True)
+        left = (now - started) / max(done - first, 1) * (total - done)
+        print(f"{name} {done}/{total}{text and f' {text}'} {left:.0f} s left", file=sys.stderr, flush=True)
 
-    return update
+    return show
 
 
 def _is_first_process() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -13,21 +14,11 @@ import typer
 from typer.core import TyperGroup
 
 from . import streams
-from .commands.bench import bench
-from .commands.calibrate import calibrate
-from .commands.chat import chat
-from .commands.compare import compare
-from .commands.data import data
-from .commands.export import export
-from .commands.finetune import finetune
-from .commands.generate import generate
-from .commands.import_model import import_model
-from .commands.inspect import inspect
-from .commands.serve import serve
-from .commands.sweep_exits import sweep_exits
-from .commands.verify import verify
 from .console import tell_error
 from .options import Command
+
+# A module each, as --help lists them, where the module's docstring is shown.
+_COMMANDS = "finetune sweep_exits generate chat bench verify compare inspect calibrate import_model export serve data"
 
 
 class _Commands(TyperGroup):
@@ -50,22 +41,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name, _command, _help in (
-    ("finetune", finetune, "Train a checkpoint with layer dropout and early-exit loss."),
-    ("sweep-exits", sweep_exits, "Measure exits and draft lengths, and recommend a setting."),
-    ("generate", generate, "Generate text from prompts."),
-    ("chat", chat, "Talk with a model in the terminal."),
-    ("bench", bench, "Compare decoding strategies on the same prompts."),
-    ("verify", verify, "Check on this machine that outputs are what is promised."),
-    ("compare", compare, "Compare runs, with intervals over seeds."),
-    ("inspect", inspect, "Show what the model predicts after every layer."),
-    ("calibrate", calibrate, "Make better int4 weights for a model."),
-    ("import", import_model, "Write any model as a plain transformers checkpoint."),
-    ("export", export, "Write an exit as a draft model for another engine."),
-    ("serve", serve, "Serve a model over an OpenAI-compatible API."),
-    ("data", data, "Print the rows of a data set as JSON lines."),
-):
-    app.command(_name, cls=Command, short_help=_help)(_command)
+for _name in _COMMANDS.split():
+    _module = import_module(f".commands.{_name}", __package__)
+    _command = app.command(_name.removesuffix("_model").replace("_", "-"), cls=Command, short_help=_module.__doc__)
+    _command(getattr(_module, _name))
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,1 +1,1 @@
-"""The commands, a module each: flags in, core calls, results on stdout."""
+"""The commands: flags in, core calls, results on stdout. A module has the name of its command."""

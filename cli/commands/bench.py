@@ -1,4 +1,4 @@
-"""`layerskip bench`: autoregressive, early-exit and self-speculative decoding side by side."""
+"""Compare decoding strategies on the same prompts."""
 
 from typing import Annotated
 

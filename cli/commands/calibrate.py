@@ -1,4 +1,4 @@
-"""`layerskip calibrate`: better int4 weights for a model, saved beside it."""
+"""Make better int4 weights for a model."""
 
 import shlex
 import time

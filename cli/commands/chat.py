@@ -1,4 +1,4 @@
-"""`layerskip chat`: a conversation in the terminal, or over a pipe with one turn per line."""
+"""Talk with a model in the terminal."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""`layerskip compare`: several runs side by side, with intervals over seeds."""
+"""Compare runs, with intervals over seeds."""
 
 from typing import TYPE_CHECKING, Annotated
 

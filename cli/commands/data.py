@@ -1,4 +1,4 @@
-"""`layerskip data`: the rows of a data set as JSON lines."""
+"""Print the rows of a data set as JSON lines."""
 
 import json
 

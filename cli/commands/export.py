@@ -1,4 +1,4 @@
-"""`layerskip export`: an exit of a model, as a draft model for another engine."""
+"""Write an exit as a draft model for another engine."""
 
 from dataclasses import replace
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
+"""Train a checkpoint with layer dropout and early-exit loss."""
 
 import shlex
 import tomllib

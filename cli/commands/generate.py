@@ -1,4 +1,4 @@
-"""`layerskip generate`: prompts in, text out, for shell pipelines."""
+"""Generate text from prompts."""
 
 import sys
 from typing import Annotated

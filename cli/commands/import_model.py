@@ -1,4 +1,4 @@
-"""`layerskip import`: any model that can be loaded, as a plain transformers checkpoint."""
+"""Write any model as a plain transformers checkpoint."""
 
 from typing import Annotated
 

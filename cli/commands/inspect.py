@@ -1,4 +1,4 @@
-"""`layerskip inspect`: what the model would have answered after every layer."""
+"""Show what the model predicts after every layer."""
 
 import json
 from pathlib import Path

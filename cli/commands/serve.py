@@ -1,4 +1,4 @@
-"""`layerskip serve`: a model behind an OpenAI-compatible API."""
+"""Serve a model over an OpenAI-compatible API."""
 
 import os
 import signal

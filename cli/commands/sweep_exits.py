@@ -1,4 +1,4 @@
-"""`layerskip sweep-exits`: which exit and draft length are fastest on this model and machine."""
+"""Measure exits and draft lengths, and recommend a setting."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""`layerskip verify`: checks on this machine that drafts, batches and resumption do not change outputs."""
+"""Check on this machine that outputs are what is promised."""
 
 from dataclasses import replace
 from typing import Annotated
