@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import MeasurementConfig
-    from layerskip_core.evaluation.measure.measure import Progress
+    from layerskip_core.evaluation.measure import Progress
     from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.results import RunRecord
 
@@ -48,7 +48,7 @@ def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
 
 def watch(events: "Iterator[Progress | Found]") -> "Found":
     """Shows progress, a bar for each phase, until the record comes."""
-    from layerskip_core.evaluation.measure.measure import Progress
+    from layerskip_core.evaluation.measure import Progress
 
     with stage_bars() as show:
         for event in events:

@@ -14,7 +14,7 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.bootstrap import metric
-from layerskip_core.evaluation.measure.measure import measure_prompt
+from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.results import Step

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .metrics import Scores, lower_is_better
-from .outputs import finite
 from .results import Bounds
 
 _RESAMPLES = (200, 1000)  # fewer of many prompts
@@ -30,6 +29,11 @@ class Estimate(NamedTuple):
 
     value: float | None
     bounds: Bounds | None
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinities, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def estimate(

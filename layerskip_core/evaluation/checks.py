@@ -18,7 +18,7 @@ from ..config.model import Quantization
 from ..decoding import PrefixCache, decode, decode_batch, loop_of
 from ..decoding.sampling import probabilities
 from ..errors import plural
-from .measure.measure import NEAR_TIE, first_difference
+from .measure import NEAR_TIE, first_difference
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
 # the same distribution of sampled tokens.

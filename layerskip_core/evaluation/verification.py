@@ -17,8 +17,8 @@ from ..errors import ConfigError, DataError, LayerSkipError, number, plural, req
 from ..model import TransformersBackend
 from ..model.native.compiled import VARIANTS, requesting
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
+from .measure import Progress
 from .measure.figures import environment
-from .measure.measure import Progress
 from .report.documents import csv_text
 from .report.tables import TextTable
 

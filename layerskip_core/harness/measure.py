@@ -17,10 +17,11 @@ from ..config.decoding import DecodingConfig, decoding, default_exits, require_e
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data import Example
 from ..errors import require
+from ..evaluation.measure import Measured, Progress, default_timed, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import must_search, strategies_of
-from ..evaluation.measure.figures import depth_of, drafts_tokens, environment, result_of, setting_of
-from ..evaluation.measure.measure import Measured, Progress, default_timed, measure
+from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.results import RunRecord
+from ..evaluation.tasks.task import Task
 from ..model.exit_blocks import target_block
 from .model import LayerSkipLM
 from .tasks import GENERATION, HarnessTasks
@@ -85,8 +86,9 @@ def _run(
     for (task, asked), group in groupby(generated, key=lambda request: (request.task_name, request.args[1])):
         settings = [lm.answering(method, asked, limit) for method in methods]
         given = _Given(**vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens))
-        examples = [Example(request.args[0], "") for request in group]
-        more = yield from measure(given, examples, settings, config, repeats, task=task)
+        examples = tuple(Example(request.args[0], "") for request in group)
+        unscored = Task(examples, config.task, "", lambda _: {})
+        more = yield from measure(given, unscored, settings, config, repeats, name=task)
         measured = list(map(add, measured, more)) if measured else more
     results = []
     for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):

@@ -16,9 +16,9 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.baselines import LlamaCpp, TransformersGenerate, load_baselines, require_early_exit
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.report.tables import bench_table
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)

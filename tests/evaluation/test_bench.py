@@ -15,10 +15,10 @@ from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.data import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import measure
+from layerskip_core.evaluation import measure as measurement
+from layerskip_core.evaluation.measure import Measured, Progress, measure_prompt
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.figures import result_of
-from layerskip_core.evaluation.measure.measure import Measured, Progress, measure_prompt
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import JOURNAL, Journal, Output
 from layerskip_core.evaluation.report.documents import to_json
@@ -244,13 +244,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     running.close()
     assert [json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()] == [None, 0, 1, 2, 0]
     calls = []
-    honest = measure.answer_prompts
+    honest = measurement.answer_prompts
 
     def counted(loaded, prompts, *arguments):
         calls.extend(prompts)
         return honest(loaded, prompts, *arguments)
 
-    monkeypatch.setattr(measure, "answer_prompts", counted)
+    monkeypatch.setattr(measurement, "answer_prompts", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3  # warm-up, then two prompts in three ways

@@ -10,19 +10,18 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
     agreement,
     averages,
     draft_profile,
-    pass_times,
-    plain_seconds,
     predict,
     prediction_of,
     simulate,
     timed_part,
+    timed_visits,
 )
-from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.results import Result
 
 EOS = frozenset({9})
@@ -91,13 +90,13 @@ def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     prompt = loaded.encode_prompt("hi")
     part, setting = timed_part(loaded, prompt, [5] * 9), DecodingConfig("self-speculative", 2, 4)
-    assert min(pass_times(loaded, part, setting, plain_seconds(loaded, part))) > 0
+    ((_, passes),) = next(timed_visits(loaded, [part], [setting])).items()
+    assert min(passes) > 0
     for context in (40, 10_000):  # passes of 1 to 17 tokens after the context, as far as there is room
         passes = draft_profile(loaded, (), PackingConfig(), [5] * context).passes
         assert len(passes) == 17 and all(time > 0 for time in passes)
     for without_room in (timed_part(loaded, [5] * (loaded.backend.spec.context - 1), [5]), timed_part(loaded, prompt, [])):
-        assert plain_seconds(loaded, without_room) is None
-        assert pass_times(loaded, without_room, setting, 0.1) is None
+        assert list(timed_visits(loaded, [without_room], [setting])) == [{}]
 
 
 @pytest.mark.parametrize(("tokens", "start"), [(1, 0), (32, 0), (33, 0), (34, 1), (100, 34)])
@@ -120,9 +119,9 @@ def test_times_that_were_disturbed_do_not_count():
 
 def test_prompts_that_fail_are_left_out():
     loaded, task = tiny_loaded(), own_answers(1)
-    _, alone = collect(predict(loaded, task.examples, [SETTING], PLAIN))
-    _, found = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], PLAIN))
-    assert found.agreement == alone.agreement
+    _, (_, alone, _) = collect(predict(loaded, task.examples, [SETTING], PLAIN))
+    _, (_, found, _) = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], PLAIN))
+    assert found == alone
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():

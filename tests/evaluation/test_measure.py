@@ -10,9 +10,7 @@ from evaluating import NEW_TOKENS, TOO_LONG, collect, own_answers, task_of, tiny
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure.baselines import load_baselines
-from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.measure import (
+from layerskip_core.evaluation.measure import (
     Measured,
     Progress,
     differences,
@@ -21,6 +19,8 @@ from layerskip_core.evaluation.measure.measure import (
     measure_prompt,
     top2_gap,
 )
+from layerskip_core.evaluation.measure.baselines import load_baselines
+from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.results import Difference, Step
 
@@ -54,7 +54,7 @@ def test_the_order_changes_and_every_setting_answers_every_prompt():
         return Output((setting.exit_layer,), steps=(Step(1, 1.0),))
 
     settings = [DecodingConfig("fake", layer) for layer in (1, 2, 3)]
-    events = measure(tiny_loaded(), task.examples, settings, ONE_BY_ONE, repeats=2, baselines={"fake": recorded})
+    events = measure(tiny_loaded(), task, settings, ONE_BY_ONE, repeats=2, baselines={"fake": recorded})
     progress, measured = collect(events)
     prompts = [tuple(tiny_loaded().encode_prompt(example.prompt)) for example in task.examples]
     assert calls[:3] == [(prompts[0], 1), (prompts[0], 2), (prompts[0], 3)]  # warm-up
@@ -68,24 +68,24 @@ def test_the_order_changes_and_every_setting_answers_every_prompt():
 
 
 def test_the_samples_of_the_largest_seed_have_seeds_of_their_own():
-    loaded, example = tiny_loaded(), own_answers().examples[0]
+    loaded, task = tiny_loaded(), own_answers(1)
     drawn = replace(PLAIN, temperature=1.0, seed=2**32 - 1)
-    _, (measured,) = collect(measure(loaded, [example] * 3, [drawn], ONE_BY_ONE))
+    _, (measured,) = collect(measure(loaded, task_of(*task.examples * 3), [drawn], ONE_BY_ONE))
     assert None not in measured.texts and len(set(measured.texts)) == 3
-    assert measured.texts[1] == measure_prompt(loaded, example.prompt, replace(drawn, seed=0)).text
+    assert measured.texts[1] == measure_prompt(loaded, task.examples[0].prompt, replace(drawn, seed=0)).text
 
 
 @pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, "of an answer"), (torch.float32, ())])
 def test_every_setting_answers_in_a_batch_as_it_does_alone(dtype, stop):
-    loaded, examples = tiny_loaded(dtype), own_answers(5).examples
+    loaded, task = tiny_loaded(dtype), own_answers(5)
     if stop:
-        stop = (measure_prompt(loaded, examples[1].prompt, PLAIN).text[4:6],)
+        stop = (measure_prompt(loaded, task.examples[1].prompt, PLAIN).text[4:6],)
     plain, drafted = replace(PLAIN, stop=stop), replace(DRAFTED, stop=stop)
     baselines = load_baselines(loaded, CONFIG, drafted)
     settings = [plain, replace(plain, strategy="early-exit", exit_layer=5), drafted]
     settings += [replace(drafted, strategy=name) for name in baselines]
-    _, alone = collect(measure(loaded, examples, settings, ONE_BY_ONE, baselines=baselines))
-    progress, batched = collect(measure(loaded, examples, settings, replace(CONFIG, timed=0), baselines=baselines))
+    _, alone = collect(measure(loaded, task, settings, ONE_BY_ONE, baselines=baselines))
+    progress, batched = collect(measure(loaded, task, settings, replace(CONFIG, timed=0), baselines=baselines))
     assert progress == [Progress(done, 5, "answers") for done in (2, 4, 5)]
     for single, together in zip(alone, batched, strict=True):
         assert [(output.ids, output.text, output.finish_reason) for output in together.answers] == [
@@ -100,12 +100,12 @@ def test_a_prompt_that_does_not_fit_fails_alone(config):
     loaded, (first, second) = tiny_loaded(), own_answers(2).examples
     baselines = load_baselines(loaded, CONFIG, DRAFTED)
     settings = [PLAIN, DRAFTED, replace(DRAFTED, strategy="transformers")]
-    _, measured = collect(measure(loaded, [first, TOO_LONG, second], settings, config, baselines=baselines))
+    _, measured = collect(measure(loaded, task_of(first, TOO_LONG, second), settings, config, baselines=baselines))
     for each in measured:
         assert each.texts == [first.completion, None, second.completion]
         assert "the prompt must be at most 127 tokens" in each.answers[1].error
     with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered; the first: the prompt must"):
-        collect(measure(loaded, [TOO_LONG], settings[:1], config))
+        collect(measure(loaded, task_of(TOO_LONG), settings[:1], config))
 
 
 def test_a_bench_with_batches_differs_in_speed_only():

@@ -7,12 +7,12 @@ import torch
 from evaluating import TOO_LONG, outputs_of, tiny_loaded
 from torch.nn.functional import cross_entropy
 
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.data import Example
 from layerskip_core.evaluation import perplexity
 from layerskip_core.evaluation.bootstrap import change, estimate, metric, speed_ratio
-from layerskip_core.evaluation.measure.figures import repeated_times
+from layerskip_core.evaluation.measure import Measured
 from layerskip_core.evaluation.metrics import Scores, exact_match, pass_at_k, quality, rouge
-from layerskip_core.evaluation.outputs import times_of
 from layerskip_core.evaluation.perplexity import reference_losses, scores_by_exit, text_losses
 
 
@@ -154,7 +154,8 @@ def test_the_answers_to_a_prompt_are_resampled_together():
     assert estimate(ratio, columns, answers_per_prompt=10).bounds == pytest.approx(alone, rel=1e-5)
     low, high = estimate(ratio, columns).bounds
     assert high - low < 0.5 * (alone.high - alone.low)
-    assert repeated_times([outputs_of([(1, 1.0)], [(2, 4.0)])], 2).tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
+    both = Measured(DecodingConfig(), (), [outputs_of([(1, 1.0)], [(2, 4.0)])], answers_per_prompt=2)
+    assert both.times.tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
 
 
 def test_changes_are_paired():
@@ -169,4 +170,5 @@ def test_changes_are_paired():
 
 
 def test_times_leave_out_the_prefill_or_not():
-    assert times_of(outputs_of([(1, 2.0), (3, 1.0)], [(1, 4.0)])).tolist() == [[3.0, 4.0], [4, 1], [1.0, 0.0], [3, 0]]
+    measured = Measured(DecodingConfig(), (), [outputs_of([(1, 2.0), (3, 1.0)], [(1, 4.0)])])
+    assert measured.times[:, 0].tolist() == [[3.0, 4.0], [4, 1], [1.0, 0.0], [3, 0]]

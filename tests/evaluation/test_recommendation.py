@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluating import outputs_of
 
 from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
@@ -12,7 +11,6 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.evaluation.bootstrap import Margin, margin
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.outputs import times_of
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
 
@@ -114,8 +112,8 @@ def test_speculation_that_does_not_pay_is_not_recommended_and_a_noisy_machine_is
 
 
 def test_drift_is_the_median_change_of_the_baseline():
-    first, second = outputs_of([(1, 1.0)], [(2, 1.0)], [(1, 1.0)]), outputs_of([(1, 1.1)], [(2, 0.8)], [(1, 3.0)])
-    assert baseline_drift(times_of(first)[:2], times_of(second)[:2]) == pytest.approx(0.2)
+    first, second = (torch.tensor([seconds, [1.0, 2.0, 1.0]]) for seconds in ([1.0, 1.0, 1.0], [1.1, 0.8, 3.0]))
+    assert baseline_drift(first, second) == pytest.approx(0.2)
 
 
 def test_prediction_error_of_known_figures():

@@ -22,10 +22,9 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import cost_model, skip_search
+from layerskip_core.evaluation.measure import Progress, cost_model, skip_search
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import PassTimes
-from layerskip_core.evaluation.measure.measure import Progress
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.documents import to_csv, to_json

@@ -1,1 +1,327 @@
-"""Decodes, times and scores."""
+"""Measures ways of decoding on a task: one by one in turn, for speed, and in batches, for quality alone."""
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.loaded import Decoder
+from ...config.decoding import STRATEGIES, DecodingConfig
+from ...config.evaluation import BenchConfig, SweepConfig
+from ...data import Example, Item, spread
+from ...decoding import check_prompt, decode, decode_batch
+from ...errors import LayerSkipError
+from ...model.backend import Backend
+from ..metrics import Scores
+from ..outputs import Journal, Output, require_outputs
+from ..results import Difference, Step
+from ..tasks.task import Task
+
+Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
+"""Answers the ids of a prompt in place of our own decoding. The setting's strategy is the baseline's name."""
+
+# A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
+# logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
+NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+_WARM_UP_TOKENS = 16
+_DEFAULT_TIMED = 8
+_BATCHES = -1  # the journal's repeat number of answers from batches
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): resets the peak resident set size
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The progress of one phase of a measurement."""
+
+    done: int
+    total: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts.
+
+    `scores` are those of the answers, `differences` where they depart from the first setting's. So many answers in a row belong
+    to one prompt: `answers_per_prompt`.
+    """
+
+    setting: DecodingConfig
+    answers: Sequence[Output]
+    repeats: Sequence[Sequence[Output]]
+    differences: tuple[Difference, ...] = ()
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    timed: Sequence[int] = ()
+    answers_per_prompt: int = 1
+
+    @property
+    def texts(self) -> list[str | None]:
+        """None for a prompt that failed."""
+        return [None if output.error is not None else output.text for output in self.answers]
+
+    @property
+    def times(self) -> Tensor:
+        """(4, repeats, prompts): seconds and tokens of whole generations, then both without the prefill and its token."""
+        columns = [
+            [[sum(map(of_step, output.steps[first:])) for output in outputs] for outputs in self.repeats]
+            for first in (0, 1)
+            for of_step in (attrgetter("seconds"), attrgetter("tokens"))
+        ]
+        times = torch.tensor(columns, dtype=torch.float64)
+        return times.reshape(*times.shape[:2], -1, self.answers_per_prompt).sum(-1)
+
+    def of(self, samples: Sequence[int]) -> "Measured":
+        """The same for some of the prompts."""
+        places = [place for place, sample in enumerate(self.timed) if sample in samples]
+        repeats = [[outputs[place] for place in places] for outputs in self.repeats if places]
+        scores = {name: each.of(samples) for name, each in self.scores.items()}
+        return Measured(self.setting, [self.answers[sample] for sample in samples], repeats, (), scores)
+
+    def __add__(self, other: "Measured") -> "Measured":
+        """The same way of decoding on more prompts."""
+        moved = [replace(each, sample=len(self.answers) + each.sample) for each in other.differences]
+        repeats = [[*mine, *theirs] for mine, theirs in zip(self.repeats, other.repeats, strict=True)]
+        return Measured(self.setting, [*self.answers, *other.answers], repeats, (*self.differences, *moved))
+
+
+def drafts_tokens(setting: DecodingConfig) -> bool:
+    """Whether it drafts tokens and verifies them."""
+    return setting.strategy not in ("autoregressive", "early-exit", "transformers", "llama.cpp")
+
+
+def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
+    """How many layers an answer comes from. None of a baseline, and if its tokens leave at several exits."""
+    if setting.strategy not in STRATEGIES or setting.exit_confidence:
+        return None
+    return setting.exit_layer if setting.strategy == "early-exit" else num_layers
+
+
+def default_timed(config: BenchConfig | SweepConfig) -> int | None:
+    """How many prompts are timed. None: all of them, and answers do not come from batches."""
+    return _DEFAULT_TIMED if config.batch_size > 1 and config.timed is None else config.timed
+
+
+def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
+    """The examples to time, or their indices, evenly spaced; `timed` is `default_timed`'s."""
+    return examples if timed is None else spread(examples, timed) if timed else ()
+
+
+def measure(
+    loaded: Decoder,
+    task: Task,
+    settings: Sequence[DecodingConfig],
+    config: BenchConfig | SweepConfig,
+    repeats: int = 1,
+    baselines: Mapping[str, Baseline] | None = None,
+    journal: Journal | None = None,
+    perplexity: Mapping[int, Scores] | None = None,
+    name: str = "",
+) -> Generator[Progress, None, list[Measured]]:
+    """Decodes every prompt of the task by every setting. Yields progress; returns what was measured of each setting.
+
+    With a batch size above 1, answers come from batches, whose time cannot be divided among their prompts, and only some
+    prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
+
+    A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
+    down slows all of them. Before prompts are timed, each setting warms up with a few tokens.
+
+    Args:
+        settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
+        config: tells the batch size and how many prompts are timed.
+        journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
+        perplexity: by exit, the metric of a task on text.
+        name: stands before the phases of progress.
+
+    Raises:
+        LayerSkipError: every prompt failed with the first setting.
+    """
+    examples, batches = task.examples, config.batch_size > 1
+    every = range(len(examples))
+    timed = timed_examples(every, config.timed)
+    phases = [("answers", [(_BATCHES, sample) for sample in every], config.batch_size)] if batches else []
+    phases += [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)] if timed else []
+    rows: dict[tuple[int, int], list[Output]] = {}  # the outputs of all settings by repeat and sample
+    for phase, wanted, size in phases:
+        rows |= {each: known for each in wanted if journal is not None and (known := journal.recall(*each)) is not None}
+        missing = [each for each in wanted if each not in rows]
+        if size > 1:
+            missing.sort(key=lambda each: len(examples[each[1]].prompt))
+        for setting in settings if size == 1 and missing else ():
+            limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
+            answer_prompts(loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines)
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            prompts = [examples[sample].prompt for _, sample in batch]
+            outputs = _in_turn(loaded, prompts, settings, baselines, *batch[0])
+            for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
+                rows[each] = list(row)
+                if journal is not None:
+                    journal.add(*each, row)
+            yield Progress(sum(each in rows for each in wanted), len(wanted), f"{name} {phase}".strip())
+        require_outputs([rows[each][0] for each in wanted])
+
+    answered_in = _BATCHES if batches else 0
+    answers = [[rows[answered_in, sample][place] for sample in every] for place in range(len(settings))]
+    full = Measured(settings[0], answers[0], ())
+    task = task.referring_to(full.texts)
+    found = []
+    for place, setting in enumerate(settings):
+        times = [[rows[repeat, sample][place] for sample in timed] for repeat in range(repeats) if timed]
+        exact = setting.strategy != "early-exit" and not settings[0].temperature
+        differing = differences(loaded, examples, answers[place], answers[0]) if exact else ()
+        measured = Measured(setting, answers[place], times, differing, {}, timed, task.answers_per_prompt)
+        depth = depth_of(setting, loaded.backend.num_layers)
+        scores = task.score([text or "" for text in measured.texts], (perplexity or {}).get(depth or 0))
+        found.append(replace(measured, scores=scores))
+    return found
+
+
+def _in_turn(
+    loaded: Decoder,
+    prompts: Sequence[str],
+    settings: Sequence[DecodingConfig],
+    baselines: Mapping[str, Baseline] | None,
+    repeat: int,
+    sample: int,
+) -> list[list[Output]]:
+    """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
+
+    Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample has a
+    seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
+    """
+    found: dict[int, list[Output]] = {}
+    distinct = [settings.index(setting) if repeat == _BATCHES else place for place, setting in enumerate(settings)]
+    turn = repeat + sample
+    for step in range(len(settings)):
+        place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
+        if place not in found:
+            setting = settings[place]
+            setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
+            found[place] = answer_prompts(loaded, prompts, setting, baselines)
+    return [found[place] for place in distinct]
+
+
+def answer_prompts(
+    loaded: Decoder,
+    prompts: Sequence[str],
+    setting: DecodingConfig,
+    baselines: Mapping[str, Baseline] | None = None,
+) -> list[Output]:
+    """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
+
+    A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
+    answered one by one, so that only the culprit fails. Baselines have no batches.
+    """
+    model, alone = loaded.backend, len(prompts) == 1
+    baseline = (baselines or {}).get(setting.strategy, own_output if alone else None)
+    has_peak = alone and _reset_peak(model.device)
+    try:
+        ids = [loaded.encode_prompt(prompt) for prompt in prompts]
+        for prompt_ids in ids:
+            check_prompt(prompt_ids, model.spec.context)
+        if baseline is not None:
+            outputs = [baseline(loaded, prompt_ids, setting) for prompt_ids in ids]
+        else:
+            batch = decode_batch(model, ids, setting, loaded.ends(setting.stop), loaded.detokenize)
+            answers = sorted(batch, key=lambda answer: answer.row)
+            outputs = [Output(tuple(each.ids), "", (), each.stats, each.finish_reason) for each in answers]
+    except (LayerSkipError, torch.OutOfMemoryError) as error:
+        if alone:
+            return [Output(error=str(error))]
+        return [measure_prompt(loaded, prompt, setting, baselines) for prompt in prompts]
+    peak = _peak_mb(model.device) if has_peak else None
+    return [
+        replace(output, text=_answer_text(loaded, prompt_ids, output.ids), peak_memory_mb=peak)
+        for prompt_ids, output in zip(ids, outputs, strict=True)
+    ]
+
+
+def measure_prompt(
+    loaded: Decoder, prompt: str, setting: DecodingConfig, baselines: Mapping[str, Baseline] | None = None
+) -> Output:
+    """The timed output for one prompt; see `answer_prompts`."""
+    return answer_prompts(loaded, [prompt], setting, baselines)[0]
+
+
+def _answer_text(loaded: Decoder, prompt_ids: list[int], ids: Sequence[int]) -> str:
+    """The text of an answer, detokenized together with its prompt.
+
+    On its own, some tokenizers drop the leading space, and with it the indentation of code.
+    """
+    text = loaded.detokenize(prompt_ids + [token for token in ids if token not in loaded.eos_ids])
+    return text[len(loaded.detokenize(prompt_ids)) :]
+
+
+def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, reuse_exit_states: bool = True) -> Output:
+    """Our own decoding. A step's time ends when its tokens have arrived here."""
+    ends = loaded.ends(setting.stop)
+    decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
+    ids: list[int] = []
+    steps: list[Step] = []
+    started = time.perf_counter()
+    for tokens in decoding:
+        seconds = time.perf_counter() - started
+        steps.append(Step(len(tokens), seconds, decoding.drafter))
+        ids += [token.id for token in tokens]
+        started = time.perf_counter()
+    return Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
+
+
+def differences(
+    loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
+) -> tuple[Difference, ...]:
+    """The first difference of each output from the baseline's. Samples that failed in either are left out."""
+    differing = []
+    for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
+        position = first_difference(output.ids, expected.ids)
+        if position is not None and output.error is None and expected.error is None:
+            prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
+            differing.append(Difference(sample, position, top2_gap(loaded.backend, prefix)))
+    return tuple(differing)
+
+
+def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
+    """The first position where two outputs differ, None when they are equal. If one is a prefix of the other, its length."""
+    if list(ids) == list(expected):
+        return None
+    pairs = enumerate(zip(ids, expected, strict=False))
+    return next((position for position, (own, other) in pairs if own != other), min(len(ids), len(expected)))
+
+
+@torch.inference_mode()
+def top2_gap(model: Backend, ids: Sequence[int]) -> float:
+    """The gap between the two largest logits of the full model for the token after `ids`."""
+    tokens = torch.tensor([list(ids)], device=model.device)
+    positions, cache = torch.arange(len(ids))[None], model.new_cache(1, len(ids))
+    hidden = model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache)
+    best, second = model.unembed(hidden[:, -1:])[0, -1].double().topk(2).values.tolist()
+    return float(best - second)
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """False if the system cannot reset its peak: not Linux, or a container that forbids it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def _peak_mb(device: torch.device) -> float:
+    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process.
+
+    That includes weights and interpreter, so that strategies hardly differ.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024

@@ -23,7 +23,7 @@ from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..outputs import Output
 from ..results import Step
-from .measure import Baseline, own_output
+from . import Baseline, own_output
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

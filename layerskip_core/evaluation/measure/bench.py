@@ -11,11 +11,11 @@ from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recomm
 from ...config.evaluation import BenchConfig
 from ..outputs import FOUND_SKIP, Journal, found_skip
 from ..perplexity import scores_by_exit
-from ..results import Result, RunRecord
+from ..results import RunRecord
 from ..tasks.task import Task
+from . import Progress, default_timed, depth_of, measure
 from .baselines import describe_llama_cpp, load_baselines
-from .figures import depth_of, environment, result_of, scored
-from .measure import Measured, Progress, default_timed, measure, timed_examples
+from .figures import environment, result_of
 from .skip_search import search_skips
 
 
@@ -38,16 +38,13 @@ def bench(
     if must_search(loaded, config):
         searched = found_skip(folder) if folder is not None and resume else None
         if searched is None:
-            weights = config.packing.draft_weights
-            searched, *_ = yield from search_skips(loaded, task, generation, weights[0] if weights else None)
+            searched, *_ = yield from search_skips(loaded, task, generation, next(iter(config.packing.draft_weights), None))
         recommended = replace(recommended, skip=searched)
     settings = strategies_of(loaded, config, asked, recommended)
     speculative = resolve_as("self-speculative", asked, recommended, layers, config.packing)
-    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
-    config = replace(
-        config, task=task.config, generation=generation, exit_layer=exit_layer, num_draft_tokens=drafts,
-        timed=default_timed(config),
-    )  # fmt: skip
+    exit_layer, drafts, timed = speculative.exit_layer, speculative.num_draft_tokens, default_timed(config)
+    config = replace(config, task=task.config, generation=generation, timed=timed)
+    config = replace(config, exit_layer=exit_layer, num_draft_tokens=drafts)
     baselines = load_baselines(loaded, config, speculative)
     machine = environment(loaded) | ({"llama_cpp": describe_llama_cpp()} if "llama.cpp" in baselines else {})
     journal = None
@@ -58,16 +55,24 @@ def bench(
     depths = [depth_of(setting, layers) or layers for setting in settings]
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
     settings += [replace(speculative, strategy=name) for name in baselines]
-    measured = yield from measure(loaded, task.examples, settings, config, config.repeats, baselines, journal)
-    measured = scored(task, measured, perplexity, layers)
-    transformers = next((each for each in measured if each.setting.strategy == "transformers" and each.repeats), None)
-    results = [
-        replace(
-            result_of(each, measured[0], transformers, task.answers_per_prompt),
-            categories=_by_category(task, config, each, measured[0], transformers),
-        )
-        for each in measured
-    ]
+    measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
+    full = measured[0]
+    transformers = next((each for each in measured if each.setting.strategy == "transformers"), None)
+    # The figures of each category with an autoregressive answer too.
+    categories = {
+        name: samples
+        for name, samples in task.categories.items()
+        if any(full.answers[sample].error is None for sample in samples)
+    }
+    results = []
+    for each in measured:
+        by_category = {
+            name: replace(
+                result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples)), samples=len(samples)
+            )
+            for name, samples in categories.items()
+        }
+        results.append(replace(result_of(each, full, transformers), categories=by_category))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))
 
@@ -95,18 +100,3 @@ def strategies_of(
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:
     """Whether Draft & Verify runs, and the layers to skip were neither given nor stored with the model."""
     return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
-
-
-def _by_category(
-    task: Task, config: BenchConfig, measured: Measured, full: Measured, transformers: Measured | None
-) -> dict[str, Result]:
-    """The figures of one setting on each category with an autoregressive answer."""
-    timed = timed_examples(range(len(task.examples)), config.timed)
-    found = {}
-    for name, samples in task.categories.items():
-        if any(full.answers[sample].error is None for sample in samples):
-            places = [place for place, sample in enumerate(timed) if sample in samples]
-            theirs = transformers.of(samples, places) if transformers is not None and places else None
-            result = result_of(measured.of(samples, places), full.of(samples, places), theirs)
-            found[name] = replace(result, samples=len(samples))
-    return found

@@ -6,7 +6,7 @@ The passes are timed in use, along answers; for adaptive drafting also by their 
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice, pairwise
 from operator import eq
 from statistics import fmean, median
@@ -25,7 +25,7 @@ from ...model.drafting import beyond_exit, most_probable
 from ...model.exit_blocks import features_of
 from ..outputs import Output, require_outputs
 from ..results import Result
-from .measure import Progress, measure_prompt
+from . import Progress, measure_prompt
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
 # about so many seconds allow, because the times of short passes vary more.
@@ -57,14 +57,11 @@ class PassTimes(NamedTuple):
     plain: float
 
 
-class TimedPart(NamedTuple):
-    """The tokens of an answer that are decoded to time passes: at most `limit` tokens after these ids."""
-
-    ids: list[int]
-    limit: int
+Part = tuple[list[int], int]
+"""The tokens of an answer that are decoded to time passes: at most so many tokens after these ids."""
 
 
-def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> TimedPart:
+def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Part:
     """A whole answer, or one from where `_STEPS` steps are its middle.
 
     From its prefill on, because the first steps after one take longer: they find caches that another pass has filled. There is
@@ -72,20 +69,14 @@ def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[
     """
     start = max(0, (len(output_ids) - _STEPS) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
-    return TimedPart(ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids))))
+    return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
 
 
-def plain_seconds(loaded: Decoder, part: TimedPart) -> float | None:
-    """Mean time of an autoregressive step along an answer. None if the answer has one token, which the prefill gives."""
-    steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)
-    return fmean(total for *_, total in steps) if steps else None
-
-
-def pass_times(loaded: Decoder, part: TimedPart, setting: DecodingConfig, plain: float) -> PassTimes | None:
+def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: float) -> PassTimes | None:
     """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
 
     So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
-    `plain`: `plain_seconds` of the same answer. None if the answer has no room for a round.
+    `plain`: the mean of autoregressive steps along the same answer. None if the answer has no room for a round.
     """
     rounds = [step for step in _steps(loaded, part, setting, _ROUNDS) if step[0]]
     if not rounds:
@@ -94,10 +85,11 @@ def pass_times(loaded: Decoder, part: TimedPart, setting: DecodingConfig, plain:
     return PassTimes(draft / drafted, verify / len(rounds), (total - draft - verify) / len(rounds), plain)
 
 
-def _steps(loaded: Decoder, part: TimedPart, setting: DecodingConfig, most: int) -> list[tuple[int, float, float, float]]:
+def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> list[tuple[int, float, float, float]]:
     """The drafts of each step after the prefill, and its seconds for drafting, verifying and in total."""
-    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
-    decoding = decode(loaded.backend, part.ids, greedy)  # the answer's end is known, so EOS ids are not needed
+    ids, limit = part
+    greedy = replace(setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
+    decoding = decode(loaded.backend, ids, greedy)  # the answer's end is known, so EOS ids are not needed
     steps, before, started = [], DecodeStats(), time.perf_counter()
     for _ in islice(decoding, 1 + most):
         total, now = time.perf_counter() - started, decoding.stats
@@ -108,7 +100,7 @@ def _steps(loaded: Decoder, part: TimedPart, setting: DecodingConfig, most: int)
 
 
 def timed_visits(
-    loaded: Decoder, parts: Iterable[TimedPart], settings: Sequence[DecodingConfig]
+    loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
     """Times rounds of each setting along each part, except where the part has no room for a round.
 
@@ -118,9 +110,9 @@ def timed_visits(
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
         for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
-            plain = plain_seconds(loaded, part)
-            for setting in alike:
-                if plain is not None and (passes := pass_times(loaded, part, setting, plain)) is not None:
+            steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)  # none of an answer of one token
+            for setting in alike if steps else ():
+                if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
                     timed[setting] = passes
         yield {
             setting: passes._replace(plain=fmean(each.plain for each in timed.values())) for setting, passes in timed.items()
@@ -217,19 +209,6 @@ class Prediction(NamedTuple):
     speedup: float
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions by setting.
-
-    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen. `context`: the
-    tokens before the passes that were timed.
-    """
-
-    agreement: dict[Side, float]
-    settings: dict[DecodingConfig, Prediction]
-    context: list[int]
-
-
 def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:
     """For `tokens` of several answers, of which `prefill` seconds gave the first one each.
 
@@ -242,10 +221,12 @@ def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens:
 
 def predict(
     loaded: Decoder, examples: Sequence[Example], settings: Sequence[DecodingConfig], plain: DecodingConfig
-) -> Generator[Progress, None, Predictions]:
+) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
+    Settings that draft with the same layers stand together. Returns the predictions, each drafter's agreement (the share of the
+    autoregressive tokens that it would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no
+    prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -255,49 +236,39 @@ def predict(
     for number, example in enumerate(examples, start=1):
         outputs.append(output := measure_prompt(loaded, example.prompt, plain))
         if output.error is None:
-            answered.append((loaded.encode_prompt(example.prompt), output))
-            right, of_settings = _along(loaded, *answered[-1], settings, plain)
-            agreeing.update(right)
-            rounds = {setting: rounds[setting] + new for setting, new in of_settings.items()}
+            prompt_ids = loaded.encode_prompt(example.prompt)
+            answered.append((prompt_ids, output))
+            choices: dict[Side, list[int]] = {}
+            for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
+                found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
+                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+            agreeing.update({side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()})
+            room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
+            for setting in settings:
+                drafted, ends = choices[side_of(setting)], loaded.ends(plain.stop)
+                rounds[setting] += simulate(drafted, output.ids, setting.num_draft_tokens, room, ends)
         yield Progress(number, total, "prediction")
     require_outputs(outputs)
     # From the answer of median length with its prompt to the longest and the shortest.
     by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
     typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
-    times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
-    for number, timed in enumerate(timed_visits(loaded, _parts(loaded, typical), settings), start=len(examples) + 1):
-        for setting, passes in timed.items():
-            times[setting].append(passes)
-        yield Progress(number, total, "prediction")
-    if number < total:
+    visits = list[dict[DecodingConfig, PassTimes]]()
+    for timed in timed_visits(loaded, _parts(loaded, typical), settings):
+        visits.append(timed)
+        yield Progress(len(examples) + len(visits), total, "prediction")
+    if len(visits) < _MOST:
         yield Progress(total, total, "prediction")
     tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
-    predictions = {
-        setting: prediction_of(rounds[setting], averages(passes), prefill, tokens, len(answered))
-        for setting, passes in times.items()
-        if passes
-    }
+    predictions = {}
+    for setting in settings:
+        if times := [timed[setting] for timed in visits if setting in timed]:
+            predictions[setting] = prediction_of(rounds[setting], averages(times), prefill, tokens, len(answered))
     prompt_ids, output = typical[0]
     context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
-    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
+    return predictions, {side: count / tokens for side, count in agreeing.items()}, context
 
 
-def _along(
-    loaded: Decoder, prompt_ids: list[int], output: Output, settings: Sequence[DecodingConfig], plain: DecodingConfig
-) -> tuple[dict[Side, int], dict[DecodingConfig, DecodeStats]]:
-    """How many tokens of an output each exit and copy would also have chosen, and the rounds of each setting."""
-    choices: dict[Side, list[int]] = {}
-    for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
-        found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
-        choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
-    room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
-    ends = loaded.ends(plain.stop)
-    return {side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()}, {
-        setting: simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends) for setting in settings
-    }
-
-
-def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[TimedPart]:
+def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[Part]:
     """The answers in turn, until enough time has passed."""
     started = time.perf_counter()
     for visit in range(_MOST):

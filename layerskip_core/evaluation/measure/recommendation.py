@@ -58,19 +58,19 @@ def recommend(
     if adaptive and speeds[adaptive] >= max(1.0, speeds[best] / _CLOSE):
         rank = rank if best == adaptive else f"close to the fastest ({speeds[best]:.2f}x)"
         best = chosen = adaptive
-    exits = [
-        (policies[place], found)
-        for place, found in enumerate(margins)
-        if results[place].strategy == "early-exit" and found is not None
-    ]
-    fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
-    name = policy_text(policies[best])
+    found, plain, name = results[best], results[0], policy_text(policies[best])
     if not faithful:
         reason = "no setting that drafts kept the autoregressive outputs"
     elif not chosen:
         reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speeds[best]:.2f}x"
     else:
-        reason = f"{name} is {rank} of {len(faithful)} settings: {_figures(results[best], results[0])}"
+        reason = (
+            f"{name} is {rank} of {len(faithful)} settings: {found.speedup:.2f}x the speed of autoregressive decoding "
+            f"({found.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), "
+            f"{found.acceptance_rate or 0.0:.0%} of drafts accepted, {found.identical_outputs or 0.0:.0%} of outputs identical"
+        )
+        if ties := len(found.differences):
+            reason += f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})"
         alike = [place for place in faithful if place != best and times and _may_be_as_fast(times[place], times[best])]
         if alike:
             names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
@@ -82,24 +82,20 @@ def recommend(
         reason += f"; not measured because of a lower predicted speed: {skipped}"
     if drift > _NOISY:
         reason += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
+    exits = [
+        (policies[place], kept)
+        for place, kept in enumerate(margins)
+        if results[place].strategy == "early-exit" and kept is not None
+    ]
+    fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
         results[chosen].exit_layer,
         results[chosen].num_draft_tokens,
-        results[best].speedup if faithful else None,
+        found.speedup if faithful else None,
         drift,
         reason,
         fast_reason,
         {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
-    )
-
-
-def _figures(best: Result, plain: Result) -> str:
-    count = len(best.differences)
-    ties = f" ({count} {'differs at a near-tie' if count == 1 else 'differ at near-ties'})" if count else ""
-    return (
-        f"{best.speedup:.2f}x the speed of autoregressive decoding ({best.tokens_per_second:.0f} vs. "
-        f"{plain.tokens_per_second:.0f} tokens/s), {best.acceptance_rate or 0.0:.0%} of drafts accepted, "
-        f"{best.identical_outputs or 0.0:.0%} of outputs identical{ties}"
     )
 
 
@@ -133,32 +129,30 @@ def fast_policy(
     `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval. An exit must also be
     faster than `exact`.
     """
-    full = exact["measured"]["full_depth"]
+    full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
     if not full:
         return None, f"none, because {quality_metric} is 0 at full depth"
     if not exits:
         return None, "none, because no early exit was measured"
 
     def described(policy: Policy) -> str:
-        speed = f"{policy['measured']['speedup']:.2f}x the speed of plain decoding"
-        return f"{speed}, {quality_metric} {policy['measured']['value']:.3g} ({full:.3g} at full depth)"
+        speed, value = policy["measured"]["speedup"], policy["measured"]["value"]
+        return f"{speed:.2f}x the speed of plain decoding, {quality_metric} {value:.3g} ({full:.3g} at full depth)"
 
-    def speed(exit: tuple[Policy, Margin]) -> float:
-        return exit[0]["measured"]["speedup"]
-
+    exits = sorted(exits, key=lambda exit: -exit[0]["measured"]["speedup"])
     good = [exit for exit in exits if exit[1].needed is not None]
     if not good:
         best, _ = max(exits, key=lambda exit: exit[1].mean)
         missed = f"no early exit keeps more than {keep:.4g} of {quality_metric}, {full:.3g} at full depth"
         return None, f"none, because {missed}; the best, {policy_text(best)}, has {best['measured']['value']:.3g}"
-    faster = [exit for exit in good if speed(exit) > exact["measured"]["speedup"]]
+    faster = [exit for exit in good if exit[0]["measured"]["speedup"] > to_beat]
     if not faster:
-        best, _ = max(good, key=speed)
-        not_faster = f"is not faster than the policy exact ({exact['measured']['speedup']:.2f}x)"
+        best, _ = good[0]
+        not_faster = f"is not faster than the policy exact ({to_beat:.2f}x)"
         return None, f"none, because {policy_text(best)} ({described(best)}) {not_faster}"
-    if certain := [exit for exit in faster if exit[1].low >= 0]:
-        best, _ = max(certain, key=speed)
-        return best, f"{policy_text(best)}: {described(best)}"
+    for best, found in faster:
+        if found.low >= 0:
+            return best, f"{policy_text(best)}: {described(best)}"
     best, found = min(faster, key=lambda exit: exit[1].needed or 0)
     return None, (
         f"none, because {plural(found.prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "

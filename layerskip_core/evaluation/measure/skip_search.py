@@ -21,8 +21,8 @@ from ...errors import ConfigError, DataError, LayerSkipError, require
 from ...model.backend import run_spans
 from ..outputs import require_outputs
 from ..tasks.task import Task, load_task
-from .cost_model import PassTimes, Prediction, TimedPart, averages, prediction_of, simulate, timed_visits
-from .measure import Progress, measure_prompt
+from . import Progress, measure_prompt
+from .cost_model import PassTimes, Prediction, averages, prediction_of, simulate, timed_visits
 
 _PROMPTS = 8
 _TOKENS = 48  # of each output
@@ -189,7 +189,7 @@ def _timed(
     by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
     context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
     settings = [DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights) for skip, drafts in asked]
-    visits = list(timed_visits(loaded, [TimedPart(context, loaded.backend.spec.context - len(context))] * _VISITS, settings))
+    visits = list(timed_visits(loaded, [(context, loaded.backend.spec.context - len(context))] * _VISITS, settings))
     if not all(visits):
         raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
     return [averages([visit[setting] for visit in visits]) for setting in settings]

@@ -10,7 +10,6 @@ from torch import Tensor
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import (
     DecodingConfig,
-    DecodingOptions,
     decoding,
     default_exits,
     require_exit_layer,
@@ -26,9 +25,9 @@ from ..metrics import Scores
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .cost_model import Prediction, Predictions, draft_profile, predict, side_of
-from .figures import depth_of, drafts_tokens, environment, repeated_times, result_of, scored, setting_of
-from .measure import NEAR_TIE, Measured, Progress, default_timed, measure, timed_examples
+from . import NEAR_TIE, Measured, Progress, default_timed, depth_of, drafts_tokens, measure, timed_examples
+from .cost_model import Prediction, Side, draft_profile, predict, side_of
+from .figures import environment, result_of, setting_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .skip_search import search_skips
 
@@ -45,7 +44,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     """
     task, generation = task.asked(config.generation)
     config = replace(_resolved(loaded, task, config), task=task.config, generation=generation)
-    loaded, layers = task.prepared(loaded), loaded.backend.num_layers
+    loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
     machine, losses = environment(loaded), []
     for number, new in enumerate(task.losses(loaded, sorted({*config.exits, layers})), start=1):
         losses.append(new)
@@ -53,45 +52,40 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     perplexity = scores_by_exit(losses)
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config)
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
-    searched: dict[DecodingConfig, Prediction] = {}
     if config.search_skips:
-        choice, share, prediction = yield from search_skips(loaded, task, generation, _weights(config))
-        searched[_skipping(config, choice)] = prediction
-    predictions = yield from predict(loaded, timed_examples(task.examples, config.timed), predictable, plain)
-    predictions.settings.update(searched)
-    settings += searched
-    chosen = _promising(settings, predictions) if config.quick else settings
+        choice, share, of_skips = yield from search_skips(loaded, task, generation, _copy(config))
+        settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=_copy(config)))
+    timed = timed_examples(task.examples, config.timed)
+    predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
+    if config.search_skips:
+        predictions[settings[-1]] = of_skips
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
+    chosen = _promising(settings, predictions) if config.quick else settings
     half = len(chosen) // 2
     methods = [plain, *chosen[:half], plain, *chosen[half:]]
-    measured = yield from measure(loaded, task.examples, methods, config)
-    full, *others = scored(task, measured, perplexity, layers)
-    again = others.pop(half)
-    rows, every, name = {plain: full} | dict(zip(chosen, others, strict=True)), [plain, *settings], task.quality_metric
-    times = {setting: repeated_times(row.repeats, task.answers_per_prompt) for setting, row in rows.items()}
-    second = repeated_times(again.repeats, task.answers_per_prompt)
-    drift = baseline_drift(times[plain][:2, 0], second[:2, 0])
-    times[plain] = times[plain] + second
-    through = {setting: perplexity.get(depth_of(setting, layers) or 0) for setting in every if not drafts_tokens(setting)}
-    results = _results(every, rows, times[plain], task.answers_per_prompt, through, predictions)
-    if searched:
+    measured = yield from measure(loaded, task, methods, config, perplexity=perplexity)
+    full, again = measured[0], measured.pop(1 + half)
+    every, base = [plain, *settings], full.times + again.times
+    rows: dict[DecodingConfig, Measured] = {row.setting: row for row in measured}
+    results = _results(every, rows, base, perplexity, predictions, agreement, layers)
+    if config.search_skips:
         results[-1] = replace(results[-1], agreement=share)
     results = mark_pareto(results, name)
+    found = [rows.get(setting) for setting in every]
     margins = [
-        margin(row.scores[name], full.scores[name], config.keep, name)
-        if (row := rows.get(setting)) is not None and name in row.scores and name in full.scores
-        else None
-        for setting in every
+        margin(row.scores[name], full.scores[name], config.keep, name) if row and name in row.scores and full.scores else None
+        for row in found
     ]
-    near_tie = NEAR_TIE[loaded.backend.dtype]
+    times = [base, *(None if row is None else row.times for row in found[1:])]
+    drift = baseline_drift(full.times[:2, 0], again.times[:2, 0])
     yield RunRecord(
         asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, near_tie, drift, name, config, [times.get(setting) for setting in every], margins),
+        recommend(results, NEAR_TIE[loaded.backend.dtype], drift, name, config, times, margins),
         prediction_error(results),
-        draft_profile(loaded, results, config.packing, predictions.context),
-        task.answered([rows[setting].texts if setting in rows else None for setting in every]),
+        draft_profile(loaded, results, config.packing, context),
+        task.answered([None if row is None else row.texts for row in found]),
     )
 
 
@@ -134,35 +128,28 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     for weights in dict.fromkeys((None, *config.packing.draft_weights)):
         layers = exits if weights is None else config.exits
         settings += [
-            decoding(
-                "self-speculative",
-                generation,
-                exit_layer=exit_layer,
-                num_draft_tokens=drafts,
-                draft_weights=weights,
-            )
-            for exit_layer, drafts in product(layers, config.specs)
+            decoding("self-speculative", generation, exit_layer=layer, num_draft_tokens=drafts, draft_weights=weights)
+            for layer, drafts in product(layers, config.specs)
         ]
     settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in config.specs]
     if skip := generation.get("skip"):
         require_skip(skip, num_layers)
-        settings += [_skipping(config, {"skip": skip, "num_draft_tokens": drafts}) for drafts in config.specs]
+        settings += [
+            decoding("draft-and-verify", generation, num_draft_tokens=drafts, draft_weights=_copy(config))
+            for drafts in config.specs
+        ]
     known = loaded.recommended(config.packing)
     return [*settings, resolve_as("adaptive", generation, known, num_layers, config.packing)]
 
 
-def _weights(config: SweepConfig) -> Quantization | None:
-    """Those that draft where a single copy does."""
-    return config.packing.draft_weights[0] if config.packing.draft_weights else None
+def _copy(config: SweepConfig) -> Quantization | None:
+    """The low-bit copy that drafts where a single one does."""
+    return next(iter(config.packing.draft_weights), None)
 
 
-def _skipping(config: SweepConfig, choice: DecodingOptions) -> DecodingConfig:
-    return decoding("draft-and-verify", {**config.generation, **choice}, draft_weights=_weights(config))
-
-
-def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:
+def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]) -> list[DecodingConfig]:
     """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
-    best = sorted(predictions.settings, key=lambda setting: -predictions.settings[setting].speedup)[:_QUICK]
+    best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
     lookups = [setting for setting in settings if setting.strategy == "lookup"]
     return [
@@ -180,26 +167,28 @@ def _results(
     settings: Sequence[DecodingConfig],
     rows: Mapping[DecodingConfig, Measured],
     base: Tensor,
-    answers_per_prompt: int,
-    perplexity: Mapping[DecodingConfig, Scores | None],
-    predictions: Predictions,
+    perplexity: Mapping[int, Scores],
+    predictions: Mapping[DecodingConfig, Prediction],
+    agreement: Mapping[Side, float],
+    num_layers: int,
 ) -> list[Result]:
-    """The figures of each setting (full depth first), measured and predicted."""
-    results = []
+    """The figures of each setting (full depth first), measured and predicted. `base`: the times of full depth."""
+    full, results = rows[settings[0]], list[Result]()
     for setting in settings:
-        result, losses, prediction = setting_of(setting), perplexity.get(setting), predictions.settings.get(setting)
-        if setting in rows:
-            result = result_of(rows[setting], rows[settings[0]], None, answers_per_prompt, base)
+        result = result_of(rows[setting], full, base=base) if setting in rows else setting_of(setting)
+        losses = None if drafts_tokens(setting) else perplexity.get(depth_of(setting, num_layers) or 0)
+        if losses is not None:
+            result = replace(result, perplexity=metric(losses).value)
         if setting.strategy == "early-exit" or setting.draft_weights is not None:
-            result = replace(result, agreement=predictions.agreement.get(side_of(setting)))
-        if prediction is not None:
+            result = replace(result, agreement=agreement.get(side_of(setting)))
+        if (prediction := predictions.get(setting)) is not None:
             result = replace(
                 result,
                 predicted_speedup=prediction.speedup,
                 predicted_acceptance_rate=prediction.rounds.acceptance_rate,
-                pass_times_ms={name: 1000 * seconds for name, seconds in prediction.times._asdict().items()},
+                pass_times_ms={phase: 1000 * seconds for phase, seconds in prediction.times._asdict().items()},
             )
-        results.append(replace(result, perplexity=None if losses is None else metric(losses).value))
+        results.append(result)
     intervals = {name: ends for name, ends in results[0].intervals.items() if not name.endswith("speedup")}  # they are the unit
     speed = estimate(torch.div, base[[1, 0]]).value
     results[0] = replace(results[0], speedup=1.0, decode_speedup=1.0, tokens_per_second=speed, intervals=intervals)
