@@ -72,59 +72,51 @@ class _Chat:
         self._console = ResultsConsole()
         self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None
         self._last: TextStream | None = None
-        self._answers, self._total = 0, DecodeStats()
+        self._total = DecodeStats()
         self._refused = False  # a line, so far
+        if streams.is_terminal():
+            narrate(f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}")
+        if not self._dialogue.has_turns:
+            narrate(f"{loaded.template.name} is no chat template: every message is a prompt of its own")
 
     def on_terminal(self) -> None:
         """Asks for messages until /exit or Ctrl-D. Errors are told, and the conversation goes on."""
-        narrate(f"{self._loaded.name}: {self._loaded.backend.implementation}; prompt template: {self._loaded.template.name}")
-        self._tell_template()
         if self._colours:
             narrate(f"accepted drafts are {'underlined' if self._console.no_color else 'green'}")
         narrate("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        goes_on = True
-        while goes_on:
+        while True:
+            line = None
             try:
                 line = streams.typed_line("> ")
+                self._take(line)
             except KeyboardInterrupt:
-                narrate("\n/exit or Ctrl-D leaves")
-                continue
+                narrate("\n/exit or Ctrl-D leaves" if line is None else "\nstopped")
             except EOFError:
-                narrate("")
+                if line is None:
+                    narrate("")
                 return
-            try:
-                goes_on = self._takes(line)
-            except KeyboardInterrupt:
-                narrate("\nstopped")
 
     def over_pipe(self) -> None:
         """Answers every line. Exits with 1 if one could not be answered, and with 130 after Ctrl-C."""
-        self._tell_template()
         try:
             for number, line in enumerate(streams.prompts_stream(), start=1):
-                if not self._takes(line.rstrip("\r\n"), number):
-                    break
+                self._take(line.rstrip("\r\n"), number)
+        except EOFError:
+            pass
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             raise typer.Exit(130) from None
         if self._refused:
             raise typer.Exit(1)
 
-    def _tell_template(self) -> None:
-        if not self._dialogue.has_turns:
-            narrate(f"{self._loaded.template.name} is no chat template: every message is a prompt of its own")
-
-    def _takes(self, line: str, number: int | None = None) -> bool:
-        """Runs a line, a message or a /command; False if it ends the chat. `number`: of a pipe's line."""
-        if not line.strip():
-            return True
+    def _take(self, line: str, number: int | None = None) -> None:
+        """Runs a line, a message or a /command; EOFError ends the chat. `number`: of a pipe's line."""
         try:
-            if not line.startswith("/") or line.startswith("//"):
-                self._answer(line[1:] if line.startswith("//") else line, number is None)
-                return True
             match line.split():
+                case []:
+                    pass
                 case ["/exit"]:
-                    return False
+                    raise EOFError
                 case ["/reset"]:
                     self._dialogue.forget()
                     narrate("a new conversation")
@@ -132,16 +124,22 @@ class _Chat:
                     self._dialogue.forget(1)
                     narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
                 case ["/stats"]:
-                    self._tell_stats()
+                    if self._last is None:
+                        narrate("no answer yet")
+                    else:
+                        narrate(f"last answer: {self._stats_of(self._last)}")
+                        total = stats_text(self._total, self._loaded, self._policy)
+                        narrate(f"{plural(self._total.sequences, 'answer')}: {total}")
                 case ["/help"]:
                     narrate(_COMMANDS)
-                case _:
+                case _ if line.startswith("/") and not line.startswith("//"):
                     raise LayerSkipError(f"needed a message or a command, found {line!r:.60}; /help lists the commands")
+                case _:
+                    self._answer(line[1:] if line.startswith("//") else line, number is None)
         except LayerSkipError as error:
             self._refused = True
             room = f"; {_ROOM}" if isinstance(error, ContextError) and self._dialogue.turns else ""
             narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
-        return True
 
     def _answer(self, message: str, interactive: bool) -> None:
         """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, pressed again at once."""
@@ -159,7 +157,7 @@ class _Chat:
                     break
         sys.stdout.write("\n")
         sys.stdout.flush()
-        self._answers, self._total = self._answers + 1, self._total + stream.stats
+        self._total = self._total + stream.stats
         if stream.finish_reason == "context":
             room = f"; {_ROOM}" if self._dialogue.has_turns else ""
             limit = self._loaded.backend.spec.context
@@ -170,17 +168,6 @@ class _Chat:
             narrate("stopped" if stream.text else "stopped before the answer: the message was left out")
         if self._stats:
             narrate(self._stats_of(stream))
-
-    def _tell_stats(self) -> None:
-        if self._last is None:
-            narrate("no answer yet")
-            return
-        narrate(f"last answer: {self._stats_of(self._last)}")
-        total = self._total
-        narrate(
-            f"{plural(self._answers, 'answer')}: {total.new_tokens} tokens, {total.tokens_per_second:.1f} tokens/s; "
-            f"drafted {total.drafted}, accepted {total.accepted} ({total.acceptance_rate:.1%})"
-        )
 
     def _stats_of(self, stream: "TextStream") -> str:
         counts, limit = stream.stats, self._loaded.backend.spec.context
