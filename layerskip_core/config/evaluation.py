@@ -35,11 +35,8 @@ _OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
 class TaskConfig:
     """What is evaluated on which rows: `samples` of them (0: all) from `data`, by default the task's own.
 
-    `task` is one of evaluation/tasks, names data with prompts and references, or is `lm-eval:` with tasks of
-    lm-evaluation-harness, whose own files can be in the folder `include_path`. None for `max_new_tokens`, `shots` and the
-    columns: the task decides. `seed` is that of generated rows. A template with {prompt} in it is also the form of each row's
-    prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
-    `allow_code_execution` runs them in a sandbox, with "unsandboxed" also on a machine where no layer of the sandbox works.
+    None for `max_new_tokens`, `shots` and the columns: the task decides. A template with {prompt} in it is also the form of
+    each row's prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
     """
 
     task: Annotated[
@@ -135,10 +132,7 @@ class MeasurementConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(MeasurementConfig):
-    """Strategies and baselines side by side. None for exit and draft length: what the checkpoint recommends.
-
-    Layers to skip in `generation` imply the strategy draft-and-verify.
-    """
+    """Strategies and baselines side by side. Layers to skip in `generation` imply the strategy draft-and-verify."""
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     exit_layer: Annotated[
@@ -186,13 +180,7 @@ class BenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(MeasurementConfig):
-    """Every exit and drafter with every draft length; `quick`: only those predicted to be fastest.
-
-    No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
-    `exit_confidences`: early exits at a depth of each token's own; None: a few, if the exits were trained.
-    `search_skips`: also Draft & Verify, with the layers to skip and the draft length that a search finds.
-    `keep`: the share of full depth's quality that an early exit must keep to become the policy `fast`.
-    """
+    """Every exit and drafter with every draft length."""
 
     exits: Annotated[
         tuple[Layer, ...],
@@ -238,12 +226,7 @@ class SweepConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Half of the `samples` prompts come from `data`, the others are random token ids.
-
-    `precisions` and `kernels`: those to verify; no `kernels`: all that this machine can run. `exits` and `specs` are those of
-    the drafts; no exits: the recommended one, one below and one above. `draws`: sampled outputs that are compared with the
-    model's distribution; 0: none.
-    """
+    """Half of the `samples` prompts come from `data`, the others are random token ids."""
 
     model: Text = "embedded"
     data: Annotated[Text, Flag("Data", "Real prompts: commands, a file, a TOPv2 folder or a hub id.")] = "commands"

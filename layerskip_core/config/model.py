@@ -34,10 +34,9 @@ class PackingConfig:
 
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
-    agreement with the target. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and a
-    kernel is there. `draft_vocab`: drafts are chosen among this many tokens (0: all): the most frequent of the
-    training data if there is a token_order.json, else the tokenizer's first. `exact`: self-speculative output is bit for bit
-    that of autoregressive decoding, in every precision.
+    agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
+    token_order.json, else the tokenizer's first. `adaptive`: the model gets a low-bit copy of all layers where nothing else was
+    asked for and a kernel is there.
     """
 
     quantize: Annotated[Quantization | None, Flag("Weights", "int8 or int4 weights (CPU only).", default="none")] = None
@@ -136,10 +135,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`samples` texts of `length` tokens, from `data` or else written by the model, and `tuning_steps` (0: none) on them.
-
-    `output`: a folder for a copy of the model; None for the model's own folder, or for a copy where it is no folder.
-    """
+    """`samples` texts of `length` tokens, from `data` or else written by the model, and `tuning_steps` on them."""
 
     model: ModelName = "embedded"
     output: Annotated[
@@ -161,10 +157,7 @@ class CalibrationConfig:
 class ExportConfig:
     """The first `exit_layer` layers of a model, with its exit block if there is one; None: the recommended exit.
 
-    With an `engine` the export describes how it decodes the model with this draft. `format` None: that of the engine, else
-    transformers. `dtype`, of the weights written, has other names in GGUF; auto is as stored, and f16 there. The format
-    `packed` has the whole model, as `generate` packs it, with low bits if `quantize` says so; auto is then what `generate`
-    chooses here.
+    The format `packed` has the whole model, as `generate` packs it, with low bits if `quantize` says so.
     """
 
     model: Text = "embedded"

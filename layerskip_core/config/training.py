@@ -25,12 +25,9 @@ _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
 class RecipeSettings:
     """What is asked of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the regime's preset decides.
 
-    `dropout_profile`: how the dropout rate grows with depth; the mean rate over the layers is the same for each profile.
-    `exit_weights`: how the exits' losses are weighted by depth; the paper's weights give early exits very little.
-    `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
-    is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
-    extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
-    cross-entropy.
+    `exit_weights`: the paper's weights give early exits very little. `exits`: the n exit layers (counts, 1..L-1) that the
+    curriculum chooses among; empty is all L, as in the paper. `rotation`: None picks n/3 (at least 1) up to a vocabulary of 8k
+    and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is cross-entropy.
     """
 
     p_max: Annotated[
@@ -71,12 +68,8 @@ class RecipeSettings:
 class RetentionSettings:
     """What holds the trained model to the original, the model as it came.
 
-    `anchor` is the weight of KL(original || trained model) at full depth, on the tokens that the loss is taken of.
-    `anchor_weights`: how the copy of the original is stored; None is bf16. LoRA needs no copy: its original is the model
-    without the adapters.
-
-    `replay` is the share of each step's rows that are text of the original's own, written before the training: up to
-    `replay_tokens` each; None is the mean length of the data's rows.
+    `anchor` is the weight of KL(original || trained model). LoRA needs no copy of the original: it is the model without the
+    adapters. `replay`: of the rows of each step.
     """
 
     anchor: Annotated[
@@ -106,9 +99,8 @@ class RetentionSettings:
 class ExitBlockSettings:
     """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py).
 
-    `answers`: who writes the texts that they are trained on, the model itself or the data; of the model's, at most
-    `answer_tokens` each. `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance.
-    None: not said, see training/frozen_model.py for the defaults.
+    `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance. None: not said, see
+    training/frozen_model.py for the defaults.
     """
 
     frozen: Annotated[
@@ -147,11 +139,7 @@ class ExitBlockSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run, as requested. None: the preset of the regime decides, or the data.
-
-    `lora_layers`: which layers have adapters, all or those below the highest early exit that is trained. `fsdp`: weights,
-    gradients and optimizer state are sharded over the processes that torchrun started (FSDP2).
-    """
+    """One training run, as requested. None: the preset of the regime decides, or the data."""
 
     model: Annotated[Text, Flag("Model", "embedded-base, a folder, a .gguf file or a hub id.")] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
