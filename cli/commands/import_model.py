@@ -18,8 +18,7 @@ def import_model(
     ] = "embedded",
     output: Annotated[Text, Flag("Output", "Folder for the checkpoint.")] = "imported-model",
     dtype: Annotated[
-        DType,
-        Flag("Output", "Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing."),
+        DType, Flag("Output", "Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.")
     ] = "auto",
     overwrite: Annotated[bool, Flag("Output", "Replace a model that --output holds.")] = False,
 ) -> None:

@@ -73,9 +73,7 @@ class DecodingOptions(TypedDict, total=False):
         Meta(ge=0, le=1_000),
         UsedBy(DRAFTERS),
         Flag(
-            "Decoding",
-            "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.",
-            default="0",
+            "Decoding", "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.", default="0"
         ),
     ]
     exit_confidence: Annotated[

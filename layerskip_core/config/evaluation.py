@@ -69,9 +69,7 @@ class TaskConfig:
     ] = None
     pass_k: Annotated[tuple[Count, ...], Flag("Task", "The k of pass@k, such as 1,10.")] = (1,)
     problem_samples: Annotated[
-        int,
-        Meta(ge=1, le=10_000),
-        Flag("Task", "Answers to each code problem, for pass@k; needs --temperature if above 1."),
+        int, Meta(ge=1, le=10_000), Flag("Task", "Answers to each code problem, for pass@k; needs --temperature if above 1.")
     ] = 1
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
@@ -140,8 +138,7 @@ class BenchConfig(MeasurementConfig):
     ] = None
     num_draft_tokens: Annotated[Drafts | None, Flag("Decoding", "Draft tokens per round.", "--spec", "the checkpoint's")] = None
     strategies: Annotated[
-        tuple[Annotated[str, one_of(*STRATEGIES)], ...],
-        Flag("Decoding", "The strategies to run; autoregressive is required."),
+        tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("Decoding", "The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
     repeats: Annotated[
         int, Meta(ge=1, le=1_000), Flag("Measurement", "Number of times that everything is measured; medians are reported.")
@@ -206,8 +203,7 @@ class SweepConfig(MeasurementConfig):
     search_skips: Annotated[
         bool,
         Flag(
-            "Measurement",
-            "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.",
+            "Measurement", "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows."
         ),
     ] = False
     generation: Annotated[

@@ -126,8 +126,7 @@ class DataConfig:
     prompt_column: Annotated[str, Flag("Data", "Column of the prompt.")] = "prompt"
     completion_column: Annotated[str, Flag("Data", "Column of what follows the prompt.")] = "completion"
     limit: Annotated[
-        CountOrNone,
-        Flag("Data", "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
+        CountOrNone, Flag("Data", "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples")
     ] = 0
     seed: Annotated[Seed, Flag("Data", "Seed of generated rows.")] = 0
     setting: str = "data"

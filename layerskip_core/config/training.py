@@ -85,8 +85,7 @@ class RetentionSettings:
         Flag("Retention", "Share of the rows that are the original's own text, sampled before the training."),
     ] = 0.0
     replay_tokens: Annotated[
-        Count | None,
-        Flag("Retention", "Tokens of such a text, after its beginning.", default="the mean row's"),
+        Count | None, Flag("Retention", "Tokens of such a text, after its beginning.", default="the mean row's")
     ] = None
 
     def __post_init__(self) -> None:
@@ -118,8 +117,7 @@ class ExitBlockSettings:
         Answers | None, Flag("Exit blocks", "Who writes the answers to the prompts of --data: model or data.", default="model")
     ] = None
     answer_tokens: Annotated[
-        Count | None,
-        Flag("Exit blocks", "Maximum number of tokens in an answer of the model.", default="128"),
+        Count | None, Flag("Exit blocks", "Maximum number of tokens in an answer of the model.", default="128")
     ] = None
     answer_temperature: Annotated[
         Annotated[float, Meta(ge=0, le=1_000)] | None,
