@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +13,6 @@ from ..model import ModelSpec
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 
-# The keys of every architecture, without its name before them, and those of config.json that they become.
-_VALUES = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "vocab_size": "vocab_size",
-}
-_ROPE, _RMS = {"rope.freq_base": "rope_theta"}, {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
-_HEAD, _WINDOW = {"attention.key_length": "head_dim"}, {"attention.sliding_window": "sliding_window"}
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 _VOCABULARY = "tokenizer.ggml.tokens"
 _HEAD_WEIGHT = "output.weight"
@@ -34,24 +22,17 @@ _LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # the f
 _YARN = {"yarn_ext_factor": 1.0, "attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 
 
-class _Form(NamedTuple):
-    """How an architecture of GGUF is one of transformers."""
-
-    model_type: str
-    tokenizer: str  # its class in transformers
-    values: dict[str, str]  # as _VALUES
-    rotates_neighbours: bool = False  # the rows of a head are in the order of llama.cpp's rope, not in halves
-
-
+# Architectures of GGUF: the model type in transformers, and the class of its tokenizer there.
 _FORMS = {
-    "llama": _Form("llama", "PreTrainedTokenizerFast", _ROPE | _RMS | {"rope.dimension_count": "head_dim"} | _HEAD, True),
-    "qwen2": _Form("qwen2", "Qwen2Tokenizer", _ROPE | _RMS),
-    "qwen3": _Form("qwen3", "Qwen2Tokenizer", _ROPE | _RMS | _HEAD),
-    "phi3": _Form("phi3", "PreTrainedTokenizerFast", _ROPE | _RMS),
-    "gemma2": _Form("gemma2", "GemmaTokenizer", _ROPE | _RMS | _HEAD | _WINDOW),
-    "gemma3": _Form("gemma3_text", "GemmaTokenizer", _ROPE | _RMS | _HEAD | _WINDOW),
-    "starcoder2": _Form("starcoder2", "GPT2Tokenizer", {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "llama": ("llama", "PreTrainedTokenizerFast"),
+    "qwen2": ("qwen2", "Qwen2Tokenizer"),
+    "qwen3": ("qwen3", "Qwen2Tokenizer"),
+    "phi3": ("phi3", "PreTrainedTokenizerFast"),
+    "gemma2": ("gemma2", "GemmaTokenizer"),
+    "gemma3": ("gemma3_text", "GemmaTokenizer"),
+    "starcoder2": ("starcoder2", "GPT2Tokenizer"),
 }
+_HEAD_SIZES = ("llama", "qwen3")  # whose files name the size of a head where transformers does not look
 
 
 class GgufFile:
@@ -92,16 +73,18 @@ class GgufModel:
         self._file = GgufFile(path)
         if self._file.architecture not in _FORMS:
             raise CheckpointError(f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {self._file.architecture}")
-        self._form = _FORMS[self._file.architecture]
+        self._model_type, self._tokenizer = _FORMS[self._file.architecture]
         self.config = self._config()
         self.spec = ModelSpec.of(self.config)
 
     def _config(self) -> Any:
         """transformers' configuration."""
         from transformers import AutoConfig
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
         values, name = self._file.values, self._file.architecture
-        keys = {f"{name}.{key}": known for key, known in (_VALUES | self._form.values).items()}
+        heads = {"attention.key_length": "head_dim"} if name in _HEAD_SIZES else {}
+        keys = {f"{name}.{key}": known for key, known in (GGUF_CONFIG_MAPPING[name] | heads).items() if known}
         keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
         keys["general.name"] = "_model_name_or_path"
         settings = {known: values[key] for key, known in keys.items() if key in values}
@@ -109,9 +92,8 @@ class GgufModel:
             settings.setdefault("vocab_size", self._file.tokens)
         tied = _HEAD_WEIGHT not in self._file.tensors
         # llama.cpp has no architecture of its own for Mistral
-        is_mistral = self._form.model_type == "llama" and values.get("general.name") == "mistral"
-        model_type = "mistral" if is_mistral else self._form.model_type
-        config = AutoConfig.for_model(model_type, tie_word_embeddings=tied, **settings)
+        is_mistral = name == "llama" and values.get("general.name") == "mistral"
+        config = AutoConfig.for_model("mistral" if is_mistral else self._model_type, tie_word_embeddings=tied, **settings)
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope |= self._scaled_rope(rope, head_dim, config.max_position_embeddings)
@@ -162,7 +144,7 @@ class GgufModel:
         path = self._file.path
         if self._file.tokens is None:
             raise CheckpointError(f"{path.name} has no tokenizer: {_VOCABULARY} is missing")
-        return getattr(transformers, self._form.tokenizer).from_pretrained(path.parent, gguf_file=path.name)
+        return getattr(transformers, self._tokenizer).from_pretrained(path.parent, gguf_file=path.name)
 
     def model(self) -> Any:
         """A transformers model in fp32 with the values as the file has them. Raises CheckpointError as `weights` does."""
@@ -199,8 +181,8 @@ class GgufModel:
 
     def _in_transformers(self, name: str, weight: Tensor) -> Tensor:
         """A weight in transformers' layout; the inverse of the export to GGUF."""
-        spec = self.spec
-        if self._form.rotates_neighbours and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
+        spec = self.spec  # Llama's heads are in the order of llama.cpp's rope, which rotates neighbours, not halves
+        if self._file.architecture == "llama" and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
             heads = spec.heads if part == "q_proj" else spec.kv_heads
             return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
         if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight"):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -73,13 +73,12 @@ class CheckpointInfo:
             recommended["strategy"] = self.strategy
         if self.skip is not None:
             recommended["skip"] = {"layers": self.skip["skip"], "num_draft_tokens": self.skip["num_draft_tokens"]}
-        document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
-        profile = None if self.profile is None else self.profile.document()
+        profile = None if self.profile is None else asdict(self.profile)
         optional = {"profile": profile, "policies": self.policies or None, "system": self.system}
-        document |= {key: value for key, value in optional.items() if value is not None}
-        document |= self.details
+        document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
+        document |= {key: value for key, value in optional.items() if value is not None} | self.details
         if self.files:
-            document["files"] = list(self.files)
+            document["files"] = self.files
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @property
@@ -120,18 +119,19 @@ class CheckpointInfo:
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
         """With a description of how the blocks of exits were trained, by exit.
 
-        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits.
-        Its other measurements stay, such as those of passes and of layers to skip.
+        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits,
+        by the model's own layers or by copies. Its other measurements stay, such as those of passes and of layers to skip.
         """
-        return replace(
-            self,
-            exit_layer=None,
-            num_draft_tokens=None,
-            strategy=None,
-            policies={},
-            profile=None if self.profile is None else self.profile.without(map(int, trained)),
-            details={**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}},
-        )
+        names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
+
+        def others(measured: Mapping[str, float]) -> dict[str, float]:
+            return {name: value for name, value in measured.items() if not name.endswith(names)}
+
+        if profile is not None:
+            profile = replace(profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts))
+        details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
+        kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
+        return replace(kept, policies={}, profile=profile, details=details)
 
     @property
     def _training(self) -> _Training:

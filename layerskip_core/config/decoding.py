@@ -1,7 +1,7 @@
 """How tokens are decoded: options as requested (DecodingOptions), and resolved for a checkpoint (DecodingConfig)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict, cast
 
 from msgspec import Meta
@@ -161,20 +161,6 @@ class DraftProfile:
     drafts: dict[str, Milliseconds] = field(default_factory=dict)
     draft_head: Quantization | None = None
     draft_vocab: CountOrNone = 0
-
-    def without(self, exits: Iterable[int]) -> "DraftProfile":
-        """Without the figures of drafts at these exits, by the model's own layers or by copies."""
-        names = tuple(f"exit {exit_layer}" for exit_layer in exits)
-
-        def others(measured: dict[str, float]) -> dict[str, float]:
-            return {name: value for name, value in measured.items() if not name.endswith(names)}
-
-        return replace(self, acceptance=others(self.acceptance), drafts=others(self.drafts))
-
-    def document(self) -> dict[str, object]:
-        """The profile as plain values, without a head and a vocabulary that are the usual ones."""
-        usual = {"draft_head": None, "draft_vocab": 0}
-        return {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
 
 
 _UNKNOWN = DraftProfile()
