@@ -33,7 +33,7 @@ def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
 
         rows: Any = load_tasks(config.task)
     else:
-        from layerskip_core.evaluation.tasks.task import load_task
+        from layerskip_core.evaluation.tasks import load_task
 
         rows = load_task(config.task)
     for note in rows.notes:
@@ -66,7 +66,7 @@ def deliver_report(
     picture: Callable[[int], Text] | None = None,
 ) -> None:
     """Delivers a sweep or a benchmark; the first table has the notes. Failed prompts are counted on stderr."""
-    from layerskip_core.evaluation.report.documents import report_files, to_csv
+    from layerskip_core.evaluation.report import report_files, to_csv
 
     if failures := record.document()["results"][0]["failures"]:
         first = failures[0]
@@ -88,7 +88,7 @@ def deliver(
 
     `picture`: by the width of the terminal, below tables there.
     """
-    from layerskip_core.evaluation.report.documents import to_json, write_files
+    from layerskip_core.evaluation.report import to_json, write_files
 
     if folder is not None:
         write_files(folder, dict(files))

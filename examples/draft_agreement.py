@@ -18,7 +18,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.evaluation.tasks.task import load_task
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import Backend
 from layerskip_core.model.drafting import DraftSide
 from layerskip_core.model.exit_blocks import PlacedBlock, features_of

@@ -18,7 +18,7 @@ from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.results import Step
-from layerskip_core.evaluation.tasks.task import Task
+from layerskip_core.evaluation.tasks import Task
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.encoding import train_tokenizer
 

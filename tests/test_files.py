@@ -13,7 +13,7 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
-from layerskip_core.evaluation.report.documents import prepare_output
+from layerskip_core.evaluation.report import prepare_output
 from layerskip_core.files import (
     append_lines,
     discard_folder,

@@ -33,7 +33,7 @@ def bench(
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.outputs import close_journal
-    from layerskip_core.evaluation.report.documents import output_folder, with_answers
+    from layerskip_core.evaluation.report import output_folder, with_answers
     from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
     from layerskip_core.evaluation.results import read_record
 

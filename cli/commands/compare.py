@@ -40,8 +40,8 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
+    from layerskip_core.evaluation.report import output_folder
     from layerskip_core.evaluation.report.comparison import compare_files, compare_table, to_csv
-    from layerskip_core.evaluation.report.documents import output_folder
 
     with output_folder(output, "layerskip compare") as folder:
         if runs:

@@ -38,7 +38,7 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.report.documents import output_folder, with_answers
+    from layerskip_core.evaluation.report import output_folder, with_answers
     from layerskip_core.evaluation.report.tables import has_scores, points_of, score_table, sweep_table
     from layerskip_core.evaluation.results import read_record
 

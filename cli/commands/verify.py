@@ -31,7 +31,7 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    from layerskip_core.evaluation.report.documents import output_folder, to_json
+    from layerskip_core.evaluation.report import output_folder, to_json
     from layerskip_core.evaluation.verification import tables, to_csv
     from layerskip_core.evaluation.verification import verify as run_verify
 

@@ -19,7 +19,7 @@ from ..model.native.compiled import VARIANTS, requesting
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
 from .measure import Progress
 from .measure.figures import environment
-from .report.documents import csv_text
+from .report import csv_text
 from .report.tables import TextTable
 
 KERNELS = (*VARIANTS, "torch", "exact", "generic")  # torch: on repacked weights; exact: split calls; generic: transformers'

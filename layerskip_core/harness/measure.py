@@ -21,7 +21,7 @@ from ..evaluation.measure import Measured, Progress, default_timed, depth_of, dr
 from ..evaluation.measure.bench import must_search, strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.results import RunRecord
-from ..evaluation.tasks.task import Task
+from ..evaluation.tasks import Task
 from ..model.exit_blocks import target_block
 from .model import LayerSkipLM
 from .tasks import GENERATION, HarnessTasks

@@ -27,7 +27,7 @@ from layerskip_core.evaluation.measure.cost_model import agreement
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.perplexity import reference_losses
 from layerskip_core.evaluation.results import RunRecord
-from layerskip_core.evaluation.tasks.task import load_task
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))

@@ -17,7 +17,7 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
-from layerskip_core.evaluation.measure.baselines import LlamaCpp, TransformersGenerate, load_baselines, require_early_exit
+from layerskip_core.evaluation.measure.baselines import llama_cpp, load_baselines, require_early_exit, transformers_generate
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.report.tables import bench_table
 
@@ -66,7 +66,7 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
     loaded = tiny_loaded()
     copy = tiny_model(dtype=torch.float64, vocab_size=300)
     copy.load_state_dict(loaded.backend.model.state_dict())
-    method = TransformersGenerate(loaded.backend.model, assistant=copy)
+    method = transformers_generate(loaded.backend.model, assistant=copy)
     output = method(loaded, loaded.encode_prompt(own_answers().examples[0].prompt), SPECULATIVE)
     assert output.stats.accepted == output.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
@@ -158,13 +158,14 @@ class Server:
     """Answers with the tiny model's own tokens, as llama.cpp's server does."""
 
     asked: ClassVar[list] = []
+    context: ClassVar[int] = 1000
 
     def __init__(self, settings):
         self.settings = settings
 
     def handle_completions(self, request):
         self.asked.append(request)
-        if len(request["prompt"]) + request["max_tokens"] > self.settings.n_ctx:
+        if len(request["prompt"]) + request["max_tokens"] > min(self.context, self.settings.n_ctx):
             return {"error": {"code": 400, "message": "too long"}}
         setting = DecodingConfig("autoregressive", max_new_tokens=request["max_tokens"])
         output = own_output(tiny_loaded(), request["prompt"], setting)
@@ -206,9 +207,9 @@ def test_the_baseline_stands_beside_our_own_decoding(package, file):
     assert all(request["temperature"] == 0 and not request["cache_prompt"] for request in Server.asked)
 
 
-def test_answers_end_where_ours_do_or_do_not_fit(package, file):
+def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):
     loaded, (example, *_) = tiny_loaded(), own_answers().examples
-    prompt, server = loaded.encode_prompt(example.prompt), LlamaCpp(loaded, file)
+    prompt, server = loaded.encode_prompt(example.prompt), llama_cpp(loaded, file)
     whole = server(loaded, prompt, SETTING)
     assert len(whole.ids) == 12 and [step.tokens for step in whole.steps] == [1, 11]
     third = loaded.detokenize(list(whole.ids[2:3])).strip()
@@ -220,19 +221,19 @@ def test_answers_end_where_ours_do_or_do_not_fit(package, file):
     assert [step.tokens for step in one.steps] == [1]
     with pytest.raises(LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"):
         server(loaded, [5] * 128, SETTING)
-    server.server.settings.n_ctx = 20
+    monkeypatch.setattr(Server, "context", 20)
     with pytest.raises(LayerSkipError, match=r"llama.cpp: too long"):
         server(loaded, [5] * 15, SETTING)
 
 
 def test_files_of_other_models_are_refused(package, file, tmp_path):
     with pytest.raises(ConfigError, match=rf"`gguf` must be a file of tiny, with 5 layers and 300 tokens; {file} has 6 layers"):
-        LlamaCpp(tiny_loaded(num_hidden_layers=5), file)
+        llama_cpp(tiny_loaded(num_hidden_layers=5), file)
     with pytest.raises(ConfigError, match="`gguf` must be a file; there is none at"):
-        LlamaCpp(tiny_loaded(), str(tmp_path / "none.gguf"))
+        llama_cpp(tiny_loaded(), str(tmp_path / "none.gguf"))
     package.Server = lambda settings: 1 / 0
     with pytest.raises(ConfigError, match=r"must be a file that llama.cpp reads: division by zero"):
-        LlamaCpp(tiny_loaded(), file)
+        llama_cpp(tiny_loaded(), file)
 
 
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):

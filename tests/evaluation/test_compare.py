@@ -20,8 +20,8 @@ from layerskip_core.evaluation.comparison import (
     read_run,
     t_quantile,
 )
+from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.comparison import compare_table
-from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.results import Result, RunRecord
 from layerskip_core.training.progress import LossHistory, StepLosses
 

@@ -11,7 +11,7 @@ import pytest
 from command_line import run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report.documents import prepare_output, to_csv, to_json
+from layerskip_core.evaluation.report import prepare_output, to_csv, to_json
 from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
 from layerskip_core.evaluation.results import (
     Bounds,

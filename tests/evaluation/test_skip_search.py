@@ -27,10 +27,10 @@ from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report.documents import to_csv, to_json
+from layerskip_core.evaluation.report import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
-from layerskip_core.evaluation.tasks.task import load_task
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 
 PROMPT = [5, 11, 23, 42, 8]

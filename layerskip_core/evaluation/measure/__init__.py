@@ -19,7 +19,7 @@ from ...model.backend import Backend
 from ..metrics import Scores
 from ..outputs import Journal, Output, require_outputs
 from ..results import Difference, Step
-from ..tasks.task import Task
+from ..tasks import Task
 
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
 """Answers the ids of a prompt in place of our own decoding. The setting's strategy is the baseline's name."""

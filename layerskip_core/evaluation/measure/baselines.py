@@ -1,8 +1,8 @@
 """The baselines: transformers' decoders at the same settings, our self-speculation without exit-state reuse, llama.cpp."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,19 +56,19 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
             case "no-reuse":
                 found[name] = without_reuse
             case "llama.cpp":
-                found[name] = LlamaCpp(loaded, config.gguf or "")
+                found[name] = llama_cpp(loaded, config.gguf or "")
             case "transformers":
-                found[name] = TransformersGenerate(model)
+                found[name] = transformers_generate(model)
             case "assistant-early-exit":
                 require_early_exit(model)
-                found[name] = TransformersGenerate(model, {"assistant_early_exit": speculative.exit_layer})
+                found[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
             case "prompt-lookup":
-                found[name] = TransformersGenerate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
+                found[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
             case "draft-model":
                 draft = transformers_model(config.draft_model or "")
                 if draft.tokenizer.get_vocab() != vocabulary:
                     raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
-                found[name] = TransformersGenerate(model, assistant=draft.model)
+                found[name] = transformers_generate(model, assistant=draft.model)
     return found
 
 
@@ -77,17 +77,16 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
     return own_output(loaded, prompt_ids, replace(setting, strategy="self-speculative"), reuse_exit_states=False)
 
 
-class TransformersGenerate:
+def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
 
     Every round drafts the setting's `num_draft_tokens`: by default transformers changes the number between rounds, and stops a
-    draft below a confidence of 0.4.
+    draft below a confidence of 0.4. The config also takes the place of the models' own: transformers fills gaps with the
+    checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
     """
+    models = [each for each in (model, assistant) if each is not None]
 
-    def __init__(self, model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> None:
-        self._model, self._options, self._assistant = model, options or {}, assistant
-
-    def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+    def generate(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""
         ends, room = loaded.ends(setting.stop), loaded.backend.spec.context - len(prompt_ids)
         scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
@@ -99,18 +98,26 @@ class TransformersGenerate:
             num_assistant_tokens=setting.num_draft_tokens,
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
-            **self._options,
+            **(options or {}),
         )
-        ids, timer = torch.tensor([prompt_ids], device=self._model.device), StepTimer(self._model, len(prompt_ids), scanner)
-        keywords = {"attention_mask": torch.ones_like(ids), "streamer": timer, "assistant_model": self._assistant}
+        ids, timer = torch.tensor([prompt_ids], device=model.device), StepTimer(model, len(prompt_ids), scanner)
+        keywords = {"attention_mask": torch.ones_like(ids), "streamer": timer, "assistant_model": assistant}
+        before = [each.generation_config for each in models]
         try:
-            with quiet_transformers(), timer, _generation_config(config, self._model, self._assistant), suppress(StopString):
-                self._model.generate(ids, generation_config=config, **keywords)
+            for each in models:
+                each.generation_config = config
+            with quiet_transformers(), timer, suppress(StopString):
+                model.generate(ids, generation_config=config, **keywords)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # any error of transformers fails this prompt, not the run
             raise LayerSkipError(f"transformers ({setting.strategy}): {error or type(error).__name__}") from error
+        finally:
+            for each, own in zip(models, before, strict=True):
+                each.generation_config = own
         return Output(tuple(timer.ids), "", tuple(timer.steps), timer.stats, scanner.reason)
+
+    return generate
 
 
 @torch.inference_mode()
@@ -133,23 +140,6 @@ def require_early_exit(model: Any) -> None:
             f"`baselines` assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
             "leave that baseline out"
         )
-
-
-@contextmanager
-def _generation_config(config: GenerationConfig, *models: Any) -> Iterator[None]:
-    """Sets `config` as the models' own for the duration; a model can be None.
-
-    Otherwise transformers fills gaps with the checkpoint's recommendations (penalties, sampling). It also reads the number of
-    drafts from the drafting model's own config, not from the one that `generate` is given.
-    """
-    before = [(model, model.generation_config) for model in models if model is not None]
-    for model, _ in before:
-        model.generation_config = config
-    try:
-        yield
-    finally:
-        for model, own in before:
-            model.generation_config = own
 
 
 class StopString(Exception):
@@ -221,54 +211,55 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
             self._target_ended = time.perf_counter()
 
 
-class LlamaCpp:
-    """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp).
+def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
+    """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
 
-    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used."""
+    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used.
 
-    def __init__(self, loaded: Decoder, gguf: str) -> None:
-        """Starts the server on this file, with as many threads as this process has.
+    Raises ConfigError if the package or the file is missing, llama.cpp cannot read it, or it has other layers or tokens, and
+    CheckpointError for a damaged file.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        needed = "`baselines` llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
+        raise ConfigError(needed, "baselines") from None
+    layers, tokens, context = (
+        loaded.backend.num_layers,
+        loaded.backend.spec.vocab,
+        min(loaded.backend.spec.context, _MOST_CONTEXT),
+    )
+    if not Path(gguf).is_file():
+        raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
+    file = GgufFile(Path(gguf))
+    if (file.layers, file.tokens) != (layers, tokens):
+        raise ConfigError(
+            f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {gguf} has {file.layers} "
+            f"layers and {file.tokens} tokens",
+            "gguf",
+        )
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = gguf, context, 1
+    settings.warmup = settings.fit_params = False
+    settings.verbosity = settings.cache_ram_mib = 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    try:
+        server = xllamacpp.Server(settings)
+    except Exception as error:  # the package raises RuntimeError and others
+        raise ConfigError(f"`gguf` {gguf} must be a file that llama.cpp reads: {error}", "gguf") from error
 
-        Raises ConfigError if the package is missing, the file is missing, llama.cpp cannot read it, or it has other layers or
-        tokens, and CheckpointError for a damaged file.
-        """
-        xllamacpp, layers, tokens = _package(), loaded.backend.num_layers, loaded.backend.spec.vocab
-        if not Path(gguf).is_file():
-            raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
-        file = GgufFile(Path(gguf))
-        if (file.layers, file.tokens) != (layers, tokens):
-            raise ConfigError(
-                f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {gguf} has {file.layers} "
-                f"layers and {file.tokens} tokens",
-                "gguf",
-            )
-        self._context = min(loaded.backend.spec.context, _MOST_CONTEXT)
-        settings = xllamacpp.CommonParams()
-        settings.model.path, settings.n_ctx, settings.n_parallel = gguf, self._context, 1
-        settings.warmup = settings.fit_params = False
-        settings.verbosity = settings.cache_ram_mib = 0
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
-        try:
-            self.server = xllamacpp.Server(settings)
-        except Exception as error:  # the package raises RuntimeError and others
-            raise ConfigError(f"`gguf` {gguf} must be a file that llama.cpp reads: {error}", "gguf") from error
-
-    def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
-        """The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one.
-
-        Raises LayerSkipError when the prompt does not fit, or llama.cpp fails.
-        """
-        room = self._context - len(prompt_ids)
+    def complete(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+        """The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one."""
+        room = context - len(prompt_ids)
         if room < 1:
-            raise LayerSkipError(f"the prompt must be at most {self._context - 1} tokens for llama.cpp, got {len(prompt_ids)}")
-        ends = loaded.ends(setting.stop)
-        scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
+            raise LayerSkipError(f"the prompt must be at most {context - 1} tokens for llama.cpp, got {len(prompt_ids)}")
+        scanner = StopScanner(loaded.ends(setting.stop), setting.stop, setting.max_new_tokens, room, loaded.detokenize)
         request = {
             "prompt": prompt_ids, "max_tokens": scanner.room, "temperature": 0, "samplers": ["temperature"],
             "stop": list(setting.stop), "cache_prompt": False, "return_tokens": True, "verbose": True,
         }  # fmt: skip
         started = time.perf_counter()
-        answer = self.server.handle_completions(request)
+        answer = server.handle_completions(request)
         seconds = time.perf_counter() - started
         if "error" in answer:
             raise LayerSkipError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
@@ -280,19 +271,13 @@ class LlamaCpp:
         stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
         return Output(tuple(found["tokens"][:count]), "", steps, stats, reason)
 
+    return complete
+
 
 def describe_llama_cpp() -> str:
     """The version of llama.cpp and the instruction sets that this build uses on this processor."""
-    features = [part.split("=")[0].strip() for part in _package().get_system_info().split("|") if "= 1" in part]
+    import xllamacpp
+
+    features = [part.split("=")[0].strip() for part in xllamacpp.get_system_info().split("|") if "= 1" in part]
     used = " ".join(feature.removeprefix("CPU : ") for feature in features)
     return f"xllamacpp {version('xllamacpp')} ({used})"
-
-
-def _package() -> Any:
-    try:
-        import xllamacpp
-    except ImportError:
-        raise ConfigError(
-            "`baselines` llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'", "baselines"
-        ) from None
-    return xllamacpp

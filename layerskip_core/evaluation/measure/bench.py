@@ -12,7 +12,7 @@ from ...config.evaluation import BenchConfig
 from ..outputs import FOUND_SKIP, Journal, found_skip
 from ..perplexity import scores_by_exit
 from ..results import RunRecord
-from ..tasks.task import Task
+from ..tasks import Task
 from . import Progress, default_timed, depth_of, measure
 from .baselines import describe_llama_cpp, load_baselines
 from .figures import environment, result_of

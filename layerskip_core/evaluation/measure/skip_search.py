@@ -20,7 +20,7 @@ from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError, require
 from ...model.backend import run_spans
 from ..outputs import require_outputs
-from ..tasks.task import Task, load_task
+from ..tasks import Task, load_task
 from . import Progress, measure_prompt
 from .cost_model import PassTimes, Prediction, averages, prediction_of, simulate, timed_visits
 

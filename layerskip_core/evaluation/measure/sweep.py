@@ -24,7 +24,7 @@ from ..bootstrap import estimate, margin, metric
 from ..metrics import Scores
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
-from ..tasks.task import Task
+from ..tasks import Task
 from . import NEAR_TIE, Measured, Progress, default_timed, depth_of, drafts_tokens, measure, timed_examples
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
 from .figures import environment, result_of, setting_of

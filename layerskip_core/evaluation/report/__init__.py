@@ -1,1 +1,116 @@
-"""Results as documents, tables, plots and pages."""
+"""A record as JSON, CSV and JSON lines of its answers; all files of a report, and the folder of `output` for them."""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import LayerSkipError
+from ...files import hold, read_bytes, require_writable, write_file
+from ..outputs import JOURNAL, OUTPUTS
+from ..results import Answered, RunRecord
+from .pages import ANSWERS_PAGE, answers_page, report_page
+from .tables import PARETO_NOTE, TextTable, flat_rows
+
+ANSWERS_FILE = "answers.jsonl"
+_PROBE_BYTES = 1 << 20  # more than any report takes
+
+
+def to_json(record: Any) -> str:
+    """The JSON document of a dataclass; answers stay out of a RunRecord's."""
+    fields = record.document() if isinstance(record, RunRecord) else asdict(record)
+    return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_csv(record: RunRecord) -> str:
+    """A row per result, and below it one per category, with a column for each figure."""
+    return csv_text(flat_rows(record))
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with every column that any of the rows has."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_jsonl(answered: Sequence[Answered]) -> str:
+    """An object per prompt, with the answers in the order of the results in results.json."""
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered)
+
+
+def with_answers(record: RunRecord, saved: str) -> RunRecord:
+    """The record of the results.json `saved`, with the answers that lie beside it, if they do.
+
+    Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.
+    """
+    import msgspec
+
+    file, results = Path(saved).with_name(ANSWERS_FILE), len(record.results)
+    if not file.exists():
+        return record
+    try:
+        answered = msgspec.json.Decoder(Answered).decode_lines(read_bytes(file, f"`saved` {file}", LayerSkipError))
+    except msgspec.DecodeError as error:
+        raise LayerSkipError(f"{file}, beside `saved`, must be one that a measurement wrote: {error}") from None
+    for row in answered:
+        if len(row.answers) != results:
+            raise LayerSkipError(f"{file} must have an answer for each of the {results} results, got {len(row.answers)}")
+    return replace(record, answered=tuple(answered))
+
+
+def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
+    """All report files, by name."""
+    from .plots import figures, to_png, to_svg  # matplotlib takes a while to import
+
+    drawn = figures(record)
+    notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
+    pictures = {str(figure.get_label()): to_svg(figure) for figure in drawn.values()}
+    texts = {
+        "report.html": report_page(record, pictures, notes[::-1]),
+        "results.json": to_json(record),
+        "results.csv": to_csv(record),
+    }
+    if record.answered:
+        texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
+    files = {name: text.encode() for name, text in texts.items()}
+    return files | {f"{name}.png": to_png(figure) for name, figure in drawn.items()}
+
+
+@contextmanager
+def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
+    """The prepared folder, locked by `command`; None if `folder` is None. Raises as `prepare_output` and `hold` do."""
+    if folder is None:
+        yield None
+        return
+    path = prepare_output(folder)
+    with hold(path, command):
+        yield path
+
+
+def prepare_output(folder: str) -> Path:
+    """Creates the folder and checks that a report can be written to it. Raises LayerSkipError."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
+    for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
+        require_writable(path / name, LayerSkipError)
+    return path
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file whole. Raises LayerSkipError when a file cannot be written; it then keeps its old content."""
+    for name, content in files.items():
+        write_file(folder / name, content, LayerSkipError)

@@ -7,7 +7,7 @@ from itertools import cycle
 from matplotlib.figure import Figure
 
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
-from .documents import csv_text, to_json
+from . import csv_text, to_json
 from .plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
 from .tables import TextTable
 

@@ -1,1 +1,189 @@
-"""The tasks: what a model is evaluated on. A task is a module that defines a TaskLoader, and a line in config/evaluation.py."""
+"""A task: prompts with references, the end of answers and their scores; how it is found by its name, and its prompts made."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ...checkpoint.loaded import Decoder
+from ...config.decoding import DecodingOptions
+from ...config.evaluation import HARNESS, TASKS, TaskConfig
+from ...data import Example, Record, file_records, hub_records
+from ...decoding import before_stop
+from ...errors import ConfigError, DataError, require
+from ...prompting import CHAT, RAW
+from ..metrics import Scores
+from ..perplexity import Losses, reference_losses, text_losses
+from ..results import Answered
+
+BARE = "{prompt}"  # a form, or a template, that adds nothing
+SHOT_END = "\n\n"
+
+Item = TypeVar("Item")
+Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
+"""From one prediction per example to the values of each metric, in 0..1: one per prompt."""
+
+
+@dataclass(frozen=True)
+class TaskLoader:
+    """Makes a task of its config. `accepts` lists the optional settings that it uses; others are refused.
+
+    `data` and `max_new_tokens` stand in the config if the user gave none.
+    """
+
+    load: Callable[[TaskConfig], "Task"]
+    accepts: tuple[Literal["metric", "shots", "template"], ...] = ("template",)
+    data: str | None = None
+    max_new_tokens: int = 128
+    needs_data: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with references.
+
+    `config` has every default filled in. `scorer` returns every metric of the predictions; reports show them under these names.
+    `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
+    checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
+    shown to the user before the run. `categories`: the examples of each category of the data. `answers_per_prompt`: how many
+    examples in a row repeat one prompt. `against`: of a task without references, the scorer for references that come later.
+    """
+
+    examples: tuple[Example, ...]
+    config: TaskConfig
+    quality_metric: str
+    scorer: Scorer
+    stop: tuple[str, ...] = ()
+    template: str | None = None
+    text: str | None = None
+    notes: tuple[str, ...] = ()
+    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    answers_per_prompt: int = 1
+    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        assert self.config.max_new_tokens is not None
+        return self.config.max_new_tokens
+
+    def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
+        """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
+
+        A task on text has one metric, the `perplexity` given here.
+        """
+        if self.text is not None:
+            return {} if perplexity is None else {"perplexity": perplexity}
+        return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
+
+    def answered(self, answers: Sequence[Sequence[str | None] | None]) -> tuple[Answered, ...]:
+        """Each prompt with its answers, cut at the stop strings. `answers`: by result; None where it was not measured."""
+        by_result = (answers_of or [None] * len(self.examples) for answers_of in answers)
+        return tuple(
+            Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
+            for example, *texts in zip(self.examples, *by_result, strict=True)
+        )
+
+    def referring_to(self, answers: Sequence[str | None]) -> "Task":
+        """The task, with these answers as references if it has none, one per example. Where there is none, nothing is right."""
+        if self.against is None:
+            return self
+        return replace(self, scorer=self.against([[] if text is None else self._cut([text]) for text in answers]), against=None)
+
+    def _cut(self, texts: Sequence[str]) -> list[str]:
+        return [before_stop(text, self.stop) for text in texts]
+
+    def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[Losses]:
+        """The losses of each example's reference through each exit, or of as many windows of the task's text. None of a task
+        without references."""
+        if self.text is not None:
+            yield from text_losses(loaded, self.text, self.config.samples, exit_layers)
+        elif self.against is None:
+            yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
+
+    def asked(self, generation: DecodingOptions) -> "tuple[Task, DecodingOptions]":
+        """The task with the stop strings that were asked for, and the settings with the task's limit and stop strings."""
+        stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
+        limit = generation.get("max_new_tokens", self.max_new_tokens)
+        return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
+
+    def prepared(self, loaded: Decoder) -> Decoder:
+        """The model with this task's template and the system message that was asked for, if there are any."""
+        system = self.config.prompting.system
+        return loaded if self.template is None and system is None else loaded.with_template(self.template, system)
+
+
+def load_task(config: TaskConfig) -> Task:
+    """The task with all its rows. If no task is named, `data` is a file of prompts and references or a TOPv2 folder.
+
+    Raises:
+        ConfigError: there is no such task, or the task does not have a setting that was given.
+        DataError: the data or a column is missing, there are no rows, a row is malformed, or its prompt is empty.
+    """
+    name = config.task or _task_of(config.data)
+    if name not in TASKS:
+        if "/" not in name and not Path(name).suffix and not Path(name).exists():
+            raise ConfigError(
+                f"`task` must be one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references; got {name}"
+            )
+        config = replace(config, data=config.data or name)
+        name = _task_of(name)
+    module, _, attribute = TASKS[name].partition(":")
+    loader: TaskLoader = vars(import_module(module))[attribute]
+    template = config.prompting.asked
+    for setting, given, needed in (
+        ("metric", config.metric, "left out"), ("shots", config.shots or None, "0"), ("template", template, "left out")
+    ):  # fmt: skip
+        require(given is None or setting in loader.accepts, setting, f"{needed} for `task` {name}", given)
+    require(config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none")
+    data, limit = config.data or loader.data, config.max_new_tokens or loader.max_new_tokens
+    task = loader.load(replace(config, task=config.task or config.data or name, data=data, max_new_tokens=limit))
+    if not task.examples:
+        raise DataError(f"`data` {task.config.data} has no rows in split {config.split}")
+    for number, example in enumerate(task.examples, start=1):
+        if not example.prompt.strip():
+            raise DataError(f"`data` {task.config.data}: every row needs a prompt, found none in row {number} of those read")
+    return task
+
+
+def _task_of(data: str | None) -> str:
+    if data is None or data == "commands":
+        return "commands"
+    return "topv2" if data == "topv2" or Path(data).is_dir() else "jsonl"
+
+
+def rows_of(data: str, hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
+    """All rows of a file, or of the split of this data set on the hub if `data` is its id. Raises DataError."""
+    return list(hub_records(hub_id, split, most=most, **keywords) if data == hub_id else file_records(Path(data)))
+
+
+def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item], list[Item]]:
+    """The first `count` rows and the others. Raises ConfigError if the shots leave no rows."""
+    require(count < len(rows) or not count, "shots", f"below {len(rows)}, the rows of {source}", count)
+    return rows[:count], rows[count:]
+
+
+def framed(
+    asked: str | None,
+    form: str,
+    template: str | None,
+    examples: Iterable[Example],
+    shots: Sequence[Example] = (),
+    shot_form: str | None = None,
+) -> tuple[tuple[Example, ...], str | None]:
+    """(examples, the template to encode them in): each example in its form, after the shots.
+
+    `form`, of the shots `shot_form`, is the task's, and a `template` of None the checkpoint's own. A template that was `asked`
+    for replaces the latter; a text with {prompt} in it replaces the forms, too. It stays a template, so that special tokens in
+    it are encoded as tokens, and those in the rows as text.
+    """
+    template = template if asked is None else asked
+    if asked not in (None, CHAT, RAW):
+        form = asked
+    own = template == form != BARE
+    before_form = form if own else shot_form or form
+    before = "".join(before_form.replace(BARE, shot.prompt) + shot.completion + SHOT_END for shot in shots)
+    if own and BARE not in before:  # else the template would fill in the {prompt} of a shot, too
+        return tuple(examples), before + form
+    whole = tuple(Example(before + form.replace(BARE, example.prompt), example.completion) for example in examples)
+    return whole, BARE if own else template

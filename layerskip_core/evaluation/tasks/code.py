@@ -16,7 +16,7 @@ from ...data import Example, Record, spread
 from ...errors import ConfigError, require
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
-from .task import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest
+from . import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest
 
 _HUMANEVAL = "openai/openai_humaneval"
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")

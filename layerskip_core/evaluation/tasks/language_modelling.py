@@ -6,7 +6,7 @@ from ...config.evaluation import TaskConfig
 from ...data import FILE_ENDINGS, Example, file_ending, file_records, hub_records
 from ...errors import DataError
 from ...files import text_lines
-from .task import BARE, Task, TaskLoader
+from . import BARE, Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _WIKITEXT = f"{_HUB}/{_HUB_NAME}"

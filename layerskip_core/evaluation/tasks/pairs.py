@@ -1,22 +1,32 @@
-"""Parsing (`commands`, `topv2`), scored by exact match, and any data with prompts and references (`jsonl`)."""
+"""Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and references (`jsonl`).
 
-from collections.abc import Sequence
+Summaries are news with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and papers in one sentence.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...config.evaluation import TaskConfig
 from ...config.model import DataConfig
-from ...data import Example, is_parsing, load_examples, load_records, spread
+from ...data import Example, Record, is_parsing, load_examples, load_records, spread
 from ...errors import DataError, require
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
-from .task import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, shots_and_rest
+from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, rows_of, shots_and_rest
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
 _PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)
 _CATEGORY = "category"
 _REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
+_CNN_DM, _XSUM, _SCITLDR = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "allenai/scitldr"
+_FORM = "Article: {prompt}\nSummary:"
+_STOP = ("\nArticle:",)  # a base model continues with another article
+_ARTICLES = ("article", "document", "source")
+_SUMMARIES = ("highlights", "summary", "summary_gt", "target")
+_READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
+_AS_PARQUET = "refs/convert/parquet"  # the branch of the hub's own copy: datasets no longer runs a repository's script
 _UNANSWERED = (
     f"the data has no references (one of the columns {', '.join(_REFERENCE_COLUMNS)}, or the one that `completion_column` "
     "names): answers are scored against the model's own at full depth"
@@ -39,7 +49,9 @@ def parsing(config: TaskConfig) -> Task:
 def prompts(config: TaskConfig) -> Task:
     """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt.
 
-    Rows without references are scored against the model's own answers. A column `category` divides the rows.
+    Rows without references are scored against the model's own answers. A column `category` divides the rows. By default ROUGE-2
+    ranks. Texts of one word have none, so exact match ranks those. Without references the answers, which may be of one word,
+    are not known yet, so ROUGE-L ranks.
     """
     source = str(config.data)
     every, config = _pairs(source, config)
@@ -47,29 +59,20 @@ def prompts(config: TaskConfig) -> Task:
     rows = spread(rest, config.samples)
     unanswered = not rows[0].references
     require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
-    metrics = _metrics(config.metric, rows)
+    longest = max((len(text.split()) for row in rows for text in row.references), default=0)
+    if config.metric is not None:
+        metrics = tuple(dict.fromkeys((config.metric, *(ROUGES if config.metric in ROUGES else ()))))
+    elif unanswered:
+        metrics = "rougeL", "exact_match"
+    else:
+        metrics = ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
     scorer = partial(text_scores, metrics, [row.references for row in rows])
     task = _few_shot(config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots])
-    categories: dict[str, tuple[int, ...]] = {}
-    for number, row in enumerate(rows):
-        if row.category:
-            categories[row.category] = (*categories.get(row.category, ()), number)
+    numbers = range(len(rows))
+    names = dict.fromkeys(row.category for row in rows if row.category)
+    categories = {name: tuple(number for number in numbers if rows[number].category == name) for name in names}
     task = replace(task, categories=categories)
     return replace(task, notes=(_UNANSWERED,), against=partial(partial, text_scores, metrics)) if unanswered else task
-
-
-def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
-    """What rows are scored by, the metric that ranks first.
-
-    By default ROUGE-2 ranks. Texts of one word have none, so exact match ranks those. Without references the answers, which
-    may be of one word, are not known yet, so ROUGE-L ranks.
-    """
-    if asked is not None:
-        return (asked, *(other for other in ROUGES if other != asked)) if asked in ROUGES else (asked,)
-    if not rows[0].references:
-        return ("rougeL", "exact_match")
-    longest = max(len(text.split()) for row in rows for text in row.references)
-    return ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
 
 
 def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
@@ -125,6 +128,54 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     return pairs, replace(config, prompt_column=asked, completion_column=answer or _REFERENCE_COLUMNS[0])
 
 
+def summaries(
+    config: TaskConfig,
+    hub_id: str,
+    hub: Mapping[str, Any],
+    shots: int = 0,
+    form: str = _FORM,
+    stop: tuple[str, ...] = _STOP,
+    alternatives: bool = False,
+) -> Task:
+    """Articles and their summaries. The shots are a file's first rows; on the hub, the first rows of the training split.
+
+    `alternatives`: a row's summaries are several references, not the sentences of one.
+    """
+
+    def references(row: Record) -> list[str]:
+        column = row.first_column(_SUMMARIES)
+        return [" ".join(text.split()) for text in (row.texts(column) if alternatives else [row.text(column)])]
+
+    def example(row: Record) -> Example:
+        return Example(row.text(row.first_column(_ARTICLES)), " " + references(row)[0])
+
+    data = str(config.data)
+    rows = rows_of(data, hub_id, config.split, **hub)
+    if "summary_gt" in rows[0].fields:
+        shots, form, stop = 0, BARE, _READY_STOP
+    count = shots if config.shots is None else config.shots
+    if data == hub_id:
+        first = rows_of(data, hub_id, "train", count, **hub) if count else []
+    else:
+        first, rows = shots_and_rest(rows, count, data)
+    rows = spread(rows, config.samples)
+    examples, template = framed(config.prompting.asked, form, BARE, map(example, rows), list(map(example, first)))
+    scorer = partial(text_scores, ROUGES, list(map(references, rows)))
+    return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template)
+
+
 COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
 TOPV2 = TaskLoader(parsing, ("shots", "template"), "topv2")
 PROMPTS = TaskLoader(prompts, ("metric", "shots", "template"), needs_data=True)
+CNN_DM = TaskLoader(partial(summaries, hub_id=_CNN_DM, hub={"name": "3.0.0"}, shots=1), ("shots", "template"), _CNN_DM)
+XSUM = TaskLoader(partial(summaries, hub_id=_XSUM, hub={"revision": _AS_PARQUET}), ("shots", "template"), _XSUM, 64)
+# Abstracts of papers (Cachola et al., 2020). A row can have several summaries; the best counts.
+_scitldr = partial(
+    summaries,
+    hub_id=_SCITLDR,
+    hub={"data_dir": "Abstract", "revision": _AS_PARQUET},
+    form="{prompt}\nTL;DR:",
+    stop=("\nTL;DR:",),
+    alternatives=True,
+)
+SCITLDR = TaskLoader(_scitldr, ("shots", "template"), _SCITLDR, 64)
