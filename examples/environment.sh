@@ -6,6 +6,7 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or newer is needed, found $("$PYTHON" --version 2>&1); set PYTHON=..." >&2
     exit 1
 fi
+unset PYTHONDONTWRITEBYTECODE # else every process compiles all modules of its packages again
 [ -x "$LAYERSKIP_ENV/bin/python" ] || "$PYTHON" -m venv "$LAYERSKIP_ENV"
 . "$LAYERSKIP_ENV/bin/activate"
 python -m pip install --quiet --disable-pip-version-check --upgrade pip
