@@ -5,19 +5,15 @@ import shlex
 import sys
 
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.training.data import rows_per_step
-from layerskip_core.training.plan import Blocks, Plan
+from layerskip_core.training.data import replayed_rows, rows_per_step
+from layerskip_core.training.plan import Plan
 from layerskip_core.training.progress import StepReport
 from layerskip_core.training.recipe import Recipe
 from layerskip_core.training.sharding import world_size
 
 
 def plan_text(plan: Plan) -> str:
-    if plan.recipe is not None:
-        lines = _recipe_lines(plan, plan.recipe)
-    else:
-        assert plan.blocks is not None
-        lines = _block_lines(plan, plan.blocks)
+    lines = _block_lines(plan) if plan.recipe is None else _recipe_lines(plan, plan.recipe)
     if plan.step_seconds is not None:
         training, memory = _minutes(plan.step_seconds * plan.total_steps), plan.memory_mb
         lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
@@ -26,10 +22,10 @@ def plan_text(plan: Plan) -> str:
 
 def _recipe_lines(plan: Plan, recipe: Recipe) -> list[str]:
     config, processes = plan.config, world_size()
-    rows = f"a stream, cut at {plan.max_length} tokens"
+    rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
-        rows = f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}{left_out}"
+        rows = f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}{left_out}"
     adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
     sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
     shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
@@ -39,41 +35,45 @@ def _recipe_lines(plan: Plan, recipe: Recipe) -> list[str]:
     return [
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {rows}",
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{adapted}{plan.dtype} on {plan.device}{shared}",
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}{named}{rotation}, "
         f"{plan.exits_per_step:.1f} exits per step",
     ]
 
 
-def _block_lines(plan: Plan, blocks: Blocks) -> list[str]:
-    config, written, rows = plan.config, blocks.answers == "model", plan.rows or 0
-    most = "at most " if written and blocks.answered < rows + plan.held_out else ""
+def _block_lines(plan: Plan) -> list[str]:
+    config, blocks, rows = plan.config, plan.config.exit_blocks, plan.rows or 0
+    exits, most, writing = ",".join(map(str, config.recipe.exits or ())), "", ""
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
-    writing = f"{blocks.answered} answers are there, the others in {most}{_minutes(blocks.answer_seconds)}; " if written else ""
+    if plan.answers is not None and plan.answers.prompts:
+        known = len(plan.answers.known)
+        most = "at most " if known < len(plan.answers.prompts) else ""
+        writing = f"{known} answers are there, the others in {most}{_minutes(plan.answers.seconds)}; "
     return [
-        f"blocks at exits {','.join(map(str, blocks.exits))} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, "
+        f"blocks at exits {exits} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, "
         f"{plan.num_layers} layers), which stays as it is; {plan.trained / 1e6:.1f}M parameters, feature {blocks.feature}, "
         f"loss {blocks.loss}",
         f"on {config.data.name}: {rows} rows and {plan.held_out} held out{left_out}, answers of the {blocks.answers}, "
         f"{most}{plan.tokens} tokens",
-        f"{writing}states in {most}{_minutes(blocks.state_seconds)} and {blocks.disk_mb:.0f} MB of disk",
-        f"{plan.steps} steps per exit of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
+        f"{writing}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
+        f"{plan.steps} steps per exit of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}",
     ]
 
 
 def _retention_lines(plan: Plan) -> list[str]:
     """A line each for the anchor, replay and other ties to the original model."""
-    config, asked, replay, lines = plan.config, plan.config.retention, plan.replay, []
+    config, asked, texts, lines = plan.config, plan.config.retention, plan.answers, []
     if asked.anchor:
         beside = "the model without its adapters" if config.lora_rank else f"a copy in {asked.anchor_weights or 'bf16'}"
         lines.append(f"anchor: {asked.anchor:g} x the divergence from the original, {beside}")
-    if replay is not None:
-        there = f"{replay.written} are there, the others" if replay.written else "written"
+    if asked.replay and texts is not None:
+        there = f"{len(texts.known)} are there, the others" if texts.known else "written"
+        longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
-            f"replay: {replay.rows} of the {rows_per_step(config)} rows of a step, of {len(replay.starts)} texts of at most "
-            f"{replay.longest} tokens by the original, {there} in about {_minutes(replay.seconds)}"
+            f"replay: {replayed_rows(config)} of the {rows_per_step(config)} rows of a step, of {len(texts.prompts)} texts of "
+            f"at most {longest} tokens by the original, {there} in about {_minutes(texts.seconds)}"
         )
     return lines
 
@@ -92,8 +92,8 @@ def report_text(report: StepReport, frozen: bool) -> str:
 
 def result_text(info: CheckpointInfo, plan: Plan) -> str:
     """The last loss of every exit, held-out losses included, or the last figures of each block."""
-    if plan.blocks is not None:
-        trained = {exit_layer: info.details["exit_blocks"][str(exit_layer)] for exit_layer in plan.blocks.exits}
+    if plan.recipe is None:
+        trained = {exit_layer: info.details["exit_blocks"][str(exit_layer)] for exit_layer in plan.config.recipe.exits or ()}
         return "\n".join(
             f"exit {exit_layer}: divergence {block['divergence']:.3f}"
             + (f", first drafts agree {block['agreement']:.1%} on held-out rows" if "agreement" in block else "")

@@ -21,15 +21,14 @@ def calibrate(
     Example: layerskip calibrate --model my-model
     """
     use_threads(threads)
-    from layerskip_core.calibration.run import Progress, calibrate, output_folder
+    from layerskip_core.calibration import calibrate, output_folder
     from layerskip_core.files import hold
 
     started = time.monotonic()
     with hold(output_folder(config), "layerskip calibrate"), stage_bars() as show:
 
-        def report(progress: Progress) -> None:
-            divergence = "" if progress.divergence is None else f"divergence {progress.divergence:.3f}"
-            show(progress.stage, progress.done, progress.total, divergence)
+        def report(stage: str, total: int, done: int, divergence: float | None = None) -> None:
+            show(stage, done, total, "" if divergence is None else f"divergence {divergence:.3f}")
 
         folder = calibrate(config, report)
     narrate(f"saved int4 weights in {folder} after {time.monotonic() - started:.0f} s")

@@ -98,41 +98,34 @@ class RetentionSettings:
 class ExitBlockSettings:
     """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py).
 
-    `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance. None: not said, see
-    training/frozen_model.py for the defaults.
+    `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance.
     """
 
     frozen: Annotated[
         bool, Flag("Exit blocks", "Leave the model as it is, and train a block at each of --exits that drafts for it.")
     ] = False
     feature: Annotated[
-        Feature | None,
+        Feature,
         Flag(
             "Exit blocks",
             "What a block reads besides the exit's state: none, or final, the model's output state for the token before.",
-            default="none",
         ),
-    ] = None
-    answers: Annotated[
-        Answers | None, Flag("Exit blocks", "Who writes the answers to the prompts of --data: model or data.", default="model")
-    ] = None
-    answer_tokens: Annotated[
-        Count | None, Flag("Exit blocks", "Maximum number of tokens in an answer of the model.", default="128")
-    ] = None
+    ] = "none"
+    answers: Annotated[Answers, Flag("Exit blocks", "Who writes the answers to the prompts of --data: model or data.")] = (
+        "model"
+    )
+    answer_tokens: Annotated[Count, Flag("Exit blocks", "Maximum number of tokens in an answer of the model.")] = 128
     answer_temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=1_000)] | None,
-        Flag("Exit blocks", "Temperature of these answers; 0 is greedy.", default="0"),
-    ] = None
-    loss: Annotated[
-        BlockLoss | None, Flag("Exit blocks", "kl (divergence) or tv (total variation) from the last layer.", default="kl")
-    ] = None
+        float, Meta(ge=0, le=1_000), Flag("Exit blocks", "Temperature of these answers; 0 is greedy.")
+    ] = 0.0
+    loss: Annotated[BlockLoss, Flag("Exit blocks", "kl (divergence) or tv (total variation) from the last layer.")] = "kl"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(self.frozen or not value, name, "used with `frozen`", value)
-        if self.answers == "data":
-            for name in ("answer_tokens", "answer_temperature"):
-                require(getattr(self, name) is None, name, "left out with `answers` data", getattr(self, name))
+            usual = value == getattr(type(self), name)
+            require(self.frozen or usual, name, "used with `frozen`", value)
+            if self.answers == "data" and name in ("answer_tokens", "answer_temperature"):
+                require(usual, name, "left out with `answers` data", value)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -72,52 +71,64 @@ def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list
     return batches
 
 
-def write_answers(
-    decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path, report: Callable[[int], None]
-) -> list[list[int]]:
-    """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
+class Answers:
+    """A model's answers to prompts, kept in a journal. `known` are there, by row; the others take about `seconds`.
 
-    `report` gets the number of answers written so far, and may raise to stop. The prompts must leave room for a token.
+    The prompts must leave room for a token. `token_seconds` are those of a token in a pass of many.
     """
-    known = read_answers(journal)
-    if journal.exists():
-        write_file(journal, b"".join(whole_lines(journal, CheckpointError)), CheckpointError)
-    for batch in batches_of([len(prompt) for prompt in prompts], lambda texts, longest: texts <= BATCH):
-        if all(row in known for row in batch):
-            continue
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path) -> None:
+        """Raises CheckpointError for a journal that is damaged."""
+        self.prompts, self.how, self.journal = prompts, how, journal
+        self._decoder: Decoder | None = decoder
+        self.known = self._read()
+        missing = [prompt for row, prompt in enumerate(prompts) if row not in self.known]
+        self.seconds, self.token_seconds = estimated_seconds(decoder, missing, how)
+
+    def write(self, report: Callable[[int], None]) -> list[list[int]]:
+        """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
+
+        Of the processes that torchrun started the first one writes, and the others wait. `report` gets the number of answers
+        that are there, and may raise to stop.
+        """
+        known = self._read()
+        if process_index() == 0 and len(known) < len(self.prompts):
+            decoder, how = self._decoder, self.how
+            assert decoder is not None
+            if self.journal.exists():
+                write_file(self.journal, b"".join(whole_lines(self.journal, CheckpointError)), CheckpointError)
+            for batch in batches_of([len(prompt) for prompt in self.prompts], lambda texts, longest: texts <= BATCH):
+                if all(row in known for row in batch):
+                    continue
+                report(len(known))
+                room = how.room(len(self.prompts[batch[0]]))
+                config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
+                prompts, seeds = [self.prompts[row] for row in batch], [(how.seed + row) % 2**32 for row in batch]
+                outputs = decode_batch(decoder.backend, prompts, config, decoder.eos_ids, seeds=seeds)
+                written = {batch[output.row]: output.ids for output in outputs}
+                append_lines(self.journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
+                known |= written
+        self._decoder = None  # frees its weights
+        while len(known) < len(self.prompts):
+            report(len(known))
+            time.sleep(_WAIT)
+            known = self._read()
         report(len(known))
-        room = how.room(len(prompts[batch[0]]))
-        config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
-        seeds = [(how.seed + row) % 2**32 for row in batch]
-        outputs = decode_batch(decoder.backend, [prompts[row] for row in batch], config, decoder.eos_ids, seeds=seeds)
-        written = {batch[output.row]: output.ids for output in outputs}
-        append_lines(journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
-        known |= written
-    report(len(known))
-    return [known[row] for row in range(len(prompts))]
+        return [known[row] for row in range(len(self.prompts))]
+
+    def _read(self) -> dict[int, list[int]]:
+        """An incomplete last line, of a process that was killed or still writes, is left out."""
+        try:
+            lines = msgspec.json.Decoder(_Answer).decode_lines(b"".join(whole_lines(self.journal, CheckpointError)))
+        except msgspec.MsgspecError as error:
+            message = f"{self.journal} is damaged: {error}; remove the file to write the answers again"
+            raise CheckpointError(message) from None
+        return {line.row: line.ids for line in lines}
 
 
-def read_answers(journal: Path) -> dict[int, list[int]]:
-    """The answers in a journal, by row. An incomplete last line, of a process that was killed or still writes, is left out.
-
-    Raises CheckpointError for a line that `write_answers` does not write.
-    """
-    try:
-        lines = msgspec.json.Decoder(_Answer).decode_lines(b"".join(whole_lines(journal, CheckpointError)))
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{journal} is damaged: {error}; remove the file to write the answers again") from None
-    return {line.row: line.ids for line in lines}
-
-
-def answers_digest(model: str, prompts: Sequence[list[int]], how: Writing, dtype: str) -> str:
-    """A digest of everything that decides the answers, for the name of their journal. `model`: its fingerprint."""
-    seed = how.seed if how.temperature else 0
-    return digest([model, prompts, how.tokens, how.max_length, how.temperature, seed, dtype])
-
-
-def digest(value: object) -> str:
-    """A digest of a JSON value, for a file name."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:_DIGITS]
+def digest(*values: object) -> str:
+    """A digest of everything that decides what is written, for the name of its file."""
+    return hashlib.sha256(json.dumps(values, default=asdict).encode()).hexdigest()[:_DIGITS]
 
 
 @torch.inference_mode()
@@ -140,61 +151,21 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
     return sum(map(len, prompts)) * token + math.ceil(len(prompts) / BATCH) * how.tokens * step, token
 
 
-@dataclass
-class Replay:
-    """Rows of the original's own text among those of the data (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
+def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
+    """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    The texts begin as those of a calibration: half with a random token, half with what the prompt template puts before a
-    prompt, so that the model writes the prompt, too. `written` of them are in the journal; the others take `seconds`.
+    They begin as those of a calibration: half with a random token, half with what the prompt template puts before a prompt, so
+    that the model writes the prompt, too. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
+    or all of them.
     """
-
-    rows: int  # of each step
-    starts: list[list[int]]
-    how: Writing
-    journal: Path
-    packed: bool  # the data's rows are
-    decoder: Decoder | None  # until the texts are there
-    written: int
-    seconds: float
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(len(start) + self.how.room(len(start)) for start in self.starts)
-
-    def texts(self, report: Callable[[int], None]) -> list[dict[str, Any]]:
-        """All texts as encoded rows, with labels on all their tokens; what is not in the journal is written.
-
-        Of the processes that torchrun started the first one writes, and the others wait. `report` gets the number of texts that
-        are there, and may raise to end it.
-        """
-        if self.decoder is not None and self.written < len(self.starts) and process_index() == 0:
-            endless = replace(self.decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
-            write_answers(endless, self.starts, self.how, self.journal, report)
-        self.decoder = None  # frees its weights
-        while len(known := read_answers(self.journal)) < len(self.starts):
-            report(len(known))
-            time.sleep(_WAIT)
-        texts = [start + known[text] for text, start in enumerate(self.starts)]
-        packed = [{"documents": [0] * len(text)} if self.packed else {} for text in texts]
-        return [{"input_ids": text, "labels": text, **more} for text, more in zip(texts, packed, strict=True)]
-
-
-def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Replay:
-    """The replay that a config asks for; the speed of the model is measured. `original`: the model's fingerprint.
-
-    Raises ConfigError for a share that gives no row or all of them.
-    """
-    rows = replayed_rows(config)
     decoder = for_decoding(config.model, device, config.dtype)
-    count, tokens = min(steps * rows, MOST_REPLAYED), config.retention.replay_tokens or round(data.tokens / len(data.seen))
+    endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
+    count = min(steps * replayed_rows(config), MOST_REPLAYED)
+    tokens = config.retention.replay_tokens or round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
     templated = decoder.prompt_start()[: encoder.max_length - 1]
     starts = [templated if templated and text % 2 else [token] for text, token in enumerate(first)]
-    journal = checkpoints_folder(config.output) / f"replay-{answers_digest(original, starts, how, config.dtype)}.jsonl"
-    known = read_answers(journal)
-    missing = [start for text, start in enumerate(starts) if text not in known]
-    seconds, _ = estimated_seconds(decoder, missing, how)
-    return Replay(rows, starts, how, journal, encoder.pack, decoder, len(known), seconds)
+    journal = f"replay-{digest(original, starts, how, config.dtype)}.jsonl"
+    return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)

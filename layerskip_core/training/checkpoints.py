@@ -20,7 +20,7 @@ from torch import nn
 from ..checkpoint.folder import open_weights
 from ..checkpoint.save import files_below
 from ..errors import CheckpointError, ConfigError, listed
-from ..files import discard_folder, publish_folder, remove_leftovers
+from ..files import discard_folder, publish_folder, read_json, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2  # if the newest is damaged, there is one before it
@@ -81,13 +81,17 @@ def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def newest_whole(folder: Path) -> ResumePoint:
-    """The checkpoint to resume from. Raises CheckpointError if none is intact, with the fault of each."""
+    """The newest checkpoint whose files are as they were written. Raises CheckpointError if there is none."""
     damaged: list[str] = []
     for checkpoint in newest_first(folder):
         try:
-            return ResumePoint(checkpoint, _whole(checkpoint).settings, tuple(damaged))
+            seal = read_json(checkpoint / _SEAL, CheckpointError, _Seal)
+            changed = [name for name, digest in seal.files.items() if _digest(checkpoint / name) != digest]
+            if not changed:
+                return ResumePoint(checkpoint, seal.settings, tuple(damaged))
+            damaged.append(f"{checkpoint.name}: {listed(changed)} missing or damaged")
         except CheckpointError as fault:
-            damaged.append(f"{checkpoint.name}: {fault}")
+            damaged.append(str(fault))
     if damaged:
         raise CheckpointError(f"`resume`: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
     raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run writes them with `save_steps` N")
@@ -118,23 +122,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
 
 
-def _whole(checkpoint: Path) -> _Seal:
-    """The seal of a checkpoint. Raises CheckpointError unless every file is as it was written."""
-    if not (checkpoint / _SEAL).is_file():
-        raise CheckpointError("it was cut short")
-    try:
-        seal = msgspec.json.decode((checkpoint / _SEAL).read_bytes(), type=_Seal)
-    except ValueError:
-        raise CheckpointError(f"{_SEAL} is damaged") from None
-    for name, digest in seal.files.items():
-        if not (checkpoint / name).is_file():
-            raise CheckpointError(f"{name} is missing")
-        if _digest(checkpoint / name) != digest:
-            raise CheckpointError(f"{name} is damaged")
-    return seal
-
-
-def _digest(file: Path) -> str:
+def _digest(file: Path) -> str | None:
+    if not file.is_file():
+        return None
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import math
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
@@ -171,7 +170,7 @@ def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedDat
     """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
     sample = list(itertools.islice(encoder.rows(stream_rows(config)), _SAMPLED))
     kept = _with_targets(sample, encoder)
-    return EncodedData(StreamedRows(config, encoder, seed, process_index(), world_size()), kept, len(sample) - len(kept))
+    return EncodedData(StreamedRows(config, encoder, seed), kept, len(sample) - len(kept))
 
 
 def _with_targets(rows: list[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
@@ -213,23 +212,22 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     Of several processes each reads all rows, and encodes its own share of them.
     """
 
-    def __init__(self, config: DataConfig, encoder: Encoder, seed: int, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
         self._config, self._encoder, self._seed = config, encoder, seed
-        self._process, self._processes = process, processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
-            empty = True
-            for row in self.one_pass(number):
-                empty = False
-                yield row
-            if empty:  # the file has changed since the run was planned, or has too few rows
-                fewer = f", or the data has fewer rows than the {self._processes} processes" if self._processes > 1 else ""
+            rows = self.one_pass(number)
+            first = next(rows, None)
+            if first is None:  # the file has changed since the run was planned, or has too few rows
+                fewer = f", or the data has fewer rows than the {world_size()} processes" if world_size() > 1 else ""
                 raise DataError(f"{no_room(self._encoder)}{fewer}")
+            yield first
+            yield from rows
 
     def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """The rows of this process in pass `number` over the data."""
-        own = itertools.islice(self._shuffled(number), self._process, None, self._processes)
+        own = itertools.islice(self._shuffled(number), process_index(), None, world_size())
         return filter(has_target, self._encoder.rows(own))
 
     def _shuffled(self, number: int) -> Iterator[Row]:
@@ -245,46 +243,21 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
 
 
-class RunRows(Dataset[Any]):
-    """The rows of a whole run in sequence: all passes over the data as one long epoch.
-
-    A row is a function of its position alone, so that resuming needs no history. (Trainer's own shuffling depends on global
-    random state, so that a run resumed in a later epoch gets another order.)
-    """
-
-    def __init__(self, count: int, row: Callable[[int], Any]) -> None:
-        self._count, self._row = count, row
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, position: int) -> Any:
-        return self._row(position)
-
-
-def ordered_rows(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int, row: Callable[[int], Any]) -> RunRows:
-    """Rows of those lengths, given by their index, in the order of a run."""
-    order = array("q", run_order(lengths, rows_per_step, steps, seed))
-    return RunRows(len(order), lambda position: row(order[position]))
-
-
-def with_replay(rows: RunRows, texts: Sequence[Any], replayed: int, per_step: int) -> RunRows:
-    """Mixes `replayed` texts into each step of `per_step` rows, evenly spaced among the rows of the data."""
-    own = per_step - replayed
-
-    def row(position: int) -> Any:
-        step, index = divmod(position, per_step)
-        before = index * replayed // per_step
-        if (index + 1) * replayed // per_step > before:
-            return texts[(step * replayed + before) % len(texts)]
-        return rows[step * own + index - before]
-
-    return RunRows(len(rows) // own * per_step, row)
+def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:
+    """An order of rows with `replayed` of the `texts`, in turn, in each step of `per_step` rows, evenly spaced in it."""
+    turn, own = itertools.cycle(texts), per_step - replayed
+    for start in range(0, len(order), own):
+        rows = iter(order[start : start + own])
+        for index in range(per_step):
+            yield next(turn if (index + 1) * replayed // per_step > index * replayed // per_step else rows)
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run, a function of the seed alone: pass after pass over the rows, rows of similar length side by
-    side. For that, _POOL steps at a time are sorted by length, and their steps shuffled.
+    """Row indices of a whole run: pass after pass over the rows, rows of similar length side by side. For that, _POOL steps at
+    a time are sorted by length, and their steps shuffled.
+
+    The order is a function of the seed alone, so that resuming needs no history. (Trainer's own shuffling depends on global
+    random state, so that a run resumed in a later epoch gets another order.)
     """
     waiting: list[int] = []
     left = steps

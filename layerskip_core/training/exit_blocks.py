@@ -1,19 +1,21 @@
 """Blocks at the exits of a model that stays as it is: their training forward, and the model's states that they are trained on.
 
 The states are computed once and kept on disk: for every token the state after each exit, before a norm, and the last layer's
-after the final norm, in bf16. Each file is written from its start to its end, so its size tells how much of it is there.
+after the final norm, in bf16. The file is written from its start to its end, so its size tells how much of it is there.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..config.training import BlockLoss
 from ..errors import CheckpointError
@@ -27,6 +29,7 @@ from .recipe import RunStep
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
 _FILE = "blocks.safetensors"  # of a run's checkpoint
+_STATES = "states.bf16"
 
 
 class Block(nn.Module):
@@ -71,7 +74,6 @@ class FrozenExits(nn.Module):
         self.config = model.config
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.measured_exits = tuple(block.exit_layer for block in blocks)
-        self.vocab_size = backend.spec.vocab
         self.backend = backend
         self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
         self._total_variation = loss == "tv"
@@ -99,7 +101,7 @@ class FrozenExits(nn.Module):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), inputs, kind))
             runs = [run[:, :-1][is_target] for run in runs]
-            results.append(summed_divergences(self._logits, runs, teacher, self.vocab_size, self._total_variation))
+            results.append(summed_divergences(self._logits, runs, teacher, self.backend.spec.vocab, self._total_variation))
         return {
             "loss": torch.stack([torch.stack(losses).mean() for losses, _ in results]).sum(),
             "per_exit": torch.stack([losses[0].detach() for losses, _ in results]),
@@ -129,7 +131,7 @@ class FrozenExits(nn.Module):
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:
     """The disk that the states of so many tokens need."""
-    return tokens * width * _BYTES * (exits + 1)
+    return tokens * (exits + 1) * width * _BYTES
 
 
 @torch.inference_mode()
@@ -145,35 +147,30 @@ def write_states(
 
     `exits` ascend. `report` gets the number of texts that are done, and may raise to end it.
     """
-    batches, paths = _batches(texts), _files(folder, exits)
-    ends = [0, *accumulate(sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches)]  # in tokens
-    size = backend.spec.hidden * _BYTES  # of a token's state
-    written = min(path.stat().st_size // size if path.is_file() else 0 for path in paths)
+    batches, path = _batches(texts), folder / _STATES
+    tokens = accumulate((sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches), initial=0)
+    ends = [states_bytes(count, backend.spec.hidden, len(exits)) for count in tokens]
+    written = path.stat().st_size if path.is_file() else 0
     done = sum(end <= written for end in ends) - 1
     rows = sum(map(len, batches[:done]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            path.touch()
-            os.truncate(path, ends[done] * size)
+        path.touch()
+        os.truncate(path, ends[done])
         for batch in batches[done:]:
             report(rows)
             states = _states(backend, final_norm, [texts[row]["input_ids"] for row in batch], exits)
-            for path, state in zip(paths, states, strict=True):
-                with path.open("ab") as file:
-                    file.write(state.cpu().view(torch.int16).numpy().tobytes())
+            with path.open("ab") as file:
+                file.write(states.cpu().view(torch.int16).numpy().tobytes())
             rows += len(batch)
-        for path in paths:
-            synchronise(path)
+        synchronise(path)
     except OSError as error:
         raise CheckpointError(f"cannot write the states to {folder}: {error.strerror}") from error
     report(rows)
 
 
-def _states(
-    backend: Backend, final_norm: Callable[[Tensor], Tensor], texts: list[list[int]], exits: Sequence[int]
-) -> list[Tensor]:
-    """The states (N, D) of all N tokens of some texts, one after the other, after each exit and after the final norm.
+def _states(backend: Backend, final_norm: Callable[[Tensor], Tensor], texts: list[list[int]], exits: Sequence[int]) -> Tensor:
+    """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm.
 
     Texts are padded at their ends: no token sees what stands after it.
     """
@@ -181,39 +178,31 @@ def _states(
     ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
     real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)
     positions = torch.arange(longest)[None].expand(len(texts), -1)
-    hidden, start, found = backend.embed(ids), 0, []
-    for stop in (*exits, backend.num_layers):
-        hidden, start = backend.run_layers(hidden, start, stop, positions), stop
-        kept = final_norm(hidden) if stop == backend.num_layers else hidden
-        found.append(kept[real].bfloat16())
-    return found
+    hidden, found = backend.embed(ids), []
+    for start, stop in pairwise((0, *exits, backend.num_layers)):
+        hidden = backend.run_layers(hidden, start, stop, positions)
+        found.append((final_norm(hidden) if stop == backend.num_layers else hidden)[real].bfloat16())
+    return torch.stack(found, dim=1)
 
 
 def _batches(texts: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return batches_of([len(text["input_ids"]) for text in texts], lambda count, longest: count * longest <= _TOKENS)
 
 
-def _files(folder: Path, exits: Sequence[int]) -> list[Path]:
-    """One of each exit, and of the last layer."""
-    return [folder / name for name in (*(f"exit-{exit_layer}.bf16" for exit_layer in exits), "final.bf16")]
+class States(Dataset[dict[str, Any]]):
+    """The texts (encoded rows) of `write_states`, with the states of the `chosen` exits, read from disk as they are needed."""
 
-
-class States:
-    """The texts (encoded rows) of `write_states`, with their states, read from disk as they are needed."""
-
-    def __init__(self, texts: Sequence[Mapping[str, Any]], exits: Sequence[int], width: int, folder: Path) -> None:
-        self._texts, self._exits = texts, tuple(exits)
+    def __init__(
+        self, texts: Sequence[Mapping[str, Any]], folder: Path, width: int, exits: Sequence[int], chosen: Sequence[int]
+    ) -> None:
+        self._texts, self._chosen, self._places = texts, chosen, [exits.index(exit_layer) for exit_layer in chosen]
         order = [row for batch in _batches(texts) for row in batch]
         ends = list(accumulate(len(texts[row]["input_ids"]) for row in order))
-        self._ends = dict(zip(order, ends, strict=True))
-        self._states = [
-            torch.from_file(str(path), size=ends[-1] * width, dtype=torch.bfloat16).view(ends[-1], width)
-            for path in _files(folder, exits)
-        ]
+        self._ends, shape = dict(zip(order, ends, strict=True)), (ends[-1], len(exits) + 1, width)
+        self._states = torch.from_file(str(folder / _STATES), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
 
-    def row(self, row: int, exits: Sequence[int]) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         """A text with the `exits` (X,), its `states` (X, T, D) after them and its `finals` (T, D)."""
         text, end = self._texts[row], self._ends[row]
-        span = slice(end - len(text["input_ids"]), end)
-        states = torch.stack([self._states[self._exits.index(exit_layer)][span] for exit_layer in exits])
-        return {**text, "exits": exits, "states": states, "finals": self._states[-1][span]}
+        states = self._states[end - len(text["input_ids"]) : end]
+        return {**text, "exits": self._chosen, "states": states[:, self._places].transpose(0, 1), "finals": states[:, -1]}

@@ -1,6 +1,7 @@
 """A run that trains exit blocks beside a model that stays as it is: its plan, its texts and states, and the file it saves."""
 
 import shutil
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, refuse_packed, weight_files
@@ -20,21 +21,20 @@ from ..checkpoint.locate import downloaded, is_adapter, own_folder, reading
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_beside
 from ..config.decoding import require_exit_layer
-from ..config.training import FinetuneConfig
+from ..config.training import FinetuneConfig, RecipeSettings
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..files import require_disk
 from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlock
-from .answers import Writing, answers_digest, digest, estimated_seconds, read_answers, write_answers
+from .answers import Answers, Writing, digest
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after
-from .data import RunRows, data_rows, has_target, make_encoder, ordered_rows, read_rows, run_steps
+from .data import data_rows, has_target, make_encoder, read_rows, run_order, run_steps
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import use_fp32_attention
-from .plan import Blocks, Plan, make_plan, timed
+from .plan import Plan, make_plan, timed
 from .progress import LossHistory
 from .sharding import world_size
 
-_ANSWER_TOKENS = 128
 _SMALL_MODEL = 50_000_000  # parameters
 _LR, _SMALL_LR = 1.5e-3, 2e-3
 
@@ -62,10 +62,8 @@ class FrozenModel:
 
         asked, given = config.exit_blocks, read_rows(config)
         encoder = make_encoder(config, self.trainable, given[0])
-        max_length = encoder.max_length
-        self.template = encoder.template
-        self.writing = Writing(asked.answer_tokens or _ANSWER_TOKENS, max_length, asked.answer_temperature or 0.0, config.seed)
-        self.prompts: list[list[int]] = []  # for the model to answer
+        self.template, max_length = encoder.template, encoder.max_length
+        prompts: list[list[int]] = []  # for the model to answer
         self.texts: list[dict[str, Any]] = []  # encoded rows: prompts with their answers, once these are written
         encoded: list[list[Any]]
         if asked.answers == "data":
@@ -73,96 +71,80 @@ class FrozenModel:
             self.texts = encoded[0] + encoded[1]
         else:
             encoded = [[ids for ids in encoder.prompts(rows) if 0 < len(ids) < max_length] for rows in given]
-            self.prompts = encoded[0] + encoded[1]
+            prompts = encoded[0] + encoded[1]
         if not encoded[0]:
             raise DataError(f"no row has room for an answer within `max_length` {max_length}: every prompt is longer")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
-        self.made_for = fingerprint(spec, weight_of)
+        self.made_for, heat = fingerprint(spec, weight_of), asked.answer_temperature
+        how = Writing(asked.answer_tokens, max_length, heat, config.seed if heat else 0)  # greedy ones need none
+        journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
+        self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
+        lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
+        config = replace(config, lr=lr, max_length=max_length, recipe=RecipeSettings(exits=self.exits))
         self.plan = self._planned(config, device, resume, len(encoded[0]), len(encoded[1]), sum(map(len, given)))
 
     def _planned(
         self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None, rows: int, held_out: int, given: int
     ) -> Plan:
-        spec, asked, how = self.trainable.backend.spec, config.exit_blocks, self.writing
-        folder, answers = checkpoints_folder(config.output), answers_digest(self.made_for, self.prompts, how, config.dtype)
+        spec, asked, answers = self.trainable.backend.spec, config.exit_blocks, self.answers
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        named = digest([self.made_for, answers, texts, self.exits, config.dtype, self.decoder.backend.implementation])
-        self.journal, self.states = folder / f"answers-{answers}.jsonl", folder / f"states-{named}"
-        known = read_answers(self.journal)
+        kernels, prompts = self.decoder.backend.implementation, answers.journal.name
+        named = digest(self.made_for, prompts, texts, self.exits, config.dtype, kernels)
+        self.states = answers.journal.with_name(f"states-{named}")
         longest = self.texts or [
-            _text(prompt, known.get(row, [0] * how.room(len(prompt)))) for row, prompt in enumerate(self.prompts)
+            _text(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))
+            for row, prompt in enumerate(answers.prompts)
         ]
-        missing = [prompt for row, prompt in enumerate(self.prompts) if row not in known]
         tokens = sum(len(text["input_ids"]) for text in longest)
         disk = states_bytes(tokens, spec.hidden, len(self.exits))
         require_disk(self.states, disk, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
-        answer_seconds, token_seconds = estimated_seconds(self.decoder, missing, how)
-        blocks = Blocks(
-            self.exits,
-            feature=asked.feature or "none",
-            answers=asked.answers or "model",
-            loss=asked.loss or "kl",
-            answered=len(longest) - len(missing),
-            answer_seconds=answer_seconds,
-            state_seconds=tokens * token_seconds,
-            disk_mb=disk / 2**20,
-        )
         plan = make_plan(
             config,
             device,
             spec,
             resume,
-            {
-                "exits": blocks.exits, "feature": blocks.feature, "answers": blocks.answers, "loss": blocks.loss,
-                "answer_tokens": how.tokens, "answer_temperature": how.temperature, "original": self.made_for, "texts": named,
-            },
-            notes=_notes(self.trainable.info),
-            lr=config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR),
-            max_length=how.max_length,
+            _notes(self.trainable.info),
+            {"original": self.made_for, "texts": named},
             steps=run_steps(config, rows),
             phases=len(self.exits),
             rows=rows,
             held_out=held_out,
             tokens=tokens,
             left_out=given - len(longest),
-            blocks=blocks,
-        )  # fmt: skip
+            answers=answers,
+            state_seconds=tokens * answers.token_seconds,
+            disk_mb=disk / 2**20,
+        )
         if plan.autocast and device.type == "cpu":
             use_fp32_attention(self.trainable.model)
-        placed = [ExitBlock(exit_layer, blocks.feature) for exit_layer in self.exits]
-        self.module = FrozenExits(self.trainable.backend, placed, blocks.loss)
+        self.module = FrozenExits(self.trainable.backend, [ExitBlock(stop, asked.feature) for stop in self.exits], asked.loss)
         example = max(longest, key=lambda text: len(text["input_ids"]))
         shape = (len(example["input_ids"]), spec.hidden)
         states = {"exits": self.exits[:1], "states": torch.randn(1, *shape), "finals": torch.randn(shape)}
         return timed(plan, self.module, [example | states], tokens / len(longest))
 
-    def rows(self, stage: Callable[[str, int], Callable[[int], None]]) -> tuple[Any, Any]:
+    def rows(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         """(the states of the rows of the run in their order, those of the held-out rows), written where they are not there.
 
         The run's rows come once for each exit, one exit after the other.
         """
-        plan, config, texts, exits = self.plan, self.plan.config, self.texts, self.exits
-        if self.prompts:
-            report = stage("answers", len(self.prompts))
-            answers = write_answers(self.decoder, self.prompts, self.writing, self.journal, report)
-            texts += map(_text, self.prompts, answers)
+        plan, config, texts, exits, backend = self.plan, self.plan.config, self.texts, self.exits, self.trainable.backend
+        if prompts := self.answers.prompts:
+            texts += map(_text, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
         for other in self.states.parent.glob(f"states-{'[0-9a-f]' * 16}"):
             if other != self.states:  # of an earlier run with other rows or settings
                 shutil.rmtree(other, ignore_errors=True)
-        backend = self.trainable.backend
 
         def final_norm(hidden: Tensor) -> Tensor:
             return backend.normed(hidden.to(backend.dtype))
 
-        write_states(self.decoder.backend, final_norm, texts, exits, self.states, stage("states", len(texts)))
-        states = States(texts, exits, backend.spec.hidden, self.states)
+        write_states(self.decoder.backend, final_norm, texts, exits, self.states, partial(progress, "states", len(texts)))
+        states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
-        phases = [
-            ordered_rows(lengths, data_rows(config), plan.steps, config.seed, partial(states.row, exits=(exit_layer,)))
-            for exit_layer in exits
-        ]
-        held_out = RunRows(plan.held_out, lambda row: states.row(trained + row, exits)) if plan.held_out else None
+        order = array("q", run_order(lengths, data_rows(config), plan.steps, config.seed))
+        phases = [Subset(states((exit_layer,)), order) for exit_layer in exits]
+        held_out = Subset(states(exits), range(trained, len(texts))) if plan.held_out else None
         return ConcatDataset(phases), held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
@@ -186,8 +168,7 @@ class FrozenModel:
 
     def _described(self, history: LossHistory) -> dict[str, Any]:
         """How each exit's block was trained, by exit."""
-        plan, config, blocks = self.plan, self.plan.config, self.plan.blocks
-        assert blocks is not None
+        plan, config, blocks = self.plan, self.plan.config, self.plan.config.exit_blocks
         shared = {
             "feature": blocks.feature,
             "loss": blocks.loss,
@@ -197,7 +178,7 @@ class FrozenModel:
             "target_tokens": sum(map(_targets, self.texts[: plan.rows])),
             "steps": plan.steps,
             "batch_size": config.batch_size * config.accumulation,
-            "lr": plan.lr,
+            "lr": config.lr,
             "seed": config.seed,
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
@@ -205,7 +186,7 @@ class FrozenModel:
             str(exit_layer): shared
             | {"divergence": history.latest[exit_layer]}
             | ({"agreement": history.agreement[exit_layer]} if exit_layer in history.agreement else {})
-            for exit_layer in blocks.exits
+            for exit_layer in self.exits
         }
 
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.open import for_decoding
 from ..checkpoint.save import write_model
-from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require
 from ..losses import Teacher, summed_losses, target_rows
@@ -93,32 +91,18 @@ class RecipeModule(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
-    def __init__(
-        self,
-        model: Any,
-        recipe: Recipe,
-        seed: int = 0,
-        from_scratch: bool = False,
-        recompute: bool = False,
-        tokenizer: Any = None,
-    ) -> None:
+    def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        `tokenizer`: of transformers, saved with the model. The attribute `anchor` adds the divergence from the original.
+        The attribute `anchor` adds the divergence from the original; `tokenizer`, of transformers, is saved with the model.
         """
         super().__init__()
-        self.model = model
-        self.config = model.config
-        self.recipe = recipe
-        self.seed = seed
-        self.from_scratch = from_scratch
-        self.recompute = recompute
+        self.model, self.config = model, model.config
+        self.recipe, self.seed, self.from_scratch, self.recompute = recipe, seed, from_scratch, recompute
         self.anchor: Anchor | None = None
-        self._tokenizer = tokenizer
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.backend = TransformersBackend(base)
-        self.vocab_size = self.backend.spec.vocab
+        self.tokenizer: Any = None
+        self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 
     def forward(
@@ -160,8 +144,8 @@ class RecipeModule(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
         write_model(self.model, folder)
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Loads the model inside. Raises CheckpointError as `load_weights` does."""
@@ -225,26 +209,8 @@ def span_inputs(backend: TransformersBackend, hidden: Tensor, documents: Tensor 
     return replace(inputs, mask=masks)
 
 
-def anchor_of(config: FinetuneConfig, model: Any, backend: TransformersBackend, device: str) -> Anchor | None:
-    """The anchor that a config asks for; None if there is none. `model` is trained, on `device`.
-
-    The copy is read from `config.model` again, because the training may have been resumed. Raises ConfigError where no kernel
-    has int8 weights, and CheckpointError as `for_decoding` does.
-    """
-    asked = config.retention
-    if not asked.anchor:
-        return None
-    if config.lora_rank:
-        return Anchor(asked.anchor, backend, model)
-    packing = PackingConfig(quantize="int8") if asked.anchor_weights == "int8" else None
-    return Anchor(asked.anchor, for_decoding(config.model, device, "bf16", packing).backend)
-
-
 def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
-    """How many of the first layers have adapters: those that the highest early exit runs; None for the whole model.
-
-    Raises ConfigError where no early exit is trained.
-    """
+    """How many of the first layers have adapters: those that the highest trained early exit runs; None for all."""
     if config.lora_layers == "all":
         return None
     require(recipe.curriculum != "none", "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)

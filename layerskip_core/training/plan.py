@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..checkpoint.loaded import pick_dtype
-from ..config.training import Answers, BlockLoss, Feature, FinetuneConfig
+from ..config.training import FinetuneConfig
 from ..errors import ConfigError
 from ..model import ModelSpec
-from .answers import Replay
+from .answers import Answers
 from .checkpoints import ResumePoint
 from .data import collate
 from .recipe import Recipe, RunStep
@@ -34,52 +34,39 @@ _FREE = (
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The exit blocks of a run: ExitBlockSettings with all defaults, and the stages before their training."""
-
-    exits: tuple[int, ...]  # ascending
-    feature: Feature
-    answers: Answers
-    loss: BlockLoss
-    answered: int  # of the rows and those held out, those whose answers an earlier run has left
-    answer_seconds: float
-    state_seconds: float
-    disk_mb: float  # of states
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A run, all defaults resolved. It trains a whole model under a `recipe`, or `blocks` at exits of a frozen one.
+    """A run, all defaults resolved. It trains a whole model under a `recipe`, or blocks at the config's exits of a frozen one.
 
     Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
     still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
     the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
     """
 
-    config: FinetuneConfig
+    config: FinetuneConfig  # with `lr` and `max_length`, and for a frozen model the exits
     device: str
     autocast: bool
-    lr: float
-    max_length: int
     steps: int
     rows: int | None
     tokens: int
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
-    sealed: Mapping[str, Any] = field(default_factory=dict)
-    trained: int = 0  # parameters
+    sealed: Mapping[str, Any]
+    notes: tuple[str, ...]  # what the user should know before it starts
     held_out: int = 0  # rows
-    phases: int = 1
+    trained: int = 0  # parameters
+    step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
+    memory_mb: float = 0.0  # at its peak, with the optimizer's moments
+
     truncated: int = 0
     recipe: Recipe | None = None
     exits_per_step: float = 1.0
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
-    replay: Replay | None = None
-    blocks: Blocks | None = None
-    step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
-    memory_mb: float = 0.0  # at its peak, with the optimizer's moments
-    notes: tuple[str, ...] = ()  # what the user should know before it starts
+
+    answers: Answers | None = None  # that a frozen model writes to its rows and those held out, or texts of a replay
+    phases: int = 1
+    state_seconds: float = 0.0
+    disk_mb: float = 0.0  # of states
 
     @property
     def dtype(self) -> str:
@@ -94,17 +81,11 @@ class Plan:
         """Steps between validations; 0: none."""
         return (self.config.eval_steps or max(1, self.total_steps // _VALIDATIONS)) if self.held_out else 0
 
-    @property
-    def warmup_steps(self) -> int:
-        """Of each phase."""
-        return round(self.config.warmup * self.total_steps / self.phases)
-
     def lr_share(self, step: int) -> float:
         """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
-        index = min(step, self.total_steps - 1) % self.steps if step < self.total_steps else self.steps
-        if index < self.warmup_steps:
-            return index / self.warmup_steps
-        return (1 + cos(pi * (index - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
+        warmup = round(self.config.warmup * self.steps)
+        index = step % self.steps if step < self.total_steps else self.steps
+        return index / warmup if index < warmup else (1 + cos(pi * (index - warmup) / max(1, self.steps - warmup))) / 2
 
 
 def make_plan(
@@ -112,29 +93,24 @@ def make_plan(
     device: torch.device,
     spec: ModelSpec,
     resume: ResumePoint | None,
-    resolved: dict[str, Any],
     notes: tuple[str, ...],
+    facts: Mapping[str, Any],
     **fields: Any,
 ) -> Plan:
-    """A plan with the `fields` that are given, sealed with the config as it was `resolved`.
+    """A plan with the `fields` that are given. The config, as it is resolved, and the `facts` are sealed.
 
     `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and also for small models on a CPU with bf16
     instructions, where it is twice as fast. Raises ConfigError where the checkpoint to resume from was sealed with other
     settings.
     """
     quick = config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    plan = Plan(
-        config,
-        str(device),
-        autocast=quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16,
-        parameters=spec.parameters,
-        num_layers=spec.layers,
-        **fields,
-    )
+    autocast = quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
+    fields |= {"parameters": spec.parameters, "num_layers": spec.layers}
+    plan = Plan(config, str(device), autocast, **fields, sealed={}, notes=())
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
     sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks")
-    sealed |= {name: getattr(plan, name) for name in ("lr", "max_length", "steps", "rows", "dtype")}
-    sealed = json.loads(json.dumps(sealed | resolved | {"processes": world_size()}))
+    sealed |= {"steps": plan.steps, "rows": plan.rows, "dtype": plan.dtype, "processes": world_size(), **facts}
+    sealed = json.loads(json.dumps(sealed))
     if resume is not None:
         for name, value in sealed.items():
             if name in resume.settings and resume.settings[name] != value:
@@ -156,8 +132,7 @@ def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_to
         return replace(plan, trained=trained)
     device = torch.device(plan.device)
     module.to(device).train()
-    batch = collate(list(islice(cycle(rows), plan.config.batch_size)))
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), plan.config.batch_size))).items()}
     measured = int(batch.pop("lengths").sum())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

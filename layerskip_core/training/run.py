@@ -25,7 +25,7 @@ from .frozen_model import FrozenModel
 from .plan import Plan
 from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
-from .trainer import RunCallback, RunTrainer, require_trackers
+from .trainer import RunCallback, RunTrainer, trackers
 from .whole_model import WholeModel
 
 
@@ -61,19 +61,14 @@ class Job:
         plan, trained = self.plan, self.trained
         with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers():
 
-            def stage(name: str, total: int) -> Callable[[int], None]:
-                """Reports the progress of a stage before the training, and ends the run after a signal."""
-
-                def report(done: int) -> None:
-                    if interruption.signal is not None:
-                        kept = f"interrupted after {done} of {total} {name}, which are kept"
-                        raise TrainingInterrupted(kept, interruption.signal, 0)
-                    on_progress(name, done, total)
-
-                return report
+            def progress(stage: str, total: int, done: int) -> None:
+                if interruption.signal is not None:
+                    kept = f"interrupted after {done} of {total} {stage}, which are kept"
+                    raise TrainingInterrupted(kept, interruption.signal, 0)
+                on_progress(stage, done, total)
 
             history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
-            trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history)
+            trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history)
             trainer.add_callback(RunCallback(trainer, on_step, interruption))
             self._train(trainer, interruption)
             info, faults = trained.save(history, trainer.is_world_process_zero())
@@ -108,7 +103,7 @@ def prepare(config: FinetuneConfig) -> Job:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
     device = pick_device(config.device)
     require_device(device)
-    require_trackers(config.report_to)
+    trackers(config.report_to)
     config = resolve_sharding(config, device)
     resume = _resume_point(config)
     return Job((FrozenModel if config.exit_blocks.frozen else WholeModel)(config, device, resume), resume)

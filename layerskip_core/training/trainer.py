@@ -45,19 +45,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     FSDP2 a checkpoint has a file of each process.
     """
 
-    accelerator: Any
     control: Any
     lr_scheduler: Any
-    is_fsdp_enabled: bool
 
-    def __init__(
-        self,
-        module: RecipeModule | FrozenExits,
-        plan: Plan,
-        rows: Any,
-        held_out: Any,
-        history: LossHistory,
-    ) -> None:
+    def __init__(self, module: RecipeModule | FrozenExits, plan: Plan, rows: Any, held_out: Any, history: LossHistory) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
         self.plan, self.history = plan, history
         layers = module.backend.layers if plan.config.fsdp else ()
@@ -67,8 +58,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.micro_batches = 0
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
-        arguments = _arguments(plan)
-        super().__init__(module, arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate)
+        super().__init__(module, _arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
         self.remove_callback(PrinterCallback)  # it writes to stdout
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -78,8 +68,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self.is_fsdp_enabled = True
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's own for a run of one phase."""
-        if self.lr_scheduler is None and self.plan.phases > 1:
+        if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.plan.lr_share)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -91,18 +80,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator, pin_memory=pinned)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Processes take the batches of a step in turns.
         number = self.micro_batches * self.args.world_size + self.args.process_index
         step = RunStep(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
-        batch: dict[str, Any] = dict(inputs)
-        tokens = batch.pop("lengths").sum()
-        output = model(**batch, step=step)
+        tokens = inputs.pop("lengths").sum()
+        output = model(**inputs, step=step)
         loss = output["loss"].detach()
         step_sums = (loss, output.get("divergence", torch.zeros_like(loss)), tokens.to(loss.dtype))
         values = torch.cat((torch.stack(step_sums), output["per_exit"]))
@@ -206,10 +190,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(self._grad_norm):
             assert self._trainer.sums is not None
             loss = float(self._trainer.sums[0])
-            what = "norm of the gradient" if math.isfinite(loss) else "loss"
-            raise self._failure(
-                f"the {what} of step {state.global_step + 1} is {self._grad_norm if math.isfinite(loss) else loss}"
-            )
+            what, value = ("norm of the gradient", self._grad_norm) if math.isfinite(loss) else ("loss", loss)
+            raise self._failure(f"the {what} of step {state.global_step + 1} is {value}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
@@ -218,7 +200,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         trainer, history = self._trainer, self._trainer.history
         losses, tokens, stops = self._reduced(state.global_step)
         first = (history.steps or [losses])[0].final
-        if not losses.final <= _EXPLODED * max(math.log(trainer.model.vocab_size), first):  # NaN is not either
+        if not losses.final <= _EXPLODED * max(math.log(trainer.model.backend.spec.vocab), first):  # NaN is not either
             exploded = f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
             raise self._failure(exploded)
         history.add(losses)
@@ -273,18 +255,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
 
 
-def require_trackers(report_to: str) -> None:
-    """Raises ConfigError when a tracker of `report_to` is unknown or its package is not installed."""
-    names = _trackers(report_to)
+def trackers(report_to: str) -> list[str]:
+    """The names in `report_to`. Raises ConfigError when a tracker is unknown or its package is not installed."""
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
     try:
         for tracker in get_reporting_integration_callbacks(names[0] if names in (["all"], ["none"]) else names):
             tracker()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"`report_to` {report_to}: {error}") from error
-
-
-def _trackers(report_to: str) -> list[str]:
-    return [name.strip() for name in report_to.split(",") if name.strip()]
+    return names
 
 
 def _arguments(plan: Plan) -> TrainingArguments:
@@ -294,9 +273,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         max_steps=plan.total_steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=plan.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=plan.warmup_steps,
+        learning_rate=config.lr,
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
         adam_beta2=_BETAS[1],
@@ -314,7 +291,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if config.fsdp else None,
         logging_strategy="no",  # RunCallback logs every step
-        report_to=_trackers(config.report_to),
+        report_to=trackers(config.report_to),
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:  # else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per GPU

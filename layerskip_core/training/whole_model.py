@@ -2,21 +2,25 @@
 
 import json
 import os
+from array import array
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from ..checkpoint.beside import fingerprint
 from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of
-from ..checkpoint.open import blank, for_training
+from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
+from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require
 from ..files import require_disk
@@ -30,15 +34,16 @@ from .data import (
     encode_stream,
     epochs,
     make_encoder,
-    ordered_rows,
     read_rows,
+    replayed_rows,
     rows_per_step,
+    run_order,
     run_steps,
     token_order,
     with_replay,
 )
 from .encoding import Encoder, train_tokenizer
-from .module import RecipeModule, adapted_layers, anchor_of, use_fp32_attention, with_lora
+from .module import Anchor, RecipeModule, adapted_layers, use_fp32_attention, with_lora
 from .plan import Plan, make_plan, timed
 from .progress import LossHistory, loss_plot
 from .recipe import learning_rate, mean_exits, resolve_recipe
@@ -66,33 +71,33 @@ class WholeModel:
         self.template = encoder.template
         self.data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
         self.held_out = None if config.validation is None else encode_rows(held_out, encoder)
-        self.plan = self._planned(config, device, encoder, resume)
-        _require_disk(self.plan, self.dtype)
-        self.module = _module(self.plan, self.trainable)
+        plan = self._planned(config, device, encoder, resume)
+        _require_disk(plan, self.dtype)
+        self.module = _module(plan, self.trainable)
         seen = self.data.seen
         longest = sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size]
-        self.plan = timed(self.plan, self.module, longest, self.data.tokens / len(seen))
+        self.plan = timed(plan, self.module, longest, self.data.tokens / len(seen))
         self.order = token_order(self.data, self.trainable.backend.spec.vocab)
 
     def _planned(self, config: FinetuneConfig, device: torch.device, encoder: Encoder, resume: ResumePoint | None) -> Plan:
-        spec, data, kept = self.trainable.backend.spec, self.data, config.retention
+        spec, data, kept, replay = self.trainable.backend.spec, self.data, config.retention, None
         recipe = resolve_recipe(config.recipe, config.regime, spec.parameters, spec.layers, spec.vocab)
-        steps, original, replay = run_steps(config, len(data.seen)), None, None
+        steps, lr = run_steps(config, len(data.seen)), config.lr or learning_rate(config.regime, spec.parameters)
+        config = replace(config, lr=lr, max_length=encoder.max_length)
+        facts = asdict(recipe) | {"original": None, "tokens": data.tokens, "data_digest": data.digest}
         if kept.anchor or kept.replay or config.lora_rank:
-            original = fingerprint(spec, self.trainable.model.get_parameter)
-            replay = plan_replay(config, original, data, encoder, str(device), steps) if kept.replay else None
-        resolved = asdict(recipe) | {"original": original, "tokens": data.tokens, "data_digest": data.digest}
-        if replay is not None:
-            resolved |= {"replay_tokens": replay.how.tokens, "replayed": replay.journal.name}
+            facts["original"] = original = fingerprint(spec, self.trainable.model.get_parameter)
+            if kept.replay:
+                replay = plan_replay(config, original, data, encoder, str(device), steps)
+                config = replace(config, retention=replace(kept, replay_tokens=replay.how.tokens))
+                facts["replayed"] = replay.journal.name
         return make_plan(
             config,
             device,
             spec,
             resume,
-            resolved,
-            notes=(_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming,
-            lr=config.lr or learning_rate(config.regime, spec.parameters),
-            max_length=encoder.max_length,
+            (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming,
+            facts,
             steps=steps,
             rows=None if config.streaming else len(data.seen),
             held_out=0 if self.held_out is None else len(self.held_out.seen),
@@ -102,32 +107,41 @@ class WholeModel:
             recipe=recipe,
             exits_per_step=mean_exits(recipe, steps, spec.layers),
             adapted_layers=adapted_layers(config, recipe, spec.layers),
-            replay=replay,
+            answers=replay,
         )
 
-    def rows(self, stage: Callable[[str, int], Callable[[int], None]]) -> tuple[Any, Any]:
+    def rows(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         """(the rows of the run in their order, the held-out rows).
 
         Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes.
         """
-        rows, plan, held_out = self.data.rows, self.plan, None if self.held_out is None else self.held_out.rows
+        rows: Any = self.data.rows
+        plan, held_out = self.plan, None if self.held_out is None else self.held_out.rows
         if isinstance(rows, StreamedRows):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]
-        ordered = ordered_rows(lengths, data_rows(plan.config), plan.steps, plan.config.seed, rows.__getitem__)
-        if plan.replay is None:
-            return ordered, held_out
-        texts = plan.replay.texts(stage("replay texts", len(plan.replay.starts)))
-        return with_replay(ordered, texts, plan.replay.rows, rows_per_step(plan.config)), held_out
+        order = array("q", run_order(lengths, data_rows(plan.config), plan.steps, plan.config.seed))
+        if plan.answers is not None:
+            starts, packed = plan.answers.prompts, "documents" in rows[0]
+            answers = plan.answers.write(partial(progress, "replay texts", len(starts)))
+            texts = [start + answer for start, answer in zip(starts, answers, strict=True)]
+            numbers = range(len(rows), len(rows) + len(texts))
+            order = array("q", with_replay(order, numbers, replayed_rows(plan.config), rows_per_step(plan.config)))
+            rows = rows + [
+                {"input_ids": text, "labels": text} | ({"documents": [0] * len(text)} if packed else {}) for text in texts
+            ]
+        return Subset(rows, order), held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Writes the model in the `first` process. Returns its info with the last losses of every exit, and warnings."""
         plan, config, warnings = self.plan, self.plan.config, []
+        assert plan.recipe is not None
         if config.fsdp:
             gather_whole(self.module, keep=first)
         details = {
             "base_model": config.model,
-            "config": _resolved(plan),
+            # As they are read back from JSON.
+            "config": json.loads(json.dumps(asdict(config) | {"recipe": asdict(plan.recipe), "epochs": epochs(config)})),
             "steps": plan.steps,
             "rows": plan.rows,
             "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
@@ -159,21 +173,14 @@ def _module(plan: Plan, trainable: Trainable) -> RecipeModule:
     if config.lora_rank:
         model = with_lora(model, config, plan.adapted_layers)
     scratch = config.regime == "scratch"
-    module = RecipeModule(model, plan.recipe, config.seed, scratch, config.gradient_checkpointing, trainable.tokenizer)
-    module.anchor = anchor_of(config, model, module.backend, plan.device)
+    module, kept = RecipeModule(model, plan.recipe, config.seed, scratch, config.gradient_checkpointing), config.retention
+    module.tokenizer = trainable.tokenizer
+    if kept.anchor and config.lora_rank:
+        module.anchor = Anchor(kept.anchor, module.backend, model)
+    elif kept.anchor:  # read again, because the training may have been resumed
+        packing = PackingConfig(quantize="int8") if kept.anchor_weights == "int8" else None
+        module.anchor = Anchor(kept.anchor, for_decoding(config.model, plan.device, "bf16", packing).backend)
     return module
-
-
-def _resolved(plan: Plan) -> dict[str, Any]:
-    """The fields of a config, with the run's values in place of None, as they are read back from JSON."""
-    config, replay = plan.config, plan.replay
-    assert plan.recipe is not None
-    found = asdict(config) | {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
-    found["epochs"] = epochs(config)
-    if replay is not None:
-        found["retention"]["replay_tokens"] = replay.how.tokens
-    fields: dict[str, Any] = json.loads(json.dumps(found))
-    return fields
 
 
 def _require_output(config: FinetuneConfig) -> None:

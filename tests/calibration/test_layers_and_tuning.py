@@ -45,18 +45,18 @@ def test_each_step_brings_predictions_nearer_to_the_original(model_type):
     parameters = {name: backend.model.get_parameter(name).detach() for name in names}
     nearest = with_weights(model_type, {name: int4_of(weight) for name, weight in parameters.items()})
     done = []
-    quantized = quantize(backend, TEXTS, done.append)
-    assert done == [1, 2, 3, 4, 5, 6, 7] and sorted(quantized.weights) == sorted(names)
-    calibrated = divergence(with_weights(model_type, quantized.weights), model_type, TEXTS)
+    weights, original = quantize(backend, TEXTS, done.append)
+    assert done == [1, 2, 3, 4, 5, 6, 7] and sorted(weights) == sorted(names)
+    calibrated = divergence(with_weights(model_type, weights), model_type, TEXTS)
     assert calibrated == pytest.approx(divergence(backend, model_type, TEXTS))
     steps = []
-    tuned = tune(backend, quantized, TEXTS, 40, 0, lambda step, value: steps.append((step, value)))
+    tuned = tune(backend, weights, original, TEXTS, 40, 0, lambda step, value: steps.append((step, value)))
     assert [step for step, _ in steps] == list(range(1, 41)) and steps[0][1] == pytest.approx(calibrated, rel=0.01)
     again = with_weights(model_type, tuned)
     assert divergence(again, model_type, TEXTS) < 0.95 * calibrated < 0.8 * divergence(nearest, model_type, TEXTS)
     assert divergence(again, model_type, UNSEEN) < 0.8 * divergence(nearest, model_type, UNSEEN)
     for name in names:
-        assert torch.equal(tuned[name].levels, quantized.weights[name].levels)
+        assert torch.equal(tuned[name].levels, weights[name].levels)
         assert torch.equal(tuned[name].scale.bfloat16().float(), tuned[name].scale)
 
 
@@ -64,4 +64,4 @@ def test_the_original_states_are_those_of_the_original_model():
     backend = backend_of("llama")
     with torch.no_grad():
         expected = backend.run_layers(backend.embed(TEXTS), 0, 6, torch.arange(32)[None])
-    torch.testing.assert_close(quantize(backend, TEXTS, lambda _: None).original, expected)
+    torch.testing.assert_close(quantize(backend, TEXTS, lambda _: None)[1], expected)

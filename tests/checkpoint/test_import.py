@@ -9,7 +9,7 @@ import torch
 from command_line import fails, run
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.calibration.run import calibrate
+from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info

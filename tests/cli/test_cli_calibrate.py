@@ -105,6 +105,6 @@ def test_an_interrupted_calibration_leaves_nothing(wide, monkeypatch):
         raise KeyboardInterrupt
 
     before = state(wide)
-    monkeypatch.setattr("layerskip_core.calibration.run.tune", interrupt)
+    monkeypatch.setattr("layerskip_core.calibration.tune", interrupt)
     assert run("calibrate", "--model", str(wide), *QUICK).code == 130
     assert state(wide) == before

@@ -105,7 +105,7 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
         prepare(frozen(model=model, output=model, recipe=RecipeSettings(exits=(2, 3))))
 
     config = frozen(model=model, output=model, recipe=RecipeSettings(exits=(3,)))
-    assert prepare(config).plan.blocks.answered == 40
+    assert len(prepare(config).plan.answers.known) == 40
     train(config)
     second = blocks(model)
     assert hashes(Path(model) / "checkpoints") == answers  # the same answers, not decoded again
@@ -199,7 +199,7 @@ def test_a_signal_before_the_training_keeps_what_is_done(frozen):
 
     with pytest.raises(TrainingInterrupted, match=r"interrupted after .* of 40 states, which are kept"):
         job.run(lambda report: None, interrupt)
-    assert prepare(frozen(resume=True)).plan.blocks.answered == 40
+    assert len(prepare(frozen(resume=True)).plan.answers.known) == 40
 
 
 def test_answers_of_the_data_need_no_decoding(frozen, base):

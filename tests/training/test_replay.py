@@ -16,7 +16,7 @@ from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers
-from layerskip_core.training.data import RunRows, collate, with_replay
+from layerskip_core.training.data import collate, with_replay
 from layerskip_core.training.run import prepare
 
 QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
@@ -28,7 +28,7 @@ def ignored(done):
 
 def rows_of(job):
     """Those that the run will train on, in their order."""
-    rows, _ = job.trained.rows(lambda stage, total: ignored)
+    rows, _ = job.trained.rows(lambda stage, total, done: None)
     return [rows[position] for position in range(len(rows))]
 
 
@@ -41,60 +41,58 @@ def rows_of(job):
     ],
 )
 def test_the_places_of_the_texts_are_a_function_of_the_position(replayed, per_step, places):
-    own, texts = [f"row {row}" for row in range(3 * (per_step - replayed))], ["a", "b", "c", "d"]
-    rows = with_replay(RunRows(len(own), own.__getitem__), texts, replayed, per_step)
-    found = [rows[position] for position in range(len(rows))]
+    own, texts = list(range(3 * (per_step - replayed))), [100, 101, 102, 103]
+    found = list(with_replay(own, texts, replayed, per_step))
     assert len(found) == 3 * per_step
     assert [place for place, row in enumerate(found) if row in texts] == places
     assert [row for row in found if row not in texts] == own
     assert [row for row in found if row in texts] == [texts[number % 4] for number in range(len(places))]
-    assert rows[7] == found[7]  # in any order
 
 
 def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     """Steps of 4 rows: 3 of the data, each once an epoch, and a text with a label on every token."""
     config = settings(retention=QUARTER, steps=None, data=DataConfig(limit=30, seed=1))
     job = prepare(config)
-    assert (job.plan.steps, job.plan.replay.rows, len(job.plan.replay.starts)) == (10, 1, 10)
+    assert (job.plan.steps, len(job.plan.answers.prompts)) == (10, 10)
     rows = rows_of(job)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
     assert own == Counter(tuple(row["input_ids"]) for row in job.trained.data.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
-    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.replay.starts, strict=True)}
-    assert lengths == {12} and job.plan.replay.longest == max(len(row["input_ids"]) for row in texts)
+    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.answers.prompts, strict=True)}
+    assert lengths == {12}
     batch = collate(rows[:4])
     assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1  # nothing predicts the first
 
 
 def test_texts_are_sampled_by_the_seed(settings, tmp_path):
     job = prepare(settings(retention=QUARTER, steps=20))
-    starts = job.plan.replay.starts
+    starts = job.plan.answers.prompts
     assert len(set(map(tuple, starts))) > 10 and {len(start) for start in starts} == {1}
     elsewhere = prepare(settings(retention=QUARTER, steps=20, output=str(tmp_path / "elsewhere")))
     ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, job))
     assert ids == other
     other = prepare(settings(retention=QUARTER, steps=20, seed=1))
-    assert other.plan.replay.journal != job.plan.replay.journal
-    assert other.plan.replay.starts != starts
+    assert other.plan.answers.journal != job.plan.answers.journal
+    assert other.plan.answers.prompts != starts
 
 
 def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
     base = str(tmp_path / "templated")
     train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
-    starts = prepare(settings(model=base, retention=QUARTER)).plan.replay.starts
+    starts = prepare(settings(model=base, retention=QUARTER)).plan.answers.prompts
     templated = for_decoding(base).prompt_start()
     assert len(templated) > 1 and starts[1::2] == [templated] * 2 and [len(start) for start in starts[0::2]] == [1, 1]
 
 
 def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
     job = prepare(settings(retention=RetentionSettings(replay=0.5)))
-    assert job.plan.replay.written == 0 and job.plan.replay.seconds > 0
+    assert not job.plan.answers.known and job.plan.answers.seconds > 0
     assert not Path(job.plan.config.output).exists()  # a plan writes nothing
-    assert job.plan.replay.how.tokens == round(job.trained.data.tokens / len(job.trained.data.rows)) > 2
+    assert job.plan.answers.how.tokens == round(job.trained.data.tokens / len(job.trained.data.rows)) > 2
     long = prepare(settings(retention=RetentionSettings(replay=0.5, replay_tokens=1000), max_length=256)).plan
-    assert long.replay.longest == 256
+    assert {long.answers.how.room(len(start)) + len(start) for start in long.answers.prompts} == {256}
 
 
 def test_packed_rows_have_packed_texts(settings, tmp_path):
@@ -115,7 +113,7 @@ def test_a_run_with_texts_is_resumed_bit_by_bit(settings, tmp_path, monkeypatch)
     expected = train(settings(**shared, output=whole))
     with pytest.raises(Interrupted):
         prepare(settings(**shared, output=cut)).run(stop_at(3))
-    monkeypatch.setattr(answers, "write_answers", None)  # nothing is written again
+    monkeypatch.setattr(answers, "decode_batch", None)  # nothing is written again
     reports = train(settings(**shared, output=cut, resume=True))
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     found, reference = weights(cut), weights(whole)
@@ -137,7 +135,7 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
         prepare(config).run(ignored, interrupting)
     assert stages == [0, 2, 4]
     job = prepare(replace(config, resume=True))
-    assert (job.plan.replay.written, job.resume) == (6, None)
+    assert (len(job.plan.answers.known), job.resume) == (6, None)
     job.run(ignored, lambda stage, done, total: stages.append(done))
     assert stages[3:] == [6, 8]
-    assert prepare(replace(config, overwrite=True)).plan.replay.written == 8
+    assert len(prepare(replace(config, overwrite=True)).plan.answers.known) == 8

