@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import CheckpointError
 from ..model import ModelSpec, TransformersBackend
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import check_stored_weights, check_tokenizer, generation_config, open_weights, quiet_transformers
-from .gguf import GgufModel
+from .gguf import GgufFile
 from .info import read_info
 from .loaded import Trainable, pick_dtype
 from .locate import Location
@@ -51,33 +50,44 @@ class PretrainedModel:
         return model
 
 
-def open_model(location: Location) -> PretrainedModel | GgufModel:
+def open_model(location: Location) -> PretrainedModel | GgufFile:
     """Raises CheckpointError for files that do not describe a supported model."""
     if location.gguf_file is None:
         return PretrainedModel(location.path)
-    return GgufModel(Path(location.path) / location.gguf_file)
+    return GgufFile(Path(location.path) / location.gguf_file)
 
 
 @quiet_transformers()
 def read_model(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
     """A model that is not an adapter, in evaluation mode."""
     files = open_model(location)
+    spec = files.spec
     tokenizer = files.tokenizer()
-    check_tokenizer(tokenizer, files.spec.vocab)
+    check_tokenizer(tokenizer, spec.vocab)
     model = files.model()
-    check_model(model, files.spec)
-    precision = pick_dtype(dtype, device, files.spec.parameters)
+    check_model(model, spec)
+    precision = pick_dtype(dtype, device, spec.parameters)
     for parameter in model.to(device).parameters():  # model.to(dtype) would round the rotary frequencies too, a buffer in fp32
         parameter.data = parameter.data.to(precision)
-    return Trainable(name, model.eval(), TransformersBackend(model, spec=files.spec), tokenizer, read_info(location.path))
+    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
 
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Merges the adapters into `base`, the last one first; the tokenizer comes from the first adapter."""
+    """Merges the adapters into `base`, the last one first; the tokenizer comes from the first adapter.
+
+    Raises CheckpointError for an adapter with weights missing.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
     model, spec = base.model, base.backend.spec
     for adapter in reversed(adapters):
-        model = _merged(model, adapter)
+        adapted = PeftModel.from_pretrained(model, adapter)
+        stored, needed = open_weights(adapter), get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing = sorted(needed.keys() - stored.keys()) if stored else []
+        if missing:  # peft would leave them at their initial values
+            raise CheckpointError(f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+        model = adapted.merge_and_unload().eval()
     model.requires_grad_(True)  # peft froze the base
     tokenizer = read_tokenizer(adapters[0])
     check_tokenizer(tokenizer, spec.vocab)
@@ -90,15 +100,3 @@ def read_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
-
-
-def _merged(model: nn.Module, adapter: str) -> Any:
-    """A model with an adapter's weights added to its own. Raises CheckpointError for an adapter with weights missing."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    adapted = PeftModel.from_pretrained(model, adapter)
-    stored = open_weights(adapter)
-    missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored.keys()) if stored else []
-    if missing:  # peft would leave them at their initial values
-        raise CheckpointError(f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
-    return adapted.merge_and_unload().eval()

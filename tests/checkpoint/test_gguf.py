@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from text_bpe import TEXTS, text_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from layerskip_core.checkpoint.gguf import GgufModel
+from layerskip_core.checkpoint.gguf import GgufFile
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export import gguf as gguf_file
@@ -118,7 +118,7 @@ def test_every_kind_of_weight_has_the_values_that_transformers_reads(tmp_path):
     path = rewritten(tmp_path / "model.gguf", stored=stored)
     assert not left
     model, _ = by_transformers(path)
-    for name, weight in GgufModel(path).weights().items():
+    for name, weight in GgufFile(path).weights().items():
         torch.testing.assert_close(weight, model.get_parameter(name).detach(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -138,7 +138,7 @@ def test_the_precision_that_is_written(kind, exact_in, asked, expected, tmp_path
     path, output = tmp_path / "model.gguf", tmp_path / "imported"
     write_gguf(model, tiny_loaded().tokenizer, ModelSpec.of(model.config), path, kind)
     assert run("import", str(path), "--output", str(output), "--dtype", asked).code == 0
-    stored, read = load_file(output / "model.safetensors"), GgufModel(path).weights()
+    stored, read = load_file(output / "model.safetensors"), GgufFile(path).weights()
     assert {weight.dtype for weight in stored.values()} == {expected}
     assert json.loads((output / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
     for name, weight in stored.items():
@@ -227,7 +227,7 @@ def test_only_the_full_attention_of_gemma_3_is_scaled(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_file, "_check", lambda spec: None)
     rope = {"full_attention": LINEAR, "sliding_attention": PLAIN}
     model = written(tmp_path / "model.gguf", "gemma3_text", rope_parameters=rope)
-    config = GgufModel(tmp_path / "model.gguf").config
+    config = GgufFile(tmp_path / "model.gguf").config
     assert config.rope_parameters == rope
     assert_same_ropes(config, model.config)
 
@@ -243,11 +243,11 @@ def test_yarn_and_old_names_are_read(tmp_path):
         ({"scaling.type": "none", "scaling.factor": 4.0}, PLAIN),
         ({"scaling.factor": 0.0}, PLAIN),
     ):
-        config = GgufModel(rewritten(path, {f"llama.rope.{name}": value for name, value in values.items()})).config
+        config = GgufFile(rewritten(path, {f"llama.rope.{name}": value for name, value in values.items()})).config
         assert config.rope_parameters == expected
         assert_same_ropes(config, tiny_model("llama", torch.float32, rope_parameters=expected).config)
     ones = rewritten(path, tensors={"rope_freqs.weight": [1.0] * 4})
-    assert GgufModel(ones).config.rope_parameters == PLAIN
+    assert GgufFile(ones).config.rope_parameters == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -264,4 +264,4 @@ def test_other_ropes_are_refused(values, tensors, why, tmp_path):
     written(tmp_path / "model.gguf", rope_parameters=PLAIN)
     path = rewritten(tmp_path / "model.gguf", values, tensors)
     with pytest.raises(CheckpointError, match=why):
-        GgufModel(path)
+        _ = GgufFile(path).spec
