@@ -68,8 +68,8 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     if not path.is_file():
         return None
     with _naming(path):
-        file = _open_for(path, _INT4, spec, weight_of)
-        _check_entries(file, shapes, ("U8",))
+        file = open_formed(path, _INT4)
+        _check(file, spec, weight_of, shapes, ("U8",))
 
     def take(name: str) -> Tensor | None:
         if name not in shapes:
@@ -93,11 +93,10 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
     if not path.is_file():
         return NO_BLOCKS
     with _naming(path):
-        file = _open_for(path, _BLOCKS, spec, weight_of)
-        blocks = ExitBlocks(
-            blocks_named(file.entries, spec.layers), lambda name: file.read(name) if name in file.entries else None
-        )
-        _check_entries(file, blocks.shapes(spec), FLOATS)
+        file = open_formed(path, _BLOCKS)
+        found = blocks_named(file.entries, spec.layers)
+        blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
+        _check(file, spec, weight_of, blocks.shapes(spec), FLOATS)
     return blocks
 
 
@@ -119,15 +118,12 @@ def exit_blocks_content(spec: ModelSpec, weights: Mapping[str, Tensor], made_for
     return _content(content, made_for, _BLOCKS)
 
 
-def _open_for(path: Path, form: Mapping[str, str], spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> WeightFile:
-    file = open_formed(path, form)
+def _check(
+    file: WeightFile, spec: ModelSpec, weight_of: Callable[[str], Tensor], shapes: Shapes, kinds: Collection[str]
+) -> None:
+    """Raises ValueError for a file of other weights, and for one that is missing or unknown, or of another shape or type."""
     if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
-    return file
-
-
-def _check_entries(file: WeightFile, shapes: Shapes, kinds: Collection[str]) -> None:
-    """Raises ValueError for a weight that is missing or unknown, or has another shape or type."""
     for name in sorted({*shapes, *file.entries}):
         kind, shape = file.entries.get(name, ("nothing", ()))
         if kind not in kinds or shape != shapes.get(name):

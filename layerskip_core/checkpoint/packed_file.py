@@ -79,27 +79,20 @@ class PackedFile:
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
         except Exception as error:
             raise self._unusable(first_line(error)) from error
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.content.dtype]
+        self.dtype = _DTYPES[self.content.dtype]
+        blocks = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
+        # Only the weights of their norms can be taken.
+        self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.norm)
 
     def norm(self, name: str) -> Tensor | None:
         """A norm's weight, by its name in a checkpoint."""
         return self._file.read(name) if name in self._file.entries else None
 
-    @property
-    def exit_blocks(self) -> ExitBlocks:
-        """The exit blocks; only the weights of their norms can be taken."""
-        features = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
-        return ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in features), self.norm)
-
     def embedding(self, spec: ModelSpec) -> Tensor:
         return self._part(EMBEDDING, self.dtype, spec.shapes[EMBEDDING])
 
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
-        prefix = _prefix(name, form)
-        return NativeMatrix(form, {part: self._part(prefix + part, *kind) for part, kind in form.parts.items()})
+        return NativeMatrix(form, {part: self._part(f"{form.kind}.{name}.{part}", *kind) for part, kind in form.parts.items()})
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
@@ -125,20 +118,18 @@ class PackedWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         self._samples[name] = _sample(tensor)
-        self._file.write(_bytes(tensor).numpy().data)
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         begin, self._end = self._end - self._start, self._end + tensor.nbytes
         offsets = [begin, self._end - self._start]
         self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
         """A matrix without memory: the backend cannot run."""
-        prefix = _prefix(name, form)
-        if f"{prefix}weight" not in self._entries:
+        if f"{form.kind}.{name}.weight" not in self._entries:
             for part, tensor in NativeMatrix.packed(self._kernels, name, form, read).parts.items():
-                self.add(prefix + part, tensor)
-        return NativeMatrix(
-            form, {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
-        )
+                self.add(f"{form.kind}.{name}.{part}", tensor)
+        empty = {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
+        return NativeMatrix(form, empty)
 
     def finish(self, content: Content) -> None:
         """Writes the header. Without it the file is none of safetensors."""
@@ -155,19 +146,11 @@ def norm_names(shapes: Shapes) -> list[str]:
     return [name for name in shapes if len(shapes[f"{name.rpartition('.')[0]}.weight"]) == 1]
 
 
-def _prefix(name: str, form: MatrixForm) -> str:
-    return f"{form.kind}.{name}."
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
 def _sample(tensor: Tensor) -> bytes:
     """The first, middle and last bytes."""
-    content = _bytes(tensor)
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     middle = len(content) // 2
-    return b"".join(part.numpy().tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:]))
+    return b"".join(part.tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:]))
 
 
 def _fingerprint(samples: Mapping[str, bytes]) -> str:
