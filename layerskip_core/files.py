@@ -37,14 +37,6 @@ def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
         raise error(f"{name} cannot be read: {reason.strerror}") from None
 
 
-def read_text(path: Path, name: str, error: type[LayerSkipError]) -> str:
-    """The text of a UTF-8 file without a byte order mark. Raises `error` as `read_bytes` does."""
-    try:
-        return read_bytes(path, name, error).decode("utf-8-sig")
-    except UnicodeDecodeError as reason:
-        raise error(f"{name} must be UTF-8 text: {reason.reason} at byte {reason.start + 1}") from None
-
-
 def text_lines(path: Path, setting: str) -> Iterator[str]:
     """The lines of a UTF-8 file with their line ends, without a byte order mark; unpacked if its name ends in .gz.
 

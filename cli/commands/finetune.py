@@ -11,7 +11,7 @@ import typer
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
-from layerskip_core.files import read_text
+from layerskip_core.files import read_bytes
 
 from ..console import narrate, show_picture, stage_bars
 from ..loading import use_free_threads
@@ -27,7 +27,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(read_text(path, f"--config {path}", ConfigError))
+        values = tomllib.loads(read_bytes(path, f"--config {path}", ConfigError).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
     named = {flag.removeprefix("--"): each for each in context.command.params for flag in each.opts}

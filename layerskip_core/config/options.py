@@ -105,9 +105,14 @@ def needed(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         meta = next((note for note in parts[1:] if isinstance(note, Meta)), None)
-        if meta is None:
-            return needed(parts[0])
-        return meta.description or f"{_KINDS[parts[0]]} {_range(meta, whole=parts[0] is int)}"
+        if meta is None or meta.description:
+            return needed(parts[0]) if meta is None else str(meta.description)
+        low, high = (meta.gt if meta.ge is None else meta.ge), (meta.lt if meta.le is None else meta.le)
+        if high is None:
+            return f"{_KINDS[parts[0]]} {'above' if meta.ge is None else 'of at least'} {low:g}"
+        if parts[0] is int:
+            return f"a whole number in {low}..{high}"
+        return f"a number in {'(' if meta.ge is None else '['}{low:g}, {high:g}{')' if meta.le is None else ']'}"
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):
@@ -115,15 +120,6 @@ def needed(hint: Any) -> str:
     if origin is not None and issubclass(origin, Sequence):
         return f"a list, each {needed(parts[0])}"
     return _KINDS[hint]
-
-
-def _range(meta: Meta, whole: bool) -> str:
-    low, high = (meta.gt if meta.ge is None else meta.ge), (meta.lt if meta.le is None else meta.le)
-    if high is None:
-        return f"{'above' if meta.ge is None else 'of at least'} {low:g}"
-    if whole:
-        return f"in {low}..{high}"
-    return f"in {'(' if meta.ge is None else '['}{low:g}, {high:g}{')' if meta.le is None else ']'}"
 
 
 def _plain(value: Any) -> Any:
@@ -156,24 +152,18 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
-    """The parts of a flag with commas, by the type of the list: counts, shares or names. Raises ConfigError."""
+    """The parts of a flag with commas, by the type of the list: counts, shares (ascending) or names. Raises ConfigError."""
     (entry, *_) = alternatives(get_args(alternatives(hint)[-1])[0])
-    parse = {int: parse_counts, float: _parse_shares}.get(entry, _parse_names)
-    return parse(text, field)
-
-
-def _parse_names(text: str, field: str) -> tuple[str, ...]:
+    if entry is int:
+        return parse_counts(text, field)
+    try:
+        if entry is float:
+            return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text))) from None
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     require(bool(names), field, "a name, or several with commas", repr(text))
     return names
-
-
-def _parse_shares(text: str, field: str) -> tuple[float, ...]:
-    """Distinct numbers in ascending order."""
-    try:
-        return tuple(sorted({float(part) for part in text.split(",")}))
-    except ValueError:
-        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text))) from None
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
@@ -181,8 +171,12 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
 
     Raises ConfigError, also for more than 10,000 of them.
     """
+
+    def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
+        return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()
+
     try:
-        ranges = [_counts(*map(int, part.split(":"))) for part in text.split(",")]
+        ranges = [counts(*map(int, part.split(":"))) for part in text.split(",")]
         count = sum(map(len, ranges))
     except (ValueError, TypeError, OverflowError):  # not a number; too many for a range, or of them
         ranges = []
@@ -190,10 +184,6 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
         raise refused(field, "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1", repr(shown(text)))
     require(count <= _MOST_COUNTS, field, f"at most {_MOST_COUNTS} counts", count)
     return tuple(sorted(set(chain.from_iterable(ranges))))
-
-
-def _counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
-    return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()
 
 
 def counts_text(counts: Sequence[int]) -> str:

@@ -65,19 +65,13 @@ class Grammar:
     """The rules of all domains."""
 
     def __init__(self, files: dict[str, str]) -> None:
-        """Raises ValueError for a line that does not fit."""
         self.rules: dict[str, Rule] = {}
         for domain, text in files.items():
-            rule: Rule | None = None
-            for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+            for line in map(str.strip, text.splitlines()):
                 if line.startswith("== "):
                     name, *flags = line[3:].split()
-                    if name in self.rules:
-                        raise ValueError(f"{domain}.txt:{number}: rule {name} is defined twice")
                     self.rules[name] = rule = Rule(domain, frozenset(flags))
                 elif line and not line.startswith("#"):
-                    if rule is None:
-                        raise ValueError(f"{domain}.txt:{number}: an alternative before any rule")
                     pieces = self._pieces(line.removeprefix("! "), domain)
                     rule.alternatives.append(Alternative(pieces, line.startswith("! ")))
         self.roots: dict[str, list[Alternative]] = {}
