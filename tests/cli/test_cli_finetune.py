@@ -148,7 +148,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
         ("steps = 3\nlearning-speed = 1\n", "'learning-speed' is no flag of finetune; known: accumulation, "),
         ('config = "other.toml"\n', "'config' is no flag of finetune"),
         ("steps = \n", "is not valid TOML: Invalid value (at line 1"),
-        (b"model = '\xff'\n", "must be UTF-8 text: invalid start byte at byte 10"),
+        (b"model = '\xff'\n", "is not valid TOML: 'utf-8' codec"),
         ("steps = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
         ("a = " + "[" * 5000, "is not valid TOML: "),
         ('data = "a\\u0000b"\n', "--data must be a text or a number, got a"),
