@@ -96,7 +96,7 @@ def decoded(loaded: Decoder, prompt: str, method: DecodingConfig) -> tuple[list[
     """Token ids, counts, and the seconds from the start of the prefill to the last token."""
     started = time.perf_counter()
     decoding = decode(loaded.backend, loaded.encode_prompt(prompt), method, loaded.eos_ids, loaded.detokenize)
-    ids = [token.id for tokens in decoding for token in tokens]
+    ids = [token for [step] in decoding for token in step.ids]
     return ids, decoding.stats, time.perf_counter() - started
 
 

@@ -39,9 +39,12 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.evaluation.measure.figures import environment
-from layerskip_core.model import DraftEnds, Submodel
-from layerskip_core.model.drafting import DraftSide, most_probable
+from layerskip_core.model.backend import DraftSide
+from layerskip_core.model.vocabulary import most_probable
 
 REPEATS = 5
 BATCH_SIZES = (1, 8)
@@ -88,7 +91,7 @@ def decode_all(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig
     outputs, total = [], DecodeStats()
     for prompt in prompts:
         decoding = decode(loaded.backend, prompt, config, end_ids(loaded), **options)
-        outputs.append([token.id for tokens in decoding for token in tokens])
+        outputs.append([token for [step] in decoding for token in step.ids])
         total += decoding.stats
     return outputs, total
 
@@ -227,9 +230,11 @@ def one_step(backend: Any, context: int = 128) -> float:
 @torch.inference_mode()
 def one_call_draft(backend: Any, exit_layer: int, count: int, context: int) -> float:
     """Seconds of a token of a greedy draft by the model's own layers."""
-    cache, positions = filled_cache(backend, context), torch.arange(context, context + count)[None]
-    token, side = torch.randint(5, IDS, (1, 1)), backend.draft_sides[None]
-    return seconds(lambda: side.draft_greedily(token, Submodel(exit_layer), positions, cache, DraftEnds()), 60) / count
+    token, positions = torch.randint(5, IDS, (1, 1)), torch.arange(context, context + count + 1)[None]
+    config = DecodingConfig(exit_layer=exit_layer)
+    drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+    start = Context([0], token.tolist(), token, positions, filled_cache(backend, context))
+    return seconds(lambda: drafter.draft(start, [count]), 60) / count
 
 
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:

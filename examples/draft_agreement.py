@@ -20,7 +20,7 @@ from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import Backend
-from layerskip_core.model.drafting import DraftSide
+from layerskip_core.model.backend import DraftSide
 from layerskip_core.model.exit_blocks import PlacedBlock, features_of
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +38,7 @@ def main() -> None:
     agreed, total = dict.fromkeys(drafters, 0), 0
     for example in task.examples:
         prompt = loaded.encode_prompt(example.prompt)
-        answer = [token.id for tokens in decode(loaded.backend, prompt, config, loaded.eos_ids) for token in tokens]
+        answer = [token for [step] in decode(loaded.backend, prompt, config, loaded.eos_ids) for token in step.ids]
         ids = torch.tensor([[*prompt, *answer[:-1]]])
         positions = torch.arange(ids.shape[1])[None]
         total += len(answer)

@@ -118,7 +118,7 @@ def toolkit(arguments: argparse.Namespace) -> dict[str, Method]:
 
         def run(prompt: list[int]) -> Answer:
             decoding = decode(loaded.backend, prompt, config, loaded.eos_ids, loaded.detokenize)
-            ids = [token.id for step in decoding for token in step if token.id not in loaded.eos_ids]
+            ids = [token for [step] in decoding for token in step.ids if token not in loaded.eos_ids]
             return Answer(ids, decoding.stats.drafted, decoding.stats.accepted, 0.0)
 
         return run

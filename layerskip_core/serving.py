@@ -8,7 +8,7 @@ up those that are being answered.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -59,44 +59,39 @@ class Request:
     isolated: bool = False
     streams: bool = True
     stats: DecodeStats = field(default_factory=DecodeStats)
+    _text: OutputText | None = None  # once it is being decoded
+    _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
 
+    def begin(self, decoder: Decoder) -> None:
+        """Raises ConfigError for a prompt that does not fit."""
+        check_prompt(self.ids, decoder.backend.spec.context)
+        self.stats = DecodeStats(sequences=1, prompt_tokens=len(self.ids))
+        self._text = OutputText(decoder.detokenize, decoder.ends(self.config.stop), self.config.stop)
 
-class _Answer:
-    """A request that is being decoded."""
-
-    def __init__(self, decoder: Decoder, request: Request) -> None:
-        check_prompt(request.ids, decoder.backend.spec.context)
-        self.request = request
-        request.stats = DecodeStats(sequences=1, prompt_tokens=len(request.ids))
-        self._text = OutputText(decoder.detokenize, decoder.ends(request.config.stop), request.config.stop)
-        self._ids: list[int] = []  # that no text was made of yet
-
-    def add(self, step: RowStep) -> Update:
+    def update(self, step: RowStep) -> Update:
+        """Adds a step to the answer."""
+        assert self._text is not None
         finished = step.finish_reason is not None
-        self.request.stats += step.counts
-        self._ids += [token.id for token in step.tokens]
-        if not (self.request.streams or finished):
+        self.stats += step.counts
+        self._unread += step.ids
+        if not (self.streams or finished):
             return Update("")
-        ids, self._ids = self._ids, []
+        ids, self._unread = self._unread, []
         return Update(self._text.add(ids, finished), step.finish_reason)
-
-
-_Group = tuple[DecodingLoop, dict[int, _Answer]]  # a loop, and what it decodes by its rows
 
 
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread."""
 
     def __init__(self, decoder: Decoder, batch_size: int) -> None:
-        self._decoder = decoder
-        self._batch_size = batch_size
+        self._decoder, self._batch_size = decoder, batch_size
         self._waiting: deque[Request] = deque()
-        self._groups: dict[Hashable, _Group] = {}
+        self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
 
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(answers) for _, answers in self._groups.values())
+        return sum(len(rows) for _, rows in self._groups.values())
 
     @property
     def held(self) -> int:
@@ -111,12 +106,12 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
             return True
-        for key, (loop, answers) in self._groups.items():
-            for row, answer in answers.items():
-                if answer.request is request:
-                    loop.drop(row)
-                    self._remove(key, row)
-                    return True
+        for loop, rows in self._groups.values():
+            for row in [row for row, running in rows.items() if running is request]:
+                loop.drop(row)
+                del rows[row]
+                self._forget_empty_groups()
+                return True
         return False
 
     def step(self) -> list[Request]:
@@ -128,16 +123,18 @@ class Scheduler:
         room = _PREFILLED
         while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
             room -= len(requests) * max(len(request.ids) for request in requests)
-            done += self._begin(requests)
-        for key in list(self._groups):
-            done += self._advance(key)
+            done += self._prefill(requests)
+        for loop, rows in self._groups.values():
+            done += _advance(loop, rows)
+        self._forget_empty_groups()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request]:
         """Ends all requests with an error, and returns them."""
-        waiting, groups = list(self._waiting), list(self._groups)
+        requests = [*self._waiting, *(request for _, rows in self._groups.values() for request in rows.values())]
         self._waiting.clear()
-        return _failed(waiting, error) + [request for key in groups for request in self._end(key, error)]
+        self._groups.clear()
+        return _failed(requests, error)
 
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
@@ -157,68 +154,41 @@ class Scheduler:
             requests.append(self._waiting.popleft())
         return requests
 
-    def _begin(self, requests: list[Request]) -> list[Request]:
-        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings."""
-        decoder = self._decoder
-        answers: list[_Answer] = []
-        done: list[Request] = []
+    def _prefill(self, requests: list[Request]) -> list[Request]:
+        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
+
+        Returns those that are over.
+        """
+        decoder, done, rows = self._decoder, list[Request](), dict[int, Request]()
         for request in requests:
             try:
-                answers.append(_Answer(decoder, request))
+                request.begin(decoder)
+                rows[len(rows)] = request
             except LayerSkipError as error:
                 done += _failed([request], error)
-        if not answers:
+        if not rows:
             return done
-        fitting, first = [answer.request for answer in answers], answers[0].request
+        first, prompts = rows[0], [request.ids for request in rows.values()]
+        ends, seeds = decoder.ends(first.config.stop), [request.config.seed for request in rows.values()]
         try:
-            prompts, seeds = [request.ids for request in fitting], [request.config.seed for request in fitting]
-            ends = decoder.ends(first.config.stop)
             loop = loop_of(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
-            updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
-        except BaseException as error:  # a panic of the tokenizers library is not an Exception
-            return done + _failed(fitting, error)
-        for request, update in zip(fitting, updates, strict=True):
-            request.deliver(update)
-        done += [request for request, update in zip(fitting, updates, strict=True) if update.is_last]
-        staying = {row: answers[row] for row, update in enumerate(updates) if not update.is_last}
-        if not staying:
+        except BaseException as error:
+            return done + _failed(rows.values(), error)
+        done += _advance(loop, rows)
+        if not rows:
             return done
         # Equal for requests that can share a loop: limits, stop strings and seeds are a row's own.
         key = first if self._is_single(first) else replace(_settings(first), max_new_tokens=1, stop=())
-        if key not in self._groups:
-            self._groups[key] = loop, staying
-            return done
-        group, others = self._groups[key]
-        try:
-            others |= zip(group.join(loop), staying.values(), strict=True)
-        except BaseException as error:  # the group's own loop may have been changed in part
-            return done + self._end(key, error) + _failed([answer.request for answer in staying.values()], error)
+        group, others = self._groups.setdefault(key, (loop, rows))
+        if group is not loop:
+            try:
+                others |= zip(group.join(loop), rows.values(), strict=True)
+            except BaseException as error:  # the group's own loop may have been changed in part
+                done += _failed([*self._groups.pop(key)[1].values(), *rows.values()], error)
         return done
 
-    def _advance(self, key: Hashable) -> list[Request]:
-        loop, answers = self._groups[key]
-        try:
-            updates = [(step.row, answers[step.row].add(step)) for step in next(loop) if step.row in answers]
-        except BaseException as error:
-            return self._end(key, error)
-        done = []
-        for row, update in updates:
-            request = answers[row].request
-            if update.is_last:
-                self._remove(key, row)
-                done.append(request)
-            request.deliver(update)
-        return done
-
-    def _end(self, key: Hashable, error: BaseException) -> list[Request]:
-        """Ends the requests of a loop that failed."""
-        return _failed([answer.request for answer in self._groups.pop(key)[1].values()], error)
-
-    def _remove(self, key: Hashable, row: int) -> None:
-        _, answers = self._groups[key]
-        del answers[row]
-        if not answers:
-            del self._groups[key]
+    def _forget_empty_groups(self) -> None:
+        self._groups = {key: group for key, group in self._groups.items() if group[1]}
 
     def _is_single(self, request: Request) -> bool:
         """Whether no other can share its loop."""
@@ -230,11 +200,29 @@ def _settings(request: Request) -> DecodingConfig:
     return replace(request.config, seed=0)
 
 
-def _failed(requests: list[Request], error: BaseException) -> list[Request]:
+def _advance(loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
+    """A step of a loop. The requests that it ends leave `rows` and are returned: all of them if it fails."""
+    try:
+        updates = [(step.row, rows[step.row].update(step)) for step in next(loop) if step.row in rows]
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
+        failed = list(rows.values())
+        rows.clear()
+        return _failed(failed, error)
+    done = []
+    for row, update in updates:
+        request = rows[row]
+        if update.is_last:
+            done.append(rows.pop(row))
+        request.deliver(update)
+    return done
+
+
+def _failed(requests: Iterable[Request], error: BaseException) -> list[Request]:
     """Tells requests that an error has ended them, and returns them."""
-    for request in requests:
+    failed = list(requests)
+    for request in failed:
         request.deliver(Update("", error=error))
-    return requests
+    return failed
 
 
 class Engine:

@@ -5,7 +5,10 @@ import torch
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.model import ModelSpec, NativeBackend, can_run_native
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, can_run_native
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
@@ -15,7 +18,18 @@ def prompt_of(length, seed=0, vocabulary=67):
 
 
 def ids_of(decoding):
-    return [token.id for tokens in decoding for token in tokens]
+    return [token for [step] in decoding for token in step.ids]
+
+
+def draft_of(
+    backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), confidence=0.0, survival=0.0
+):
+    """A greedy draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
+    config = DecodingConfig(draft_confidence=confidence)
+    setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
+    context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, feature)
+    with torch.inference_mode():
+        return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):

@@ -3,11 +3,11 @@
 import gc
 import warnings
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import ids_of
 from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.open import for_decoding
@@ -27,8 +27,7 @@ DRAFTED = DecodingConfig("self-speculative", 4, 8, 48)
 
 
 def answers(loaded, config):
-    ids = [loaded.encode_prompt(prompt) for prompt in PROMPTS]
-    return [[token.id for token in chain.from_iterable(decode(loaded.backend, each, config, loaded.eos_ids))] for each in ids]
+    return [ids_of(decode(loaded.backend, loaded.encode_prompt(prompt), config, loaded.eos_ids)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

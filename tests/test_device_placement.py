@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import ids_of
 from evaluating import own_answers
 from exit_block_models import random_blocks
 from simulated_cuda import simulated_cuda
@@ -85,7 +86,7 @@ def answers(model, name, gpu=None):
         loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
         for number, steps in enumerate(loop):
             for step in steps:
-                found.setdefault((len(prompts), step.row), []).extend(token.id for token in step.tokens)
+                found.setdefault((len(prompts), step.row), []).extend(step.ids)
             if gpu is not None:
                 copied = any(step.finish_reason for step in steps)  # the rows of the others
                 if number > 0 and not copied and not config.exit_confidence:  # with which each exit is asked
@@ -128,7 +129,7 @@ def test_texts_that_begin_alike_share_keys_and_values():
 
     def texts(model):
         prefix = PrefixCache()
-        return [[token.id for step in decode(model, ids, config, prefix=prefix) for token in step] for ids in (first, second)]
+        return [ids_of(decode(model, ids, config, prefix=prefix)) for ids in (first, second)]
 
     with simulated_cuda():
         found = texts(backend_on("cuda", "packed"))

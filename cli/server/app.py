@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,23 +19,48 @@ from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import check_prompt
+from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
-from .bodies import ApiError, Asked, Prompt, api_error, asked, invalid, only_user_turn
-from .metrics import CONTENT_TYPE, Metrics
+from .bodies import ApiError, Asked, Prompt, api_error, asked, invalid
 from .streams import DONE, Document, Updates, event, usage_of
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _STARTED = int(time.time())
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # bounds of histograms
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 # The rest of a body that is too long or too slow is not read: the connection cannot be used again.
 _CLOSE = {"Connection": "close"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 408: _CLOSE, 413: _CLOSE}
+
+
+class Metrics:
+    """Counts for Prometheus. `requests`: by endpoint and outcome, which is finished, cancelled, refused or failed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("layerskip_requests", "Requests by how they ended", ("endpoint", "outcome"), registry=registry)
+        about = "Tokens: of prompts, generated, drafted, and drafts that were accepted"
+        self._tokens = Counter("layerskip_tokens", about, ("kind",), registry=registry)
+        name, about = "layerskip_time_to_first_token_seconds", "From the request to its first token"
+        self.first_token = Histogram(name, about, buckets=_SECONDS, registry=registry)
+        name, about = "layerskip_request_seconds", "From the request to its last token"
+        self.seconds = Histogram(name, about, buckets=_SECONDS, registry=registry)
+        running = Gauge("layerskip_answers_running", "Answers that are being decoded", registry=registry)
+        running.set_function(lambda: engine.running)
+        waiting = Gauge("layerskip_answers_waiting", "Answers that wait to be decoded", registry=registry)
+        waiting.set_function(lambda: max(engine.held - engine.running, 0))
+
+    def decoded(self, stats: DecodeStats) -> None:
+        """An answer ended, or was given up after these tokens."""
+        counts = {"prompt": stats.prompt_tokens, "generated": stats.new_tokens}
+        for kind, count in {**counts, "drafted": stats.drafted, "accepted": stats.accepted}.items():
+            self._tokens.labels(kind).inc(count)
 
 
 class Service:
@@ -106,7 +131,7 @@ class Service:
             jobs = []
             for number, decoding in enumerate(resolved):
                 isolated = request.seed is not None and decoding.temperature > 0
-                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated))
+                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)
@@ -127,7 +152,9 @@ class Service:
         elif isinstance(prompt, str):
             ids = self._raw.encode_prompt(prompt)
         elif decoder.template.text != CHAT:
-            ids = decoder.encode_prompt(only_user_turn(prompt))
+            if len(prompt) > 1 or prompt[0][0] != "user":
+                raise invalid("this model has no chat template: messages must be one message of the user", "messages")
+            ids = decoder.encode_prompt(prompt[0][1])
         else:
             system = decoder.template.system
             turns = prompt if system is None or prompt[0][0] == "system" else (("system", system), *prompt)
@@ -146,7 +173,7 @@ class Service:
         return JSONResponse(self._listed)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE)
+        return Response(generate_latest(self.metrics.registry), media_type=_METRICS_TYPE)
 
     async def _health(self, request: Request) -> Response:
         stopped = self._engine.is_stopped
@@ -184,7 +211,7 @@ class _Endpoint:
         service.authorize(request)
         asked, jobs = await service.submit(await service.body(request), self._is_chat, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
-        document, begun = Document(self._is_chat, service.name), False
+        document, begun, answers = Document(self._is_chat, service.name), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
@@ -193,14 +220,14 @@ class _Endpoint:
                     if asked.stream:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 if not asked.stream:
-                    document.add(number, update)
+                    answers[number] = update  # the last one has all of the text
                 elif update.text or update.is_last:
                     await _send_part(send, document.chunk(number, update))
             usage = usage_of(jobs, asked.n)
             if not asked.stream:
-                await JSONResponse(document.whole(usage))(request.scope, receive, send)
+                await JSONResponse(document.whole(answers, usage))(request.scope, receive, send)
             else:
-                await _send_part(send, (document.usage_chunk(usage) if asked.include_usage else b"") + DONE, is_last=True)
+                await _send_part(send, (document.event([], usage=usage) if asked.include_usage else b"") + DONE, is_last=True)
         except ApiError as error:
             if not (begun and asked.stream):
                 raise

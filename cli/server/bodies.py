@@ -2,7 +2,6 @@
 
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, cast
 
@@ -138,13 +137,6 @@ def _prompts(prompt: Any) -> tuple[Prompt, ...]:
         return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
     except msgspec.ValidationError:
         raise invalid("prompt must be a text, a list of token ids, or a list of several of these", "prompt") from None
-
-
-def only_user_turn(turns: Sequence[Turn]) -> str:
-    """The text of a conversation that is one message of the user. Raises ApiError for any other: there is no chat template."""
-    if len(turns) == 1 and turns[0][0] == "user":
-        return turns[0][1]
-    raise invalid("this model has no chat template: messages must be one message of the user", "messages")
 
 
 class ApiError(Exception):

@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -55,39 +55,29 @@ class Document:
     """Makes the document or the chunks of one response."""
 
     def __init__(self, is_chat: bool, model: str) -> None:
-        self._is_chat = is_chat
-        prefix = "chatcmpl" if is_chat else "cmpl"
+        self._is_chat, self._begun = is_chat, set[int]()
+        prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._texts: dict[int, str] = {}  # by answer
-        self._reasons: dict[int, str | None] = {}
 
-    def add(self, number: int, update: Update) -> None:
-        """The next piece of the answer with this number, for `whole`."""
-        self._texts[number] = self._texts.get(number, "") + update.text
-        self._reasons[number] = update.finish_reason
-
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any]) -> dict[str, Any]:
+        """`answers`: by number, each with all of its text."""
         choices = []
-        for number, text in sorted(self._texts.items()):
-            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(_choice(number, message if self._is_chat else {"text": text}, self._reasons[number]))
-        name = "chat.completion" if self._is_chat else "text_completion"
-        return {**self._common, "object": name, "choices": choices, "usage": usage}
+        for number, answer in sorted(answers.items()):
+            message = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            choices.append(_choice(number, message if self._is_chat else {"text": answer.text}, answer))
+        return {**self._common, "object": self._object, "choices": choices, "usage": usage}
 
     def chunk(self, number: int, update: Update) -> bytes:
         """A server-sent event with the next piece of the answer with this number."""
         content: dict[str, Any] = {"text": update.text}
         if self._is_chat:
-            role = {} if number in self._texts else {"role": "assistant"}
+            role = {} if number in self._begun else {"role": "assistant"}
             content = {"delta": {**role, "content": update.text} if update.text or role else {}}
-        self._texts[number] = ""  # has begun
-        return self._event([_choice(number, content, update.finish_reason)])
+        self._begun.add(number)
+        return self.event([_choice(number, content, update)])
 
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        return self._event([], usage=usage)
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        name = "chat.completion.chunk" if self._is_chat else "text_completion"
+    def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        name = "chat.completion.chunk" if self._is_chat else self._object
         return event({**self._common, "object": name, "choices": choices, **more})
 
 
@@ -113,6 +103,6 @@ def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
     }
 
 
-def _choice(number: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    finish_reason = "length" if reason == "context" else "stop" if reason == "eos" else reason
-    return {"index": number, **content, "logprobs": None, "finish_reason": finish_reason}
+def _choice(number: int, content: dict[str, Any], update: Update) -> dict[str, Any]:
+    reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
+    return {"index": number, **content, "logprobs": None, "finish_reason": reason}

@@ -23,10 +23,10 @@ from ..model import (
     missing_feature,
     suits_kernels,
 )
-from ..model.drafting import token_order
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
+from ..model.vocabulary import token_order
 from ..model.weights import Take, named_int4, taken_from
 from ..prompting import resolve_template
 from .beside import read_exit_blocks, read_int4

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
-from ..model.drafting import ORDER_FILE
+from ..model.vocabulary import ORDER_FILE
 from .folder import quiet_transformers, read_settings
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
 

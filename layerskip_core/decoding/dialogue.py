@@ -6,8 +6,8 @@ from typing import NamedTuple
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..prompting import CHAT
-from .engine import check_prompt, decode
-from .output import Answer, DecodeStats, OutputText, Segment, StopReason, Token
+from .engine import RowStep, check_prompt, decode
+from .output import Answer, DecodeStats, OutputText, Segment, StopReason
 from .target import PrefixCache
 
 
@@ -61,19 +61,19 @@ class TextStream:
         return self.answer
 
     def __iter__(self) -> Iterator[str]:
-        for tokens in self._steps():
-            if piece := self._output.add([token.id for token in tokens], self.finish_reason is not None):
+        for step in self._steps():
+            if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
 
     def segments(self) -> Iterator[list[Segment]]:
         """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
         output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
-        for tokens in self._steps():
-            finished, start = self.finish_reason is not None, len(self.text)
-            for count, token in enumerate(tokens, start=1):
-                output.decode([token.id], finished and count == len(tokens))
-                ends.append((len(output.decoded), token.from_draft))
+        for step in self._steps():
+            finished, start = step.finish_reason is not None, len(self.text)
+            for count, token in enumerate(step.ids, start=1):
+                output.decode([token], finished and count == len(step.ids))
+                ends.append((len(output.decoded), count <= step.counts.accepted))
             stop = start + len(output.show(finished))
             segments: list[Segment] = []
             for end, from_draft in ends:
@@ -84,10 +84,10 @@ class TextStream:
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield segments
 
-    def _steps(self) -> Iterator[list[Token]]:
-        for tokens in self._decoding:
-            self._ids += [token.id for token in tokens]
-            yield tokens
+    def _steps(self) -> Iterator[RowStep]:
+        for [step] in self._decoding:
+            self._ids += step.ids
+            yield step
 
 
 class Turn(NamedTuple):

@@ -7,7 +7,7 @@ go through the loop together get the tokens that each gets alone.
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,38 +19,12 @@ from ..model.backend import Backend
 from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
 from .drafters.lookup import LookupDrafter
-from .graphs import Recorder, Stopwatch, recorded_sides
-from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, Token, step_counts
+from .graphs import Recorder, instant, seconds_between
+from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, step_counts
 from .sampling import Sampler, accepted_choices
 from .target import FixedTarget, PrefixCache, Target, TargetOutput, target_for
 
-
-class Decoding:
-    """One prompt: iterates over the lists of newly verified tokens, one list per step, then says why the output ended."""
-
-    def __init__(self, loop: "DecodingLoop") -> None:
-        """`loop`: of one row."""
-        self._loop = loop
-        self.finish_reason: StopReason | None = None
-        self.reused_tokens = loop.reused_tokens  # how many of the prompt's first tokens needed no pass
-
-    @property
-    def stats(self) -> DecodeStats:
-        """Counts and seconds of the steps so far."""
-        return sum(self._loop.steps(0), self._loop.seconds)
-
-    @property
-    def drafter(self) -> str | None:
-        """The drafter of the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could draft, as in prefill."""
-        return next(iter(self._loop.steps(0)[-1].steps_by_drafter), None)
-
-    def __iter__(self) -> Iterator[list[Token]]:
-        return self
-
-    def __next__(self) -> list[Token]:
-        step = next(self._loop)[0]
-        self.finish_reason = step.finish_reason
-        return step.tokens
+_SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
 
 def decode(
@@ -62,8 +36,8 @@ def decode(
     *,
     reuse_exit_states: bool = True,
     prefix: PrefixCache | None = None,
-) -> Decoding:
-    """Decode a prompt by the config's strategy.
+) -> "DecodingLoop":
+    """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
 
     Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
 
@@ -75,7 +49,7 @@ def decode(
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    return Decoding(loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix, isolated=True))
+    return loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix, isolated=True)
 
 
 def decode_batch(
@@ -105,8 +79,8 @@ def decode_batch(
     loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
-        for row, tokens, reason, _ in steps:
-            ids[row] += [token.id for token in tokens]
+        for row, new_ids, reason, _ in steps:
+            ids[row] += new_ids
             if reason is not None:
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(ids[row], finished=True)
                 yield Answer(text, reason, sum(loop.steps(row), DecodeStats()), ids[row], row)
@@ -128,13 +102,13 @@ def loop_of(
     `isolated`: it has one row, and no others will join. Its passes are recorded where the model allows it.
     """
     sampler, target = Sampler(config, model.device, len(prompts), seeds), target_for(model, config)
-    sides = drafter = None
+    recorder = drafter = None
     carries = target.exit_cache is not None and target.exit_cache.needs_finals
     if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
-        target.recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.spec.context))
-        sides = recorded_sides(model, target.recorder)
+        recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.spec.context))
+        target.recorder = recorder
     if config.strategy in DRAFTERS:
-        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
+        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, recorder))
     return DecodingLoop(model, prompts, config, sampler, target, drafter, eos_ids, detokenize, prefix)
 
 
@@ -167,7 +141,7 @@ class RowStep(NamedTuple):
     """The part of one step that belongs to one prompt."""
 
     row: int  # the prompt's number
-    tokens: list[Token]
+    ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
 
@@ -189,8 +163,7 @@ class _Row:
         self.ids += verified[:count]
         step = step_counts(drafted, len(verified) - 1, count, source, layers)
         self.steps.append(step)
-        tokens = [Token(token, index < step.accepted) for index, token in enumerate(verified[:count])]
-        return RowStep(self.number, tokens, reason, step)
+        return RowStep(self.number, verified[:count], reason, step)
 
 
 class DecodingLoop:
@@ -231,11 +204,10 @@ class DecodingLoop:
         else:
             self._cache = model.new_cache(len(prompts), end) if target.recorder is None else target.recorder.cache
         self._positions = torch.arange(end)[None]
-        self._drafting = Stopwatch(model.device)
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._first_rows = tuple(self._rows)
         self._numbered = len(self._rows)  # rows that have had a number
-        self._prefill_seconds = self._draft_seconds = self._verify_seconds = self._total_seconds = 0.0
+        self._seconds: dict[str, Any] = dict.fromkeys(_SECONDS, 0.0)
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -286,29 +258,30 @@ class DecodingLoop:
         return self._first_rows[row].steps
 
     @property
-    def seconds(self) -> DecodeStats:
-        """The seconds of the steps so far, for all rows together. Time between two steps is the caller's and not counted."""
-        return DecodeStats(
-            prefill_seconds=self._prefill_seconds,
-            draft_seconds=self._draft_seconds,
-            verify_seconds=self._verify_seconds,
-            total_seconds=self._total_seconds,
-        )
+    def stats(self) -> DecodeStats:
+        """Counts and seconds of all steps so far. Time between two steps is the caller's and not counted."""
+        return sum((step for row in self._first_rows for step in row.steps), DecodeStats(**self._seconds))
+
+    @property
+    def finish_reason(self) -> StopReason | None:
+        """Why the first prompt's output ended, once it has."""
+        return self._first_rows[0].scanner.reason
 
     def _step(self) -> list[RowStep]:
-        started, has_drafts = time.perf_counter(), False
+        started, drafting = time.perf_counter(), None
         rows, newest = self._rows, self._newest
         drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
             draft, output = self._prefill()
         else:
-            self._drafting.start(started)
             limits = [] if self._drafter is None else [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
             drafter = self._drafter if max(limits, default=0) > 0 else None
-            draft = Draft(newest, (0,) * len(rows)) if drafter is None else drafter.draft(self._context(newest, limits), limits)
-            has_drafts = draft.tokens.shape[1] > 1
-            if has_drafts:
-                self._drafting.stop()
+            draft = Draft(newest, (0,) * len(rows))
+            if drafter is not None:
+                first = instant(self._model.device)
+                draft = drafter.draft(self._context(newest, limits), limits)
+                if draft.tokens.shape[1] > 1:
+                    drafting = first, instant(self._model.device)
             output = self._target.verify(draft, self._next_positions(draft.tokens.shape[1]), self._cache)
         if output.choices is not None:
             verified, following = accepted_choices(draft.tokens[:, 1:], draft.counts, output.choices)
@@ -328,13 +301,10 @@ class DecodingLoop:
         if self._prefix is not None:
             row = rows[0]
             self._prefix.keep(row.ids, len(row.ids) - 1 if self._target.decodes_like_prefill else row.prompt_tokens)
-        draft_seconds = self._drafting.seconds if has_drafts else 0.0
-        self._draft_seconds += draft_seconds
-        if newest is None:
-            self._prefill_seconds += verified_at - started
-        else:
-            self._verify_seconds += verified_at - started - draft_seconds
-        self._total_seconds += time.perf_counter() - started
+        draft_seconds = seconds_between(*drafting) if drafting else 0.0
+        self._seconds["draft_seconds"] += draft_seconds
+        self._seconds["prefill_seconds" if newest is None else "verify_seconds"] += verified_at - started - draft_seconds
+        self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
     def _prefill(self) -> tuple[Draft, TargetOutput]:

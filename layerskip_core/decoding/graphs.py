@@ -11,19 +11,16 @@ on the same cache: prompts, sampled drafts, and drafts that end where they are u
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..config.model import Quantization
 from ..errors import first_line
-from ..model.backend import Backend, DraftEnds, GreedyDraft, Submodel
-from ..model.cache import KVCache, WholeCache
-from ..model.drafting import DraftSide
+from ..model.backend import Backend
+from ..model.cache import WholeCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _LEAST_PLACES = 256
@@ -41,7 +38,7 @@ class Recorder:
         self._device = model.device
         self.places = min(max(_LEAST_PLACES, 1 << (end - 1).bit_length()), model.spec.context)
         self.cache = model.new_cache(1, self.places)
-        self.cache.reserve(self.places)
+        self.cache.reserved = self.places
         self.whole = WholeCache(self.cache)
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
@@ -89,53 +86,15 @@ class Recorder:
         return held, graph.replay, outputs
 
 
-def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization | None, DraftSide]:
-    """The model's draft sides, with recorded drafts by its own layers."""
-    own = model.draft_sides[None]
-
-    def draft(
-        token: Tensor, submodel: Submodel, positions: Tensor, cache: KVCache, ends: DraftEnds, feature: Tensor | None
-    ) -> GreedyDraft:
-        if ends.needs_probs or ends.ids or feature is not None:
-            return own.draft_greedily(token, submodel, positions, cache, ends, feature)
-
-        def work(token: Tensor, places: Tensor) -> Tensors:
-            made = own.draft_greedily(token, submodel, places, recorder.whole, ends)
-            return (made.tokens, *made.states.values())
-
-        name = "draft", submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps
-        tokens, *states = recorder.run(name, work, token, positions)
-        return GreedyDraft(tokens, dict(zip(submodel.stops, states, strict=True)), [])
-
-    return {**model.draft_sides, None: replace(own, kernel=draft)}
+def instant(device: torch.device) -> Any:
+    """A point in the device's work. On a GPU it is an event among that work, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
-class Stopwatch:
-    """Seconds between `start` and `stop`: on a GPU by events among its work, so that the host does not wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._is_gpu = device, device.type == "cuda"
-        self._seconds = 0.0
-        self._first: Any = None
-        self._last: Any = None
-
-    def start(self, now: float) -> None:
-        """`now`: by the host's clock."""
-        self._seconds = -now
-        if self._is_gpu:
-            self._first = self._event()
-
-    def stop(self) -> None:
-        self._seconds += time.perf_counter()
-        if self._is_gpu:
-            self._last = self._event()
-
-    @property
-    def seconds(self) -> float:
-        """Of the last pair. On a GPU its work must be done: the host has waited for something after it."""
-        return float(self._first.elapsed_time(self._last)) / 1e3 if self._is_gpu else self._seconds
-
-    def _event(self) -> Any:
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+def seconds_between(first: Any, last: Any) -> float:
+    """Between two instants. On a GPU the work must be done: the host has waited for something after it."""
+    return last - first if isinstance(first, float) else float(first.elapsed_time(last)) / 1e3

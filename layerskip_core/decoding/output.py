@@ -62,7 +62,14 @@ class DecodeStats:
         return _ratio(self.new_tokens, self.total_seconds)
 
     def __add__(self, other: "DecodeStats") -> "DecodeStats":
-        return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+        def added(left: Any, right: Any) -> Any:
+            if isinstance(left, tuple):
+                return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
+            if isinstance(left, dict):
+                return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
+            return left + right
+
+        return DecodeStats(*(added(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
 def step_counts(
@@ -89,14 +96,6 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _sum(left: Any, right: Any) -> Any:
-    if isinstance(left, tuple):
-        return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
-    if isinstance(left, dict):
-        return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
-    return left + right
-
-
 @dataclass(frozen=True)
 class Answer:
     """A whole answer.
@@ -114,13 +113,6 @@ class Answer:
     stats: DecodeStats
     ids: list[int] = field(default_factory=list)
     row: int = 0
-
-
-class Token(NamedTuple):
-    """A verified token of the output; `from_draft` if it was an accepted draft."""
-
-    id: int
-    from_draft: bool
 
 
 class Segment(NamedTuple):

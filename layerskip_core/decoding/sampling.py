@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.drafting import most_probable
+from ..model.vocabulary import most_probable
 
 
 class Sampler:

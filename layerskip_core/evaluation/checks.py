@@ -101,7 +101,7 @@ class Subject:
         outputs = []
         for prompt in self.prompts if prompts is None else prompts:
             decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefix=prefix)
-            outputs.append([token.id for tokens in decoding for token in tokens])
+            outputs.append([token for [step] in decoding for token in step.ids])
         return outputs
 
     def together(
@@ -122,7 +122,7 @@ class Subject:
                 number, prompt = waiting.pop(0)
                 loop = loop_of(self.backend, [prompt], config, self.loaded.eos_ids, self.loaded.detokenize)
                 (step,) = next(loop)
-                outputs[number] += [token.id for token in step.tokens]
+                outputs[number] += step.ids
                 if step.finish_reason is None:
                     if owner and running is not None:
                         (row,) = running.join(loop)
@@ -130,7 +130,7 @@ class Subject:
                         running, row = loop, step.row
                     owner[row] = number
             for step in next(running) if owner and running is not None else ():
-                outputs[owner[step.row]] += [token.id for token in step.tokens]
+                outputs[owner[step.row]] += step.ids
                 if step.finish_reason is not None:
                     del owner[step.row]
         return outputs

@@ -58,7 +58,7 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
-    answer = [token.id for step in decode(model, prompt_ids, config, loaded.eos_ids) for token in step]
+    answer = [token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids]
     ids = [*prompt_ids, *answer]
     positions = torch.arange(len(ids) - 1)[None]
     hidden, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))

@@ -17,9 +17,9 @@ from ..checkpoint.transformers_read import open_model
 from ..config.model import ExportConfig, PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import NativeBackend, can_run_native
-from ..model.drafting import ORDER_FILE
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import EMBEDDING
+from ..model.vocabulary import ORDER_FILE
 from ..model.weights import Weights, named_int4
 
 _CPU = torch.device("cpu")

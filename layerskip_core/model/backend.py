@@ -1,8 +1,8 @@
 """The protocols that decoding needs of a model. They are complete: no backend is asked at run time for more."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from ..config.model import Quantization
 from .cache import KVCache
 from .exit_blocks import PlacedBlock
 from .spec import ModelSpec
-
-if TYPE_CHECKING:
-    from .drafting import DraftSide
+from .vocabulary import DraftVocabulary, most_probable
 
 Spans = tuple[tuple[int, int], ...]
 """Spans of layers (start, stop), in ascending order."""
@@ -85,14 +83,6 @@ class Submodel:
         return (*self.taps, self.exit_layer)
 
 
-class GreedyDraft(NamedTuple):
-    """K drafts for one prompt, chosen by argmax."""
-
-    tokens: Tensor  # (1, K+1), the newest token first
-    states: dict[int, Tensor]  # (1, K+1 or K, D) after each of the submodel's stops, of all tokens or of all but the last
-    probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
-
-
 class DraftEnds(NamedTuple):
     """What ends a greedy draft before its largest length.
 
@@ -101,7 +91,6 @@ class DraftEnds(NamedTuple):
         confidence: it ends before a token of lower probability.
         survival: it ends after the token that lowers the probability that all drafts are accepted below this. A token of
             probability p is taken to be accepted with probability 1 - doubt (1 - p)^power.
-        wants_probs: probabilities are returned even if no threshold needs them.
     """
 
     ids: frozenset[int] = frozenset()
@@ -109,22 +98,21 @@ class DraftEnds(NamedTuple):
     survival: float = 0.0
     doubt: float = 1.0
     power: int = 1
-    wants_probs: bool = False
 
     @property
     def needs_probs(self) -> bool:
-        return self.wants_probs or self.confidence > 0 or self.survival > 0
+        return self.confidence > 0 or self.survival > 0
 
-    def length(self, probs: Sequence[float]) -> int | None:
-        """The length of a draft whose tokens have these probabilities, if it ends at one of them; None if it goes on."""
+    def length(self, probs: Sequence[float], most: int) -> int:
+        """The length of a draft whose tokens have these probabilities: at most `most`, if it ends at none of them."""
         survival = 1.0
         for place, prob in enumerate(probs):
             if prob < self.confidence:
-                return place
+                return min(place, most)
             survival *= 1 - self.doubt * (1 - prob) ** self.power
             if survival < self.survival:
-                return place + 1
-        return None
+                return min(place + 1, most)
+        return most
 
 
 Chooser = Callable[[Tensor, Tensor | None, int, int, Tensor, KVCache], Tensor | None]
@@ -132,6 +120,59 @@ Chooser = Callable[[Tensor, Tensor | None, int, int, Tensor, KVCache], Tensor | 
 
 Returns the tokens (B, T) with the largest of the logits after `stop` layers; None if they are too many for one call.
 """
+
+
+DraftKernel = Callable[
+    [Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
+]
+"""Drafts greedily for one row: at most d tokens after a token (1, 1), whose position is the first of `positions` (1, d).
+
+Its last argument is that token's feature (1, 1, D), if the exit block reads one. The cache needs room for d + 1 positions.
+Returns the tokens (1, K+1), the newest first; the states (1, K+1 or K, D) after each of the submodel's stops, of all tokens or
+of all but the last; and the probabilities of the drafts, empty if the ends need none.
+"""
+
+
+@dataclass(frozen=True)
+class DraftSide:
+    """Layers and a head that draft for a backend; each is shared with the backend or a cheaper copy.
+
+    Attributes:
+        layers: may be followed by those of exit blocks.
+        num_layers: without those of exit blocks.
+        unembed: final norm and head, (..., D) to logits (..., N) in the order of `vocabulary`.
+        exit_blocks: by exit. Their heads score the tokens of `vocabulary`.
+        vocabulary: the tokens that the heads score; None for all.
+        shares_states: whether hidden states equal the backend's, so that verification can continue from them.
+        kernel: makes a whole greedy draft in one call.
+    """
+
+    layers: Layers
+    num_layers: int
+    unembed: Callable[[Tensor], Tensor]
+    exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)
+    vocabulary: DraftVocabulary | None = None
+    shares_states: bool = True
+    kernel: DraftKernel | None = None
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The token ids (...) with the largest of the logits (..., N)."""
+        chosen = most_probable(logits)
+        return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
+
+
+def beyond_exit(
+    side: DraftSide, submodel: Submodel, states: Tensor, positions: Tensor, cache: KVCache, feature: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, 1, N) from the states (B, 1, D) of one token of each row after the exit, and the feature of the next token.
+
+    `feature` (B, 1, D): of these tokens, if the exit's block needs it.
+    """
+    block = submodel.block
+    if block is not None:
+        hidden = side.layers.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
+        return block.head(hidden), None if block.join is None else block.norm(hidden)
+    return side.unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
 
 
 class Backend(Layers, Protocol):
@@ -165,7 +206,7 @@ class Backend(Layers, Protocol):
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
     @property
-    def draft_sides(self) -> "Mapping[Quantization | None, DraftSide]": ...
+    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]: ...
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""

@@ -31,7 +31,7 @@ class KVCache:
         self.written = 0  # nothing was ever written from this position on
         self.matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # by layer, the first three of LayerSlots
         self._num_layers = num_layers
-        self._reserved = 0
+        self.reserved = 0  # positions that get room at once, so that the storage does not move before there are more
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
         self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
 
@@ -39,10 +39,6 @@ class KVCache:
     def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
         """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
         return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
-
-    def reserve(self, places: int) -> None:
-        """Makes room for so many positions at once, so that the storage does not move before there are more."""
-        self._reserved = places
 
     @property
     def capacity(self) -> int:
@@ -106,26 +102,22 @@ class KVCache:
         held = self._storage
         if held is not None and held.shape[4] >= stop:
             return held
-        capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
-        if held is not None:
-            return self._move(held, held.shape[2], capacity)
-        self.slots = torch.arange(self.rows)
-        return self._keep(like.new_zeros(self._num_layers, 2, self.rows, kv_heads, capacity, head_dim))
+        capacity = -(-max(stop, self.reserved) // _BLOCK) * _BLOCK
+        if held is None:
+            held = like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim)
+            self.slots = torch.arange(self.rows)
+        return self._move(held, held.shape[2], capacity)
 
     def _move(self, held: Tensor, slots: int, capacity: int) -> Tensor:
         """Moves the rows to the first slots of another storage."""
         moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
         for row, slot in enumerate(self.slots.tolist()):
             moved[:, :, row, :, : held.shape[4]] = held[:, :, slot]
-        self.slots = torch.arange(self.rows)
-        return self._keep(moved)
-
-    def _keep(self, storage: Tensor) -> Tensor:
-        self._storage = storage
-        rows = storage.flatten(2, 3)
-        keys, values = rows[:, 0].transpose(2, 3), rows[:, 1]
-        self.matrices = list(zip(storage.unbind(), keys.unbind(), values.unbind(), strict=True))
-        return storage
+        self.slots, self._storage = torch.arange(self.rows), moved
+        of_heads = moved.flatten(2, 3)
+        keys, values = of_heads[:, 0].transpose(2, 3), of_heads[:, 1]
+        self.matrices = list(zip(moved.unbind(), keys.unbind(), values.unbind(), strict=True))
+        return moved
 
 
 class WholeCache(KVCache):
@@ -164,27 +156,19 @@ class SpanWriter:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Writes (B, kv heads, T, head dim) of one layer; returns views of the filled part, (B, kv heads, S, head dim)."""
-        held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
-        for kept, new in zip(held, (keys, values), strict=True):
-            if self.contiguous:
-                kept[:, :, self.start : self.stop] = new
-            else:
-                rows, columns = self._indices(keys.device)
-                kept[rows, :, columns] = new.transpose(1, 2)
-        filled = held[..., : self.stop, :]
-        return filled[0], filled[1]
+        (slots,) = self.layers(layer_idx, layer_idx + 1, keys.shape[1], keys.shape[3], keys)
+        slots.write(torch.stack((keys, values)))
+        return slots.filled(self.stop)
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
-        held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
-        indices = None if self.contiguous else self._indices(like.device)
-        slots = (held[..., self.start : self.stop, :] if self.contiguous else held).unbind()
+        held, indices = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop], None
+        if self.contiguous:
+            slots = held[..., self.start : self.stop, :].unbind()
+        else:
+            rows = torch.arange(self._positions.shape[0], device=like.device)[:, None]
+            slots, indices = held.unbind(), (rows, self._positions.to(like.device, non_blocking=True))
         return [LayerSlots(*views, into, indices) for views, into in zip(self._cache.matrices[start:stop], slots, strict=True)]
-
-    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row and column indices of all tokens, (B, 1) and (B, T)."""
-        rows = torch.arange(self._positions.shape[0], device=device)[:, None]
-        return rows, self._positions.to(device, non_blocking=True)
 
 
 class LayerSlots(NamedTuple):
@@ -194,7 +178,7 @@ class LayerSlots(NamedTuple):
     keys: Tensor  # (B * kv heads, head dim, capacity), to be read after `write`
     values: Tensor  # (B * kv heads, capacity, head dim)
     slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
-    indices: tuple[Tensor, Tensor] | None
+    indices: tuple[Tensor, Tensor] | None  # rows and columns of all tokens, (B, 1) and (B, T)
 
     def filled(self, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values at positions before `stop`, each (B, kv heads, S, head dim)."""

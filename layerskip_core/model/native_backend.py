@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
-from .drafting import DraftKernel, DraftVocabulary
+from .backend import DraftKernel
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from .native.compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .native.layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
@@ -15,6 +15,7 @@ from .repacked import RepackedBackend
 from .spec import ModelSpec
 from .torch_layer import missing_feature
 from .torch_linear import Norm
+from .vocabulary import DraftVocabulary
 from .weights import GROUP_SIZE, Affine, Take, Weights
 
 _LARGEST_HEAD = 256

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from .backend import Chooser
+from .backend import Chooser, DraftKernel, DraftSide
 from .cache import KVCache
-from .drafting import DraftKernel, DraftSide, DraftVocabulary
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import EMBEDDING, ModelSpec
+from .vocabulary import DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
 CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
@@ -78,13 +78,10 @@ class RepackedLayers(ABC, Generic[LayerT]):
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.run_layers(hidden, start, stop, positions, cache)
-        if cache is None:
-            cache = KVCache(self.num_layers, len(hidden), self.spec.context)
+        cache = cache or KVCache(self.num_layers, len(hidden), self.spec.context)
         parts = self._parts(hidden, start, stop, positions, cache)
-        outputs = [self.run(part, start, stop, places, cache) for part, places in parts]
-        if len(outputs) < 2:
-            return outputs[0] if outputs else hidden
-        return torch.cat(outputs, dim=1)
+        outputs = [self.run(part, start, stop, places, cache) for part, places in parts] or [hidden]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         with torch.inference_mode():
@@ -104,19 +101,19 @@ class RepackedLayers(ABC, Generic[LayerT]):
         return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chain(Generic[LayerT, HeadT]):
     """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
 
-    Of its `heads` the first verifies and the last drafts; `blocks` are those of each head, by exit.
+    Of its heads the first verifies and the last drafts. `blocks`: by exit, each with all of the heads.
     """
 
     low_bits: Quantization | None
     exact: bool
     depth: int
     heads: list[HeadT]
-    blocks: list[dict[int, PlacedBlock]]
     layers: list[LayerT | None] = field(default_factory=list)
+    blocks: dict[int, list[PlacedBlock]] = field(default_factory=dict)
 
 
 class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
@@ -163,13 +160,15 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
             chains = self._headed_chains(weights, norm, packing, vocabulary)
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
-            self._layers, self._head, self.exit_blocks = runners[0], chains[0].heads[0], chains[0].blocks[0]
+            self._layers, self._head = runners[0], chains[0].heads[0]
+            self.exit_blocks = {exit_layer: placed[0] for exit_layer, placed in chains[0].blocks.items()}
             self.normed = self._norm(norm)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             head, own = chain.heads[-1], layers is self._layers
+            blocks = {exit_layer: placed[-1] for exit_layer, placed in chain.blocks.items()}
             kernel = self._draft_kernel(layers, head, vocabulary, own)
-            side = DraftSide(layers, chain.depth, head, chain.blocks[-1], vocabulary, own, kernel)
+            side = DraftSide(layers, chain.depth, head, blocks, vocabulary, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
         self.implementation = named_int4(self._described(packing), int4 is not None)
@@ -239,35 +238,33 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
         heads = [head(quantize, None, exact)]
         if vocabulary is not None:
             heads.append(head(quantize, vocabulary))
-        chains: list[_Chain[LayerT, HeadT]] = [_Chain(quantize, exact, layers, heads, [{} for _ in heads])]
+        chains: list[_Chain[LayerT, HeadT]] = [_Chain(quantize, exact, layers, heads)]
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
             cheap = heads[-1] if kind == quantize and not exact else head(kind, vocabulary)
-            depth = packing.draft_layers or layers
-            chains += [_Chain(copy, False, depth, [cheap], [{}]) for copy in packing.draft_weights]
+            chains += [_Chain(copy, False, packing.draft_layers or layers, [cheap]) for copy in packing.draft_weights]
         return chains
 
     def _add_layers(self, chains: list[_Chain[LayerT, HeadT]], weights: Weights, exit_blocks: ExitBlocks) -> None:
         """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
-        parts: list[tuple[int, Weights, ExitBlock | None]] = []
-        for index in range(self.spec.layers):
-            parts.append((index + 1, weights.below(f"model.layers.{index}."), None))
-        for block in exit_blocks.blocks:
-            parts.append((block.exit_layer, of_blocks.below(block.prefix), block))
-        for place, (depth, stored, added) in enumerate(parts):
-            own = stored.remembered() if added is not None or len(chains) > 1 else stored
+        parts: list[tuple[int, Weights, ExitBlock | None]] = [
+            *((index + 1, weights.below(f"model.layers.{index}."), None) for index in range(self.spec.layers)),
+            *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
+        ]
+        for place, (depth, stored, block) in enumerate(parts):
+            own = stored.remembered() if block or len(chains) > 1 else stored
             for chain in chains:
                 if depth > chain.depth:
                     chain.layers.append(None)
                     continue
-                of_layer = self._source(own if added is None else own.below("layer."), chain.low_bits)
+                of_layer = self._source(own.below("layer.") if block else own, chain.low_bits)
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
-                if added is not None:
+                if block:
                     norm = norm_weights(own, "norm", self.spec)
-                    join = self._join(own, added, chain.low_bits) if added.feature == "final" else None
-                    for head, placed in zip(chain.heads, chain.blocks, strict=True):
-                        placed[depth] = PlacedBlock(added, place, head.with_norm(norm), self._norm(norm), join)
+                    join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
+                    placed = (PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join) for head in chain.heads)
+                    chain.blocks[depth] = list(placed)
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
         """The calibrated weights where int4 is to be packed and there are any."""

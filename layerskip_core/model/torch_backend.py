@@ -9,13 +9,13 @@ from torch import Tensor
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
 from .cache import KVCache, LayerSlots, SpanWriter
-from .drafting import DraftVocabulary
 from .exit_blocks import ExitBlock
 from .repacked import CHUNK, RepackedBackend, RepackedLayers
 from .rope import Rope
 from .spec import ModelSpec
 from .torch_layer import Masks, Step, TorchLayer, Workspace
 from .torch_linear import KernelLinear, Linear, Norm, exact_rows, linear
+from .vocabulary import DraftVocabulary
 from .weights import Affine, Weights
 
 GRAPHS = "LAYERSKIP_CUDA_GRAPHS"  # environment variable: whether decoding on a GPU records its passes

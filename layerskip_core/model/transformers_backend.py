@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.model import Quantization
+from .backend import DraftSide
 from .cache import KVCache, SpanWriter
-from .drafting import DraftSide
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
 from .weights import Weights

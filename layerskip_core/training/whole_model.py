@@ -24,7 +24,7 @@ from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require
 from ..files import require_disk
-from ..model.drafting import ORDER_FILE
+from ..model.vocabulary import ORDER_FILE
 from .answers import plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder
 from .data import (

@@ -60,7 +60,7 @@ def letters(ids):
 def alone(model, prompt, config, ends):
     """A prompt's tokens, why they end, and their counts."""
     decoding = decode(model, prompt, config, ends, letters)
-    ids = [token.id for tokens in decoding for token in tokens]
+    ids = [token for [step] in decoding for token in step.ids]
     return ids, decoding.finish_reason, decoding.stats
 
 
@@ -149,7 +149,7 @@ def require_prefixes_to_change_nothing(model, prompts, config, ends):
     for more in (*prompts[1:], prompts[0]):
         expected = alone(model, text, config, ends)[0]
         decoding = decode(model, text, config, ends, letters, prefix=kept)
-        ids = [token.id for tokens in decoding for token in tokens]
+        ids = [token for [step] in decoding for token in step.ids]
         assert ids == expected
         longer = [*text, *ids, *more]
         text = longer if len(longer) < model.spec.context // 2 else text[: len(more)]
@@ -162,7 +162,7 @@ def joined(data, model, prompts, config, ends):
     for index, prompt in enumerate(prompts):
         loop = loop_of(model, [prompt], config, ends, letters)
         (step,) = next(loop)
-        outputs[index] += [token.id for token in step.tokens]
+        outputs[index] += step.ids
         if step.finish_reason is None:
             if running is None or not owners:
                 running, row = loop, step.row
@@ -173,7 +173,7 @@ def joined(data, model, prompts, config, ends):
         while owners and steps > 0:
             steps -= 1
             for step in next(running):
-                outputs[owners[step.row]] += [token.id for token in step.tokens]
+                outputs[owners[step.row]] += step.ids
                 if step.finish_reason is not None:
                     del owners[step.row]
     return outputs

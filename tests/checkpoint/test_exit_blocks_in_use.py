@@ -95,9 +95,9 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
     assert (config.strategy, config.exits) == ("adaptive", (2, 4))
     prompt = decoder.encode_prompt("wake me up")
     decoding = decode(decoder.backend, prompt, config)
-    ids = [token.id for step in decoding for token in step]
+    ids = [token for [step] in decoding for token in step.ids]
     plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=12))
-    assert ids == [token.id for step in plain for token in step]
+    assert ids == [token for [step] in plain for token in step.ids]
     assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
 
 
@@ -144,7 +144,7 @@ def test_inspect_shows_what_blocks_predict(folder):
     found = inspect(decoder, "wake me up", 5)
     prompt = decoder.encode_prompt("wake me up")
     plain = DecodingConfig("autoregressive", max_new_tokens=5)
-    answer = [token.id for step in decode(decoder.backend, prompt, plain) for token in step]
+    answer = [token for [step] in decode(decoder.backend, prompt, plain) for token in step.ids]
     choices = agreement(decoder, prompt, answer, (2, 4))
     for place, trace in enumerate(found.tokens):
         for exit_layer in (2, 4):

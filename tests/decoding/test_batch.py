@@ -49,7 +49,7 @@ COUNTS = (
 def alone(model, prompt, config, eos_ids=frozenset()):
     """Tokens, reason and all counts of a prompt that is decoded by itself."""
     decoding = decode(model, prompt, config, eos_ids, letters)
-    ids = [token.id for tokens in decoding for token in tokens]
+    ids = [token for [step] in decoding for token in step.ids]
     return ids, decoding.finish_reason, *(getattr(decoding.stats, name) for name in COUNTS)
 
 

@@ -1,12 +1,11 @@
 """Dynamic depth per token: against a reference in plain torch, on every backend, and against the fixed depths at its ends."""
 
 from collections import Counter
-from itertools import chain
 
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, prompt_of
+from decodings import WIDE, ids_of, prompt_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -39,7 +38,7 @@ def model_of(backend, model_type="llama"):
 def run(model, prompt, count=24, **settings):
     """Ids and stats of a decoding."""
     decoding = decode(model, prompt, DecodingConfig(max_new_tokens=count, **settings))
-    return [token.id for token in chain.from_iterable(decoding)], decoding.stats
+    return ids_of(decoding), decoding.stats
 
 
 def dynamic(model, prompt, confidence, count=24, **settings):
@@ -139,7 +138,7 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     for name in ("run_layers", "write_kv"):
         recorded(monkeypatch, model, name, calls)
     decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
-    monkeypatch.setattr(decoding._loop._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
+    monkeypatch.setattr(decoding._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
     for _ in range(7):
         next(decoding)
     assert calls == [

@@ -79,7 +79,7 @@ def test_the_output_is_that_of_plain_decoding(kind, features, exit_layer):
         prompt = prompt_of(length)
         config = DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens=limit)
         decoding = decode(backend, prompt, config)
-        seen = recorded(decoding._loop, backend) if kind != "exact" else []
+        seen = recorded(decoding, backend) if kind != "exact" else []
         assert ids_of(decoding) == plainly(backend, prompt, limit)
         assert kind == "exact" or len(seen) == decoding.stats.rounds
         accepted += decoding.stats.accepted
@@ -142,8 +142,8 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
     loop, found = scheduled(backend, prompts, schedule, limit, eos_ids), [[] for _ in prompts]
     recorded(loop, backend)
     for steps in loop:
-        for row, tokens, *_ in steps:
-            found[row] += [token.id for token in tokens]
+        for row, ids, *_ in steps:
+            found[row] += ids
     assert found == [plainly(backend, prompt, limit, eos_ids) for prompt in prompts]
 
 
@@ -174,7 +174,7 @@ def test_sampled_drafts_are_drawn_from_the_block_s_probabilities(exit_layer):
     sampling = {"temperature": 1.0, "seed": 7}
     config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, **sampling)
     decoding = decode(backend, prompt_of(6), config)
-    seen = recorded(decoding._loop, backend)
+    seen = recorded(decoding, backend)
     assert len(ids_of(decoding)) == 30 and len(seen) == decoding.stats.rounds > 3
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import DecodeStats, Decoding, DecodingLoop, decode, sampling
+from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, sampling
 from layerskip_core.decoding.drafters import Draft, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler, probabilities
@@ -325,7 +325,7 @@ class Scripted:
 
 def single(model, prompt, config, layers, drafter, eos_ids=(), sampler=None):
     sampler, target = sampler or Sampler(config, model.device), FixedTarget(model, layers)
-    return Decoding(DecodingLoop(model, [prompt], config, sampler, target, drafter, frozenset(eos_ids), letters))
+    return DecodingLoop(model, [prompt], config, sampler, target, drafter, frozenset(eos_ids), letters)
 
 
 def counting_model(limit=100):
@@ -340,7 +340,7 @@ def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
 
 def written(decoding):
     """Ids round by round, accepted drafts negative."""
-    return [[-token.id if token.from_draft else token.id for token in tokens] for tokens in decoding]
+    return [[*(-token for token in step.ids[: step.counts.accepted]), *step.ids[step.counts.accepted :]] for [step] in decoding]
 
 
 def counts(stats):
@@ -426,14 +426,14 @@ def test_the_last_position_of_a_real_context(backend):
 
 
 def test_seconds_are_counted_where_they_are_spent(monkeypatch):
-    """Every look at the clock takes a second: 2 in a plain step, 3 in a round."""
-    monkeypatch.setattr(time, "perf_counter", count().__next__)
+    """Every look at the clock takes a second: 2 in a plain step, 4 in a round."""
+    monkeypatch.setattr(time, "perf_counter", count(0.0).__next__)
     decoding = scripted_decoding(always, max_new_tokens=6)
     for _ in decoding:
         time.perf_counter()  # the caller's time
     stats = decoding.stats
-    assert (stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.total_seconds) == (1, 1, 2, 2 + 3 + 2)
-    assert stats.tokens_per_second == 6 / 7
+    assert (stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.total_seconds) == (1, 1, 3, 2 + 4 + 2)
+    assert stats.tokens_per_second == 6 / 8
 
 
 def test_stats_add_exactly():

@@ -1,6 +1,7 @@
 """A prompt that begins like the text before starts at the first difference, and nothing else changes."""
 
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def conversation(backend, config, prefix):
 
 def keys_and_values(decoding):
     """Those of the whole text, by layer and position."""
-    loop = decoding._loop
+    loop = decoding
     return loop._cache._storage[..., : len(loop._first_rows[0].ids) - 1, :]
 
 
@@ -135,7 +136,7 @@ def test_a_prompt_starts_at_the_first_difference(prompt, reused):
 def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
     backend, config, prefix = native(), settings_of("exit", 30), PrefixCache()
     decoding = decode(backend, prompt_of(9), config, prefix=prefix)
-    came = [token.id for _ in range(3) for token in next(decoding)]
+    came = ids_of(islice(decoding, 3))
     assert 3 <= len(came) < 30
     text = [*prompt_of(9), *came, 5, 6]
     going_on = decode(backend, text, config, prefix=prefix)

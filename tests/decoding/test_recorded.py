@@ -72,8 +72,8 @@ def test_two_decodings_at_once_keep_apart(model):
     both = decode(model, PROMPT, DRAFTED), decode(model, OTHER, DRAFTED)
     found = [[], []]
     for steps in zip_longest(*both, fillvalue=[]):
-        for tokens, step in zip(found, steps, strict=True):
-            tokens += [token.id for token in step]
+        for ids, step in zip(found, steps, strict=True):
+            ids += [token for row in step for token in row.ids]
     assert found == [on_cpu(PROMPT), on_cpu(OTHER)]
 
 

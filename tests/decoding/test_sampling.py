@@ -5,7 +5,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.sampling import Sampler, draw, probabilities, verify
-from layerskip_core.model.drafting import most_probable
+from layerskip_core.model.vocabulary import most_probable
 
 CPU = torch.device("cpu")
 

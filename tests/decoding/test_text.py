@@ -9,8 +9,9 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import Token, decode, dialogue
+from layerskip_core.decoding import decode, dialogue, step_counts
 from layerskip_core.decoding.dialogue import TextStream
+from layerskip_core.decoding.engine import RowStep
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256
@@ -31,7 +32,8 @@ class Scripted:
     def __iter__(self):
         for number, chunk in enumerate(self._chunks, start=1):
             self.finish_reason = self._reason if number == len(self._chunks) else None
-            yield [Token(token, place < len(chunk)) for place, token in enumerate(chunk, start=1)]
+            accepted = len(chunk) - 1
+            yield [RowStep(0, list(chunk), self.finish_reason, step_counts(accepted, accepted, len(chunk)))]
 
 
 def scripted(monkeypatch, chunks, reason, stop):
@@ -84,7 +86,7 @@ def loaded(checkpoint):
 
 def test_an_answer_is_the_text_of_its_tokens(loaded):
     config = DecodingConfig("self-speculative", exit_layer=4, num_draft_tokens=5, max_new_tokens=60)
-    tokens = [token.id for step in decode(loaded.backend, loaded.encode_prompt("wake me up"), config) for token in step]
+    tokens = [token for [step] in decode(loaded.backend, loaded.encode_prompt("wake me up"), config) for token in step.ids]
     answer = TextStream(loaded, "wake me up", config)
     pieces = list(answer)
     assert "".join(pieces) == answer.text == loaded.detokenize(tokens)

@@ -81,7 +81,7 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_our_decoding(name):
     assert "\ufffd" not in stop
     plain = replace(PLAIN, stop=(stop,))
     expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
-    ids = tuple(token.id for step in expected for token in step)
+    ids = tuple(token for [step] in expected for token in step.ids)
     output = answer(name, prompt, stop=(stop,))
     assert (output.error, output.ids, output.finish_reason) == (None, ids, "stop")
     assert len(ids) < NEW_TOKENS

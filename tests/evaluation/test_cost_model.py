@@ -46,7 +46,7 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, new_tokens, drafts):
         real = decode(
             loaded.backend, prompt, DecodingConfig("self-speculative", exit_layer, drafts, new_tokens), loaded.eos_ids
         )
-        assert [token.id for step in real for token in step] == output
+        assert [token for [step] in real for token in step.ids] == output
         assert counts(found) == counts(real.stats)
 
 
@@ -62,7 +62,7 @@ def test_simulated_rounds_of_drafts_with_their_own_vocabulary(checkpoint, tmp_pa
     assert min(choices) >= 150
     expected = simulate(choices, output, 3, 40, loaded.eos_ids)
     decoding = decode(loaded.backend, prompt, DecodingConfig("self-speculative", 5, 3, 40), loaded.eos_ids)
-    assert [token.id for step in decoding for token in step] == output
+    assert [token for [step] in decoding for token in step.ids] == output
     assert counts(expected) == counts(decoding.stats) and expected.accepted > 0
 
 

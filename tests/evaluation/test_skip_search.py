@@ -62,7 +62,7 @@ def on_backend(kind):
 
 def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):
     config = DecodingConfig("autoregressive", max_new_tokens=tokens)
-    output = [token.id for step in decode(loaded.backend, prompt, config) for token in step]
+    output = [token for [step] in decode(loaded.backend, prompt, config) for token in step.ids]
     return Probe(loaded, prompt, output, weights)
 
 

@@ -20,10 +20,10 @@ from layerskip_core.config.model import ExportConfig, PackingConfig
 from layerskip_core.export.packed import export_packed
 from layerskip_core.model import NativeBackend
 from layerskip_core.model import native_backend as native
-from layerskip_core.model.drafting import ORDER_FILE
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.compiled import VARIANTS
+from layerskip_core.model.vocabulary import ORDER_FILE
 
 pytestmark = pytest.mark.skipif(
     compiled.kernels() is None, reason="no kernels were built here, or the CPU lacks what they need"

@@ -6,10 +6,10 @@ from math import prod
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import native_or_skip
+from decodings import draft_of, native_or_skip
 
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
 STOPS, EXIT, MOST = (1, 3), 3, 5
 SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
@@ -40,13 +40,13 @@ def side_of(backend):
 
 
 def drafted(backend, **ends):
-    """Tokens and states of a draft after a prompt; all of the prompt but its last token is cached."""
+    """A draft after a prompt; all of the prompt but its last token is cached."""
     side, cache, last = side_of(backend), backend.new_cache(), PROMPT.shape[1] - 1
-    positions = torch.arange(last + MOST)[None]
+    positions, weights = torch.arange(last + MOST + 1)[None], list(backend.draft_sides)[-1]
     with torch.inference_mode():
         for layers in (backend, side.layers):  # a draft side with its own weights has its own keys
             layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, positions[:, :last], cache)
-        return side.draft_greedily(PROMPT[:, last:], SUBMODEL, positions[:, last:], cache, DraftEnds(**ends))
+    return draft_of(backend, weights, SUBMODEL, PROMPT, positions[:, last:], cache, **ends)
 
 
 @cache
@@ -74,12 +74,11 @@ CASES = [
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
     backend = backend_of(kind, packing)
-    tokens, states, probs = drafted(backend)
-    assert probs == []
+    draft = drafted(backend)
     known_tokens, known_states = expected(backend)
-    assert tokens.tolist() == [known_tokens]
-    assert tuple(states) == STOPS
-    for stop, reached in states.items():
+    assert draft.tokens.tolist() == [known_tokens] and draft.counts == (MOST,)
+    assert tuple(draft.exit_states) == (STOPS if side_of(backend).shares_states else ())
+    for stop, reached in draft.exit_states.items():
         assert reached.shape[1] in (MOST, MOST + 1)
         error = (reached - known_states[stop][:, : reached.shape[1]]).abs().max() / known_states[stop].std()
         # torch's low-bit kernels round differently by row count
@@ -92,8 +91,9 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
     known, _ = expected(backend)
     end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
     other = next(token for token in range(67) if token not in known)
-    tokens, states, _ = drafted(backend, ids=frozenset({other, known[end]}))
-    assert tokens.tolist() == [known[: end + 1]] and states[EXIT].shape[1] in (end, end + 1)
+    draft = drafted(backend, eos_ids=frozenset({other, known[end]}))
+    assert draft.tokens.tolist() == [known[: end + 1]]
+    assert all(states.shape[1] in (end, end + 1) for states in draft.exit_states.values())
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
@@ -119,12 +119,12 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
         logits = side_of(backend).unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
-    full = drafted(backend, wants_probs=True)
-    assert full.tokens.tolist() == [known] and full.probs == pytest.approx(probs, rel=rough)
+    full = drafted(backend, confidence=1e-30)
+    assert full.tokens.tolist() == [known] and full.confidence == pytest.approx(probs, rel=rough)
     low = min(range(MOST), key=probs.__getitem__)
     confident = drafted(backend, confidence=probs[low] * (1 + 2 * rough))
-    assert confident.tokens.tolist() == [known[: low + 1]] and len(confident.probs) == low
+    assert confident.tokens.tolist() == [known[: low + 1]] and len(confident.confidence) == low
     survival = [prod(probs[: place + 1]) for place in range(MOST)]
     for place in (0, 2):
         surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
-        assert surviving.tokens.tolist() == [known[: place + 2]] and len(surviving.probs) == place + 1
+        assert surviving.tokens.tolist() == [known[: place + 2]] and len(surviving.confidence) == place + 1

@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, native_or_skip
+from decodings import WIDE, draft_of, native_or_skip
 from exit_block_models import random_blocks
 from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
@@ -127,9 +127,8 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
         states = side.layers.run_layers(side.layers.embed(ids[:, :last]), 0, exit_layer, positions[:, :last], cache)
         entered = block.enter(states, features[:, :last])
         side.layers.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
-        drafted = side.draft_greedily(
-            ids[:, last:], Submodel(exit_layer, block=block), positions[:, last:], cache, DraftEnds(wants_probs=True), given
-        )
+        weights, following = list(backend.draft_sides)[-1], torch.arange(last, last + most + 1)[None]
+        draft = draft_of(backend, weights, Submodel(exit_layer), ids, following, cache, given, confidence=1e-30)
         probs = []
         for _ in range(most):
             states = side.layers.run_layers(side.layers.embed(ids), 0, exit_layer, places(ids))
@@ -138,9 +137,9 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
             probs.append(float(logits.softmax(-1).amax()))
             features = torch.cat([features, block.norm(hidden[:, -1:])], dim=1)
             ids = torch.cat([ids, side.choose(logits)], dim=1)
-    assert drafted.tokens.tolist() == [ids[0, last:].tolist()]
-    assert drafted.probs == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
-    assert drafted.states[exit_layer].shape[1] in (most, most + 1)
+    assert draft.tokens.tolist() == [ids[0, last:].tolist()]
+    assert draft.confidence == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
+    assert not side.shares_states or draft.exit_states[exit_layer].shape[1] in (most, most + 1)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -148,18 +147,16 @@ def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(number, threads):  
     threads(number)
     model = tiny_model("llama", torch.float32, **WIDE)
     backend = backend_of("native", model, None, random_blocks(model, *BLOCKS))
-    submodel = Submodel(4, block=backend.exit_blocks[4], taps=(1, 2))
     last = IDS.shape[1] - 1
     with torch.inference_mode():
-        cache, positions = backend.new_cache(), torch.arange(last + 5)[None]
+        cache, positions = backend.new_cache(), torch.arange(last + 6)[None]
         hidden = backend.run_layers(backend.embed(IDS[:1, :last]), 0, 6, positions[:, :last], cache)
         feature = backend.normed(hidden[:, -1:])
-        side, token, after = backend.draft_sides[None], IDS[:1, last:], positions[:, last:]
-        drafted = side.draft_greedily(token, submodel, after, cache, DraftEnds(), feature)
-        ids = torch.cat([IDS[:1, :last], drafted.tokens], dim=1)
+        draft = draft_of(backend, None, Submodel(4, taps=(1, 2)), IDS[:1], positions[:, last:], cache, feature)
+        ids = torch.cat([IDS[:1, :last], draft.tokens], dim=1)
         for stop in (1, 2, 4):
             states = backend.run_layers(backend.embed(ids), 0, stop, places(ids))
-            assert torch.equal(drafted.states[stop], states[:, last:])
+            assert torch.equal(draft.exit_states[stop], states[:, last:])
 
 
 def test_copies_have_the_blocks_of_the_exits_that_they_reach():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
+from decodings import draft_of
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
@@ -33,8 +34,8 @@ from layerskip_core.model import (
     repacked,
 )
 from layerskip_core.model import native_backend as native
-from layerskip_core.model.drafting import most_probable
 from layerskip_core.model.native import compiled
+from layerskip_core.model.vocabulary import most_probable
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT_FOLDER = Path(compiled.__file__).parent
@@ -196,7 +197,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, mode
     for seed in range(4 if model_type == "llama" else 1):
         prompt = ids_of(1, 5 + seed)[0].tolist()
         plain, drafted = (
-            [token.id for tokens in decode(model, prompt, config) for token in tokens]
+            [token for [step] in decode(model, prompt, config) for token in step.ids]
             for config in (DecodingConfig("autoregressive", max_new_tokens=40), DecodingConfig("self-speculative", 3, 5, 40))
         )
         assert plain == drafted and len(plain) == 40
@@ -240,7 +241,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
             context = Context([0], prompt.tolist(), prompt[:, 29:], positions, cache)
-            draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6])
+            draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
             return draft, FixedTarget(model, 6).verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
 
     chosen = drafted((), False)[0].tokens[0].tolist()
@@ -297,9 +298,7 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
         tiny = tiny_model("llama", torch.float32, vocab_size=600, **WIDE)
         change(tiny.lm_head.weight.data)
         model = NativeBackend.of(tiny)
-        with torch.inference_mode():
-            token, places, side = torch.tensor([[5]]), torch.arange(1)[None], model.draft_sides[None]
-            return side.draft_greedily(token, Submodel(3), places, model.new_cache(), DraftEnds()).tokens.tolist()
+        return draft_of(model, None, Submodel(3), torch.tensor([[5]]), torch.arange(2)[None], model.new_cache()).tokens.tolist()
 
     ((_, likely),) = drafted(lambda weight: None)
 

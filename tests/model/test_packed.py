@@ -154,7 +154,7 @@ def test_self_speculative_output_equals_autoregressive_output(pair, case):
     prompt = ids_of(1, 7)[0].tolist()
 
     def output(model, **config):
-        return [token.id for tokens in decode(model, prompt, DecodingConfig(max_new_tokens=24, **config)) for token in tokens]
+        return [token for [step] in decode(model, prompt, DecodingConfig(max_new_tokens=24, **config)) for token in step.ids]
 
     expected = output(generic, strategy="autoregressive")
     assert output(fast, strategy="autoregressive") == expected

@@ -19,8 +19,8 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.drafting import token_order
 from layerskip_core.model.torch_linear import exact_rows, quantized
+from layerskip_core.model.vocabulary import token_order
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 

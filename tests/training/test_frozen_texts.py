@@ -55,7 +55,7 @@ def test_an_answer_is_what_decoding_gives_each_prompt_alone(loaded, tmp_path):
     alone = DecodingConfig("autoregressive", max_new_tokens=6)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         steps = decode(loaded.backend, prompt, alone, loaded.eos_ids)
-        assert answer == [token.id for step in steps for token in step]
+        assert answer == [token for [step] in steps for token in step.ids]
     assert reports == [0, 2, 4, 5]
 
 
@@ -88,7 +88,7 @@ def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     found = Answers(loaded, [[5, 6]] * 4, how, tmp_path / "journal").write(ignored)
     assert len(set(map(tuple, found))) == 4
     alone = DecodingConfig("autoregressive", max_new_tokens=6, temperature=1.0, seed=5)
-    assert found[2] == [token.id for step in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step]
+    assert found[2] == [token for [step] in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step.ids]
 
 
 @pytest.mark.parametrize("line", ["x", '{"row": 5}', "[1]"])

@@ -14,7 +14,7 @@ from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError, TrainingError
-from layerskip_core.model.drafting import token_order
+from layerskip_core.model.vocabulary import token_order
 from layerskip_core.training import run as running
 from layerskip_core.training import trainer
 from layerskip_core.training.data import run_order

@@ -10,10 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ...config.decoding import DecodingConfig
-from ...config.model import Quantization
 from ...model.backend import Backend
 from ...model.cache import KVCache
-from ...model.drafting import DraftSide
+from ..graphs import Recorder
 from ..sampling import Sampler
 
 
@@ -53,7 +52,7 @@ class Draft:
 class DrafterSetup:
     """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
 
-    `draft_sides`: see `Backend.draft_sides`; None for the model's own.
+    `recorder`: of the passes of this decoding, if they are recorded.
     """
 
     model: Backend
@@ -61,7 +60,7 @@ class DrafterSetup:
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
     reuse_exit_states: bool = True
-    draft_sides: Mapping[Quantization | None, DraftSide] | None = None
+    recorder: Recorder | None = None
 
 
 class Drafter(Protocol):

@@ -37,9 +37,9 @@ class AdaptiveDrafter:
         self._preferred: Option | None = None  # of the options, whether a lookup was better or not
         self._chosen: Option | None = None  # what drafted this round; None for a lookup and for plain decoding
         self._rounds = 0
-        self._draft: Draft | None = None  # of the round; None once its times were observed
-        self._confidence: Sequence[float] = ()
+        self._draft: Draft | None = None  # of the round
         self._started = self._ended = 0.0  # of the draft
+        self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         batch = len(limits)
@@ -47,33 +47,29 @@ class AdaptiveDrafter:
             if tokens:  # the target's verdict judges them whether they are used or not
                 self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
         option, length, rate = self._plan(batch, max(limits))
-        self._chosen = None
-        self._started = time.perf_counter()
-        draft = Draft(context.newest, (0,) * batch)
+        self._chosen, self._started = None, time.perf_counter()
+        draft = None
         if not (self._by_clock and self._known.wants_plain_step()):
-            copy = self._copied(context, rate)
-            if copy is not None:
-                draft = copy
-            elif option is not None:
+            draft = self._copied(context, rate)
+            if draft is None and option is not None:
                 self._chosen = option
                 draft = self._drafted_by(option, context, limits, length, rate)
-        self._draft, self._confidence = draft, draft.confidence
-        self._ended = time.perf_counter()
-        return draft
+        self._draft = draft or Draft(context.newest, (0,) * batch)
+        self._ended, self._is_timed = time.perf_counter(), False
+        return self._draft
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
-        if self._draft is not None:
-            rows, tokens = self._draft.tokens.shape
-            self._draft = None
-            if self._by_clock:
-                seconds = self._ended - self._started, time.perf_counter() - self._ended
-                self._known.observe_round(self._chosen, tokens - 1, seconds[0], rows * tokens, seconds[1])
+        assert self._draft is not None
+        if self._by_clock and not self._is_timed:
+            self._is_timed, (rows, tokens) = True, self._draft.tokens.shape
+            draft_time, verify_time = self._ended - self._started, time.perf_counter() - self._ended
+            self._known.observe_round(self._chosen, tokens - 1, draft_time, rows * tokens, verify_time)
         found, acceptance = self._found.pop(row, ([], None))
         if acceptance is not None:
             acceptance.compare(found, verified)
         if self._chosen is not None:
-            self._chosen.observe(drafted, len(verified) - 1, self._confidence)
+            self._chosen.observe(drafted, len(verified) - 1, self._draft.confidence)
 
     def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
         """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row.

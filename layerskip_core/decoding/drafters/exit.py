@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ...config.model import Quantization
 from ...errors import require
-from ...model.backend import DraftEnds, Submodel, joined, states_at
-from ...model.drafting import beyond_exit
+from ...model.backend import DraftEnds, Submodel, beyond_exit, joined, states_at
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
@@ -23,7 +22,7 @@ class ExitDrafter:
 
         Raises ConfigError if no such copy was made, or not of enough layers.
         """
-        config, sides = setup.config, setup.draft_sides or setup.model.draft_sides
+        config, sides = setup.config, setup.model.draft_sides
         require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
         side, last = sides[weights], submodel.beyond[-1][1] if submodel.beyond else submodel.exit_layer
         field, needed = ("skip", "a list with all layers after") if config.skip else ("exit_layer", "at most")
@@ -31,7 +30,7 @@ class ExitDrafter:
         if not config.skip:
             submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
         self.source = source
-        self._draft_side, self._sampler, self._submodel = side, setup.sampler, submodel
+        self._side, self._sampler, self._submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
         self._looks = side.layers.device.type == "cpu"
@@ -44,54 +43,72 @@ class ExitDrafter:
 
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
-        if self._sampler.is_greedy and len(limits) == 1:
-            ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-            tokens, states, probs = self._draft_side.draft_greedily(
-                context.newest, self._submodel, context.positions[:, :-1], context.cache, ends, context.features
+        ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
+        if not self._sampler.is_greedy or len(limits) > 1:
+            return self._step_by_step(context, limits, ends)
+        submodel, positions, reuses = self._submodel, context.positions[:, : limits[0]], self._reuses
+        if self._side.kernel is not None:
+            tokens, states, probs = self._side.kernel(
+                context.newest, submodel, positions, context.cache, ends, context.features
             )
-            return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else {}, self.source, probs)
-        return self._step_by_step(context, limits)
+            return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, probs)
+        recorder = self._recorder
+        if recorder is None or ends.needs_probs or context.features is not None:
+            return self._step_by_step(context, limits, ends)
 
-    def _step_by_step(self, context: Context, limits: Sequence[int]) -> Draft:
-        side, submodel, vocabulary = self._draft_side, self._submodel, self._draft_side.vocabulary
-        layers = side.layers
-        rooms, counts, token, features = list(limits), [0] * len(limits), context.newest, context.features
-        tokens, probs, kept = [token], [], []
-        unread: list[Tensor] = []  # (B, 1) each, the largest probability of each draft
-        for step in range(max(limits)):
-            going = [row for row, room in enumerate(rooms) if counts[row] == step < room]
-            if not going:
-                break
+        def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+            recorded = replace(context, newest=token, positions=places, cache=recorder.whole)
+            draft = self._step_by_step(recorded, limits, ends)
+            return (draft.tokens, *draft.exit_states.values())
+
+        name = "draft", submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
+        tokens, *kept = recorder.run(name, work, context.newest, positions)
+        states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
+        return Draft(tokens, (tokens.shape[1] - 1,), None, states, self.source)
+
+    def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
+        side, submodel, cache = self._side, self._submodel, context.cache
+        token, features, rooms = context.newest, context.features, list(limits)
+        tokens, probs, states = [token], list[Tensor](), list[dict[int, Tensor]]()
+        largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row
+        unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
+        while (step := len(states)) < max(rooms):
             positions = context.positions[:, step : step + 1]
-            kept.append(states_at(layers, layers.embed(token), submodel.stops, positions, context.cache))
-            logits, features = beyond_exit(side, submodel, kept[-1][submodel.exit_layer], positions, context.cache, features)
+            states.append(states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache))
+            logits, features = beyond_exit(side, submodel, states[-1][submodel.exit_layer], positions, cache, features)
             draft_probs = self._sampler.probs(logits)
-            if self._confidence:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
+            if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
                 unread.append((logits.float().softmax(-1) if draft_probs is None else draft_probs).amax(-1))
                 if self._looks:
-                    largest = unread.pop()[:, 0].tolist()
-                    going = [row for row in going if largest[row] >= self._confidence]
-                    if not going:
-                        break
+                    for row, prob in enumerate(unread.pop()[:, 0].tolist()):
+                        if rooms[row] > step:
+                            largest[row].append(prob)
+                            rooms[row] = ends.length(largest[row], rooms[row])
+            going = [row for row, room in enumerate(rooms) if room > step]
+            if not going:
+                break
             token = self._sampler.choose(logits, draft_probs, going)
-            if vocabulary is not None:
-                token = vocabulary.tokens(token)
-                draft_probs = None if draft_probs is None else vocabulary.spread(draft_probs)
+            if side.vocabulary is not None:
+                token = side.vocabulary.tokens(token)
+                draft_probs = None if draft_probs is None else side.vocabulary.spread(draft_probs)
             tokens.append(token)
             if draft_probs is not None:
                 probs.append(draft_probs)
-            for row in going:
-                counts[row] += 1
-            if self._eos_ids:
-                rooms = [0 if ids[0] in self._eos_ids else room for ids, room in zip(token.tolist(), rooms, strict=True)]
+            if ends.ids:
+                ended = (ids[0] in ends.ids for ids in token.tolist())
+                rooms = [min(room, step + 1) if end else room for end, room in zip(ended, rooms, strict=True)]
         if unread:
-            for row, row_probs in enumerate(torch.cat(unread, dim=1).tolist()):
-                doubtful = (index for index, prob in enumerate(row_probs) if prob < self._confidence)
-                counts[row] = min(counts[row], next(doubtful, counts[row]))
-            longest = max(counts)
-            tokens, probs, kept = tokens[: longest + 1], probs[:longest], kept[: longest + 1]
-        all_probs = torch.cat(probs, dim=1) if probs else None
-        return Draft(torch.cat(tokens, dim=1), tuple(counts), all_probs, joined(kept) if self._reuses else {}, self.source)
+            largest = torch.cat(unread, dim=1).tolist()
+            rooms = [ends.length(row_probs, room) for row_probs, room in zip(largest, rooms, strict=True)]
+        longest = max(rooms)
+        return Draft(
+            torch.cat(tokens[: longest + 1], dim=1),
+            tuple(max(room, 0) for room in rooms),
+            torch.cat(probs[:longest], dim=1) if probs[:longest] else None,
+            joined(states[: longest + 1]) if self._reuses else {},
+            self.source,
+            largest[0][:longest] if len(rooms) == 1 else (),
+        )
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         """Every round drafts in the same way."""

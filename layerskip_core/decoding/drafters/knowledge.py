@@ -80,36 +80,24 @@ class LinearTime:
 
     def __init__(self, fixed: float, each: float) -> None:
         self.fixed, self.each = self._first = fixed, each
-        self._sums = [0.0] * 5  # of the weights, n, n n, time, n time
-        self._add(_PRIOR_AT, self.of(_PRIOR_AT), _PRIOR_WEIGHT)
-        self._prior = self._sums
+        sums = _weighted(_PRIOR_WEIGHT, _PRIOR_AT, self.of(_PRIOR_AT))
+        self._prior = self._sums = sums  # of the weights, n, n n, time, n time
 
     def of(self, n: int) -> float:
         return self.fixed + n * self.each
 
-    def scale(self, factor: float) -> None:
-        """Into another unit."""
-        self._sums = _in_unit(self._sums, factor)
-        self._fit()
-
     def observe(self, n: int, time: float) -> None:
-        self._sums = [_MEMORY * total for total in self._sums]
-        self._add(n, min(time, _JUMP * self.of(n)), 1.0)
-        self._fit()
+        self._fit(_MEMORY, _weighted(1.0, n, min(time, _JUMP * self.of(n))))
 
     def forget(self, rounds: int, unit: float) -> None:
         """Moves towards what was known at first, whose unit has this length now: a disturbance must not last."""
         kept = _MEMORY**rounds
-        prior = _in_unit(self._prior, unit)
-        self._sums = [kept * total + (1 - kept) * known for total, known in zip(self._sums, prior, strict=True)]
-        self._fit()
+        units = (1.0, 1.0, 1.0, unit, unit)
+        self._fit(kept, [(1 - kept) * known * length for known, length in zip(self._prior, units, strict=True)])
 
-    def _add(self, n: int, time: float, weight: float) -> None:
-        added = (1.0, n, n * n, time, n * time)
-        self._sums = [total + weight * value for total, value in zip(self._sums, added, strict=True)]
-
-    def _fit(self) -> None:
-        """Ridge regression towards the first slope; neither part is below 0."""
+    def _fit(self, kept: float, added: Sequence[float]) -> None:
+        """Ridge regression towards the first slope, of what is kept and what is added; neither part is below 0."""
+        self._sums = [kept * total + new for total, new in zip(self._sums, added, strict=True)]
         weight, of_n, of_squares, of_times, of_products = self._sums
         fixed, each = self._first
         expected = fixed * weight + each * of_n
@@ -121,9 +109,9 @@ class LinearTime:
             self.fixed, self.each = 0.0, of_products / of_squares
 
 
-def _in_unit(sums: Sequence[float], factor: float) -> list[float]:
-    """Scales the times in the sums of a LinearTime by `factor`."""
-    return [*sums[:3], factor * sums[3], factor * sums[4]]
+def _weighted(weight: float, n: int, time: float) -> list[float]:
+    """A measurement in the sums of a LinearTime."""
+    return [weight * value for value in (1.0, n, n * n, time, n * time)]
 
 
 def best_length(
@@ -187,14 +175,14 @@ class Option:
 
 
 class Knowledge:
-    """The estimates for one model. Times are in passes of one row until the first is measured, then in seconds."""
+    """The estimates for one model. Times are in passes of one row, as the first one that was measured."""
 
     def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
         self.plain, self.options = plain, options
         self._lookups = [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in _LOOKUPS]
         self._first_pass = plain.of(1)
+        self._pass_seconds: float | None = None
         self._steps = 0
-        self._is_measured = False
 
     def acceptance_of_lookup(self, evidence: int) -> Acceptance:
         """Of a continuation with this evidence, see `History.continuation`."""
@@ -216,16 +204,12 @@ class Knowledge:
     def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
         """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""
         verify = self.plain if option is None else option.verify
-        if not self._is_measured:
-            self._is_measured = True
-            factor = verify_time / verify.of(rows)
-            known = [self.plain, *(times for one in self.options.values() for times in (one.draft, one.verify))]
-            for times in {id(times): times for times in known}.values():
-                times.scale(factor)
-        verify.observe(rows, verify_time)
+        if self._pass_seconds is None:
+            self._pass_seconds = verify_time / verify.of(rows)
+        verify.observe(rows, verify_time / self._pass_seconds)
         if option is not None and drafted:
             slower = verify.of(rows // (drafted + 1)) / verify.of(1)
-            option.draft.observe(drafted + option.ahead, draft_time / slower)
+            option.draft.observe(drafted + option.ahead, draft_time / self._pass_seconds / slower)
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()

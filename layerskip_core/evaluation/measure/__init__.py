@@ -265,10 +265,10 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
     ids: list[int] = []
     steps: list[Step] = []
     started = time.perf_counter()
-    for tokens in decoding:
+    for [step] in decoding:
         seconds = time.perf_counter() - started
-        steps.append(Step(len(tokens), seconds, decoding.drafter))
-        ids += [token.id for token in tokens]
+        steps.append(Step(len(step.ids), seconds, next(iter(step.counts.steps_by_drafter), None)))
+        ids += step.ids
         started = time.perf_counter()
     return Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
 

@@ -20,9 +20,9 @@ from ...config.model import PackingConfig, Quantization
 from ...data import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
-from ...model.backend import Submodel
-from ...model.drafting import beyond_exit, most_probable
+from ...model.backend import Submodel, beyond_exit
 from ...model.exit_blocks import features_of
+from ...model.vocabulary import most_probable
 from ..outputs import Output, require_outputs
 from ..results import Result
 from . import Progress, measure_prompt

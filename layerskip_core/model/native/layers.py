@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, GreedyDraft, Submodel
+from ..backend import DraftEnds, Submodel
 from ..cache import KVCache
-from ..drafting import DraftVocabulary
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
 from ..spec import ModelSpec
+from ..vocabulary import DraftVocabulary
 from ..weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
 from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
 from .matrix import MatrixForm, NativeMatrix, PackMatrix
@@ -227,8 +227,8 @@ def draft(
     positions: Tensor,
     cache: KVCache,
     ends: DraftEnds,
-    feature: Tensor | None = None,
-) -> GreedyDraft:
+    feature: Tensor | None,
+) -> tuple[Tensor, dict[int, Tensor], list[float]]:
     """A `DraftKernel`, after the arguments that stay the same: `vocabulary` holds the tokens of the head's outputs.
 
     The states are those of K+1 tokens. Without `runs_last` the last draft, whose states a target needs that continues from
@@ -289,7 +289,7 @@ def draft(
     )
     drafted = call.drafted
     kept = {stop: states[place : place + 1, : drafted + runs_last] for place, stop in enumerate(stops)}
-    return GreedyDraft(tokens[:, : drafted + 1], kept, [] if probs is None else probs[:drafted])
+    return tokens[:, : drafted + 1], kept, [] if probs is None else probs[:drafted]
 
 
 def choose(

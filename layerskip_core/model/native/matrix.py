@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..drafting import DraftVocabulary
+from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, is_stored
 from .compiled import KINDS, CMatrix, Kernels
 
