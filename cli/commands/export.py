@@ -35,8 +35,8 @@ def export(
         from layerskip_core.export.packed import export_packed
 
         with hold(output, "layerskip export"):
-            packed = export_packed(config)
-        narrate(f"wrote {model}, packed in {packed.kinds}, to {output}: {packed.nbytes / 1e6:,.1f} MB")
+            kinds, size = export_packed(config)
+        narrate(f"wrote {model}, packed in {kinds}, to {output}: {size / 1e6:,.1f} MB")
         return
     from layerskip_core.export.run import README, export
 

@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -25,17 +24,11 @@ from ..model.weights import Weights, named_int4
 _CPU = torch.device("cpu")
 
 
-class PackedModel(NamedTuple):
-    """The format in words (`int4`, or `bf16 with int8 for drafts`) and the bytes of the weights written."""
-
-    kinds: str
-    nbytes: int
-
-
-def export_packed(config: ExportConfig) -> PackedModel:
+def export_packed(config: ExportConfig) -> tuple[str, int]:
     """Writes a model to `output`, whose lock the caller holds, with its weights as the compiled kernels read them.
 
-    Each matrix is packed, written and freed before the next one is read. The folder is the model's own in all but the weights.
+    Returns the format in words (`int4`, or `bf16 with int8 for drafts`) and the bytes of the weights written. Each matrix is
+    packed, written and freed before the next one is read. The folder is the model's own in all but the weights.
 
     Raises:
         CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
@@ -69,7 +62,7 @@ def export_packed(config: ExportConfig) -> PackedModel:
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
     save_files(write, info, config.output)
-    return PackedModel(written[0], (Path(config.output) / PACKED_FILE).stat().st_size)
+    return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
 
 def _write_weights(source: Source, path: Path) -> str:

@@ -1,27 +1,39 @@
-"""An export, from its settings to the files of `output`, and how engines decode with it."""
+"""`layerskip export`: an exit as a model of its own, and how engines draft with it.
+
+The model has the first layers, the exit's block if there is one, the norm and the head.
+"""
 
 import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from ..checkpoint.importing import written_dtype
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.loaded import decoder_of
+from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
 from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
 from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig
-from ..errors import require
+from ..errors import CheckpointError, ConfigError, require
+from ..files import new_staging, synchronise
 from ..model import TransformersBackend
-from ..model.exit_blocks import NO_BLOCKS
-from .draft import cut_to_exit, recommended_length
-from .gguf import DRAFT, TARGET, refuse_gguf, write_pair
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.spec import EMBEDDING, ModelSpec
+from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
 
 README = "README.md"
+_MOST_TOKENS = 16
+_USUAL_TOKENS = 6
+_BY_LAYER = ("layer_types", "no_rope_layers")  # lists in config.json with an entry for each layer
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,79 @@ def export(config: ExportConfig) -> Exported:
         readme = _readme(config, exit_layer, layers, *recommended_length(decoder, exit_layer, draft_layers))
         files[README] = readme.encode()
     if config.as_gguf:
-        write_pair(loaded, exit_layer, blocks, config.output, "f16" if config.dtype == "auto" else config.dtype, files)
+        _write_pair(loaded, exit_layer, blocks, config.output, "f16" if config.dtype == "auto" else config.dtype, files)
     else:
         details = {"exported_from": config.model, "exported_exit": exit_layer}
         info = CheckpointInfo(loaded.info.prompt_template, details=details, system=loaded.info.system)
         dtype = written_dtype(loaded, config.dtype)
         save_checkpoint(cut_to_exit(loaded, exit_layer, blocks), loaded.tokenizer, info, config.output, dtype, files)
     return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme)
+
+
+def _write_pair(
+    loaded: Trainable, exit_layer: int, blocks: ExitBlocks, output: str, kind: str, files: Mapping[str, bytes]
+) -> None:
+    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`.
+
+    `loaded`, in fp32, loses the layers that the draft does not have. If an error is raised, the folder is unchanged, unless the
+    last renames fail. The draft goes first and comes last: whenever this is killed, no draft lies beside another's target.
+    """
+    folder = Path(output)
+    try:
+        staging = new_staging(folder)
+        try:
+            write_gguf(loaded.model, loaded.tokenizer, loaded.backend.spec, staging / TARGET, kind)
+            if exit_layer < loaded.backend.num_layers:
+                draft = cut_to_exit(loaded, exit_layer, blocks)
+                write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
+            written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
+            for path in written:
+                synchronise(path)
+            (folder / DRAFT).unlink(missing_ok=True)
+            for path in written:
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the model to {output}: {error}") from error
+
+
+def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
+    """The model of exit 1..L, to be written. It is `loaded.model` itself, which loses its other layers.
+
+    A block becomes the layer after the exit's, of the kind of the model's last layer, and its norm the final one. Raises
+    ConfigError for a block that reads the final states of the whole model.
+    """
+    model: Any = loaded.model
+    decoder, layers = model.get_decoder(), loaded.backend.num_layers
+    kept = list(range(exit_layer))
+    block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
+    if block is not None:
+        if block.feature != "none":
+            why = f"its exit block reads the final states of the whole model (feature {block.feature})"
+            raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
+        kept.append(layers - 1)
+        weights = blocks.weights(loaded.backend.spec, model.get_input_embeddings().weight)
+        for module, prefix in ((decoder.layers[-1], f"{block.prefix}layer."), (decoder.norm, f"{block.prefix}norm.")):
+            for name, parameter in module.named_parameters():
+                parameter.data = weights.of(prefix + name)
+    decoder.layers = type(decoder.layers)([decoder.layers[layer] for layer in kept])
+    model.config = cut_config(model.config, kept)
+    return model
+
+
+def cut_config(config: Any, kept: Sequence[int]) -> Any:
+    """A configuration with some of the layers, by their ascending places in the whole model, counted from 0."""
+    values = config.to_dict()
+    values["num_hidden_layers"] = len(kept)
+    for name in _BY_LAYER:
+        if values.get(name) is not None:
+            values[name] = [values[name][layer] for layer in kept]
+    if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
+        values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
+    return config.__class__.from_dict(values)
 
 
 def _readme(config: ExportConfig, exit_layer: int, layers: int, drafts: int, why: str) -> str:
@@ -89,6 +167,26 @@ def _readme(config: ExportConfig, exit_layer: int, layers: int, drafts: int, why
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")
     return "\n\n".join([*parts, instructions(engine, target, str(output), drafts)])
+
+
+def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
+    """A number of draft tokens, and why in words. What a sweep recommended; else the best for the exit's acceptance, if known.
+
+    The best number gives the most expected tokens per byte of weights that is read, because decoding one text is bound by
+    memory. `layers`: of the draft, its block included.
+    """
+    info, spec = loaded.info, loaded.backend.spec
+    if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
+        return info.num_draft_tokens, "recommended by `layerskip sweep-exits`, or with the model"
+    acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
+    if acceptance is None:
+        return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
+    layer, head = sum(map(prod, spec.layer_shapes.values())), prod(spec.shapes[EMBEDDING])
+    share = (layers * layer + head) / (spec.layers * layer + head)
+    expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}
+    tokens = max(expected, key=lambda count: expected[count] / (1 + count * share))
+    why = f"the best if {acceptance:.0%} of the drafts are accepted and a draft takes {share:.0%} of the time of a full pass"
+    return tokens, why
 
 
 _VLLM = """# With layerskip in the environment of vLLM (pip install --no-deps), --load-format layerskip makes the draft of the

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.errors import ConfigError
-from layerskip_core.export.draft import cut_config, cut_to_exit
+from layerskip_core.export.run import cut_config, cut_to_exit
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock

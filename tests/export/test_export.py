@@ -16,8 +16,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import Engine
-from layerskip_core.export.draft import recommended_length
-from layerskip_core.export.run import instructions
+from layerskip_core.export.run import instructions, recommended_length
 from layerskip_core.model.exit_blocks import ExitBlock
 
 

@@ -91,7 +91,7 @@ def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting,
     elif prepare is not None:
         prepare(wide)
     written = packed_from(wide, tmp_path / "packed", quantize, dtype)
-    assert ("calibrated" in written.kinds) == (prepare is add_int4 and setting != "int8")
+    assert ("calibrated" in written[0]) == (prepare is add_int4 and setting != "int8")
     asked = replace(packing, quantize=None)  # what was packed is known
     assert_same(for_decoding(str(tmp_path / "packed"), packing=asked), for_decoding(str(wide), "cpu", dtype, packing))
 
@@ -126,7 +126,7 @@ def test_what_saved_policies_draft_with_is_packed_too(wide, tmp_path):
     policy = {"strategy": "self-speculative", "exit_layer": 2, "num_draft_tokens": 4, "draft_weights": "int4"}
     policy |= {"draft_head": "int4", "draft_vocab": 64}
     (wide / "layerskip.json").write_text(replace(info, policies={"exact": policy}).to_json())
-    assert packed_from(wide, tmp_path / "packed", dtype="bf16").kinds == "bf16 with int4 for drafts"
+    assert packed_from(wide, tmp_path / "packed", dtype="bf16")[0] == "bf16 with int4 for drafts"
     plain = for_decoding(str(wide), "cpu", "bf16", policies=["exact"])
     assert_same(for_decoding(str(tmp_path / "packed"), policies=["exact"]), plain)
 
