@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,10 +33,7 @@ _COPY = "calibrated-model"  # the folder of the copy of a model that is no folde
 _ROWS = 32  # texts that are written together
 
 
-class Report(Protocol):
-    """Gets progress in texts, layers or steps of tuning; of the latter with the divergence of predictions in nats per token."""
-
-    def __call__(self, stage: str, total: int, done: int, divergence: float | None = None, /) -> None: ...
+Report = Callable[..., None]  # gets a stage, of how much, how much is done, and of tuning the divergence in nats per token
 
 
 def output_folder(config: CalibrationConfig) -> str:

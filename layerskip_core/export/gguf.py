@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..files import require_writable
 from ..model.rope import llama3_factors
 from ..model.spec import ModelSpec, RopeSpec
 
@@ -39,8 +38,6 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
         raise ConfigError(f"`output` {output} already holds {ours[0]}; give `overwrite` to replace it, or another folder")
     if not ours and os.path.lexists(folder / readme):
         raise ConfigError(f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder")
-    for name in (TARGET, DRAFT, readme):
-        require_writable(folder / name, CheckpointError)
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:

@@ -98,12 +98,16 @@ class FrozenModel:
         tokens = sum(len(text["input_ids"]) for text in longest)
         disk = states_bytes(tokens, spec.hidden, len(self.exits))
         require_disk(self.states, disk, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
+        notes: tuple[str, ...] = ()
+        if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
+            why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
+            notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         plan = make_plan(
             config,
             device,
             spec,
             resume,
-            _notes(self.trainable.info),
+            notes,
             {"original": self.made_for, "texts": named},
             steps=run_steps(config, rows),
             phases=len(self.exits),
@@ -175,7 +179,7 @@ class FrozenModel:
             "data": config.data.name,
             "answers": blocks.answers,
             "rows": plan.rows,
-            "target_tokens": sum(map(_targets, self.texts[: plan.rows])),
+            "target_tokens": sum(label != IGNORED for text in self.texts[: plan.rows] for label in text["labels"][1:]),
             "steps": plan.steps,
             "batch_size": config.batch_size * config.accumulation,
             "lr": config.lr,
@@ -195,10 +199,6 @@ def _text(prompt: list[int], answer: list[int]) -> dict[str, Any]:
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
-def _targets(text: dict[str, Any]) -> int:
-    return sum(label != IGNORED for label in text["labels"][1:])
-
-
 def _source(model: str) -> str:
     """The folder of a model that can be copied as it is. Raises CheckpointError for others."""
     if is_adapter(model):
@@ -208,11 +208,3 @@ def _source(model: str) -> str:
     if not weight_files(source):
         raise CheckpointError(f"`model` {model} has no safetensors, which are copied as they are: `layerskip import`")
     return source
-
-
-def _notes(info: CheckpointInfo) -> tuple[str, ...]:
-    """A line on the saved settings that `CheckpointInfo.with_exit_blocks` removes."""
-    if not info.advice:
-        return ()
-    why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
-    return (f"saved settings that will be left out: {', '.join(info.advice)}; they were {why}",)

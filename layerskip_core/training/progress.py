@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,6 @@ class LossHistory:
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
         if losses.validation:
             self.validated, self.agreement = losses.validation, losses.agreement
-
-    def validate(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
-        """Adds the held-out losses after the last step."""
-        self.add(replace(self.steps.pop(), validation=losses, agreement=agreement))
 
     def to_jsonl(self) -> str:
         """One JSON line per step, with the figures that the run measures."""

@@ -25,7 +25,7 @@ from .frozen_model import FrozenModel
 from .plan import Plan
 from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
-from .trainer import RunCallback, RunTrainer, trackers
+from .trainer import RunTrainer, trackers
 from .whole_model import WholeModel
 
 
@@ -68,8 +68,7 @@ class Job:
                 on_progress(stage, done, total)
 
             history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
-            trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history)
-            trainer.add_callback(RunCallback(trainer, on_step, interruption))
+            trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history, on_step, interruption)
             self._train(trainer, interruption)
             info, faults = trained.save(history, trainer.is_world_process_zero())
         for fault in faults:

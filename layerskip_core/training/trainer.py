@@ -8,6 +8,7 @@ version of transformers changes these, tests/training/test_resume.py fails.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,28 +39,43 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 _SCHEDULER = "scheduler.pt"
 
 
-class RunTrainer(Trainer):  # type: ignore[misc]
-    """Gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step.
+class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
+    """Trains a module through a run, and is told of the steps as its own callback.
 
-    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under
-    FSDP2 a checkpoint has a file of each process.
+    It gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step. (A
+    token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under FSDP2
+    a checkpoint has a file of each process.
+
+    Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a loss that explodes.
     """
 
     control: Any
     lr_scheduler: Any
 
-    def __init__(self, module: RecipeModule | FrozenExits, plan: Plan, rows: Any, held_out: Any, history: LossHistory) -> None:
+    def __init__(
+        self,
+        module: RecipeModule | FrozenExits,
+        plan: Plan,
+        rows: Any,
+        held_out: Any,
+        history: LossHistory,
+        on_step: Callable[[StepReport], None],
+        interruption: Interruption,
+    ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
-        self.plan, self.history = plan, history
+        self.plan, self.history, self.on_step, self.interruption = plan, history, on_step, interruption
         layers = module.backend.layers if plan.config.fsdp else ()
         self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
+        self.checkpoints = checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
-        self.sums: Tensor | None = None  # of loss, divergence and tokens of a step, and of its exits; on the device
+        self.sums: Any = None  # of loss, divergence and tokens of a step, and of its exits; on the device
         self.micro_batches = 0
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
+        self.learning_rate = self.grad_norm = self.started = 0.0
         super().__init__(module, _arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
         self.remove_callback(PrinterCallback)  # it writes to stdout
+        self.add_callback(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -124,7 +140,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         shares = [part / targets for part in parts]
         losses = dict(zip(exits, shares, strict=False))
         agreement = dict(zip(exits, shares[len(exits) :], strict=True)) if "agreeing" in output else {}
-        self.history.validate(losses, agreement)
+        self.history.add(replace(self.history.steps.pop(), validation=losses, agreement=agreement))
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
         metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
         metrics["eval_loss"] = losses[max(losses)]
@@ -160,98 +176,82 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         read_shard(self.model, self.optimizer, Path(checkpoint), self.args.process_index)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
 
-
-class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Clips, reports, validates, stops after a signal, and seals checkpoints.
-
-    Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a loss that explodes.
-    """
-
-    def __init__(self, trainer: RunTrainer, on_step: Callable[[StepReport], None], interruption: Interruption) -> None:
-        self._trainer, self._on_step, self._interruption = trainer, on_step, interruption
-        self._checkpoints = checkpoints_folder(trainer.plan.config.output)
-        self._learning_rate = self._grad_norm = 0.0
-        self._started = time.perf_counter()
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
         # From now on Trainer writes checkpoints into a staging folder; on_save moves them. Trackers have already set up their
         # files in the run's own folder, because this callback is the last one.
-        args.output_dir = str(run_staging(self._checkpoints))
-        self._started = time.perf_counter()
+        args.output_dir = str(run_staging(self.checkpoints))
+        self.started = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.phase = "training"
+        self.phase = "training"
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
-        norm = self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
-        self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(self._grad_norm):
-            assert self._trainer.sums is not None
-            loss = float(self._trainer.sums[0])
-            what, value = ("norm of the gradient", self._grad_norm) if math.isfinite(loss) else ("loss", loss)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(self.grad_norm):
+            loss = float(self.sums[0])
+            what, value = ("norm of the gradient", self.grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise self._failure(f"the {what} of step {state.global_step + 1} is {value}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
-        self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
+        self.learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, history = self._trainer, self._trainer.history
+        history = self.history
         losses, tokens, stops = self._reduced(state.global_step)
         first = (history.steps or [losses])[0].final
-        if not losses.final <= _EXPLODED * max(math.log(trainer.model.backend.spec.vocab), first):  # NaN is not either
-            exploded = f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
-            raise self._failure(exploded)
+        if not losses.final <= _EXPLODED * max(math.log(self.model.backend.spec.vocab), first):  # NaN is not either
+            value = f"{losses.final:.1f} in the last layer, first {first:.1f}"
+            raise self._failure(f"the loss exploded at step {losses.step}: {value}")
         history.add(losses)
-        log = {"loss": losses.loss, "grad_norm": self._grad_norm, "learning_rate": self._learning_rate}
+        log = {"loss": losses.loss, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
         log |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
-        trainer.log(log | ({} if losses.divergence is None else {"divergence": losses.divergence}))
+        self.log(log | ({} if losses.divergence is None else {"divergence": losses.divergence}))
         now = time.perf_counter()
-        elapsed, self._started = now - self._started, now
-        self._on_step(
+        elapsed, self.started = now - self.started, now
+        self.on_step(
             StepReport(
-                losses.step, state.max_steps, losses.loss, losses.final, history.latest, self._learning_rate, tokens / elapsed,
+                losses.step, state.max_steps, losses.loss, losses.final, history.latest, self.learning_rate, tokens / elapsed,
                 history.validated, history.agreement, losses.divergence,
             )
         )  # fmt: skip
         last = state.global_step >= state.max_steps
         if stops and not last:
             control.should_save = control.should_training_stop = True
-        every = trainer.plan.eval_steps
+        every = self.plan.eval_steps
         control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.perf_counter()  # validation does not count in the speed of the next step
+        self.started = time.perf_counter()  # validation does not count in the speed of the next step
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One process seals the checkpoint and moves it into place, when all have written their part."""
-        self._trainer.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (written / LOSSES).write_text(self._trainer.history.to_jsonl(), encoding="utf-8")
-            publish(written, self._checkpoints, self._trainer.plan.sealed)
-        self._trainer.phase = "training"
-        self._started = time.perf_counter()
+            (written / LOSSES).write_text(self.history.to_jsonl(), encoding="utf-8")
+            publish(written, self.checkpoints, self.plan.sealed)
+        self.phase = "training"
+        self.started = time.perf_counter()
 
     def _reduced(self, step: int) -> tuple[StepLosses, float, bool]:
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
-        trainer = self._trainer
-        assert trainer.sums is not None
-        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
-        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
+        signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
+        sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
         stops, loss, divergence, tokens, *per_exit = sums
-        targets = float(trainer.targets)
-        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
-        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
-        trainer.sums, trainer.micro_batches = None, 0
+        targets = float(self.targets)
+        exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
+        anchored = divergence / targets if self.plan.config.retention.anchor else None
+        self.sums, self.micro_batches = None, 0
         return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
 
     def _failure(self, what: str) -> TrainingError:
-        saved = newest_first(self._checkpoints)
+        saved = newest_first(self.checkpoints)
         if not saved:
             return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
-        again = "" if self._trainer.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
+        again = "" if self.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
         return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
 
 
@@ -277,7 +277,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
         adam_beta2=_BETAS[1],
-        max_grad_norm=0.0,  # RunCallback clips
+        max_grad_norm=0.0,  # on_pre_optimizer_step clips
         seed=config.seed,
         bf16=plan.autocast,
         use_cpu=plan.device == "cpu",
@@ -290,7 +290,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if config.fsdp else None,
-        logging_strategy="no",  # RunCallback logs every step
+        logging_strategy="no",  # on_step_end logs every step
         report_to=trackers(config.report_to),
         disable_tqdm=True,
     )

@@ -72,7 +72,11 @@ class WholeModel:
         self.data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
         self.held_out = None if config.validation is None else encode_rows(held_out, encoder)
         plan = self._planned(config, device, encoder, resume)
-        _require_disk(plan, self.dtype)
+        # Of weights and two moments in fp32; one checkpoint more than are kept, while it is written. With LoRA they are small.
+        every = 0 if config.lora_rank else config.save_steps
+        checkpoints = min(KEPT + 1, plan.steps // every) if every else 0
+        needed = plan.parameters * (self.dtype.itemsize + 12 * checkpoints)
+        require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
         self.module = _module(plan, self.trainable)
         seen = self.data.seen
         longest = sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size]
@@ -192,14 +196,3 @@ def _require_output(config: FinetuneConfig) -> None:
     for base in (*adapters, below):
         if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
             raise ConfigError(f"`lora_keep`: the adapter needs its base {base}, which `output` {config.output} would replace")
-
-
-def _require_disk(plan: Plan, dtype: torch.dtype) -> None:
-    """Raises CheckpointError where the saved model and the checkpoints, of weights and two moments in fp32, do not fit.
-
-    There is one checkpoint more than are kept, while it is written. With LoRA they are small.
-    """
-    every = 0 if plan.config.lora_rank else plan.config.save_steps
-    checkpoints = min(KEPT + 1, plan.steps // every) if every else 0
-    needed = plan.parameters * (dtype.itemsize + 12 * checkpoints)
-    require_disk(checkpoints_folder(plan.config.output), needed, "the model and the checkpoints of its run")
