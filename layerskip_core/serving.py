@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
-from .decoding import DecodeStats, DecodingLoop, StopReason, check_prompt, loop_of
+from .decoding import DecodeStats, DecodingLoop, StopReason, check_prompt
 from .decoding.engine import RowStep
 from .decoding.output import OutputText
 from .errors import LayerSkipError
@@ -171,7 +171,7 @@ class Scheduler:
         first, prompts = rows[0], [request.ids for request in rows.values()]
         ends, seeds = decoder.ends(first.config.stop), [request.config.seed for request in rows.values()]
         try:
-            loop = loop_of(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
+            loop = DecodingLoop(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
         except BaseException as error:
             return done + _failed(rows.values(), error)
         done += _advance(loop, rows)

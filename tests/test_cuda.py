@@ -14,7 +14,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import VerifyConfig
 from layerskip_core.config.model import MachineConfig
-from layerskip_core.decoding import decode, loop_of
+from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.evaluation.verification import verify
 from layerskip_core.model import TorchBackend
@@ -78,7 +78,7 @@ def test_a_step_waits_once(monkeypatch, graphs, config):
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", graphs)
     loaded = for_decoding("embedded", "cuda", "bf16")
     config = replace(config, max_new_tokens=120)
-    loop = loop_of(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config, frozenset(), None, isolated=True)
+    loop = DecodingLoop(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config, frozenset(), None, isolated=True)
     for _ in range(4):  # passes are recorded in the third step, which waits
         next(loop)
     torch.cuda.set_sync_debug_mode("warn")

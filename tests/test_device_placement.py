@@ -17,7 +17,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
-from layerskip_core.decoding import PrefixCache, decode, loop_of
+from layerskip_core.decoding import DecodingLoop, PrefixCache, decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification import verify
@@ -83,7 +83,7 @@ def answers(model, name, gpu=None):
     config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
-        loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
+        loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
         for number, steps in enumerate(loop):
             for step in steps:
                 found.setdefault((len(prompts), step.row), []).extend(step.ids)

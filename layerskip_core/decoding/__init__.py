@@ -1,6 +1,6 @@
 """Decoding over the protocols of `layerskip_core.model.backend`: it never knows which implementation runs."""
 
-from .engine import DecodingLoop, check_prompt, decode, decode_batch, loop_of
+from .engine import DecodingLoop, check_prompt, decode, decode_batch
 from .output import Answer, DecodeStats, StopReason, StopScanner, before_stop, step_counts
 from .target import PrefixCache
 
@@ -15,6 +15,5 @@ __all__ = [
     "check_prompt",
     "decode",
     "decode_batch",
-    "loop_of",
     "step_counts",
 ]

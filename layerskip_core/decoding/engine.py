@@ -22,7 +22,7 @@ from .drafters.lookup import LookupDrafter
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, step_counts
 from .sampling import Sampler, accepted_choices
-from .target import FixedTarget, PrefixCache, Target, TargetOutput, target_for
+from .target import FixedTarget, PrefixCache, TargetOutput, target_for
 
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
@@ -49,7 +49,9 @@ def decode(
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    return loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix, isolated=True)
+    return DecodingLoop(
+        model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states=reuse_exit_states, prefix=prefix, isolated=True
+    )
 
 
 def decode_batch(
@@ -76,7 +78,7 @@ def decode_batch(
     single = len(prompts) == 1
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
-    loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
+    loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
         for row, new_ids, reason, _ in steps:
@@ -84,32 +86,6 @@ def decode_batch(
             if reason is not None:
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(ids[row], finished=True)
                 yield Answer(text, reason, sum(loop.steps(row), DecodeStats()), ids[row], row)
-
-
-def loop_of(
-    model: Backend,
-    prompts: Sequence[list[int]],
-    config: DecodingConfig,
-    eos_ids: frozenset[int],
-    detokenize: Detokenize | None,
-    reuse_exit_states: bool = True,
-    seeds: Sequence[int] | None = None,
-    prefix: PrefixCache | None = None,
-    isolated: bool = False,
-) -> "DecodingLoop":
-    """The loop that decodes prompts by the config's strategy; arguments as for `decode` and `decode_batch`.
-
-    `isolated`: it has one row, and no others will join. Its passes are recorded where the model allows it.
-    """
-    sampler, target = Sampler(config, model.device, len(prompts), seeds), target_for(model, config)
-    recorder = drafter = None
-    carries = target.exit_cache is not None and target.exit_cache.needs_finals
-    if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
-        recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.spec.context))
-        target.recorder = recorder
-    if config.strategy in DRAFTERS:
-        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, recorder))
-    return DecodingLoop(model, prompts, config, sampler, target, drafter, eos_ids, detokenize, prefix)
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
@@ -177,32 +153,43 @@ class DecodingLoop:
         model: Backend,
         prompts: Sequence[list[int]],
         config: DecodingConfig,
-        sampler: Sampler,
-        target: Target,
-        drafter: Drafter | None = None,
         eos_ids: frozenset[int] = frozenset(),
         detokenize: Detokenize | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        reuse_exit_states: bool = True,
         prefix: PrefixCache | None = None,
+        isolated: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`prefix` and a target that is recorded are for loops of one row.
+        """Arguments and errors as for `decode` and `decode_batch`; a `prefix` is for loops of one row.
 
-        Raises ConfigError for a prompt that is empty or leaves no room.
+        `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
+        instead of the config's.
         """
-        self._model, self._sampler, self._target, self._drafter = model, sampler, target, drafter
-        self._num_draft_tokens, self._prefix = config.num_draft_tokens, prefix
+        self._model, self._target, self._prefix = model, target_for(model, config), prefix
+        self._sampler = Sampler(config, model.device, len(prompts), seeds)
+        self._num_draft_tokens = config.num_draft_tokens
         self._rows = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.spec.context)
             limits = config.max_new_tokens, model.spec.context - len(prompt)
             self._rows.append(_Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
         end = max(len(row.ids) + row.scanner.room for row in self._rows)
+        exit_cache, recorder = self._target.exit_cache, None
+        needs_finals = exit_cache is not None and exit_cache.needs_finals
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
         self._cache: KVCache
         if prefix is not None:
-            rerun = int(target.exit_cache is not None and target.exit_cache.needs_finals)
-            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
+            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], int(needs_finals))
+        elif isolated and model.recordable and not needs_finals and isinstance(self._target, FixedTarget):
+            self._target.recorder = recorder = Recorder.of(model, end)
+            self._cache = recorder.cache
         else:
-            self._cache = model.new_cache(len(prompts), end) if target.recorder is None else target.recorder.cache
+            self._cache = model.new_cache(len(prompts), end)
+        if drafter is None and config.strategy in DRAFTERS:
+            drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder))
+        self._drafter = drafter
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._first_rows = tuple(self._rows)

@@ -15,7 +15,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig, require_exit_layer
 from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
-from ..decoding import PrefixCache, decode, decode_batch, loop_of
+from ..decoding import DecodingLoop, PrefixCache, decode, decode_batch
 from ..decoding.sampling import probabilities
 from ..errors import plural
 from .measure import NEAR_TIE, first_difference
@@ -120,7 +120,7 @@ class Subject:
         while waiting or owner:
             if waiting:
                 number, prompt = waiting.pop(0)
-                loop = loop_of(self.backend, [prompt], config, self.loaded.eos_ids, self.loaded.detokenize)
+                loop = DecodingLoop(self.backend, [prompt], config, self.loaded.eos_ids, self.loaded.detokenize)
                 (step,) = next(loop)
                 outputs[number] += step.ids
                 if step.finish_reason is None:

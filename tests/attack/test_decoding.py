@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import PrefixCache, decode, decode_batch, loop_of
+from layerskip_core.decoding import DecodingLoop, PrefixCache, decode, decode_batch
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
@@ -160,7 +160,7 @@ def joined(data, model, prompts, config, ends):
     outputs = [[] for _ in prompts]
     owners, running = {}, None
     for index, prompt in enumerate(prompts):
-        loop = loop_of(model, [prompt], config, ends, letters)
+        loop = DecodingLoop(model, [prompt], config, ends, letters)
         (step,) = next(loop)
         outputs[index] += step.ids
         if step.finish_reason is None:

@@ -273,7 +273,7 @@ def test_a_full_queue_refuses_before_any_work():
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):
     with monkeypatch.context() as broken:
-        broken.setattr("layerskip_core.serving.loop_of", lambda *_, **__: 1 / 0)
+        broken.setattr("layerskip_core.serving.DecodingLoop", lambda *_, **__: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="its log says why"):
             client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert "division by zero" in capsys.readouterr().err

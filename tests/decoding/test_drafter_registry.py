@@ -1,15 +1,12 @@
 """A drafter of one module and one line: it decodes, in batches and sampled too, and its name is a strategy everywhere."""
 
 import pytest
-import torch
 from conftest import tiny_model
 from decodings import ids_of, plainly
 from repeating_drafter import RepeatingDrafter
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
 from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.model import TransformersBackend
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
@@ -47,8 +44,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
 
 def test_it_hears_of_every_verdict(backend):
     drafter, config = RepeatingDrafter(), DecodingConfig(temperature=1, num_draft_tokens=3, max_new_tokens=30)
-    sampler = Sampler(config, torch.device("cpu"), rows=len(PROMPTS))
-    loop = DecodingLoop(backend, PROMPTS, config, sampler, FixedTarget(backend, backend.num_layers), drafter)
+    loop = DecodingLoop(backend, PROMPTS, config, drafter=drafter)
     list(loop)
     for row in range(len(PROMPTS)):
         stats, verdicts = sum(loop.steps(row), DecodeStats()), drafter.verdicts.get(row, [])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, decode_batch, loop_of
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
@@ -119,7 +119,7 @@ class Scheduled(AdaptiveDrafter):
 def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
     """A loop in which options of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
     config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
-    loop = loop_of(backend, prompts, config, eos_ids, None)
+    loop = DecodingLoop(backend, prompts, config, eos_ids, None)
     loop._drafter.__class__ = Scheduled
     loop._drafter.schedule = list(schedule)
     loop._drafter._by_clock = False  # by the clock some steps are plain, to be timed

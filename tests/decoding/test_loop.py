@@ -16,12 +16,10 @@ from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, sampling
-from layerskip_core.decoding.drafters import Draft, DrafterSetup
-from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Sampler, probabilities
-from layerskip_core.decoding.target import FixedTarget
+from layerskip_core.decoding.drafters import Draft
+from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import KVCache, Submodel, TransformersBackend
+from layerskip_core.model import KVCache, TransformersBackend
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -226,7 +224,9 @@ class Recording(TransformersBackend):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
     model, prompt = Recording(models[model_type]), prompt_of(7)
-    decoding = single(model, prompt, DecodingConfig(num_draft_tokens=3, max_new_tokens=9), LAYERS, Scripted(lambda *_: 66))
+    decoding = DecodingLoop(
+        model, [prompt], DecodingConfig(num_draft_tokens=3, max_new_tokens=9), drafter=Scripted(lambda *_: 66)
+    )
     ids = ids_of(decoding)
     assert 66 not in ids
     with torch.no_grad():
@@ -283,7 +283,8 @@ class TableModel:
     """
 
     num_layers, device, exact = 2, torch.device("cpu"), False
-    shares_states, vocabulary, exit_blocks = True, None, {}  # of its draft side, which is the model itself
+    chooser, exit_blocks = None, {}
+    shares_states, vocabulary, kernel = True, None, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
         self.table, self.spec, self.layers = table, SimpleNamespace(context=table.shape[1]), self
@@ -323,11 +324,6 @@ class Scripted:
         self.calls.append(("observe", drafted))
 
 
-def single(model, prompt, config, layers, drafter, eos_ids=(), sampler=None):
-    sampler, target = sampler or Sampler(config, model.device), FixedTarget(model, layers)
-    return DecodingLoop(model, [prompt], config, sampler, target, drafter, frozenset(eos_ids), letters)
-
-
 def counting_model(limit=100):
     """Its greedy continuation counts up, modulo 50."""
     return TableModel(torch.eye(50, dtype=torch.double).roll(1, dims=1).expand(3, limit, 50, 50))
@@ -335,7 +331,7 @@ def counting_model(limit=100):
 
 def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
     config = DecodingConfig(num_draft_tokens=3, max_new_tokens=max_new_tokens, stop=stop)
-    return single(counting_model(limit), [3, 4], config, 2, Scripted(choose), eos_ids)
+    return DecodingLoop(counting_model(limit), [[3, 4]], config, frozenset(eos_ids), letters, drafter=Scripted(choose))
 
 
 def written(decoding):
@@ -377,7 +373,7 @@ def test_never_accepted_drafts():
 def test_a_drafter_hears_of_its_own_drafts_only():
     """The last token of the output leaves no room for a draft: nothing is drafted, and nothing was rejected."""
     drafter = Scripted(never)
-    list(single(counting_model(), [3, 4], DecodingConfig(num_draft_tokens=3, max_new_tokens=5), 2, drafter))
+    list(DecodingLoop(counting_model(), [[3, 4]], DecodingConfig(num_draft_tokens=3, max_new_tokens=5), drafter=drafter))
     assert drafter.calls == [(call, count) for count in (3, 2, 1) for call in ("draft", "observe")]
 
 
@@ -496,11 +492,9 @@ COMBINATIONS = [DecodingConfig(temperature=1.0), DecodingConfig(temperature=1.2,
 def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    config = replace(config, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
-    model, sampler = TableModel(table), Sampler(config, torch.device("cpu"))
-    drafter = ExitDrafter(DrafterSetup(model, sampler, config), None, Submodel(1))
-    loops = (single(model, [3], config, 2, drafter, sampler=sampler) for _ in range(draws))
-    outputs = [tuple(ids_of(loop)) for loop in loops]
+    config = replace(config, exit_layer=1, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
+    model = TableModel(table)
+    outputs = [tuple(ids_of(DecodingLoop(model, [[3]], config, seeds=[seed]))) for seed in range(draws)]
     joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
     return p_value_of(outputs, joint)
 
@@ -545,12 +539,11 @@ class Certain:
 def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certain, least):
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
-    config, prompt = DecodingConfig(temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW), [3, 1, 4]
-    backend, sampler = TransformersBackend(model), Sampler(config, torch.device("cpu"))
-    drafter = Certain() if is_certain else ExitDrafter(DrafterSetup(backend, sampler, config), None, Submodel(1))
+    config = DecodingConfig(exit_layer=1, temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW)
+    backend, prompt, drafter = TransformersBackend(model), [3, 1, 4], Certain() if is_certain else None
     stats, outputs = DecodeStats(), []
-    for _ in range(300):
-        decoding = single(backend, prompt, config, 2, drafter, sampler=sampler)
+    for seed in range(300):
+        decoding = DecodingLoop(backend, [prompt], config, seeds=[seed], drafter=drafter)
         outputs.append(tuple(ids_of(decoding)))
         stats += decoding.stats
 

@@ -114,13 +114,13 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
     """But for one that shall be alone, those of which a batch is full, and long ones; one that does not fit is refused."""
-    decoder, groups, honest = decoder_of("generic"), [], serving.loop_of
+    decoder, groups, honest = decoder_of("generic"), [], serving.DecodingLoop
 
     def recorded(model, prompts, *arguments, **keywords):
         groups.append(list(map(len, prompts)))
         return honest(model, prompts, *arguments, **keywords)
 
-    monkeypatch.setattr(serving, "loop_of", recorded)
+    monkeypatch.setattr(serving, "DecodingLoop", recorded)
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
         limit = 12 if length == 2 else 6
