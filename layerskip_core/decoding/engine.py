@@ -22,7 +22,7 @@ from .drafters.lookup import LookupDrafter
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, step_counts
 from .sampling import Sampler, accepted_choices
-from .target import FixedTarget, PrefixCache, TargetOutput, target_for
+from .target import CalmTarget, FixedTarget, PrefixCache, TargetOutput
 
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
@@ -167,7 +167,9 @@ class DecodingLoop:
         `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
         instead of the config's.
         """
-        self._model, self._target, self._prefix = model, target_for(model, config), prefix
+        by_token = config.strategy == "early-exit" and config.exit_confidence
+        self._target = CalmTarget(model, config) if by_token else FixedTarget(model, config)
+        self._model, self._prefix = model, prefix
         self._sampler = Sampler(config, model.device, len(prompts), seeds)
         self._num_draft_tokens = config.num_draft_tokens
         self._rows = []

@@ -24,20 +24,6 @@ class TargetOutput(NamedTuple):
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
 
 
-def target_for(model: Backend, config: DecodingConfig) -> "Target":
-    """The target of the config's strategy. Raises ConfigError for an exit that can only draft."""
-    if config.strategy == "early-exit" and config.exit_confidence:
-        return CalmTarget(model, tuple(sorted(set(config.exits))), config.exit_confidence)
-    layers, block = model.num_layers, None
-    if config.strategy == "early-exit":
-        assert config.exit_layer is not None
-        layers, block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
-    exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
-    drafting = exits.get(config.strategy, ())
-    blocks = [of_exit for exit_layer, of_exit in model.exit_blocks.items() if exit_layer in drafting]
-    return FixedTarget(model, layers, ExitBlockCache(model, blocks) if blocks else None, block, config.temperature == 0)
-
-
 class FixedTarget:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one.
 
@@ -50,26 +36,27 @@ class FixedTarget:
     decodes_like_prefill = True
     recorder: Recorder | None = None
 
-    def __init__(
-        self,
-        model: Backend,
-        layers: int,
-        exit_cache: "ExitBlockCache | None" = None,
-        block: PlacedBlock | None = None,
-        greedy: bool = False,
-    ) -> None:
-        """`block`: of exit E. `greedy`: only the best tokens are needed, no logits."""
-        self._model, self._layers = model, layers
-        self._only_chooses = greedy and exit_cache is None and block is None
-        self.exit_cache, self._block = exit_cache, block
-        self._taps = () if exit_cache is None else exit_cache.taps
+    def __init__(self, model: Backend, config: DecodingConfig) -> None:
+        """Raises ConfigError for an exit that can only draft."""
+        self._model, self._layers, self._block = model, model.num_layers, None
+        if config.strategy == "early-exit":
+            assert config.exit_layer is not None
+            self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
+        self._head = model.unembed if self._block is None else self._block.head
+        exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
+        drafting = exits.get(config.strategy, ())
+        blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
+        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None
+        self._taps = self.exit_cache.taps if self.exit_cache else ()
+        self._only_chooses = config.temperature == 0 and not blocks and self._block is None  # no logits are needed
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
 
         The cache already has the KV entries before `positions`.
         """
-        return self._output(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
+        hidden = _at(self._run({0: self._model.embed(tokens)}, positions, cache), last)
+        return TargetOutput(self._head(hidden), self._layers)
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
@@ -96,7 +83,8 @@ class FixedTarget:
             choices = self._model.chooser(tokens, states.get(start), start, self._layers, positions, cache)
             if choices is not None:
                 return TargetOutput(None, self._layers, choices)
-        return self._output(self._run(states or {0: self._model.embed(tokens)}, positions, cache))
+        hidden = self._run(states or {0: self._model.embed(tokens)}, positions, cache)
+        return TargetOutput(self._head(hidden), self._layers)
 
     def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states`, and the exit's block."""
@@ -109,9 +97,6 @@ class FixedTarget:
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden
-
-    def _output(self, hidden: Tensor) -> TargetOutput:
-        return TargetOutput(self._model.unembed(hidden) if self._block is None else self._block.head(hidden), self._layers)
 
 
 class CalmTarget:
@@ -129,10 +114,10 @@ class CalmTarget:
     decodes_like_prefill = False  # a prompt runs through all layers
     exit_cache, recorder = None, None
 
-    def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
-        """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
-        self._model, self._draft_side, self._confidence = model, model.draft_sides[None], confidence
-        self._spans = tuple(pairwise((0, *exits, model.num_layers)))
+    def __init__(self, model: Backend, config: DecodingConfig) -> None:
+        """Raises ConfigError for an exit that can only draft."""
+        self._model, self._draft_side, self._confidence = model, model.draft_sides[None], config.exit_confidence
+        self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
         self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
@@ -152,7 +137,12 @@ class CalmTarget:
         count = int(positions[0, 0]) - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
-            self._propagate(span, count, cache)
+            if (written := self._written[span]) < count:  # some tokens left below this span
+                places = torch.arange(self._begin + written, self._begin + count)[None]
+                left = torch.cat(self._left[written:count], dim=1)
+                self._model.write_kv(left, start, stop, places, cache)
+                if (block := self._blocks[stop]) is not None:
+                    self._model.write_kv(left, block.layer, block.layer + 1, places, cache)
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
             self._written[span] = count + 1
             chosen = self._leaving(self._through_block(hidden, stop, positions, cache), stop)
@@ -161,16 +151,6 @@ class CalmTarget:
         assert chosen is not None
         self._left.append(hidden)
         return chosen
-
-    def _propagate(self, span: int, count: int, cache: KVCache) -> None:
-        """Writes the span's KV entries for the tokens, among the first `count`, that left below it."""
-        written, (start, stop) = self._written[span], self._spans[span]
-        if written < count:
-            positions = torch.arange(self._begin + written, self._begin + count)[None]
-            left = torch.cat(self._left[written:count], dim=1)
-            self._model.write_kv(left, start, stop, positions, cache)
-            if (block := self._blocks[stop]) is not None:
-                self._model.write_kv(left, block.layer, block.layer + 1, positions, cache)
 
     def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
         """The states after `layers` layers, and after the block of that exit if it has one."""
@@ -187,10 +167,6 @@ class CalmTarget:
             if self._draft_side.vocabulary is None:
                 return TargetOutput(logits, layers)
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
-
-
-Target = FixedTarget | CalmTarget
-"""The layers that verify, for the steps of one decoding."""
 
 
 def _at(hidden: Tensor, indices: Tensor) -> Tensor:

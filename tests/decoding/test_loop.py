@@ -224,10 +224,8 @@ class Recording(TransformersBackend):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
     model, prompt = Recording(models[model_type]), prompt_of(7)
-    decoding = DecodingLoop(
-        model, [prompt], DecodingConfig(num_draft_tokens=3, max_new_tokens=9), drafter=Scripted(lambda *_: 66)
-    )
-    ids = ids_of(decoding)
+    config, drafter = DecodingConfig(num_draft_tokens=3, max_new_tokens=9), Scripted(lambda *_: 66)
+    ids = ids_of(DecodingLoop(model, [prompt], config, drafter=drafter))
     assert 66 not in ids
     with torch.no_grad():
         expected = models[model_type](tensor([prompt + ids])).logits[0, 6:-1]

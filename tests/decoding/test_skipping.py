@@ -158,7 +158,8 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
         last = len(PROMPT) - 1
         with torch.inference_mode():
-            logits = FixedTarget(model, LAYERS).verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
+            target = FixedTarget(model, DecodingConfig("autoregressive", temperature=1.0))
+            logits = target.verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
             hidden = model.run_layers(model.embed(newest), 0, LAYERS, torch.tensor([[last + MOST + 1]]), cache)

@@ -233,6 +233,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
 
     weights = packing.get("draft_weights", (None,))[0]
+    target = FixedTarget(model, DecodingConfig("autoregressive", temperature=1.0))
 
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
@@ -242,7 +243,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
             context = Context([0], prompt.tolist(), prompt[:, 29:], positions, cache)
             draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
-            return draft, FixedTarget(model, 6).verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
+            return draft, target.verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
 
     chosen = drafted((), False)[0].tokens[0].tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
