@@ -66,26 +66,23 @@ def front(points: "Points", width: int) -> Text:
 
 
 class Curves:
-    """The loss of every exit over the steps of a training, kept as means over at most `_POINTS` stretches of steps."""
+    """The loss of every exit over the steps of a training, kept of at most `_POINTS` steps at even distances."""
 
     def __init__(self) -> None:
         self._first: dict[int, float] = {}
         self._latest: dict[int, float] = {}
-        self._means: list[dict[int, float]] = []
-        self._stretch = 1  # steps per mean
-        self._current: list[dict[int, float]] = []
+        self._kept: list[dict[int, float]] = []
+        self._steps, self._distance = 0, 1
 
     def add(self, losses: Mapping[int, float]) -> None:
         """The latest loss of every exit, after a step."""
         self._latest = dict(losses)
         self._first = self._latest | self._first
-        self._current.append(self._latest)
-        if len(self._current) == self._stretch:
-            self._means.append(_mean(self._current))
-            self._current = []
-        if len(self._means) == _POINTS:
-            self._means = [_mean(self._means[place : place + 2]) for place in range(0, _POINTS, 2)]
-            self._stretch *= 2
+        if self._steps % self._distance == 0:
+            self._kept.append(self._latest)
+        self._steps += 1
+        if len(self._kept) == _POINTS:
+            self._kept, self._distance = self._kept[::2], self._distance * 2
 
     def picture(self, width: int) -> Text:
         """A line per exit: its loss at first, over the steps and now. One logarithmic scale for all lines, so they compare.
@@ -95,9 +92,9 @@ class Curves:
         text, layers = Text(), sorted(self._latest)
         text.append("loss: at first, over the steps, now\n", style="dim")
         apart = -(-len(layers) // _MOST_CURVES) or 1
-        means = [*self._means, *([_mean(self._current)] if self._current else [])]
-        room = max(1, -(-len(means) // max(width - 24, 10)))
-        means = [_mean(means[start : start + room]) for start in range(0, len(means), room)]
+        steps = [*self._kept, self._latest]
+        together = max(1, -(-len(steps) // max(width - 24, 10)))
+        means = [_mean(steps[start : start + together]) for start in range(0, len(steps), together)]
         seen = [math.log(max(loss, _LEAST)) for point in means for loss in point.values()]
         for layer in layers[(len(layers) - 1) % apart :: apart]:
             text.append(f"exit {layer:>3} {self._first[layer]:>6.3f} ")

@@ -59,17 +59,13 @@ def give_up() -> None:
         os.close(null)
 
 
-def is_there() -> bool:
-    """Whether the process was started with a standard input."""
-    return _taken is not None
+def is_piped() -> bool:
+    """Whether there is a standard input that is no terminal."""
+    return _taken is not None and not _taken.isatty()
 
 
 def is_terminal() -> bool:
     return _taken is not None and _taken.isatty()
-
-
-def is_piped() -> bool:
-    return is_there() and not is_terminal()
 
 
 def given_prompt(prompt: str | None, may_be_empty: bool) -> str:

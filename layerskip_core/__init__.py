@@ -10,6 +10,7 @@
 Nothing is imported before it is used: `load` imports torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,16 +22,7 @@ __all__ = ["Answer", "Dialogue", "LanguageModel", "TextStream", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LanguageModel", "load"):
-        from . import language_model
-
-        return getattr(language_model, name)
-    if name == "Answer":
-        from .decoding import Answer
-
-        return Answer
-    if name in ("Dialogue", "TextStream"):
-        from .decoding import dialogue
-
-        return getattr(dialogue, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"Answer": "decoding", "Dialogue": "decoding.dialogue", "TextStream": "decoding.dialogue"}
+    return getattr(import_module(f".{module.get(name, 'language_model')}", __name__), name)

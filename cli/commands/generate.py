@@ -51,7 +51,10 @@ def generate(
         (lines and jsonl, "give --lines or --jsonl, not both"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
         (several and not streams.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
-        (prompt is None and not streams.is_there(), "give a PROMPT, or pipe one into standard input"),
+        (
+            prompt is None and not (streams.is_piped() or streams.is_terminal()),
+            "give a PROMPT, or pipe one into standard input",
+        ),
     ):
         if wrong:
             raise typer.BadParameter(told)

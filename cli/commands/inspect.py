@@ -40,13 +40,16 @@ def inspect(
 
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
+    from layerskip_core.checkpoint.save import model_files
     from layerskip_core.evaluation.inspection import inspect as run_inspect
     from layerskip_core.evaluation.report.pages import inspection_page
     from layerskip_core.files import require_writable, write_file
 
-    page = None if output is None else _page_file(output)
-    if page is not None:
-        require_writable(page, LayerSkipError)
+    if output is not None:
+        require_writable(Path(output), LayerSkipError)
+        real = Path(output).resolve()
+        if real.name in model_files(real.parent):
+            raise LayerSkipError(f"`output` {output} must not be a file of the model in {real.parent}; give another name")
     loaded = load_model(model, machine, prompting=prompting)
     count = loaded.backend.num_layers
     console = ResultsConsole()
@@ -54,26 +57,13 @@ def inspect(
     layers = layers or tuple(sorted({max(1, round(count * part / room)) for part in range(1, room + 1)}))
     require(layers[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, layers)))
     inspection = run_inspect(loaded, streams.given_prompt(prompt, may_be_empty=False), max_new_tokens)
-    if page is not None:
-        write_file(page, inspection_page(inspection).encode(), LayerSkipError)
+    if output is not None:
+        write_file(Path(output), inspection_page(inspection).encode(), LayerSkipError)
         narrate(f"wrote {output}")
     if format == "json":
         typer.echo(json.dumps(inspection.document(), indent=2, ensure_ascii=False))
     else:
         _print(inspection, layers, room, console)
-
-
-def _page_file(output: str) -> Path:
-    """Raises LayerSkipError if the folder does not exist, and for a file of a model, which must not be replaced."""
-    from layerskip_core.checkpoint.save import model_files
-
-    file = Path(output)
-    real = file.resolve()
-    if not file.parent.is_dir():
-        raise LayerSkipError(f"`output` {output}: there is no folder {file.parent}")
-    if real.name in model_files(real.parent):
-        raise LayerSkipError(f"`output` {output} must not be a file of the model in {real.parent}; give another name")
-    return file
 
 
 def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console: Console) -> None:

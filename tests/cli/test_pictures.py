@@ -80,7 +80,7 @@ def test_curves_fall_with_the_losses():
         assert list(bars) == sorted(bars, reverse=True) and len(set(bars)) >= 7
         assert len(line) <= 60
     assert last.split()[-2][0] == "\N{FULL BLOCK}" and first.split()[-2][-1] == "\N{LOWER ONE EIGHTH BLOCK}"
-    assert len(curves._means) <= _POINTS
+    assert len(curves._kept) <= _POINTS
 
 
 def test_of_many_exits_some_are_shown_and_always_the_last():

@@ -107,7 +107,7 @@ def test_bad_flags(checkpoint, tmp_path):
     fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
     fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
     file = tmp_path / "none" / "x.html"
-    message = f"--output {file}: there is no folder {file.parent}"
+    message = f"cannot write {file}: there is no folder {file.parent}"
     fails(message, "inspect", "hi", "--model", checkpoint, "--output", str(file))
 
 
