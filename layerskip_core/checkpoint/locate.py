@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LockedError, first_line
 from ..files import read_json
+from .folder import refuse_packed
 from .info import ADAPTER_FILE, holds_model
 from .save import settle
 
@@ -67,15 +68,18 @@ def own_folder(name: str) -> str | None:
 
 
 def downloaded(name: str) -> str:
-    """The folder of a model's files, fetched from the hub if it is a hub id. Raises CheckpointError for a GGUF file."""
+    """The folder of a whole model's files, fetched from the hub if it is a hub id. Raises CheckpointError for all else."""
     location = locate(name)
-    if location.gguf_file is not None:
-        raise CheckpointError(f"{name} is a GGUF file; needed a folder of safetensors: convert it with `layerskip import`")
-    if Path(location.path).is_dir():
-        return location.path
-    from huggingface_hub import snapshot_download
+    if location.gguf_file is not None or is_adapter(location.path):
+        found = "an adapter" if location.gguf_file is None else "a GGUF file"
+        raise CheckpointError(f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`")
+    folder = location.path
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
 
-    return reading(name, lambda: snapshot_download(location.path, allow_patterns=_HUB_FILES))
+        folder = reading(name, lambda: snapshot_download(location.path, allow_patterns=_HUB_FILES))
+    reading(name, lambda: refuse_packed(folder))
+    return folder
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folder import GENERATION_FILE, PACKED_FILE, quiet_transformers, refuse_packed
+from ..checkpoint.folder import GENERATION_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import read_info
-from ..checkpoint.locate import Location, downloaded, is_adapter, reading
+from ..checkpoint.locate import Location, downloaded
 from ..checkpoint.open import Source, for_packing
 from ..checkpoint.packed_file import Content, PackedWriter, norm_names
 from ..checkpoint.save import refuse_overwrite, save_files
@@ -34,10 +34,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
         ConfigError: the folder is the model's own or holds another model, or the model is no folder of safetensors.
     """
-    if is_adapter(config.model):
-        raise ConfigError(f"`format` packed needs a whole model, got the adapter {config.model}: first `layerskip import` it")
     source = downloaded(config.model)
-    reading(config.model, lambda: refuse_packed(source))
     refuse_overwrite(config.output, config.overwrite)
     asked = PackingConfig(quantize=config.quantize, adaptive=True)
     if kernels() is None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, refuse_packed, weight_files
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.locate import downloaded, is_adapter, own_folder, reading
+from ..checkpoint.locate import downloaded, own_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_beside
 from ..config.decoding import require_exit_layer
@@ -44,7 +44,11 @@ class FrozenModel:
 
     def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
         require(world_size() == 1, "frozen", "used in one process", f"{world_size()} by torchrun")
-        source, own = _source(config.model), own_folder(config.model)
+        source, own = downloaded(config.model), own_folder(config.model)
+        if not weight_files(source):
+            raise CheckpointError(
+                f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
+            )
         self.in_place = own is not None and Path(config.output).resolve() == Path(own).resolve()  # the model gets the blocks
         refuse_overwrite(config.output, config.overwrite or self.in_place)
         # The same model twice: of transformers, whose parts the blocks are made of, and on the kernels of decoding.
@@ -197,14 +201,3 @@ class FrozenModel:
 def _text(prompt: list[int], answer: list[int]) -> dict[str, Any]:
     """An encoded row; the answer has labels."""
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
-
-
-def _source(model: str) -> str:
-    """The folder of a model that can be copied as it is. Raises CheckpointError for others."""
-    if is_adapter(model):
-        raise CheckpointError(f"`model` {model} is an adapter; needed a folder with all weights: `layerskip import`")
-    source = downloaded(model)
-    reading(model, lambda: refuse_packed(source))
-    if not weight_files(source):
-        raise CheckpointError(f"`model` {model} has no safetensors, which are copied as they are: `layerskip import`")
-    return source
