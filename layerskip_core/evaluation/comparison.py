@@ -9,11 +9,9 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-import msgspec
-
 from ..checkpoint.info import INFO_FILE, read_info
 from ..errors import ConfigError, LayerSkipError, refused
-from ..files import read_bytes
+from ..files import parse_json, read_bytes
 from .metrics import is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
 
@@ -56,6 +54,15 @@ class Run:
     rows: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A line of losses.jsonl: held-out nats per token and the agreement with full depth, by exit, if it was validated."""
+
+    step: int
+    validation: dict[int, float] = field(default_factory=dict)
+    agreement: dict[int, float] = field(default_factory=dict)
+
+
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`.
 
@@ -93,10 +100,21 @@ def read_run(path: str) -> Run:
         raise LayerSkipError(f"RUNS {path} must be a folder with {RESULTS} (of sweep-exits or bench --output) or {LOSSES}")
     run = Run(path)
     for file in files:
-        if file.suffix == ".jsonl":
-            _add_losses(run, file)
-        else:
+        if file.suffix != ".jsonl":
             add_record(run, read_record(str(file), named="RUNS"))
+            continue
+        last = None
+        for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
+            step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, _Step)
+            if step.validation:
+                run.held_out[step.step], last = step.validation, step
+        if last is not None:  # the losses of the last validation are figures too
+            perplexities = {layer: math.exp(loss) for layer, loss in last.validation.items()}
+            for name, by_exit in ((HELD_OUT, perplexities), ("agreement", last.agreement)):
+                if by_exit:
+                    run.figures[name] = {Setting(f"exit {layer} alone", layer): value for layer, value in by_exit.items()}
+            if (file.parent / INFO_FILE).is_file():
+                run.rows[LOSSES] = read_info(file.parent).details.get("validation_rows")
     if not run.figures:
         raise LayerSkipError(f"RUNS {path} has no held-out losses: `finetune` measures them with `validation`")
     return run
@@ -121,35 +139,6 @@ def add_record(run: Run, record: RunRecord) -> Run:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A line of losses.jsonl: held-out nats per token and the agreement with full depth, by exit, if it was validated."""
-
-    step: int
-    validation: dict[int, float] = field(default_factory=dict)
-    agreement: dict[int, float] = field(default_factory=dict)
-
-
-def _add_losses(run: Run, file: Path) -> None:
-    """The losses that `finetune` writes, a line per step. The last validation's losses are figures too."""
-    last = None
-    for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
-        try:
-            step = msgspec.json.decode(line, type=_Step)
-        except msgspec.DecodeError as error:
-            raise LayerSkipError(f"RUNS {file}:{number} must be a line that finetune wrote: {error}") from None
-        if step.validation:
-            run.held_out[step.step], last = step.validation, step
-    if last is None:
-        return
-    perplexities = {layer: math.exp(loss) for layer, loss in last.validation.items()}
-    for name, by_exit in ((HELD_OUT, perplexities), ("agreement", last.agreement)):
-        if by_exit:
-            run.figures[name] = {Setting(f"exit {layer} alone", layer): value for layer, value in by_exit.items()}
-    if (file.parent / INFO_FILE).is_file():
-        run.rows[LOSSES] = read_info(file.parent).details.get("validation_rows")
-
-
-@dataclass(frozen=True)
 class Interval:
     """A mean and the ends of its 95% interval; the ends are None where a single run tells nothing about others."""
 
@@ -157,20 +146,20 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
-    def within(self, low: float, high: float) -> "Interval":
-        """The interval clipped to low..high, a figure's possible values."""
-        ends = (None if end is None else min(max(end, low), high) for end in (self.low, self.high))
-        return Interval(self.mean, *ends)
-
 
 def interval_of(
-    values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False
+    values: Sequence[float],
+    others: Sequence[float] = (),
+    paired: bool = False,
+    logarithmic: bool = False,
+    share: bool = False,
 ) -> Interval:
     """The mean of one value per run, less that of the `others` if there are any.
 
     `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ, with the
     degrees of freedom of Welch and Satterthwaite, rounded down. `logarithmic`: on the scale of logarithms, so a geometric
-    mean, or a ratio; all values must be positive.
+    mean, or a ratio; all values must be positive. `share`: values are in 0..1, and so is the interval, or
+    that of a difference in -1..1.
     """
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
@@ -183,7 +172,8 @@ def interval_of(
             parts = zip(squares, samples, strict=True)
             freedom = 1 / sum((square / total) ** 2 / (len(sample) - 1) for square, sample in parts)
             half = t_quantile(int(freedom + 1e-6)) * math.sqrt(total)  # 2 can be computed as 1.9999999
-    ends = (mean, mean - half, mean + half) if known else (mean,)
+    least, most = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
+    ends = (mean, max(mean - half, least), min(mean + half, most)) if known else (mean,)
     return Interval(*(math.exp(min(end, _LARGEST)) if logarithmic else end for end in ends))
 
 
@@ -288,11 +278,10 @@ def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int
         logarithmic = is_logarithmic(figure) and all(min(each) > 0 for each in values.values())
         first, cells = next(iter(groups)), []
         for label, own in values.items():
-            mean, difference = interval_of(own, logarithmic=logarithmic), None
+            share, difference = is_percentage(figure), None
+            mean = interval_of(own, logarithmic=logarithmic, share=share)
             if label != first and first in values:
-                difference = interval_of(own, values[first], paired, logarithmic)
-            if is_percentage(figure):
-                mean, difference = mean.within(0, 1), difference and difference.within(-1, 1)
+                difference = interval_of(own, values[first], paired, logarithmic, share)
             cells.append(Cell(label, tuple(own), mean, difference))
         if cells:
             yield Line(figure, setting, tuple(cells))
