@@ -13,7 +13,6 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
-from layerskip_core.evaluation.report import prepare_output
 from layerskip_core.files import (
     append_lines,
     discard_folder,
@@ -99,12 +98,6 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a", "folder"]
     discard_folder(tmp_path / "folder")
     assert names(tmp_path) == ["a"]
-
-
-def test_an_output_folder_with_a_folder_in_the_way_is_refused_before_the_run(tmp_path):
-    (tmp_path / "report.html").mkdir()
-    with pytest.raises(LayerSkipError, match=r"cannot write .*report\.html: it is a folder"):
-        prepare_output(str(tmp_path))
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):

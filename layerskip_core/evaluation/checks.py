@@ -18,7 +18,7 @@ from ..config.model import Quantization
 from ..decoding import DecodingLoop, PrefixCache, decode, decode_batch
 from ..decoding.sampling import probabilities
 from ..errors import plural
-from .measure import NEAR_TIE, first_difference
+from .measure import NEAR_TIE, first_difference, logits
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
 # the same distribution of sampled tokens.
@@ -135,23 +135,11 @@ class Subject:
                     del owner[step.row]
         return outputs
 
-    def logits(self, tokens: Tensor, size: int = 0) -> Tensor:
-        """(B, T, V) of rows of tokens (B, T), in one pass or in passes of `size` tokens."""
-        model, pieces, start = self.backend, [], 0
-        cache = model.new_cache(len(tokens), tokens.shape[1])
-        with torch.inference_mode():
-            for part in torch.split(tokens, size or tokens.shape[1], 1):
-                positions = torch.arange(start, start + part.shape[1]).expand(len(tokens), -1)
-                hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, positions, cache)
-                pieces.append(model.unembed(hidden))
-                start += part.shape[1]
-        return torch.cat(pieces, 1)
-
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
         """`before`: the tokens that both tokens follow."""
         gap = None
         if wanted is not None and found is not None:
-            scores = self.logits(torch.tensor([before]))[0, -1].double()
+            scores = logits(self.backend, torch.tensor([before]), last=1)[0, -1].double()
             gap = float(scores[wanted] - scores[found])
         return Mismatch(number, position, wanted, found, gap, gap is not None and abs(gap) <= self._near)
 
@@ -188,10 +176,10 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
     """Logits of prompts with their outputs: as rows of one call, token by token, and with another number of threads."""
     texts = [[*prompt, *output] for prompt, output in zip(subject.prompts, subject.expected, strict=True)]
     longest, threads = max(map(len, texts)), torch.get_num_threads()
-    padded = subject.logits(torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts]))
+    padded = logits(subject.backend, torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts]))
 
     def one_by_one(size: int = 0) -> list[Tensor]:
-        return [subject.logits(torch.tensor([text]), size)[0] for text in texts]
+        return [logits(subject.backend, torch.tensor([text]), size)[0] for text in texts]
 
     found = {
         (ROWS, f"{len(texts)} rows"): [row[: len(text)] for row, text in zip(padded, texts, strict=True)],
@@ -207,9 +195,9 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
         finally:
             torch.set_num_threads(threads)
     promise: Promise = "bits" if subject.backend.batch_invariant else "near-ties"
-    for (check, setting), logits in found.items():
+    for (check, setting), rows in found.items():
         mismatches = []
-        for number, (got, wanted) in enumerate(zip(logits, alone, strict=True)):
+        for number, (got, wanted) in enumerate(zip(rows, alone, strict=True)):
             differs = (wanted != got).any(-1) if promise == "bits" else wanted.argmax(-1) != got.argmax(-1)
             if differs.any():
                 position = int(differs.byte().argmax())
@@ -309,7 +297,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
 
 def _following(subject: Subject, ids: Ids) -> dict[int, float]:
     """The tokens that can follow, with their probabilities."""
-    probs = probabilities(subject.logits(torch.tensor([ids]))[0, -1], _COUNTED)
+    probs = probabilities(logits(subject.backend, torch.tensor([ids]), last=1)[0, -1], _COUNTED)
     return {int(token): float(probs[token]) for token in probs.nonzero()[:, 0]}
 
 

@@ -51,7 +51,10 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings."""
+    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings.
+
+    `known`: by repeat and sample, the outputs that the interrupted run left.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
         """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
@@ -70,12 +73,8 @@ class Journal:
             rows = [msgspec.json.decode(line, type=_Row) for line in lines[1:]]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; leave out `resume` to start again") from None
-        self._known = {(row.repeat, row.sample): row.outputs for row in rows}
+        self.known = {(row.repeat, row.sample): row.outputs for row in rows}
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
-
-    def recall(self, repeat: int, sample: int) -> list[Output] | None:
-        """The outputs of all settings, or None if they are missing."""
-        return self._known.get((repeat, sample))
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
         line = {"repeat": repeat, "sample": sample, "outputs": [asdict(output) for output in outputs]}

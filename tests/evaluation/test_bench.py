@@ -219,10 +219,10 @@ def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):
     file = tmp_path / JOURNAL
     file.write_text(file.read_text()[:-20])
     again = Journal(tmp_path, {"a": 1}, True)
-    assert (again.recall(0, 0), again.recall(0, 1)) == ([ANSWER, FAILURE], None)
+    assert again.known == {(0, 0): [ANSWER, FAILURE]}
     again.add(0, 1, [FAILURE])
-    assert Journal(tmp_path, {"a": 1}, True).recall(0, 1) == [FAILURE]
-    assert Journal(tmp_path, {"a": 1}, False).recall(0, 1) is None
+    assert Journal(tmp_path, {"a": 1}, True).known[0, 1] == [FAILURE]
+    assert Journal(tmp_path, {"a": 1}, False).known == {}
 
 
 def test_a_run_of_other_rows_is_not_resumed(tmp_path):

@@ -1,17 +1,16 @@
 """Records as JSON, CSV, tables and files."""
 
 import csv
-import errno
 import io
 import math
-import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from command_line import run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report import prepare_output, to_csv, to_json
+from layerskip_core.evaluation.report import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
 from layerskip_core.evaluation.results import (
     Bounds,
@@ -200,17 +199,15 @@ def test_a_file_that_is_no_record_of_a_sweep_is_refused(tmp_path, text):
 
 
 def test_the_output_folder_is_checked_before_the_run(tmp_path, monkeypatch):
-    assert list(prepare_output(str(tmp_path / "new" / "folder")).iterdir()) == []
+    with output_folder(str(tmp_path / "new" / "folder"), "test") as folder:
+        assert folder.is_dir()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LayerSkipError, match=r"`output` .*file"):
-        prepare_output(str(tmp_path / "file"))
-
-    def full(**_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(LayerSkipError, match="No space left"):
-        prepare_output(str(tmp_path))
+    (tmp_path / "in the way" / "report.html").mkdir(parents=True)
+    for name, reason in (("file", "file"), ("in the way", r"report\.html: it is a folder"), ("full", "disk without space")):
+        if name == "full":
+            monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(LayerSkipError, match=reason), output_folder(str(tmp_path / name), "test"):
+            pytest.fail("began")
 
 
 SHORT = ("--samples", "2", "--max-new-tokens", "6", "--threads", "1")

@@ -146,9 +146,8 @@ def measure(
     timed = timed_examples(every, config.timed)
     phases = [("answers", [(_BATCHES, sample) for sample in every], config.batch_size)] if batches else []
     phases += [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)] if timed else []
-    rows: dict[tuple[int, int], list[Output]] = {}  # the outputs of all settings by repeat and sample
+    rows = {} if journal is None else dict(journal.known)  # the outputs of all settings by repeat and sample
     for phase, wanted, size in phases:
-        rows |= {each: known for each in wanted if journal is not None and (known := journal.recall(*each)) is not None}
         missing = [each for each in wanted if each not in rows]
         if size > 1:
             missing.sort(key=lambda each: len(examples[each[1]].prompt))
@@ -276,13 +275,17 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
 def differences(
     loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
 ) -> tuple[Difference, ...]:
-    """The first difference of each output from the baseline's. Samples that failed in either are left out."""
+    """The first difference of each output from the baseline's, with the gap between the two largest logits there.
+
+    Samples that failed in either are left out.
+    """
     differing = []
     for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            differing.append(Difference(sample, position, top2_gap(loaded.backend, prefix)))
+            best, second = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].double().topk(2).values.tolist()
+            differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 
 
@@ -295,13 +298,18 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def top2_gap(model: Backend, ids: Sequence[int]) -> float:
-    """The gap between the two largest logits of the full model for the token after `ids`."""
-    tokens = torch.tensor([list(ids)], device=model.device)
-    positions, cache = torch.arange(len(ids))[None], model.new_cache(1, len(ids))
-    hidden = model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache)
-    best, second = model.unembed(hidden[:, -1:])[0, -1].double().topk(2).values.tolist()
-    return float(best - second)
+def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
+    """(B, T, V) of the full model for rows of tokens (B, T), in one pass or in passes of `size` tokens.
+
+    `last`: only of so many positions at the end of each pass; 0: of all.
+    """
+    pieces, start, cache = [], 0, model.new_cache(*tokens.shape)
+    for part in torch.split(tokens, size or tokens.shape[1], 1):
+        positions = torch.arange(start, start + part.shape[1]).expand(len(tokens), -1)
+        hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, positions, cache)
+        pieces.append(model.unembed(hidden[:, -last:]))
+        start += part.shape[1]
+    return torch.cat(pieces, 1)
 
 
 def _reset_peak(device: torch.device) -> bool:

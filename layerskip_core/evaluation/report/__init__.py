@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,7 +18,7 @@ from .pages import ANSWERS_PAGE, answers_page, report_page
 from .tables import PARETO_NOTE, TextTable, flat_rows
 
 ANSWERS_FILE = "answers.jsonl"
-_PROBE_BYTES = 1 << 20  # more than any report takes
+_REPORT_BYTES = 1 << 20  # more than any report takes
 
 
 def to_json(record: Any) -> str:
@@ -87,27 +87,20 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
 
 @contextmanager
 def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
-    """The prepared folder, locked by `command`; None if `folder` is None. Raises as `prepare_output` and `hold` do."""
+    """The folder for a report, created and locked by `command`; None if `folder` is None.
+
+    Raises LayerSkipError if the folder, or a file of a report in it, cannot be written, and as `hold` does.
+    """
     if folder is None:
         yield None
         return
-    path = prepare_output(folder)
-    with hold(path, command):
-        yield path
-
-
-def prepare_output(folder: str) -> Path:
-    """Creates the folder and checks that a report can be written to it. Raises LayerSkipError."""
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(bytes(_PROBE_BYTES))
-    except OSError as error:
-        raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
-    for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
-        require_writable(path / name, LayerSkipError)
-    return path
+    with hold(path, command):
+        if shutil.disk_usage(path).free < _REPORT_BYTES:
+            raise LayerSkipError(f"`output` {folder} is on a disk without space")
+        for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
+            require_writable(path / name, LayerSkipError)
+        yield path
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
