@@ -13,11 +13,9 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.bootstrap import metric
 from layerskip_core.evaluation.measure import measure_prompt
-from layerskip_core.evaluation.metrics import exact_match
-from layerskip_core.evaluation.outputs import Output
-from layerskip_core.evaluation.results import Step
+from layerskip_core.evaluation.metrics import exact_match, metric
+from layerskip_core.evaluation.results import Output, Step
 from layerskip_core.evaluation.tasks import Task
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.encoding import train_tokenizer

@@ -32,10 +32,9 @@ def bench(
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
-    from layerskip_core.evaluation.outputs import close_journal
     from layerskip_core.evaluation.report import output_folder, with_answers
     from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
-    from layerskip_core.evaluation.results import read_record
+    from layerskip_core.evaluation.results import close_journal, read_record
 
     with output_folder(output, "layerskip bench") as folder:
         if saved is not None:

@@ -12,15 +12,15 @@ from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelNa
 
 # Each task, and the TaskLoader that loads it. It is imported when the task is used.
 TASKS = {
-    "commands": "layerskip_core.evaluation.tasks.pairs:COMMANDS",
-    "topv2": "layerskip_core.evaluation.tasks.pairs:TOPV2",
-    "jsonl": "layerskip_core.evaluation.tasks.pairs:PROMPTS",
-    "cnn_dm": "layerskip_core.evaluation.tasks.pairs:CNN_DM",
-    "xsum": "layerskip_core.evaluation.tasks.pairs:XSUM",
-    "scitldr": "layerskip_core.evaluation.tasks.pairs:SCITLDR",
+    "commands": "layerskip_core.evaluation.tasks.texts:COMMANDS",
+    "topv2": "layerskip_core.evaluation.tasks.texts:TOPV2",
+    "jsonl": "layerskip_core.evaluation.tasks.texts:PROMPTS",
+    "cnn_dm": "layerskip_core.evaluation.tasks.texts:CNN_DM",
+    "xsum": "layerskip_core.evaluation.tasks.texts:XSUM",
+    "scitldr": "layerskip_core.evaluation.tasks.texts:SCITLDR",
     "humaneval": "layerskip_core.evaluation.tasks.code:HUMANEVAL",
     "mbpp": "layerskip_core.evaluation.tasks.code:MBPP",
-    "lm": "layerskip_core.evaluation.tasks.language_modelling:LANGUAGE_MODELLING",
+    "lm": "layerskip_core.evaluation.tasks.texts:LANGUAGE_MODELLING",
 }
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")

@@ -299,7 +299,7 @@ def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_uns
 
 
 def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.tasks.language_modelling._PROMPT_WORDS", 20)  # for a context of 128 tokens
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.texts._PROMPT_WORDS", 20)  # for a context of 128 tokens
     file = tmp_path / "text.txt"
     file.write_text("remind me to call mom at five and to buy some milk on the way " * 40)
     arguments = ("--model", model, "--task", "lm", "--data", str(file), "--samples", "1", "--max-new-tokens", "3")
@@ -331,4 +331,4 @@ def test_bad_flags_are_named(arguments, named):
 def test_an_exit_outside_the_model_leaves_no_files(tmp_path, model):
     arguments = ("sweep-exits", "--model", model, "--samples", "1", "--exits", "6", "--output", str(tmp_path / "out"))
     refused("--exits must be in 1..5, got 6 (model has 6 layers)", *arguments)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

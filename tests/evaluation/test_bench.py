@@ -20,10 +20,9 @@ from layerskip_core.evaluation.measure import Measured, Progress, measure_prompt
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.figures import result_of
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.outputs import JOURNAL, Journal, Output
 from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.tables import bench_table
-from layerskip_core.evaluation.results import Difference, Failure, Result, Step
+from layerskip_core.evaluation.results import JOURNAL, Difference, Failure, Journal, Output, Result, Step
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import TorchBackend
 

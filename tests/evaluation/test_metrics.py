@@ -10,9 +10,18 @@ from torch.nn.functional import cross_entropy
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.data import Example
 from layerskip_core.evaluation import perplexity
-from layerskip_core.evaluation.bootstrap import change, estimate, metric, speed_ratio
 from layerskip_core.evaluation.measure import Measured
-from layerskip_core.evaluation.metrics import Scores, exact_match, pass_at_k, quality, rouge
+from layerskip_core.evaluation.metrics import (
+    Scores,
+    change,
+    estimate,
+    exact_match,
+    metric,
+    pass_at_k,
+    quality,
+    rouge,
+    speed_ratio,
+)
 from layerskip_core.evaluation.perplexity import reference_losses, scores_by_exit, text_losses
 
 

@@ -8,9 +8,8 @@ import torch
 from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.evaluation.bootstrap import Margin, margin
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from layerskip_core.evaluation.metrics import Scores
+from layerskip_core.evaluation.metrics import Margin, Scores, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
 

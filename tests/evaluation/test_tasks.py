@@ -40,7 +40,7 @@ def hub(monkeypatch):
 
 def test_commands_is_the_default_and_a_parsing_task():
     task = load_task(TaskConfig(samples=5))
-    assert (len(task.examples), task.max_new_tokens, task.quality_metric) == (5, 128, "exact_match")
+    assert (len(task.examples), task.config.max_new_tokens, task.quality_metric) == (5, 128, "exact_match")
     assert all(example.completion.startswith("[IN:") for example in task.examples)
     assert (task.config.task, task.config.data, task.config.completion_column) == ("commands", "commands", "completion")
     references = [example.completion for example in task.examples]

@@ -17,8 +17,7 @@ from ...decoding import check_prompt, decode, decode_batch
 from ...errors import LayerSkipError
 from ...model.backend import Backend
 from ..metrics import Scores
-from ..outputs import Journal, Output, require_outputs
-from ..results import Difference, Step
+from ..results import Difference, Journal, Output, Step, require_outputs
 from ..tasks import Task
 
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]

@@ -21,8 +21,7 @@ from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
-from ..outputs import Output
-from ..results import Step
+from ..results import Output, Step
 from . import Baseline, own_output
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs

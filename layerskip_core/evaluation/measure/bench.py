@@ -9,9 +9,8 @@ from pathlib import Path
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import BenchConfig
-from ..outputs import FOUND_SKIP, Journal, found_skip
 from ..perplexity import scores_by_exit
-from ..results import RunRecord
+from ..results import FOUND_SKIP, Journal, RunRecord, found_skip
 from ..tasks import Task
 from . import Progress, default_timed, depth_of, measure
 from .baselines import describe_llama_cpp, load_baselines

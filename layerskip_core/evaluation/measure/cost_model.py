@@ -23,8 +23,7 @@ from ...decoding.drafters.exit import drafter_name
 from ...model.backend import Submodel, beyond_exit
 from ...model.exit_blocks import features_of
 from ...model.vocabulary import most_probable
-from ..outputs import Output, require_outputs
-from ..results import Result
+from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import STRATEGIES, DecodingConfig
 from ...decoding import DecodeStats
-from ..bootstrap import Estimate, change, estimate, finite, metric, speed_ratio
+from ..metrics import Estimate, change, estimate, finite, metric, speed_ratio
 from ..results import Failure, Result
 from . import Measured, drafts_tokens
 

@@ -11,8 +11,7 @@ from ...config.decoding import DRAFTERS, EXACT, FAST, Policy, policy_text, used_
 from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
 from ...errors import plural
-from ..bootstrap import Margin, speed_ratio
-from ..metrics import quality
+from ..metrics import Margin, quality, speed_ratio
 from ..results import PredictionError, Recommendation, Result, frontier
 
 _WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended

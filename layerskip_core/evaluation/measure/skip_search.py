@@ -19,7 +19,7 @@ from ...decoding import DecodeStats
 from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError, require
 from ...model.backend import run_spans
-from ..outputs import require_outputs
+from ..results import require_outputs
 from ..tasks import Task, load_task
 from . import Progress, measure_prompt
 from .cost_model import PassTimes, Prediction, averages, prediction_of, simulate, timed_visits
@@ -98,7 +98,7 @@ def search_skips(
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
     rows = validation_rows(task)
-    limit = min(_TOKENS, generation.get("max_new_tokens") or rows.max_new_tokens)
+    limit = min(_TOKENS, generation["max_new_tokens"])
     plain = DecodingConfig("autoregressive", max_new_tokens=limit, stop=task.stop)
     outputs = [measure_prompt(loaded, example.prompt, plain) for example in rows.examples]
     require_outputs(outputs)

@@ -20,8 +20,7 @@ from ...config.decoding import (
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...errors import require
-from ..bootstrap import estimate, margin, metric
-from ..metrics import Scores
+from ..metrics import Scores, estimate, margin, metric
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks import Task

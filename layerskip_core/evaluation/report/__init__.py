@@ -12,8 +12,7 @@ from typing import Any
 
 from ...errors import LayerSkipError
 from ...files import hold, read_bytes, require_writable, write_file
-from ..outputs import JOURNAL, OUTPUTS
-from ..results import Answered, RunRecord
+from ..results import JOURNAL, OUTPUTS, Answered, RunRecord
 from .pages import ANSWERS_PAGE, answers_page, report_page
 from .tables import PARETO_NOTE, TextTable, flat_rows
 

@@ -62,11 +62,6 @@ class Task:
     answers_per_prompt: int = 1
     against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None
 
-    @property
-    def max_new_tokens(self) -> int:
-        assert self.config.max_new_tokens is not None
-        return self.config.max_new_tokens
-
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
         """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
 
@@ -104,7 +99,7 @@ class Task:
     def asked(self, generation: DecodingOptions) -> "tuple[Task, DecodingOptions]":
         """The task with the stop strings that were asked for, and the settings with the task's limit and stop strings."""
         stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
-        limit = generation.get("max_new_tokens", self.max_new_tokens)
+        limit = generation.get("max_new_tokens") or self.config.max_new_tokens or 0  # a task has one
         return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
 
     def prepared(self, loaded: Decoder) -> Decoder:

@@ -1,4 +1,4 @@
-"""Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and references (`jsonl`).
+"""Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and references (`jsonl`); plain text.
 
 Summaries are news with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and papers in one sentence.
 """
@@ -6,12 +6,25 @@ Summaries are news with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; X
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...config.evaluation import TaskConfig
 from ...config.model import DataConfig
-from ...data import Example, Record, is_parsing, load_examples, load_records, spread
+from ...data import (
+    FILE_ENDINGS,
+    Example,
+    Record,
+    file_ending,
+    file_records,
+    hub_records,
+    is_parsing,
+    load_examples,
+    load_records,
+    spread,
+)
 from ...errors import DataError, require
+from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
 from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, rows_of, shots_and_rest
@@ -27,6 +40,12 @@ _ARTICLES = ("article", "document", "source")
 _SUMMARIES = ("highlights", "summary", "summary_gt", "target")
 _READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
 _AS_PARQUET = "refs/convert/parquet"  # the branch of the hub's own copy: datasets no longer runs a repository's script
+_HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+_WIKITEXT = f"{_HUB}/{_HUB_NAME}"
+_TEXT_COLUMNS = ("text", "completion", "content")
+_PLAIN = ".txt"  # read as one text, like any file that does not hold rows
+_PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
+_PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
 _UNANSWERED = (
     f"the data has no references (one of the columns {', '.join(_REFERENCE_COLUMNS)}, or the one that `completion_column` "
     "names): answers are scored against the model's own at full depth"
@@ -164,6 +183,34 @@ def summaries(
     return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template)
 
 
+def language_modelling(config: TaskConfig) -> Task:
+    """A plain text, or the joined texts of rows, whose perplexity is measured. For speed, passages of it are continued.
+
+    The prompts are evenly spaced over the text. Each has the first whole words there, and as many words that follow as its
+    reference. Continuations are not scored: the text itself is only one of many good ones.
+    """
+    path = Path(str(config.data))
+    if config.data == _WIKITEXT:
+        text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
+    elif file_ending(path) in FILE_ENDINGS and file_ending(path) != _PLAIN:
+        rows = list(file_records(path))
+        column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
+        text = "\n\n".join(row.text(column, "completion_column") for row in rows)
+    else:
+        text = "".join(text_lines(path, "data"))
+        if not text.strip():
+            raise DataError(f"`data` {path} holds no text")
+    most = max(len(text) // _PASSAGE, 1)
+    count, examples = min(config.samples or most, most), []
+    for start in (number * len(text) // count for number in range(count)):
+        words = text[start : start + 20 * _PROMPT_WORDS].split()
+        words = words[1:] if start and len(words) > 1 else words
+        if words:  # a passage can be all whitespace
+            reference = " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS])
+            examples.append(Example(" ".join(words[:_PROMPT_WORDS]), f" {reference}"))
+    return Task(tuple(examples), config, "perplexity", lambda predictions: {}, template=BARE, text=text)
+
+
 COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
 TOPV2 = TaskLoader(parsing, ("shots", "template"), "topv2")
 PROMPTS = TaskLoader(prompts, ("metric", "shots", "template"), needs_data=True)
@@ -179,3 +226,4 @@ _scitldr = partial(
     alternatives=True,
 )
 SCITLDR = TaskLoader(_scitldr, ("shots", "template"), _SCITLDR, 64)
+LANGUAGE_MODELLING = TaskLoader(language_modelling, (), _WIKITEXT, max_new_tokens=64)
