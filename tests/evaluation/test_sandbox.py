@@ -60,9 +60,9 @@ def marker(tmp_path, monkeypatch):
 
 def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
     program = "import collections, math, re\nfrom typing import List\n\ndef f(x):\n    return x + 1\n"
-    assert run_tests(program, "assert f(1) == 2\nassert f(2) == 3", namespaces=namespaces) == sandbox.Verdict(True, "")
+    assert run_tests(program, "assert f(1) == 2\nassert f(2) == 3", namespaces=namespaces) == ""
     wrong = run_tests(program, "assert f(1) == 2\nassert f(2) == 4, 'not four'", namespaces=namespaces)
-    assert wrong == sandbox.Verdict(False, "AssertionError: not four")
+    assert wrong == "AssertionError: not four"
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,7 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
 )
 def test_the_reason_names_what_ended_the_program(monkeypatch, program, reason):
     monkeypatch.setenv("SECRET_OF_THE_TEST", "s")
-    verdict = run_tests(program, "")
-    assert not verdict.passed
-    assert verdict.reason.startswith(reason)
+    assert run_tests(program, "").startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -92,22 +90,21 @@ def test_the_reason_names_what_ended_the_program(monkeypatch, program, reason):
     ids=["output", "verdict"],
 )
 def test_the_time_limit_ends_a_program(program):
-    assert not run_tests(program, "", SHORT).passed
-    assert not run_tests("def f(): pass", program, SHORT).passed
+    assert run_tests(program, "", SHORT)
+    assert run_tests("def f(): pass", program, SHORT)
 
 
 def test_the_cpu_limit_ends_a_program():
-    verdict = run_tests("while True: pass", "", Limits(seconds=60.0, cpu_seconds=1))
-    assert verdict.reason.startswith("ended, or was ended by a limit")
+    reason = run_tests("while True: pass", "", Limits(seconds=60.0, cpu_seconds=1))
+    assert reason.startswith("ended, or was ended by a limit")
 
 
 def test_processes_are_few_and_none_is_left(namespaces, marker):
     counting = "import os, time\ncount = 0\ntry:\n  while count < 50:\n    if os.fork() == 0: time.sleep(600)\n    count += 1\n"
     counting += "except OSError: pass\nraise Exception(count)"
-    verdict = run_tests(counting, "", Limits(processes=4), namespaces)
-    assert int(verdict.reason.removeprefix("Exception: ")) <= 4
+    assert int(run_tests(counting, "", Limits(processes=4), namespaces).removeprefix("Exception: ")) <= 4
     assert none_is_left(marker)
-    assert not run_tests("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "", SHORT, namespaces).passed
+    assert run_tests("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "", SHORT, namespaces)
     assert none_is_left(marker)
 
 
@@ -130,16 +127,16 @@ for _ in range(2):
 
 @pytest.mark.parametrize("program", [CHAIN, DAEMON], ids=["forks and ends", "daemons"])
 def test_what_a_program_leaves_behind_is_killed(namespaces, marker, program):
-    assert run_tests(program, "", namespaces=namespaces).passed
+    assert not run_tests(program, "", namespaces=namespaces)
     assert none_is_left(marker)
-    assert not run_tests(program + "while True: pass", "", SHORT, namespaces).passed
+    assert run_tests(program + "while True: pass", "", SHORT, namespaces)
     assert none_is_left(marker)
 
 
 @pytest.mark.parametrize("attack", ["os.kill(os.getppid(), 9)", "os.kill(-1, 9)"])
 def test_killing_others_gains_nothing(namespaces, marker, attack):
     program = f"import os\ntry: {attack}\nexcept OSError: pass\nwhile True: pass"
-    assert not run_tests(program, "", SHORT, namespaces).passed
+    assert run_tests(program, "", SHORT, namespaces)
     assert none_is_left(marker)
 
 
@@ -173,7 +170,7 @@ def test_no_process_survives_the_end_of_the_harness(marker, namespaces, temporar
 def test_a_program_has_a_folder_of_its_own(namespaces):
     own = "import os, tempfile\nassert os.listdir('.') == []\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
     own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
-    assert run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces).passed
+    assert not run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces)
 
 
 def test_no_open_file_is_inherited(tmp_path):
@@ -181,7 +178,7 @@ def test_no_open_file_is_inherited(tmp_path):
     with open(tmp_path / "secret") as file:
         os.set_inheritable(file.fileno(), True)
         program = "import os\nfor fd in range(4, 64):\n  try: os.fstat(fd)\n  except OSError: pass\n  else: 1/0"
-        assert run_tests(program, "").passed
+        assert not run_tests(program, "")
 
 
 def test_threads_processes_signals_and_event_loops_work(namespaces):
@@ -203,7 +200,7 @@ def ring():
     return rung
 """
     tests = "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
-    assert run_tests(program, tests, namespaces=namespaces) == sandbox.Verdict(True, "")
+    assert run_tests(program, tests, namespaces=namespaces) == ""
 
 
 def of_user(home, pid):
@@ -246,7 +243,7 @@ def victim(tmp_path_factory):
 
 def attempted(home, pid, namespaces):
     """The reason why a program that makes all attempts has ended; empty if each of them failed as it must."""
-    return run_tests(making(ATTEMPTS | (ASKED if namespaces else {}), str(home), pid), "", None, namespaces).reason
+    return run_tests(making(ATTEMPTS | (ASKED if namespaces else {}), str(home), pid), "", None, namespaces)
 
 
 @needs("files")
@@ -263,8 +260,8 @@ def test_every_attempt_to_break_out_fails(namespaces, victim, temporary_folder):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_hostile_programs(name, namespaces, temporary_folder):
     program, refused = PROGRAMS[name]
-    verdict = run_tests(program, "", SHORT if "took" in refused else None, namespaces)
-    assert not verdict.passed and re.match(refused, verdict.reason), verdict.reason
+    reason = run_tests(program, "", SHORT if "took" in refused else None, namespaces)
+    assert re.match(refused, reason), reason
     assert os.listdir(tempfile.gettempdir()) == []
 
 
@@ -279,7 +276,7 @@ victim = subprocess.Popen(["sleep", "600"])
 before = tests.of_user(home, victim.pid)
 failed = [tests.attempted(home, victim.pid, way) for way in tests.WAYS]
 unchanged = tests.of_user(home, victim.pid) == before and victim.poll() is None
-right = all(tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way).passed for way in tests.WAYS)
+right = not any(tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way) for way in tests.WAYS)
 victim.kill()
 layers = tests.standing_layers()
 print(json.dumps({"user": os.getuid(), "layers": layers, "failed": failed, "unchanged": unchanged, "right": right}))
@@ -344,7 +341,7 @@ def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(monkey
     monkeypatch.setattr(sandbox, "_START", start_with(patch))
     monkeypatch.setattr(sandbox, "standing_layers", standing_layers.__wrapped__)
     assert set(sandbox.standing_layers()) == before - missing
-    assert run_tests("import math", "assert math.pi > 3").passed
+    assert not run_tests("import math", "assert math.pi > 3")
     assert none_is_left(marker)
 
 
@@ -357,8 +354,8 @@ def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monk
 @pytest.mark.skipif(subprocess.run(["unshare", "-r", "true"], check=False).returncode != 0, reason="no user namespaces here")
 def test_root_of_a_user_namespace_that_knows_no_other_user_runs_programs():
     code = "from layerskip_core.evaluation.sandbox import run_tests\n"
-    code += "print([run_tests('x = 1', 'assert x == 1', None, way).passed for way in (None, False)])"
+    code += "print([run_tests('x = 1', 'assert x == 1', None, way) for way in (None, False)])"
     ran = subprocess.run(
         ["unshare", "-r", sys.executable, "-c", code], cwd=sandbox._ROOT, capture_output=True, text=True, check=True
     )
-    assert ran.stdout == "[True, True]\n"
+    assert ran.stdout == "['', '']\n"

@@ -20,7 +20,7 @@ from pathlib import Path
 from ...errors import LayerSkipError
 from .layers import LAYERS
 
-__all__ = ["LAYERS", "Limits", "Verdict", "run_tests", "standing_layers"]
+__all__ = ["LAYERS", "Limits", "run_tests", "standing_layers"]
 
 _GRACE_SECONDS = 20.0  # for the supervisor itself, on a busy machine
 _ROOT = str(Path(__file__).parents[3])
@@ -40,18 +40,11 @@ class Limits:
     processes: int = 8
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a program's tests ran to their end without an error. `reason` is for display: the program can write to it."""
+def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool | None = None) -> str:
+    """Runs a program, then its tests in the same module, and returns why they did not run to their end; empty if they did.
 
-    passed: bool
-    reason: str
-
-
-def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool | None = None) -> Verdict:
-    """Runs a program, then its tests in the same module; it passes if both run to their end without an exception.
-
-    It gets its own `namespaces` if the kernel allows them (None). Raises LayerSkipError if the sandbox cannot be set up.
+    The reason is for display: the program can write to it. It gets `namespaces` of its own if the kernel allows them (None).
+    Raises LayerSkipError if the sandbox cannot be set up.
     """
     separate = "processes" in standing_layers() if namespaces is None else namespaces
     return _judged(program, tests, limits or Limits(), separate)[0]
@@ -65,8 +58,8 @@ def standing_layers() -> tuple[str, ...]:
     return _judged("", "", Limits(), namespaces=False)[1]
 
 
-def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[Verdict, tuple[str, ...]]:
-    """One run: its verdict and its layers."""
+def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[str, tuple[str, ...]]:
+    """The reason of `run_tests` and the layers."""
     folder = tempfile.mkdtemp(prefix="layerskip-")
     request = {"program": program, "tests": tests, "folder": folder, "namespaces": namespaces, "limits": asdict(limits)}
     process = subprocess.Popen(
@@ -96,4 +89,4 @@ def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple
             error = process.stderr.read().decode(errors="replace").strip() or "the supervisor has ended"
             raise LayerSkipError(f"the sandbox for generated code cannot be set up: {error.splitlines()[-1]}")
     reason = reason.partition("\n")[0] or "ended, or was ended by a limit, before its tests were through"
-    return Verdict(reason == "passed", "" if reason == "passed" else reason), tuple(json.loads(layers))
+    return "" if reason == "passed" else reason, tuple(json.loads(layers))

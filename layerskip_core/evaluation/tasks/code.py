@@ -104,7 +104,7 @@ def _task(
 
     @cache  # strategies often give the same answer
     def passes(number: int, answer: str) -> bool:
-        return run_tests(problems[number].head + answer, problems[number].tests).passed
+        return not run_tests(problems[number].head + answer, problems[number].tests)
 
     def score(predictions: Sequence[str]) -> dict[str, list[float]]:
         starts = range(0, len(predictions), count)
