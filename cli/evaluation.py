@@ -58,19 +58,15 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
     raise RuntimeError("a measurement ended without its record")
 
 
-def deliver_report(
-    record: "RunRecord",
-    tables: "Sequence[TextTable]",
-    form: str,
-    folder: "Path | None",
-    picture: Callable[[int], Text] | None = None,
-) -> None:
-    """Delivers a sweep or a benchmark; the first table has the notes. Failed prompts are counted on stderr."""
+def deliver_report(record: "RunRecord", form: str, folder: "Path | None", picture: Callable[[int], Text] | None = None) -> None:
+    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr."""
     from layerskip_core.evaluation.report import report_files, to_csv
+    from layerskip_core.evaluation.report.tables import tables_of
 
-    if failures := record.document()["results"][0]["failures"]:
+    tables = tables_of(record)
+    if failures := record.results[0].failures:
         first = failures[0]
-        narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first['sample']}: {first['error']}")
+        narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, tables[0])
     deliver(record, tables, form, lambda: to_csv(record), folder, files, picture)
 

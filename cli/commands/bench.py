@@ -33,7 +33,6 @@ def bench(
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.report import output_folder, with_answers
-    from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
     from layerskip_core.evaluation.results import close_journal, read_record
 
     with output_folder(output, "layerskip bench") as folder:
@@ -49,7 +48,6 @@ def bench(
                 if must_search(loaded, config):
                     console.narrate(_SEARCHING)
                 record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
-        tables = [score_table(record)] if has_scores(record) else [bench_table(record), *category_tables(record)]
-        evaluation.deliver_report(record, tables, format, folder)
+        evaluation.deliver_report(record, format, folder)
         if folder is not None and saved is None and not scored:
             close_journal(folder)

@@ -39,7 +39,7 @@ def sweep_exits(
     """
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.report import output_folder, with_answers
-    from layerskip_core.evaluation.report.tables import has_scores, points_of, score_table, sweep_table
+    from layerskip_core.evaluation.report.tables import has_scores, points_of
     from layerskip_core.evaluation.results import read_record
 
     record = None if saved is None else with_answers(read_record(saved, "sweep-exits"), saved)
@@ -58,8 +58,7 @@ def sweep_exits(
         if save:  # first: the reader of stdout may go away
             _save(model, record)
         points = points_of(record)
-        table = score_table(record) if scored else sweep_table(record)
-        evaluation.deliver_report(record, [table], format, folder, None if points is None else partial(front, points))
+        evaluation.deliver_report(record, format, folder, None if points is None else partial(front, points))
 
 
 @contextmanager

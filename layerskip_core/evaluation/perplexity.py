@@ -1,15 +1,17 @@
 """Perplexity of references and of plain text through every exit, each from one teacher-forced pass."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.loaded import Decoder
 from ..data import Example
 from ..losses import summed_losses
 from ..model.backend import Backend
+from ..model.cache import KVCache
 from ..prompting import RAW
 from .metrics import Scores
 
@@ -71,13 +73,22 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
         return 0, {}
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), dict[int, float]()
+    through = states_at_exits(model, tokens, positions, model.new_cache(1, len(ids)), exit_layers)
+    return len(targets), {
+        exit_layer: float(summed_losses(head, states[0, first - 1 :], targets, model.spec.vocab)[0])
+        for exit_layer, states, head in through
+    }
+
+
+def states_at_exits(
+    model: Backend, tokens: Tensor, positions: Tensor, cache: KVCache, exit_layers: Iterable[int]
+) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
+    """(exit, states (B, T, D) for its head, head) of tokens (B, T), in one pass. Exits that only draft are left out."""
+    hidden = model.embed(tokens)
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, positions, cache)
         block = model.exit_blocks.get(stop)
-        if block is not None and not block.stands_alone:
-            continue
-        scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
-        head = model.unembed if block is None else block.head
-        summed[stop] = float(summed_losses(head, scored[0, first - 1 :], targets, model.spec.vocab)[0])
-    return len(targets), summed
+        if block is None:
+            yield stop, hidden, model.unembed
+        elif block.stands_alone:
+            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head

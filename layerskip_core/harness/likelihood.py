@@ -5,13 +5,13 @@ A batch's common prefix runs once, then each context once, then the continuation
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ContextError
+from ..evaluation.perplexity import states_at_exits
 from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend
 from ..model.cache import KVCache
@@ -164,14 +164,7 @@ def _states(
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)
     positions = torch.tensor(starts)[:, None] + torch.arange(width)
-    hidden = model.embed(ids)
-    for start, stop in pairwise([0, *exits]):
-        hidden = model.run_layers(hidden, start, stop, positions, cache)
-        block = target_block(model.exit_blocks, stop)
-        if block is None:
-            yield stop, hidden, model.unembed
-        else:
-            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head
+    return states_at_exits(model, ids, positions, cache, exits)
 
 
 def _log_probabilities(

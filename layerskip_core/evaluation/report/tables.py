@@ -81,6 +81,13 @@ def form_of(metric: str) -> str:
     return ".1%" if is_share(metric) else ".4g"
 
 
+def tables_of(record: RunRecord) -> list[TextTable]:
+    """The tables of a record; the first one has the notes."""
+    if has_scores(record):
+        return [score_table(record)]
+    return [bench_table(record), *category_tables(record)] if "repeats" in record.config else [sweep_table(record)]
+
+
 def sweep_table(record: RunRecord) -> TextTable:
     """A row per setting. Fits 80 columns with one metric. A dash marks what was not measured."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
