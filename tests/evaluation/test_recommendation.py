@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluating import outputs_of
 
-from layerskip_core.config.decoding import policy_packing
+from layerskip_core.config.decoding import DecodingConfig, policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.evaluation.measure import Measured
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from layerskip_core.evaluation.metrics import Margin, Scores, margin
+from layerskip_core.evaluation.metrics import Scores, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
 
@@ -21,26 +23,31 @@ def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **chan
 PLAIN = row("autoregressive")
 
 
-def advise(table, drift=0.0, times=(), **config):
-    return recommend(table, 1e-3, drift, "exact_match", SweepConfig(task=TaskConfig("known"), **config), times)
+def advise(table, drift=0.0, measured=(), **config):
+    return recommend(table, 1e-3, drift, "exact_match", SweepConfig(task=TaskConfig("known"), **config), measured)
+
+
+def timed(result, seconds=(10.0,) * 4, scores=None):
+    """A row on prompts that take these seconds for 10 tokens. By default it was scored so often that its mean is certain."""
+    scores = scores or Scores((result.metrics["exact_match"],) * 5000)
+    return Measured(DecodingConfig(), (), [outputs_of(*([(10, each)] for each in seconds))], scores={"exact_match": scores})
 
 
 def policies(*table, **config):
-    """Every row was measured so often that its mean is certain."""
-    settings = SweepConfig(task=TaskConfig("known"), **config)
-    means = [result.metrics["exact_match"] - settings.keep * 0.9 for result in (PLAIN, *table)]
-    margins = [Margin(mean, mean, 5000, 100 if mean > 0 else None) for mean in means]
-    advice = recommend((PLAIN, *table), 1e-3, 0.0, "exact_match", settings, (), margins)
+    advice = advise((PLAIN, *table), measured=[timed(result) for result in (PLAIN, *table)], **config)
     return advice.policies, advice.fast_reason
 
 
+def scores(prompts, wrong=0):
+    """Those of an exit that full depth beats on `wrong` prompts; full depth is right on all."""
+    return Scores((0.0,) * wrong + (1.0,) * (prompts - wrong))
+
+
 def kept(prompts, wrong=0, share=0.98):
-    """The margin of an exit that full depth beats on `wrong` prompts; full depth is right on all."""
-    right = (1.0,) * prompts
-    return margin(Scores((0.0,) * wrong + right[wrong:]), Scores(right), share, "exact_match")
+    return margin(scores(prompts, wrong), scores(prompts), share, "exact_match")
 
 
-def measured(value, speedup):
+def figures(value, speedup):
     return {"task": "known", "metric": "exact_match", "value": value, "full_depth": 0.9, "speedup": speedup}
 
 
@@ -83,10 +90,10 @@ def test_settings_that_may_be_as_fast_are_named():
     """One is slower on every prompt, another is as often faster as slower, and a third was not timed."""
     best, slow, close, untimed = (row("self-speculative", 8, drafts, speedup=1 + drafts / 100) for drafts in (80, 20, 79, 78))
     seconds = ((9.0,) * 4, (2.0, 2.1, 1.9, 2.0), (4.0,) * 4, (2.2, 1.9, 2.0, 2.1))
-    times = [torch.tensor([[each], [(10.0,) * 4]]) for each in seconds]
-    reason = advise([PLAIN, best, slow, close, untimed], times=[*times, None]).reason
+    rows = [timed(*pair) for pair in zip((PLAIN, best, slow, close), seconds, strict=True)]
+    reason = advise([PLAIN, best, slow, close, untimed], measured=[*rows, None]).reason
     assert reason.endswith("; on these prompts it cannot be told from exit 8 with 79 draft tokens")
-    assert "cannot be told" not in advise([PLAIN, best, slow], times=times[:3]).reason
+    assert "cannot be told" not in advise([PLAIN, best, slow], measured=rows[:3]).reason
 
 
 def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
@@ -131,8 +138,8 @@ def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_qu
         row("lookup", None, 6, speedup=1.6),
     )
     assert found == {
-        "exact": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": 6, "measured": measured(0.9, 1.8)},
-        "fast": {"strategy": "early-exit", "exit_layer": 4, "measured": measured(0.89, 2.4)},
+        "exact": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": 6, "measured": figures(0.9, 1.8)},
+        "fast": {"strategy": "early-exit", "exit_layer": 4, "measured": figures(0.89, 2.4)},
     }
     assert reason == "exit 4: 2.40x the speed of plain decoding, exact_match 0.89 (0.9 at full depth)"
 
@@ -152,18 +159,20 @@ def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
     assert list(found) == ["exact"]
     assert reason.endswith("is not faster than the policy exact (1.80x)")
     found, reason = policies(row("early-exit", 4, speedup=0.9), row("self-speculative", 4, 6, speedup=0.8))
-    assert found == {"exact": {"strategy": "autoregressive", "measured": measured(0.9, 1.0)}}
+    assert found == {"exact": {"strategy": "autoregressive", "measured": figures(0.9, 1.0)}}
     assert reason.endswith("is not faster than the policy exact (1.00x)")
 
 
 def test_a_dozen_equal_prompts_do_not_show_that_an_exit_keeps_the_quality():
     """Of an exit that is ten points worse, 12 prompts are all right in more than a quarter of the cases (0.9**12 = 0.28)."""
-    config = SweepConfig(task=TaskConfig("known"))
     table = [replace(PLAIN, metrics={"exact_match": 1.0}), row("early-exit", 4, quality=1.0, speedup=2.4)]
+
+    def advice(prompts):
+        return advise(table, measured=[timed(result, scores=scores(prompts)) for result in table])
+
     for prompts, saved in ((12, False), (100, False), (200, True)):
-        advice = recommend(table, 1e-3, 0.0, "exact_match", config, (), [None, kept(prompts)])
-        assert ("fast" in advice.policies) == saved, advice.fast_reason
-    few = recommend(table, 1e-3, 0.0, "exact_match", config, (), [None, kept(12)]).fast_reason
+        assert ("fast" in advice(prompts).policies) == saved
+    few = advice(12).fast_reason
     assert few.startswith("none, because 12 prompts cannot show that an early exit keeps 0.98 of exact_match; for exit 4 (")
     assert few.endswith("it would take about 138 (`samples`)")
 
@@ -199,7 +208,7 @@ def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():
 def test_exact_is_adaptive_unless_that_was_slower_than_plain_decoding():
     fixed = row("self-speculative", 4, 6, speedup=1.04)
     adaptive = row("adaptive", speedup=1.0)
-    assert policies(fixed, adaptive)[0] == {"exact": {"strategy": "adaptive", "measured": measured(0.9, 1.0)}}
+    assert policies(fixed, adaptive)[0] == {"exact": {"strategy": "adaptive", "measured": figures(0.9, 1.0)}}
     for table, strategy in (
         ((fixed, replace(adaptive, speedup=0.999)), "autoregressive"),
         ((fixed, replace(adaptive, differences=(Difference(0, 3, 0.5),))), "autoregressive"),

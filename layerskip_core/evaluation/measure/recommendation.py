@@ -11,8 +11,9 @@ from ...config.decoding import DRAFTERS, EXACT, FAST, Policy, policy_text, used_
 from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
 from ...errors import plural
-from ..metrics import Margin, quality, speed_ratio
+from ..metrics import Margin, margin, quality, speed_ratio
 from ..results import PredictionError, Recommendation, Result, frontier
+from . import Measured
 
 _WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
@@ -28,8 +29,7 @@ def recommend(
     drift: float,
     quality_metric: str,
     config: SweepConfig,
-    times: Sequence[Tensor | None] = (),
-    margins: Sequence[Margin | None] = (),
+    measured: Sequence[Measured | None] = (),
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
@@ -38,15 +38,14 @@ def recommend(
     Args:
         results: the first is full depth.
         drift: by how much the time of full depth changed, see `Recommendation`.
-        times: of each result on the same prompts, see `repeated_times`, None if it was not measured. If given, they tell which
-            settings may be as fast.
-        margins: by how much each result keeps its quality, None if that was not measured.
+        measured: what was measured of each result, on the same prompts, None of one that was only predicted. If given, it tells
+            which settings may be as fast, and which early exits keep their quality.
     """
     policies = [policy_of(result, results[0], quality_metric, config) for result in results]
-    measured = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
+    tried = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
     faithful = [
         place
-        for place in measured
+        for place in tried
         if results[place].failures == results[0].failures
         and all(found.top2_gap <= near_tie for found in results[place].differences)
     ]
@@ -70,21 +69,22 @@ def recommend(
         )
         if ties := len(found.differences):
             reason += f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})"
-        alike = [place for place in faithful if place != best and times and _may_be_as_fast(times[place], times[best])]
+        alike = [place for place in faithful if measured and place != best and _may_be_as_fast(measured[place], measured[best])]
         if alike:
             names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
             more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
             reason += f"; on these prompts it cannot be told from {names}{more}"
-    if len(faithful) < len(measured):
-        reason += f"; {len(measured) - len(faithful)} of {len(measured)} settings changed the output and were excluded"
+    if len(faithful) < len(tried):
+        reason += f"; {len(tried) - len(faithful)} of {len(tried)} settings changed the output and were excluded"
     if skipped := sum(1 for result in results if result.predicted_speedup and not result.metrics):
         reason += f"; not measured because of a lower predicted speed: {skipped}"
     if drift > _NOISY:
         reason += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
+    full = measured[0].scores.get(quality_metric) if measured and measured[0] else None
     exits = [
-        (policies[place], kept)
-        for place, kept in enumerate(margins)
-        if results[place].strategy == "early-exit" and kept is not None
+        (policies[place], margin(row.scores[quality_metric], full, config.keep, quality_metric))
+        for place, row in enumerate(measured)
+        if full and row and results[place].strategy == "early-exit" and quality_metric in row.scores
     ]
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
@@ -182,7 +182,7 @@ def baseline_drift(first: Tensor, second: Tensor) -> float:
     return change[change.isfinite()].abs().quantile(0.5).item()
 
 
-def _may_be_as_fast(times: Tensor | None, of_best: Tensor | None) -> bool:
-    """Whether the interval of their ratio contains 1."""
-    ends = None if times is None or of_best is None else speed_ratio(times[:2], of_best[:2]).bounds
+def _may_be_as_fast(one: Measured | None, best: Measured | None) -> bool:
+    """Whether the interval of the ratio of their times contains 1."""
+    ends = speed_ratio(one.times[:2], best.times[:2]).bounds if one and best else None
     return ends is not None and ends.low <= 1 <= ends.high

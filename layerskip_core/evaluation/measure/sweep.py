@@ -20,7 +20,7 @@ from ...config.decoding import (
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...errors import require
-from ..metrics import Scores, estimate, margin, metric
+from ..metrics import Scores, estimate, metric
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks import Task
@@ -71,17 +71,12 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         results[-1] = replace(results[-1], agreement=share)
     results = mark_pareto(results, name)
     found = [rows.get(setting) for setting in every]
-    margins = [
-        margin(row.scores[name], full.scores[name], config.keep, name) if row and name in row.scores and full.scores else None
-        for row in found
-    ]
-    times = [base, *(None if row is None else row.times for row in found[1:])]
     drift = baseline_drift(full.times[:2, 0], again.times[:2, 0])
     yield RunRecord(
         asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, NEAR_TIE[loaded.backend.dtype], drift, name, config, times, margins),
+        recommend(results, NEAR_TIE[loaded.backend.dtype], drift, name, config, found),
         prediction_error(results),
         draft_profile(loaded, results, config.packing, context),
         task.answered([None if row is None else row.texts for row in found]),
