@@ -28,6 +28,7 @@ UNSANDBOXED = "unsandboxed"
 HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
 PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
 
+_TIMED = 8  # prompts whose speed is measured, with batches
 _OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
 
 
@@ -102,7 +103,8 @@ class TaskConfig:
 class MeasurementConfig:
     """What every measurement of decoding has.
 
-    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none, None: some) are timed.
+    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none) are timed. Without batches all
+    are, and `timed` is None.
     """
 
     model: ModelName = "embedded"
@@ -113,7 +115,7 @@ class MeasurementConfig:
     ] = 1
     timed: Annotated[
         Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag("Measurement", "With --batch-size: the number of prompts that speed is measured on.", default="8"),
+        Flag("Measurement", "With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
     ] = None
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -124,6 +126,8 @@ class MeasurementConfig:
         require(size == 1 or not self.packing.exact, "batch_size", "1 with `exact`", size)
         require(size == 1 or temperature == 0, "batch_size", "1 with a `temperature` above 0", size)
         require(timed is None or size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)
+        if size > 1 and timed is None:
+            object.__setattr__(self, "timed", _TIMED)
         drawn = self.task.problem_samples == 1 or temperature > 0
         require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
 

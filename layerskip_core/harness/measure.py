@@ -17,7 +17,7 @@ from ..config.decoding import DecodingConfig, decoding, default_exits, require_e
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data import Example
 from ..errors import require
-from ..evaluation.measure import Measured, Progress, default_timed, depth_of, drafts_tokens, measure
+from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import must_search, strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.results import RunRecord
@@ -67,7 +67,7 @@ def _run(
     temperature = config.generation.get("temperature")
     require(not temperature, "temperature", f"{_HERE}, whose tasks say how to sample", temperature)
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
-    config = replace(config, timed=default_timed(config))
+    config = replace(config)
     lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # nothing is timed there
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
     generated = [request for request in requests if request.request_type == GENERATION]

@@ -28,7 +28,6 @@ Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 _WARM_UP_TOKENS = 16
-_DEFAULT_TIMED = 8
 _BATCHES = -1  # the journal's repeat number of answers from batches
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
@@ -101,13 +100,8 @@ def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
     return setting.exit_layer if setting.strategy == "early-exit" else num_layers
 
 
-def default_timed(config: BenchConfig | SweepConfig) -> int | None:
-    """How many prompts are timed. None: all of them, and answers do not come from batches."""
-    return _DEFAULT_TIMED if config.batch_size > 1 and config.timed is None else config.timed
-
-
 def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
-    """The examples to time, or their indices, evenly spaced; `timed` is `default_timed`'s."""
+    """The examples to time, or their indices, evenly spaced: as many as the config's `timed`, None: all."""
     return examples if timed is None else spread(examples, timed) if timed else ()
 
 

@@ -12,7 +12,7 @@ from ...config.evaluation import BenchConfig
 from ..perplexity import scores_by_exit
 from ..results import FOUND_SKIP, Journal, RunRecord, found_skip
 from ..tasks import Task
-from . import Progress, default_timed, depth_of, measure
+from . import Progress, depth_of, measure
 from .baselines import describe_llama_cpp, load_baselines
 from .figures import environment, result_of
 from .skip_search import search_skips
@@ -41,9 +41,8 @@ def bench(
         recommended = replace(recommended, skip=searched)
     settings = strategies_of(loaded, config, asked, recommended)
     speculative = resolve_as("self-speculative", asked, recommended, layers, config.packing)
-    exit_layer, drafts, timed = speculative.exit_layer, speculative.num_draft_tokens, default_timed(config)
-    config = replace(config, task=task.config, generation=generation, timed=timed)
-    config = replace(config, exit_layer=exit_layer, num_draft_tokens=drafts)
+    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
+    config = replace(config, task=task.config, generation=generation, exit_layer=exit_layer, num_draft_tokens=drafts)
     baselines = load_baselines(loaded, config, speculative)
     machine = environment(loaded) | ({"llama_cpp": describe_llama_cpp()} if "llama.cpp" in baselines else {})
     journal = None

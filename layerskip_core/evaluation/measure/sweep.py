@@ -24,7 +24,7 @@ from ..metrics import Scores, estimate, metric
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks import Task
-from . import NEAR_TIE, Measured, Progress, default_timed, depth_of, drafts_tokens, measure, timed_examples
+from . import NEAR_TIE, Measured, Progress, depth_of, drafts_tokens, measure, timed_examples
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
 from .figures import environment, result_of, setting_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
@@ -101,7 +101,7 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
         require_exit_layer(exit_layer, num_layers, copies, field="exits")
     # All layers of the copies too, unless the exits were given.
     drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
-    return replace(config, exits=drafting, exit_confidences=confidences or (), timed=default_timed(config))
+    return replace(config, exits=drafting, exit_confidences=confidences or ())
 
 
 def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
