@@ -1,4 +1,4 @@
-"""Exit blocks in training: what they compute, against plain models that have the block as their last layer."""
+"""Exit blocks in training compute what plain models do that have the block as their last layer, and what decoding does."""
 
 from copy import deepcopy
 
@@ -9,7 +9,7 @@ from conftest import tiny_model
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
 from layerskip_core.training.exit_blocks import FrozenExits
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
@@ -137,3 +137,43 @@ def test_weights_are_loaded_as_they_were_saved(tmp_path):
     assert all(torch.equal(weight, saved.weights()[name]) for name, weight in loaded.weights().items())
     with pytest.raises(CheckpointError, match="does not fit the exits"):
         module_of(model, ExitBlock(3)).load(tmp_path)
+
+
+def training_and_decoding(model, block):
+    """(a block in training, the backend that decodes with it, a batch of the exit, the (B, T, D) outputs of each run)."""
+    module, runs = module_of(model, block), []
+    module.exits[str(EXIT)].register_forward_hook(lambda _, given, output: runs.append(output))
+    decoding = TransformersBackend(model, ExitBlocks((block,), module.weights().get))
+    batch = batch_of(decoding, (EXIT,))
+    with torch.no_grad():
+        module(**batch)
+    return module, decoding, batch, runs
+
+
+@pytest.mark.parametrize("feature", ["none", "final"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+@torch.no_grad()
+def test_a_block_gives_the_same_in_training_and_in_decoding(model_type, feature):
+    module, decoding, batch, runs = training_and_decoding(tiny_model(model_type, dtype=torch.float32), ExitBlock(EXIT, feature))
+    placed, (states,), finals = decoding.exit_blocks[EXIT], batch["states"], batch["finals"]
+    before = torch.cat((torch.zeros_like(finals[:, :1]), finals[:, :-1]), dim=1)
+    cache = decoding.new_cache(2)
+    for place in range(7):  # token by token, as drafts are made
+        positions, at = torch.full((2, 1), place), slice(place, place + 1)
+        entered = placed.enter(states[:, at], before[:, at])
+        hidden = decoding.run_layers(entered, placed.layer, placed.layer + 1, positions, cache)
+        torch.testing.assert_close(placed.norm(hidden), runs[0][:, at], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(placed.head(hidden), module._logits(runs[0][:, at]), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_second_draft_is_what_the_second_run_gives_where_nothing_stands_before_it():
+    """At the second token: the block reads its own output for the first, in both; later keys differ by design."""
+    _, decoding, batch, runs = training_and_decoding(tiny_model(dtype=torch.float32), ExitBlock(EXIT, "final"))
+    placed, (states,) = decoding.exit_blocks[EXIT], batch["states"]
+    cache, own = decoding.new_cache(2), torch.zeros_like(states[:, :1])
+    for place in range(2):  # no token stands before the first, so its draft is the same in both runs
+        positions, at = torch.full((2, 1), place), slice(place, place + 1)
+        entered = placed.enter(states[:, at], own)
+        own = placed.norm(decoding.run_layers(entered, placed.layer, placed.layer + 1, positions, cache))
+        torch.testing.assert_close(own, runs[1][:, at], rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
-from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
@@ -30,25 +30,10 @@ BLOCKS = ExitBlockSettings(frozen=True, answer_tokens=8)
 
 
 @pytest.fixture
-def frozen(base, tmp_path):
+def frozen(settings):
     """Makes the FinetuneConfig of a short run on `base`, into `out`."""
-
-    def make(**changes):
-        defaults = {
-            "model": base,
-            "data": DataConfig(limit=40, seed=1),
-            "output": str(tmp_path / "out"),
-            "recipe": RecipeSettings(exits=(2,)),
-            "exit_blocks": BLOCKS,
-            "steps": 4,
-            "batch_size": 4,
-            "max_length": 96,
-            "device": "cpu",
-            "dtype": "fp32",
-        }
-        return FinetuneConfig(**{**defaults, **changes})
-
-    return make
+    usual = {"data": DataConfig(limit=40, seed=1), "recipe": RecipeSettings(exits=(2,)), "exit_blocks": BLOCKS, "lr": None}
+    return lambda **changes: settings(**{**usual, "max_length": 96, **changes})
 
 
 def hashes(folder):
