@@ -14,6 +14,7 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data import load_examples
+from layerskip_core.losses import IGNORED
 from layerskip_core.training import whole_model
 from layerskip_core.training.encoding import train_tokenizer
 from layerskip_core.training.module import RecipeModule
@@ -118,6 +119,15 @@ def recipe_module(model, recipe, *arguments, anchor=None, **keywords):
     module = RecipeModule(model, resolved, *arguments, **keywords)
     module.anchor = anchor
     return module
+
+
+def batch(rows=3, length=9):
+    """Ids and labels (B, T) of the tiny model's tokens, some of them without a target."""
+    ids = torch.randint(3, 67, (rows, length), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :3] = IGNORED
+    labels[1:2, 7:] = IGNORED
+    return ids, labels
 
 
 def loss_rows(folder):

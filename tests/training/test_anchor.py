@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div
-from training_runs import RECIPE, loss_rows, recipe_module, saved_base, train
+from training_runs import RECIPE, batch, loss_rows, recipe_module, saved_base, train
 
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
@@ -19,14 +19,6 @@ from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
 ALL = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
-
-
-def batch():
-    ids = torch.randint(3, 67, (3, 9), generator=torch.Generator().manual_seed(5))
-    labels = ids.clone()
-    labels[:, :3] = IGNORED
-    labels[1, 7:] = IGNORED
-    return ids, labels
 
 
 def other_model():

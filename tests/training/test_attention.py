@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from test_recipe_module import batch
-from training_runs import recipe_module
+from training_runs import batch, recipe_module
 
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.training.data import collate
@@ -22,7 +21,7 @@ def gradients(model, *, autocast, **inputs):
 
 
 def inputs(kind):
-    ids, labels = batch()
+    ids, labels = batch(4)
     if kind == "packed":
         collated = collate(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
         return {name: collated[name] for name in ("input_ids", "labels", "documents")}

@@ -1,35 +1,48 @@
+"""Rows of a run: their templates, encoding and batches; streams, validation, and tokenizers made of them."""
+
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from evaluating import tiny_loaded
 from training_runs import Interrupted, stop_at, train, weights
 
-from layerskip_core.config.model import DataConfig
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.loaded import Trainable
+from layerskip_core.config.model import DataConfig, PromptingConfig
+from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_examples
-from layerskip_core.errors import DataError
+from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
-from layerskip_core.prompting import PromptTemplate
-from layerskip_core.training import data as encoded_data
-from layerskip_core.training.data import StreamedRows, collate, encode_rows
+from layerskip_core.prompting import CHAT, RAW, PromptTemplate
+from layerskip_core.training import data as training_data
+from layerskip_core.training.data import StreamedRows, collate, encode_rows, encode_stream, make_encoder, token_order
 from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
 from layerskip_core.training.run import prepare
 from layerskip_core.training.trainer import RunTrainer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
-CHAT = (
+TURNS_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eos|>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+def examples():
+    return load_examples(DataConfig(limit=300))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(examples):
+    return train_tokenizer(examples, 300)
 
 
 @pytest.fixture
 def chat_tokenizer(tokenizer):
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = TURNS_TEMPLATE
     yield tokenizer
     tokenizer.chat_template = None
 
@@ -79,7 +92,7 @@ def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokeniz
 
 
 def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages | length }}" + CHAT  # what a turn looks like depends on what follows it
+    chat_tokenizer.chat_template = "{{ messages | length }}" + TURNS_TEMPLATE  # a turn depends on what follows
     with pytest.raises(DataError, match="rewrites earlier turns"):
         list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
     tokenizer.chat_template = None
@@ -128,7 +141,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
 
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded_data, "_SHUFFLED", 8)
+    monkeypatch.setattr(training_data, "_SHUFFLED", 8)
     stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), seed=1)
     first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
@@ -202,3 +215,93 @@ def test_the_text_of_a_special_token_in_a_completion_stays_text(tokenizer):
     assert tokenizer.decode(targets[:-1]) == row.completion
     (raw,) = Encoder(tokenizer, PromptTemplate("raw"), 64).rows([row])
     assert raw["labels"].count(end) == 2
+
+
+def test_it_has_the_size_asked_for_and_the_special_tokens_first(tokenizer):
+    assert len(tokenizer) == 300
+    assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|pad|>", "<|bos|>", "<|eos|>"]
+
+
+def test_text_comes_back_unchanged(tokenizer, examples):
+    texts = [examples[0].completion, "  two  spaces\n\ttab", "naïve café 東京 🙂", "[IN:X a ] 's"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert not {0, 1, 2} & set(ids)  # no special token is added
+
+
+def test_merges_come_from_the_examples(tokenizer, examples):
+    """ "[IN:" opens every parse, so it is among the first merges; "zq" never occurs."""
+    assert len(tokenizer("[IN:")["input_ids"]) < 4
+    assert len(tokenizer("zq")["input_ids"]) == 2
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert len(data["model"]["merges"]) == 300 - 256 - 3
+
+
+def test_few_examples_give_fewer_entries(examples):
+    assert 259 < len(train_tokenizer(examples[:1], 2000)) < 500
+
+
+@pytest.mark.parametrize("size", [260, 2**62])
+@pytest.mark.parametrize("text", ["\0", "<|eos|>", "a" * 300_000])
+def test_any_text_and_any_size(size, text):
+    """The trainer makes room for all entries at once, and takes a minute for a word of so many letters."""
+    assert 259 <= len(train_tokenizer([Example("", text)], size)) < 300
+
+
+def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch):
+    """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand apart."""
+    encoder = Encoder(tokenizer, PromptTemplate("{prompt}"), 64)
+    z, y, end = (tokenizer.convert_tokens_to_ids(name) for name in ("z", "y", "<|eos|>"))
+    rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]  # z four times, the end twice, y once
+    order = token_order(encode_rows(rows, encoder), 300)
+    assert order[:3] == [z, end, y]
+    assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order
+    monkeypatch.setattr(training_data, "_COUNTED_TOKENS", 1)
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300)[0] == z  # of one row alone
+    monkeypatch.setattr(training_data, "_COUNTED", 2)
+    spread = [Example("q", "z"), Example("q", "y"), Example("q", "zz"), Example("q", "y")]  # of these the first and the third
+    assert token_order(encode_rows(spread, encoder), 300)[:2] == [z, end]
+
+
+EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))
+FILE = DataConfig(name="rows.jsonl")
+
+
+def template_of(prompting=None, data=FILE, rows=(EXAMPLE,), stored=None, chat=None):
+    decoder = tiny_loaded()
+    tokenizer = type("WithChat", (), {"chat_template": chat})()
+    trainable = Trainable("tiny", decoder.backend.model, decoder.backend, tokenizer, stored or CheckpointInfo())
+    config = replace(FinetuneConfig(data=data), prompting=prompting or PromptingConfig())
+    return make_encoder(config, trainable, list(rows)).template
+
+
+def test_templates():
+    assert template_of() == PromptTemplate(PARSING_TEMPLATE)  # a prompt and a line end
+    assert template_of(chat="x") == PromptTemplate(CHAT)
+    assert template_of(stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate("Q: {prompt}")
+    assert template_of(stored=CheckpointInfo(RAW)) == PromptTemplate(RAW)
+    assert template_of(rows=[Example("", "plain text")]) == PromptTemplate(RAW)  # else it could not continue a line
+    assert template_of(data=DataConfig(), stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(PARSING_TEMPLATE)
+    assert template_of(PromptingConfig("A {prompt}"), data=DataConfig()) == PromptTemplate("A {prompt}")
+    assert template_of(PromptingConfig(raw=True), chat="x") == PromptTemplate(RAW)
+    assert template_of(PromptingConfig(system="Be brief."), chat="x") == PromptTemplate(CHAT, "Be brief.")
+    assert template_of(rows=[CONVERSATION], stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("prompting", "row", "message"),
+    [
+        (PromptingConfig("Q: {prompt}"), CONVERSATION, "`template` must be chat for conversations"),
+        (PromptingConfig(system="Hi."), CONVERSATION, "`system` must be left out for conversations"),
+        (PromptingConfig("chat"), EXAMPLE, "a chat template was asked for, but the model's tokenizer has none"),
+        (PromptingConfig(system="Hi."), EXAMPLE, "`system` must be given with the chat template only"),
+    ],
+)
+def test_templates_that_cannot_be_used(prompting, row, message):
+    with pytest.raises(ConfigError, match=message):
+        template_of(prompting, rows=[row])

@@ -1,0 +1,184 @@
+"""The recipe's formulas against literal values."""
+
+from itertools import chain
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.config.training import RecipeSettings
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import TransformersBackend
+from layerskip_core.training.module import run_layer_on
+from layerskip_core.training.recipe import (
+    depth_scale,
+    dropout_rates,
+    exits_on,
+    kept_rows,
+    learning_rate,
+    mean_exits,
+    resolve_recipe,
+    sequence_length,
+    time_scale,
+)
+
+
+def recipe(layers=24, vocab_size=1024, **asked):
+    return resolve_recipe(RecipeSettings(**asked), "finetune", 0, layers, vocab_size)
+
+
+def test_rotational_is_on_once_every_r_steps_plus_the_last():
+    rotational = recipe(curriculum="rotational", rotation=3)
+    assert [exits_on(rotational, step, 10, 8) for step in range(4)] == [(1, 4, 7, 8), (2, 5, 8), (3, 6, 8), (1, 4, 7, 8)]
+
+
+def test_gradual_adds_one_layer_every_t_over_2l_steps_from_the_top():
+    """L = 4, T = 16: one more every 2 steps, layer 1 at T/2 = 8."""
+    gradual = recipe(curriculum="gradual")
+    on = [exits_on(gradual, step, 16, 4) for step in (0, 1, 2, 3, 4, 6, 7, 8, 15)]
+    assert on == [(4,), (4,), (4,), (4,), (3, 4), (2, 3, 4), (2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "expected"),
+    [
+        ("rotational", [(6, 15, 30), (8, 30), (10, 30), (6, 15, 30)]),
+        ("gradual", [(30,), (30,), (15, 30), (6, 8, 10, 15, 30)]),
+        ("all", [(6, 8, 10, 15, 30)] * 4),
+        ("none", [(30,)] * 4),
+    ],
+)
+def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
+    rotation = 3 if curriculum == "rotational" else None
+    named = recipe(curriculum=curriculum, rotation=rotation, exits=() if curriculum == "none" else (10, 6, 8, 15))
+    steps = (0, 1, 2, 3) if curriculum == "rotational" else (0, 1, 2, 15)
+    assert [exits_on(named, step, 16, 30) for step in steps] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"curriculum": "none", "exits": (6,)}, "exits"),
+        ({"curriculum": "none", "distill": 0.5}, "distill"),
+        ({"curriculum": "all", "e_scale": 0.0}, "e_scale"),
+        ({"exits": (1,)}, "exits"),  # which the paper's formula gives no weight
+        ({"curriculum": "all", "rotation": 3}, "rotation"),
+    ],
+)
+def test_settings_that_would_train_no_early_exit(asked, field):
+    with pytest.raises(ConfigError) as refused:
+        recipe(**asked)
+    assert refused.value.field == field
+    assert recipe(exits=(1, 2)).exits == recipe(exits=(1, 2), exit_weights="uniform").exits == (1, 2)
+
+
+def test_the_default_rotation_depends_on_the_vocabulary():
+    assert recipe().rotation == 8
+    assert recipe(vocab_size=49152).rotation == 23
+    assert recipe(vocab_size=49152, rotation=5).rotation == 5
+    assert recipe(vocab_size=49152, exits=(2, 4, 6)).rotation == 2
+    assert recipe(layers=2).rotation == 1
+    assert recipe(vocab_size=49152, curriculum="gradual").rotation == 0
+
+
+def test_mean_exits_counts_heads_per_step():
+    """L = 8, R = 4: two rotating exits per step, one of them the last layer on one step in four: (3 + 3 + 3 + 2) / 4."""
+    assert mean_exits(recipe(rotation=4), 400, 8) == pytest.approx(2.75)
+    assert mean_exits(recipe(curriculum="none"), 400, 8) == 1
+
+
+def test_the_literal_rates():
+    """RECIPE: L = 5, p_max = 0.2."""
+    assert [depth_scale(layer, 5) for layer in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
+    assert dropout_rates(0.2, 5) == pytest.approx([0, 0.037841, 0.082843, 0.136359, 0.2], abs=1e-6)
+    assert sum(dropout_rates(0.2, 24)) / 24 == pytest.approx(0.089, abs=5e-4)
+
+
+def test_constant_dropout_has_the_mean_of_the_exponential():
+    """L = 5, p_max = 0.2: (0 + 0.037841 + 0.082843 + 0.136359 + 0.2) / 5 at every layer; S(t) scales it too."""
+    assert dropout_rates(0.2, 5, profile="constant") == pytest.approx([0.0914086] * 5, abs=1e-6)
+    assert dropout_rates(0.2, 5, 0.5, "constant") == pytest.approx([0.0457043] * 5, abs=1e-6)
+    assert dropout_rates(0.0, 1, profile="constant") == [0.0]
+
+
+def test_the_schedule_from_scratch():
+    assert [time_scale(step, 5, True) for step in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
+    assert time_scale(0, 1, False) == 1
+    with pytest.raises(ConfigError, match="`steps` must be at least 2"):
+        time_scale(0, 1, True)
+    with pytest.raises(ConfigError, match="at least 2 layers, got 1"):
+        depth_scale(0, 1)
+
+
+def test_rows_depend_on_the_moment_and_on_nothing_else():
+    draws = [
+        kept_rows(0.5, 64, seed, step, first, layer)
+        for seed, step, first, layer in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 64, 0), (0, 0, 0, 1)]
+    ]
+    assert len({tuple(draw) for draw in draws}) == 5
+    torch.manual_seed(123)
+    assert kept_rows(0.5, 64, 0, 0, 0, 0) == draws[0]
+    assert kept_rows(0.0, 3, 0, 0, 0, 0) == [0, 1, 2]
+
+
+def test_a_rows_draw_does_not_depend_on_how_the_step_is_divided():
+    whole = kept_rows(0.5, 64, 1, 2, 0, 3)
+    parts = [[first + row for row in kept_rows(0.5, 16, 1, 2, first, 3)] for first in (0, 16, 32, 48)]
+    assert list(chain(*parts)) == whole and len({tuple(row % 16 for row in part) for part in parts}) == 4
+
+
+def test_the_rate_is_the_share_of_dropped_rows():
+    kept = sum(len(kept_rows(0.2, 50, 0, step, 0, 3)) for step in range(200))
+    assert kept / 10_000 == pytest.approx(0.8, abs=0.012)  # 3 standard deviations
+
+
+def test_dropped_rows_are_not_computed_and_come_back_in_place():
+    backend = TransformersBackend(tiny_model())
+    hidden = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True], [True] * 5, [False, True, True, True, True]])
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    inputs = backend.prepare(hidden, positions, key_mask=mask)
+    seen = []
+    hook = backend.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    mixed = run_layer_on(backend, 2, hidden, inputs, [1, 3])
+    hook.remove()
+    assert seen == [2]
+    full = backend.run_layer(2, hidden, inputs)
+    torch.testing.assert_close(mixed, torch.stack([hidden[0], full[1], hidden[2], full[3]]))
+    assert not torch.allclose(full[0], hidden[0])
+
+
+def test_a_layer_without_rows_still_gets_a_zero_gradient():
+    backend = TransformersBackend(tiny_model())
+    hidden = torch.randn(2, 3, 32, dtype=torch.float64)
+    output = run_layer_on(backend, 1, hidden, backend.prepare(hidden, torch.arange(3)[None]), [])
+    torch.testing.assert_close(output, hidden)
+    output.sum().backward()
+    gradient = backend.layers[1].mlp.up_proj.weight.grad
+    assert gradient is not None and gradient.abs().sum() == 0
+
+
+# RECIPE, "Hyper-parameters that the paper used": regime, parameters, layers -> p_max, e_scale, R, learning rate with dropout
+PAPER = [
+    ("continual", 6.7e9, 32, 0.1, 0.2, 8, 3e-5),
+    ("continual", 13e9, 40, 0.1, 0.1, 39, 2e-5),
+    ("continual", 8e9, 32, 0.1, 0.1, 8, None),
+    ("continual", 1.2e9, 16, 0.1, 0.1, 8, None),
+    ("scratch", 1.5e9, 24, 0.1, 0.2, 23, 8e-4),
+    ("scratch", 6.7e9, 32, 0.2, 0.2, 31, 8e-4),
+    ("code", 6.7e9, 32, 0.1, 1.0, 16, 1e-4),
+    ("finetune", 1.5e9, 24, 0.2, 1.0, 23, 1e-4),  # TOPv2: the paper's values but for its gradual curriculum
+]
+
+
+@pytest.mark.parametrize(("regime", "parameters", "layers", "p_max", "e_scale", "rotation", "rate"), PAPER)
+def test_the_papers_values(regime, parameters, layers, p_max, e_scale, rotation, rate):
+    recipe = resolve_recipe(RecipeSettings(), regime, int(parameters), layers, vocab_size=32_000)
+    assert (recipe.p_max, recipe.e_scale, recipe.curriculum, recipe.rotation) == (p_max, e_scale, "rotational", rotation)
+    if rate is not None:
+        assert learning_rate(regime, int(parameters)) == rate < learning_rate(regime, 5_000_000)
+
+
+def test_lengths():
+    asked = ((None, "finetune", 4096), (None, "code", 4096), (None, "code", 256), (100, "code", 256))
+    assert [sequence_length(*each) for each in asked] == [512, 2048, 256, 100]
