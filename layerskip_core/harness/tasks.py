@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +153,19 @@ def load_tasks(config: TaskConfig) -> HarnessTasks:
     for built_in in (False, True):  # the built-in ones take seconds to list
         with _blaming("task files cannot be read"):
             manager = TaskManager(include_path=folder, include_defaults=built_in)
-        matched: dict[str, None] = {}
-        missing = []
-        for name in names:
-            found = [name] if name.endswith(".yaml") and Path(name).is_file() else manager.match_tasks([name])
-            matched |= dict.fromkeys(found)
-            missing += [] if found else [name]
-        if missing and built_in:
+        found = {
+            name: [name] if name.endswith(".yaml") and Path(name).is_file() else manager.match_tasks([name]) for name in names
+        }
+        if missing := [name for name in names if not found[name]]:
+            if not built_in:
+                continue
             near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
             what = f"a task of lm-eval ({len(manager.all_tasks)} are known), of `include_path`, or a .yaml file"
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise refused("task", what, f"{HARNESS}{missing[0]}{hint}")
-        if missing:
-            continue
         with _blaming(f"{HARNESS}{','.join(names)} cannot be loaded ({local})"):
             try:
-                return HarnessTasks(manager.load(list(matched)), config)
+                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*found.values())))), config)
             except KeyError:
                 if built_in:  # else it may be a group of built-in tasks
                     raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run, start
+from command_line import run
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -66,37 +66,27 @@ def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes,
     assert (Path(cut) / "losses.jsonl").read_text() == (Path(whole) / "losses.jsonl").read_text()
 
 
-def when_there(process, *paths):
-    """Waits until one of the paths exists, while the process runs."""
-    while process.poll() is None and not any(path.exists() for path in paths):
-        time.sleep(0.005)
-    assert process.poll() is None, process.stderr.read()
-
-
-def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_path):
+def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_path, forks):
     """kill -9, a checkpoint cut short, and a second run to the end: bit for bit."""
-    threads = torch.get_num_threads()
     shared = ("finetune", "--model", base, "--samples", "16", "--steps", "30", "--batch-size", "4", "--max-length", "64",
-              "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--save-steps", "3")  # fmt: skip
-    cut, whole = str(tmp_path / "cut"), str(tmp_path / "whole")
-    process = start(*shared, "--output", cut)
-    while process.poll() is None and not checkpoint(cut, 6).exists():
+              "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--save-steps", "3", "--output")  # fmt: skip
+    home, cut, whole = tmp_path / "home", tmp_path / "home" / "cut", tmp_path / "home" / "whole"
+    home.mkdir()
+    pid, deadline = forks.start(home, *shared, "cut"), time.monotonic() + 100
+    while not checkpoint(cut, 6).exists():
+        assert time.monotonic() < deadline
         time.sleep(0.005)
-    assert process.poll() is None, process.stderr.read()
-    process.kill()
-    process.communicate()
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(home, pid).code == -signal.SIGKILL
     last = max(steps_saved(cut))
     assert 6 <= last < 30
     os.truncate(checkpoint(cut, last) / "optimizer.pt", 1000)
-    try:
-        ended = run(*shared, "--output", cut, "--resume")
-        assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt missing or damaged; it is not used" in ended.err
-        assert f"going on from {checkpoint(cut, last - 3)}" in ended.err
-        assert run(*shared, "--output", whole).code == 0
-    finally:
-        torch.set_num_threads(threads)
+    ended = forks.run(home, *shared, "cut", "--resume")
+    assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt missing or damaged; it is not used" in ended.err
+    assert f"going on from {checkpoint('cut', last - 3)}" in ended.err
+    assert forks.run(home, *shared, "whole").code == 0
     assert same_weights(cut, whole)
-    assert (Path(cut) / "losses.jsonl").read_text() == (Path(whole) / "losses.jsonl").read_text()
+    assert (cut / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
 
 
 def signal_in_step(monkeypatch, at, number):
