@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import EXACT, DecodingConfig, DecodingOptions, choices, implied_strategy
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
+from layerskip_core.config.options import ModelName
 
 from .console import narrate
 
@@ -38,24 +39,29 @@ def load_model(
     return loaded
 
 
-def load_to_decode(
-    model: str,
-    decoding: DecodingOptions,
-    prompting: PromptingConfig,
-    packing: PackingConfig,
-    machine: MachineConfig,
-    all_policies: bool = False,
-) -> "tuple[Decoder, DecodingConfig]":
-    """The model with what these options draft with, and what they mean for it. `all_policies`: with what any policy needs too.
+@dataclass(frozen=True)
+class DecoderFlags:
+    """A model to decode with, and how."""
+
+    model: ModelName = "embedded"
+    decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions())
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    packing: PackingConfig = _PLAIN
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+
+def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[Decoder, DecodingConfig]":
+    """The model with what the flags draft with, and what they mean for it. `all_policies`: with what any policy needs too.
 
     Raises as `for_decoding`, `with_template` and `Decoder.resolve` do: a wrong flag is one error, before the first prompt.
     """
+    decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
     adaptive = "policy" not in given and implied_strategy(decoding) in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
     policies = None if all_policies else () if policy is None else (policy,)
-    loaded = load_model(model, machine, kept, policies, prompting)
+    loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting)
     return loaded, loaded.resolve(decoding, packing)
 
 
@@ -78,16 +84,13 @@ def use_free_threads(threads: int) -> None:
 
     In torch's products every thread waits for the slowest, which on a busy core is one that does not run.
     """
-    busy = 0 if threads else round(busy_cores())
-    if not busy:
-        return use_threads(threads)
     import torch
 
-    most = torch.get_num_threads()
-    chosen = max(1, most - busy)
-    if chosen < most:
+    busy, most = 0 if threads else round(busy_cores()), torch.get_num_threads()
+    chosen = threads or max(1, most - busy)
+    if chosen < most and not threads:
         narrate(f"{chosen} of {most} CPU threads, because other processes keep {busy} busy; --threads sets another number")
-        torch.set_num_threads(chosen)
+    torch.set_num_threads(chosen)
 
 
 def busy_cores() -> float:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
-from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
-from layerskip_core.config.options import Flag, ModelName
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.options import Flag
 from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
 
 from .. import streams
 from ..answers import stats_text
 from ..console import ResultsConsole, narrate, one_line
-from ..loading import load_to_decode
+from ..loading import DecoderFlags, load_to_decode
 from ..options import command
 
 if TYPE_CHECKING:
@@ -36,12 +35,7 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 
 @command
 def chat(
-    model: ModelName = "embedded",
-    *,
-    decoding: DecodingOptions,
-    prompting: PromptingConfig,
-    packing: PackingConfig,
-    machine: MachineConfig,
+    flags: DecoderFlags,
     show_drafts: Annotated[bool, Flag("Output", "On a terminal, show accepted drafts in green.")] = False,
     stats: Annotated[bool, Flag("Output", "Print counts and speed to stderr after every answer.")] = False,
 ) -> None:
@@ -52,7 +46,7 @@ def chat(
 
     Example: layerskip chat --show-drafts
     """
-    loaded, config = load_to_decode(model, decoding, prompting, packing, machine)
+    loaded, config = load_to_decode(flags)
     chat = _Chat(loaded, config, show_drafts, stats)
     if streams.is_terminal():
         chat.on_terminal()

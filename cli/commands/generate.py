@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config.decoding import DecodingOptions
-from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
-from layerskip_core.config.options import BatchSize, Flag, ModelName
+from layerskip_core.config.options import BatchSize, Flag
 from layerskip_core.errors import require
 
 from .. import streams
 from ..answers import Request, print_answers, requests_of, stats_text
 from ..console import narrate
-from ..loading import load_to_decode
+from ..loading import DecoderFlags, load_to_decode
 from ..options import Prompt, command
 
 
@@ -30,12 +28,8 @@ def generate(
         ),
     ] = False,
     batch_size: Annotated[BatchSize, Flag("Input", "Prompts of --lines or --jsonl to decode together.")] = 1,
-    model: ModelName = "embedded",
     *,
-    decoding: DecodingOptions,
-    prompting: PromptingConfig,
-    packing: PackingConfig,
-    machine: MachineConfig,
+    flags: DecoderFlags,
     stats: Annotated[bool, Flag("Output", "Print counts, speed and the prompt template to stderr.")] = False,
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
@@ -58,12 +52,12 @@ def generate(
     ):
         if wrong:
             raise typer.BadParameter(told)
-    single = batch_size == 1 or not decoding.get("exit_confidence")
+    single = batch_size == 1 or not flags.decoding.get("exit_confidence")
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
-    loaded, usual = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)
+    loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = streams.PromptLines()
     if several:
-        requests = requests_of(given, jsonl, decoding, usual, lambda options: loaded.resolve(options, packing))
+        requests = requests_of(given, jsonl, flags.decoding, usual, lambda options: loaded.resolve(options, flags.packing))
     else:
         requests = iter([Request(1, streams.given_prompt(prompt, may_be_empty=True), usual)])
     try:

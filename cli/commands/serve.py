@@ -17,7 +17,7 @@ from layerskip_core.config.options import BatchSize, Count, Flag, ModelName, Tex
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
-from ..loading import load_to_decode
+from ..loading import DecoderFlags, load_to_decode
 from ..options import command
 
 KEY = "LAYERSKIP_API_KEY"
@@ -72,7 +72,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     from layerskip_core.serving import Engine
 
     with _bound(serving.host, serving.port) as listener:
-        loaded, _ = load_to_decode(serving.model, serving.decoding, prompting, packing, machine)
+        loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
         engine = Engine(loaded, serving.batch_size, serving.queue_size)
