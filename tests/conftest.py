@@ -1,6 +1,7 @@
 """Tiny random models on the CPU. No network, ever, and no test in the folder that pytest was started in."""
 
 import gc
+import json
 import os
 import re
 import sys
@@ -63,6 +64,17 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
     return model
+
+
+def edit_json(file, **changes):
+    """Changes entries of a JSON file; one that becomes "absent" goes."""
+    document = {**json.loads(Path(file).read_text()), **changes}
+    Path(file).write_text(json.dumps({key: value for key, value in document.items() if value != "absent"}))
+
+
+def older(folder):
+    """Makes the folder one that only transformers reads."""
+    edit_json(Path(folder) / "config.json", transformers_version="4.0")
 
 
 _frozen = 0  # modules

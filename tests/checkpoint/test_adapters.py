@@ -4,16 +4,12 @@ import json
 
 import pytest
 import torch
+from conftest import edit_json
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.importing import stored_dtype
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.errors import CheckpointError
-
-
-def edit(file, **changes):
-    document = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in document.items() if value != "absent"}))
 
 
 def adapter(folder, base, rank=4, **changes):
@@ -52,7 +48,7 @@ def test_an_adapter_without_one_of_its_weights(checkpoint, tmp_path):
 
     model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    edit(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})

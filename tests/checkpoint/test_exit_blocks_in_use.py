@@ -1,7 +1,6 @@
 """A folder with exit_blocks.safetensors, as the commands use it."""
 
 import hashlib
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from exit_block_models import random_blocks
+from conftest import older
+from exit_block_models import add_blocks
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
-from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
-from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
@@ -33,25 +30,11 @@ from layerskip_core.model.exit_blocks import ExitBlock, features_of
 BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
 
 
-def older(folder):
-    """Makes the folder one that only transformers reads."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    (Path(folder) / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
-
-
-def add_blocks(folder, *blocks):
-    trained = for_training(folder, "cpu", "fp32")
-    spec, weight_of = trained.backend.spec, trained.model.get_parameter
-    made = random_blocks(trained.model, *blocks)
-    weights = {name: made.take(name) for name in made.shapes(spec)}
-    save_beside(folder, EXIT_BLOCKS_FILE, exit_blocks_content(spec, weights, fingerprint(spec, weight_of)))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
     copy = str(shutil.copytree(checkpoint, tmp_path_factory.mktemp("blocks") / "model"))
-    return add_blocks(copy, *BLOCKS)
+    add_blocks(copy, *BLOCKS)
+    return copy
 
 
 def logits(decoder):

@@ -1,10 +1,8 @@
 """A folder read without transformers gives the same results as with transformers, or is left to transformers."""
 
-import json
-
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import edit_json, tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
@@ -29,10 +27,6 @@ def folder(tmp_path):
         return tmp_path
 
     return make
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -81,7 +75,7 @@ def test_the_tokenizer_is_the_same(folder):
 )
 def test_configurations_that_need_transformers(folder, changes):
     path = folder()
-    edit(path / "config.json", **changes)
+    edit_json(path / "config.json", **changes)
     assert lean_spec(str(path)) is None
 
 
@@ -93,5 +87,5 @@ def test_files_beside_the_weights_are_no_weights(folder):
 
 def test_a_tokenizer_that_needs_transformers(folder):
     path = folder()
-    edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    edit_json(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     assert lean_tokenizer(str(path)) is None

@@ -2,19 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from command_line import fails, run
+from exit_block_models import add_blocks
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.calibration import calibrate
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -35,12 +33,9 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
 @pytest.fixture
 def with_blocks(checkpoint, tmp_path):
     """The tiny model with a block at exit 2."""
-    folder = str(shutil.copytree(checkpoint, tmp_path / "with-blocks"))
-    loaded = for_training(folder, "cpu", "fp32")
-    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    content = exit_blocks_content(spec, ExitBlock(2).initial(spec, weight_of), fingerprint(spec, weight_of))
-    save_beside(folder, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
-    return Path(folder)
+    folder = shutil.copytree(checkpoint, tmp_path / "with-blocks")
+    add_blocks(folder, ExitBlock(2))
+    return folder
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])

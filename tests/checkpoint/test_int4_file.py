@@ -1,10 +1,10 @@
 """int4.safetensors beside a model: used, replaced with the model, and refused where it does not belong to it."""
 
-import json
 import shutil
 
 import pytest
 import torch
+from conftest import older
 from int4_models import add_int4
 from safetensors.torch import load_file, save_file
 
@@ -25,12 +25,6 @@ def logits(folder, packing=INT4, dtype="fp32"):
     with torch.inference_mode():
         hidden = model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None])
         return model.unembed(hidden), model.implementation
-
-
-def older(folder):
-    """Makes the folder one that only transformers reads."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, older])

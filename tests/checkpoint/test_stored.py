@@ -1,13 +1,12 @@
 """Impossible values in a checkpoint's files are one error, the same for every way of loading, before anything is built."""
 
-import json
 import re
 import shutil
 from math import nan
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import edit_json, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
@@ -22,11 +21,6 @@ from layerskip_core.model import TransformersBackend
 @pytest.fixture
 def folder(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "model")
-
-
-def edit(file, **changes):
-    document = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in document.items() if value != "absent"}))
 
 
 def refused(path, message, blank=True):
@@ -50,7 +44,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=lambda value: str(value)[:40])
 def test_configurations(folder, changes, message):
-    edit(folder / "config.json", **changes)
+    edit_json(folder / "config.json", **changes)
     refused(folder, message)
 
 
@@ -66,14 +60,14 @@ def test_damaged_files(folder, name, content):
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_an_invalid_token_that_ends_answers(folder, name):
-    edit(folder / name, eos_token_id="</s>")
+    edit_json(folder / name, eos_token_id="</s>")
     with pytest.raises(CheckpointError, match=r"eos_token_id must be .*, got '?</s>"):
         for_decoding(str(folder), "cpu")
 
 
 @pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str)
 def test_a_tokenizer_without_a_vocabulary(folder, model):
-    edit(folder / "tokenizer.json", model=model)
+    edit_json(folder / "tokenizer.json", model=model)
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"):
         for_training(str(folder), "cpu")
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
@@ -108,7 +102,7 @@ def test_weights(folder, name, change, message):
 
 
 def test_missing_weights_are_reported_before_memory_is_allocated(folder):
-    edit(folder / "config.json", num_hidden_layers=1000)
+    edit_json(folder / "config.json", num_hidden_layers=1000)
     refused(folder, "8946 weights are missing, model.layers.10.input_layernorm.weight the first", blank=False)
 
 
@@ -117,7 +111,7 @@ def test_the_window_of_qwen2_without_sliding_layers(tmp_path):
     tokenizer = tiny_loaded(torch.float32).tokenizer
     model = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))
     save_checkpoint(model, tokenizer, tiny_loaded().info, str(tmp_path), torch.float32)
-    edit(tmp_path / "config.json", use_sliding_window=False, sliding_window=2, layer_types="absent")
+    edit_json(tmp_path / "config.json", use_sliding_window=False, sliding_window=2, layer_types="absent")
     loaded = for_decoding(str(tmp_path), "cpu", "fp32")
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

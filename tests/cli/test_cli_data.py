@@ -29,17 +29,8 @@ def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
     assert result.out == file.read_text(encoding="utf-8")
 
 
-def test_half_a_character_is_no_text(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "half \\ud83c", "completion": "x"}\n')
-    result = run("data", "--data", str(file))
-    assert result.code == 1 and result.err.startswith(f"error: {file}:1: not valid JSON: ")
-
-
 def test_what_cannot_be_read(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
-    fails(f"{file}:2: the completion must be a text that is not empty, found ''", "data", "--data", str(file))
     fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
     fails("--split must be one of train, validation, test, compositional for commands, got dev", "data", "--split", "dev")
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')

@@ -317,6 +317,8 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
         (("bench", "--data", "nothing-here"), "nothing-here"),
         (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
         (("bench", "--temperature", "1", "--baselines", "no-reuse"), "--temperature must be 0 with --baselines"),
+        (("bench", "--problem-samples", "5"), "--temperature must be above 0"),
+        (("sweep-exits", "--problem-samples", "5"), "--temperature must be above 0"),
         (("bench", "--baselines", "magic"), "--baselines must be a list, each one of transformers, "),
         (("bench", "--strategies", "lookup"), "--strategies must be a list with autoregressive"),
         (("bench", "--gguf", "x.gguf"), "--gguf must be given with the baseline llama.cpp"),

@@ -128,11 +128,6 @@ def test_policies_that_cannot_be(model, flags, message):
     assert (result.code, result.out) == (1, "") and result.err.startswith(f"error: {message}")
 
 
-def test_a_model_without_policies_says_how_to_save_them(checkpoint):
-    result = run("generate", PROMPT, "--policy", "fast", "--model", checkpoint)
-    assert result.code == 1 and "(there are none; `layerskip sweep-exits --save` saves exact" in result.err
-
-
 # A row's own settings, and the flags that mean the same.
 OWN = [
     ({}, ()),
@@ -190,11 +185,6 @@ def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
 def test_lines_of_a_policy_by_confidence_are_decoded_singly_in_a_batch(generate):
     one, two = (generate("--lines", "--policy", "confident", *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
     assert one == two and one.code == 0
-
-
-def test_a_prompt_that_cannot_be_decoded_names_its_line_too(ask):
-    (_, error) = ask({"prompt": "a"}, {"prompt": "x" * 999}, code=1)
-    assert error["error"].startswith("line 2: the prompt must be at most 127 tokens, got ")
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])

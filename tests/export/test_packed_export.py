@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import tiny_model
+from conftest import older, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks
 from int4_models import add_int4
@@ -34,12 +34,6 @@ IDS = torch.tensor([[5, 9, 33, 7, 120]])
 def add_two_blocks(folder):
     """At exits 2 and 4, of both features."""
     add_blocks(folder, ExitBlock(2), ExitBlock(4, "final"))
-
-
-def older(folder):
-    """Makes the folder one that only transformers reads."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
 
 
 def packed_from(folder, output, quantize=None, dtype="auto"):
