@@ -1,11 +1,14 @@
 """Measure exits and draft lengths, and recommend a setting."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from rich.text import Text
 
 from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, policy_text
 from layerskip_core.config.evaluation import SweepConfig
@@ -15,12 +18,15 @@ from layerskip_core.errors import ConfigError, require
 from .. import evaluation
 from ..console import narrate
 from ..options import Format, ReportFolder, SavedReport, command
-from ..pictures import front
 
 if TYPE_CHECKING:
+    from layerskip_core.evaluation.report.tables import Points
     from layerskip_core.evaluation.results import Result, RunRecord
 
 _BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # of a policy without more
+_HEIGHT = 12  # lines of a front
+_MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
+_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_yellow", "bright_green")
 
 
 @command
@@ -111,3 +117,56 @@ def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
         return None
     best = max(rows, key=lambda result: result.speedup or 0.0)
     return {"skip": best.skip, "num_draft_tokens": best.num_draft_tokens or 1}
+
+
+def front(points: "Points", width: int) -> Text:
+    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier.
+
+    `width`: characters of a line.
+    """
+    from layerskip_core.evaluation.report.tables import is_wide, strategy_name
+    from layerskip_core.evaluation.results import result_name
+
+    high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
+    margin = max(len(high), len(low))
+    across = _places(points.speeds, width - margin - 2, is_wide(points.speeds))
+    up = _places(points.values, _HEIGHT, points.lower_is_better and is_wide(points.values))
+    if not points.lower_is_better:
+        up = [_HEIGHT - 1 - row for row in up]
+    markers = {
+        strategy: (_MARKERS.get(strategy, "◆"), _COLOURS[number % len(_COLOURS)])
+        for number, strategy in enumerate(points.strategies)
+    }
+    cells: dict[tuple[int, int], tuple[str, str]] = {}
+    for place, result in zip(zip(up, across, strict=True), points.results, strict=True):
+        cells[place] = markers[strategy_name(result)]
+    # One of several points in the same place is shown: the frontier's, and of these the fastest.
+    ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
+    for rank, index in enumerate(ranked, start=1):
+        cells[up[index], across[index]] = str(rank % 10), "bold"
+    text = Text()
+    text.append(f"{points.quality_label}\n", style="dim")
+    ends = (low, high) if points.lower_is_better else (high, low)
+    for row in range(_HEIGHT):
+        text.append(f"{ends[0] if row == 0 else ends[1] if row == _HEIGHT - 1 else '':>{margin}} │", style="dim")
+        for column in range(max(across) + 1):
+            text.append(*cells.get((row, column), (" ", "")))
+        text.append("\n")
+    text.append(f"{'':>{margin}} └{'─' * (width - margin - 2)}\n", style="dim")
+    slow, fast = f"{min(points.speeds):.0f}", f"{max(points.speeds):.0f} tokens/s"
+    text.append(f"{'':>{margin}}  {slow}{fast:>{width - margin - 2 - len(slow)}}\n", style="dim")
+    for strategy, (marker, colour) in markers.items():
+        text.append(f"{marker} {strategy}  ", style=colour)
+    text.append("\n")
+    for rank, index in enumerate(ranked, start=1):
+        result = points.results[index]
+        speedup = f" {result.speedup:.2f}x" if result.speedup else ""
+        text.append(f"{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}\n")
+    return text
+
+
+def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:
+    """Places 0..size-1 for the values, the lowest at 0."""
+    scaled = [math.log(value) for value in values] if logarithmic else list(values)
+    lowest, extent = min(scaled), max(scaled) - min(scaled)
+    return [round((value - lowest) / extent * (size - 1)) if extent else 0 for value in scaled]

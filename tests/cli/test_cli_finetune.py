@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import fails, run
 
-from cli.training_text import spread
+from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")

@@ -1,7 +1,8 @@
 """Pictures in the terminal: where points lie, and what the curves of a training show."""
 
 import pytest
-from layerskip_cli.pictures import _POINTS, Curves, front
+from layerskip_cli.commands.finetune import _POINTS, Curves
+from layerskip_cli.commands.sweep_exits import front
 
 from layerskip_core.evaluation.report.tables import points_of
 from layerskip_core.evaluation.results import Result, RunRecord
