@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
 from . import csv_text, to_json
-from .plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
+from .plots import SIZE, legend_above, logarithmic, new_figure, style, to_png
 from .tables import TextTable
 
 OVER_STEPS = f"{HELD_OUT}_over_steps"
@@ -114,7 +114,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
                 text = f"{label}, {kind}" if len(kinds) > 1 else label
                 axes.errorbar(
                     list(own), means, (below, above), marker="o", markersize=4, capsize=2, linewidth=1.2, elinewidth=0.8,
-                    color=color(number), linestyle=dashes, label=text,
+                    color=f"C{number}", linestyle=dashes, label=text,
                 )  # fmt: skip
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(xlabel="exit layer", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
@@ -138,10 +138,10 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     for axes, exit_layer in zip(panels, exits, strict=True):
         for number, label in enumerate(comparison.paths):
             own = {point.step: point.interval for point in points if (point.label, point.exit_layer) == (label, exit_layer)}
-            axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=color(number), label=label)
+            axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=f"C{number}", label=label)
             if own and all(each.low is not None for each in own.values()):
                 low, high = ([getattr(each, end) for each in own.values()] for end in ("low", "high"))
-                axes.fill_between(list(own), low, high, color=color(number), alpha=0.2, linewidth=0)
+                axes.fill_between(list(own), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
         axes.set_title(f"exit {exit_layer}", fontsize=9)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)

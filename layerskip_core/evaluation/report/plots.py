@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
@@ -22,7 +23,9 @@ SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page 
 GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
+_COLORS = ("#3b82c4", "#e07b39", "#3f9b5f", "#b0579b", "#c9a227", "#8a6fd1", "#d1495b", "#4aa3a2")  # on light and on dark
 _STYLE = {
+    "axes.prop_cycle": cycler(color=_COLORS),
     "font.size": 9,
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -35,23 +38,13 @@ _STYLE = {
     "ytick.color": _INK,
     "legend.frameon": False,
 }
-_COLORS = ("#3b82c4", "#e07b39", "#3f9b5f", "#b0579b", "#c9a227", "#8a6fd1", "#d1495b", "#4aa3a2")  # on light and on dark
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
-# Where a label stands from its point: points to the right and up, in order of preference, with the alignment of the text.
-_OFFSETS = (
-    (0, 5, "center", "bottom"),
-    (6, 0, "left", "center"),
-    (0, -5, "center", "top"),
-    (-6, 0, "right", "center"),
-    (5, 4, "left", "bottom"),
-    (5, -4, "left", "top"),
-    (-5, -4, "right", "top"),
-    (-5, 4, "right", "bottom"),
-)
+# Where a label stands from its point: points to the right and up, in order of preference.
+_OFFSETS = ((0, 5), (6, 0), (0, -5), (-6, 0), (5, 4), (5, -4), (-5, -4), (-5, 4))
 
 
 @contextmanager
@@ -80,10 +73,6 @@ def logarithmic(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
-def color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
-
-
 def legend_above(axes: Any) -> None:
     """A legend above the axes, where it covers no data: in one line, or in lines of three if there are more than four."""
     entries = len(axes.get_legend_handles_labels()[1])
@@ -104,14 +93,11 @@ def to_svg(figure: Figure) -> str:
     image = io.StringIO()
     with style(**{"svg.hashsalt": figure.get_label()}):
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    text = image.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML parsers know these namespaces
-    text = re.sub(r' id="(?:figure|axes|patch|matplotlib|text|line2d|PathCollection|legend|xtick|ytick)[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{figure.get_label()}"', 1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", image.getvalue(), flags=re.DOTALL)
+    attributes, body = text[text.index("<svg") + len("<svg") :].split(">", 1)
+    attributes = re.sub(r' (width|height|xmlns(:xlink)?)="[^"]*"', "", attributes)  # HTML parsers know these namespaces
+    body = re.sub(r' id="(?:figure|axes|patch|matplotlib|text|line2d|PathCollection|legend|xtick|ytick)[^"]*"', "", body)
+    return f'<svg role="img" aria-label="{figure.get_label()}"{attributes}>{body.replace(_INK, "currentColor")}'
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
@@ -137,7 +123,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
     for number, (label, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color(number), label=label)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number}", label=label)
     for label, points in dashed.items():
         axes.plot(*zip(*points, strict=True), linestyle="--", color=GREY, label=label)
     if shares:
@@ -161,8 +147,8 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
         shown = [result for result in exits if name in result.metrics]
         layers, values = [result.exit_layer for result in shown], [result.metrics[name] for result in shown]
         errors = [result.stderr.get(name, 0.0) for result in shown]
-        axes.errorbar(layers, values, errors, marker="o", markersize=4, capsize=2, color=color(number), label=name)
-        axes.axhline(record.results[0].metrics[name], linestyle="--", linewidth=1, color=color(number))
+        axes.errorbar(layers, values, errors, marker="o", markersize=4, capsize=2, color=f"C{number}", label=name)
+        axes.axhline(record.results[0].metrics[name], linestyle="--", linewidth=1, color=f"C{number}")
     axes.plot([], [], linestyle="--", linewidth=1, color=GREY, label="all layers")
     if lower:
         logarithmic(axes)
@@ -205,7 +191,7 @@ def _time_split(record: RunRecord) -> Figure | None:
     ends = [0.0] * len(timed)
     for number, phase in enumerate(_PHASES):
         times = [result.time_split_ms.get(phase, 0.0) for result in timed]
-        axes.barh(range(len(timed)), times, left=ends, color=color(number), label=phase)
+        axes.barh(range(len(timed)), times, left=ends, color=f"C{number}", label=phase)
         ends = [end + time for end, time in zip(ends, times, strict=True)]
     axes.set_yticks(range(len(timed)), map(result_name, timed), fontsize=7)
     axes.invert_yaxis()
@@ -230,7 +216,7 @@ def _speed_within_an_answer(record: RunRecord) -> Figure | None:
     drafters = [step.drafter or _PLAIN for step in steps]
     for number, name in enumerate(sorted(set(drafters), key=lambda name: (name == _PLAIN, -drafters.count(name)))):
         own = [point for *point, drafter in zip(ends, speeds, drafters, strict=True) if drafter == name]
-        axes.scatter(*zip(*own, strict=True), s=14, color=GREY if name == _PLAIN else color(number), label=name)
+        axes.scatter(*zip(*own, strict=True), s=14, color=GREY if name == _PLAIN else f"C{number}", label=name)
     plain = next(
         (result.time_per_token_ms.get("p50") for result in record.results if result.strategy == "autoregressive"), None
     )
@@ -263,7 +249,7 @@ def _prediction(record: RunRecord) -> Figure | None:
     figure, axes = new_figure("Predicted and measured speedup", "predicted speedup", "measured speedup")
     for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
         name = f"{weights} exit {exit_layer}".strip()
-        axes.scatter(*zip(*own, strict=True), marker="^", color=color(number), alpha=0.8, label=name)
+        axes.scatter(*zip(*own, strict=True), marker="^", color=f"C{number}", alpha=0.8, label=name)
     start = min(min(point) for own in points.values() for point in own)
     axes.axline((start, start), slope=1, color=GREY, linewidth=1, zorder=0)
     axes.legend(fontsize=7)
@@ -280,7 +266,7 @@ def _pareto(record: RunRecord) -> Figure | None:
     for number, strategy in enumerate(found.strategies):
         own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D")
-        axes.scatter(*zip(*own, strict=True), marker=marker, color=color(number), alpha=0.8, label=strategy)
+        axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
     sign = 1 if found.lower_is_better else -1
     line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
@@ -315,10 +301,11 @@ def _label_points(figure: Figure, axes: Any, found: Points) -> None:
         text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
-        for x, y, horizontal, vertical in _OFFSETS:
+        for x, y in _OFFSETS:
             label = axes.annotate(
-                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), ha=horizontal,
-                va=vertical, fontsize=8, color=color(found.strategies.index(strategy)),
+                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
+                ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
+                color=f"C{found.strategies.index(strategy)}",
             )  # fmt: skip
             area = label.get_window_extent()
             if axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1 and not area.count_overlaps(taken):
