@@ -14,7 +14,7 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.knowledge import Acceptance, LinearTime, best_length, knowledge_of
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 
 EXITS = (2, 4)
 
@@ -164,10 +164,9 @@ def adaptive(backend, exits=EXITS):
 
 
 def knowing(backend, **profile):
-    drafters = {f"exit {exit_layer}": (None, Submodel(exit_layer)) for exit_layer in EXITS}
-    known = knowledge_of(backend, drafters, DraftProfile(**profile), remembered=False)
     drafter = adaptive(backend)
-    drafter._known, drafter._by_clock = known, False
+    drafters = {name: drafter._drafters[name] for name in ("exit 2", "exit 4")}
+    drafter._known, drafter._by_clock = knowledge_of(backend, drafters, DraftProfile(**profile), remembered=False), False
     return drafter
 
 
@@ -278,8 +277,7 @@ def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():
 
 def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit():
     backend, profile = backend_of("packed"), DraftProfile({"exit 2": 0.4, "int8 exit 4": 0.7})
-    exits = {"int8": 6, "int8 exit 2": 2, "int8 exit 4": 4}
-    drafters = {name: ("int8", Submodel(exit_layer)) for name, exit_layer in exits.items()}
+    drafters = {name: drafter for name, drafter in adaptive(backend)._drafters.items() if name.startswith("int8")}
     options = knowledge_of(backend, drafters, profile, remembered=False).options
     found = {name: option.acceptance.chances[0] for name, option in options.items()}
     assert found == {"int8": 0.95, "int8 exit 2": pytest.approx(0.38), "int8 exit 4": 0.7}

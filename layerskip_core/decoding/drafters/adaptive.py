@@ -9,11 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...config.model import Quantization
 from ...model.backend import DraftEnds, Submodel
 from . import Context, Draft, DrafterSetup
 from .exit import ExitDrafter, drafter_name
-from .knowledge import Acceptance, Knowledge, LinearTime, Option, best_length, knowledge_of
+from .knowledge import Acceptance, LinearTime, Option, best_length, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
@@ -24,21 +23,22 @@ _LONGER = 2  # a draft that stays certain may be this many times as long as is b
 class AdaptiveDrafter:
     """Drafts by a lookup, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
 
-    With `by_clock` the times of passes are measured while decoding. Without it they are those that were known before, so that
-    an output depends on nothing but its seed.
+    The times of passes are measured while decoding, unless that could change the output, which then would depend on more than
+    its seed: without that they are those that were known before.
     """
 
-    def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter], known: Knowledge, by_clock: bool) -> None:
-        """`drafters` by the names of `known.options`."""
-        self._drafters, self._known, self._by_clock = drafters, known, by_clock
-        self._is_greedy = setup.sampler.is_greedy
+    def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter]) -> None:
+        """`drafters`: by their names in reports."""
+        self._drafters, self._is_greedy = drafters, setup.sampler.is_greedy
+        self._by_clock = self._is_greedy and setup.model.batch_invariant
+        self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
         self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
         self._preferred: Option | None = None  # of the options, whether a lookup was better or not
         self._chosen: Option | None = None  # what drafted this round; None for a lookup and for plain decoding
         self._rounds = 0
         self._draft: Draft | None = None  # of the round
-        self._started = self._ended = 0.0  # of the draft
+        self._started, self._ended = 0.0, 0.0  # of the draft
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
@@ -121,7 +121,6 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     """Drafts by the trained exits, and by low-bit copies with as many layers and with all."""
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
-    drafting: dict[str, tuple[Quantization | None, Submodel]] = {}
     with_blocks = sorted(exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits)
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
@@ -129,9 +128,6 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
             exits.append(side.num_layers)
         for exit_layer in exits:
             taps = tuple(lower for lower in with_blocks if lower < exit_layer) if side.shares_states else ()
-            submodel = Submodel(exit_layer, block=side.exit_blocks.get(exit_layer), taps=taps)
             name = drafter_name(weights, exit_layer, model.num_layers)
-            drafting[name] = weights, submodel
-            drafters[name] = ExitDrafter(setup, weights, submodel, name)
-    by_clock = setup.sampler.is_greedy and model.batch_invariant
-    return AdaptiveDrafter(setup, drafters, knowledge_of(model, drafting, config.profile, remembered=by_clock), by_clock)
+            drafters[name] = ExitDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
+    return AdaptiveDrafter(setup, drafters)

@@ -29,8 +29,8 @@ class ExitDrafter:
         require(last <= side.num_layers, field, f"{needed} the {side.num_layers} layers kept for drafting", last)
         if not config.skip:
             submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
-        self.source = source
-        self._side, self._sampler, self._submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
+        self.source, self.weights = source, weights
+        self._side, self._sampler, self.submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
         self._looks = side.layers.device.type == "cpu"
@@ -46,7 +46,7 @@ class ExitDrafter:
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         if not self._sampler.is_greedy or len(limits) > 1:
             return self._step_by_step(context, limits, ends)
-        submodel, positions, reuses = self._submodel, context.positions[:, : limits[0]], self._reuses
+        submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
         if self._side.kernel is not None:
             tokens, states, probs = self._side.kernel(
                 context.newest, submodel, positions, context.cache, ends, context.features
@@ -67,7 +67,7 @@ class ExitDrafter:
         return Draft(tokens, (tokens.shape[1] - 1,), None, states, self.source)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
-        side, submodel, cache = self._side, self._submodel, context.cache
+        side, submodel, cache = self._side, self.submodel, context.cache
         token, features, rooms = context.newest, context.features, list(limits)
         tokens, probs, states = [token], list[Tensor](), list[dict[int, Tensor]]()
         largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row

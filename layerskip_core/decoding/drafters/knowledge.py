@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
-from ...config.model import Quantization
-from ...model.backend import Backend, DraftEnds, Submodel
+from ...model.backend import Backend, DraftEnds
+from .exit import ExitDrafter
 
 _MEMORY = 0.98  # weight of what was known, per new observation
 _FADING = 0.999  # weight of how often drafts were accepted, per round in which none was tried
@@ -213,24 +213,22 @@ class Knowledge:
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
-Drafting = Mapping[str, tuple[Quantization | None, Submodel]]
-"""By name: the precision of the layers that draft, None for the target's own, and which layers these are."""
 
 
-def knowledge_of(model: Backend, drafting: Drafting, profile: DraftProfile, remembered: bool) -> Knowledge:
-    """What is known of these drafters.
+def knowledge_of(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, remembered: bool) -> Knowledge:
+    """What is known of drafters by their names.
 
     `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
     the profile, and from usual values for what that lacks.
     """
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    key = ", ".join(drafting)
+    key = ", ".join(drafters)
     if key not in by_drafters:
-        by_drafters[key] = _at_first(model, drafting, profile)
+        by_drafters[key] = _at_first(model, drafters, profile)
     return by_drafters[key]
 
 
-def _at_first(model: Backend, drafting: Drafting, profile: DraftProfile) -> Knowledge:
+def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile) -> Knowledge:
     spec, passes = model.spec, profile.passes
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
@@ -244,10 +242,11 @@ def _at_first(model: Backend, drafting: Drafting, profile: DraftProfile) -> Know
         plain = LinearTime(1 - each, each)
     step = plain.of(1)
     options: dict[str, Option] = {}
-    for name, (weights, submodel) in drafting.items():
-        exit_layer, is_exit = submodel.exit_layer, submodel.exit_layer < spec.layers
+    for name, drafter in drafters.items():
+        weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
+        is_exit = exit_layer < spec.layers
         known = profile.drafts if passes else {}  # without both the units would differ
-        layers = exit_layer + (submodel.block is not None)
+        layers = exit_layer + (drafter.submodel.block is not None)
         draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
         acceptance = profile.acceptance.get(name)
         if acceptance is None:
