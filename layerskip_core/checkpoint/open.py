@@ -253,7 +253,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
     order = _token_order(folder, spec, packing)
-    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.matrix, file.embedding(spec))
+    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
 

@@ -114,7 +114,7 @@ def _add_values(writer: Any, spec: ModelSpec) -> None:
 def _check(spec: ModelSpec) -> None:
     """Raises CheckpointError for values that llama.cpp takes from the architecture instead of from the file."""
     pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
-    windows = tuple(spec.window_of(layer) is not None for layer in range(spec.layers))
+    windows = tuple(spec.window_of(kind) is not None for kind in spec.kinds)
     gemma = spec.model_type == "gemma3_text"
     activation = "gelu_pytorch_tanh" if gemma else "silu"
     for holds, what in (
@@ -129,8 +129,8 @@ def _check(spec: ModelSpec) -> None:
 
 def _full_rope(spec: ModelSpec) -> RopeSpec:
     """The rope of layers with full attention, or of the sliding layers if there are no others."""
-    places = [rope for layer, rope in enumerate(spec.rope_of) if spec.window_of(layer) is None] or list(spec.rope_of)
-    return spec.ropes[places[0] or 0]
+    full = [rope for kind, rope in zip(spec.kinds, spec.rope_of, strict=True) if spec.window_of(kind) is None]
+    return spec.ropes[(full or spec.rope_of)[0] or 0]
 
 
 def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:

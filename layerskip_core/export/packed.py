@@ -83,7 +83,7 @@ def _write_weights(source: Source, path: Path) -> str:
         take = source.take()
         embedding = Weights(take, spec.shapes).of(EMBEDDING)
         writer.add(EMBEDDING, embedding)
-        NativeBackend(spec, take, packing, None, source.int4, blocks, writer.matrix, embedding)
+        NativeBackend(spec, take, packing, None, source.int4, blocks, embedding, pack=writer.matrix)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
         for weights, shapes in ((Weights(take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
             for name in norm_names(shapes):

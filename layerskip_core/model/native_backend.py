@@ -1,13 +1,13 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
 from .backend import DraftKernel
-from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
+from .exit_blocks import ExitBlock
 from .native.compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .native.layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
 from .native.matrix import MatrixForm, NativeMatrix, PackMatrix
@@ -39,7 +39,7 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     return not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
 
 
-class NativeBackend(RepackedBackend[NativeLayer, NativeLayers, NativeLinear]):
+class NativeBackend(RepackedBackend):
     """Repacked weights on the C kernels, for an architecture that they `can_run`; hidden states are fp32 in every precision.
 
     The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others.
@@ -47,22 +47,13 @@ class NativeBackend(RepackedBackend[NativeLayer, NativeLayers, NativeLinear]):
 
     batch_invariant = True
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        take: Take,
-        packing: PackingConfig | None = None,
-        token_order: list[int] | None = None,
-        int4: Take | None = None,
-        exit_blocks: ExitBlocks = NO_BLOCKS,
-        pack: PackMatrix | None = None,
-        embedding: Tensor | None = None,
-    ) -> None:
-        """See `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
+    def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
+        """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
         compiled = kernels()
         assert compiled is not None
         self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled)
-        super().__init__(spec, take, packing, token_order, int4, exit_blocks, embedding)
+        super().__init__(spec, take, *arguments, **options)
+        assert isinstance(self._layers, NativeLayers)
         is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,19 @@ CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
 MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
 
 
-class Head(Protocol):
-    """A norm and a matrix: (..., D) to logits (..., N)."""
-
-    def __call__(self, hidden: Tensor) -> Tensor: ...
-
-    def with_norm(self, norm: Affine) -> Self:
-        """The same matrix after another norm."""
-
-
-LayerT = TypeVar("LayerT")
-LayersT = TypeVar("LayersT", bound="RepackedLayers[Any]")
-HeadT = TypeVar("HeadT", bound=Head)
-
-
 def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
     """Rows per part of a call. `row_bytes`: approximate size of a row's activations."""
     return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
 
 
-class RepackedLayers(ABC, Generic[LayerT]):
+class RepackedLayers(ABC):
     """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
 
     The activations of a part of a call take about 256 MB at most, or those of 256 tokens or of one token of each row, if that
     is more.
     """
 
-    def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[LayerT | None], dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[Any], dtype: torch.dtype) -> None:
         """`layers`: the model's and the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states."""
         self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
         self.spec, self.layers, self.dtype = spec, layers, dtype
@@ -102,7 +88,7 @@ class RepackedLayers(ABC, Generic[LayerT]):
 
 
 @dataclass
-class _Chain(Generic[LayerT, HeadT]):
+class _Chain:
     """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
 
     Of its heads the first verifies and the last drafts. `blocks`: by exit, each with all of the heads.
@@ -111,12 +97,12 @@ class _Chain(Generic[LayerT, HeadT]):
     low_bits: Quantization | None
     exact: bool
     depth: int
-    heads: list[HeadT]
-    layers: list[LayerT | None] = field(default_factory=list)
+    heads: list[Any]
+    layers: list[Any] = field(default_factory=list)
     blocks: dict[int, list[PlacedBlock]] = field(default_factory=dict)
 
 
-class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
+class RepackedBackend(ABC):
     """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
 
     chooser: Chooser | None = None
@@ -191,9 +177,11 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
         self._layers.write_kv(hidden, start, stop, positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
+        logits: Tensor = self._head(hidden)
+        return logits
 
-    # What the kernels of a backend do. Matrices have the precision of the weights, or `low_bits`. Weights are read when they
+    # What the kernels of a backend do. A head is a norm and a matrix, (..., D) to logits (..., N), and its `with_norm(norm)` is
+    # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. Weights are read when they
     # are needed. `exact`: rows keep the bits that they have alone.
 
     @abstractmethod
@@ -205,12 +193,12 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
         """Which kernels run, once there are layers."""
 
     @abstractmethod
-    def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> LayerT: ...
+    def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> Any: ...
 
     @abstractmethod
     def _head_of(
         self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
-    ) -> HeadT: ...
+    ) -> Any: ...
 
     @abstractmethod
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
@@ -219,33 +207,33 @@ class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...
 
     @abstractmethod
-    def _layers_of(self, layers: list[LayerT | None], exact: bool) -> LayersT: ...
+    def _layers_of(self, layers: list[Any], exact: bool) -> RepackedLayers: ...
 
-    def _draft_kernel(self, layers: LayersT, head: HeadT, vocabulary: DraftVocabulary | None, own: bool) -> DraftKernel | None:
+    def _draft_kernel(self, layers: Any, head: Any, vocabulary: DraftVocabulary | None, own: bool) -> DraftKernel | None:
         """The function that writes a whole draft in one call, or None. `own`: the layers also verify."""
         return None
 
     def _headed_chains(
         self, weights: Weights, norm: Affine, packing: PackingConfig, vocabulary: DraftVocabulary | None
-    ) -> list[_Chain[LayerT, HeadT]]:
+    ) -> list[_Chain]:
         """The model's own chain and the copies that draft, with their heads and without layers."""
         quantize, exact, layers = packing.quantize, packing.exact, self.spec.layers
         weights = weights.remembered().after({EMBEDDING: self._embedding}.get)
 
-        def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> HeadT:
+        def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> Any:
             return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
 
         heads = [head(quantize, None, exact)]
         if vocabulary is not None:
             heads.append(head(quantize, vocabulary))
-        chains: list[_Chain[LayerT, HeadT]] = [_Chain(quantize, exact, layers, heads)]
+        chains: list[_Chain] = [_Chain(quantize, exact, layers, heads)]
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
             cheap = heads[-1] if kind == quantize and not exact else head(kind, vocabulary)
             chains += [_Chain(copy, False, packing.draft_layers or layers, [cheap]) for copy in packing.draft_weights]
         return chains
 
-    def _add_layers(self, chains: list[_Chain[LayerT, HeadT]], weights: Weights, exit_blocks: ExitBlocks) -> None:
+    def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
         """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [

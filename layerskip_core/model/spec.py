@@ -279,11 +279,8 @@ class ModelSpec:
             logits = logits / self.logits_divisor
         return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
 
-    def window_of(self, layer: int) -> int | None:
-        """How many positions a layer sees; None for all."""
-        return self.window_of_kind(self.kinds[layer])
-
-    def window_of_kind(self, kind: str) -> int | None:
+    def window_of(self, kind: str) -> int | None:
+        """How many positions a layer of this kind sees; None for all."""
         return self.window if kind == SLIDING else None
 
     def check_weights(self, stored: Shapes) -> None:

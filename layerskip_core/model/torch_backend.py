@@ -24,7 +24,7 @@ _KEPT = 16  # shapes of calls whose buffers are kept
 _PRODUCT_TOKENS = 16  # up to this many tokens per row attention is two matrix products; a prompt's mask would be large
 
 
-class TorchLayers(RepackedLayers[TorchLayer]):
+class TorchLayers(RepackedLayers):
     """Layers whose hidden states have the precision of the weights."""
 
     def __init__(self, spec: ModelSpec, embedding: Tensor, rope: Rope, layers: list[TorchLayer | None], exact: bool) -> None:
@@ -138,7 +138,7 @@ class TorchHead:
         return torch.equal(self._logits(rows), torch.cat([self._logits(row[None]) for row in rows]))
 
 
-class TorchBackend(RepackedBackend[TorchLayer, TorchLayers, TorchHead]):
+class TorchBackend(RepackedBackend):
     """On PyTorch's kernels, for specs without a `missing_feature`. Hidden states have the precision of the weights."""
 
     def _prepare(self, packing: PackingConfig) -> None:

@@ -190,7 +190,7 @@ class Masks:
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
         """Masks have the precision and the device of `like`."""
-        self._windows = {kind: spec.window_of_kind(kind) for kind in spec.kinds}
+        self._windows = {kind: spec.window_of(kind) for kind in spec.kinds}
         self._like = like.new_empty(0)
         self._ahead = self._like  # as many zeros, then as many infinities
 

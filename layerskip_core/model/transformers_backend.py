@@ -178,7 +178,7 @@ class TransformersBackend:
         for kind in dict.fromkeys(self._kinds):
             cos, sin = self._decoder.rotary_emb(hidden, on_device, *((kind,) if self._rope_by_type else ()))
             rope[kind] = cos, sin
-            window = self.spec.window_of_kind(kind)
+            window = self.spec.window_of(kind)
             if (causal_kernel or single_token) and (window is None or key_count <= window):
                 mask[kind] = None
             else:

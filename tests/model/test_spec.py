@@ -69,7 +69,7 @@ USED = {"sliding_window": 5, "use_sliding_window": True}
 def test_windows(model_type, changes, kinds):
     spec = spec_of(model_type=model_type, **changes)
     assert list(spec.kinds) == kinds
-    assert [spec.window_of(layer) for layer in range(6)] == [5 if kind == SLIDING else None for kind in kinds]
+    assert [spec.window_of(kind) for kind in spec.kinds] == [5 if kind == SLIDING else None for kind in kinds]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral"])

@@ -126,11 +126,11 @@ class NativeLayer:
             *(matrix.structure for matrix in self.matrices),
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
-            spec.window_of(index) or 0,
+            spec.window_of(spec.kinds[index]) or 0,
         )
 
 
-class NativeLayers(RepackedLayers[NativeLayer]):
+class NativeLayers(RepackedLayers):
     """Layers with fp32 hidden states for weights in any precision."""
 
     def __init__(self, engine: Engine, spec: ModelSpec, embedding: Tensor, layers: list[NativeLayer | None]) -> None:
