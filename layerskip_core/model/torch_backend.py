@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class TorchLayers(RepackedLayers):
         super().__init__(spec, embedding, layers, embedding.dtype)
         self._rope, self._masks = rope, Masks(spec, embedding)
         self._exact: dict[int, int] | None = {} if exact else None  # see `exact_rows`
-        self._spaces: dict[tuple[int, int], Workspace] = {}
+        self._workspace = partial(Workspace, spec, embedding)
+        self._kept = lru_cache(_KEPT)(self._workspace)  # for the shapes that decoding repeats
 
     def row_bytes(self) -> int:
         spec = self.spec
@@ -63,7 +65,9 @@ class TorchLayers(RepackedLayers):
         assert len(layers) == stop - start
         writer = cache.writer(positions)
         batch, count = positions.shape
-        space = self._workspace(batch, count, cache)
+        # A pass that is recorded has buffers of its own.
+        keeps = batch * count <= _KEPT_ROWS and not cache.is_recorded
+        space = (self._kept if keeps else self._workspace)(batch, count)
         slots = writer.layers(start, stop, self.spec.kv_heads, self.spec.head_dim, hidden)
         return layers, slots, self._step(writer, positions, slots[0].values.shape[1]), space
 
@@ -78,17 +82,6 @@ class TorchLayers(RepackedLayers):
         keys = capacity if by_products else writer.stop
         masks = self._masks.by_kind(writer, on_device, keys, by_products)
         return Step(ropes, still, masks, None, None if by_products else writer.stop)
-
-    def _workspace(self, batch: int, count: int, cache: KVCache) -> Workspace:
-        """Kept for the shapes that decoding repeats, not for prompts. A pass that is recorded has its own."""
-        space = None if cache.is_recorded else self._spaces.get((batch, count))
-        if space is None:
-            space = Workspace(batch, count, self.spec, self.embedding)
-            if batch * count <= _KEPT_ROWS and not cache.is_recorded:
-                if len(self._spaces) >= _KEPT:
-                    self._spaces.pop(next(iter(self._spaces)))
-                self._spaces[batch, count] = space
-        return space
 
     def _same_alone(self, count: int) -> bool:
         """True if a layer's output for `count` random rows equals its outputs row by row. All layers have the same shapes."""

@@ -53,7 +53,7 @@ class Step(NamedTuple):
 class Workspace:
     """Buffers of the layers for calls over B*T tokens, and their views, which are made once."""
 
-    def __init__(self, batch: int, count: int, spec: ModelSpec, like: Tensor) -> None:
+    def __init__(self, spec: ModelSpec, like: Tensor, batch: int, count: int) -> None:
         groups, heads, size = spec.groups, spec.kv_heads, spec.head_dim
         wide = torch.promote_types(like.dtype, torch.float32)
         self.rows, self.single = batch * count, count == 1

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Engine:
         self.widths = (spec.queries + 2 * spec.keys, spec.queries, spec.inner, block_output)  # of rows that threads share
         # At most what a row takes in the form that the kernel of a matrix reads; a block's map reads two states.
         self.formed_bytes = 4 * max(2 * spec.hidden, spec.queries, spec.inner) + 64
-        self._kept: dict[tuple[int, int], Buffers] = {}
+        self._kept = lru_cache(_KEPT)(Buffers)
         self._spec, self._rope_length = spec, 0
         self._rope: list[tuple[Tensor, Tensor]] = []
 
@@ -60,15 +61,8 @@ class Engine:
 
     def buffers(self, rows: int) -> "Buffers":
         """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
-        threads = torch.get_num_threads()
-        buffers = self._kept.get((rows, threads))
-        if buffers is None:
-            buffers = Buffers(rows, threads, self)
-            if rows <= _KEPT_ROWS:
-                if len(self._kept) >= _KEPT:
-                    self._kept.pop(next(iter(self._kept)))
-                self._kept[rows, threads] = buffers
-        return buffers
+        make = self._kept if rows <= _KEPT_ROWS else Buffers
+        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes)
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
@@ -78,15 +72,15 @@ class Engine:
 class Buffers:
     """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
 
-    def __init__(self, rows: int, threads: int, engine: Engine) -> None:
-        self._shared = [torch.empty(rows, width) for width in engine.widths]
-        own = -(-(4 * (engine.shape.hidden + 16) + rows * engine.formed_bytes) // 64) * 64  # a hidden state, all formed rows
+    def __init__(self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int) -> None:
+        self._shared = [torch.empty(rows, width) for width in widths]
+        own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, all formed rows
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows, rows_per_sequence=rows)
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
-        self._logits = torch.empty(0)
+        self._logits = self.positions = torch.empty(0)
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for a call whose caller does not see them."""
@@ -154,10 +148,8 @@ class NativeLayers(RepackedLayers):
     ) -> None:
         """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
         assert self.has(range(start, stop))
-        batch, count, _ = rows.shape
-        buffers, places = self.engine.buffers(batch * count), positions.contiguous()
-        self.place(buffers.call, cache, places, start, stop)
-        buffers.call.rows_per_sequence, buffers.call.hidden = count, rows.data_ptr()
+        buffers = self.placed(positions, cache, start, stop)
+        buffers.call.hidden = rows.data_ptr()
         kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
 
     def has(self, layers: Iterable[int]) -> bool:
@@ -168,20 +160,23 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def place(self, call: CCall, cache: KVCache, positions: Tensor, start: int, stop: int) -> None:
-        """Sets at which positions (B, T) the call's rows stand, and where layers start..stop-1 keep keys and values.
+    def placed(self, positions: Tensor, cache: KVCache, start: int, stop: int, rows: int | None = None) -> Buffers:
+        """The buffers of a call whose rows stand at positions (B, T), over layers that keep keys and values in the cache.
 
-        The call reads the contiguous `positions` themselves: they must outlive it.
+        `rows`: of the call, if it has other ones than there are positions.
         """
         shape, like, end = self.engine.shape, self.embedding, cache.writer(positions).stop
         storage = cache.scattered(end, shape.kv_heads, shape.head_dim, like)
         layers, _, slots, kv_heads, places, head_dim = storage.shape
         assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, like.dtype)
-        call.positions = positions.data_ptr()
+        buffers = self.engine.buffers(rows or positions.numel())
+        call, buffers.positions = buffers.call, positions.contiguous()  # which the call reads itself
+        call.positions, call.rows_per_sequence = buffers.positions.data_ptr(), 1 if rows else positions.shape[1]
         for index, (cos, sin) in enumerate(self.engine.rope(end)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
         call.row_slots, call.slots, call.places = cache.slots.data_ptr(), slots, places
+        return buffers
 
 
 class NativeLinear:
@@ -245,10 +240,8 @@ def draft(
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
-    places = torch.arange(start, start + most + 1)[None]
-    engine, buffers = layers.engine, layers.engine.buffers(1)
-    layers.place(buffers.call, cache, places, 0, max(order, default=-1) + 1)
-    buffers.call.rows_per_sequence = 1
+    places, engine = torch.arange(start, start + most + 1)[None], layers.engine
+    buffers = layers.placed(places, cache, 0, max(order, default=-1) + 1, rows=1)
     tokens = torch.empty(1, most + 1, dtype=torch.long)
     tokens[0, 0] = int(token)
     states = torch.empty(len(stops), most + 1, spec.hidden)
@@ -311,9 +304,8 @@ def choose(
         rows = torch.empty(batch, count, layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers, places = layers.engine, layers.engine.buffers(batch * count), positions.contiguous()
-    layers.place(buffers.call, cache, places, start, stop)
-    buffers.call.rows_per_sequence, buffers.call.hidden = count, rows.data_ptr()
+    engine, buffers = layers.engine, layers.placed(positions, cache, start, stop)
+    buffers.call.hidden = rows.data_ptr()
     chosen = torch.empty(batch, count, dtype=torch.long)
     choice = CChoice(
         layers.embedding.data_ptr(),
