@@ -21,11 +21,9 @@ def ids_of(decoding):
     return [token for [step] in decoding for token in step.ids]
 
 
-def draft_of(
-    backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), confidence=0.0, survival=0.0
-):
-    """A greedy draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
-    config = DecodingConfig(draft_confidence=confidence)
+def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
+    """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
+    config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
     context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, feature)
     with torch.inference_mode():

@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_model
 from decodings import draft_of, native_or_skip
 
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
 STOPS, EXIT, MOST = (1, 3), 3, 5
@@ -39,14 +41,14 @@ def side_of(backend):
     return list(backend.draft_sides.values())[-1]
 
 
-def drafted(backend, **ends):
+def drafted(backend, **settings):
     """A draft after a prompt; all of the prompt but its last token is cached."""
     side, cache, last = side_of(backend), backend.new_cache(), PROMPT.shape[1] - 1
     positions, weights = torch.arange(last + MOST + 1)[None], list(backend.draft_sides)[-1]
     with torch.inference_mode():
         for layers in (backend, side.layers):  # a draft side with its own weights has its own keys
             layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, positions[:, :last], cache)
-    return draft_of(backend, weights, SUBMODEL, PROMPT, positions[:, last:], cache, **ends)
+    return draft_of(backend, weights, SUBMODEL, PROMPT, positions[:, last:], cache, **settings)
 
 
 @cache
@@ -119,12 +121,31 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
         logits = side_of(backend).unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
-    full = drafted(backend, confidence=1e-30)
+    full = drafted(backend, draft_confidence=1e-30)
     assert full.tokens.tolist() == [known] and full.confidence == pytest.approx(probs, rel=rough)
     low = min(range(MOST), key=probs.__getitem__)
-    confident = drafted(backend, confidence=probs[low] * (1 + 2 * rough))
+    confident = drafted(backend, draft_confidence=probs[low] * (1 + 2 * rough))
+    assert all(states.shape[1] == low + 1 for states in confident.exit_states.values())  # the last token's are there already
     assert confident.tokens.tolist() == [known[: low + 1]] and len(confident.confidence) == low
     survival = [prod(probs[: place + 1]) for place in range(MOST)]
     for place in (0, 2):
         surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
         assert surviving.tokens.tolist() == [known[: place + 2]] and len(surviving.confidence) == place + 1
+
+
+def test_sampled_confidence_is_that_of_the_draft_probs():
+    """With top_k 1 every draft is certain, whatever the logits."""
+    backend = backend_of("llama")
+    draft = drafted(backend, temperature=1, top_k=1, draft_confidence=0.99)
+    assert draft.tokens.tolist() == [expected(backend)[0]]
+
+
+def test_draft_probs_are_what_each_draft_was_drawn_from():
+    backend, sampling = backend_of("llama"), {"temperature": 2.0, "top_k": 7}
+    draft = drafted(backend, **sampling)
+    ids = torch.cat([PROMPT[:, :-1], draft.tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        states = backend.run_layers(backend.embed(ids), 0, EXIT, torch.arange(ids.shape[1])[None])
+        known = Sampler(DecodingConfig(**sampling), backend.device).probs(backend.unembed(states[:, -MOST:]))
+    torch.testing.assert_close(draft.probs, known)
+    assert (known[0].gather(1, draft.tokens[0, 1:, None]) > 0).all()

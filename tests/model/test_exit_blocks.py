@@ -128,7 +128,7 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
         entered = block.enter(states, features[:, :last])
         side.layers.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
         weights, following = list(backend.draft_sides)[-1], torch.arange(last, last + most + 1)[None]
-        draft = draft_of(backend, weights, Submodel(exit_layer), ids, following, cache, given, confidence=1e-30)
+        draft = draft_of(backend, weights, Submodel(exit_layer), ids, following, cache, given, draft_confidence=1e-30)
         probs = []
         for _ in range(most):
             states = side.layers.run_layers(side.layers.embed(ids), 0, exit_layer, places(ids))
