@@ -14,10 +14,10 @@ from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
 
 from .. import streams
-from ..answers import stats_text
 from ..console import ResultsConsole, narrate, one_line
 from ..loading import DecoderFlags, load_to_decode
 from ..options import command
+from .generate import stats_text
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder

@@ -1,18 +1,33 @@
 """Generate text from prompts."""
 
+import json
+import re
 import sys
-from typing import Annotated
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config.options import BatchSize, Flag
-from layerskip_core.errors import require
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, changed
+from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
+from layerskip_core.errors import DataError, LayerSkipError, require
+from layerskip_core.files import parse_json
 
 from .. import streams
-from ..answers import Request, print_answers, requests_of, stats_text
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode
 from ..options import Prompt, command
+
+if TYPE_CHECKING:
+    from layerskip_core.checkpoint.loaded import Decoder
+    from layerskip_core.decoding import Answer, DecodeStats
+    from layerskip_core.decoding.dialogue import TextStream
+
+_COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
+_OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
 
 
 @command
@@ -70,3 +85,154 @@ def generate(
         narrate(stats_text(total, loaded, usual.policy))
     if failed:
         raise typer.Exit(1)
+
+
+@dataclass
+class Request:
+    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: the row's own."""
+
+    number: int
+    prompt: str
+    config: DecodingConfig
+    error: LayerSkipError | None = None
+    id: Any = None
+
+
+def requests_of(
+    lines: Iterable[str], jsonl: bool, flags: DecodingOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
+) -> Iterator[Request]:
+    """Each of the lines, decoded as `usual`; a row of `jsonl` may change `flags`."""
+    for number, line in enumerate(lines, start=1):
+        if not jsonl:
+            yield Request(number, line, usual)
+        elif line.strip():
+            request = Request(number, "", usual)
+            try:
+                row = parse_json(line, "row", DataError)
+                prompt, request.id = (row.get("prompt"), row.get("id")) if isinstance(row, dict) else (None, None)
+                if not isinstance(prompt, str):
+                    raise DataError("needed an object with a text `prompt`")
+                request.prompt = prompt
+                options = {key: value for key, value in row.items() if key in hints_of(DecodingOptions)}
+                if own := checked(DecodingOptions, options):
+                    request.config = resolve(changed(flags, cast(DecodingOptions, own)))
+            except LayerSkipError as error:
+                request.error = error
+            yield request
+
+
+def print_answers(
+    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool], alone: bool, jsonl: bool
+) -> tuple[bool, "DecodeStats"]:
+    """Answers every request in order; returns whether one failed, and the counts of all.
+
+    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
+    end if whoever writes requests waits for answers. Raises the error of a request that is `alone`.
+    """
+    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.dialogue import TextStream
+
+    failed, total = False, DecodeStats()
+    answers = _singly(loaded, requests) if batch_size == 1 else _together(loaded, requests, batch_size, is_ready)
+    for request, answer in answers:
+        named = {"line": request.number} | ({} if request.id is None else {"id": request.id})
+        try:
+            if isinstance(answer, LayerSkipError):
+                raise answer
+            for piece in answer if isinstance(answer, TextStream) else [answer.text]:
+                if not jsonl:
+                    _write(piece)
+        except LayerSkipError as error:
+            if alone:
+                raise
+            failed = True
+            message = f"line {request.number}: {str(error).removeprefix('row: ')}"
+            if jsonl:  # names keys of the row where other messages show flags
+                _write(json.dumps({**named, "error": _OPTIONS.sub(r"\1", message)}, ensure_ascii=False))
+            else:
+                narrate(f"error: {message}")
+        else:
+            stats = answer.stats
+            total = total + stats
+            if jsonl:
+                counts = {name: getattr(stats, name) for name in _COUNTS}
+                rounded = {"acceptance_rate": round(stats.acceptance_rate, 4), "mean_layers": round(stats.mean_layers, 2)}
+                document = named | {"text": answer.text, "finish_reason": answer.finish_reason, "policy": request.config.policy}
+                _write(json.dumps(document | counts | rounded, ensure_ascii=False))
+        _write("\n")
+    return failed, total
+
+
+def _singly(loaded: "Decoder", requests: Iterator[Request]) -> "Iterator[tuple[Request, TextStream | LayerSkipError]]":
+    from layerskip_core.decoding.dialogue import TextStream
+
+    for request in requests:
+        answer: TextStream | LayerSkipError
+        try:
+            answer = request.error or TextStream(loaded, request.prompt, request.config)
+        except LayerSkipError as error:
+            answer = error
+        yield request, answer
+
+
+def _together(
+    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool]
+) -> "Iterator[tuple[Request, Answer | LayerSkipError]]":
+    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes."""
+    from layerskip_core.decoding import Answer, DecodeStats
+    from layerskip_core.serving import Request as Job
+    from layerskip_core.serving import Scheduler, Update
+
+    scheduler, has_more, seconds = Scheduler(loaded, batch_size), True, 0.0
+    unanswered: deque[tuple[Request, Job, list[Update]]] = deque()
+    while has_more or unanswered:
+        while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
+            if (request := next(requests, None)) is None:
+                has_more = False
+                break
+            updates: list[Update] = []
+            job = Job([], request.config, updates.append, streams=False)
+            unanswered.append((request, job, updates))
+            try:
+                if request.error is not None:
+                    raise request.error
+                job.ids = loaded.encode_prompt(request.prompt)
+                scheduler.add(job)
+            except LayerSkipError as error:
+                updates.append(Update("", error=error))
+        started = time.perf_counter()
+        scheduler.step()
+        seconds += time.perf_counter() - started
+        for _, _, updates in unanswered:
+            fault = updates[-1].error if updates else None
+            if fault is not None and not isinstance(fault, LayerSkipError):
+                raise fault  # no fault of the request, such as Ctrl-C
+        while unanswered and (updates := unanswered[0][2]) and updates[-1].is_last:
+            (request, job, updates), end = unanswered.popleft(), updates[-1]
+            if isinstance(end.error, LayerSkipError):
+                yield request, end.error
+            elif end.finish_reason is not None:
+                stats, seconds = job.stats + DecodeStats(total_seconds=seconds), 0.0
+                yield request, Answer("".join(update.text for update in updates), end.finish_reason, stats)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
+    """Counts and speed of one answer or of many, and how they were decoded."""
+    backend = loaded.backend
+    steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
+    exits = ""
+    if sum(stats.tokens_by_layers[: backend.num_layers - 1]):  # some tokens left early
+        by_exit = (f"exit {layers}: {count}" for layers, count in enumerate(stats.tokens_by_layers, start=1) if count)
+        exits = f"{stats.mean_layers:.1f} layers per token ({', '.join(by_exit)}); "
+    return (
+        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "
+        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
+        f"{f'steps by {steps}; ' if steps else ''}"
+        f"layers: {backend.implementation}, {str(backend.dtype).removeprefix('torch.')} on "
+        f"{backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
+    )

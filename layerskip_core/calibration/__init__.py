@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..checkpoint.beside import fingerprint, int4_content, matrix_names
 from ..checkpoint.folder import INT4_FILE
-from ..checkpoint.importing import import_checkpoint
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder
-from ..checkpoint.open import for_decoding, for_training
+from ..checkpoint.open import for_decoding, for_training, import_checkpoint
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig, DataConfig

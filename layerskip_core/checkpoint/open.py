@@ -1,6 +1,9 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained."""
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained.
 
-from collections.abc import Callable, Collection
+`import_checkpoint` writes any of them as a folder of safetensors.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -31,6 +34,7 @@ from ..model.weights import Take, named_int4, taken_from
 from ..prompting import resolve_template
 from .beside import read_exit_blocks, read_int4
 from .folder import (
+    EXIT_BLOCKS_FILE,
     INT4_FILE,
     check_stored_weights,
     check_tokenizer,
@@ -42,12 +46,12 @@ from .folder import (
     quiet_transformers,
     refuse_packed,
 )
-from .info import CheckpointInfo, read_info
+from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_dtype
 from .locate import Location, adapters_of, locate, reading
 from .packed_file import PackedFile
-from .save import read_whole
-from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer
+from .save import NO_FILES, read_whole, save_checkpoint
+from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
 _CPU = torch.device("cpu")
@@ -139,6 +143,35 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
     target, location = pick_device(device), locate(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
+
+
+def import_checkpoint(
+    name: str, output: str, dtype: str, files: Mapping[str, bytes] = NO_FILES
+) -> tuple[torch.dtype, list[str]]:
+    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
+
+    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
+    `dtype` is fp32, bf16, or auto: as `written_dtype` says. Returns the precision, and for each file beside the weights that
+    was left out the reason. Raises CheckpointError if anything fails.
+    """
+    loaded = for_training(name, "cpu", "fp32")
+    precision = written_dtype(loaded, dtype)
+    folder = locate(adapters_of(name)[1]).path
+    beside: dict[str, bytes] = {}
+    left_out = []
+    for file, read in ((INT4_FILE, read_int4), (EXIT_BLOCKS_FILE, read_exit_blocks)):
+        if (path := Path(folder) / file).is_file():
+            try:
+                read(folder, loaded.backend.spec, loaded.model.get_parameter)
+                beside[file] = path.read_bytes()
+            except CheckpointError as error:
+                left_out.append(str(error))
+    details = {**loaded.info.details, "imported_from": name}
+    if EXIT_BLOCKS_FILE not in beside:
+        details.pop(EXIT_BLOCKS, None)
+    info = replace(loaded.info, details=details)
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
+    return precision, left_out
 
 
 @quiet_transformers()

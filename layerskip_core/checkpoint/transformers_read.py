@@ -13,7 +13,7 @@ from .folder import check_stored_weights, check_tokenizer, generation_config, op
 from .gguf import GgufFile
 from .info import read_info
 from .loaded import Trainable, pick_dtype
-from .locate import Location
+from .locate import Location, adapters_of, is_adapter, locate, reading
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
@@ -100,3 +100,29 @@ def read_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The precision that a checkpoint's config gives for its weights, fp32 if it gives none, as a GGUF file does."""
+    location = locate(adapters_of(name)[1])
+    if location.gguf_file is not None:
+        return torch.float32
+    dtype = getattr(reading(name, lambda: open_model(location)).config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
+    """The precision to write a model's weights in: fp32, bf16, or auto: as they are stored.
+
+    `loaded` is in fp32. Of a GGUF file auto is the narrowest precision that holds each of its weights as it is: low-bit values
+    are products with their scales, which need fp32.
+    """
+    if asked != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+    if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:
+        return stored_dtype(loaded.name)
+    weights = [weight.detach() for weight in loaded.model.parameters()]
+    exact = (
+        dtype for dtype in (torch.bfloat16, torch.float16) if all(weight.equal(weight.to(dtype).float()) for weight in weights)
+    )
+    return next(exact, torch.float32)

@@ -15,12 +15,12 @@ from typing import Any
 
 from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
-from ..checkpoint.importing import written_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
 from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
+from ..checkpoint.transformers_read import written_dtype
 from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig
 from ..errors import CheckpointError, ConfigError, require

@@ -15,11 +15,11 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
-from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.locate import downloaded, own_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_beside
+from ..checkpoint.transformers_read import stored_dtype
 from ..config.decoding import require_exit_layer
 from ..config.training import FinetuneConfig, RecipeSettings
 from ..errors import CheckpointError, ConfigError, DataError, require

@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import Subset
 
 from ..checkpoint.beside import fingerprint
-from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
+from ..checkpoint.transformers_read import stored_dtype
 from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require

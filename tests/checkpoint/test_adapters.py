@@ -7,8 +7,8 @@ import torch
 from conftest import edit_json
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.importing import stored_dtype
 from layerskip_core.checkpoint.open import for_training
+from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.errors import CheckpointError
 
 

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.beside import fingerprint, int4_content
 from layerskip_core.checkpoint.folder import INT4_FILE
-from layerskip_core.checkpoint.importing import import_checkpoint
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
 from layerskip_core.checkpoint.save import refuse_overwrite
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from layerskip_core.checkpoint.folder import quiet_transformers
-from layerskip_core.checkpoint.importing import stored_dtype
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import blank, for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
+from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.decoding import Recommended
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
