@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..prompting import CHAT
-from .engine import RowStep, check_prompt, decode
+from .engine import check_prompt, decode
 from .output import Answer, DecodeStats, OutputText, Segment, StopReason
 from .target import PrefixCache
 
@@ -28,14 +28,13 @@ class TextStream:
         ends = loaded.ends(config.stop)
         self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
-        self._ids: list[int] = []
 
     @property
     def answer(self) -> Answer:
         """The whole answer, once all pieces have come. Raises RuntimeError before."""
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
-        return Answer(self.text, self.finish_reason, self.stats, self._ids)
+        return Answer(self.text, self.finish_reason, self.stats, self._decoding.ids)
 
     @property
     def text(self) -> str:
@@ -61,7 +60,7 @@ class TextStream:
         return self.answer
 
     def __iter__(self) -> Iterator[str]:
-        for step in self._steps():
+        for [step] in self._decoding:
             if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
 
@@ -69,7 +68,7 @@ class TextStream:
         """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
         output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
-        for step in self._steps():
+        for [step] in self._decoding:
             finished, start = step.finish_reason is not None, len(self.text)
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
@@ -83,11 +82,6 @@ class TextStream:
                     start = shown
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield segments
-
-    def _steps(self) -> Iterator[RowStep]:
-        for [step] in self._decoding:
-            self._ids += step.ids
-            yield step
 
 
 class Turn(NamedTuple):

@@ -254,15 +254,13 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
     """Our own decoding. A step's time ends when its tokens have arrived here."""
     ends = loaded.ends(setting.stop)
     decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
-    ids: list[int] = []
     steps: list[Step] = []
     started = time.perf_counter()
     for [step] in decoding:
         seconds = time.perf_counter() - started
         steps.append(Step(len(step.ids), seconds, next(iter(step.counts.steps_by_drafter), None)))
-        ids += step.ids
         started = time.perf_counter()
-    return Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
+    return Output(tuple(decoding.ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
 
 
 def differences(

@@ -39,7 +39,13 @@ class _Problem(NamedTuple):
 
 def humaneval(config: TaskConfig) -> Task:
     rows = spread(rows_of(str(config.data), _HUMANEVAL, "test"), config.samples)
-    return _task(replace(config, shots=0), map(_humaneval_problem, rows), BARE, _HUMANEVAL_STOP)
+    problems = []
+    for row in rows:
+        head, solution, test, name = (_code(row, column) for column in ("prompt", "canonical_solution", "test", "entry_point"))
+        prompt = head.rstrip()
+        example = Example(prompt, head[len(prompt) :] + solution)
+        problems.append(_Problem(example, head, f"{test}\ncheck({name.strip()})\n"))
+    return _task(replace(config, shots=0), problems, BARE, _HUMANEVAL_STOP)
 
 
 def mbpp(config: TaskConfig) -> Task:
@@ -61,35 +67,22 @@ def mbpp(config: TaskConfig) -> Task:
     return _task(replace(config, shots=count), problems, _MBPP_FORM, _MBPP_STOP, solved)
 
 
-def _humaneval_problem(row: Record) -> _Problem:
-    head = _code(row, "prompt")
-    prompt = head.rstrip()
-    example = Example(prompt, head[len(prompt) :] + _code(row, "canonical_solution"))
-    return _Problem(example, head, f"{_code(row, 'test')}\ncheck({_code(row, 'entry_point').strip()})\n")
-
-
 def _mbpp_problem(row: Record) -> _Problem:
     """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`.
 
     The setup runs with the tests, after the answer: in row 367 it uses a class that the answer defines.
     """
-    text, tests = _code(row, row.first_column(("text", "prompt"))), _lines(row, "test_list")
+    text, tests = _code(row, row.first_column(("text", "prompt"))), _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
     setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
-    setup = setup or (_lines(row, "test_imports") if row.fields.get("test_imports") else "")
+    setup = setup or (_code(row, "test_imports", list) if row.fields.get("test_imports") else "")
     return _Problem(example, "", f"{setup}\n{tests}")
 
 
-def _code(row: Record, column: str) -> str:
-    """A field that must be a text: other tasks join lists of sentences, but a program is one text."""
-    if not isinstance(value := row.value(column), str):
-        raise row.fault(f"{column} must be a text", value)
-    return row.text(column)
-
-
-def _lines(row: Record, column: str) -> str:
-    if not isinstance(value := row.value(column), list):
-        raise row.fault(f"{column} must be a list of texts", value)
+def _code(row: Record, column: str, kind: type = str) -> str:
+    """A text, or a list of lines: other tasks join lists of sentences, but a program is one text."""
+    if not isinstance(value := row.value(column), kind):
+        raise row.fault(f"{column} must be a {'text' if kind is str else 'list of texts'}", value)
     return "\n".join(row.texts(column))
 
 
@@ -110,10 +103,8 @@ def _task(
         starts = range(0, len(predictions), count)
         scores = {}
         if config.allow_code_execution:
-            answers = [predictions[start : start + count] for start in starts]
-            scores = pass_at_k(
-                [[passes(number, text) for text in texts] for number, texts in enumerate(answers)], config.pass_k
-            )
+            passed = [passes(number // count, text) for number, text in enumerate(predictions)]
+            scores = pass_at_k([passed[start : start + count] for start in starts], config.pass_k)
         by_answer = rouge(predictions, references, ("rouge2",))["rouge2"]
         return scores | {"rouge2": [fmean(by_answer[start : start + count]) for start in starts]}
 
