@@ -170,24 +170,25 @@ def bench_table(record: RunRecord) -> TextTable:
 
 def category_tables(record: RunRecord) -> list[TextTable]:
     """A row per strategy and category of the data; no table if it has none."""
-    categories = [(result, name, figures) for result in record.results for name, figures in result.categories.items()]
-    if not categories:
+    rows = [row for row in flat_rows(record) if "category" in row]
+    if not rows:
         return []
+    metrics = next(list(figures.metrics) for result in record.results for figures in result.categories.values())
     columns = [
+        ("category", "category", ""),
         ("n", "samples", ""),
-        *_metric_columns(list(categories[0][2].metrics), 1),
+        *_metric_columns(metrics, 1),
         ("same", "identical_outputs", ".0%"),
         ("accept", "acceptance_rate", "±.1%"),
         ("mean", "mean_accepted_tokens", "±.1f"),
         ("tok/s", "tokens_per_second", ".0f"),
         ("speed", "speedup", "±.2f"),
     ]
-    rows = [row for row in flat_rows(record) if "category" in row]
+    named = (strategy_name(result) for result in record.results for _ in result.categories)
     cells = tuple(
-        (strategy_name(result), name, *(cell(row, figure, form) for _, figure, form in columns))
-        for (result, name, _), row in zip(categories, rows, strict=True)
+        (name, *(cell(row, figure, form) for _, figure, form in columns)) for name, row in zip(named, rows, strict=True)
     )
-    return [TextTable(("strategy", "category", *(header for header, _, _ in columns)), cells, _HALF_NOTE, labels=2)]
+    return [TextTable(("strategy", *(header for header, _, _ in columns)), cells, _HALF_NOTE, labels=2)]
 
 
 def has_scores(record: RunRecord) -> bool:
