@@ -83,9 +83,8 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     Where a frozen model writes the answers itself, the rows need prompts only.
     """
     data, frozen = config.data, config.exit_blocks.frozen
-    load: Callable[[DataConfig], Sequence[Row]] = load_rows
-    if frozen and config.exit_blocks.answers != "data":
-        load = load_prompts
+    prompts_only = frozen and config.exit_blocks.answers == "model"
+    load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
     apart = _HELD_OUT if frozen and config.validation is None else 0
     if config.streaming:
         rows = list(itertools.islice(stream_rows(data), 1))

@@ -137,7 +137,7 @@ def states_bytes(tokens: int, width: int, exits: int) -> int:
 @torch.inference_mode()
 def write_states(
     backend: Backend,
-    final_norm: Callable[[Tensor], Tensor],
+    model: TransformersBackend,
     texts: Sequence[Mapping[str, Any]],
     exits: Sequence[int],
     folder: Path,
@@ -145,7 +145,8 @@ def write_states(
 ) -> None:
     """Writes the states of all texts (encoded rows), in the order of `_batches`, after those that are there.
 
-    `exits` ascend. `report` gets the number of texts that are done, and may raise to end it.
+    `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
+    raise to end it.
     """
     batches, path = _batches(texts), folder / _STATES
     tokens = accumulate((sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches), initial=0)
@@ -159,7 +160,7 @@ def write_states(
         os.truncate(path, ends[done])
         for batch in batches[done:]:
             report(rows)
-            states = _states(backend, final_norm, [texts[row]["input_ids"] for row in batch], exits)
+            states = _states(backend, model, [texts[row]["input_ids"] for row in batch], exits)
             with path.open("ab") as file:
                 file.write(states.cpu().view(torch.int16).numpy().tobytes())
             rows += len(batch)
@@ -169,7 +170,7 @@ def write_states(
     report(rows)
 
 
-def _states(backend: Backend, final_norm: Callable[[Tensor], Tensor], texts: list[list[int]], exits: Sequence[int]) -> Tensor:
+def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]], exits: Sequence[int]) -> Tensor:
     """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm.
 
     Texts are padded at their ends: no token sees what stands after it.
@@ -181,7 +182,8 @@ def _states(backend: Backend, final_norm: Callable[[Tensor], Tensor], texts: lis
     hidden, found = backend.embed(ids), []
     for start, stop in pairwise((0, *exits, backend.num_layers)):
         hidden = backend.run_layers(hidden, start, stop, positions)
-        found.append((final_norm(hidden) if stop == backend.num_layers else hidden)[real].bfloat16())
+        state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
+        found.append(state[real].bfloat16())
     return torch.stack(found, dim=1)
 
 

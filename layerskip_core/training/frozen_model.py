@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
@@ -142,11 +141,7 @@ class FrozenModel:
         for other in self.states.parent.glob(f"states-{'[0-9a-f]' * 16}"):
             if other != self.states:  # of an earlier run with other rows or settings
                 shutil.rmtree(other, ignore_errors=True)
-
-        def final_norm(hidden: Tensor) -> Tensor:
-            return backend.normed(hidden.to(backend.dtype))
-
-        write_states(self.decoder.backend, final_norm, texts, exits, self.states, partial(progress, "states", len(texts)))
+        write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
         states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
@@ -157,8 +152,7 @@ class FrozenModel:
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""
-        config, info = self.plan.config, self.trainable.info
-        trained = self._described(history)
+        config, info, trained = self.plan.config, self.trainable.info, self._described(history)
         dtype = stored_dtype(config.model)
         weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
         content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)

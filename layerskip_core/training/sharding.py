@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, ConfigError, require
+from ..errors import CheckpointError, require
 
 _SHARD = "shard-{}.pt"
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
@@ -44,11 +44,10 @@ def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneCo
         return config
     if launched:
         version = given.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise ConfigError(f"accelerate's config must have fsdp_version 2, got {version}; or start torchrun with `fsdp`")
+        require(version == "2", "accelerate's fsdp_version", "2", version)
         for name, instead in (("offload_params", "more processes"), ("activation_checkpointing", "`gradient_checkpointing`")):
-            if given.get(f"FSDP_{name.upper()}") in _TRUE:
-                raise ConfigError(f"accelerate's config must have fsdp_{name} false, got true; give {instead} instead")
+            asked = given.get(f"FSDP_{name.upper()}", "false")
+            require(asked not in _TRUE, f"accelerate's fsdp_{name}", f"false; give {instead} instead", asked)
     processes = world_size()
     require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
     require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)

@@ -1,6 +1,7 @@
 """`layerskip export`: the folder of a draft model, and how engines use it."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from typing import get_args
@@ -8,16 +9,21 @@ from typing import get_args
 import pytest
 import torch
 from command_line import fails, run
-from exit_block_models import add_blocks
+from conftest import ATTENTION, CHANGES, tiny_model
+from exit_block_models import add_blocks, random_blocks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
-from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.checkpoint.loaded import Trainable, decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import Engine
-from layerskip_core.export.run import instructions, recommended_length
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.errors import ConfigError
+from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
+from layerskip_core.model import TransformersBackend
+from layerskip_core.model.architectures import SUPPORTED
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 
 @pytest.fixture
@@ -108,8 +114,6 @@ def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
         compile(code, engine, "exec")
         assert '"/it\'s target"' in code and "'/a draft'" in code
     else:
-        import shlex
-
         words = shlex.split(code.replace("\\\n", ""))
         assert "/it's target" in words and any("/a draft" in word for word in words)
 
@@ -122,3 +126,66 @@ def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     alone = model.generate(**tokenizer("set an alarm", return_tensors="pt"), do_sample=False, max_new_tokens=16)
     assert capsys.readouterr().out.strip() == tokenizer.decode(alone[0], skip_special_tokens=True).strip()
+
+
+IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
+POSITIONS = torch.arange(11).expand(2, -1)
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}  # from layer 2 on, counted from 0
+
+
+def tiny(model_type, **changes):
+    model = tiny_model(model_type, torch.float32, **CHANGES.get(model_type, {}), **changes)
+    return Trainable("tiny", model, TransformersBackend(model), None, CheckpointInfo())
+
+
+@torch.no_grad()
+def written_logits(model, folder):
+    """Those of the files, read by transformers alone."""
+    model.save_pretrained(folder)
+    kernels = ATTENTION.get(model.config.model_type)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
+
+
+@pytest.mark.parametrize("placed", [(), (ExitBlock(2), ExitBlock(4))], ids=["an exit", "an exit with a block"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_logits_are_those_of_the_exit(model_type, placed, tmp_path):
+    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions."""
+    loaded = tiny(model_type, **(WINDOWS if model_type in ("qwen2", "qwen3", "smollm3") else {}))
+    blocks, exit_layer = random_blocks(loaded.model, *placed), 2 if placed else 3
+    backend = TransformersBackend(loaded.model, blocks)
+    with torch.no_grad():
+        early = backend.run_layers(backend.embed(IDS), 0, exit_layer, POSITIONS)
+        expected, other = backend.unembed(early), loaded.model(IDS).logits
+        if placed:
+            block, other = backend.exit_blocks[2], expected
+            expected = block.head(backend.run_layers(early, block.layer, block.layer + 1, POSITIONS))
+    torch.testing.assert_close(written_logits(cut_to_exit(loaded, exit_layer, blocks), tmp_path), expected)
+    assert (other - expected).abs().max() > 0.1
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    loaded = tiny("llama", tie_word_embeddings=True)
+    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_values_by_layer_follow_the_layers_that_are_kept():
+    sliding, full = "sliding_attention", "full_attention"
+    qwen = cut_config(tiny("qwen2", **WINDOWS).model.config, [0, 5])
+    assert (qwen.num_hidden_layers, qwen.layer_types, qwen.max_window_layers) == (2, [full, sliding], 1)
+    listed = {"no_rope_layers": [1, 0, 1, 1, 1, 0]}
+    smollm = cut_config(tiny("smollm3", **listed).model.config, [0, 1, 2, 5])
+    assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
+    gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
+    assert gemma.layer_types == [sliding, full, sliding]
+
+
+def test_a_block_that_reads_the_final_states_is_refused():
+    loaded = tiny("llama")
+    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
+    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
+        cut_to_exit(loaded, 2, blocks)
+    assert loaded.model.config.num_hidden_layers == 6

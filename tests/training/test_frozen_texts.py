@@ -112,7 +112,7 @@ def backend(monkeypatch):
 
 def test_states_are_those_of_each_text_alone(backend, tmp_path):
     reports = []
-    write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, reports.append)
+    write_states(backend, backend, TEXTS, (2, 5), tmp_path, reports.append)
     states = States(TEXTS, tmp_path, backend.spec.hidden, (2, 5), (2, 5))
     assert reports[0] == 0 and reports[-1] == len(TEXTS) and len(reports) > 3
     for row, text in enumerate(TEXTS):
@@ -128,19 +128,19 @@ def test_states_are_those_of_each_text_alone(backend, tmp_path):
 
 
 def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
-    write_states(backend, backend.normed, TEXTS, (2,), tmp_path / "whole", ignored)
+    write_states(backend, backend, TEXTS, (2,), tmp_path / "whole", ignored)
     cut = tmp_path / "cut"
     with pytest.raises(Stopped):
-        write_states(backend, backend.normed, TEXTS, (2,), cut, stopping_after(2))
+        write_states(backend, backend, TEXTS, (2,), cut, stopping_after(2))
     os.truncate(cut / "states.bf16", (cut / "states.bf16").stat().st_size - 3)  # killed in the middle of a write
     reports = []
-    write_states(backend, backend.normed, TEXTS, (2,), cut, reports.append)
+    write_states(backend, backend, TEXTS, (2,), cut, reports.append)
     assert 0 < reports[0] < len(TEXTS)
     assert (cut / "states.bf16").read_bytes() == (tmp_path / "whole" / "states.bf16").read_bytes()
 
 
 def test_a_batch_is_padded_at_the_right(backend, tmp_path):
-    write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, ignored)
+    write_states(backend, backend, TEXTS, (2, 5), tmp_path, ignored)
     both, one = (States(TEXTS, tmp_path, backend.spec.hidden, (2, 5), chosen) for chosen in ((2, 5), (5,)))
     batch = collate([both[row] for row in (1, 3)])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {

@@ -101,12 +101,14 @@ def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(setti
         prepare(settings(fsdp=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="accelerate's config must have fsdp_version 2, got 1"):
+    with pytest.raises(ConfigError, match="accelerate's fsdp_version must be 2, got 1"):
         prepare(settings())
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert prepare(settings()).plan.config.fsdp
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(ConfigError, match="fsdp_activation_checkpointing false, got true; give `gradient_checkpointing`"):
+    with pytest.raises(
+        ConfigError, match="fsdp_activation_checkpointing must be false; give `gradient_checkpointing` instead, got true"
+    ):
         prepare(settings())
 
 
