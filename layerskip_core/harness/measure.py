@@ -67,7 +67,6 @@ def _run(
     temperature = config.generation.get("temperature")
     require(not temperature, "temperature", f"{_HERE}, whose tasks say how to sample", temperature)
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
-    config = replace(config)
     lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # nothing is timed there
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
     generated = [request for request in requests if request.request_type == GENERATION]

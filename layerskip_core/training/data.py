@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,6 +241,15 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
             yield waiting[at]
             waiting[at] = row
         yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
+
+
+def ordered(config: FinetuneConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
+    """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
+    order = array("q", run_order(lengths, data_rows(config), steps, config.seed))
+    if not texts:
+        return order
+    replayed = range(len(lengths), len(lengths) + texts)
+    return array("q", with_replay(order, replayed, replayed_rows(config), rows_per_step(config)))
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:

@@ -1,7 +1,6 @@
 """A run that trains exit blocks beside a model that stays as it is: its plan, its texts and states, and the file it saves."""
 
 import shutil
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlock
 from .answers import Answers, Writing, digest
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after
-from .data import data_rows, has_target, make_encoder, read_rows, run_order, run_steps
+from .data import has_target, make_encoder, ordered, read_rows, run_steps
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import use_fp32_attention
 from .plan import Plan, make_plan, timed
@@ -145,7 +144,7 @@ class FrozenModel:
         states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
-        order = array("q", run_order(lengths, data_rows(config), plan.steps, config.seed))
+        order = ordered(config, lengths, plan.steps)
         phases = [Subset(states((exit_layer,)), order) for exit_layer in exits]
         held_out = Subset(states(exits), range(trained, len(texts))) if plan.held_out else None
         return ConcatDataset(phases), held_out

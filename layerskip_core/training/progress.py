@@ -63,8 +63,8 @@ class LossHistory:
     def read(cls, file: Path) -> "LossHistory":
         """Reads the lines of `to_jsonl`."""
         history = cls()
-        for line in file.read_text(encoding="utf-8").splitlines():
-            history.add(msgspec.convert(json.loads(line), StepLosses, str_keys=True))
+        for losses in msgspec.json.Decoder(StepLosses).decode_lines(file.read_bytes()):
+            history.add(losses)
         return history
 
     def add(self, losses: StepLosses) -> None:
@@ -88,27 +88,23 @@ def loss_plot(history: LossHistory) -> bytes:
     Losses on held-out rows are dots.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     layers = sorted(history.latest)
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colours = colormaps["viridis"]
+    axes, colours = figure.add_subplot(), colormaps["viridis"]
     for layer in layers:
         seen = np.array([(step.step, step.exits[layer]) for step in history.steps if layer in step.exits])
         means = [part.mean(0) for part in np.array_split(seen, min(len(seen), _POINTS))]
         held_out = [(step.step, step.validation[layer]) for step in history.steps if step.validation]
-        last = layer == layers[-1]
-        colour = "black" if last else colours((layer - 1) / max(layers))
-        axes.plot([step for step, _ in held_out], [loss for _, loss in held_out], ".", color=colour)
-        axes.plot(
-            *np.transpose(means), color=colour, linewidth=2 if last else 1,
-            marker="." if len(seen) == 1 else None, label=f"last layer ({layer})" if last else None,
-        )  # fmt: skip
+        style: dict[str, Any] = {"color": colours((layer - 1) / max(layers))}
+        if layer == layers[-1]:
+            style = {"color": "black", "linewidth": 2, "label": f"last layer ({layer})"}
+        axes.plot(*np.transpose(means), marker="." if len(seen) == 1 else None, **style)
+        if held_out:
+            axes.plot(*np.transpose(held_out), ".", color=style["color"])
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend()
     if len(layers) > 1:

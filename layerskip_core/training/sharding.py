@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, require
@@ -79,8 +81,8 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def write_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, process: int) -> None:
-    """Writes this process's shards of the trained weights and of the optimizer's state.
+def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
+    """Writes this process's shards of the trained weights and of the optimizer's state, and the scheduler's.
 
     (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
     """
@@ -89,10 +91,11 @@ def write_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
     parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}
     weights = {name: _local(weight) for name, weight in _trained(module)}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"weights": weights, "optimizer": {**state, "state": parts}}, folder / _SHARD.format(process))
+    states = {"optimizer": {**state, "state": parts}, "scheduler": scheduler.state_dict()}
+    torch.save({"weights": weights, **states}, folder / _SHARD.format(process))
 
 
-def read_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, process: int) -> None:
+def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
     """Loads what `write_shard` wrote, in a run of as many processes. Raises CheckpointError if it does not fit the module."""
     stored = torch.load(folder / _SHARD.format(process), map_location="cpu", weights_only=True)
     weights = dict(_trained(module))
@@ -108,6 +111,7 @@ def read_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         for index, moments in state["state"].items()
     }
     optimizer.load_state_dict(state)
+    scheduler.load_state_dict(stored["scheduler"])
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:

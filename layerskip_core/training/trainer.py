@@ -36,7 +36,6 @@ from .sharding import read_shard, use_fsdp, write_shard
 _BETAS = (0.9, 0.95)
 _MAX_NORM = 1.0  # of the gradient
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
-_SCHEDULER = "scheduler.pt"
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
@@ -165,16 +164,13 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        write_shard(self.model, self.optimizer, Path(output_dir), self.args.process_index)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+        write_shard(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.args.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        read_shard(self.model, self.optimizer, Path(checkpoint), self.args.process_index)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+        read_shard(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it

@@ -2,7 +2,6 @@
 
 import json
 import os
-from array import array
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,18 +28,14 @@ from .answers import plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder
 from .data import (
     StreamedRows,
-    data_rows,
     encode_rows,
     encode_stream,
     epochs,
     make_encoder,
+    ordered,
     read_rows,
-    replayed_rows,
-    rows_per_step,
-    run_order,
     run_steps,
     token_order,
-    with_replay,
 )
 from .encoding import Encoder, train_tokenizer
 from .module import Anchor, RecipeModule, adapted_layers, use_fp32_attention, with_lora
@@ -124,17 +119,15 @@ class WholeModel:
         if isinstance(rows, StreamedRows):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]
-        order = array("q", run_order(lengths, data_rows(plan.config), plan.steps, plan.config.seed))
+        texts: list[list[int]] = []
         if plan.answers is not None:
             starts, packed = plan.answers.prompts, "documents" in rows[0]
             answers = plan.answers.write(partial(progress, "replay texts", len(starts)))
             texts = [start + answer for start, answer in zip(starts, answers, strict=True)]
-            numbers = range(len(rows), len(rows) + len(texts))
-            order = array("q", with_replay(order, numbers, replayed_rows(plan.config), rows_per_step(plan.config)))
             rows = rows + [
                 {"input_ids": text, "labels": text} | ({"documents": [0] * len(text)} if packed else {}) for text in texts
             ]
-        return Subset(rows, order), held_out
+        return Subset(rows, ordered(plan.config, lengths, plan.steps, len(texts))), held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Writes the model in the `first` process. Returns its info with the last losses of every exit, and warnings."""
