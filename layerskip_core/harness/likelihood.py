@@ -5,6 +5,7 @@ A batch's common prefix runs once, then each context once, then the continuation
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -61,10 +62,7 @@ def likelihoods(
         continuations = [pairs[place][1] for place in places]
         scored = _scored(model, [context for context, _ in batch], continuations, owners, sorted(set(exits)))
         for number, place in enumerate(places):
-            yield (
-                place,
-                {stop: Likelihood(float(totals[number]), bool(best[number])) for stop, (totals, best) in scored.items()},
-            )
+            yield place, {stop: Likelihood(float(each[0][number]), bool(each[1][number])) for stop, each in scored.items()}
 
 
 _Group = tuple[tuple[int, ...], list[int]]  # a context, and the places of its pairs, the longest continuation first
@@ -116,7 +114,10 @@ def _scored(
     """By exit: the log-probability of each continuation, and whether it is greedy. `owners`: the places of their contexts."""
     lengths, count = [len(context) for context in contexts], len(continuations)
     rests = [continuation[:-1] for continuation in continuations]
-    shared = _common_prefix(contexts) if len(contexts) > 1 else 0
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
+    shared = min(sum(1 for _ in alike), min(lengths) - 1)  # which leaves each context a token
+    if len(contexts) == 1 or shared < _WORTHWHILE:
+        shared = 0
     cache = model.new_cache(1 if shared else len(contexts), max(lengths) + max(map(len, rests)))
     if shared:
         for _ in _states(model, [contexts[0][:shared]], [0], cache, exits):
@@ -144,14 +145,6 @@ def _scored(
         ]
         score(rests, [lengths[row] for row in owners], later)
     return found
-
-
-def _common_prefix(contexts: Sequence[tuple[int, ...]]) -> int:
-    """Length of the common prefix, which leaves each context a token; 0 if it is not worth a pass of its own."""
-    first, last = min(contexts), max(contexts)  # in order: what these share is shared by all between them
-    most = min(map(len, contexts)) - 1
-    shared = next((place for place in range(most) if first[place] != last[place]), most)
-    return shared if shared >= _WORTHWHILE else 0
 
 
 def _states(
