@@ -17,12 +17,13 @@ FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
 
 Format = Annotated[
-    Literal["table", "json", "csv", "markdown"], Flag("Output", "Format of standard output: table, json, csv or markdown.")
+    Literal["table", "json", "csv", "markdown"],
+    Flag("Format of standard output: table, json, csv or markdown.", panel="Output"),
 ]
 ReportFolder = Annotated[
-    Text | None, Flag("Output", "Folder for report.html, answers.html, results.json, results.csv and plots.")
+    Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
 ]
-SavedReport = Annotated[Text | None, Flag("Output", "Measure nothing: render this results.json again.", "--from")]
+SavedReport = Annotated[Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")]
 Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")]
 
 
@@ -35,8 +36,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
     for name in given:
-        for field, hint, default in _flags(name, hints[name], defaults[name]):
-            parameters.setdefault(field, _parameter(field, hint, default))
+        for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
+            parameters.setdefault(field, _parameter(field, hint, default, panel))
 
     @wraps(function)
     def run(**values: Any) -> None:
@@ -82,22 +83,26 @@ def _value(group: Any, field: str) -> Any:
     return group.get(field) if isinstance(group, dict) else getattr(group, field)
 
 
-def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Field, annotation and default of a parameter, or of each field of a group. A group's own fields hide nested ones."""
+def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any, Panel | None]]:
+    """Field, annotation, default and panel of a parameter, or of each field of a group, whose own fields hide nested ones."""
     kind = _group(hint)
     if kind is None:
-        yield field, hint, default
+        yield field, hint, default, None if (flag := flag_of(hint)) is None else flag.panel
         return
     inner, default = hints_of(kind), kind() if default is None else default
+    panels: dict[str, Panel | None] = {}
+    for name, each in inner.items():
+        if flag := flag_of(each):
+            panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
     hidden = {name for note in getattr(hint, "__metadata__", ()) if isinstance(note, Without) for name in note}
     for name in {**kind.__annotations__, **inner}:  # what a kind adds to another comes first
-        if flag_of(inner[name]):
+        if name in panels:
             if name not in hidden:
-                yield name, inner[name], _value(default, name)
+                yield name, inner[name], _value(default, name), panels[name]
         elif _group(inner[name]):
-            for flag in _flags(name, inner[name], _value(default, name)):
-                if flag[0] not in hidden and not flag_of(inner.get(flag[0])):
-                    yield flag
+            for nested in _flags(name, inner[name], _value(default, name)):
+                if nested[0] not in hidden and nested[0] not in panels:
+                    yield nested
 
 
 def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
@@ -125,7 +130,7 @@ def _is_list(hint: Any) -> bool:
     return get_origin(alternatives(hint)[-1]) not in (None, Literal)
 
 
-def _parameter(field: str, hint: Any, default: Any) -> inspect.Parameter:
+def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
     """A parameter as Typer takes it."""
     flag = flag_of(hint)
     if flag is None:
@@ -145,6 +150,6 @@ def _parameter(field: str, hint: Any, default: Any) -> inspect.Parameter:
         names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
     shown = f" [default: {flag.default}]" if flag.default and default is None else ""
     metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else None
-    option = typer.Option(*names, help=flag.help + shown, rich_help_panel=flag.panel, metavar=metavar)
+    option = typer.Option(*names, help=flag.help + shown, rich_help_panel=panel, metavar=metavar)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

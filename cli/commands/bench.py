@@ -21,7 +21,7 @@ def bench(
     format: Format = "table",
     output: ReportFolder = None,
     saved: SavedReport = None,
-    resume: Annotated[bool, Flag("Output", "Continue the interrupted run in --output.")] = False,
+    resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
     """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, latency and memory.
 

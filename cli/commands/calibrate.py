@@ -14,7 +14,7 @@ from ..options import command
 
 @command
 def calibrate(
-    config: CalibrationConfig, threads: Annotated[Threads, Flag("Machine", "CPU threads; 0: torch's choice.")] = 0
+    config: CalibrationConfig, threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and --draft-weights int4 use them from then on.
 

@@ -36,8 +36,8 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 @command
 def chat(
     flags: DecoderFlags,
-    show_drafts: Annotated[bool, Flag("Output", "On a terminal, show accepted drafts in green.")] = False,
-    stats: Annotated[bool, Flag("Output", "Print counts and speed to stderr after every answer.")] = False,
+    show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
+    stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
 ) -> None:
     """Talk with a model. It sees the whole conversation, and computes only what is new of it.
 

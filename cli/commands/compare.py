@@ -29,10 +29,12 @@ def compare(
             "Without runs, embedded-base and embedded are measured.",
         ),
     ] = None,
-    only: Annotated[tuple[str, ...], Flag("Measurement", "Figures to compare, with commas: exact_match,perplexity.")] = (),
-    exits: Annotated[tuple[Layer, ...], Flag("Measurement", "Exits to compare: 3,6,8 or A:B:STEP.")] = (),
+    only: Annotated[
+        tuple[str, ...], Flag("Figures to compare, with commas: exact_match,perplexity.", panel="Measurement")
+    ] = (),
+    exits: Annotated[tuple[Layer, ...], Flag("Exits to compare: 3,6,8 or A:B:STEP.", panel="Measurement")] = (),
     format: Format = "table",
-    output: Annotated[Text | None, Flag("Output", "Folder for comparison.md, .json and .csv, and plots.")] = None,
+    output: Annotated[Text | None, Flag("Folder for comparison.md, .json and .csv, and plots.", panel="Output")] = None,
 ) -> None:
     """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.
 

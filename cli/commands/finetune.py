@@ -62,9 +62,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 @command
 def finetune(
     settings: FinetuneConfig,
-    dry_run: Annotated[bool, Flag("Run", "Print what would be done, and stop.")] = False,
-    curves: Annotated[bool, Flag("Run", "Draw the loss of every exit while training; without a terminal, at its end.")] = False,
-    threads: Annotated[Threads, Flag("Machine", "CPU threads; 0: torch's choice, but none for a busy core.")] = 0,
+    dry_run: Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")] = False,
+    curves: Annotated[
+        bool, Flag("Draw the loss of every exit while training; without a terminal, at its end.", panel="Run")
+    ] = False,
+    threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice, but none for a busy core.", panel="Machine")] = 0,
     config: Annotated[
         Path | None,
         typer.Option(

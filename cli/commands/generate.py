@@ -33,19 +33,19 @@ _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
 @command
 def generate(
     prompt: Prompt = None,
-    lines: Annotated[bool, Flag("Input", "Standard input holds one prompt per line.")] = False,
+    lines: Annotated[bool, Flag("Standard input holds one prompt per line.", panel="Input")] = False,
     jsonl: Annotated[
         bool,
         Flag(
-            "Input",
             "Standard input holds one JSON object with a `prompt` per line; answers are objects too. `policy`, "
             "`max_new_tokens`, `temperature`, `stop` and other options of decoding in an object are for its prompt alone.",
+            panel="Input",
         ),
     ] = False,
-    batch_size: Annotated[BatchSize, Flag("Input", "Prompts of --lines or --jsonl to decode together.")] = 1,
+    batch_size: Annotated[BatchSize, Flag("Prompts of --lines or --jsonl to decode together.", panel="Input")] = 1,
     *,
     flags: DecoderFlags,
-    stats: Annotated[bool, Flag("Output", "Print counts, speed and the prompt template to stderr.")] = False,
+    stats: Annotated[bool, Flag("Print counts, speed and the prompt template to stderr.", panel="Output")] = False,
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 

@@ -16,11 +16,12 @@ def import_model(
     model: Annotated[
         Text, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
     ] = "embedded",
-    output: Annotated[Text, Flag("Output", "Folder for the checkpoint.")] = "imported-model",
+    output: Annotated[Text, Flag("Folder for the checkpoint.", panel="Output")] = "imported-model",
     dtype: Annotated[
-        DType, Flag("Output", "Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.")
+        DType,
+        Flag("Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.", panel="Output"),
     ] = "auto",
-    overwrite: Annotated[bool, Flag("Output", "Replace a model that --output holds.")] = False,
+    overwrite: Annotated[bool, Flag("Replace a model that --output holds.", panel="Output")] = False,
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 

@@ -28,13 +28,15 @@ _CELL = 9  # characters shown of a token
 def inspect(
     prompt: Prompt = None,
     model: ModelName = "embedded",
-    max_new_tokens: Annotated[Count, Flag("Decoding", "Maximum number of tokens in the answer.")] = 24,
+    max_new_tokens: Annotated[Count, Flag("Maximum number of tokens in the answer.", panel="Decoding")] = 24,
     *,
     prompting: PromptingConfig,
     machine: MachineConfig,
-    layers: Annotated[tuple[Layer, ...], Flag("Output", "Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit")] = (),
-    format: Annotated[Literal["table", "json"], Flag("Output", "Format of standard output: table or json.")] = "table",
-    output: Annotated[Text | None, Flag("Output", "HTML file with every layer.")] = None,
+    layers: Annotated[
+        tuple[Layer, ...], Flag("Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit", panel="Output")
+    ] = (),
+    format: Annotated[Literal["table", "json"], Flag("Format of standard output: table or json.", panel="Output")] = "table",
+    output: Annotated[Text | None, Flag("HTML file with every layer.", panel="Output")] = None,
 ) -> None:
     """Show what the model would have answered after every layer, and from which layer on each token was correct.
 

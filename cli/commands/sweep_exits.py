@@ -36,7 +36,7 @@ def sweep_exits(
     output: ReportFolder = None,
     saved: SavedReport = None,
     save: Annotated[
-        bool, Flag("Output", "Write the recommendation and the policies exact and fast into the model's layerskip.json.")
+        bool, Flag("Write the recommendation and the policies exact and fast into the model's layerskip.json.", panel="Output")
     ] = False,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculative decoding, predict its speed, and recommend one.

@@ -21,7 +21,7 @@ def verify(
     *,
     config: VerifyConfig,
     format: Format = "table",
-    output: Annotated[Text | None, Flag("Output", "Folder for verification.md, .json and .csv.")] = None,
+    output: Annotated[Text | None, Flag("Folder for verification.md, .json and .csv.", panel="Output")] = None,
 ) -> None:
     """Check that batching, drafting and resuming do not change outputs on this machine.
 

@@ -43,54 +43,47 @@ class DecodingOptions(TypedDict, total=False):
         str,
         one_of(*STRATEGIES),
         Flag(
-            "Decoding",
             f"{', '.join(STRATEGIES)}.",
             default="adaptive; self-speculative with a flag about an exit or about drafts",
+            panel="Decoding",
         ),
     ]
     exit_layer: Annotated[
         Layer,
         UsedBy(("self-speculative", "early-exit")),
-        Flag("Decoding", "Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
+        Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
     ]
-    num_draft_tokens: Annotated[
-        Drafts, UsedBy(DRAFTERS), Flag("Decoding", "Most draft tokens per round.", "--spec", "the checkpoint's")
-    ]
-    max_new_tokens: Annotated[Count, Flag("Decoding", "Maximum number of tokens in an answer.", default="256")]
+    num_draft_tokens: Annotated[Drafts, UsedBy(DRAFTERS), Flag("Most draft tokens per round.", "--spec", "the checkpoint's")]
+    max_new_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer.", default="256")]
     draft_confidence: Annotated[
         float,
         Meta(ge=0, lt=1),
         UsedBy(("adaptive", "self-speculative", "draft-and-verify")),
-        Flag("Decoding", "Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
+        Flag("Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
     ]
     stop: Annotated[
         Annotated[str, Meta(min_length=1)] | Sequence[Text],  # msgspec 0.22 crashes on a pattern beside a list
         Meta(description=f"{UNICODE.description}, or several"),
-        Flag("Decoding", "End the answer before this text. Can be repeated.", repeated=True),
+        Flag("End the answer before this text. Can be repeated.", repeated=True),
     ]
     lookup: Annotated[
         int,
         Meta(ge=0, le=1_000),
         UsedBy(DRAFTERS),
-        Flag(
-            "Decoding", "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.", default="0"
-        ),
+        Flag("First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.", default="0"),
     ]
     exit_confidence: Annotated[
         float,
         Meta(ge=0, le=1),
         UsedBy(("early-exit",)),
         Flag(
-            "Decoding",
-            "Early exit: each token leaves at the first exit that gives its best token more than this probability.",
-            default="0",
+            "Early exit: each token leaves at the first exit that gives its best token more than this probability.", default="0"
         ),
     ]
     skip: Annotated[
         Sequence[Layer],
         UsedBy(("draft-and-verify",)),
         Flag(
-            "Decoding",
             "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
             default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
         ),
@@ -98,7 +91,6 @@ class DecodingOptions(TypedDict, total=False):
     policy: Annotated[
         Text,
         Flag(
-            "Decoding",
             "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
             "of plain decoding) or fast (nearly its quality).",
             default="exact if it is stored and nothing else is said",
@@ -107,20 +99,14 @@ class DecodingOptions(TypedDict, total=False):
     exits: Annotated[
         Sequence[Layer],
         UsedBy(("early-exit", "adaptive")),  # which takes the trained ones
-        Flag(
-            "Decoding",
-            "Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.",
-            default="the trained ones, at most six",
-        ),
+        Flag("Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.", default="the trained ones, at most six"),
     ]
-    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Sampling", "Temperature; 0 is greedy.", default="0")]
-    top_k: Annotated[CountOrNone, Flag("Sampling", "Sample from the k most probable tokens; 0: from all.", default="0")]
+    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Temperature; 0 is greedy.", default="0", panel="Sampling")]
+    top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")]
     top_p: Annotated[
-        float,
-        Meta(gt=0, le=1),
-        Flag("Sampling", "Sample from the most probable tokens that add up to this probability.", default="1"),
+        float, Meta(gt=0, le=1), Flag("Sample from the most probable tokens that add up to this probability.", default="1")
     ]
-    seed: Annotated[Seed, Flag("Sampling", "Seed of sampling.", default="0")]
+    seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]
 
 
 class Measured(TypedDict):

@@ -43,45 +43,42 @@ class TaskConfig:
     task: Annotated[
         Text | None,
         Flag(
-            "Task",
             f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
             default="by --data, else commands",
+            panel="Task",
         ),
     ] = None
-    data: Annotated[
-        Text | None, Flag("Task", "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")
-    ] = None
-    split: Annotated[str, Flag("Task", "train, validation or test; compositional too for `commands`.")] = "test"
-    samples: Annotated[CountOrNone, Flag("Task", "Number of rows; 0: all, 20000 for `commands`.")] = 12
-    seed: Annotated[Seed, Flag("Task", "Seed of generated rows and of sampling.")] = 0
+    data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = None
+    split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
+    samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.")] = 12
+    seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
     max_new_tokens: Annotated[
-        Count | None, Flag("Decoding", "Maximum number of tokens in an answer.", default="the task's")
+        Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
     ] = None
-    prompt_column: Annotated[str | None, Flag("Task", "Column of the prompt.", default="the first of the usual names")] = None
-    completion_column: Annotated[
-        str | None, Flag("Task", "Column of the reference.", default="the first of the usual names")
+    prompt_column: Annotated[
+        str | None, Flag("Column of the prompt.", default="the first of the usual names", panel="Task")
     ] = None
+    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the first of the usual names")] = None
     metric: Annotated[
         Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
-        Flag("Task", "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
+        Flag("For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
     ] = None
     shots: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag("Task", "Solved rows before each prompt.", default="the task's")
+        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag("Solved rows before each prompt.", default="the task's")
     ] = None
-    pass_k: Annotated[tuple[Count, ...], Flag("Task", "The k of pass@k, such as 1,10.")] = (1,)
+    pass_k: Annotated[tuple[Count, ...], Flag("The k of pass@k, such as 1,10.")] = (1,)
     problem_samples: Annotated[
-        int, Meta(ge=1, le=10_000), Flag("Task", "Answers to each code problem, for pass@k; needs --temperature if above 1.")
+        int, Meta(ge=1, le=10_000), Flag("Answers to each code problem, for pass@k; needs --temperature if above 1.")
     ] = 1
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
         Meta(description=f"given without a value, or {UNSANDBOXED}"),
         Flag(
-            "Task",
             f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
             optional=UNSANDBOXED,
         ),
     ] = False
-    include_path: Annotated[str | None, Flag("Task", f"Folder with task files of your own, for {HARNESS}.")] = None
+    include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
@@ -111,11 +108,11 @@ class MeasurementConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     _: KW_ONLY
     batch_size: Annotated[
-        BatchSize, Flag("Measurement", "Prompts answered together, for quality; speed is measured at batch size 1.")
+        BatchSize, Flag("Prompts answered together, for quality; speed is measured at batch size 1.", panel="Measurement")
     ] = 1
     timed: Annotated[
         Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag("Measurement", "With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
+        Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
     ] = None
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -138,20 +135,20 @@ class BenchConfig(MeasurementConfig):
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     exit_layer: Annotated[
-        Layer | None, Flag("Decoding", "Layers of the early exit and of the drafts.", "--exit", "the checkpoint's")
+        Layer | None, Flag("Layers of the early exit and of the drafts.", "--exit", "the checkpoint's", panel="Decoding")
     ] = None
-    num_draft_tokens: Annotated[Drafts | None, Flag("Decoding", "Draft tokens per round.", "--spec", "the checkpoint's")] = None
+    num_draft_tokens: Annotated[Drafts | None, Flag("Draft tokens per round.", "--spec", "the checkpoint's")] = None
     strategies: Annotated[
-        tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("Decoding", "The strategies to run; autoregressive is required.")
+        tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
     repeats: Annotated[
-        int, Meta(ge=1, le=1_000), Flag("Measurement", "Number of times that everything is measured; medians are reported.")
+        int,
+        Meta(ge=1, le=1_000),
+        Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
     ] = 3
-    baselines: Annotated[
-        tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Measurement", f"Also: {','.join(BASELINES)}, or some.")
-    ] = ()
-    draft_model: Annotated[Text | None, Flag("Measurement", "Model that the baseline draft-model drafts with.")] = None
-    gguf: Annotated[Text | None, Flag("Measurement", "The model as a GGUF file, for the baseline llama.cpp.")] = None
+    baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag(f"Also: {','.join(BASELINES)}, or some.")] = ()
+    draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
+    gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(
         default_factory=lambda: DecodingOptions()
     )
@@ -186,29 +183,26 @@ class SweepConfig(MeasurementConfig):
     exits: Annotated[
         tuple[Layer, ...],
         Flag(
-            "Decoding",
             "Exits: 3,6,8 or A:B:STEP, both ends included.",
             default="six of them, and all layers of --draft-weights; the latter alone if no exit was trained",
+            panel="Decoding",
         ),
     ] = ()
-    specs: Annotated[tuple[Drafts, ...], Flag("Decoding", "Draft lengths, in the same form.")] = (2, 4, 6, 8, 12)
+    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (2, 4, 6, 8, 12)
     keep: Annotated[
-        Share, Flag("Measurement", "Share of full depth's quality that an early exit must keep to be the policy `fast`.")
+        Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
     ] = 0.98
     exit_confidences: Annotated[
         tuple[Share, ...] | None,
         Flag(
-            "Decoding",
             "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
             default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
+            panel="Decoding",
         ),
     ] = None
-    quick: Annotated[bool, Flag("Measurement", "Measure only the settings that are predicted to be fastest.")] = False
+    quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
     search_skips: Annotated[
-        bool,
-        Flag(
-            "Measurement", "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows."
-        ),
+        bool, Flag("Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.")
     ] = False
     generation: Annotated[
         DecodingOptions,
@@ -229,34 +223,32 @@ class VerifyConfig:
     """Half of the `samples` prompts come from `data`, the others are random token ids."""
 
     model: Text = "embedded"
-    data: Annotated[Text, Flag("Data", "Real prompts: commands, a file, a TOPv2 folder or a hub id.")] = "commands"
-    samples: Annotated[
-        int, Meta(ge=2, le=10_000_000), Flag("Data", "Number of prompts; half of them are random token ids.")
-    ] = 8
+    data: Annotated[Text, Flag("Real prompts: commands, a file, a TOPv2 folder or a hub id.", panel="Data")] = "commands"
+    samples: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Number of prompts; half of them are random token ids.")] = 8
     max_new_tokens: Annotated[
-        int, Meta(ge=3, le=10_000_000), Flag("Decoding", "Maximum number of tokens in an output.")  # it is cut in two
+        int, Meta(ge=3, le=10_000_000), Flag("Maximum number of tokens in an output.", panel="Decoding")  # it is cut in two
     ] = 16
-    seed: Annotated[Seed, Flag("Data", "Seed of random prompts and of sampling.")] = 0
-    precisions: Annotated[tuple[Annotated[str, one_of(*PRECISIONS)], ...], Flag("Weights", "Precisions of the weights.")] = (
-        PRECISIONS
-    )
+    seed: Annotated[Seed, Flag("Seed of random prompts and of sampling.", panel="Data")] = 0
+    precisions: Annotated[
+        tuple[Annotated[str, one_of(*PRECISIONS)], ...], Flag("Precisions of the weights.", panel="Weights")
+    ] = PRECISIONS
     kernels: Annotated[
         tuple[str, ...],
         Flag(
-            "Machine",
             "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
             "(the same with --exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
             default="all that this machine and this model can run",
+            panel="Machine",
         ),
     ] = ()
     exits: Annotated[
         tuple[Layer, ...],
-        Flag("Decoding", "Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it"),
+        Flag("Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", panel="Decoding"),
     ] = ()
-    specs: Annotated[tuple[Drafts, ...], Flag("Decoding", "Draft lengths, in the same form.")] = (1, 4, 7)
+    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
     draws: Annotated[
         int,
         Meta(ge=0, le=1_000_000),
-        Flag("Measurement", "Sampled outputs whose first tokens are compared with the model's distribution; 0: none."),
+        Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
     ] = 400
     machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)

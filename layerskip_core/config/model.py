@@ -23,9 +23,9 @@ _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid
 class MachineConfig:
     """Device, precision of the weights, and CPU threads (0: torch's choice, or 1 for decoding with a small model)."""
 
-    device: Annotated[str, Flag("Machine", "auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    dtype: Annotated[DType, Flag("Machine", "auto, fp32 or bf16.")] = "auto"
-    threads: Annotated[Threads, Flag("Machine", "CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
+    device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.", panel="Machine")] = "auto"
+    dtype: Annotated[DType, Flag("auto, fp32 or bf16.")] = "auto"
+    threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,17 @@ class PackingConfig:
     asked for and a kernel is there.
     """
 
-    quantize: Annotated[Quantization | None, Flag("Weights", "int8 or int4 weights (CPU only).", default="none")] = None
+    quantize: Annotated[Quantization | None, Flag("int8 or int4 weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[
         tuple[Quantization, ...],
-        Flag("Weights", "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
+        Flag("Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
     ] = ()
     draft_layers: int = 0
-    draft_head: Annotated[
-        Quantization | None, Flag("Weights", "Precision of the head of these copies: int8 or int4.", default="int8")
-    ] = None
-    draft_vocab: Annotated[CountOrNone, Flag("Weights", "Draft among the N most frequent tokens only; 0: among all.")] = 0
-    exact: Annotated[bool, Flag("Weights", "Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = (
-        False
+    draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies: int8 or int4.", default="int8")] = (
+        None
     )
+    draft_vocab: Annotated[CountOrNone, Flag("Draft among the N most frequent tokens only; 0: among all.")] = 0
+    exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
 
     def __post_init__(self) -> None:
@@ -90,14 +88,14 @@ class PromptingConfig:
     template: Annotated[
         _Unicode | None,
         Flag(
-            "Prompting",
             "Prompt template: chat, raw, or a text with {prompt} in it.",
             "--template/--prompt-template",
             default="the task's or checkpoint's, else the tokenizer's chat template",
+            panel="Prompting",
         ),
     ] = None
-    system: Annotated[_Unicode | None, Flag("Prompting", "System message, for chat templates.")] = None
-    raw: Annotated[bool, Flag("Prompting", "Use no template; text of special tokens in the prompt becomes tokens.")] = False
+    system: Annotated[_Unicode | None, Flag("System message, for chat templates.")] = None
+    raw: Annotated[bool, Flag("Use no template; text of special tokens in the prompt becomes tokens.")] = False
 
     def __post_init__(self) -> None:
         text = self.template
@@ -120,15 +118,16 @@ class DataConfig:
     """
 
     name: Annotated[
-        Text, Flag("Data", "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data")
+        Text,
+        Flag("commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data", panel="Data"),
     ] = "commands"
-    split: Annotated[str, Flag("Data", "Split of the data; for `commands` train, validation, test or compositional.")] = "train"
-    prompt_column: Annotated[str, Flag("Data", "Column of the prompt.")] = "prompt"
-    completion_column: Annotated[str, Flag("Data", "Column of what follows the prompt.")] = "completion"
+    split: Annotated[str, Flag("Split of the data; for `commands` train, validation, test or compositional.")] = "train"
+    prompt_column: Annotated[str, Flag("Column of the prompt.")] = "prompt"
+    completion_column: Annotated[str, Flag("Column of what follows the prompt.")] = "completion"
     limit: Annotated[
-        CountOrNone, Flag("Data", "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples")
+        CountOrNone, Flag("Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples")
     ] = 0
-    seed: Annotated[Seed, Flag("Data", "Seed of generated rows.")] = 0
+    seed: Annotated[Seed, Flag("Seed of generated rows.")] = 0
     setting: str = "data"
 
 
@@ -138,18 +137,19 @@ class CalibrationConfig:
 
     model: ModelName = "embedded"
     output: Annotated[
-        Text | None, Flag("Output", "Folder for a copy of the model.", default="--model's folder, or calibrated-model")
+        Text | None, Flag("Folder for a copy of the model.", default="--model's folder, or calibrated-model", panel="Output")
     ] = None
     data: Annotated[
-        Text | None, Flag("Data", "Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes")
+        Text | None,
+        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes", panel="Data"),
     ] = None
-    samples: Annotated[Count, Flag("Data", "Number of texts; fewer if --data has fewer tokens.")] = 256
-    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Data", "Tokens of a text.")] = 256
+    samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
+    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Tokens of a text.")] = 256
     tuning_steps: Annotated[
-        int, Meta(ge=0, le=1_000_000_000), Flag("Optimisation", "Steps of tuning the scales; 0: none.", "--steps")
+        int, Meta(ge=0, le=1_000_000_000), Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")
     ] = 32
-    seed: Annotated[Seed, Flag("Run", "Seed of the texts and of their order.")] = 0
-    overwrite: Annotated[bool, Flag("Run", "Replace a model in --output.")] = False
+    seed: Annotated[Seed, Flag("Seed of the texts and of their order.", panel="Run")] = 0
+    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
 
 
 @dataclass(frozen=True)
@@ -161,28 +161,22 @@ class ExportConfig:
 
     model: Text = "embedded"
     exit_layer: Annotated[
-        int | None, Flag("Output", "Layers of the draft; the last: the whole model.", "--exit", "the checkpoint's")
+        int | None, Flag("Layers of the draft; the last: the whole model.", "--exit", "the checkpoint's", panel="Output")
     ] = None
-    output: Annotated[Text, Flag("Output", "Folder for the draft model.")] = "draft-model"
+    output: Annotated[Text, Flag("Folder for the draft model.")] = "draft-model"
     format: Annotated[
-        Format | None,
-        Flag("Output", f"{', '.join(get_args(Format))}.", default="gguf with --engine llama.cpp, else transformers"),
+        Format | None, Flag(f"{', '.join(get_args(Format))}.", default="gguf with --engine llama.cpp, else transformers")
     ] = None
-    engine: Annotated[
-        Engine | None, Flag("Output", f"Also print how it drafts in this engine: {', '.join(get_args(Engine))}.")
-    ] = None
+    engine: Annotated[Engine | None, Flag(f"Also print how it drafts in this engine: {', '.join(get_args(Engine))}.")] = None
     dtype: Annotated[
         str,
         Flag(
-            "Output",
             "Of the weights written: fp32, bf16, or auto: as stored, packed as generate chooses; in GGUF f16, q8_0, q4_0, or "
-            "auto: f16.",
+            "auto: f16."
         ),
     ] = "auto"
-    quantize: Annotated[Quantization | None, Flag("Output", "int8 or int4 weights, with --format packed.", default="none")] = (
-        None
-    )
-    overwrite: Annotated[bool, Flag("Output", "Replace a model that --output holds.")] = False
+    quantize: Annotated[Quantization | None, Flag("int8 or int4 weights, with --format packed.", default="none")] = None
+    overwrite: Annotated[bool, Flag("Replace a model that --output holds.")] = False
 
     def __post_init__(self) -> None:
         if self.engine is not None:

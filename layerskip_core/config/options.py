@@ -1,6 +1,6 @@
 """How a setting is declared: its type, its range and its flag stand together in one annotation.
 
-    num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Decoding", "Most draft tokens per round.", "--spec")]
+    num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.", "--spec")]
 
 The command line makes a flag of it. `checked` tests what a user gave: a flag, a Python option, JSON or TOML.
 Settings that our own code makes are not checked.
@@ -32,18 +32,18 @@ class Flag:
     """How the command line gives a field, and under which heading of --help.
 
     Args:
-        panel: the heading.
         help: one sentence.
         flag: its spelling where it is not the field's name; several with slashes between.
         default: shown in --help where the field has no default of its own.
+        panel: the heading; without one the field stands under that of the field before it.
         repeated: the flag can be repeated; a list has one flag otherwise, with commas.
         optional: a value that may follow the flag; without one the field is True.
     """
 
-    panel: Panel
     help: str
     flag: str | None = None
     default: str | None = None
+    panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None
 
@@ -72,7 +72,7 @@ BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
-ModelName = Annotated[Text, Flag("Model", "embedded, embedded-base, a folder, a .gguf file or a hub id.")]
+ModelName = Annotated[Text, Flag("embedded, embedded-base, a folder, a .gguf file or a hub id.", panel="Model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,32 +31,32 @@ class RecipeSettings:
     """
 
     p_max: Annotated[
-        Annotated[float, Meta(ge=0, lt=1)] | None, Flag("Recipe", "Dropout rate of the last layer.", "--pmax", "by --regime")
+        Annotated[float, Meta(ge=0, lt=1)] | None,
+        Flag("Dropout rate of the last layer.", "--pmax", "by --regime", panel="Recipe"),
     ] = None
     dropout_profile: Annotated[
         DropoutProfile | None,
         Flag(
-            "Recipe",
             "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
             default="exponential",
         ),
     ] = None
-    e_scale: Annotated[_Weight | None, Flag("Recipe", "Scale of the early exits' loss.", "--escale", "by --regime")] = None
+    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale", "by --regime")] = None
     exit_weights: Annotated[
-        ExitWeights | None, Flag("Recipe", "Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
+        ExitWeights | None, Flag("Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
     ] = None
-    curriculum: Annotated[Curriculum | None, Flag("Recipe", "rotational, gradual, all or none.", default="by --regime")] = None
+    curriculum: Annotated[Curriculum | None, Flag("rotational, gradual, all or none.", default="by --regime")] = None
     rotation: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
-        Flag("Recipe", "R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
+        Flag("R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
     ] = None
     exits: Annotated[
         tuple[Layer, ...] | None,
-        Flag("Recipe", "Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
+        Flag("Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
     ] = None
     distill: Annotated[
         Annotated[float, Meta(ge=0, le=1)] | None,
-        Flag("Recipe", "Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -74,19 +74,17 @@ class RetentionSettings:
 
     anchor: Annotated[
         _Weight,
-        Flag("Retention", "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none."),
+        Flag(
+            "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none.", panel="Retention"
+        ),
     ] = 0.0
     anchor_weights: Annotated[
-        AnchorWeights | None, Flag("Retention", "Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
+        AnchorWeights | None, Flag("Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
     ] = None
     replay: Annotated[
-        float,
-        Meta(ge=0, lt=1),
-        Flag("Retention", "Share of the rows that are the original's own text, sampled before the training."),
+        float, Meta(ge=0, lt=1), Flag("Share of the rows that are the original's own text, sampled before the training.")
     ] = 0.0
-    replay_tokens: Annotated[
-        Count | None, Flag("Retention", "Tokens of such a text, after its beginning.", default="the mean row's")
-    ] = None
+    replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
 
     def __post_init__(self) -> None:
         require(self.replay_tokens is None or self.replay > 0, "replay_tokens", "used with `replay`", self.replay_tokens)
@@ -102,23 +100,16 @@ class ExitBlockSettings:
     """
 
     frozen: Annotated[
-        bool, Flag("Exit blocks", "Leave the model as it is, and train a block at each of --exits that drafts for it.")
+        bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
     ] = False
     feature: Annotated[
         Feature,
-        Flag(
-            "Exit blocks",
-            "What a block reads besides the exit's state: none, or final, the model's output state for the token before.",
-        ),
+        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
     ] = "none"
-    answers: Annotated[Answers, Flag("Exit blocks", "Who writes the answers to the prompts of --data: model or data.")] = (
-        "model"
-    )
-    answer_tokens: Annotated[Count, Flag("Exit blocks", "Maximum number of tokens in an answer of the model.")] = 128
-    answer_temperature: Annotated[
-        float, Meta(ge=0, le=1_000), Flag("Exit blocks", "Temperature of these answers; 0 is greedy.")
-    ] = 0.0
-    loss: Annotated[BlockLoss, Flag("Exit blocks", "kl (divergence) or tv (total variation) from the last layer.")] = "kl"
+    answers: Annotated[Answers, Flag("Who writes the answers to the prompts of --data: model or data.")] = "model"
+    answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
+    answer_temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Temperature of these answers; 0 is greedy.")] = 0.0
+    loss: Annotated[BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer.")] = "kl"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -132,66 +123,57 @@ class ExitBlockSettings:
 class FinetuneConfig:
     """One training run, as requested. None: the preset of the regime decides, or the data."""
 
-    model: Annotated[Text, Flag("Model", "embedded-base, a folder, a .gguf file or a hub id.")] = "embedded-base"
+    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model")] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
-    output: Annotated[Text, Flag("Run", "Folder of the new checkpoint.")] = "layerskip-model"
-    regime: Annotated[Regime, Flag("Recipe", "Preset: finetune, continual, scratch or code.")] = "finetune"
+    regime: Annotated[Regime, Flag("Preset: finetune, continual, scratch or code.", panel="Recipe")] = "finetune"
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
     lr: Annotated[
         Annotated[float, Meta(gt=0, le=100)] | None,
-        Flag("Optimisation", "Initial learning rate.", default="by --regime or --frozen, and model size"),
+        Flag("Initial learning rate.", default="by --regime or --frozen, and model size", panel="Optimisation"),
     ] = None
     steps: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
-        Flag("Optimisation", "Optimizer steps, with --frozen of each exit; overrides --epochs.", default="300 on `commands`"),
+        Flag("Optimizer steps, with --frozen of each exit; overrides --epochs.", default="300 on `commands`"),
     ] = None
     epochs: Annotated[
-        Annotated[float, Meta(gt=0, le=1_000_000)] | None,
-        Flag("Optimisation", "Passes over the data.", default="1; 2 with --frozen"),
+        Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="1; 2 with --frozen")
     ] = None
-    batch_size: Annotated[BatchSize, Flag("Optimisation", "Rows per forward pass.")] = 16
-    accumulation: Annotated[BatchSize, Flag("Optimisation", "Forward passes per optimizer step.")] = 1
+    batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
+    accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
+    warmup: Annotated[float, Meta(ge=0, lt=1), Flag("Share of the steps over which the learning rate rises.")] = 0.05
+    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("AdamW's weight decay.")] = 0.01
+    gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
     max_length: Annotated[
         Annotated[int, Meta(ge=2, le=10_000_000)] | None,
-        Flag("Data", "Tokens per row, prompt included.", default="by --regime"),
+        Flag("Tokens per row, prompt included.", default="by --regime", panel="Data"),
     ] = None
-    warmup: Annotated[
-        float, Meta(ge=0, lt=1), Flag("Optimisation", "Share of the steps over which the learning rate rises.")
-    ] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("Optimisation", "AdamW's weight decay.")] = 0.01
-    seed: Annotated[Seed, Flag("Run", "Seed of data, order, dropout and fresh weights.")] = 0
-    dtype: Annotated[DType, Flag("Machine", "auto, fp32 or bf16.")] = "auto"
-    device: Annotated[str, Flag("Machine", "auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Adapters", "Rank of LoRA adapters; 0 trains all weights.")] = 0
-    lora_targets: Annotated[str, Flag("Adapters", "Modules with adapters: all-linear, or names with commas.")] = "all-linear"
-    lora_layers: Annotated[
-        LoraLayers, Flag("Adapters", "Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
-    ] = "all"
-    lora_keep: Annotated[bool, Flag("Adapters", "Save the adapter alone, not merged; it loads as a model.")] = False
-    gradient_checkpointing: Annotated[
-        bool, Flag("Optimisation", "Recompute layers in the backward pass: less memory, more time.")
-    ] = False
-    fsdp: Annotated[bool, Flag("Machine", "Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).")] = (
-        False
-    )
-    save_steps: Annotated[Steps, Flag("Run", "Steps between checkpoints; 0: none.")] = 0
-    resume: Annotated[bool, Flag("Run", "Continue from the last checkpoint in --output.")] = False
-    report_to: Annotated[str, Flag("Run", "Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
-    streaming: Annotated[bool, Flag("Data", "Read a file or hub data set while training; needs --steps.")] = False
-    pack: Annotated[
-        bool | None, Flag("Data", "Pack plain text into full rows.", default="yes, except with --regime finetune")
-    ] = None
-    validation: Annotated[Text | None, Flag("Data", "A split of --data, or other data, to measure every exit on.")] = None
-    validation_samples: Annotated[CountOrNone | None, Flag("Data", "Rows of it to use; 0: all.", default="256")] = None
-    eval_steps: Annotated[Steps, Flag("Data", "Steps between validations; 0: ten validations per run.")] = 0
-    overwrite: Annotated[bool, Flag("Run", "Replace a model in --output.")] = False
-    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.")] = False
+    pack: Annotated[bool | None, Flag("Pack plain text into full rows.", default="yes, except with --regime finetune")] = None
+    validation: Annotated[Text | None, Flag("A split of --data, or other data, to measure every exit on.")] = None
+    validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
+    eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten validations per run.")] = 0
     vocab_size: Annotated[
         Annotated[int, Meta(ge=260, le=10_000_000)] | None,
-        Flag("Data", "With --regime scratch: train a BPE tokenizer of this size on the data."),
+        Flag("With --regime scratch: train a BPE tokenizer of this size on the data."),
     ] = None
+    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
+    lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
+    lora_layers: Annotated[
+        LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
+    ] = "all"
+    lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
+    dtype: Annotated[DType, Flag("auto, fp32 or bf16.", panel="Machine")] = "auto"
+    device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    fsdp: Annotated[bool, Flag("Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).")] = False
+    output: Annotated[Text, Flag("Folder of the new checkpoint.", panel="Run")] = "layerskip-model"
+    seed: Annotated[Seed, Flag("Seed of data, order, dropout and fresh weights.")] = 0
+    save_steps: Annotated[Steps, Flag("Steps between checkpoints; 0: none.")] = 0
+    resume: Annotated[bool, Flag("Continue from the last checkpoint in --output.")] = False
+    report_to: Annotated[str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
+    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
 
     def __post_init__(self) -> None:
         given = vars(self.recipe) | vars(self.retention) | vars(self) | {"limit": self.data.limit}
