@@ -54,15 +54,6 @@ class Run:
     rows: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A line of losses.jsonl: held-out nats per token and the agreement with full depth, by exit, if it was validated."""
-
-    step: int
-    validation: dict[int, float] = field(default_factory=dict)
-    agreement: dict[int, float] = field(default_factory=dict)
-
-
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`.
 
@@ -103,14 +94,16 @@ def read_run(path: str) -> Run:
         if file.suffix != ".jsonl":
             add_record(run, read_record(str(file), named="RUNS"))
             continue
-        last = None
+        agreement: dict[int, float] = {}
         for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
-            step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, _Step)
-            if step.validation:
-                run.held_out[step.step], last = step.validation, step
-        if last is not None:  # the losses of the last validation are figures too
-            perplexities = {layer: math.exp(loss) for layer, loss in last.validation.items()}
-            for name, by_exit in ((HELD_OUT, perplexities), ("agreement", last.agreement)):
+            step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, dict[str, Any])
+            if validation := step.get("validation"):
+                run.held_out[step["step"]] = {int(layer): loss for layer, loss in validation.items()}
+                agreement = {int(layer): share for layer, share in step.get("agreement", {}).items()}
+        if run.held_out:  # those of the last validation are figures too
+            *_, last = run.held_out.values()
+            perplexities = {layer: math.exp(loss) for layer, loss in last.items()}
+            for name, by_exit in ((HELD_OUT, perplexities), ("agreement", agreement)):
                 if by_exit:
                     run.figures[name] = {Setting(f"exit {layer} alone", layer): value for layer, value in by_exit.items()}
             if (file.parent / INFO_FILE).is_file():

@@ -227,11 +227,12 @@ def answer_prompts(
         if alone:
             return [Output(error=str(error))]
         return [measure_prompt(loaded, prompt, setting, baselines) for prompt in prompts]
-    peak = _peak_mb(model.device) if has_peak else None
-    return [
-        replace(output, text=_answer_text(loaded, prompt_ids, output.ids), peak_memory_mb=peak)
-        for prompt_ids, output in zip(ids, outputs, strict=True)
-    ]
+    peak, found = _peak_mb(model.device) if has_peak else None, []
+    for prompt_ids, output in zip(ids, outputs, strict=True):
+        # On its own, an answer loses its leading space with some tokenizers, and with it the indentation of code.
+        whole = loaded.detokenize(prompt_ids + [token for token in output.ids if token not in loaded.eos_ids])
+        found.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
+    return found
 
 
 def measure_prompt(
@@ -239,15 +240,6 @@ def measure_prompt(
 ) -> Output:
     """The timed output for one prompt; see `answer_prompts`."""
     return answer_prompts(loaded, [prompt], setting, baselines)[0]
-
-
-def _answer_text(loaded: Decoder, prompt_ids: list[int], ids: Sequence[int]) -> str:
-    """The text of an answer, detokenized together with its prompt.
-
-    On its own, some tokenizers drop the leading space, and with it the indentation of code.
-    """
-    text = loaded.detokenize(prompt_ids + [token for token in ids if token not in loaded.eos_ids])
-    return text[len(loaded.detokenize(prompt_ids)) :]
 
 
 def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, reuse_exit_states: bool = True) -> Output:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ...errors import visible
@@ -26,8 +26,7 @@ def report_page(record: RunRecord, figures: Mapping[str, str], notes: Sequence[s
     machine, rows = record.environment, flat_rows(record)
     parts = ("dtype", "device_name", "implementation", "threads")
     tables = {"": [row for row in rows if "category" not in row], "By category": [row for row in rows if "category" in row]}
-    return _render(
-        "report",
+    return _template("report").render(
         title=title(record),
         machine=", ".join(str(machine[part]) for part in parts if part in machine)
         + (" thread" if machine.get("threads") == 1 else " threads"),
@@ -52,7 +51,10 @@ def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> d
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
     metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    described = {name: FIGURES.get(name, (_label(name), form_of(name) if name in metrics else ".4g")) for name in columns}
+    described = {}
+    for name in columns:  # `pass_times_ms_verify`: `pass times verify (ms)`
+        label = name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
+        described[name] = FIGURES.get(name, (label, form_of(name) if name in metrics else ".4g"))
     cells = [
         [{"text": _text(row, name, form), "value": row.get(name)} for name, (_, form) in described.items()] for row in rows
     ]
@@ -62,11 +64,6 @@ def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> d
         "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
         "links": bool(record.answered) and not caption,
     }
-
-
-def _label(name: str) -> str:
-    """`pass_times_ms_verify`: `pass times verify (ms)`."""
-    return name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
 
 
 def _text(row: Row, name: str, form: str) -> str:
@@ -95,7 +92,7 @@ def answers_page(record: RunRecord) -> str:
         sections.append({"prompt": answered.prompt, "reference": answered.reference, "versions": versions})
     measured = {number for section in sections for version in section["versions"] for number in version["numbers"]}
     choices = [(number, names[number]) for number in sorted(measured)[1:]]
-    return _render("answers", title=title(record), sections=sections, choices=choices)
+    return _template("answers").render(title=title(record), sections=sections, choices=choices)
 
 
 def _parts(answer: str, first: str) -> list[dict[str, Any]]:
@@ -111,16 +108,13 @@ def _parts(answer: str, first: str) -> list[dict[str, Any]]:
 
 def inspection_page(inspection: Inspection) -> str:
     """A row per layer, a column per token, green from the layer on where it stays correct; exit blocks above their layers."""
-    return _render("inspection", inspection=inspection, blocks={layer for trace in inspection.tokens for layer in trace.blocks})
-
-
-def _render(template: str, **values: Any) -> str:
-    """Renders `templates/<template>.html.j2`, which escapes every value but Markup: no text of a model becomes markup."""
-    return _templates().get_template(f"{template}.html.j2").render(values)
+    blocks = {layer for trace in inspection.tokens for layer in trace.blocks}
+    return _template("inspection").render(inspection=inspection, blocks=blocks)
 
 
 @cache
-def _templates() -> Environment:
+def _template(name: str) -> Template:
+    """`templates/<name>.html.j2`, which escapes every value but Markup: no text of a model becomes markup."""
     environment = Environment(
         loader=PackageLoader("layerskip_core.evaluation.report"),
         autoescape=True,
@@ -130,4 +124,4 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"visible": visible, "repr": repr}
-    return environment
+    return environment.get_template(f"{name}.html.j2")
