@@ -6,6 +6,7 @@ Outputs are compared with those of plain greedy decoding, each prompt alone, and
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -82,17 +83,11 @@ class Subject:
         usual = {max(1, best // 2), min(best, layers - 1), min(2 * best, layers - 1)} if layers > 1 else set()
         self.exits = sorted({*(config.exits or usual), *self.backend.exit_blocks})
         self.middle = self.exits[len(self.exits) // 2 :][:1]
-        plain = DecodingConfig("autoregressive", max_new_tokens=config.max_new_tokens)
-        self.usual = {"autoregressive": plain} | {f"exit {each}": self.drafted(each) for each in self.middle}
-        self.expected = self.alone(plain)
-
-    def drafted(self, exit_layer: int, drafts: int | None = None) -> DecodingConfig:
-        return DecodingConfig("self-speculative", exit_layer, drafts or max(self.config.specs), self.config.max_new_tokens)
-
-    @property
-    def copies(self) -> list[Quantization]:
-        """Low-bit copies of the weights."""
-        return [weights for weights in self.backend.draft_sides if weights is not None]
+        self.copies = [weights for weights in self.backend.draft_sides if weights is not None]  # low-bit ones
+        self.setting = partial(DecodingConfig, num_draft_tokens=max(config.specs), max_new_tokens=config.max_new_tokens)
+        drafted = {f"exit {each}": self.setting("self-speculative", each) for each in self.middle}
+        self.usual = {"autoregressive": self.setting("autoregressive")} | drafted
+        self.expected = self.alone(self.usual["autoregressive"])
 
     def alone(
         self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, prefix: PrefixCache | None = None
@@ -215,25 +210,25 @@ def check_drafts(subject: Subject) -> Iterator[CheckResult]:
 def drafting(subject: Subject) -> dict[str, DecodingConfig]:
     """Ways to draft with this model."""
     backend, exits, layers, specs = subject.backend, subject.exits, subject.backend.num_layers, subject.config.specs
-    settings: dict[str, DecodingConfig] = {}
+    setting, settings = subject.setting, dict[str, DecodingConfig]()
     for number, exit_layer in enumerate(exits):
         kind = "exit block" if exit_layer in backend.exit_blocks else "exit"
         for spec in specs if exit_layer in subject.middle else (specs[number % len(specs)],):
-            settings[f"{kind} {exit_layer}, {plural(spec, 'draft')}"] = subject.drafted(exit_layer, spec)
+            name = f"{kind} {exit_layer}, {plural(spec, 'draft')}"
+            settings[name] = setting("self-speculative", exit_layer, num_draft_tokens=spec)
     for exit_layer in exits[-1:]:
-        settings[f"exit {exit_layer}, confidence 0.6"] = replace(subject.drafted(exit_layer), draft_confidence=0.6)
-        settings[f"lookup, then exit {exit_layer}"] = replace(subject.drafted(exit_layer), lookup=1)
-    settings["lookup"] = DecodingConfig("lookup", None, max(specs), subject.config.max_new_tokens, lookup=1)
+        settings[f"exit {exit_layer}, confidence 0.6"] = setting("self-speculative", exit_layer, draft_confidence=0.6)
+        settings[f"lookup, then exit {exit_layer}"] = setting("self-speculative", exit_layer, lookup=1)
+    settings["lookup"] = setting("lookup", lookup=1)
     if layers > 2:
         skip = tuple(range(2, layers, 3))
-        skipping = DecodingConfig("draft-and-verify", None, max(specs), subject.config.max_new_tokens, skip=skip)
-        settings[f"skipping {plural(len(skip), 'layer')}"] = skipping
+        settings[f"skipping {plural(len(skip), 'layer')}"] = setting("draft-and-verify", skip=skip)
     for weights in subject.copies:
         for exit_layer in (layers, *exits[-1:]):
-            settings[f"{weights} copy, {exit_layer} layers"] = replace(subject.drafted(exit_layer), draft_weights=weights)
+            settings[f"{weights} copy, {exit_layer} layers"] = setting("self-speculative", exit_layer, draft_weights=weights)
     known = subject.loaded.recommended()
-    adaptive = DecodingConfig("adaptive", None, 32, subject.config.max_new_tokens, exits=known.exits or tuple(exits))
-    settings["adaptive"] = replace(adaptive, profile=known.profile)
+    exits_known = known.exits or tuple(exits)
+    settings["adaptive"] = setting("adaptive", num_draft_tokens=32, exits=exits_known, profile=known.profile)
     return settings
 
 
@@ -245,7 +240,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
     for exit_layer in subject.middle:
         block = subject.backend.exit_blocks.get(exit_layer)
         if block is None or block.stands_alone:
-            early = DecodingConfig("early-exit", exit_layer, max_new_tokens=subject.config.max_new_tokens)
+            early = subject.setting("early-exit", exit_layer)
             yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
     yield subject.compared(BATCH, "adaptive", subject.together(drafting(subject)["adaptive"]))
 
@@ -274,7 +269,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
-        settings[f"{weights} copy, exit {exit_layer}"] = replace(subject.drafted(exit_layer), draft_weights=weights)
+        settings[f"{weights} copy, exit {exit_layer}"] = subject.setting("self-speculative", exit_layer, draft_weights=weights)
     for setting, config in settings.items():
         sampled = replace(config, temperature=1.0, seed=seed)
         first = subject.alone(sampled)
