@@ -21,6 +21,17 @@ def ids_of(decoding):
     return [token for [step] in decoding for token in step.ids]
 
 
+def letters(ids):
+    """A tokenizer whose tokens are single characters."""
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
+    """A prompt's ids, why they end, and their counts."""
+    decoding = decode(model, prompt, config, frozenset(eos_ids), letters, **options)
+    return ids_of(decoding), decoding.finish_reason, decoding.stats
+
+
 def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)

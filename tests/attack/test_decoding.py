@@ -7,13 +7,14 @@ import pytest
 import torch
 from attacking import examples
 from conftest import tiny_model
+from decodings import answer_of, letters
 from exit_block_models import random_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, PrefixCache, decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, PrefixCache, decode_batch
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
@@ -51,17 +52,6 @@ def model_of(kind, exits, feature, scale):
     if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no compiled kernels here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)
-
-
-def letters(ids):
-    return "".join(chr(ord("0") + token) for token in ids)
-
-
-def alone(model, prompt, config, ends):
-    """A prompt's tokens, why they end, and their counts."""
-    decoding = decode(model, prompt, config, ends, letters)
-    ids = [token for [step] in decoding for token in step.ids]
-    return ids, decoding.finish_reason, decoding.stats
 
 
 @st.composite
@@ -108,17 +98,17 @@ def configs(draw, model, known):
 def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     model = data.draw(models(kind))
     prompts = data.draw(st.lists(st.lists(st.integers(3, 66), min_size=1, max_size=14), min_size=1, max_size=4))
-    known = alone(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
+    known = answer_of(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
     config = data.draw(configs(model, known))
     ends = frozenset(data.draw(st.lists(st.sampled_from(known), max_size=2)))
-    single = [alone(model, prompt, config, ends) for prompt in prompts]
+    single = [answer_of(model, prompt, config, ends) for prompt in prompts]
     for prompt, (ids, reason, stats) in zip(prompts, single, strict=True):
         require_consistent(model, len(prompt), config, ids, reason, stats)
     drafts, sampled = config.strategy not in ("autoregressive", "early-exit"), config.temperature > 0
     if drafts and not sampled:
         plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
         for prompt, answer in zip(prompts, single, strict=True):
-            assert answer[:2] == alone(model, prompt, plain, ends)[:2]
+            assert answer[:2] == answer_of(model, prompt, plain, ends)[:2]
     require_prefixes_to_change_nothing(model, prompts, config, ends)
     if sampled and drafts:  # the other rows of a batch limit the number of drafts, and so the draws
         return
@@ -147,9 +137,8 @@ def require_prefixes_to_change_nothing(model, prompts, config, ends):
     """Texts one after another, each beginning with a part of the one before, as the turns of a conversation do."""
     kept, text = PrefixCache(), prompts[0]
     for more in (*prompts[1:], prompts[0]):
-        expected = alone(model, text, config, ends)[0]
-        decoding = decode(model, text, config, ends, letters, prefix=kept)
-        ids = [token for [step] in decoding for token in step.ids]
+        expected = answer_of(model, text, config, ends)[0]
+        ids = answer_of(model, text, config, ends, prefix=kept)[0]
         assert ids == expected
         longer = [*text, *ids, *more]
         text = longer if len(longer) < model.spec.context // 2 else text[: len(more)]
@@ -191,7 +180,7 @@ def test_depth_by_confidence_is_between_early_exit_and_plain_decoding(kind, data
     early = replace(plain, strategy="early-exit", exit_layer=exits[0])
     for confidence, same in ((1.0, plain), (5e-324, early), (data.draw(st.floats(0.01, 0.99)), None)):
         config = replace(early, exit_layer=None, exits=exits, exit_confidence=confidence)
-        ids, reason, stats = alone(model, prompt, config, frozenset())
+        ids, reason, stats = answer_of(model, prompt, config, frozenset())
         require_consistent(model, len(prompt), config, ids, reason, stats)
         assert sum(stats.tokens_by_layers) == len(ids) and len(stats.tokens_by_layers) <= model.num_layers
-        assert same is None or (ids, reason) == alone(model, prompt, same, frozenset())[:2]
+        assert same is None or (ids, reason) == answer_of(model, prompt, same, frozenset())[:2]

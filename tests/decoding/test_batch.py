@@ -6,13 +6,13 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import prompt_of
+from decodings import answer_of, letters, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding import decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
@@ -36,10 +36,6 @@ def drafting(kind):
     return {"draft_weights": "int8"} if kind == "low-bit drafts" else {}
 
 
-def letters(ids):
-    return "".join(chr(ord("0") + token) for token in ids)
-
-
 COUNTS = (
     *("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds"),
     *("tested_by_position", "accepted_by_position"),
@@ -48,9 +44,8 @@ COUNTS = (
 
 def alone(model, prompt, config, eos_ids=frozenset()):
     """Tokens, reason and all counts of a prompt that is decoded by itself."""
-    decoding = decode(model, prompt, config, eos_ids, letters)
-    ids = [token for [step] in decoding for token in step.ids]
-    return ids, decoding.finish_reason, *(getattr(decoding.stats, name) for name in COUNTS)
+    ids, reason, stats = answer_of(model, prompt, config, eos_ids)
+    return ids, reason, *(getattr(stats, name) for name in COUNTS)
 
 
 def together(model, prompts, config, eos_ids=frozenset()):

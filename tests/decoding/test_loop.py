@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import ids_of, prompt_of
+from decodings import answer_of, ids_of, letters, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
@@ -36,16 +36,7 @@ def backend(llama):
 
 
 def run(model, prompt, eos_ids=(), reuse_exit_states=True, **settings):
-    """Ids, finish reason and stats of a decoding."""
-    stops = {"detokenize": letters} if "stop" in settings else {}
-    decoding = decode(
-        model, prompt, DecodingConfig(**settings), frozenset(eos_ids), reuse_exit_states=reuse_exit_states, **stops
-    )
-    return ids_of(decoding), decoding.finish_reason, decoding.stats
-
-
-def letters(ids):
-    return "".join(chr(ord("0") + token) for token in ids)
+    return answer_of(model, prompt, DecodingConfig(**settings), eos_ids, reuse_exit_states=reuse_exit_states)
 
 
 def plain(model, prompt, **settings):
