@@ -34,7 +34,7 @@ class TextStream:
         """The whole answer, once all pieces have come. Raises RuntimeError before."""
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
-        return Answer(self.text, self.finish_reason, self.stats, self._decoding.ids)
+        return Answer(self.text, self.finish_reason, self.stats, self._decoding.rows[0].output)
 
     @property
     def text(self) -> str:

@@ -79,13 +79,12 @@ def decode_batch(
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds)
-    ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
-        for row, new_ids, reason, _ in steps:
-            ids[row] += new_ids
+        for number, _, reason, _ in steps:
             if reason is not None:
-                text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(ids[row], finished=True)
-                yield Answer(text, reason, sum(loop.steps(row), DecodeStats()), ids[row], row)
+                row = loop.rows[number]
+                text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
+                yield Answer(text, reason, sum(row.steps, DecodeStats()), row.output, number)
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
@@ -122,7 +121,7 @@ class RowStep(NamedTuple):
     counts: DecodeStats  # of the step
 
 
-class _Row:
+class Row:
     """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
 
     def __init__(self, number: int, prompt: list[int], scanner: StopScanner) -> None:
@@ -130,8 +129,13 @@ class _Row:
         self.ids = list(prompt)  # and the output
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False
+
+    @property
+    def output(self) -> list[int]:
+        """The new tokens so far."""
+        return self.ids[self.prompt_tokens :]
 
     def commit(self, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it. `source`: Draft's, None in a prefill."""
@@ -145,7 +149,8 @@ class _Row:
 class DecodingLoop:
     """Iterates over steps: the new tokens of the rows that are not finished yet.
 
-    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it. `rows`:
+    those that it was made with.
     """
 
     def __init__(
@@ -172,12 +177,12 @@ class DecodingLoop:
         self._model, self._prefix = model, prefix
         self._sampler = Sampler(config, model.device, len(prompts), seeds)
         self._num_draft_tokens = config.num_draft_tokens
-        self._rows = []
+        self._active = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.spec.context)
             limits = config.max_new_tokens, model.spec.context - len(prompt)
-            self._rows.append(_Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
-        end = max(len(row.ids) + row.scanner.room for row in self._rows)
+            self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
+        end = max(len(row.ids) + row.scanner.room for row in self._active)
         exit_cache, recorder = self._target.exit_cache, None
         needs_finals = exit_cache is not None and exit_cache.needs_finals
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
@@ -194,22 +199,22 @@ class DecodingLoop:
         self._drafter = drafter
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
-        self._first_rows = tuple(self._rows)
-        self._numbered = len(self._rows)  # rows that have had a number
+        self.rows = tuple(self._active)
+        self._numbered = len(self._active)  # rows that have had a number
         self._seconds: dict[str, Any] = dict.fromkeys(_SECONDS, 0.0)
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
 
     def __next__(self) -> list[RowStep]:
-        if not self._rows:
+        if not self._active:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
             with torch.inference_mode():
                 return self._step()
         except BaseException:  # the rows may be changed in part
-            self._rows = []
+            self._active = []
             if self._prefix is not None:
                 self._prefix.forget()
             raise
@@ -220,12 +225,12 @@ class DecodingLoop:
         Both are past their prefill, have rows left, and decode with one model by the same settings. Limits, stop strings and
         seeds are each row's own: a row goes on with the tokens that it gets alone.
         """
-        assert self._newest is not None and other._newest is not None and other._rows
-        numbers = list(range(self._numbered, self._numbered + len(other._rows)))
+        assert self._newest is not None and other._newest is not None and other._active
+        numbers = list(range(self._numbered, self._numbered + len(other._active)))
         self._numbered += len(numbers)
-        for row, number in zip(other._rows, numbers, strict=True):
+        for row, number in zip(other._active, numbers, strict=True):
             row.number = number
-        self._rows = self._rows + other._rows
+        self._active = self._active + other._active
         self._newest = torch.cat((self._newest, other._newest))
         self._sampler.join(other._sampler)
         with torch.inference_mode():  # which the cache was written in
@@ -233,23 +238,19 @@ class DecodingLoop:
         if self._target.exit_cache is not None and other._target.exit_cache is not None:
             self._target.exit_cache.join(other._target.exit_cache)
         self._positions = max(self._positions, other._positions, key=lambda positions: positions.shape[1])
-        other._rows = []
+        other._active = []
         return numbers
 
     def drop(self, row: int) -> None:
         """The row with this number is gone after the next step."""
-        for kept in self._rows:
+        for kept in self._active:
             if kept.number == row:
                 kept.is_dropped = True
-
-    def steps(self, row: int) -> list[DecodeStats]:
-        """The counts of one prompt's steps so far, without seconds. Of the prompts that the loop was made with."""
-        return self._first_rows[row].steps
 
     @property
     def stats(self) -> DecodeStats:
         """Counts and seconds of all steps so far. Time between two steps is the caller's and not counted."""
-        return sum((step for row in self._first_rows for step in row.steps), DecodeStats(**self._seconds))
+        return sum((step for row in self.rows for step in row.steps), DecodeStats(**self._seconds))
 
     @property
     def ids(self) -> list[int]:
@@ -259,11 +260,11 @@ class DecodingLoop:
     @property
     def finish_reason(self) -> StopReason | None:
         """Why the first prompt's output ended, once it has."""
-        return self._first_rows[0].scanner.reason
+        return self.rows[0].scanner.reason
 
     def _step(self) -> list[RowStep]:
         started, drafting = time.perf_counter(), None
-        rows, newest = self._rows, self._newest
+        rows, newest = self._active, self._newest
         drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
             draft, output = self._prefill()
@@ -307,7 +308,7 @@ class DecodingLoop:
         Prompts are padded at their ends. No token attends to the padding, and the next tokens overwrite it.
         """
         device, start = self._model.device, self.reused_tokens
-        missing = [row.ids[start:] for row in self._rows]
+        missing = [row.ids[start:] for row in self._active]
         lengths = [len(ids) for ids in missing]
         longest = max(lengths)
         padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in missing]
@@ -316,25 +317,25 @@ class DecodingLoop:
         return Draft(tokens[:, :1], (0,) * len(lengths)), self._target.prefill(tokens, last, positions, self._cache)
 
     def _context(self, newest: Tensor, limits: list[int]) -> Context:
-        rows = self._rows
+        rows = self._active
         features = None if self._target.exit_cache is None else self._target.exit_cache.features
         positions = self._next_positions(max(limits) + 1)
         return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
 
     def _next_positions(self, count: int) -> Tensor:
         """(B, count) on the host: positions of each row's newest token and of the tokens after it."""
-        if len(self._rows) == 1:
-            start = len(self._rows[0].ids) - 1
+        if len(self._active) == 1:
+            start = len(self._active[0].ids) - 1
             return self._positions[:, start : start + count]
-        starts = torch.tensor([len(row.ids) - 1 for row in self._rows])
+        starts = torch.tensor([len(row.ids) - 1 for row in self._active])
         # Only padding can reach the context's last position, where no token is read that is followed by another.
         return (starts[:, None] + self._positions[:, :count]).clamp_max(self._cache.max_positions - 1)
 
     def _go_on(self, newest: Tensor, last: list[int]) -> None:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
-        staying = [index for index, row in enumerate(self._rows) if row.scanner.reason is None and not row.is_dropped]
-        if len(staying) < len(self._rows):
-            self._rows = [self._rows[index] for index in staying]
+        staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
+        if len(staying) < len(self._active):
+            self._active = [self._active[index] for index in staying]
             if not staying:
                 if self._target.recorder is not None:
                     self._target.recorder.give_back(self._model)

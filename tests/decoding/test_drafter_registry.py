@@ -47,7 +47,7 @@ def test_it_hears_of_every_verdict(backend):
     loop = DecodingLoop(backend, PROMPTS, config, drafter=drafter)
     list(loop)
     for row in range(len(PROMPTS)):
-        stats, verdicts = sum(loop.steps(row), DecodeStats()), drafter.verdicts.get(row, [])
+        stats, verdicts = sum(loop.rows[row].steps, DecodeStats()), drafter.verdicts.get(row, [])
         assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
         assert sum(drafted for drafted, _ in verdicts) == stats.drafted
         assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted

@@ -164,7 +164,7 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypat
     for exit_layer, starts in ((2, {2, 4}), (4, {4})) * 3:
         spans.clear()
         next(loop)
-        assert loop.steps(0)[-1].steps_by_drafter == {f"exit {exit_layer}": 1}
+        assert loop.rows[0].steps[-1].steps_by_drafter == {f"exit {exit_layer}": 1}
         assert {start for start, count in spans if count > 1} == starts
 
 

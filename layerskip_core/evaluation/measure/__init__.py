@@ -252,7 +252,7 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
         seconds = time.perf_counter() - started
         steps.append(Step(len(step.ids), seconds, next(iter(step.counts.steps_by_drafter), None)))
         started = time.perf_counter()
-    return Output(tuple(decoding.ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
+    return Output(tuple(decoding.rows[0].output), "", tuple(steps), decoding.stats, decoding.finish_reason)
 
 
 def differences(
