@@ -123,14 +123,14 @@ class Service:
         engine.hold(held)
         try:
             request = asked(body, is_chat, self.name, config.decoding, config.token_limit)
-            engine.hold(request.answers - held)
-            held = request.answers
-            resolved = [self._decoder.resolve(request.seeded(number), self._packing) for number in range(held)]
+            engine.hold(len(request.options) - held)
+            held = len(request.options)
+            resolved = [self._decoder.resolve(options, self._packing) for options in request.options]
             loop = asyncio.get_running_loop()
             prompts = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in request.prompts]
             jobs = []
             for number, decoding in enumerate(resolved):
-                isolated = request.seed is not None and decoding.temperature > 0
+                isolated = request.is_seeded and decoding.temperature > 0
                 jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
             engine.submit(*jobs)
         except BaseException:

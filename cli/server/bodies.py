@@ -2,8 +2,8 @@
 
 import re
 import secrets
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, cast
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -64,26 +64,15 @@ class _Body(TypedDict, total=False):
     stream_options: Annotated[dict[str, bool | None], Meta(description="an object, such as include_usage: true")]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request. Each prompt has `n` answers; `seed` is None if the request names none."""
+class Asked(NamedTuple):
+    """One request. Each prompt has `n` answers, each with options of its own."""
 
     prompts: tuple[Prompt, ...]
-    options: DecodingOptions
+    options: list[DecodingOptions]  # they differ in their seeds
     n: int
-    seed: int | None
+    is_seeded: bool  # the request names a seed
     stream: bool
     include_usage: bool
-
-    @property
-    def answers(self) -> int:
-        """The number of answers."""
-        return self.n * len(self.prompts)
-
-    def seeded(self, number: int) -> DecodingOptions:
-        """The options of the answer with this number, whose seed is its own."""
-        seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
-        return {**self.options, "seed": seed}
 
 
 def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
@@ -118,8 +107,12 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
     decoding = cast(DecodingOptions, checked(DecodingOptions, options))
     if (limit := decoding["max_new_tokens"]) > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
+    seeds: Iterable[int] = (secrets.randbelow(_SEEDS) for _ in range(n * len(prompts)))
+    if "seed" in given:
+        seeds = ((given["seed"] + number) % _SEEDS for number in range(n * len(prompts)))
+    of_answers: list[DecodingOptions] = [{**changed(flags, decoding), "seed": seed} for seed in seeds]
     include_usage = bool(given.get("stream_options", {}).get("include_usage"))
-    return Asked(prompts, changed(flags, decoding), n, given.get("seed"), given.get("stream", False), include_usage)
+    return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), include_usage)
 
 
 def _conversation(messages: Any) -> tuple[Prompt, ...]:

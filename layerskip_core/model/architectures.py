@@ -105,19 +105,16 @@ _ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "vocab_size"),
 )
-_READ_WITH = {
-    "own_head_dim": ("head_dim",),
-    "skips_rope": ("no_rope_layers",),
-    "scales_queries": ("query_pre_attn_scalar",),
-    "multipliers": ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-    "caps_scores": ("attn_logit_softcapping",),
-    "caps_logits": ("final_logit_softcapping",),
-}
-_READ_FOR_WINDOWS = {
-    "none": (),
-    "all": ("sliding_window",),
-    "optional": ("sliding_window", "use_sliding_window"),
-    "listed": ("sliding_window", "layer_types"),
+_READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
+    ("own_head_dim", True): ("head_dim",),
+    ("skips_rope", True): ("no_rope_layers",),
+    ("scales_queries", True): ("query_pre_attn_scalar",),
+    ("multipliers", True): ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ("caps_scores", True): ("attn_logit_softcapping",),
+    ("caps_logits", True): ("final_logit_softcapping",),
+    ("windows", "all"): ("sliding_window",),
+    ("windows", "optional"): ("sliding_window", "use_sliding_window"),
+    ("windows", "listed"): ("sliding_window", "layer_types"),
 }
 
 
@@ -127,7 +124,7 @@ def is_complete(config: Mapping[str, Any]) -> bool:
         return False
     architecture = ARCHITECTURES[config["model_type"]]
     switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
-    read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[architecture.windows], *(name for name in switches if isinstance(name, str))}
-    for field, names in _READ_WITH.items():
-        read.update(names if getattr(architecture, field) else ())
+    read = {*_ALWAYS_READ, *(name for name in switches if isinstance(name, str))}
+    for (field, value), names in _READ_WITH.items():
+        read.update(names if getattr(architecture, field) == value else ())
     return config.keys() >= read

@@ -76,7 +76,8 @@ class TorchLayers(RepackedLayers):
         ropes, still = self._rope.at(writer, on_device), self._rope.still
         batch, count = positions.shape
         if self._exact is not None and batch == 1 and count <= EXACT_TOKENS:
-            spans = self._masks.spans(positions[0].tolist())
+            places, windows = positions[0].tolist(), self._masks.windows
+            spans = {kind: [(max(0, at + 1 - (window or at + 1)), at + 1) for at in places] for kind, window in windows.items()}
             return Step(ropes, still, dict.fromkeys(spans), spans, writer.stop)
         by_products = count <= _PRODUCT_TOKENS and self.device.type == "cpu"
         keys = capacity if by_products else writer.stop

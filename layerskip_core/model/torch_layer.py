@@ -190,7 +190,7 @@ class Masks:
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
         """Masks have the precision and the device of `like`."""
-        self._windows = {kind: spec.window_of(kind) for kind in spec.kinds}
+        self.windows = {kind: spec.window_of(kind) for kind in spec.kinds}
         self._like = like.new_empty(0)
         self._ahead = self._like  # as many zeros, then as many infinities
 
@@ -199,14 +199,7 @@ class Masks:
 
         None where every place may be seen, unless a mask is needed `always`. `positions` (B, T) are on the device.
         """
-        return {kind: self._mask(window, writer, positions, keys, always) for kind, window in self._windows.items()}
-
-    def spans(self, positions: list[int]) -> dict[str, list[tuple[int, int]]]:
-        """By kind of layer, the keys start..stop-1 that each token of one row sees."""
-        return {
-            kind: [(0 if window is None else max(0, place + 1 - window), place + 1) for place in positions]
-            for kind, window in self._windows.items()
-        }
+        return {kind: self._mask(window, writer, positions, keys, always) for kind, window in self.windows.items()}
 
     def _mask(self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> Tensor | None:
         if writer.contiguous and positions.shape[1] == 1 and (window is None or writer.stop <= window):

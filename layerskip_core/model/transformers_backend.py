@@ -165,10 +165,14 @@ class TransformersBackend:
         self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, key_mask: Tensor | None = None
     ) -> SpanInputs:
         """Rotary embeddings and masks of a call, once for all layers. Arguments as for `run_layers`."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
         writer = None if cache is None else cache.writer(positions)
         on_device = positions.to(hidden.device, non_blocking=True)
         key_count = positions.shape[1] if writer is None else writer.stop
-        boolean = _takes_boolean_masks(self.config._attn_implementation)
+        # transformers knows for every kind of attention, such as training's, whether it takes masks as `sdpa` does: boolean
+        # ones, or none if it is causal.
+        boolean = ALL_MASK_ATTENTION_FUNCTIONS.get(self.config._attn_implementation) is sdpa_mask
         causal_kernel = (
             boolean and key_mask is None and key_count == positions.shape[1] and (writer is None or writer.contiguous)
         )
@@ -217,16 +221,6 @@ class TransformersBackend:
             return self.spec.scaled_logits(self._head(norm(hidden)))
 
         self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, norm, join)
-
-
-def _takes_boolean_masks(attention: str) -> bool:
-    """Whether a kind of attention takes boolean masks and is causal without a mask, as `sdpa` does.
-
-    transformers knows this for every kind that is registered with it, such as training's.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is sdpa_mask
 
 
 def _seen(positions: Tensor, key_count: int | None, window: int | None, key_mask: Tensor | None) -> Tensor:
