@@ -162,7 +162,8 @@ class OutputText:
         """
         visible = before_stop(self.decoded, self._stop)
         if not finished and len(visible) == len(self.decoded):
-            visible = visible[: len(visible) - max((_overlap(visible, stop) for stop in self._stop), default=0)]
+            starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
+            visible = visible[: len(visible) - max((len(start) for start in starts if visible.endswith(start)), default=0)]
         piece, self.text = visible[len(self.text) :], visible
         return piece
 
@@ -183,11 +184,6 @@ class OutputText:
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first occurrence of a stop string."""
     return text[: min((start for string in stop if (start := text.find(string)) >= 0), default=len(text))]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class StopScanner:

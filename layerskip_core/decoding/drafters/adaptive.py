@@ -52,8 +52,12 @@ class AdaptiveDrafter:
         if not (self._by_clock and self._known.wants_plain_step()):
             draft = self._copied(context, rate)
             if draft is None and option is not None:
-                self._chosen = option
-                draft = self._drafted_by(option, context, limits, length, rate)
+                self._chosen, ends = option, DraftEnds()
+                # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
+                if self._is_greedy and batch == 1 and context.newest.device.type == "cpu":
+                    ends, length = option.ends(rate), min(_LONGER * length, limits[0])
+                context = replace(context, positions=context.positions[:, : length + 1])
+                draft = self._drafters[option.name].draft(context, [min(length, limit) for limit in limits], ends)
         self._draft = draft or Draft(context.newest, (0,) * batch)
         self._ended, self._is_timed = time.perf_counter(), False
         return self._draft
@@ -107,14 +111,6 @@ class AdaptiveDrafter:
             promised += max(of_row, alone)
             drafts.append(tokens[:length] if of_row > alone else [])
         return copied(context, drafts) if any(drafts) and promised > batch * rate else None
-
-    def _drafted_by(self, option: Option, context: Context, limits: Sequence[int], length: int, rate: float) -> Draft:
-        ends = DraftEnds()
-        # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
-        if self._is_greedy and len(limits) == 1 and context.newest.device.type == "cpu":
-            ends, length = option.ends(rate), min(_LONGER * length, limits[0])
-        context = replace(context, positions=context.positions[:, : length + 1])
-        return self._drafters[option.name].draft(context, [min(length, limit) for limit in limits], ends)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
