@@ -32,6 +32,15 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
 
+def context_after(backend, ids, count):
+    """Before a round of `count` drafts: all of `ids` but the last are cached."""
+    last, cache = len(ids) - 1, backend.new_cache()
+    with torch.inference_mode():
+        hidden = backend.embed(torch.tensor([ids[:last]]))
+        backend.run_layers(hidden, 0, backend.num_layers, torch.arange(last)[None], cache)
+    return Context([0], [ids], torch.tensor([ids[last:]]), torch.arange(last, last + count + 1)[None], cache)
+
+
 def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)

@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
+from decodings import WIDE, context_after, ids_of, native_or_skip, plainly, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.drafters.knowledge import Acceptance, LinearTime, best_length, knowledge_of
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
@@ -171,12 +171,8 @@ def knowing(backend, **profile):
 
 
 def source_of(drafter, backend, ids):
-    cache = backend.new_cache()
     with torch.inference_mode():
-        places = torch.arange(len(ids) - 1)[None]
-        backend.run_layers(backend.embed(torch.tensor([ids[:-1]])), 0, 6, places, cache)
-        positions = torch.arange(len(ids) - 1, len(ids) + 7)[None]
-        draft = drafter.draft(Context([0], [ids], torch.tensor([ids[-1:]]), positions, cache), [7])
+        draft = drafter.draft(context_after(backend, ids, 7), [7])
     return draft.source if draft.counts[0] else "plain"
 
 

@@ -5,14 +5,14 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
+from decodings import WIDE, context_after, ids_of, native_or_skip, plainly, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.drafters.skipping import kept_layers
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
@@ -94,14 +94,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone(kind):
 
 def draft_of(model, config, reuse=True):
     """A draft after PROMPT, all of which but its last token is cached, and the cache."""
-    cache, last = model.new_cache(), len(PROMPT) - 1
-    drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(), reuse))
+    context = context_after(model, PROMPT, MOST)
     with torch.inference_mode():
-        ids = torch.tensor([PROMPT[:last]])
-        model.run_layers(model.embed(ids), 0, LAYERS, torch.arange(last)[None], cache)
-        positions = torch.arange(last, last + MOST + 1)[None]
-        draft = drafter.draft(Context([0], [PROMPT], torch.tensor([PROMPT[last:]]), positions, cache), [MOST])
-    return draft, cache
+        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(), reuse))
+        return drafter.draft(context, [MOST]), context.cache
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
-from decodings import draft_of
+from decodings import context_after, draft_of
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
@@ -230,7 +230,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
     tiny = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]})
     model = NativeBackend.of(tiny, PackingConfig(**packing), order)
-    prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
+    prompt = ids_of(1, 30)[0].tolist()
 
     weights = packing.get("draft_weights", (None,))[0]
     target = FixedTarget(model, DecodingConfig("autoregressive", temperature=1.0))
@@ -238,12 +238,10 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
         drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(ends)))
+        context = context_after(model, prompt, 6)
         with torch.inference_mode():
-            cache = model.new_cache()
-            model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
-            context = Context([0], prompt.tolist(), prompt[:, 29:], positions, cache)
             draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
-            return draft, target.verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
+            return draft, target.verify(draft, context.positions[:, : draft.tokens.shape[1]], context.cache).logits
 
     chosen = drafted((), False)[0].tokens[0].tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
