@@ -482,8 +482,9 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     config = replace(config, exit_layer=1, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
-    model = TableModel(table)
-    outputs = [tuple(ids_of(DecodingLoop(model, [[3]], config, seeds=[seed]))) for seed in range(draws)]
+    loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
+    list(loop)
+    outputs = [tuple(row.output) for row in loop.rows]
     joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
     return p_value_of(outputs, joint)
 
@@ -518,7 +519,7 @@ class Certain:
     """Always drafts token 1, without probabilities."""
 
     def draft(self, context, limits):
-        return Draft(tensor([[int(context.newest), 1]]), (1,))
+        return Draft(torch.cat((context.newest, torch.ones_like(context.newest)), 1), (1,) * len(limits))
 
     def observe(self, row, drafted, verified):
         pass
@@ -530,19 +531,16 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certai
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     config = DecodingConfig(exit_layer=1, temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW)
     backend, prompt, drafter = TransformersBackend(model), [3, 1, 4], Certain() if is_certain else None
-    stats, outputs = DecodeStats(), []
-    for seed in range(300):
-        decoding = DecodingLoop(backend, [prompt], config, seeds=[seed], drafter=drafter)
-        outputs.append(tuple(ids_of(decoding)))
-        stats += decoding.stats
+    loop = DecodingLoop(backend, [prompt] * 300, config, seeds=range(300), drafter=drafter)
+    list(loop)
 
     def next_probs(ids):
         return probabilities(model(tensor([[*prompt, *ids]])).logits[0, -1], config)
 
     with torch.no_grad():
         joint = joint_of(next_probs, NEW, VOCABULARY)
-    assert least < stats.acceptance_rate < 0.8
-    assert p_value_of(outputs, joint) > 1e-3
+    assert least < loop.stats.acceptance_rate < 0.8
+    assert p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3
 
 
 def test_sampling_is_repeatable_by_its_seed(backend):

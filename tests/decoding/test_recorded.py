@@ -17,7 +17,7 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
-DRAFTED = DecodingConfig(exit_layer=3, num_draft_tokens=4, max_new_tokens=24)
+DRAFTED = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=24)
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=24)
 
 
@@ -47,11 +47,11 @@ def recordings(monkeypatch):
 
 
 def on_gpu(**packing):
-    return TorchBackend.of(tiny_model().to("cuda"), PackingConfig(**packing))
+    return TorchBackend.of(tiny_model(num_hidden_layers=3).to("cuda"), PackingConfig(**packing))
 
 
 def on_cpu(prompt, config=PLAIN):
-    return ids_of(decode(TorchBackend.of(tiny_model()), prompt, config))
+    return ids_of(decode(TorchBackend.of(tiny_model(num_hidden_layers=3)), prompt, config))
 
 
 def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, recordings):
@@ -78,7 +78,7 @@ def test_two_decodings_at_once_keep_apart(model):
 
 
 def test_a_text_that_needs_more_room_gets_a_larger_cache(model, monkeypatch):
-    monkeypatch.setattr(graphs, "_LEAST_PLACES", 16)
+    monkeypatch.setattr(graphs, "_LEAST_PLACES", 8)
     made, usual = [], Recorder.__init__
 
     def noted(self, *arguments):
@@ -86,8 +86,8 @@ def test_a_text_that_needs_more_room_gets_a_larger_cache(model, monkeypatch):
         made.append(self.places)
 
     monkeypatch.setattr(Recorder, "__init__", noted)
-    for count, places in ((4, [16]), (24, [16, 32]), (20, [16, 32]), (40, [16, 32, 64])):
-        config = DecodingConfig(exit_layer=3, num_draft_tokens=4, max_new_tokens=count)
+    for count, places in ((3, [8]), (9, [8, 16]), (8, [8, 16]), (20, [8, 16, 32])):
+        config = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=count)
         assert ids_of(decode(model, PROMPT, config)) == on_cpu(PROMPT, DecodingConfig("autoregressive", max_new_tokens=count))
         assert made == places
 
@@ -111,7 +111,7 @@ def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
 
 def test_what_the_environment_asks_for(gpu, monkeypatch):
     assert on_gpu().recordable and on_gpu().implementation == "packed, CUDA graphs"
-    assert not on_gpu(exact=True).recordable and not TorchBackend.of(tiny_model()).recordable
+    assert not on_gpu(exact=True).recordable and not TorchBackend.of(tiny_model(num_hidden_layers=3)).recordable
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off")
     assert not on_gpu().recordable and on_gpu().implementation == "packed"
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "yes")
@@ -124,15 +124,15 @@ def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     recorder = Recorder(model, 64)
     tokens, places = torch.tensor([PROMPT]), torch.arange(9)[None]
     with torch.inference_mode():
-        model.run_layers(model.embed(tokens.to("cuda")), 0, 6, places[:, :5], recorder.cache)
+        model.run_layers(model.embed(tokens.to("cuda")), 0, 3, places[:, :5], recorder.cache)
         newest = torch.tensor([[8, 9, 10, 11]]).to("cuda")
 
         def run():
-            hidden = model.run_layers(model.embed(newest), 0, 6, places[:, 5:].to("cuda"), recorder.whole)
+            hidden = model.run_layers(model.embed(newest), 0, 3, places[:, 5:].to("cuda"), recorder.whole)
             return model.unembed(hidden).cpu()
 
         expected = run()
         recorder.cache._storage[..., 9:, :] = 1e3
         assert torch.equal(run(), expected)
-        usual = model.run_layers(model.embed(newest), 0, 6, places[:, 5:], recorder.cache)
+        usual = model.run_layers(model.embed(newest), 0, 3, places[:, 5:], recorder.cache)
         torch.testing.assert_close(model.unembed(usual).cpu(), expected)
