@@ -6,7 +6,7 @@ E exit layer (a count, 1..L), K drafted tokens per round.
 
 from .backend import Backend, DraftEnds, Submodel
 from .cache import KVCache
-from .native_backend import NativeBackend, can_run_native, suits_kernels
+from .native import NativeBackend, can_run_native, suits_kernels
 from .spec import ModelSpec
 from .torch_backend import TorchBackend
 from .torch_layer import missing_feature

@@ -29,8 +29,7 @@ from layerskip_core.evaluation.checks import (
     chi_square,
 )
 from layerskip_core.evaluation.verification import tables, to_csv
-from layerskip_core.model.native import compiled
-from layerskip_core.model.native_backend import NativeBackend
+from layerskip_core.model.native import NativeBackend, compiled
 from layerskip_core.model.torch_backend import TorchBackend
 
 VARIANT = next((name for name in compiled.VARIANTS if compiled.kernels(name) is not None), None)

@@ -18,8 +18,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
 from layerskip_core.config.model import ExportConfig, PackingConfig
 from layerskip_core.export.packed import export_packed
-from layerskip_core.model import NativeBackend
-from layerskip_core.model import native_backend as native
+from layerskip_core.model import NativeBackend, native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.compiled import VARIANTS

@@ -31,9 +31,9 @@ from layerskip_core.model import (
     TorchBackend,
     TransformersBackend,
     can_run_native,
+    native,
     repacked,
 )
-from layerskip_core.model import native_backend as native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 

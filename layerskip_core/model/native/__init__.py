@@ -1,1 +1,92 @@
-"""Our own kernels in C, and their side in Python. They are batch-invariant."""
+"""`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...config.model import PackingConfig, Quantization
+from ..backend import DraftKernel
+from ..exit_blocks import ExitBlock
+from ..repacked import RepackedBackend
+from ..spec import ModelSpec
+from ..torch_layer import missing_feature
+from ..torch_linear import Norm
+from ..vocabulary import DraftVocabulary
+from ..weights import GROUP_SIZE, Affine, Take, Weights
+from .compiled import ACTIVATIONS, MOST_ROPES, kernels
+from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
+from .matrix import MatrixForm, NativeMatrix, PackMatrix
+
+_LARGEST_HEAD = 256
+
+
+def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether kernels are here for every part of this architecture in this precision."""
+    return suits_kernels(spec, dtype, device, packing) and kernels() is not None
+
+
+def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
+    if missing_feature(spec) is not None or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if spec.activation not in ACTIVATIONS or len(spec.ropes) > MOST_ROPES:
+        return False
+    low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
+    divisor = GROUP_SIZE if low_bit else 2
+    if spec.head_dim > _LARGEST_HEAD or spec.head_dim % 2:  # a bf16 cache keeps pairs of dimensions
+        return False
+    return not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
+
+
+class NativeBackend(RepackedBackend):
+    """Repacked weights on the C kernels, for an architecture that they `can_run`; hidden states are fp32 in every precision.
+
+    The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others.
+    """
+
+    batch_invariant = True
+
+    def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
+        """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
+        compiled = kernels()
+        assert compiled is not None
+        self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled)
+        super().__init__(spec, take, *arguments, **options)
+        assert isinstance(self._layers, NativeLayers)
+        is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
+        self.chooser = partial(choose, self._layers, self._head) if is_plain else None
+
+    def _prepare(self, packing: PackingConfig) -> None:
+        self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
+        self._engine = Engine(self._kernels, self.spec, self._embedding.dtype)
+
+    def _described(self, packing: PackingConfig) -> str:
+        return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"
+
+    def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> NativeLayer:
+        return NativeLayer(self._pack, weights, self._chain_spec, index, low_bits or self._unrounded)
+
+    def _head_of(
+        self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
+    ) -> NativeLinear:
+        form = MatrixForm(low_bits or self._unrounded, self.spec.hidden, self.spec.vocab)
+        matrix = self._pack("head", form, lambda: [Affine(weights.of(self.spec.head_name), None)])
+        return NativeLinear(self._engine, matrix if rows is None else matrix.rows_of(rows), norm, self.spec)
+
+    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> NativeLinear:
+        form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
+        name = f"{block.prefix}input"
+        return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
+
+    def _norm(self, weights: Affine) -> Norm:
+        """Of fp32 hidden states."""
+        return Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
+
+    def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
+        return NativeLayers(self._engine, self._chain_spec, self._embedding, layers)
+
+    def _draft_kernel(
+        self, layers: NativeLayers, head: NativeLinear, vocabulary: DraftVocabulary | None, own: bool
+    ) -> DraftKernel:
+        return partial(draft, layers, head, self.spec, vocabulary, own)
