@@ -61,7 +61,7 @@ class ExitDrafter:
             draft = self._step_by_step(recorded, limits, ends)
             return (draft.tokens, *draft.exit_states.values())
 
-        name = "draft", submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
+        name = "draft", self.weights, submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
         tokens, *kept = recorder.run(name, work, context.newest, positions)
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
         return Draft(tokens, (tokens.shape[1] - 1,), None, states, self.source)
