@@ -253,11 +253,6 @@ class DecodingLoop:
         return sum((step for row in self.rows for step in row.steps), DecodeStats(**self._seconds))
 
     @property
-    def ids(self) -> list[int]:
-        """The first prompt's new tokens so far."""
-        return self._first_rows[0].ids[self._first_rows[0].prompt_tokens :]
-
-    @property
     def finish_reason(self) -> StopReason | None:
         """Why the first prompt's output ended, once it has."""
         return self.rows[0].scanner.reason
