@@ -155,19 +155,17 @@ def measure(
                 rows[each] = list(row)
                 if journal is not None:
                     journal.add(*each, row)
-            yield Progress(sum(each in rows for each in wanted), len(wanted), f"{name} {phase}".strip())
+            yield Progress(len(wanted) - len(missing) + start + len(batch), len(wanted), f"{name} {phase}".strip())
         require_outputs([rows[each][0] for each in wanted])
 
-    answered_in = _BATCHES if batches else 0
-    answers = [[rows[answered_in, sample][place] for sample in every] for place in range(len(settings))]
-    full = Measured(settings[0], answers[0], ())
-    task = task.referring_to(full.texts)
-    found = []
+    found: list[Measured] = []
     for place, setting in enumerate(settings):
+        answers = [rows[_BATCHES if batches else 0, sample][place] for sample in every]
         times = [[rows[repeat, sample][place] for sample in timed] for repeat in range(repeats) if timed]
         exact = setting.strategy != "early-exit" and not settings[0].temperature
-        differing = differences(loaded, examples, answers[place], answers[0]) if exact else ()
-        measured = Measured(setting, answers[place], times, differing, {}, timed, task.answers_per_prompt)
+        differing = differences(loaded, examples, answers, found[0].answers) if exact and found else ()
+        measured = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
+        task = task.referring_to(measured.texts)  # the first ones, if it has no references
         depth = depth_of(setting, loaded.backend.num_layers)
         scores = task.score([text or "" for text in measured.texts], (perplexity or {}).get(depth or 0))
         found.append(replace(measured, scores=scores))
