@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerskip_core.errors import LayerSkipError
+
 from .console import ResultsConsole, narrate, stage_bars
 from .loading import load_model, use_threads
 
@@ -84,10 +86,12 @@ def deliver(
 
     `picture`: by the width of the terminal, below tables there.
     """
-    from layerskip_core.evaluation.report import to_json, write_files
+    from layerskip_core.evaluation.report import to_json
+    from layerskip_core.files import write_file
 
     if folder is not None:
-        write_files(folder, dict(files))
+        for name, content in files.items():
+            write_file(folder / name, content, LayerSkipError)
         narrate(f"wrote {', '.join(files)} to {folder}")
     if form == "json":
         typer.echo(to_json(record), nl=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LayerSkipError
-from ...files import hold, read_bytes, require_writable, write_file
+from ...files import hold, read_bytes, require_writable
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord
 from .pages import ANSWERS_PAGE, answers_page, report_page
 from .tables import PARETO_NOTE, TextTable, flat_rows
@@ -100,9 +100,3 @@ def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
         for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
             require_writable(path / name, LayerSkipError)
         yield path
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes each file whole. Raises LayerSkipError when a file cannot be written; it then keeps its old content."""
-    for name, content in files.items():
-        write_file(folder / name, content, LayerSkipError)
