@@ -78,16 +78,15 @@ def test_a_dialogue_sees_its_turns_and_computes_only_what_is_new(talking):
     second = "".join(stream)
     assert talk.turns == (("remind me", first.text), ("start the system", second))
     ids = talking.decoder.encode_prompt("start the system", [("remind me", first.text)])
-    assert second == TextStream(talking.decoder, ids, talking.decoder.resolve(talk_settings(), PackingConfig())).finish().text
+    assert (
+        second
+        == TextStream(talking.decoder, ids, talking.decoder.resolve({"max_new_tokens": 8}, PackingConfig())).finish().text
+    )
     assert stream.reused_tokens >= len(talking.decoder.encode_prompt("remind me"))
     talk.forget(1)
     assert talk.turns == (("start the system", second),)
     talk.forget()
     assert (talk.turns, talk.ask("remind me").finish().text) == ((), first.text)
-
-
-def talk_settings():
-    return {"max_new_tokens": 8}
 
 
 def test_what_a_dialogue_says_first(talking, model):

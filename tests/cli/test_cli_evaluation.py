@@ -268,12 +268,17 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
     assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.err
 
 
-def test_code_is_judged_with_the_flag_alone(tmp_path, model):
+@pytest.fixture
+def problem(tmp_path, model):
+    """`bench` on a code problem."""
     file = tmp_path / "problems.jsonl"
     row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
     file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
-    arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
-    arguments += ("--max-new-tokens", "4", "--format", "json")
+    return ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
+
+
+def test_code_is_judged_with_the_flag_alone(problem):
+    arguments = (*problem, "--max-new-tokens", "4", "--format", "json")
     without = run(*arguments)
     assert list(json.loads(without.out)["results"][0]["metrics"]) == ["rouge2"]
     assert "pass@k needs --allow-code-execution" in without.err
@@ -284,13 +289,9 @@ def test_code_is_judged_with_the_flag_alone(tmp_path, model):
         assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
 
 
-def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_unsandboxed(tmp_path, model, monkeypatch):
+def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_unsandboxed(problem, monkeypatch):
     monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_layers", lambda: ("privileges",))
-    file = tmp_path / "problems.jsonl"
-    row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
-    file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
-    arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--repeats", "1", "--exit", "5")
-    arguments += ("--strategies", "autoregressive", "--format", "json")
+    arguments = (*problem, "--strategies", "autoregressive", "--format", "json")
     for flag in (["--allow-code-execution"], ["--allow-code-execution", "--max-new-tokens", "4"]):
         refused("--allow-code-execution needs a sandbox, and none works on this machine", *arguments, *flag)
     result = run(*arguments, "--allow-code-execution", "unsandboxed", "--max-new-tokens", "4")
@@ -314,6 +315,7 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
     ("arguments", "named"),
     [
         (("bench", "--format", "xml"), "--format must be one of table, json, csv, markdown, got xml"),
+        (("bench", "--template", "chat"), "a chat template was asked for, but the model's tokenizer has none"),
         (("bench", "--data", "nothing-here"), "nothing-here"),
         (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
         (("bench", "--temperature", "1", "--baselines", "no-reuse"), "--temperature must be 0 with --baselines"),

@@ -183,6 +183,7 @@ def test_settings_that_cannot_be(finetune):
         (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
         (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got 400"),
         (["--regime", "scratch", "--anchor", "1"], "--anchor must be left out with --regime scratch"),
+        (["--template", "chat"], "a chat template was asked for, but the model's tokenizer has none"),
         (["--prompt-template", "Q:"], "--template must be raw, chat or a text with {prompt} in it, got Q:"),
         (["--model", "here/none/such"], "no model 'here/none/such': needed embedded"),
         (["--data", "none.jsonl"], "--data none.jsonl: there is no such file"),

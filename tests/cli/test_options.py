@@ -75,12 +75,8 @@ def test_the_template_that_was_applied_is_in_the_statistics(checkpoint, tmp_path
         assert result.code == 0, result.err
         return result.out, result.err.partition("; prompt template: ")[2].rstrip("\n")
 
-    chat, system, raw, text = (
-        applied(),
-        applied("--system", "Be short."),
-        applied("--raw"),
-        applied("--template", "{prompt}!"),
-    )
+    flags = ((), ("--system", "Be short."), ("--raw",), ("--template", "{prompt}!"))
+    chat, system, raw, text = (applied(*arguments) for arguments in flags)
     assert [chat[1], system[1], raw[1], text[1]] == ["chat", "chat with a system message", "raw", "'{prompt}!'"]
     assert applied("--template", "raw") == raw != chat
     assert run("generate", "systemBe short.\nuserhi\n", "--raw", *fixed, "--strategy", "autoregressive").out == system[0]

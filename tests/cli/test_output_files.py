@@ -12,14 +12,8 @@ from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import RUN_FILES, model_files, write_info
 from layerskip_core.errors import CheckpointError
 
-LISTED = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "layerskip.json",
-}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+LISTED = {"config.json", "generation_config.json", "model.safetensors", "layerskip.json", *TOKENIZER}
 
 
 def contents(folder):
@@ -39,12 +33,7 @@ def model(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [
-        ("model.safetensors", "mine"),
-        ("additional_chat_templates/tools.jinja", "mine"),
-        ("token_order.json", "mine"),
-        ("config.json", "{}"),
-    ],
+    [("model.safetensors", "mine"), ("additional_chat_templates/tools.jinja", "mine"), ("config.json", "{}")],
 )
 def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name, text):
     """The model does not exist: nobody has looked for it yet."""

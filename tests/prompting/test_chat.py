@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 from chatml import TEMPLATE, chatml_folder, full_tokenizer
-from command_line import run
 
 from layerskip_core.checkpoint.folder import lean_tokenizer
 from layerskip_core.errors import CheckpointError
@@ -73,19 +72,3 @@ def test_a_template_that_fails_is_one_error(full, template, reason):
     full.chat_template = template
     with pytest.raises(CheckpointError, match=f"the model's chat template cannot be used: {reason}"):
         render_chat(full, TURNS, True)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("bench", "--samples", "1", "--template", "chat"),
-        ("finetune", "--output", "out", "--samples", "2", "--steps", "1", "--prompt-template", "chat"),
-    ],
-    ids=lambda command: command[0],
-)
-def test_chat_without_a_chat_template(checkpoint, command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run(*command, "--model", checkpoint)
-    assert (result.code, result.out) == (1, "")
-    assert result.err.splitlines()[-1] == "error: a chat template was asked for, but the model's tokenizer has none"
-    assert "Traceback" not in result.err and not list(tmp_path.iterdir())
