@@ -62,15 +62,8 @@ def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple
     """The reason of `run_tests` and the layers."""
     folder = tempfile.mkdtemp(prefix="layerskip-")
     request = {"program": program, "tests": tests, "folder": folder, "namespaces": namespaces, "limits": asdict(limits)}
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd="/",
-        env=_ENVIRONMENT,
-        start_new_session=True,
-    )
+    command, pipe = [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/", env=_ENVIRONMENT, start_new_session=True)
     assert process.stdin and process.stdout and process.stderr
     with process:
         try:

@@ -108,11 +108,7 @@ def _program(machine: str, checked: dict[str, Checks]) -> list[bytes]:
             steps += [_step(_EQUAL, number, false=1), _step(_GIVE, verdict)]
     for calls, checks in checked.items():
         block = []
-        for (
-            argument,
-            mask,
-            values,
-        ) in checks:  # refused unless the argument's lower half, which the kernel reads, is one of these
+        for argument, mask, values in checks:  # the kernel reads the argument's lower half; others are refused
             block += [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_AND, mask)]
             block += [_step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)]
             block.append(_step(_GIVE, _REFUSE))
