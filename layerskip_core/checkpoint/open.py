@@ -263,7 +263,8 @@ def _with_files_beside(source: Source, folder: str | None) -> Source:
     if folder is None:
         return replace(source, packing=packing)
     blocks = read_exit_blocks(folder, spec, source.weight_of)
-    int4 = read_int4(folder, spec, source.weight_of) if packing.has_int4 else None
+    has_int4 = "int4" in (packing.quantize, packing.draft_head, *packing.draft_weights)
+    int4 = read_int4(folder, spec, source.weight_of) if has_int4 else None
     return replace(source, packing=packing, int4=int4, exit_blocks=blocks)
 
 
@@ -272,7 +273,8 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
     spec, dtype, device, packing = source.spec, source.dtype, source.device, source.packing
     note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
     kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
-    backend = kind(spec, source.take(), packing, _token_order(path, spec, packing), source.int4, source.exit_blocks)
+    order = token_order(path, spec.vocab) if packing.draft_vocab else None
+    backend = kind(spec, source.take(), packing, order, source.int4, source.exit_blocks)
     return backend, () if note is None else (note,)
 
 
@@ -285,7 +287,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
-    order = _token_order(folder, spec, packing)
+    order = token_order(folder, spec.vocab) if packing.draft_vocab else None
     backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
@@ -312,7 +314,3 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) 
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, source.spec, source.weight_of)
     return replace(generic, backend=TransformersBackend(trainable.model, blocks, source.spec)) if blocks.blocks else generic
-
-
-def _token_order(folder: str, spec: ModelSpec, packing: PackingConfig) -> list[int] | None:
-    return token_order(folder, spec.vocab) if packing.draft_vocab else None

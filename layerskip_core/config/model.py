@@ -62,11 +62,6 @@ class PackingConfig:
         return bool(self.draft_weights) or self.draft_vocab > 0
 
     @property
-    def has_int4(self) -> bool:
-        """Whether any weights are int4."""
-        return "int4" in (self.quantize, self.draft_head, *self.draft_weights)
-
-    @property
     def is_plain(self) -> bool:
         """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
         return self.quantize is None and not self.drafts_apart and not self.exact
