@@ -49,12 +49,8 @@ class RepackedLayers(ABC):
         """Approximate bytes of a token's activations in a layer."""
 
     @abstractmethod
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
-        """As `run_layers`, for at least one token and one layer, in one part."""
-
-    @abstractmethod
-    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.write_kv`, for at least one token and one layer, in one part."""
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
+        """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token and one layer, in one part."""
 
     def tokens_at_once(self, batch: int, count: int) -> int:
         """How many of each row's `count` tokens one part has."""
@@ -72,7 +68,7 @@ class RepackedLayers(ABC):
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         with torch.inference_mode():
             for part, places in self._parts(hidden, start, stop, positions, cache):
-                self.write(part, start, stop, places, cache)
+                self.run(part, start, stop, places, cache, only_kv=True)
 
     def _parts(
         self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache

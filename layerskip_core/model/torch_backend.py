@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
-from .cache import KVCache, LayerSlots, SpanWriter
+from .cache import KVCache, SpanWriter
 from .exit_blocks import ExitBlock
 from .repacked import CHUNK, RepackedBackend, RepackedLayers
 from .rope import Rope
@@ -45,22 +45,7 @@ class TorchLayers(RepackedLayers):
             return exact_rows(self._exact, self._same_alone)
         return super().tokens_at_once(batch, count)
 
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
-        layers, slots, step, space = self._call(hidden, start, stop, positions, cache)
-        rows = hidden.reshape(space.rows, -1).clone()
-        for layer, kind, held in zip(layers, self.spec.kinds[start:stop], slots, strict=True):
-            layer.run_(rows, step, kind, held, space)
-        return rows.view(hidden.shape)
-
-    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        layers, slots, step, space = self._call(hidden, start, stop, positions, cache)
-        for layer, held in zip(layers, slots, strict=True):
-            layer.write_kv(hidden.reshape(space.rows, -1), step, held, space)
-
-    def _call(
-        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
-    ) -> tuple[list[TorchLayer], list[LayerSlots], Step, Workspace]:
-        """The layers of a call with their cache slots and shared tensors."""
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
         assert len(layers) == stop - start
         writer = cache.writer(positions)
@@ -69,7 +54,13 @@ class TorchLayers(RepackedLayers):
         keeps = batch * count <= _KEPT_ROWS and not cache.is_recorded
         space = (self._kept if keeps else self._workspace)(batch, count)
         slots = writer.layers(start, stop, self.spec.kv_heads, self.spec.head_dim, hidden)
-        return layers, slots, self._step(writer, positions, slots[0].values.shape[1]), space
+        step, rows = self._step(writer, positions, slots[0].values.shape[1]), hidden.reshape(space.rows, -1).clone()
+        for layer, kind, held in zip(layers, self.spec.kinds[start:stop], slots, strict=True):
+            if only_kv:
+                layer.write_kv(rows, step, held, space)
+            else:
+                layer.run_(rows, step, kind, held, space)
+        return rows.view(hidden.shape)
 
     def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:
         on_device = positions.to(self.device, non_blocking=True)

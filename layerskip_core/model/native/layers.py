@@ -1,7 +1,7 @@
 """A chain of layers and a head as the C kernels read them: a span, a whole draft or a greedy verification is one call."""
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -135,22 +135,14 @@ class NativeLayers(RepackedLayers):
     def row_bytes(self) -> int:
         return self.engine.row_bytes()
 
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
-        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        self._call(self.engine.kernels.span, rows, start, stop, positions, cache)
-        return rows
-
-    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        self._call(self.engine.kernels.write, hidden.to(torch.float32).contiguous(), start, stop, positions, cache)
-
-    def _call(
-        self, kernel: Callable[..., None], rows: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
-    ) -> None:
-        """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
-        buffers = self.placed(positions, cache, start, stop)
+        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+        buffers, kernels = self.placed(positions, cache, start, stop), self.engine.kernels
         buffers.call.hidden = rows.data_ptr()
+        kernel = kernels.write if only_kv else kernels.span
         kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+        return rows
 
     def has(self, layers: Iterable[int]) -> bool:
         """Whether this copy has all of these layers."""
