@@ -142,10 +142,10 @@ class _Chat:
             for segments in stream.segments():
                 if self._colours:
                     mark = "underline" if self._console.no_color else "green"
-                    text = Text.assemble(*((segment.text, mark if segment.from_draft else "") for segment in segments))
+                    text = Text.assemble(*((piece, mark if from_draft else "") for piece, from_draft in segments))
                     self._console.print(text, end="", soft_wrap=True)
                 else:
-                    sys.stdout.write("".join(segment.text for segment in segments))
+                    sys.stdout.write("".join(piece for piece, _ in segments))
                     sys.stdout.flush()
                 if interruption is not None and interruption.signal is not None:
                     break

@@ -1,13 +1,12 @@
 """From prompts to text: one answer as it comes, and conversations."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..prompting import CHAT
 from .engine import check_prompt, decode
-from .output import Answer, DecodeStats, OutputText, Segment, StopReason
+from .output import Answer, DecodeStats, OutputText, StopReason
 from .target import PrefixCache
 
 
@@ -64,8 +63,11 @@ class TextStream:
             if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
 
-    def segments(self) -> Iterator[list[Segment]]:
-        """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
+    def segments(self) -> Iterator[list[tuple[str, bool]]]:
+        """The same text, as one list per step that may be empty: segments, and whether accepted drafts gave them.
+
+        A character belongs to the token that completes it.
+        """
         output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
         for [step] in self._decoding:
@@ -74,21 +76,18 @@ class TextStream:
                 output.decode([token], finished and count == len(step.ids))
                 ends.append((len(output.decoded), count <= step.counts.accepted))
             stop = start + len(output.show(finished))
-            segments: list[Segment] = []
+            segments: list[tuple[str, bool]] = []
             for end, from_draft in ends:
                 if (shown := min(end, stop)) > start:
-                    before = segments.pop().text if segments and segments[-1].from_draft == from_draft else ""
-                    segments.append(Segment(before + self.text[start:shown], from_draft))
+                    before = segments.pop()[0] if segments and segments[-1][1] == from_draft else ""
+                    segments.append((before + self.text[start:shown], from_draft))
                     start = shown
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield segments
 
 
-class Turn(NamedTuple):
-    """A message and its answer so far."""
-
-    message: str
-    answer: str
+Turn = tuple[str, str]
+"""A message and its answer so far."""
 
 
 class Dialogue:
@@ -114,7 +113,7 @@ class Dialogue:
         if self._asked is not None and self.has_turns:
             message, stream = self._asked
             if stream.text or stream.finish_reason is not None:
-                return (*self._turns, Turn(message, stream.text))
+                return (*self._turns, (message, stream.text))
         return self._turns
 
     def ask(self, message: str) -> TextStream:

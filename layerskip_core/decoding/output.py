@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ..errors import require
 
@@ -113,13 +113,6 @@ class Answer:
     stats: DecodeStats
     ids: list[int] = field(default_factory=list)
     row: int = 0
-
-
-class Segment(NamedTuple):
-    """Text that came from accepted drafts, or from the target alone."""
-
-    text: str
-    from_draft: bool
 
 
 class OutputText:

@@ -19,7 +19,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.dialogue import Dialogue, TextStream, Turn
+from layerskip_core.decoding.dialogue import Dialogue, TextStream
 from layerskip_core.errors import ConfigError, ContextError
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)
@@ -296,7 +296,7 @@ def test_an_answer_that_was_left_is_a_turn_as_far_as_it_came(loaded):
     assert dialogue.turns == ()
     stream = dialogue.ask("go")
     piece = next(iter(stream))
-    assert dialogue.turns == (Turn("go", piece),)
+    assert dialogue.turns == (("go", piece),)
     following = dialogue.ask("on")
     expected = TextStream(loaded, loaded.encode_prompt("on", [("go", piece)]), PLAIN)
     assert "".join(following) == "".join(expected)
@@ -305,8 +305,8 @@ def test_an_answer_that_was_left_is_a_turn_as_far_as_it_came(loaded):
         dialogue.ask(LONG)
     with pytest.raises(ConfigError, match="valid Unicode"):
         dialogue.ask("\ud800")
-    assert dialogue.turns == (Turn("go", piece), Turn("on", following.text))
+    assert dialogue.turns == (("go", piece), ("on", following.text))
     dialogue.forget(1)
-    assert dialogue.turns == (Turn("on", following.text),)
+    assert dialogue.turns == (("on", following.text),)
     dialogue.forget()
     assert dialogue.turns == ()
