@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
@@ -137,3 +138,25 @@ def loss_rows(folder):
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
+
+
+def same_weights(folder, reference):
+    found, expected = weights(folder), weights(reference)
+    return found.keys() == expected.keys() and all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+def require_exact_resumption(make, folder, between=lambda: None, **changes):
+    """A run of four steps that is cut in the third and resumed takes the steps of one that is not, bit by bit."""
+    whole, cut = folder / "whole", folder / "cut"
+    changes = {**changes, "steps": 4, "save_steps": 2}
+    expected = train(make(**changes, output=str(whole)))
+    with pytest.raises(Interrupted):
+        prepare(make(**changes, output=str(cut))).run(stop_at(3))
+    assert not (cut / "config.json").exists()
+    between()
+    reports = train(make(**changes, output=str(cut), resume=True))
+    assert [report.step for report in reports] == [3, 4]
+    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
+    assert reports[-1].exit_losses == expected[-1].exit_losses  # those of exits that were on before the cut too
+    assert same_weights(cut, whole)
+    assert (cut / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()

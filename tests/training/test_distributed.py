@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import finish, run, start
-from training_runs import in_processes, loss_rows, run_quietly, settings_on, weights
+from training_runs import in_processes, loss_rows, run_quietly, same_weights, settings_on, weights
 
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
@@ -67,7 +67,6 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
         assert step.pop("validation") == pytest.approx(expected.pop("validation"), rel=1e-5)
         assert step == expected
     assert loss_rows(both)[-1]["validation"]
-    expected_weights = weights(single)
-    assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights(both).items())
+    assert same_weights(both, single)
     checkpoint = Path(both) / "checkpoints" / "checkpoint-4"
     assert {"rng_state_0.pth", "rng_state_1.pth", "complete.json"} <= {file.name for file in checkpoint.iterdir()}

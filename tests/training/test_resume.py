@@ -17,7 +17,7 @@ from command_line import run
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
+from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train
 
 from layerskip_core.checkpoint.save import write_model
 from layerskip_core.config.model import DataConfig
@@ -36,11 +36,6 @@ def steps_saved(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*"))
 
 
-def same_weights(folder, reference):
-    expected = weights(reference)
-    return all(torch.equal(weight, expected[name]) for name, weight in weights(folder).items())
-
-
 ANCHOR = RetentionSettings(anchor=1.0)
 RESUMED = {
     "tied weights, named exits": ({"recipe": replace(RECIPE, exits=(1, 3))}, True),
@@ -51,19 +46,8 @@ RESUMED = {
 
 @pytest.mark.parametrize(("changes", "tied"), RESUMED.values(), ids=RESUMED)
 def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    changes = {**changes, "model": saved_base(tmp_path / "base", tie_word_embeddings=tied), "steps": 4, "save_steps": 2}
-    expected = train(settings(**changes, output=whole))
-
-    with pytest.raises(Interrupted):
-        prepare(settings(**changes, output=cut)).run(stop_at(3))
-    assert not (Path(cut) / "config.json").exists()
-    reports = train(settings(**changes, output=cut, resume=True))
-    assert [report.step for report in reports] == [3, 4]
-    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    assert reports[-1].exit_losses == expected[-1].exit_losses  # those of exits that were on before the cut too
-    assert same_weights(cut, whole)
-    assert (Path(cut) / "losses.jsonl").read_text() == (Path(whole) / "losses.jsonl").read_text()
+    base = saved_base(tmp_path / "base", tie_word_embeddings=tied)
+    require_exact_resumption(settings, tmp_path, **changes, model=base)
 
 
 def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_path, forks):

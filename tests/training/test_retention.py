@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div
-from training_runs import RECIPE, Interrupted, batch, loss_rows, recipe_module, saved_base, stop_at, train, weights
+from training_runs import RECIPE, batch, loss_rows, recipe_module, require_exact_resumption, saved_base, train
 
 from layerskip_core import losses
 from layerskip_core.checkpoint.open import for_decoding
@@ -231,16 +232,9 @@ def test_packed_rows_have_packed_texts(settings, tmp_path):
 
 
 def test_a_run_with_texts_is_resumed_bit_by_bit(settings, tmp_path, monkeypatch):
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    shared = {"retention": replace(QUARTER, anchor=0.5), "save_steps": 2, "accumulation": 2, "batch_size": 2}
-    expected = train(settings(**shared, output=whole))
-    with pytest.raises(Interrupted):
-        prepare(settings(**shared, output=cut)).run(stop_at(3))
-    monkeypatch.setattr(answers, "decode_batch", None)  # nothing is written again
-    reports = train(settings(**shared, output=cut, resume=True))
-    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    found, reference = weights(cut), weights(whole)
-    assert all(torch.equal(weight, reference[name]) for name, weight in found.items())
+    nothing_is_written_again = partial(monkeypatch.setattr, answers, "decode_batch", None)
+    changes = {"retention": replace(QUARTER, anchor=0.5), "accumulation": 2, "batch_size": 2}
+    require_exact_resumption(settings, tmp_path, nothing_is_written_again, **changes)
 
 
 def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):

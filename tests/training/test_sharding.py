@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Interrupted, in_processes, loss_rows, run_quietly, saved_base, settings_on, stop_at, weights
+from training_runs import (
+    Interrupted,
+    in_processes,
+    loss_rows,
+    run_quietly,
+    same_weights,
+    saved_base,
+    settings_on,
+    stop_at,
+    weights,
+)
 
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
@@ -88,8 +98,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
     assert (tmp_path / "resumed" / "losses.jsonl").read_bytes() == (tmp_path / "whole" / "losses.jsonl").read_bytes()
-    for name, weight in weights(tmp_path / "resumed").items():
-        assert torch.equal(weight, weights(tmp_path / "whole")[name])
+    assert same_weights(tmp_path / "resumed", tmp_path / "whole")
     assert stored_weights(tmp_path / "resumed") == sum(weight.numel() for weight in weights(tmp_path / "one").values())
     assert 0 < stored_weights(tmp_path / "adapters") < 10_000  # no weights of the model
     seen = [{tuple(ids) for ids in json.loads((tmp_path / f"seen-{rank}.json").read_text())} for rank in (0, 1)]

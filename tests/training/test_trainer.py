@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import RECIPE, loss_rows, settings_on, train, weights
+from training_runs import RECIPE, loss_rows, same_weights, settings_on, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -122,7 +122,7 @@ def test_the_run_is_reproducible_and_the_seed_matters(settings, tmp_path):
     ]
     final = [[report.final_loss for report in run] for run in runs]
     assert final[0] == final[1] != final[2]  # the adapters' fresh weights follow the seed too
-    assert all(torch.equal(weight, weights(tmp_path / "b")[name]) for name, weight in weights(tmp_path / "a").items())
+    assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_the_result_is_a_plain_checkpoint_with_its_details(trained, base):
