@@ -107,7 +107,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         values = torch.cat((torch.stack(step_sums), output["per_exit"]))
         self.sums = values if self.sums is None else self.sums + values
         self.micro_batches, self.exit_layers = self.micro_batches + 1, output["exit_layers"]
-        self.targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
+        self.targets = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
         scaled = output["loss"] / self.targets * self.accelerator.num_processes
         return (scaled, output) if return_outputs else scaled
@@ -130,7 +130,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
                 if not own:
                     batch["labels"].fill_(IGNORED)
                 output = inner(**batch, step=RunStep(self.state.global_step, self.state.max_steps))
-                sums[-1] += _targets(batch)
+                sums[-1] += (batch["labels"] != IGNORED).sum()
                 sums[: len(exits)] += output["per_exit"]
                 if "agreeing" in output:
                     sums[len(exits) : -1] += output["agreeing"]
@@ -293,7 +293,3 @@ def _arguments(plan: Plan) -> TrainingArguments:
     if arguments.n_gpu > 1:  # else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per GPU
         arguments._n_gpu = 1
     return arguments
-
-
-def _targets(inputs: dict[str, Tensor]) -> Tensor:
-    return (inputs["labels"] != IGNORED).sum()
