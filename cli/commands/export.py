@@ -29,17 +29,14 @@ def export(
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
     config, output = replace(config, model=model), config.output
+    from layerskip_core.export.run import README, export, export_packed
     from layerskip_core.files import hold
 
     if config.format == "packed":
-        from layerskip_core.export.packed import export_packed
-
         with hold(output, "layerskip export"):
             kinds, size = export_packed(config)
         narrate(f"wrote {model}, packed in {kinds}, to {output}: {size / 1e6:,.1f} MB")
         return
-    from layerskip_core.export.run import README, export
-
     with hold(output, "layerskip export"):
         exported = export(config)
     if not exported.trained:

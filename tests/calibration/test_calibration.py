@@ -4,8 +4,17 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.calibration.gptq import Aim, Moments, descended, gptq, searched, with_best_levels, with_best_scales
-from layerskip_core.calibration.model import quantize, tune
+from layerskip_core.calibration.model import (
+    Aim,
+    Moments,
+    descended,
+    gptq,
+    quantize,
+    searched,
+    tune,
+    with_best_levels,
+    with_best_scales,
+)
 from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.weights import int4_of

@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
 from layerskip_core.config.model import ExportConfig, PackingConfig
-from layerskip_core.export.packed import export_packed
+from layerskip_core.export.run import export_packed
 from layerskip_core.model import NativeBackend, native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native import compiled
