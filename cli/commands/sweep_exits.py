@@ -21,7 +21,7 @@ from ..options import Format, ReportFolder, SavedReport, command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.report.tables import Points
-    from layerskip_core.evaluation.results import Result, RunRecord
+    from layerskip_core.evaluation.results import RunRecord
 
 _BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # of a policy without more
 _HEIGHT = 12  # lines of a front
@@ -85,14 +85,18 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores in layerskip.json, in one step, what the sweep found, and says what that is.
+    """Stores in layerskip.json, in one step, what the sweep found, and says what that is; of Draft & Verify the fastest row.
 
     The recommended exit is one that drafts with the model's own layers, whatever the policy `exact` drafts with.
     """
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
-    advice, skip, info, told = record.recommendation, _skip_of(record.results), read_info(model), []
+    advice, skip, info, told = record.recommendation, None, read_info(model), []
+    skipping = [result for result in record.results if result.skip and result.num_draft_tokens is not None]
+    if skipping:
+        fastest = max(skipping, key=lambda result: result.speedup or 0.0)
+        skip = DecodingOptions(skip=fastest.skip, num_draft_tokens=fastest.num_draft_tokens or 1)
     info = replace(info, profile=record.profile or info.profile, skip=skip or info.skip)
     if advice is not None:
         exact = advice.policies[EXACT]
@@ -108,15 +112,6 @@ def _save(model: str, record: "RunRecord") -> None:
     write_info(model, info)
     for line in told:
         narrate(line)
-
-
-def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
-    """The skipped layers and the draft length of the fastest Draft & Verify row."""
-    rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
-    if not rows:
-        return None
-    best = max(rows, key=lambda result: result.speedup or 0.0)
-    return {"skip": best.skip, "num_draft_tokens": best.num_draft_tokens or 1}
 
 
 def front(points: "Points", width: int) -> Text:
