@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import parse_counts
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
-from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.drafters.exit import ExitDrafter, drafter_name
 
 
 def main() -> None:
@@ -76,18 +77,23 @@ def parsed() -> argparse.Namespace:
 
 
 def methods_of(arguments: argparse.Namespace, loaded: Decoder) -> dict[str, DecodingConfig]:
-    """Plain, adaptive, and each draft length with each of the exits and copies."""
+    """Plain, adaptive, lookups, and each draft length with each of the exits, of the copies too, with lookups and without."""
     options: DecodingOptions = {"max_new_tokens": arguments.max_new_tokens}
     layers = loaded.backend.num_layers
     methods = {
         name: resolve({**options, "strategy": name}, loaded.recommended(), layers) for name in ("autoregressive", "adaptive")
     }
-    fixed = [(None, exit_layer) for exit_layer in arguments.exits]
-    fixed += [(weights, layers) for weights in loaded.backend.draft_sides if weights is not None]
-    for weights, exit_layer in fixed:
-        for spec in arguments.specs:
-            name = f"{weights or f'exit {exit_layer}'}, {spec} drafts"
-            fixed_exit = {"exit_layer": exit_layer, "num_draft_tokens": spec, "draft_weights": weights}
+    fixed = [
+        (weights, exit_layer)
+        for weights, side in loaded.backend.draft_sides.items()
+        for exit_layer in (*arguments.exits, *([layers] if weights else []))
+        if exit_layer <= side.num_layers
+    ]
+    for spec in arguments.specs:
+        methods[f"lookup, {spec} drafts"] = decoding("lookup", options, num_draft_tokens=spec)
+        for (weights, exit_layer), lookup in product(fixed, (0, 2)):
+            name = f"{drafter_name(weights, exit_layer, layers)}, {spec} drafts{', lookups' if lookup else ''}"
+            fixed_exit = {"exit_layer": exit_layer, "num_draft_tokens": spec, "draft_weights": weights, "lookup": lookup}
             methods[name] = decoding("self-speculative", options, **fixed_exit)
     return methods
 
@@ -169,6 +175,21 @@ def report(
                 f"| {kind} | {name} | {figure['tokens_per_second']:.1f} | {figure['speedup']:.2f} | {min(ratios):.2f} | "
                 f"{drafted[0]} | {drafted[1]} | {', '.join(f'{drafter} {share:.0%}' for drafter, share in by.items())} |"
             )
+    print(
+        "\n| prompts | best fixed setting | its speedup | adaptive over it | adaptive's worst prompt over plain |\n|---|---|---|---|---|"
+    )
+    for kind in dict.fromkeys(figure["kind"] for figure in figures):
+        found = {figure["method"]: figure for figure in figures if figure["kind"] == kind}
+        adaptive = found.pop("adaptive")
+        best = max(found.values(), key=lambda figure: figure["speedup"])
+        ratio = adaptive["speedup"] / best["speedup"]
+        print(f"| {kind} | {best['method']} | {best['speedup']:.2f} | {ratio:.3f} | {adaptive['worst']:.2f} |")
+    of_adaptive = stats["adaptive"]
+    print("\nAdaptive drafting, prompt by prompt: " + "; ".join(
+        ", ".join(f"{name} {count}" for name, count in sorted(one.steps_by_drafter.items(), key=lambda item: -item[1]))
+        for one in of_adaptive
+    ))  # fmt: skip
+    print(f"Calibration error of its chances: {sum(of_adaptive, DecodeStats()).calibration_error:.1%}")
     if arguments.output:
         document = {
             "model": loaded.name,

@@ -20,7 +20,7 @@ from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
 from .drafters.lookup import LookupDrafter
 from .graphs import Recorder, instant, seconds_between
-from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, step_counts
+from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, foretold_counts, step_counts
 from .sampling import Sampler, accepted_choices
 from .target import CalmTarget, FixedTarget, PrefixCache, TargetOutput
 
@@ -137,11 +137,18 @@ class Row:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
 
-    def commit(self, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
-        """Adds verified tokens to the output, up to the first that ends it. `source`: Draft's, None in a prefill."""
+    def commit(
+        self, drafted: int, verified: list[int], source: str | None, layers: int, survival: Sequence[float] = ()
+    ) -> RowStep:
+        """Adds verified tokens to the output, up to the first that ends it.
+
+        `source` and `survival`: Draft's; no source in a prefill.
+        """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
         step = step_counts(drafted, len(verified) - 1, count, source, layers)
+        if survival:
+            step += foretold_counts(survival, len(verified) - 1)
         self.steps.append(step)
         return RowStep(self.number, verified[:count], reason, step)
 
@@ -283,10 +290,11 @@ class DecodingLoop:
         # The indices, in this pass, whose logits gave each row's newest token.
         last = [len(row.ids) - 1 - self.reused_tokens for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
         steps = []
-        for row, count, ids in zip(rows, draft.counts, verified, strict=True):
+        for index, (row, count, ids) in enumerate(zip(rows, draft.counts, verified, strict=True)):
             if drafter is not None:
                 drafter.observe(row.number, count, ids)
-            steps.append(row.commit(count, ids, source, output.layers))
+            of_row = "lookup" if index in draft.lookups else source
+            steps.append(row.commit(count, ids, of_row, output.layers, draft.survival))
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]

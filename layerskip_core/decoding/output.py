@@ -23,7 +23,9 @@ class DecodeStats:
     it were accepted and none of them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted.
     Steps without drafts count in `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a
     strategy that drafts, by what drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens
-    were chosen after j+1 layers.
+    were chosen after j+1 layers. `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that
+    they and all before them in the round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of
+    the chances.
     """
 
     sequences: int = 0
@@ -40,6 +42,15 @@ class DecodeStats:
     accepted_by_position: tuple[int, ...] = ()
     steps_by_drafter: dict[str, int] = field(default_factory=dict)
     tokens_by_layers: tuple[int, ...] = ()
+    foretold: tuple[int, ...] = ()
+    foretold_accepted: tuple[int, ...] = ()
+    foretold_sum: tuple[float, ...] = ()
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the foretold chances (ECE: Guo et al., 2017), over tenths of them."""
+        errors = zip_longest(self.foretold_sum, self.foretold_accepted, fillvalue=0)
+        return _ratio(sum(abs(chance - accepted) for chance, accepted in errors), sum(self.foretold))
 
     @property
     def acceptance_rate(self) -> float:
@@ -90,6 +101,16 @@ def step_counts(
         tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
         steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
     )
+
+
+def foretold_counts(survival: Sequence[float], accepted: int) -> DecodeStats:
+    """The counts of a draft whose tokens had these chances, when the first `accepted` of them agreed with the target."""
+    bins = [[0.0, 0.0, 0.0] for _ in range(10)]
+    for index, chance in enumerate(survival):
+        for place, value in enumerate((1, index < accepted, chance)):
+            bins[min(int(10 * chance), 9)][place] += value
+    counts, were_accepted, sums = zip(*bins, strict=True)
+    return DecodeStats(foretold=tuple(map(int, counts)), foretold_accepted=tuple(map(int, were_accepted)), foretold_sum=sums)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, joined, states_at
-from ..model.cache import KVCache
+from ..model.cache import KVCache, TokenRows
 from ..model.exit_blocks import PlacedBlock, target_block
 from .drafters import Draft
 from .graphs import Recorder
@@ -62,6 +62,9 @@ class FixedTarget:
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
         recorder, stops = self.recorder, tuple(draft.exit_states)
         if recorder is None:
+            padded = draft.tokens.numel() - len(draft.counts) > sum(draft.counts)
+            if padded and self._model.ragged and not (self.exit_cache and self.exit_cache.needs_finals):
+                return self._ragged_pass(draft, positions, cache)
             return self._pass(draft.tokens, draft.exit_states, positions, cache)
 
         def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -73,11 +76,38 @@ class FixedTarget:
         (logits,) = recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
         return TargetOutput(logits, self._layers)
 
+    def _ragged_pass(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """A pass without the draft's padding: each token is a row of its own. In its output, padding is 0."""
+        counts = torch.tensor(draft.counts) + 1
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        columns = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+
+        def flat(padded: Tensor) -> Tensor:
+            return padded[rows, columns][:, None]
+
+        states = self._completed(draft.tokens, draft.exit_states, positions, cache)
+        states = {stop: flat(reached) for stop, reached in states.items()}
+        output = self._pass(flat(draft.tokens), states, flat(positions), TokenRows(cache, counts.tolist()))
+
+        def padded(flat: Tensor | None) -> Tensor | None:
+            if flat is None:
+                return None
+            return flat.new_zeros(*draft.tokens.shape, *flat.shape[2:]).index_put_((rows, columns), flat[:, 0])
+
+        return TargetOutput(padded(output.logits), output.layers, padded(output.choices))
+
+    def _completed(
+        self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache
+    ) -> Mapping[int, Tensor]:
+        """The exit states of all tokens (B, T), if there are any: the last token may lack its own."""
+        if not states or (known := states[max(states)].shape[1]) == tokens.shape[1]:
+            return states
+        last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
+        return joined((states, last))
+
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> TargetOutput:
         """One pass over tokens (B, T), from their exit states on; the last token may lack its state."""
-        if states and (known := states[max(states)].shape[1]) < tokens.shape[1]:
-            last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
-            states = joined((states, last))
+        states = self._completed(tokens, states, positions, cache)
         if self._only_chooses and self._model.chooser is not None:
             start = max(states, default=0)
             choices = self._model.chooser(tokens, states.get(start), start, self._layers, positions, cache)

@@ -183,6 +183,7 @@ class Backend(Layers, Protocol):
         implementation: which kernels run, for reports.
         exact: whether calls are split to be batch-invariant. Such a backend takes one row.
         batch_invariant: whether a token has the same bits alone as among others, so that drafts change no greedy output.
+        ragged: whether it takes TokenRows, so that the rows of a pass have as many tokens as each needs.
         recordable: whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves.
         chooser: a kernel for layers, head and choice in one call; None if there is none.
         exit_blocks: the blocks of its exits, by their exits.
@@ -199,6 +200,8 @@ class Backend(Layers, Protocol):
     def exact(self) -> bool: ...
     @property
     def batch_invariant(self) -> bool: ...
+    @property
+    def ragged(self) -> bool: ...
     @property
     def recordable(self) -> bool: ...
     @property

@@ -1,8 +1,10 @@
 """A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -98,6 +100,10 @@ class KVCache:
         self._spares = True
         return self._reaching(stop, kv_heads, head_dim, like)
 
+    def sequences(self, count: int) -> tuple[Tensor, Tensor]:
+        """For a call of `count` tokens of each row: the slot of each token, and where each row's tokens begin, and end."""
+        return self.slots.repeat_interleave(count), torch.arange(0, self.rows * count + 1, count, dtype=torch.int32)
+
     def _reaching(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         held = self._storage
         if held is not None and held.shape[4] >= stop:
@@ -134,6 +140,28 @@ class WholeCache(KVCache):
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         return SpanWriter(self._cache, positions, whole=True)
+
+
+class TokenRows(KVCache):
+    """Another cache, for a call of some tokens of each of its rows: each token is a row of its own, row by row.
+
+    For readers of `scattered` alone.
+    """
+
+    def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
+        """`counts`: of tokens, by row."""
+        super().__init__(cache._num_layers, sum(counts), cache.max_positions)
+        self._cache, self._counts = cache, torch.tensor(counts)
+
+    def writer(self, positions: Tensor) -> "SpanWriter":
+        return self._cache.writer(positions)
+
+    def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+        return self._cache.scattered(stop, kv_heads, head_dim, like)
+
+    def sequences(self, count: int) -> tuple[Tensor, Tensor]:
+        ends = self._counts[self._counts > 0].cumsum(0, dtype=torch.int32)
+        return self._cache.slots.repeat_interleave(self._counts), F.pad(ends, (1, 0))
 
 
 class SpanWriter:

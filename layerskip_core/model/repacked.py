@@ -102,7 +102,7 @@ class RepackedBackend(ABC):
     """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
 
     chooser: Chooser | None = None
-    exact = batch_invariant = recordable = False
+    exact = batch_invariant = recordable = ragged = False
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class TransformersBackend:
     """
 
     implementation = "generic"
-    exact = batch_invariant = recordable = False
+    exact = batch_invariant = recordable = ragged = False
     chooser = None
 
     def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:

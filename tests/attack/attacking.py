@@ -13,7 +13,12 @@ _ERROR = re.compile(r"^error: \S.{9}", re.MULTILINE)
 def examples(count: int) -> settings:
     """Draws so many examples, times LAYERSKIP_ATTACK."""
     times = int(os.environ.get("LAYERSKIP_ATTACK", "1"))
-    return settings(max_examples=count * times, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count * times,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[__import__("hypothesis").Phase.generate],
+    )
 
 
 def require_sound(result: Result) -> None:

@@ -6,15 +6,20 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import answer_of, letters, prompt_of
+from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode_batch
+from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
+from layerskip_core.model.cache import TokenRows
 from layerskip_core.model.native.compiled import kernels
 
 KINDS = ["generic", "packed", "windows", "low-bit drafts", *(["native"] if kernels() else [])]
@@ -135,3 +140,47 @@ def test_what_cannot_be_batched_is_refused():
         list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`"):
         next(decode_batch(model_of("packed"), [[3], [4]], DecodingConfig("early-exit", exits=(2,), exit_confidence=0.5)))
+
+
+@pytest.mark.parametrize("reuses", [True, False])
+@pytest.mark.parametrize("counts", [(3, 0, 1), (0, 0, 4), (2, 1, 0)])
+def test_a_pass_without_padding_has_the_bits_of_each_row_alone(counts, reuses):
+    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
+    prompts, most = [prompt_of(length) for length in (9, 4, 13)], max(counts)
+    drafts = [prompt_of(most + 1, seed=row) for row in range(3)]
+
+    def passed(rows):
+        cache, longest = backend.new_cache(len(rows)), max(map(len, prompts))
+        padded = torch.tensor([(prompts[row] * longest)[:longest] for row in rows])
+        tokens = torch.tensor([drafts[row] for row in rows])
+        positions = torch.tensor([[len(prompts[row])] for row in rows]) + torch.arange(most + 1)
+        with torch.inference_mode():
+            backend.run_layers(backend.embed(padded), 0, 6, torch.arange(longest).expand(len(rows), -1), cache)
+            states = {}
+            if reuses:  # of all tokens but the last, as drafts by an exit leave them
+                states = {2: backend.run_layers(backend.embed(tokens[:, :-1]), 0, 2, positions[:, :-1], cache)}
+            draft = Draft(tokens, tuple(counts[row] for row in rows), exit_states=states)
+            return (
+                FixedTarget(backend, DecodingConfig("autoregressive", temperature=1.0)).verify(draft, positions, cache).logits
+            )
+
+    together = passed([0, 1, 2])
+    for row, count in enumerate(counts):
+        assert torch.equal(together[row, : count + 1], passed([row])[0, : count + 1])
+
+
+def test_some_rows_look_up_while_others_draft():
+    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
+    config = DecodingConfig("adaptive", profile=DraftProfile({"int8": 0.7}, (1.0, 1.0), {"int8": 0.2}))
+    drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+    rows = [[5, 6, 7, 8, 9, 10] * 5, prompt_of(30, seed=1), [11, 12, 13, 14] * 7 + [11, 12]]
+    cache, positions = backend.new_cache(3), torch.arange(29, 36).expand(3, -1)
+    with torch.inference_mode():
+        ids = torch.tensor(rows)
+        backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, torch.arange(29).expand(3, -1), cache)
+        draft = drafter.draft(Context([0, 1, 2], rows, ids[:, -1:], positions, cache), [6, 4, 0])
+        alone = drafter.draft(Context([1], rows[1:2], ids[1:2, -1:], positions[1:2], TokenRows(cache, [0, 1, 0])), [4])
+    assert (draft.lookups, draft.counts[0], draft.counts[2]) == ({0}, 6, 0)
+    assert draft.tokens[0].tolist() == [10, 5, 6, 7, 8, 9, 10]
+    count = min(draft.counts[1], alone.counts[0])
+    assert count > 0 and draft.tokens[1, : count + 1].tolist() == alone.tokens[0, : count + 1].tolist()

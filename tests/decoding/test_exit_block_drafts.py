@@ -15,7 +15,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import TorchBackend, TransformersBackend
+from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 SHAPE = {**WIDE, "max_position_embeddings": 64}
@@ -106,18 +106,19 @@ def test_rows_that_end_at_different_times_draft_on_their_own_states(kind, exit_l
 
 
 class Scheduled(AdaptiveDrafter):
-    """Takes the next of a schedule of options and lengths, whatever they promise."""
+    """Takes the next of a schedule of arms and lengths, whatever they promise."""
 
     schedule: list[tuple[int, int]]
 
-    def _plan(self, batch, most):
-        option, length = self.schedule.pop(0) if self.schedule else (0, 0)
-        options = [None, *self._known.options.values()]
-        return (options[option % len(options)], min(length, most), 0.0) if length else (None, 0, 1e9)
+    def _plan(self, rate, most, looked_up, others):
+        choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
+        arms = [None, *self._known.arms.values()]
+        arm, rows = arms[choice % len(arms)], range(len(looked_up))
+        return (arm, list(rows), min(length, most), DraftEnds()) if arm and length else None
 
 
 def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
-    """A loop in which options of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
+    """A loop in which arms of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
     config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
     loop = DecodingLoop(backend, prompts, config, eos_ids, None)
     loop._drafter.__class__ = Scheduled

@@ -271,7 +271,7 @@ class TableModel:
     Hidden states are (token, layers run, position); a state given to the wrong layer fails.
     """
 
-    num_layers, device, exact = 2, torch.device("cpu"), False
+    num_layers, device, exact, ragged = 2, torch.device("cpu"), False, False
     chooser, exit_blocks = None, {}
     shares_states, vocabulary, kernel = True, None, None  # of its draft side, which is the model itself
 

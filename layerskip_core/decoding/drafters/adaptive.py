@@ -9,108 +9,148 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ...model.backend import DraftEnds, Submodel
 from . import Context, Draft, DrafterSetup
 from .exit import ExitDrafter, drafter_name
-from .knowledge import Acceptance, LinearTime, Option, best_length, knowledge_of
+from .knowledge import NO_OTHERS, Acceptance, Arm, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
-_FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
-_COMPARED = 8  # rounds
-_LONGER = 2  # a draft that stays certain may be this many times as long as is best on average
+_LONGER = 1.25  # a draft that stays certain may be this many times as long as is best on average
 
 
 class AdaptiveDrafter:
-    """Drafts by a lookup, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
+    """Drafts by lookups, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
 
-    The times of passes are measured while decoding, unless that could change the output, which then would depend on more than
-    its seed: without that they are those that were known before.
+    A pass may verify looked-up tokens of some rows and another drafter's of the others. The times of passes are measured while
+    decoding, unless that could change the output, which then would depend on more than its seed: without that they are those
+    that were known before.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter]) -> None:
         """`drafters`: by their names in reports."""
-        self._drafters, self._is_greedy = drafters, setup.sampler.is_greedy
+        self._drafters, self._is_greedy, self._is_ragged = drafters, setup.sampler.is_greedy, setup.model.ragged
+        self._on_cpu = setup.model.device.type == "cpu"
         self._by_clock = self._is_greedy and setup.model.batch_invariant
         self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
         self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
-        self._preferred: Option | None = None  # of the options, whether a lookup was better or not
-        self._chosen: Option | None = None  # what drafted this round; None for a lookup and for plain decoding
-        self._rounds = 0
+        self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
+        self._drafted_rows: list[int] = []  # by it
+        self._steps = 0  # of it
         self._draft: Draft | None = None  # of the round
-        self._started, self._ended = 0.0, 0.0  # of the draft
+        self._started = self._ended = 0.0  # of the draft
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        batch = len(limits)
+        self._started = time.perf_counter()
         for row, (tokens, evidence) in zip(context.rows, self._lookup.find(context, limits), strict=True):
             if tokens:  # the target's verdict judges them whether they are used or not
                 self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
-        option, length, rate = self._plan(batch, max(limits))
-        self._chosen, self._started = None, time.perf_counter()
-        draft = None
+        self._arm, self._drafted_rows = None, []
+        draft = Draft(context.newest, (0,) * len(limits))
         if not (self._by_clock and self._known.wants_plain_step()):
-            draft = self._copied(context, rate)
-            if draft is None and option is not None:
-                self._chosen, ends = option, DraftEnds()
-                # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
-                if self._is_greedy and batch == 1 and context.newest.device.type == "cpu":
-                    ends, length = option.ends(rate), min(_LONGER * length, limits[0])
-                context = replace(context, positions=context.positions[:, : length + 1])
-                draft = self._drafters[option.name].draft(context, [min(length, limit) for limit in limits], ends)
-        self._draft = draft or Draft(context.newest, (0,) * batch)
-        self._ended, self._is_timed = time.perf_counter(), False
-        return self._draft
+            draft = self._best_draft(context, limits)
+        self._known.fade(self._arm)
+        self._draft, self._ended, self._is_timed = draft, time.perf_counter(), False
+        return draft
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
-        assert self._draft is not None
+        draft, known = self._draft, self._known
+        assert draft is not None
         if self._by_clock and not self._is_timed:
-            self._is_timed, (rows, tokens) = True, self._draft.tokens.shape
-            draft_time, verify_time = self._ended - self._started, time.perf_counter() - self._ended
-            self._known.observe_round(self._chosen, tokens - 1, draft_time, rows * tokens, verify_time)
+            self._is_timed, (rows, tokens) = True, draft.tokens.shape
+            tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
+            seconds = self._ended - self._started, time.perf_counter() - self._ended
+            known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
         found, acceptance = self._found.pop(row, ([], None))
         if acceptance is not None:
             acceptance.compare(found, verified)
-        if self._chosen is not None:
-            self._chosen.observe(drafted, len(verified) - 1, self._draft.confidence)
+        if self._arm is not None and row in self._drafted_rows:
+            self._arm.acceptance.observe(drafted, len(verified) - 1)
+            if draft.confidence:
+                self._arm.calibration.observe(len(verified) - 1, draft.confidence)
 
-    def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
-        """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row.
+    def _best_draft(self, context: Context, limits: Sequence[int]) -> Draft:
+        looked_up, rate, others = self._lookups(context.rows)
+        plan = self._plan(rate, max(limits), looked_up, others)
+        if plan is None:
+            return copied(context, looked_up)
+        self._arm, rows, length, ends = plan
+        self._drafted_rows = [context.rows[index] for index in rows]
+        within = set(rows)
+        capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
+        context = replace(context, positions=context.positions[:, : length + 1])
+        draft = self._drafters[self._arm.name].draft(context, capped, ends)
+        self._steps = draft.tokens.shape[1] - 1
+        draft = replace(draft, survival=self._arm.calibration.survival(draft.confidence))
+        return draft if len(rows) == len(limits) else _merged(draft, copied(context, looked_up))
 
-        As long as it beats plain decoding, the last choice is compared with the others in one round of `_COMPARED` only.
+    def _plan(
+        self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int]
+    ) -> tuple[Arm, list[int], int, DraftEnds] | None:
+        """The arm that may beat lookups, which give this `rate`; the rows that it drafts for, how much, and where it ends.
+
+        It drafts for all rows or, as `others` says, for those without a lookup. A drafter whose states the target goes on from
+        needs all.
         """
-        chosen, length, rate = None, 0, 1 / self._known.plain.of(batch)
-        last, self._rounds = self._preferred, self._rounds + 1
-        if last is not None and self._rounds < _COMPARED:
-            promised, best = last.plan(batch, most)
-            if promised > rate:
-                return last, best, promised
-        for option in self._known.options.values():
-            if option is not last:
-                self._known.forget(option, self._rounds)
-            promised, best = option.plan(batch, most)
-            if promised > rate:
-                chosen, length, rate = option, best, promised
-        self._preferred, self._rounds = chosen, 0
-        return chosen, length, rate
-
-    def _copied(self, context: Context, rate: float) -> Draft | None:
-        """The continuations that were found, if on average over the rows they promise more than `rate`."""
-        if not self._found:
+        known, batch = self._known, len(looked_up)
+        alone = [index for index, tokens in enumerate(looked_up) if not tokens]
+        mixes = self._is_greedy and self._is_ragged and 0 < len(alone) < batch
+        chosen = known.choose(rate, most, batch, (len(alone), others) if mixes else None)
+        if chosen is None:
             return None
-        batch, plain = len(context.rows), self._known.plain
-        alone = 1 / plain.of(batch)
-        drafts: list[list[int]] = []
-        promised = 0.0
-        for row in context.rows:
+        arm, is_mixed = chosen
+        rows, elsewhere = (alone, others) if is_mixed else (list(range(batch)), NO_OTHERS)
+        rate, length = known.best_length(arm, len(rows), most, others=elsewhere)
+        # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
+        if self._is_greedy and batch == 1 and self._on_cpu:
+            return arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
+        return arm, rows, length, DraftEnds()
+
+    def _lookups(self, rows: Sequence[int]) -> tuple[list[list[int]], float, tuple[float, int]]:
+        """By row, of the continuation that was found as much as pays; the tokens per unit of time that this promises.
+
+        And of the rows that look up: the tokens that they are expected to get, and those that the pass has of them.
+        """
+        passes, batch = self._known.passes, len(rows)
+        survivals: list[tuple[float, int]] = []
+        for index, row in enumerate(rows):
             tokens, acceptance = self._found.get(row, ([], None))
-            of_row, length = 0.0, 0
             if acceptance is not None:
-                of_row, length = best_length(acceptance.chances, _FREE, 0, plain, batch, len(tokens))
-            promised += max(of_row, alone)
-            drafts.append(tokens[:length] if of_row > alone else [])
-        return copied(context, drafts) if any(drafts) and promised > batch * rate else None
+                survival, later = acceptance.chances()
+                for _ in tokens:
+                    survivals.append((survival, index))
+                    survival *= later
+        survivals.sort(reverse=True)
+        counts, best_counts, expected, extra = [0] * batch, [0] * batch, float(batch), 0
+        best_rate = batch / passes.of(batch)
+        for survival, index in survivals:
+            counts[index] += 1
+            expected += survival
+            extra = extra + 1 if self._is_ragged else batch * max(counts)
+            rate = expected / passes.of(batch + extra)
+            if rate > best_rate:
+                best_rate, best_counts = rate, list(counts)
+            elif rate < 0.8 * best_rate:
+                break
+        used = [index for index, count in enumerate(best_counts) if count]
+        gained = sum(survival for survival, _ in survivals[: sum(best_counts)])
+        looked_up = [self._found[row][0][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
+        return looked_up, best_rate, (len(used) + gained, len(used) + sum(best_counts))
+
+
+def _merged(draft: Draft, lookups: Draft) -> Draft:
+    """The drafts of the rows that the second has none for, and those of the second."""
+    width = max(draft.tokens.shape[1], lookups.tokens.shape[1])
+    tokens = torch.zeros(len(draft.counts), width, dtype=torch.long)
+    tokens[:, : draft.tokens.shape[1]] = draft.tokens
+    looked_up = [index for index, count in enumerate(lookups.counts) if count]
+    tokens[looked_up, : lookups.tokens.shape[1]] = lookups.tokens[looked_up]
+    counts = tuple(looked or drafted for drafted, looked in zip(draft.counts, lookups.counts, strict=True))
+    return replace(draft, tokens=tokens, counts=counts, lookups=frozenset(looked_up))
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

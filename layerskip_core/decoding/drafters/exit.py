@@ -9,6 +9,7 @@ from torch import Tensor
 from ...config.model import Quantization
 from ...errors import require
 from ...model.backend import DraftEnds, Submodel, beyond_exit, joined, states_at
+from ...model.cache import TokenRows
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
@@ -37,6 +38,8 @@ class ExitDrafter:
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
         # A draft side with other weights has other states than the target.
         self._reuses = setup.reuse_exit_states and side.shares_states
+        block = submodel.block
+        self._is_ragged = setup.model.ragged and not self._reuses and (block is None or block.join is None)
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident.
@@ -45,13 +48,14 @@ class ExitDrafter:
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         if not self._sampler.is_greedy or len(limits) > 1:
-            return self._step_by_step(context, limits, ends)
+            narrow = self._is_ragged and self._sampler.is_greedy and not ends.needs_probs
+            return self._narrowing(context, limits) if narrow else self._step_by_step(context, limits, ends)
         submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
         if self._side.kernel is not None:
             tokens, states, probs = self._side.kernel(
                 context.newest, submodel, positions, context.cache, ends, context.features
             )
-            return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, probs)
+            return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, confidence=probs)
         recorder = self._recorder
         if recorder is None or ends.needs_probs or context.features is not None:
             return self._step_by_step(context, limits, ends)
@@ -65,6 +69,25 @@ class ExitDrafter:
         tokens, *kept = recorder.run(name, work, context.newest, positions)
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
         return Draft(tokens, (tokens.shape[1] - 1,), None, states, self.source)
+
+    def _narrowing(self, context: Context, limits: Sequence[int]) -> Draft:
+        """Greedy drafts of several rows, by a copy: each step runs only the rows that go on."""
+        side, rooms, tokens = self._side, list(limits), [context.newest]
+        for step in range(max(rooms)):
+            going = [row for row, room in enumerate(rooms) if room > step]
+            if not going:
+                break
+            cache = TokenRows(context.cache, [int(room > step) for room in rooms])
+            positions, hidden = context.positions[going, step : step + 1], side.layers.embed(tokens[-1][going])
+            states = side.layers.run_layers(hidden, 0, self.submodel.exit_layer, positions, cache)
+            logits, _ = beyond_exit(side, self.submodel, states, positions, cache, None)
+            token = tokens[-1].clone()
+            token[going] = side.choose(logits)
+            tokens.append(token)
+            for row in going:
+                if int(token[row]) in self._eos_ids:
+                    rooms[row] = step + 1
+        return Draft(torch.cat(tokens, dim=1), tuple(rooms), source=self.source)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         side, submodel, cache = self._side, self.submodel, context.cache
@@ -107,7 +130,7 @@ class ExitDrafter:
             torch.cat(probs[:longest], dim=1) if probs[:longest] else None,
             joined(states[: longest + 1]) if self._reuses else {},
             self.source,
-            largest[0][:longest] if len(rooms) == 1 else (),
+            confidence=largest[0][:longest] if len(rooms) == 1 else (),
         )
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:

@@ -1,22 +1,29 @@
-"""Adaptive drafting's knowledge of a model: its drafters, their acceptance, and the time of passes."""
+"""Adaptive drafting's knowledge of a model: how often its drafters are right, and how long passes take.
+
+The drafters are the arms of a bandit. Which one is best follows from few numbers, each of which is only known as well as it was
+tried; so an arm is judged by the upper end of what its numbers may be (UCB: Auer et al., 2002), and what was never tried is.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from math import log, log2, sqrt
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
 from .exit import ExitDrafter
 
-_MEMORY = 0.98  # weight of what was known, per new observation
-_FADING = 0.999  # weight of how often drafts were accepted, per round in which none was tried
+_MEMORY = 0.995  # weight of what was known, per new observation
+_LONG_MEMORY = 0.998  # the same of how far to trust a probability, which differs less between texts
+_FADING = 0.999  # the same per round in which an arm was not tried
 _STRENGTH = 4.0  # observations that a prior counts as
+_MEASURED = 8.0  # the same of one that was measured, on other texts
+_DEVIATIONS = 1.0  # standard deviations between what is expected of an arm and what it is judged by
+_UNTRIED = 1.5  # the time of an arm that was never tried may be so many times shorter than expected
+_TIMES = 0.07  # weight of a newly measured time
 _JUMP = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
-_PRIOR_AT, _PRIOR_WEIGHT = 4, 2.0  # a prior of a line counts as so many measurements of so many rows or passes
-_RIDGE = 30.0  # ridge weight towards the prior slope, in units of the sum of (n - mean)^2
+_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 
-_CALL = 0.03  # of a pass of one row: what a draft takes besides its passes
-_ROW = 0.06  # of a pass of one row: for each further row
+_ROW = 0.06  # of a pass of one token: for each further token
 _SLOW_ROW = 0.5  # the same for transformers' layers on a CPU, whose kernels are made for one row or for many
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92}  # of calibrated int4 weights
@@ -31,6 +38,9 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 _PLAIN_AT, _PLAIN_EVERY = 4, 128
 
 
+NO_OTHERS = 0.0, 0  # see `best_length`
+
+
 class Acceptance:
     """The chance that a draft is accepted given that all before it were: of the first in a round, and of later ones.
 
@@ -41,14 +51,16 @@ class Acceptance:
         self._priors, self._strength = (first, later), strength
         self._tested, self._accepted = [0.0, 0.0], [0.0, 0.0]  # of first drafts, of later ones
 
-    @property
-    def chances(self) -> tuple[float, float]:
-        """Of the first draft and of later ones."""
-        first, later = (
-            (accepted + self._strength * prior) / (tested + self._strength)
-            for tested, accepted, prior in zip(self._tested, self._accepted, self._priors, strict=True)
-        )
-        return first, later
+    def chances(self, deviations: float = 0.0) -> tuple[float, float]:
+        """Of the first draft and of later ones: the mean, or the upper end of Wilson's interval of so many deviations."""
+        ends = []
+        square = deviations * deviations
+        for tested, accepted, prior in zip(self._tested, self._accepted, self._priors, strict=True):
+            count = tested + self._strength
+            mean = (accepted + self._strength * prior) / count
+            spread = deviations * sqrt(mean * (1 - mean) / count + square / (4 * count * count))
+            ends.append((mean + square / (2 * count) + spread) / (1 + square / count))
+        return ends[0], ends[1]
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Of `drafted` tokens the first `accepted` were right, and the next one, if there is one, was wrong."""
@@ -63,124 +75,158 @@ class Acceptance:
         accepted = next((index for index, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
 
-    def forget(self, rounds: int) -> None:
+    def fade(self) -> None:
         """Moves towards the priors: what has not been tried for long is worth another try."""
-        kept = _FADING**rounds
-        self._tested = [kept * tested for tested in self._tested]
-        self._accepted = [kept * accepted for accepted in self._accepted]
+        self._tested = [_FADING * tested for tested in self._tested]
+        self._accepted = [_FADING * accepted for accepted in self._accepted]
 
 
-class LinearTime:
-    """The time of n passes, or of a pass of n rows: a fixed part and one for each, fitted to what was measured.
+class PassTimes:
+    """The time of a pass by its number of tokens: known at powers of 2, linear between them, never shorter for more tokens.
 
-    Discounted least squares. A line, because each measurement then tells something about every n: with a time for each n, one
-    disturbed measurement would keep its n from ever being tried again. Where all measurements have nearly the same n, the slope
-    is that of the line that is known at first, in the unit of the measurements.
+    A pass of few tokens waits for memory and one of many for arithmetic, so that no one line fits. A measurement moves the
+    times of all numbers by its relative error, the less the further they are: where nothing was measured, the curve keeps the
+    shape that it had at first.
     """
 
-    def __init__(self, fixed: float, each: float) -> None:
-        self.fixed, self.each = self._first = fixed, each
-        sums = _weighted(_PRIOR_WEIGHT, _PRIOR_AT, self.of(_PRIOR_AT))
-        self._prior = self._sums = sums  # of the weights, n, n n, time, n time
+    def __init__(self, of_one: float, each: float, known: Sequence[float] = ()) -> None:
+        """A line, where the times of passes of 1, 2, ... tokens are not `known`."""
+        measured = len(known)
+        if measured > 1:  # where rows cost nothing, as on a GPU, the last time may be below the first
+            of_one, each = known[0], max(known[-1] - known[0], 0.0) / (measured - 1)
+        numbers = [1 << power for power in range(11)]
+        self._times = [known[n - 1] if n <= measured else of_one + each * (n - 1) for n in numbers]
+        self._weights = [0.0] * len(numbers)
+        self._order()
 
     def of(self, n: int) -> float:
-        return self.fixed + n * self.each
+        below = min((n - 1).bit_length() - 1 if n > 1 else 0, len(self._times) - 2)
+        low, high, start = self._times[below], self._times[below + 1], 1 << below
+        return low + (high - low) * (n - start) / start
+
+    def slope(self, n: int) -> float:
+        """Of one more token."""
+        return self.of(n + 1) - self.of(n)
 
     def observe(self, n: int, time: float) -> None:
-        self._fit(_MEMORY, _weighted(1.0, n, min(time, _JUMP * self.of(n))))
+        error = min(time / self.of(n), _JUMP) - 1
+        where = log2(n)
+        for place, known in enumerate(self._times):
+            near = 2.0 ** (-abs(where - place) / 2)
+            self._weights[place] += near
+            self._times[place] = known * (1 + near * error * max(_TIMES, 1 / (1 + self._weights[place])))
+        self._order()
 
-    def forget(self, rounds: int, unit: float) -> None:
-        """Moves towards what was known at first, whose unit has this length now: a disturbance must not last."""
-        kept = _MEMORY**rounds
-        units = (1.0, 1.0, 1.0, unit, unit)
-        self._fit(kept, [(1 - kept) * known * length for known, length in zip(self._prior, units, strict=True)])
-
-    def _fit(self, kept: float, added: Sequence[float]) -> None:
-        """Ridge regression towards the first slope, of what is kept and what is added; neither part is below 0."""
-        self._sums = [kept * total + new for total, new in zip(self._sums, added, strict=True)]
-        weight, of_n, of_squares, of_times, of_products = self._sums
-        fixed, each = self._first
-        expected = fixed * weight + each * of_n
-        slope = each * of_times / expected if expected else 0.0
-        spread = of_squares - of_n * of_n / weight
-        self.each = max((of_products - of_n * of_times / weight + _RIDGE * slope) / (spread + _RIDGE), 0.0)
-        self.fixed = (of_times - self.each * of_n) / weight
-        if self.fixed < 0:
-            self.fixed, self.each = 0.0, of_products / of_squares
+    def _order(self) -> None:
+        for place in range(1, len(self._times)):
+            self._times[place] = max(self._times[place], self._times[place - 1])
 
 
-def _weighted(weight: float, n: int, time: float) -> list[float]:
-    """A measurement in the sums of a LinearTime."""
-    return [weight * value for value in (1.0, n, n * n, time, n * time)]
+class Calibration:
+    """How far to trust a drafter's own probability p: its draft is rejected with probability doubt * (1 - p)^power.
 
-
-def best_length(
-    chances: tuple[float, float], draft: LinearTime, ahead: int, verify: LinearTime, batch: int, most: int
-) -> tuple[float, int]:
-    """The most expected tokens per unit of time for one row, and the number of drafts, 1..most, that gives them.
-
-    A round of d drafts takes d + `ahead` passes of the draft side, and a pass of d + 1 tokens for each of `batch` rows. It
-    gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section 3.1), a and
-    a' being the `chances` of `Acceptance`. `draft` is for one row; more of them take longer as a pass of the target does.
-    """
-    best_rate, best, tokens, (survival, later) = 0.0, 0, 1.0, chances
-    slower = verify.of(batch) / verify.of(1)
-    once, each = slower * draft.of(ahead) + verify.of(batch), slower * draft.each + batch * verify.each
-    for length in range(1, most + 1):
-        tokens += survival
-        rate = tokens / (once + length * each)
-        if rate <= best_rate:
-            break
-        best_rate, best = rate, length
-        survival *= later
-    return best_rate, best
-
-
-@dataclass
-class Option:
-    """One way to draft, and what is known about it. All times are in the same unit.
-
-    A draft of probability p by its drafter is taken to be rejected with probability doubt * (1 - p)^power.
+    The power is that under which what was seen is most probable.
     """
 
-    name: str
-    acceptance: Acceptance
-    draft: LinearTime  # by passes of the draft's layers, of one row
-    ahead: int  # passes besides one per token: 1 where the target needs the last draft's state
-    verify: LinearTime  # by rows
-    rejected: float  # lately, and so the sum of (1 - p)^power over the drafts that were tested
-    doubted: float
-    power: int
+    def __init__(self, doubt: float, power: int) -> None:
+        self._rejected = _STRENGTH * doubt
+        self._doubted = dict.fromkeys((1, 2, 3, 4), _STRENGTH)  # by power, sum of (1 - p)^power over the drafts tested
+        self._likelihood = {known: 2.0 * (known == power) for known in self._doubted}  # logarithms
+        self._prior = doubt, power
+        self.power = power
 
     @property
     def doubt(self) -> float:
-        return self.rejected / self.doubted
+        return self._doubt(self.power)
 
-    def plan(self, batch: int, most: int) -> tuple[float, int]:
-        """Expected tokens per unit of time and row, and the length that gives them."""
-        return best_length(self.acceptance.chances, self.draft, self.ahead, self.verify, batch, most)
+    def _doubt(self, power: int) -> float:
+        return min(self._rejected / self._doubted[power], 1.0)
 
-    def ends(self, rate: float) -> DraftEnds:
-        """Where the probability of all drafts so far is so low that one more does not pay at this rate."""
-        cost, gain = rate * (self.draft.each + self.verify.each), self.acceptance.chances[1]  # in tokens, if all were right
-        return DraftEnds(survival=cost / gain if cost < gain else 1.0, doubt=self.doubt, power=self.power)
+    def observe(self, accepted: int, probs: Sequence[float]) -> None:
+        """Of drafts with these probabilities the first `accepted` were right, and the next one, if there is one, was wrong."""
+        for index, prob in enumerate(probs[: accepted + 1]):
+            is_wrong = index >= accepted
+            for power, doubted in self._doubted.items():
+                weight = (1 - prob) ** power
+                wrong = min(max(self._doubt(power) * weight, 1e-4), 1 - 1e-4)
+                self._likelihood[power] = _LONG_MEMORY * self._likelihood[power] + log(wrong if is_wrong else 1 - wrong)
+                self._doubted[power] = _LONG_MEMORY * doubted + weight
+            self._rejected = _LONG_MEMORY * self._rejected + is_wrong
+        self.power = max(self._likelihood, key=self._likelihood.__getitem__)
 
-    def observe(self, drafted: int, accepted: int, probs: Sequence[float]) -> None:
-        """The first `accepted` of `drafted` tokens, perhaps with these probabilities, were right, and the next one wrong."""
-        self.acceptance.observe(drafted, accepted)
-        if probs:
-            tested = probs[: accepted + 1]
-            self.rejected = _MEMORY * self.rejected + (len(tested) > accepted)
-            self.doubted = _MEMORY * self.doubted + sum((1 - prob) ** self.power for prob in tested)
+    def survival(self, probs: Sequence[float]) -> list[float]:
+        """By draft, the probability that it and all before it are accepted."""
+        product, doubt, power = 1.0, self.doubt, self.power
+        return [product := product * (1 - doubt * (1 - prob) ** power) for prob in probs]
+
+
+def best_length(
+    chances: tuple[float, float],
+    step: float,
+    passes: PassTimes,
+    most: int,
+    ahead: int = 0,
+    share: float = 1.0,
+    rows: int = 1,
+    others: tuple[float, int] = NO_OTHERS,
+) -> tuple[float, int]:
+    """The most expected tokens per unit of time, and the number of drafts, 1..most, of each of `rows` that gives them.
+
+    A round of d drafts takes d + `ahead` steps of the drafter, and the target's `share` of a pass over d + 1 tokens of each
+    row. It gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section
+    3.1), a and a' being the `chances` of `Acceptance`. `others`: the tokens that other rows of the pass are expected to get,
+    and those that the pass has of them.
+    """
+    (survival, later), best_rate, best, tokens, drafted = chances, 0.0, 0, 1.0, 0
+    for length in (*(length for length in _LENGTHS if length < most), most):
+        while drafted < length:
+            tokens, survival, drafted = tokens + survival, survival * later, drafted + 1
+        time = (length + ahead) * step + share * passes.of(others[1] + rows * (length + 1))
+        rate = (others[0] + rows * tokens) / time
+        if rate <= best_rate:
+            break
+        best_rate, best = rate, length
+    return best_rate, best
+
+
+class Arm:
+    """One way to draft, and what is known about it.
+
+    Attributes:
+        step: the time of one pass of its layers over one row.
+        ahead: passes besides one per token: 1 where the target needs the last draft's state.
+        share: of a pass of the target that is left to verify its drafts.
+    """
+
+    def __init__(self, name: str, acceptance: Acceptance, step: float, share: float, calibration: Calibration) -> None:
+        self.name, self.acceptance, self.calibration = name, acceptance, calibration
+        self.step, self.share, self.ahead = step, share, int(share < 1)
+        self.is_tried = False
+        self._first_step = step
+
+    def fade(self) -> None:
+        """For a round in which it was not tried."""
+        self.acceptance.fade()
+        self.step += (1 - _MEMORY) * (min(self.step, self._first_step) - self.step)
+
+    def observe_times(self, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
+        """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
+        step = draft_time / (drafted + self.ahead)
+        if self.is_tried:
+            self.step += _TIMES * (min(step, _JUMP * self.step) - self.step)
+        else:
+            self.is_tried, self.step = True, step
+            self._first_step = min(step, self._first_step)
+        if self.ahead:
+            self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
 
 class Knowledge:
-    """The estimates for one model. Times are in passes of one row, as the first one that was measured."""
+    """The estimates for one model. Times are in passes of one token, as the first one that was measured."""
 
-    def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
-        self.plain, self.options = plain, options
+    def __init__(self, passes: PassTimes, arms: dict[str, Arm]) -> None:
+        self.passes, self.arms = passes, arms
         self._lookups = [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in _LOOKUPS]
-        self._first_pass = plain.of(1)
         self._pass_seconds: float | None = None
         self._steps = 0
 
@@ -193,23 +239,58 @@ class Knowledge:
         step, self._steps = self._steps, self._steps + 1
         return step % _PLAIN_EVERY == _PLAIN_AT
 
-    def forget(self, option: Option, rounds: int) -> None:
-        """What has not been tried for long is worth another try: it may have been unlucky, or its times disturbed."""
-        unit = self.plain.of(1) / self._first_pass
-        option.acceptance.forget(rounds)
-        for times in (option.draft, option.verify):
-            if times is not self.plain:
-                times.forget(rounds, unit)
+    def best_length(
+        self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
+    ) -> tuple[float, int]:
+        """See `best_length`, for the upper end of what is known of the arm."""
+        step = arm.step * self.passes.of(rows) / self.passes.of(1)
+        if deviations and not arm.is_tried:
+            step /= _UNTRIED
+        chances = arm.acceptance.chances(deviations)
+        return best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others)
 
-    def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
-        """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""
-        verify = self.plain if option is None else option.verify
+    def choose(
+        self, rate: float, most: int, rows: int, mixed: tuple[int, tuple[float, int]] | None = None
+    ) -> tuple[Arm, bool] | None:
+        """The arm that may give the most tokens per unit of time, if more than `rate`, for all `rows`; or, and then True, for
+        some of them, as `mixed` says, while the others look up. A drafter whose states the target goes on from needs all rows.
+        """
+        best = None
+        for arm in self.arms.values():
+            plans = [(rows, NO_OTHERS)] if mixed is None or arm.share < 1 else [(rows, NO_OTHERS), mixed]
+            for count, others in plans:
+                promised, _ = self.best_length(arm, count, most, _DEVIATIONS, others)
+                if promised > rate:
+                    rate, best = promised, (arm, others is not NO_OTHERS)
+        return best
+
+    def fade(self, chosen: Arm | None) -> None:
+        """For a round of this arm: all others may have been unlucky, or their times disturbed."""
+        for arm in self.arms.values():
+            if arm is not chosen:
+                arm.fade()
+
+    def ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:
+        """Where the probability of all drafts so far is so low that one more does not pay at this rate. For one row."""
+        cost = rate * (arm.step + arm.share * self.passes.slope(length + 1))  # in tokens
+        gain = arm.acceptance.chances()[1]
+        survival = cost / gain if cost < gain else 1.0
+        return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
+
+    def observe_round(
+        self, arm: Arm | None, rows: int, drafted: int, tokens: int, draft_seconds: float, verify_seconds: float
+    ) -> None:
+        """`rows` got `drafted` tokens each by this arm; then a pass over `tokens` verified."""
+        share = 1.0 if arm is None else arm.share
+        expected = self.passes.of(tokens)
         if self._pass_seconds is None:
-            self._pass_seconds = verify_time / verify.of(rows)
-        verify.observe(rows, verify_time / self._pass_seconds)
-        if option is not None and drafted:
-            slower = verify.of(rows // (drafted + 1)) / verify.of(1)
-            option.draft.observe(drafted + option.ahead, draft_time / self._pass_seconds / slower)
+            self._pass_seconds = verify_seconds / (share * expected)
+        verify_time = verify_seconds / self._pass_seconds
+        if share == 1:
+            self.passes.observe(tokens, verify_time)
+        if arm is not None and drafted:
+            slower = self.passes.of(rows) / self.passes.of(1)
+            arm.observe_times(drafted, draft_seconds / self._pass_seconds / slower, verify_time, expected)
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
@@ -224,41 +305,31 @@ def knowledge_of(model: Backend, drafters: Mapping[str, ExitDrafter], profile: D
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
     key = ", ".join(drafters)
     if key not in by_drafters:
-        by_drafters[key] = _at_first(model, drafters, profile)
+        by_drafters[key] = _at_first(model, drafters, profile, remembered)
     return by_drafters[key]
 
 
-def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile) -> Knowledge:
-    spec, passes = model.spec, profile.passes
+def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, measures: bool) -> Knowledge:
+    """`measures`: whether times will be measured; else those that are known count as if they were."""
+    spec = model.spec
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    if len(passes) > 1:
-        # Where rows cost nothing, as on a GPU, the last time may be below the first; many rows must not take less than no time.
-        each = max(passes[-1] - passes[0], 0.0) / (len(passes) - 1)
-        plain = LinearTime(passes[0] - each, each)
-    else:
-        each = _SLOW_ROW if model.implementation == "generic" and model.device.type == "cpu" else _ROW
-        plain = LinearTime(1 - each, each)
-    step = plain.of(1)
-    options: dict[str, Option] = {}
+    slow = model.implementation == "generic" and model.device.type == "cpu"
+    passes = PassTimes(1.0, _SLOW_ROW if slow else _ROW, profile.passes)
+    arms: dict[str, Arm] = {}
     for name, drafter in drafters.items():
         weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
         is_exit = exit_layer < spec.layers
-        known = profile.drafts if passes else {}  # without both the units would differ
+        known = profile.drafts if profile.passes else {}  # without both the units would differ
         layers = exit_layer + (drafter.submodel.block is not None)
-        draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
-        acceptance = profile.acceptance.get(name)
+        step = known.get(name, (layers * layer + head) * passes.of(1) * _COPY_COST.get(weights or "", 1.0))
+        acceptance, strength = profile.acceptance.get(name), _MEASURED
         if acceptance is None:
             of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
-            acceptance = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0)
-        verify = plain
-        if weights is None:
-            rest = 1 - exit_layer * layer  # of a pass: the target goes on from the exit
-            verify = LinearTime(rest * plain.fixed, rest * plain.each)
-        doubt, power = _CALIBRATIONS[None if is_exit else weights]
-        options[name] = Option(
-            *(name, Acceptance(acceptance, acceptance), LinearTime(_CALL * step, draft), int(weights is None), verify),
-            *(_STRENGTH * doubt, _STRENGTH, power),
-        )
-    return Knowledge(plain, options)
+            acceptance, strength = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0), _STRENGTH
+        calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
+        share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
+        arms[name] = Arm(name, Acceptance(acceptance, acceptance, strength), step, share, calibration)
+        arms[name].is_tried = not measures
+    return Knowledge(passes, arms)

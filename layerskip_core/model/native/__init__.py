@@ -45,7 +45,7 @@ class NativeBackend(RepackedBackend):
     The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others.
     """
 
-    batch_invariant = True
+    batch_invariant = ragged = True
 
     def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
         """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""

@@ -185,7 +185,7 @@ static void attend(Attention *a, const Query *queries, int count, const char *ke
 
 /* Where a layer's keys or values of a row's head begin in the cache. */
 static char *head_of(const Shape *s, const Call *call, int layer, int is_value, int row, int head) {
-    int64_t at = ((int64_t)layer * 2 + is_value) * call->slots + call->row_slots[row / call->rows_per_sequence];
+    int64_t at = ((int64_t)layer * 2 + is_value) * call->slots + call->row_slots[row];
     return call->cache + (at * s->kv_heads + head) * call->places * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
 
@@ -245,17 +245,18 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
 
 /* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to MOST_QUERIES at once. */
 static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, group = s->heads / s->kv_heads, per_head = call->rows_per_sequence * group, bf16 = s->bf16_cache;
+    int size = s->head_dim, group = s->heads / s->kv_heads, bf16 = s->bf16_cache;
     int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);
     Attention a __attribute__((aligned(64)));
-    int shaped = 0;
+    int shaped = 0, sequence = 0;
     for (int64_t at = share_of_many(queries, thread, threads); at < end;) {
-        int64_t head = at / per_head, sequence = head / s->kv_heads; /* head: of keys, of all sequences */
-        int within = (int)(at % per_head), count = per_head - within, own = (int)(head % s->kv_heads);
+        while (at >= (int64_t)call->starts[sequence + 1] * s->heads) sequence++;
+        int first = call->starts[sequence], per_head = (call->starts[sequence + 1] - first) * group;
+        int64_t here = at - (int64_t)first * s->heads;
+        int within = (int)(here % per_head), count = per_head - within, own = (int)(here / per_head); /* own: head of keys */
         Query run[MOST_QUERIES];
         if (count > MOST_QUERIES) count = MOST_QUERIES;
         if (count > end - at) count = (int)(end - at);
-        int first = (int)(sequence * call->rows_per_sequence);
         for (int q = 0; q < count; q++) {
             int64_t row = first + (within + q) / group, query = own * group + (within + q) % group, place = call->positions[row];
             const float *x = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;

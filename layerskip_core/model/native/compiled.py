@@ -31,7 +31,7 @@ _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by proce
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 13  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 14  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -70,9 +70,9 @@ class CShape(Structure):
 class CCall(Structure):
     _fields_ = [
         *_fields(c_void_p, "positions"),
-        *_fields(c_int32, "rows rows_per_sequence"),
+        *_fields(c_int32, "rows"),
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
-        *_fields(c_void_p, "cache row_slots"),
+        *_fields(c_void_p, "cache row_slots starts"),
         *_fields(c_int64, "places slots"),
         *_fields(c_void_p, "hidden qkv mixed inside block scratch"),
         *_fields(c_int64, "scratch_bytes"),

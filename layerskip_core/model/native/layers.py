@@ -77,10 +77,11 @@ class Buffers:
         own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, all formed rows
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
-        self.call = CCall(rows=rows, rows_per_sequence=rows)
+        self.call = CCall(rows=rows)
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = self.positions = torch.empty(0)
+        self.sequences = self.positions, self.positions  # see KVCache.sequences
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for a call whose caller does not see them."""
@@ -163,11 +164,13 @@ class NativeLayers(RepackedLayers):
         assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, like.dtype)
         buffers = self.engine.buffers(rows or positions.numel())
         call, buffers.positions = buffers.call, positions.contiguous()  # which the call reads itself
-        call.positions, call.rows_per_sequence = buffers.positions.data_ptr(), 1 if rows else positions.shape[1]
+        call.positions = buffers.positions.data_ptr()
         for index, (cos, sin) in enumerate(self.engine.rope(end)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
-        call.row_slots, call.slots, call.places = cache.slots.data_ptr(), slots, places
+        buffers.sequences = cache.sequences(1 if rows else positions.shape[1])
+        call.row_slots, call.starts = (part.data_ptr() for part in buffers.sequences)
+        call.slots, call.places = slots, places
         return buffers
 
 
