@@ -175,9 +175,8 @@ def report(
                 f"| {kind} | {name} | {figure['tokens_per_second']:.1f} | {figure['speedup']:.2f} | {min(ratios):.2f} | "
                 f"{drafted[0]} | {drafted[1]} | {', '.join(f'{drafter} {share:.0%}' for drafter, share in by.items())} |"
             )
-    print(
-        "\n| prompts | best fixed setting | its speedup | adaptive over it | adaptive's worst prompt over plain |\n|---|---|---|---|---|"
-    )
+    print("\n| prompts | best fixed setting | its speedup | adaptive over it | adaptive's worst prompt over plain |")
+    print("|---|---|---|---|---|")
     for kind in dict.fromkeys(figure["kind"] for figure in figures):
         found = {figure["method"]: figure for figure in figures if figure["kind"] == kind}
         adaptive = found.pop("adaptive")

@@ -13,12 +13,7 @@ _ERROR = re.compile(r"^error: \S.{9}", re.MULTILINE)
 def examples(count: int) -> settings:
     """Draws so many examples, times LAYERSKIP_ATTACK."""
     times = int(os.environ.get("LAYERSKIP_ATTACK", "1"))
-    return settings(
-        max_examples=count * times,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[__import__("hypothesis").Phase.generate],
-    )
+    return settings(max_examples=count * times, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def require_sound(result: Result) -> None:
