@@ -1,6 +1,7 @@
 """A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,11 @@ from ..errors import ConfigError
 from .spec import ModelSpec
 
 _BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates; a multiple of the kernels' tiles
+
+
+@lru_cache(256)
+def _starts(rows: int, count: int) -> Tensor:
+    return torch.arange(0, rows * count + 1, count, dtype=torch.int32)
 
 
 class KVCache:
@@ -102,7 +108,7 @@ class KVCache:
 
     def sequences(self, count: int) -> tuple[Tensor, Tensor]:
         """For a call of `count` tokens of each row: the slot of each token, and where each row's tokens begin, and end."""
-        return self.slots.repeat_interleave(count), torch.arange(0, self.rows * count + 1, count, dtype=torch.int32)
+        return self.slots if count == 1 else self.slots.repeat_interleave(count), _starts(self.rows, count)
 
     def _reaching(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         held = self._storage
