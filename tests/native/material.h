@@ -114,10 +114,12 @@ static Matrix matrix_of(int precision, int inputs, int outputs, int count, int b
 
 static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int widest) {
     int projected = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    Call call = {.rows = rows, .rows_per_sequence = rows / sequences, .places = PLACES, .slots = sequences};
-    int64_t *row_slots = room(sizeof *row_slots * (size_t)sequences);
-    for (int i = 0; i < sequences; i++) row_slots[i] = sequences - 1 - i;
-    call.hidden = hidden, call.row_slots = row_slots;
+    Call call = {.rows = rows, .places = PLACES, .slots = sequences};
+    int64_t *row_slots = room(sizeof *row_slots * (size_t)rows);
+    int32_t *starts = room(sizeof *starts * (size_t)(sequences + 1));
+    for (int i = 0; i < rows; i++) row_slots[i] = sequences - 1 - i / (rows / sequences);
+    for (int i = 0; i <= sequences; i++) starts[i] = i * (rows / sequences);
+    call.hidden = hidden, call.row_slots = row_slots, call.starts = starts;
     size_t each = 4 * (size_t)rows;
     call.qkv = room(each * (size_t)projected), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
     call.inside = room(each * (size_t)s->inner), call.block = room(each * (size_t)s->hidden);
