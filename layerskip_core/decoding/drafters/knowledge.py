@@ -36,6 +36,7 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
 # has few steps, and drafts usually pay.
 _PLAIN_AT, _PLAIN_EVERY = 4, 128
+_SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
 
 
 NO_OTHERS = 0.0, 0  # see `best_length`
@@ -130,7 +131,7 @@ class Calibration:
 
     def __init__(self, doubt: float, power: int) -> None:
         self._rejected = _STRENGTH * doubt
-        self._doubted = dict.fromkeys((1, 2, 3, 4), _STRENGTH)  # by power, sum of (1 - p)^power over the drafts tested
+        self._doubted = dict.fromkeys((1, 3), _STRENGTH)  # by power, sum of (1 - p)^power over the drafts tested
         self._likelihood = {known: 2.0 * (known == power) for known in self._doubted}  # logarithms
         self._prior = doubt, power
         self.power = power
@@ -228,7 +229,8 @@ class Knowledge:
         self.passes, self.arms = passes, arms
         self._lookups = [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in _LOOKUPS]
         self._pass_seconds: float | None = None
-        self._steps = 0
+        self._steps = self._choices = 0
+        self._last: Arm | None = None  # that was chosen
 
     def acceptance_of_lookup(self, evidence: int) -> Acceptance:
         """Of a continuation with this evidence, see `History.continuation`."""
@@ -256,12 +258,16 @@ class Knowledge:
         some of them, as `mixed` says, while the others look up. A drafter whose states the target goes on from needs all rows.
         """
         best = None
-        for arm in self.arms.values():
+        self._choices += 1
+        last = self._last if self._choices > _SETTLED and self._choices % _COMPARED else None
+        for arm in self.arms.values() if last is None else [last]:
             plans = [(rows, NO_OTHERS)] if mixed is None or arm.share < 1 else [(rows, NO_OTHERS), mixed]
             for count, others in plans:
                 promised, _ = self.best_length(arm, count, most, _DEVIATIONS, others)
                 if promised > rate:
                     rate, best = promised, (arm, others is not NO_OTHERS)
+        if last is None:
+            self._last = None if best is None else best[0]
         return best
 
     def fade(self, chosen: Arm | None) -> None:
