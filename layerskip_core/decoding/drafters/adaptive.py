@@ -40,11 +40,10 @@ class AdaptiveDrafter:
         self._drafted_rows: list[int] = []  # by it
         self._steps = 0  # of it
         self._draft: Draft | None = None  # of the round
-        self._started = self._ended = 0.0  # of the draft
+        self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        self._started = time.perf_counter()
         for row, (tokens, evidence) in zip(context.rows, self._lookup.find(context, limits), strict=True):
             if tokens:  # the target's verdict judges them whether they are used or not
                 self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
@@ -53,7 +52,7 @@ class AdaptiveDrafter:
         if not (self._by_clock and self._known.wants_plain_step()):
             draft = self._best_draft(context, limits)
         self._known.fade(self._arm)
-        self._draft, self._ended, self._is_timed = draft, time.perf_counter(), False
+        self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
         return draft
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
@@ -63,7 +62,7 @@ class AdaptiveDrafter:
         if self._by_clock and not self._is_timed:
             self._is_timed, (rows, tokens) = True, draft.tokens.shape
             tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
-            seconds = self._ended - self._started, time.perf_counter() - self._ended
+            seconds = self._draft_seconds, time.perf_counter() - self._drafted_at
             known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
         found, acceptance = self._found.pop(row, ([], None))
         if acceptance is not None:
@@ -83,8 +82,9 @@ class AdaptiveDrafter:
         within = set(rows)
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
         context = replace(context, positions=context.positions[:, : length + 1])
+        started = time.perf_counter()  # the choice takes its time whatever drafts, and is not the arm's
         draft = self._drafters[self._arm.name].draft(context, capped, ends)
-        self._steps = draft.tokens.shape[1] - 1
+        self._draft_seconds, self._steps = time.perf_counter() - started, draft.tokens.shape[1] - 1
         draft = replace(draft, survival=self._arm.calibration.survival(draft.confidence))
         return draft if len(rows) == len(limits) else _merged(draft, copied(context, looked_up))
 

@@ -1,7 +1,7 @@
 """Adaptive drafting's knowledge of a model: how often its drafters are right, and how long passes take.
 
-The drafters are the arms of a bandit. Which one is best follows from few numbers, each of which is only known as well as it was
-tried; so an arm is judged by the upper end of what its numbers may be (UCB: Auer et al., 2002), and what was never tried is.
+The drafters are the arms of a bandit. An arm is judged by the upper end of the interval of its acceptance (UCB: Auer et al.,
+2002), and one that was never tried by a shorter time than expected, so that it is tried.
 """
 
 from collections.abc import Mapping, Sequence
@@ -244,7 +244,7 @@ class Knowledge:
     def best_length(
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
     ) -> tuple[float, int]:
-        """See `best_length`, for the upper end of what is known of the arm."""
+        """See `best_length`, by the mean acceptance of the arm, or the upper end of its interval of so many deviations."""
         step = arm.step * self.passes.of(rows) / self.passes.of(1)
         if deviations and not arm.is_tried:
             step /= _UNTRIED
