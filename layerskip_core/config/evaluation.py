@@ -178,17 +178,20 @@ class BenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(MeasurementConfig):
-    """Every exit and drafter with every draft length."""
+    """Every exit, and every drafter with these draft lengths, or with those that are predicted to be its fastest."""
 
     exits: Annotated[
         tuple[Layer, ...],
         Flag(
             "Exits: 3,6,8 or A:B:STEP, both ends included.",
-            default="six of them, and all layers of --draft-weights; the latter alone if no exit was trained",
+            default="at most six, the trained ones if any, and all layers of the low-bit copy; those alone if none was trained",
             panel="Decoding",
         ),
     ] = ()
-    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (2, 4, 6, 8, 12)
+    specs: Annotated[
+        tuple[Drafts, ...],
+        Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed"),
+    ] = ()
     keep: Annotated[
         Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
     ] = 0.98

@@ -12,6 +12,7 @@ import pytest
 import torch
 from evaluating import own_answers, tiny_loaded
 
+from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -128,6 +129,15 @@ def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypa
     (Path(copy) / "layerskip.json").unlink()
     run("sweep-exits", "--from", str(tmp_path / "out" / "results.json"), "--save")
     assert read_info(copy).policies == info.policies and read_info(copy).exit_layer == info.exit_layer
+
+
+def test_adaptive_drafting_starts_from_the_acceptance_of_the_copy_that_a_sweep_saved(copy):
+    run("sweep-exits", "--model", copy, "--samples", "1", "--max-new-tokens", "6", "--draft-weights", "int8", "--save")
+    stored = read_info(copy).profile
+    assert list(stored.acceptance) == list(stored.drafts) == ["int8"] and stored.acceptance["int8"] > 0.5
+    adaptive = {"strategy": "adaptive"}
+    assert load(copy, draft_weights="int8")._resolved(adaptive).profile == stored
+    assert load(copy, draft_weights="int8", draft_vocab=50)._resolved(adaptive).profile.acceptance == {}  # other drafts
 
 
 def test_save_needs_a_folder():

@@ -16,6 +16,7 @@ from layerskip_core.evaluation.measure.cost_model import (
     agreement,
     averages,
     draft_profile,
+    interpolated,
     predict,
     prediction_of,
     simulate,
@@ -117,6 +118,13 @@ def test_times_that_were_disturbed_do_not_count():
     assert averages([usual] * 7 + [disturbed] + [usual] * 2) == pytest.approx(usual)
 
 
+def test_times_between_those_of_shorter_and_longer_drafts():
+    short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
+    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
+    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
+    assert interpolated(3.0, [long]) == long
+
+
 def test_prompts_that_fail_are_left_out():
     loaded, task = tiny_loaded(), own_answers(1)
     _, (_, alone, _) = collect(predict(loaded, task.examples, [SETTING], PLAIN))
@@ -134,4 +142,6 @@ def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted
         row("lookup", acceptance_by_position=(0.25, 0.25)),
     )
     profile = draft_profile(tiny_loaded(), rows, PackingConfig(draft_vocab=9), [])
-    assert profile == DraftProfile({"exit 2": 0.625, "int8": 0.75}, (), {"exit 2": 0.5, "int8": 0.25}, draft_vocab=9)
+    # Of two drafts at exit 2 the second is compared in half of the rounds: (0.5 + 0.5 * 0.75) / 1.5 of those compared.
+    expected = {"exit 2": pytest.approx(0.875 / 1.5), "int8": 0.75}
+    assert profile == DraftProfile(expected, (), {"exit 2": 0.5, "int8": 0.25}, draft_vocab=9)

@@ -121,6 +121,34 @@ def test_the_exits_of_a_trained_model_are_swept_beside_its_copies(checkpoint):
     assert drafted == [*((None, layer) for layer in exits), *(("int8", layer) for layer in (*exits, LAYERS))]
 
 
+def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_where_they_gain(monkeypatch):
+    """A draft costs a tenth of a plain step by all layers of the copy, as much as one by the model's own exits."""
+    from layerskip_core.evaluation.measure import cost_model
+
+    def known_times(loaded, part, setting, plain):
+        return PassTimes(draft=0.1 if setting.draft_weights else 1.0, verify=1.0, other=0.0, plain=1.0)
+
+    monkeypatch.setattr(cost_model, "pass_times", known_times)
+    recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
+    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
+    made = TorchBackend.of(model, PackingConfig(draft_weights=("int8",)))  # as adaptive drafting asks for
+    trained = replace(tiny_loaded(torch.float32), backend=made, info=replace(tiny_loaded().info, details=recipe))
+    generation = {"max_new_tokens": 48}
+    *_, record = sweep(trained, own_answers(1), SweepConfig("tiny", exit_confidences=(), generation=generation))
+    lengths: dict[tuple[str | None, int], list[int]] = {}
+    for result in record.results:
+        if result.strategy == "self-speculative":
+            lengths.setdefault((result.draft_weights, result.exit_layer), []).append(result.num_draft_tokens)
+    assert list(lengths) == [(None, 2), (None, 4), ("int8", 2), ("int8", 4), ("int8", LAYERS)]
+    assert lengths["int8", LAYERS][-1] > 12 and lengths[None, 2] == [2]
+    best = max((result for result in record.results), key=lambda result: result.predicted_speedup or 0.0)
+    assert (best.draft_weights, best.exit_layer) == ("int8", LAYERS) and best.identical_outputs == 1.0
+    assert record.config["packing"]["draft_weights"] == () and "int8" in record.profile.acceptance
+    *_, record = sweep(trained, own_answers(1), SweepConfig("tiny", exits=(2,), specs=(2, 3), exit_confidences=()))
+    drafted = [result for result in record.results if result.strategy == "self-speculative"]
+    assert [(result.draft_weights, result.num_draft_tokens) for result in drafted] == [(None, 2), (None, 3)]
+
+
 def test_exits_by_confidence_are_swept_where_exits_were_trained():
     recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
     trained = replace(tiny_loaded(), info=replace(tiny_loaded().info, details=recipe))

@@ -5,10 +5,10 @@ The passes are timed in use, along answers; for adaptive drafting also by their 
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, islice, pairwise
-from operator import eq
+from itertools import accumulate, chain, groupby, islice, pairwise
+from operator import eq, mul
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from . import Progress, measure_prompt
 # about so many seconds allow, because the times of short passes vary more.
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
-_ROUNDS = 10  # rounds of a setting that are timed of it
+_ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
 _ROWS = 17  # of the longest pass that is timed for adaptive drafting
 _TIMES = 5  # per number of rows
 
@@ -48,25 +48,27 @@ class PassTimes(NamedTuple):
 
     draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
     draft, or of all tokens after low-bit drafts. other: the rest of a round. plain: an autoregressive step, timed next to it.
+    length: the mean number of drafts in these rounds.
     """
 
     draft: float
     verify: float
     other: float
     plain: float
+    length: float = 0.0
 
 
 Part = tuple[list[int], int]
 """The tokens of an answer that are decoded to time passes: at most so many tokens after these ids."""
 
 
-def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Part:
-    """A whole answer, or one from where `_STEPS` steps are its middle.
+def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS) -> Part:
+    """A whole answer, or one from where so many steps are its middle.
 
     From its prefill on, because the first steps after one take longer: they find caches that another pass has filled. There is
     room for one token more than the answer has, so that its last token can be a draft.
     """
-    start = max(0, (len(output_ids) - _STEPS) // 2)
+    start = max(0, (len(output_ids) - steps) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
     return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
 
@@ -77,11 +79,13 @@ def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: floa
     So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
     `plain`: the mean of autoregressive steps along the same answer. None if the answer has no room for a round.
     """
-    rounds = [step for step in _steps(loaded, part, setting, _ROUNDS) if step[0]]
+    most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
+    rounds = [step for step in _steps(loaded, part, setting, most) if step[0]]
     if not rounds:
         return None
     drafted, draft, verify, total = map(sum, zip(*rounds, strict=True))
-    return PassTimes(draft / drafted, verify / len(rounds), (total - draft - verify) / len(rounds), plain)
+    count = len(rounds)
+    return PassTimes(draft / drafted, verify / count, (total - draft - verify) / count, plain, drafted / count)
 
 
 def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> list[tuple[int, float, float, float]]:
@@ -126,6 +130,15 @@ def averages(times: Sequence[PassTimes]) -> PassTimes:
     """
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
+
+
+def interpolated(length: float, known: Iterable[PassTimes]) -> PassTimes:
+    """The times of rounds of so many drafts on average, between those of the nearest shorter and longer ones of a drafter."""
+    ranked = sorted(known, key=lambda times: times.length)
+    above = next((times for times in ranked if times.length >= length), ranked[-1])
+    below = next((times for times in reversed(ranked) if times.length < length), above)
+    share = (length - below.length) / (above.length - below.length) if above is not below else 1.0
+    return PassTimes(*(low + share * (high - low) for low, high in zip(below, above, strict=True)))
 
 
 @torch.inference_mode()
@@ -223,9 +236,9 @@ def predict(
 ) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Settings that draft with the same layers stand together. Returns the predictions, each drafter's agreement (the share of the
-    autoregressive tokens that it would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no
-    prompt could be answered.
+    Settings that draft with the same layers stand together, shorter drafts first: of several, three are timed, and the times of
+    the others interpolated. Returns the predictions, each drafter's agreement (the share of the autoregressive tokens that it
+    would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -252,28 +265,47 @@ def predict(
     by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
     typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
     visits = list[dict[DecodingConfig, PassTimes]]()
-    for timed in timed_visits(loaded, _parts(loaded, typical), settings):
+    to_time = _spread_lengths(settings)
+    for timed in timed_visits(loaded, _parts(loaded, typical, to_time), to_time):
         visits.append(timed)
         yield Progress(len(examples) + len(visits), total, "prediction")
     if len(visits) < _MOST:
         yield Progress(total, total, "prediction")
     tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
-    predictions = {}
-    for setting in settings:
-        if times := [timed[setting] for timed in visits if setting in timed]:
-            predictions[setting] = prediction_of(rounds[setting], averages(times), prefill, tokens, len(answered))
+    known, answers = _known_times(visits), len(answered)
+    predictions = {
+        setting: prediction_of(found, interpolated(found.drafted / max(found.rounds, 1), known[side]), prefill, tokens, answers)
+        for setting, found in rounds.items()
+        if (side := side_of(setting)) in known
+    }
     prompt_ids, output = typical[0]
     context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
     return predictions, {side: count / tokens for side, count in agreeing.items()}, context
 
 
-def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[Part]:
-    """The answers in turn, until enough time has passed."""
+def _spread_lengths(settings: Sequence[DecodingConfig]) -> list[DecodingConfig]:
+    """Of each drafter the settings with the shortest, the middle and the longest drafts."""
+    groups = [list(alike) for _, alike in groupby(settings, key=side_of)]
+    return [group[place] for group in groups for place in sorted({0, len(group) // 2, len(group) - 1})]
+
+
+def _known_times(visits: Sequence[Mapping[DecodingConfig, PassTimes]]) -> dict[Side, list[PassTimes]]:
+    """Average times by drafter, for each of its settings that were timed."""
+    found: dict[Side, list[PassTimes]] = {}
+    for setting in dict.fromkeys(chain.from_iterable(visits)):
+        times = averages([timed[setting] for timed in visits if setting in timed])
+        found.setdefault(side_of(setting), []).append(times)
+    return found
+
+
+def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settings: Sequence[DecodingConfig]) -> Iterator[Part]:
+    """The answers in turn, until enough time has passed. Of long ones as much as two rounds of the longest drafts need."""
+    steps = max([_STEPS, *(2 * setting.num_draft_tokens for setting in settings)])
     started = time.perf_counter()
     for visit in range(_MOST):
         if visit < _FEWEST or time.perf_counter() - started < _SECONDS:
             prompt_ids, output = answered[visit % len(answered)]
-            yield timed_part(loaded, prompt_ids, output.ids)
+            yield timed_part(loaded, prompt_ids, output.ids, steps)
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
@@ -287,8 +319,9 @@ def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingCo
     for result in results:  # of several draft lengths the last one counts, which is the longest
         if result.strategy == "self-speculative" and result.exit_layer is not None:
             name = drafter_name(result.draft_weights, result.exit_layer, loaded.backend.num_layers)
-            if result.acceptance_by_position:
-                acceptance[name] = fmean(result.acceptance_by_position)
+            if by_position := result.acceptance_by_position:  # few of its drafts got as far as the last positions
+                *tested, _ = survival = list(accumulate(by_position, mul, initial=1.0))
+                acceptance[name] = sum(survival[1:]) / sum(tested)
             if result.pass_times_ms:
                 drafts[name] = result.pass_times_ms["draft"]
     return DraftProfile(acceptance, _times_by_rows(loaded, context), drafts, packing.draft_head, packing.draft_vocab)

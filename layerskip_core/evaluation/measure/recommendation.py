@@ -12,7 +12,7 @@ from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
 from ...errors import plural
 from ..metrics import Margin, margin, quality, speed_ratio
-from ..results import PredictionError, Recommendation, Result, frontier
+from ..results import Bounds, PredictionError, Recommendation, Result, frontier
 from . import Measured
 
 _WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
@@ -33,8 +33,6 @@ def recommend(
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
-    Adaptive drafting is preferred to a fixed setting that is hardly faster, and to plain decoding unless that is faster.
-
     Args:
         results: the first is full depth.
         drift: by how much the time of full depth changed, see `Recommendation`.
@@ -49,53 +47,74 @@ def recommend(
         if results[place].failures == results[0].failures
         and all(found.top2_gap <= near_tie for found in results[place].differences)
     ]
-    speeds, rank = [result.speedup or 0.0 for result in results], "the fastest"
-    best = max(faithful, key=speeds.__getitem__, default=0)
-    chosen = best if speeds[best] >= _WORTHWHILE else 0
-    adaptive = next((place for place in faithful if results[place].strategy == "adaptive"), 0)
-    if adaptive and speeds[adaptive] >= max(1.0, speeds[best] / _CLOSE):
-        rank = rank if best == adaptive else f"close to the fastest ({speeds[best]:.2f}x)"
-        best = chosen = adaptive
-    found, plain, name = results[best], results[0], policy_text(policies[best])
-    if not faithful:
-        reason = "no setting that drafts kept the autoregressive outputs"
-    elif not chosen:
-        reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speeds[best]:.2f}x"
-    else:
-        reason = (
-            f"{name} is {rank} of {len(faithful)} settings: {found.speedup:.2f}x the speed of autoregressive decoding "
-            f"({found.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), "
-            f"{found.acceptance_rate or 0.0:.0%} of drafts accepted, {found.identical_outputs or 0.0:.0%} of outputs identical"
-        )
-        if ties := len(found.differences):
-            reason += f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})"
-        alike = [place for place in faithful if measured and place != best and _may_be_as_fast(measured[place], measured[best])]
-        if alike:
-            names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
-            more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
-            reason += f"; on these prompts it cannot be told from {names}{more}"
-    if len(faithful) < len(tried):
-        reason += f"; {len(tried) - len(faithful)} of {len(tried)} settings changed the output and were excluded"
-    if skipped := sum(1 for result in results if result.predicted_speedup and not result.metrics):
-        reason += f"; not measured because of a lower predicted speed: {skipped}"
-    if drift > _NOISY:
-        reason += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
-    full = measured[0].scores.get(quality_metric) if measured and measured[0] else None
-    exits = [
-        (policies[place], margin(row.scores[quality_metric], full, config.keep, quality_metric))
-        for place, row in enumerate(measured)
-        if full and row and results[place].strategy == "early-exit" and quality_metric in row.scores
+    best, pays = _choice(results, faithful, measured)
+    chosen = best if pays else 0
+    reason = [_verdict(results, faithful, best, pays, policy_text(policies[best]))]
+    alike = [
+        place for place in faithful if place != best and (lead := _lead(measured, best, place)) and lead.low <= 1 <= lead.high
     ]
+    if pays and alike:
+        alike.sort(key=lambda place: -(results[place].speedup or 0.0))
+        names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
+        more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
+        reason.append(f"on these prompts it cannot be told from {names}{more}")
+    if len(faithful) < len(tried):
+        reason.append(f"{len(tried) - len(faithful)} of {len(tried)} settings changed the output and were excluded")
+    if skipped := sum(1 for result in results if result.predicted_speedup and not result.metrics):
+        reason.append(f"not measured because of a lower predicted speed: {skipped}")
+    if drift > _NOISY:
+        reason.append(f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine")
+    exits = _margins(results, policies, measured, quality_metric, config.keep)
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
         results[chosen].exit_layer,
         results[chosen].num_draft_tokens,
-        found.speedup if faithful else None,
+        results[best].speedup if faithful else None,
         drift,
-        reason,
+        "; ".join(reason),
         fast_reason,
         {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
     )
+
+
+def _choice(results: Sequence[Result], faithful: Sequence[int], measured: Sequence[Measured | None]) -> tuple[int, bool]:
+    """The index of the best of the `faithful` settings, 0 if there are none, and whether to decode with it.
+
+    Adaptive drafting is preferred to a fixed setting that is hardly faster, and not certainly, and to plain decoding unless
+    that is faster.
+    """
+    speeds = [result.speedup or 0.0 for result in results]
+    best = max(faithful, key=speeds.__getitem__, default=0)
+    adaptive = next((place for place in faithful if results[place].strategy == "adaptive"), 0)
+    if adaptive and speeds[adaptive] >= max(1.0, speeds[best] / _CLOSE):
+        lead = _lead(measured, best, adaptive)
+        if lead is None or lead.low <= 1:
+            return adaptive, True
+    return best, speeds[best] >= _WORTHWHILE
+
+
+def _verdict(results: Sequence[Result], faithful: Sequence[int], best: int, pays: bool, name: str) -> str:
+    """Why the best of the `faithful` settings is recommended, or none; `name` is the best one's."""
+    found, plain = results[best], results[0]
+    if not faithful:
+        return "no setting that drafts kept the autoregressive outputs"
+    if not pays:
+        return f"speculation does not pay on this model and machine: {name}, the best setting, reaches {found.speedup:.2f}x"
+    fastest = max(results[place].speedup or 0.0 for place in faithful)
+    rank = "the fastest" if fastest == found.speedup else f"close to the fastest ({fastest:.2f}x)"
+    ties = len(found.differences)
+    return (
+        f"{name} is {rank} of {len(faithful)} settings: {found.speedup:.2f}x the speed of autoregressive decoding "
+        f"({found.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), "
+        f"{found.acceptance_rate or 0.0:.0%} of drafts accepted, {found.identical_outputs or 0.0:.0%} of outputs identical"
+        + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
+    )
+
+
+def _lead(measured: Sequence[Measured | None], best: int, other: int) -> Bounds | None:
+    """The interval of the speed of one setting over another's, on the same prompts."""
+    one, slower = (measured[place] if measured else None for place in (best, other))
+    return speed_ratio(slower.times[:2], one.times[:2]).bounds if one and slower else None
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
@@ -118,6 +137,22 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
         "speedup": result.speedup or 0.0,
     }
     return cast(Policy, said)
+
+
+def _margins(
+    results: Sequence[Result],
+    policies: Sequence[Policy],
+    measured: Sequence[Measured | None],
+    quality_metric: str,
+    keep: float,
+) -> list[tuple[Policy, Margin]]:
+    """The early exits that were measured, with the margins by which they keep this share of full depth's quality."""
+    full = measured[0].scores.get(quality_metric) if measured and measured[0] else None
+    return [
+        (policies[place], margin(row.scores[quality_metric], full, keep, quality_metric))
+        for place, row in enumerate(measured)
+        if full and row and results[place].strategy == "early-exit" and quality_metric in row.scores
+    ]
 
 
 def fast_policy(
@@ -180,9 +215,3 @@ def baseline_drift(first: Tensor, second: Tensor) -> float:
     """Median over the prompts of the relative change in time per token between two measurements (2, prompts) of a setting."""
     change = (second[0] / second[1]) / (first[0] / first[1]) - 1
     return change[change.isfinite()].abs().quantile(0.5).item()
-
-
-def _may_be_as_fast(one: Measured | None, best: Measured | None) -> bool:
-    """Whether the interval of the ratio of their times contains 1."""
-    ends = speed_ratio(one.times[:2], best.times[:2]).bounds if one and best else None
-    return ends is not None and ends.low <= 1 <= ends.high

@@ -30,7 +30,9 @@ from .figures import environment, result_of, setting_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .skip_search import search_skips
 
-_QUICK = 3  # settings that a quick sweep measures
+_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
+_UNPREDICTED = (4, 8, 16)  # the same of drafters whose speed is not predicted: all are measured
+_BEST, _QUICK = 12, 3  # settings with the best predictions that are measured, and that a quick sweep measures
 _CONFIDENCES = (0.8, 0.9, 0.95)
 
 
@@ -42,14 +44,15 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         LayerSkipError: no prompt could be answered.
     """
     task, generation = task.asked(config.generation)
-    config = replace(_resolved(loaded, task, config), task=task.config, generation=generation)
+    copies = _copies(loaded, config)
+    config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
     loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
     machine, losses = environment(loaded), []
     for number, new in enumerate(task.losses(loaded, sorted({*config.exits, layers})), start=1):
         losses.append(new)
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     perplexity = scores_by_exit(losses)
-    plain, settings = decoding("autoregressive", generation), _settings(loaded, config)
+    plain, settings = decoding("autoregressive", generation), _settings(loaded, config, copies)
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     if config.search_skips:
         choice, share, of_skips = yield from search_skips(loaded, task, generation, _copy(config))
@@ -58,6 +61,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
     if config.search_skips:
         predictions[settings[-1]] = of_skips
+    if not config.specs:
+        settings = _with_best_lengths(settings, predictions)
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
     chosen = _promising(settings, predictions) if config.quick else settings
     half = len(chosen) // 2
@@ -83,33 +88,42 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     )
 
 
-def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
-    """The config with its defaults filled in.
+def _copies(loaded: Decoder, config: SweepConfig) -> tuple[Quantization, ...]:
+    """The low-bit copies that draft: those asked for, else the one that adaptive drafting has, unless the exits were given."""
+    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)
+    return config.packing.draft_weights or (() if config.exits else made)
 
-    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained.
+
+def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
+    """The config with its default exits and confidences filled in.
+
+    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained, except where the
+    perplexity by exit is what the task is about.
     """
-    num_layers, copies = loaded.backend.num_layers, bool(config.packing.draft_weights)
-    known, confidences = loaded.recommended(), config.exit_confidences
+    num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
         require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
     elif confidences is None and known.exits and config.batch_size == 1 and not config.quick:
         confidences = _CONFIDENCES
-    worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative"
-    usual = tuple(loaded.backend.exit_blocks) or default_exits(num_layers)
+    worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative" or task.text is not None
+    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(num_layers), num_layers)
+    usual = trained or default_exits(num_layers)
     exits = config.exits or (usual if worthwhile else ())
     for exit_layer in exits:
-        require_exit_layer(exit_layer, num_layers, copies, field="exits")
+        require_exit_layer(exit_layer, num_layers, bool(copies), field="exits")
     # All layers of the copies too, unless the exits were given.
     drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
     return replace(config, exits=drafting, exit_confidences=confidences or ())
 
 
-def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
+def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
     """What is compared with autoregressive decoding: each exit alone, exits by confidence, each drafter with each draft length.
 
-    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep.
+    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep. Those of
+    `config` are the copies' too, which can draft with all layers.
     """
     generation, num_layers = config.generation, loaded.backend.num_layers
+    unpredicted = config.specs or _UNPREDICTED
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if not block.stands_alone}
     settings = [
@@ -119,18 +133,18 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     chosen = spread_exits(tuple(candidates), num_layers)
     for confidence in config.exit_confidences or () if chosen else ():
         settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
-    for weights in dict.fromkeys((None, *config.packing.draft_weights)):
+    for weights in dict.fromkeys((None, *copies)):
         layers = exits if weights is None else config.exits
         settings += [
             decoding("self-speculative", generation, exit_layer=layer, num_draft_tokens=drafts, draft_weights=weights)
-            for layer, drafts in product(layers, config.specs)
+            for layer, drafts in product(layers, config.specs or _LENGTHS)
         ]
-    settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in config.specs]
+    settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in unpredicted]
     if skip := generation.get("skip"):
         require_skip(skip, num_layers)
         settings += [
             decoding("draft-and-verify", generation, num_draft_tokens=drafts, draft_weights=_copy(config))
-            for drafts in config.specs
+            for drafts in unpredicted
         ]
     known = loaded.recommended(config.packing)
     return [*settings, resolve_as("adaptive", generation, known, num_layers, config.packing)]
@@ -139,6 +153,16 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
 def _copy(config: SweepConfig) -> Quantization | None:
     """The low-bit copy that drafts where a single one does."""
     return next(iter(config.packing.draft_weights), None)
+
+
+def _with_best_lengths(
+    settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]
+) -> list[DecodingConfig]:
+    """The settings without those that were predicted to be slower than others of their drafter, and than many others."""
+    ranked = sorted(predictions, key=lambda setting: -predictions[setting].speedup)
+    of_drafters = {side_of(setting): setting for setting in reversed(ranked)}
+    kept = {*ranked[:_BEST], *of_drafters.values()}
+    return [setting for setting in settings if setting in kept or setting not in predictions]
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]) -> list[DecodingConfig]:
@@ -180,7 +204,7 @@ def _results(
                 result,
                 predicted_speedup=prediction.speedup,
                 predicted_acceptance_rate=prediction.rounds.acceptance_rate,
-                pass_times_ms={phase: 1000 * seconds for phase, seconds in prediction.times._asdict().items()},
+                pass_times_ms={name: 1000 * part for name, part in prediction.times._asdict().items() if name != "length"},
             )
         results.append(result)
     intervals = {name: ends for name, ends in results[0].intervals.items() if not name.endswith("speedup")}  # they are the unit
