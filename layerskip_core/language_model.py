@@ -6,19 +6,20 @@ from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
-from .config.decoding import DecodingConfig, DecodingOptions
+from .config.decoding import DecodingConfig, DecodingOptions, Remember
 from .config.model import DType, PackingConfig, Quantization
-from .config.options import checked
+from .config.options import check, checked
 from .decoding import Answer, check_prompt, decode_batch
 from .decoding.dialogue import Dialogue, TextStream
+from .decoding.drafters.lookup import EarlierAnswers
 
 
 class LanguageModel:
     """A model in memory, ready to decode. Not for two threads at once."""
 
-    def __init__(self, decoder: Decoder, packing: PackingConfig) -> None:
+    def __init__(self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None) -> None:
         self.decoder = decoder
-        self._packing = packing
+        self._packing, self._earlier = packing, earlier
 
     def generate(self, prompt: str, **options: Unpack[DecodingOptions]) -> Answer:
         """The whole answer to a prompt.
@@ -30,7 +31,7 @@ class LanguageModel:
 
     def stream(self, prompt: str, **options: Unpack[DecodingOptions]) -> TextStream:
         """Iterates over the pieces of an answer as they are verified. Raises as `generate` does."""
-        return TextStream(self.decoder, prompt, self._resolved(options))
+        return TextStream(self.decoder, prompt, self._resolved(options), earlier=self._earlier)
 
     def generate_batch(self, prompts: Sequence[str], **options: Unpack[DecodingOptions]) -> list[Answer]:
         """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
@@ -41,7 +42,8 @@ class LanguageModel:
             check_prompt(encoded[-1], decoder.backend.spec.context)
         if not encoded:
             return []
-        answers = decode_batch(decoder.backend, encoded, config, decoder.ends(config.stop), decoder.detokenize)
+        ends, earlier = decoder.ends(config.stop), EarlierAnswers() if self._earlier is None else self._earlier
+        answers = decode_batch(decoder.backend, encoded, config, ends, decoder.detokenize, earlier=earlier)
         return sorted(answers, key=lambda answer: answer.row)
 
     def dialogue(self, *, system: str | None = None, **options: Unpack[DecodingOptions]) -> Dialogue:
@@ -79,11 +81,14 @@ def load(
     draft_head: Quantization | None = None,
     draft_vocab: int = 0,
     exact: bool = False,
+    remember: int = 0,
 ) -> LanguageModel:
     """Loads a model to decode with: an embedded name, a folder, a GGUF file or a hub id.
 
     `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own. `system`: a system message, for a
-    chat template. The others are fields of PackingConfig. On a small model one thread is the fastest: torch.set_num_threads(1).
+    chat template. `remember`: tokens of earlier answers that lookups search too, for programs that repeat themselves; without
+    it `generate_batch` searches those of its call. The others are fields of PackingConfig. On a small model one thread is the
+    fastest: torch.set_num_threads(1).
 
     Raises:
         CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
@@ -95,4 +100,5 @@ def load(
     decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(template, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
-    return LanguageModel(decoder, packing)
+    earlier = EarlierAnswers(remember) if check("remember", Remember, remember) else None
+    return LanguageModel(decoder, packing, earlier)

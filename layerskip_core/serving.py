@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
 from .decoding import DecodeStats, DecodingLoop, StopReason, check_prompt
+from .decoding.drafters.lookup import EarlierAnswers
 from .decoding.engine import RowStep
 from .decoding.output import OutputText
 from .errors import LayerSkipError
@@ -83,8 +84,9 @@ class Request:
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread."""
 
-    def __init__(self, decoder: Decoder, batch_size: int) -> None:
-        self._decoder, self._batch_size = decoder, batch_size
+    def __init__(self, decoder: Decoder, batch_size: int, earlier: EarlierAnswers | None = None) -> None:
+        """`earlier`: answers that lookups of every request search too; each answer is added to them."""
+        self._decoder, self._batch_size, self._earlier = decoder, batch_size, earlier
         self._waiting: deque[Request] = deque()
         self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
 
@@ -171,7 +173,8 @@ class Scheduler:
         first, prompts = rows[0], [request.ids for request in rows.values()]
         ends, seeds = decoder.ends(first.config.stop), [request.config.seed for request in rows.values()]
         try:
-            loop = DecodingLoop(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
+            backend, detokenize = decoder.backend, decoder.detokenize
+            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, earlier=self._earlier)
         except BaseException as error:
             return done + _failed(rows.values(), error)
         done += _advance(loop, rows)
@@ -234,11 +237,11 @@ class Engine:
         is_stopped: whether it was stopped, or failed: it takes no requests any more.
     """
 
-    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait."""
+    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, earlier: EarlierAnswers | None = None) -> None:
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `earlier`: Scheduler's."""
         self.held = self.running = 0
         self.is_stopped = False
-        self._scheduler = Scheduler(decoder, batch_size)
+        self._scheduler = Scheduler(decoder, batch_size, earlier)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()

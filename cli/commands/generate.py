@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, changed
+from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, DecodingOptions, Remember, changed
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
 from layerskip_core.errors import DataError, LayerSkipError, require
 from layerskip_core.files import parse_json
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
+    from layerskip_core.decoding.drafters.lookup import EarlierAnswers
+
+    Answers = Iterator[tuple["Request", TextStream | Answer | LayerSkipError]]
 
 _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
@@ -45,6 +48,7 @@ def generate(
     batch_size: Annotated[BatchSize, Flag("Prompts of --lines or --jsonl to decode together.", panel="Input")] = 1,
     *,
     flags: DecoderFlags,
+    remember: Remember = REMEMBERED,
     stats: Annotated[bool, Flag("Print counts, speed and the prompt template to stderr.", panel="Output")] = False,
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
@@ -75,8 +79,13 @@ def generate(
         requests = requests_of(given, jsonl, flags.decoding, usual, lambda options: loaded.resolve(options, flags.packing))
     else:
         requests = iter([Request(1, streams.given_prompt(prompt, may_be_empty=True), usual)])
+    from layerskip_core.decoding.drafters.lookup import EarlierAnswers
+
+    earlier, is_ready = EarlierAnswers(remember), given.is_ready
+    together = batch_size > 1
+    answers = _together(loaded, requests, earlier, batch_size, is_ready) if together else _singly(loaded, requests, earlier)
     try:
-        failed, total = print_answers(loaded, requests, batch_size, given.is_ready, not several, jsonl)
+        failed, total = print_answers(answers, not several, jsonl)
     except KeyboardInterrupt:
         if not jsonl:  # whose lines are objects
             sys.stdout.write("\n")
@@ -121,19 +130,12 @@ def requests_of(
             yield request
 
 
-def print_answers(
-    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool], alone: bool, jsonl: bool
-) -> tuple[bool, "DecodeStats"]:
-    """Answers every request in order; returns whether one failed, and the counts of all.
-
-    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
-    end if whoever writes requests waits for answers. Raises the error of a request that is `alone`.
-    """
+def print_answers(answers: "Answers", alone: bool, jsonl: bool) -> tuple[bool, "DecodeStats"]:
+    """Prints every answer in order; returns whether one failed, and the counts of all. Raises the error of one `alone`."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
     failed, total = False, DecodeStats()
-    answers = _singly(loaded, requests) if batch_size == 1 else _together(loaded, requests, batch_size, is_ready)
     for request, answer in answers:
         named = {"line": request.number} | ({} if request.id is None else {"id": request.id})
         try:
@@ -163,27 +165,31 @@ def print_answers(
     return failed, total
 
 
-def _singly(loaded: "Decoder", requests: Iterator[Request]) -> "Iterator[tuple[Request, TextStream | LayerSkipError]]":
+def _singly(loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers") -> "Answers":
     from layerskip_core.decoding.dialogue import TextStream
 
     for request in requests:
         answer: TextStream | LayerSkipError
         try:
-            answer = request.error or TextStream(loaded, request.prompt, request.config)
+            answer = request.error or TextStream(loaded, request.prompt, request.config, earlier=earlier)
         except LayerSkipError as error:
             answer = error
         yield request, answer
 
 
 def _together(
-    loaded: "Decoder", requests: Iterator[Request], batch_size: int, is_ready: Callable[[], bool]
-) -> "Iterator[tuple[Request, Answer | LayerSkipError]]":
-    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes."""
+    loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
+) -> "Answers":
+    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
+
+    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
+    end if whoever writes requests waits for answers.
+    """
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
     from layerskip_core.serving import Scheduler, Update
 
-    scheduler, has_more, seconds = Scheduler(loaded, batch_size), True, 0.0
+    scheduler, has_more, seconds = Scheduler(loaded, batch_size, earlier), True, 0.0
     unanswered: deque[tuple[Request, Job, list[Update]]] = deque()
     while has_more or unanswered:
         while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from layerskip_core.config.decoding import DecodingOptions
+from layerskip_core.config.decoding import DecodingOptions, Remember
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, ModelName, Text, Without
 from layerskip_core.errors import LayerSkipError, refused, require
@@ -41,6 +41,7 @@ class ServeConfig:
     ] = 256
     token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
+    remember: Remember = 0
     decoding: Annotated[DecodingOptions, Without("seed")] = field(default_factory=lambda: DecodingOptions())
 
     def __post_init__(self) -> None:
@@ -69,13 +70,14 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         raise LayerSkipError(
             f"serve needs the extra `serve`, whose package {error.name} is missing: pip install 'layerskip[serve]'"
         ) from None
+    from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.serving import Engine
 
     with _bound(serving.host, serving.port) as listener:
         loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
-        engine = Engine(loaded, serving.batch_size, serving.queue_size)
+        engine = Engine(loaded, serving.batch_size, serving.queue_size, EarlierAnswers(serving.remember))
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(

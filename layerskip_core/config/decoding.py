@@ -21,12 +21,23 @@ STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 MAX_NEW_TOKENS = 256
+REMEMBERED = 131_072
 
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
 _OF_A_REQUEST = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")  # what a policy does not set
 
 Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
+
+
+Remember = Annotated[
+    CountOrNone,
+    Flag(
+        "Tokens of this run's earlier answers that lookups search too; 0: none. They leave traces in the times of later "
+        "answers, in a server in those of other clients.",
+        panel="Decoding",
+    ),
+]
 
 
 class UsedBy(tuple[str, ...]):

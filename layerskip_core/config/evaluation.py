@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 from msgspec import Meta
 
 from ..errors import require
-from .decoding import DRAFTERS, STRATEGIES, DecodingOptions
+from .decoding import DRAFTERS, REMEMBERED, STRATEGIES, DecodingOptions, Remember
 from .model import MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 
@@ -101,7 +101,7 @@ class MeasurementConfig:
     """What every measurement of decoding has.
 
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none) are timed. Without batches all
-    are, and `timed` is None.
+    are, and `timed` is None. `remember`: how many tokens of the answers to earlier prompts lookups search.
     """
 
     model: ModelName = "embedded"
@@ -114,6 +114,7 @@ class MeasurementConfig:
         Annotated[int, Meta(ge=0, le=1_000_000)] | None,
         Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
     ] = None
+    remember: int = 0
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -138,6 +139,7 @@ class BenchConfig(MeasurementConfig):
         Layer | None, Flag("Layers of the early exit and of the drafts.", "--exit", "the checkpoint's", panel="Decoding")
     ] = None
     num_draft_tokens: Annotated[Drafts | None, Flag("Draft tokens per round.", "--spec", "the checkpoint's")] = None
+    remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..prompting import CHAT
+from .drafters.lookup import EarlierAnswers
 from .engine import check_prompt, decode
 from .output import Answer, DecodeStats, OutputText, StopReason
 from .target import PrefixCache
@@ -17,15 +18,20 @@ class TextStream:
     """
 
     def __init__(
-        self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, prefix: PrefixCache | None = None
+        self,
+        loaded: Decoder,
+        prompt: str | list[int],
+        config: DecodingConfig,
+        prefix: PrefixCache | None = None,
+        earlier: EarlierAnswers | None = None,
     ) -> None:
-        """`prompt`: a text for the template, or token ids. `prefix`: as in `decode`.
+        """`prompt`: a text for the template, or token ids. `prefix` and `earlier`: as in `decode`.
 
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends(config.stop)
-        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix)
+        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix, earlier=earlier)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
     @property

@@ -18,7 +18,7 @@ from ..errors import ContextError, require
 from ..model.backend import Backend
 from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
-from .drafters.lookup import LookupDrafter
+from .drafters.lookup import EarlierAnswers, LookupDrafter
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, foretold_counts, step_counts
 from .sampling import Sampler, accepted_choices
@@ -36,6 +36,7 @@ def decode(
     *,
     reuse_exit_states: bool = True,
     prefix: PrefixCache | None = None,
+    earlier: EarlierAnswers | None = None,
 ) -> "DecodingLoop":
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
 
@@ -45,12 +46,21 @@ def decode(
         detokenize: ids to text; needed for stop strings only.
         reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
         prefix: what the decoding before left; that one must not go on.
+        earlier: answers that lookups search too, if rows are greedy and drafts change no bit; this one is added to them.
 
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
     return DecodingLoop(
-        model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states=reuse_exit_states, prefix=prefix, isolated=True
+        model,
+        [prompt_ids],
+        config,
+        eos_ids,
+        detokenize,
+        reuse_exit_states=reuse_exit_states,
+        prefix=prefix,
+        earlier=earlier,
+        isolated=True,
     )
 
 
@@ -61,6 +71,7 @@ def decode_batch(
     eos_ids: frozenset[int] = frozenset(),
     detokenize: Detokenize | None = None,
     seeds: Sequence[int] | None = None,
+    earlier: EarlierAnswers | None = None,
 ) -> Iterator[Answer]:
     """Decode prompts together by the config's strategy; yield each answer when it is complete.
 
@@ -70,6 +81,7 @@ def decode_batch(
     Args:
         detokenize: ids to text; without it answers have ids only.
         seeds: of each sampled row; None: the config's for all.
+        earlier: as for `decode`.
 
     Raises:
         ConfigError: as `decode`, and for several prompts with exact weights or with an `exit_confidence`, with which the rows
@@ -78,7 +90,7 @@ def decode_batch(
     single = len(prompts) == 1
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
-    loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds)
+    loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
     for steps in loop:
         for number, _, reason, _ in steps:
             if reason is not None:
@@ -98,7 +110,7 @@ def drafter_for(setup: DrafterSetup) -> Drafter:
     require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
     apart = config.lookup and config.strategy not in ("lookup", "adaptive")
-    return LookupDrafter(config.lookup, setup.eos_ids, drafter) if apart else drafter
+    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier) if apart else drafter
 
 
 def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
@@ -171,6 +183,7 @@ class DecodingLoop:
         seeds: Sequence[int] | None = None,
         reuse_exit_states: bool = True,
         prefix: PrefixCache | None = None,
+        earlier: EarlierAnswers | None = None,
         isolated: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
@@ -181,7 +194,7 @@ class DecodingLoop:
         """
         by_token = config.strategy == "early-exit" and config.exit_confidence
         self._target = CalmTarget(model, config) if by_token else FixedTarget(model, config)
-        self._model, self._prefix = model, prefix
+        self._model, self._prefix, self._earlier = model, prefix, earlier
         self._sampler = Sampler(config, model.device, len(prompts), seeds)
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
@@ -202,7 +215,9 @@ class DecodingLoop:
         else:
             self._cache = model.new_cache(len(prompts), end)
         if drafter is None and config.strategy in DRAFTERS:
-            drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder))
+            # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
+            searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
+            drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched))
         self._drafter = drafter
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
@@ -295,6 +310,8 @@ class DecodingLoop:
                 drafter.observe(row.number, count, ids)
             of_row = "lookup" if index in draft.lookups else source
             steps.append(row.commit(count, ids, of_row, output.layers, draft.survival))
+            if self._earlier is not None and steps[-1].finish_reason is not None:
+                self._earlier.add(row.ids, row.prompt_tokens)
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]

@@ -5,7 +5,7 @@ A drafter is one module here, with a function `drafter(setup)`, and one line in 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from ...model.backend import Backend
 from ...model.cache import KVCache
 from ..graphs import Recorder
 from ..sampling import Sampler
+
+if TYPE_CHECKING:
+    from .lookup import EarlierAnswers
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Draft:
 class DrafterSetup:
     """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
 
-    `recorder`: of the passes of this decoding, if they are recorded.
+    `recorder`: of the passes of this decoding, if they are recorded. `earlier`: answers that lookups search too.
     """
 
     model: Backend
@@ -63,6 +66,7 @@ class DrafterSetup:
     eos_ids: frozenset[int] = frozenset()
     reuse_exit_states: bool = True
     recorder: Recorder | None = None
+    earlier: "EarlierAnswers | None" = None
 
 
 class Drafter(Protocol):

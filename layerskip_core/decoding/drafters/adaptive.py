@@ -34,8 +34,9 @@ class AdaptiveDrafter:
         self._on_cpu = setup.model.device.type == "cpu"
         self._by_clock = self._is_greedy and setup.model.batch_invariant
         self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock)
-        self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
-        self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
+        self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
+        # By row: the continuations in its text and in an earlier answer, and how likely they are. The best is the first.
+        self._found: dict[int, list[tuple[list[int], Acceptance]]] = {}
         self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
         self._drafted_rows: list[int] = []  # by it
         self._steps = 0  # of it
@@ -44,9 +45,12 @@ class AdaptiveDrafter:
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        for row, (tokens, evidence) in zip(context.rows, self._lookup.find(context, limits), strict=True):
-            if tokens:  # the target's verdict judges them whether they are used or not
-                self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
+        lookups = self._lookup.find(context, limits), self._lookup.recall(context, limits)
+        for row, *found in zip(context.rows, *lookups, strict=True):
+            acceptances = [self._known.acceptance_of_lookup(evidence, bool(place)) for place, (_, evidence) in enumerate(found)]
+            likely = [(tokens, acceptance) for (tokens, _), acceptance in zip(found, acceptances, strict=True) if tokens]
+            # The target's verdict judges them whether they are used or not.
+            self._found[row] = sorted(likely, key=lambda each: -each[1].expected(len(each[0])))
         self._arm, self._drafted_rows = None, []
         draft = Draft(context.newest, (0,) * len(limits))
         if not (self._by_clock and self._known.wants_plain_step()):
@@ -64,8 +68,7 @@ class AdaptiveDrafter:
             tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
             seconds = self._draft_seconds, time.perf_counter() - self._drafted_at
             known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
-        found, acceptance = self._found.pop(row, ([], None))
-        if acceptance is not None:
+        for found, acceptance in self._found.pop(row, []):
             acceptance.compare(found, verified)
         if self._arm is not None and row in self._drafted_rows:
             self._arm.acceptance.observe(drafted, len(verified) - 1)
@@ -118,8 +121,7 @@ class AdaptiveDrafter:
         passes, batch = self._known.passes, len(rows)
         survivals: list[tuple[float, int]] = []
         for index, row in enumerate(rows):
-            tokens, acceptance = self._found.get(row, ([], None))
-            if acceptance is not None:
+            for tokens, acceptance in self._found[row][:1]:
                 survival, later = acceptance.chances()
                 for _ in tokens:
                     survivals.append((survival, index))
@@ -138,7 +140,7 @@ class AdaptiveDrafter:
                 break
         used = [index for index, count in enumerate(best_counts) if count]
         gained = sum(survival for survival, _ in survivals[: sum(best_counts)])
-        looked_up = [self._found[row][0][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
+        looked_up = [self._found[row][0][0][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
         return looked_up, best_rate, (len(used) + gained, len(used) + sum(best_counts))
 
 

@@ -32,6 +32,7 @@ _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 _CALIBRATIONS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
 # Least evidence of a lookup; acceptance of its first token, and of further ones.
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
+_ANSWER_LOOKUPS = ((0, 0.15, 0.6), (1, 0.4, 0.6), (3, 0.7, 0.6), (8, 0.85, 0.75), (16, 0.95, 0.85))  # in earlier answers
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
 # has few steps, and drafts usually pay.
@@ -69,6 +70,11 @@ class Acceptance:
             of = int(index > 0)
             self._tested[of] = _MEMORY * self._tested[of] + 1
             self._accepted[of] = _MEMORY * self._accepted[of] + (index < accepted)
+
+    def expected(self, drafted: int) -> float:
+        """How many of so many drafts will be accepted."""
+        first, later = self.chances()
+        return first * (1 - later**drafted) / (1 - later)
 
     def compare(self, draft: Sequence[int], said: Sequence[int]) -> None:
         """Observes a draft that was not verified itself, by the target's token in its place."""
@@ -227,14 +233,18 @@ class Knowledge:
 
     def __init__(self, passes: PassTimes, arms: dict[str, Arm]) -> None:
         self.passes, self.arms = passes, arms
-        self._lookups = [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in _LOOKUPS]
+        self._lookups, self._answer_lookups = (
+            [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
+            for priors in (_LOOKUPS, _ANSWER_LOOKUPS)
+        )
         self._pass_seconds: float | None = None
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
 
-    def acceptance_of_lookup(self, evidence: int) -> Acceptance:
-        """Of a continuation with this evidence, see `History.continuation`."""
-        return next(acceptance for least, acceptance in reversed(self._lookups) if evidence >= least)
+    def acceptance_of_lookup(self, evidence: int, in_answers: bool = False) -> Acceptance:
+        """Of a continuation with this evidence, see `History.continuation`, in the row's own text or in earlier answers."""
+        lookups = self._answer_lookups if in_answers else self._lookups
+        return next(acceptance for least, acceptance in reversed(lookups) if evidence >= least)
 
     def wants_plain_step(self) -> bool:
         """Whether this step should be one without drafts, so that their time is known. Counts the steps."""

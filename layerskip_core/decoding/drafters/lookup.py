@@ -1,14 +1,26 @@
-"""Drafts copied from the text so far: prompt lookup decoding (Saxena, 2023), over the prompt and the output."""
+"""Drafts copied from the text so far: prompt lookup decoding (Saxena, 2023), over the prompt, the output and earlier answers.
 
-from collections.abc import Sequence
+Suffix decoding (Oliaro et al., 2024, arXiv 2411.04975) searches earlier answers too, in a suffix tree.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from torch import tensor
 
+from ...config.decoding import REMEMBERED
 from . import Context, Draft, Drafter, DrafterSetup
 
 SHORTEST = 2  # tokens that must match, unless told otherwise
 _LONGEST = 16  # tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
+_OF_ANSWERS = 3  # tokens that must match in an earlier answer
+_END = -1  # after each answer
+
+
+Found = list[tuple[list[int], int]]
+"""By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
 
 
 class History:
@@ -31,20 +43,97 @@ class History:
         for stop in range(max(self._indexed + 1, size), end):
             self._ends.setdefault(tuple(ids[stop - size : stop]), []).append(stop)
         self._indexed = max(self._indexed, end - 1)
-        start, longest = 0, 0
-        by_next: dict[int, int] = {}  # the longest match before each token that followed one
-        for candidate in self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]:
-            match = size
-            while match < min(_LONGEST, candidate) and ids[candidate - match - 1] == ids[end - match - 1]:
-                match += 1
-            by_next[ids[candidate]] = max(match, by_next.get(ids[candidate], 0))
-            if match > longest:
-                start, longest = candidate, match
-        if not longest:
-            return [], 0
-        del by_next[ids[start]]
+        latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
+        _, start, evidence = _longest_match(ids, ((ids, place) for place in latest), size)
         period = end - start
-        return [ids[start + index % period] for index in range(most)], longest - max(by_next.values(), default=0)
+        return [ids[start + index % period] for index in range(most if latest else 0)], evidence
+
+
+class EarlierAnswers:
+    """Answers of this process that lookups search besides a row's own text: `most` tokens, of which the oldest go first.
+
+    An answer stands after the last tokens of its prompt, so that its beginning is found. Such a text is searched where the
+    last `_OF_ANSWERS` tokens of a row occur in it. A token takes about 110 bytes at most, less where answers repeat each other.
+    """
+
+    def __init__(self, most: int = REMEMBERED) -> None:
+        self._most = most // 2  # tokens of a generation
+        self._newer, self._older = _Texts(), _Texts()
+
+    def __len__(self) -> int:
+        """Tokens that are kept."""
+        return len(self._newer.ids) + len(self._older.ids)
+
+    def add(self, ids: Sequence[int], start: int) -> None:
+        """Keeps the answer that begins at `start`, unless it is longer than half of all that is kept."""
+        first = max(start - _LONGEST, 0)
+        text = ids[first:]
+        if len(self._newer.ids) + len(text) >= self._most:
+            self._newer, self._older = _Texts(), self._newer
+        if len(text) < self._most:
+            self._newer.add(text, start - first)
+
+    def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
+        """At most `most` tokens, up to the end of an answer, and their evidence, as of `History.continuation`."""
+        run = hash(tuple(ids[-_OF_ANSWERS:]))
+        places = islice(chain(self._newer.after(run), self._older.after(run)), _CANDIDATES)
+        text, start, evidence = _longest_match(ids, places)
+        tokens = list(text[start : start + most])
+        return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
+
+
+class _Texts:
+    """Texts one after another, and the places after each run of `_OF_ANSWERS` tokens as a list, the latest first."""
+
+    def __init__(self) -> None:
+        self.ids = array("i")
+        self._before = array("i")  # by place: the one before it in its list, or -1
+        self._latest: dict[
+            int, int
+        ] = {}  # by the run's hash: equal ones of different runs are harmless, because runs are compared
+
+    def add(self, text: Sequence[int], first: int) -> None:
+        """Adds a text, in which the places from `first` on are found."""
+        offset = len(self.ids)
+        self.ids.extend((*text, _END))
+        self._before.extend((-1,) * (len(text) + 1))
+        for place in range(max(first, _OF_ANSWERS), len(text)):
+            run = hash(tuple(text[place - _OF_ANSWERS : place]))
+            self._before[offset + place] = self._latest.get(run, -1)
+            self._latest[run] = offset + place
+
+    def after(self, run: int) -> Iterator[tuple[Sequence[int], int]]:
+        place = self._latest.get(run, -1)
+        while place >= 0:
+            yield self.ids, place
+            place = self._before[place]
+
+
+def _longest_match(
+    ids: Sequence[int], candidates: Iterable[tuple[Sequence[int], int]], known: int = 0
+) -> tuple[Sequence[int], int, int]:
+    """The text and the place where the longest match of the last of `ids` ends, and its evidence; (), 0 and 0 for no match.
+
+    `candidates`: texts and places, before which `known` tokens match for certain.
+    """
+    last, found = (
+        ids[: -_LONGEST - 1 : -1],
+        dict[int, tuple[int, Sequence[int], int]](),
+    )  # by the token after a match, the longest
+    for text, place in candidates:
+        match = known
+        for token in last[known:place]:
+            if text[place - match - 1] != token:
+                break
+            match += 1
+        following = text[place]
+        if match >= (known or _OF_ANSWERS) and (following not in found or match > found[following][0]):
+            found.pop(following, None)  # of two that are as long, the later one stays first
+            found[following] = match, text, place
+    if not found:
+        return (), 0, 0
+    (longest, text, place), *others = sorted(found.values(), key=lambda match: -match[0])
+    return text, place, longest - (others[0][0] if others else 0)
 
 
 class LookupDrafter:
@@ -53,30 +142,48 @@ class LookupDrafter:
     Where no row has a match, the drafter `otherwise` drafts, if there is one.
     """
 
-    def __init__(self, shortest: int, eos_ids: frozenset[int] = frozenset(), otherwise: Drafter | None = None) -> None:
-        """`shortest`: how many tokens must match."""
-        self._shortest, self._eos_ids, self._otherwise = shortest, eos_ids, otherwise
+    def __init__(
+        self,
+        shortest: int,
+        eos_ids: frozenset[int] = frozenset(),
+        otherwise: Drafter | None = None,
+        earlier: EarlierAnswers | None = None,
+    ) -> None:
+        """`shortest`: how many tokens must match. `earlier`: where it looks besides each row's own text."""
+        self._shortest, self._eos_ids, self._otherwise, self._earlier = shortest, eos_ids, otherwise, earlier
         self._histories: dict[int, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        found = [tokens for tokens, _ in self.find(context, limits)]
+        found = []
+        for (own, evidence), (answer, of_answer) in zip(self.find(context, limits), self.recall(context, limits), strict=True):
+            found.append(answer if of_answer > max(evidence, _OF_ANSWERS - 1) else own)
         self._drafted_last = None if any(found) else self._otherwise
         return copied(context, found) if self._drafted_last is None else self._drafted_last.draft(context, limits)
 
-    def find(self, context: Context, limits: Sequence[int]) -> list[tuple[list[int], int]]:
-        """By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
+    def find(self, context: Context, limits: Sequence[int]) -> Found:
+        """What followed in each row's own text."""
         if len(self._histories) > len(context.rows):  # a loop that others join has ever new rows
             self._histories = {row: self._histories[row] for row in context.rows if row in self._histories}
-        found = []
+        found = Found()
         for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
             history = self._histories.setdefault(row, History(self._shortest))
-            tokens, evidence = history.continuation(ids, max(limit, 0))
-            if self._eos_ids:
-                end = next((count for count, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
-                tokens = tokens[:end]
-            found.append((tokens, evidence))
+            found.append(self._ended(history.continuation(ids, max(limit, 0))))
         return found
+
+    def recall(self, context: Context, limits: Sequence[int]) -> Found:
+        """What followed in earlier answers."""
+        if not (earlier := self._earlier):
+            return [([], 0)] * len(limits)
+        pairs = zip(context.ids, limits, strict=True)
+        return [self._ended(earlier.continuation(ids, max(limit, 0))) for ids, limit in pairs]
+
+    def _ended(self, found: tuple[list[int], int]) -> tuple[list[int], int]:
+        tokens, evidence = found
+        if self._eos_ids.isdisjoint(tokens):
+            return found
+        end = next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)
+        return tokens[:end], evidence
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:
@@ -93,4 +200,4 @@ def copied(context: Context, drafts: Sequence[list[int]]) -> Draft:
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:
-    return LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
+    return LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)

@@ -1,10 +1,13 @@
 """Measures ways of decoding on a task: one by one in turn, for speed, and in batches, for quality alone."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from ...config.decoding import STRATEGIES, DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data import Example, Item, spread
 from ...decoding import check_prompt, decode, decode_batch
+from ...decoding.drafters.lookup import EarlierAnswers
 from ...errors import LayerSkipError
 from ...model.backend import Backend
 from ..metrics import Scores
@@ -122,7 +126,8 @@ def measure(
     prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
 
     A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
-    down slows all of them. Before prompts are timed, each setting warms up with a few tokens.
+    down slows all of them. Before prompts are timed, each setting warms up with a few tokens. Lookups find earlier answers of
+    the same setting in the same repeat only, and after a resumption those since then.
 
     Args:
         settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
@@ -140,6 +145,7 @@ def measure(
     phases = [("answers", [(_BATCHES, sample) for sample in every], config.batch_size)] if batches else []
     phases += [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)] if timed else []
     rows = {} if journal is None else dict(journal.known)  # the outputs of all settings by repeat and sample
+    earlier = defaultdict[tuple[int, int], EarlierAnswers](lambda: EarlierAnswers(config.remember))  # by setting and repeat
     for phase, wanted, size in phases:
         missing = [each for each in wanted if each not in rows]
         if size > 1:
@@ -150,7 +156,7 @@ def measure(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             prompts = [examples[sample].prompt for _, sample in batch]
-            outputs = _in_turn(loaded, prompts, settings, baselines, *batch[0])
+            outputs = _in_turn(loaded, prompts, settings, baselines, earlier, *batch[0])
             for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:
@@ -177,6 +183,7 @@ def _in_turn(
     prompts: Sequence[str],
     settings: Sequence[DecodingConfig],
     baselines: Mapping[str, Baseline] | None,
+    earlier: Mapping[tuple[int, int], EarlierAnswers],
     repeat: int,
     sample: int,
 ) -> list[list[Output]]:
@@ -193,7 +200,7 @@ def _in_turn(
         if place not in found:
             setting = settings[place]
             setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
-            found[place] = answer_prompts(loaded, prompts, setting, baselines)
+            found[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
     return [found[place] for place in distinct]
 
 
@@ -202,6 +209,7 @@ def answer_prompts(
     prompts: Sequence[str],
     setting: DecodingConfig,
     baselines: Mapping[str, Baseline] | None = None,
+    earlier: EarlierAnswers | None = None,
 ) -> list[Output]:
     """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
 
@@ -209,7 +217,7 @@ def answer_prompts(
     answered one by one, so that only the culprit fails. Baselines have no batches.
     """
     model, alone = loaded.backend, len(prompts) == 1
-    baseline = (baselines or {}).get(setting.strategy, own_output if alone else None)
+    baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
     has_peak = alone and _reset_peak(model.device)
     try:
         ids = [loaded.encode_prompt(prompt) for prompt in prompts]
@@ -218,7 +226,7 @@ def answer_prompts(
         if baseline is not None:
             outputs = [baseline(loaded, prompt_ids, setting) for prompt_ids in ids]
         else:
-            batch = decode_batch(model, ids, setting, loaded.ends(setting.stop), loaded.detokenize)
+            batch = decode_batch(model, ids, setting, loaded.ends(setting.stop), loaded.detokenize, earlier=earlier)
             answers = sorted(batch, key=lambda answer: answer.row)
             outputs = [Output(tuple(each.ids), "", (), each.stats, each.finish_reason) for each in answers]
     except (LayerSkipError, torch.OutOfMemoryError) as error:
@@ -240,10 +248,17 @@ def measure_prompt(
     return answer_prompts(loaded, [prompt], setting, baselines)[0]
 
 
-def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, reuse_exit_states: bool = True) -> Output:
+def own_output(
+    loaded: Decoder,
+    prompt_ids: list[int],
+    setting: DecodingConfig,
+    reuse_exit_states: bool = True,
+    earlier: EarlierAnswers | None = None,
+) -> Output:
     """Our own decoding. A step's time ends when its tokens have arrived here."""
     ends = loaded.ends(setting.stop)
-    decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
+    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "earlier": earlier}
+    decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, **options)
     steps: list[Step] = []
     started = time.perf_counter()
     for [step] in decoding:
