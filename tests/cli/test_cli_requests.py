@@ -64,6 +64,23 @@ def ask(generate):
     return answers
 
 
+@pytest.mark.parametrize("batch", ["1", "2"])
+@pytest.mark.parametrize("strategy", ["lookup", "adaptive"])
+def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
+    """The last prompts come again, after their answers."""
+    prompts = ["wake me up at 7", "remind me to call mom tomorrow", "play some jazz"] * 2
+    stdin = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    answers = {}
+    for remember in ("0", "10000"):
+        result = run("generate", "--jsonl", "--strategy", strategy, "--batch-size", batch, "--remember", remember, stdin=stdin)
+        answers[remember] = [json.loads(line) for line in result.out.splitlines()]
+        assert (result.code, len(answers[remember])) == (0, 6)
+    without, found = answers["0"], answers["10000"]
+    assert [answer["text"] for answer in found] == [answer["text"] for answer in without]
+    if strategy == "lookup" and load("embedded").decoder.backend.batch_invariant:
+        assert found[5]["accepted"] > without[5]["accepted"]
+
+
 def test_a_policy_is_its_settings(ask):
     row = {"prompt": PROMPT}
     (early,) = ask(row, flags=("--policy", "fast"))

@@ -8,6 +8,8 @@ import sys
 import pytest
 from command_line import ENVIRONMENT, fails, finish, start
 
+from layerskip_core.errors import LayerSkipError
+
 NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
 
 
@@ -50,6 +52,19 @@ def test_wrong_settings(extras, monkeypatch):
     fails("--max-new-tokens must be at most --token-limit, 100, got 200", "serve", *limits)
     monkeypatch.setenv("LAYERSKIP_API_KEY", "")
     fails("LAYERSKIP_API_KEY must be a text that is not empty, got an empty one", "serve")
+
+
+@pytest.mark.parametrize(("flags", "kept"), [((), 0), (("--remember", "100"), 21)])
+def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kept):
+    """Other clients could tell from the times of their own."""
+
+    def engine(decoder, batch_size, queue_size, earlier):
+        earlier.add(range(20), 5)
+        assert len(earlier) == kept
+        raise LayerSkipError("far enough")
+
+    monkeypatch.setattr("layerskip_core.serving.Engine", engine)
+    fails("far enough", "serve", "--port", "0", *flags)
 
 
 def test_without_the_extra_it_names_it(monkeypatch):

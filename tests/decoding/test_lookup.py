@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import ids_of, plainly
+from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
-from layerskip_core.decoding.drafters.lookup import History, LookupDrafter
+from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History, LookupDrafter
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import TransformersBackend
@@ -104,3 +105,99 @@ def test_the_shortest_match_is_two_tokens_unless_told_otherwise(backend):
         return drafter.find(Context([0], [[1, 2, 3, 2]], None, None, None), [1])
 
     assert found() == [([], 0)] and found(lookup=1) == [([3], 1)]
+
+
+# --- earlier answers -----------------------------------------------------------------------------------------------------
+
+
+def remembering(*answers, most=1000, prompt=(1, 2, 3)):
+    earlier = EarlierAnswers(most)
+    for answer in answers:
+        earlier.add([*prompt, *answer], len(prompt))
+    return earlier
+
+
+@pytest.mark.parametrize(
+    ("answers", "ids", "expected"),
+    [
+        ([[4, 5, 6, 7, 8]], [9, 4, 5, 6], ([7, 8], 3)),
+        ([[4, 5, 6, 7, 8]], [9, 9, 5, 6], ([], 0)),  # two tokens are no match
+        ([[4, 5, 6, 7]], [1, 2, 3], ([4, 5, 6, 7], 3)),  # after the prompt's last tokens
+        ([[4, 5, 6, 7, 8], [9]], [7, 8, 9, 1, 2, 3], ([9], 0)),  # the latest of two; an answer's end ends the draft
+        ([[4, 5, 6, 7], [8, 9]], [3, 8, 9], ([], 0)),
+        ([[4, 5, 6, 7], [8, 5, 6, 7]], [3, 4, 5, 6], ([7], 4)),  # both go on in the same way
+        ([[9, 4, 5, 6, 7], [8, 4, 5, 6, 2]], [9, 4, 5, 6], ([7], 1)),  # the longer match, by one token
+    ],
+)
+def test_what_followed_in_an_earlier_answer_is_copied(answers, ids, expected):
+    assert remembering(*answers).continuation(ids, 9) == expected
+
+
+def test_a_prompt_is_not_drafted():
+    """Its last tokens only say where an answer begins."""
+    assert remembering([50, 51], prompt=range(40)).continuation([20, 21, 22, 23], 9) == ([], 0)
+
+
+def test_the_oldest_answers_go_first_and_no_more_than_told_are_kept():
+    earlier = EarlierAnswers(100)
+    for number in range(40):
+        earlier.add([1, 2, *range(10 * number + 10, 10 * number + 20)], 2)
+        assert len(earlier) <= 100
+    assert earlier.continuation([400, 401, 402], 2) == ([403, 404], 3) and earlier.continuation([10, 11, 12], 2) == ([], 0)
+    earlier.add(range(1000, 1060), 5)  # longer than half of all
+    assert len(earlier) <= 100 and earlier.continuation([1000, 1001, 1002], 2) == ([], 0)
+    nothing = remembering([4, 5, 6, 7], most=0)
+    assert not nothing and nothing.continuation([4, 5, 6], 2) == ([], 0)
+
+
+@pytest.fixture(scope="module")
+def invariant():
+    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
+
+
+STRATEGIES = [{"strategy": "lookup"}, {"exit_layer": 3, "lookup": 2}, {"strategy": "adaptive", "exits": (2, 4)}]
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_a_repeated_prompt_is_answered_by_lookups_with_the_same_output(invariant, settings):
+    prompts = [prompt_of(9), prompt_of(12), prompt_of(9)]
+    config, earlier = DecodingConfig(max_new_tokens=40, num_draft_tokens=8, **settings), EarlierAnswers()
+    rounds = []
+    for prompt in prompts:
+        decoding = decode(invariant, prompt, config, earlier=earlier)
+        assert ids_of(decoding) == plainly(invariant, prompt)
+        rounds.append(decoding.stats)
+    assert len(earlier) == 40 * 3 + 9 + 12 + 9 + 3  # with the prompts' last tokens, and an end each
+    if settings.get("strategy") != "adaptive":  # which may know something better
+        assert rounds[2].accepted > rounds[0].accepted and rounds[2].steps_by_drafter["lookup"] == 5  # 39 tokens, 9 a round
+
+
+def test_rows_of_a_batch_are_remembered_as_they_finish(invariant):
+    prompts, earlier = [prompt_of(9), prompt_of(12)], EarlierAnswers()
+    config = DecodingConfig("lookup", max_new_tokens=30, num_draft_tokens=8)
+    plain = {place: plainly(invariant, prompt, 30) for place, prompt in enumerate(prompts)}
+    first = list(decode_batch(invariant, prompts, config, earlier=earlier))
+    again = list(decode_batch(invariant, prompts, config, earlier=earlier))
+    for answers in (first, again):
+        assert {answer.row: answer.ids for answer in answers} == plain
+    assert sum(answer.stats.accepted for answer in again) > sum(answer.stats.accepted for answer in first)
+    loop = DecodingLoop(invariant, [prompt_of(5)], config, earlier=EarlierAnswers())
+    next(loop)
+    loop.drop(0)
+    assert len(list(loop)) == 1 and not loop._earlier  # an answer that was given up is none
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_sampled_rows_depend_on_their_seed_alone(invariant, settings):
+    config = DecodingConfig(max_new_tokens=40, temperature=0.4, seed=5, **settings)
+    earlier, seen = EarlierAnswers(), []
+    for _ in range(2):
+        decoding = decode(invariant, prompt_of(9), config, earlier=earlier)
+        seen.append((ids_of(decoding), decoding.stats.steps_by_drafter))
+    assert seen[0] == seen[1] and earlier
+
+
+def test_where_drafts_may_change_how_passes_round_nothing_is_recalled(backend):
+    earlier, config = EarlierAnswers(), DecodingConfig("lookup", max_new_tokens=20)
+    first, second = (decode(backend, prompt_of(9), config, earlier=earlier) for _ in range(2))
+    assert ids_of(first) == ids_of(second) and first.stats.steps_by_drafter == second.stats.steps_by_drafter

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_model
+from decodings import WIDE, native_or_skip
 from evaluating import NEW_TOKENS, TOO_LONG, collect, own_answers, task_of, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -150,3 +152,17 @@ def test_a_difference_is_located_with_the_gap_between_the_targets_two_best_logit
     best, second = sorted(loaded.backend.model(torch.tensor([prefix])).logits[0, -1].tolist(), reverse=True)[:2]
     assert difference.top2_gap == pytest.approx(best - second)
     assert differences(loaded, task.examples, plain, plain) == ()
+
+
+@pytest.mark.parametrize("remember", [0, 1000])
+def test_lookups_find_the_answers_of_their_own_setting_and_repeat_only(remember):
+    """Two settings, two repeats and the same prompt twice: only the second prompt's answer has been seen before."""
+    backend = native_or_skip(tiny_model("llama", torch.float32, vocab_size=300, **WIDE))
+    loaded, example = replace(tiny_loaded(), backend=backend), own_answers(1).examples[0]
+    settings = [DecodingConfig("lookup", max_new_tokens=40, num_draft_tokens=8)] * 2
+    config = BenchConfig("tiny", remember=remember)
+    _, measured = collect(measure(loaded, task_of(example, example), settings, config, repeats=2))
+    drafted = [[output.stats.accepted for output in outputs] for each in measured for outputs in each.repeats]
+    assert drafted == [drafted[0]] * 4
+    assert (drafted[0][1] > drafted[0][0]) == bool(remember)
+    assert len({output.ids for each in measured for outputs in each.repeats for output in outputs}) == 1

@@ -16,6 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.dialogue import TextStream
+from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -250,3 +251,17 @@ def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
             most = max(most, len(loop._drafter._lookup._histories), loop._cache.rows)
     assert len(loops) < 10  # each of many requests
     assert most <= 6  # rows that were there in the last step, and those that came since
+
+
+def test_requests_that_join_find_the_answers_of_those_that_finished():
+    decoder, config = decoder_of("native"), DecodingConfig("lookup", max_new_tokens=30, num_draft_tokens=8)
+    prompts = [prompt_of(9), prompt_of(9), prompt_of(9)]
+    expected, stats = alone(decoder, prompts[0], config)
+    accepted = []
+    for earlier in (None, EarlierAnswers()):
+        clients = [Client(prompt, config) for prompt in prompts]
+        run(Scheduler(decoder, 2, earlier), [[client] for client in clients])  # the third waits for the first to end
+        assert [client.answer for client in clients] == [expected] * 3
+        accepted.append([client.request.stats.accepted for client in clients])
+    assert accepted[0] == [stats.accepted] * 3 and accepted[1][:1] == accepted[0][:1]
+    assert accepted[1][2] > accepted[0][2]

@@ -18,7 +18,6 @@ _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
 _OF_ANSWERS = 3  # tokens that must match in an earlier answer
 _END = -1  # after each answer
 
-
 Found = list[tuple[list[int], int]]
 """By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
 
@@ -88,9 +87,7 @@ class _Texts:
     def __init__(self) -> None:
         self.ids = array("i")
         self._before = array("i")  # by place: the one before it in its list, or -1
-        self._latest: dict[
-            int, int
-        ] = {}  # by the run's hash: equal ones of different runs are harmless, because runs are compared
+        self._latest: dict[int, int] = {}  # by the run's hash; runs that share one are told apart when they are compared
 
     def add(self, text: Sequence[int], first: int) -> None:
         """Adds a text, in which the places from `first` on are found."""
@@ -116,10 +113,8 @@ def _longest_match(
 
     `candidates`: texts and places, before which `known` tokens match for certain.
     """
-    last, found = (
-        ids[: -_LONGEST - 1 : -1],
-        dict[int, tuple[int, Sequence[int], int]](),
-    )  # by the token after a match, the longest
+    last = ids[: -_LONGEST - 1 : -1]
+    found: dict[int, tuple[int, Sequence[int], int]] = {}  # by the token after a match, the longest
     for text, place in candidates:
         match = known
         for token in last[known:place]:
@@ -149,7 +144,7 @@ class LookupDrafter:
         otherwise: Drafter | None = None,
         earlier: EarlierAnswers | None = None,
     ) -> None:
-        """`shortest`: how many tokens must match. `earlier`: where it looks besides each row's own text."""
+        """`shortest`: how many tokens must match. `earlier`: answers that are searched too; the better match drafts."""
         self._shortest, self._eos_ids, self._otherwise, self._earlier = shortest, eos_ids, otherwise, earlier
         self._histories: dict[int, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
@@ -157,7 +152,8 @@ class LookupDrafter:
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         found = []
         for (own, evidence), (answer, of_answer) in zip(self.find(context, limits), self.recall(context, limits), strict=True):
-            found.append(answer if of_answer > max(evidence, _OF_ANSWERS - 1) else own)
+            is_better = of_answer > evidence and of_answer >= max(self._shortest, _OF_ANSWERS)
+            found.append(answer if is_better else own)
         self._drafted_last = None if any(found) else self._otherwise
         return copied(context, found) if self._drafted_last is None else self._drafted_last.draft(context, limits)
 
