@@ -50,7 +50,7 @@ class AdaptiveDrafter:
             acceptances = [self._known.acceptance_of_lookup(evidence, bool(place)) for place, (_, evidence) in enumerate(found)]
             likely = [(tokens, acceptance) for (tokens, _), acceptance in zip(found, acceptances, strict=True) if tokens]
             # The target's verdict judges them whether they are used or not.
-            self._found[row] = sorted(likely, key=lambda each: -each[1].expected(len(each[0])))
+            self._found[row] = sorted(likely, key=lambda each: -each[1].expected(len(each[0]))) if likely[1:] else likely
         self._arm, self._drafted_rows = None, []
         draft = Draft(context.newest, (0,) * len(limits))
         if not (self._by_clock and self._known.wants_plain_step()):

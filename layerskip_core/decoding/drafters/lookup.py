@@ -4,8 +4,7 @@ Suffix decoding (Oliaro et al., 2024, arXiv 2411.04975) searches earlier answers
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
 
 from torch import tensor
 
@@ -15,6 +14,7 @@ from . import Context, Draft, Drafter, DrafterSetup
 SHORTEST = 2  # tokens that must match, unless told otherwise
 _LONGEST = 16  # tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
+_CANDIDATES_OF_ANSWERS = 4
 _OF_ANSWERS = 3  # tokens that must match in an earlier answer
 _END = -1  # after each answer
 
@@ -39,11 +39,11 @@ class History:
         what was added to them.
         """
         size, end = self._shortest, len(ids)
-        for stop in range(max(self._indexed + 1, size), end):
-            self._ends.setdefault(tuple(ids[stop - size : stop]), []).append(stop)
+        for stop, run in _runs(ids, size, max(self._indexed + 1, size), end):
+            self._ends.setdefault(run, []).append(stop)
         self._indexed = max(self._indexed, end - 1)
         latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
-        _, start, evidence = _longest_match(ids, ((ids, place) for place in latest), size)
+        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size)
         period = end - start
         return [ids[start + index % period] for index in range(most if latest else 0)], evidence
 
@@ -73,11 +73,15 @@ class EarlierAnswers:
             self._newer.add(text, start - first)
 
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
-        """At most `most` tokens, up to the end of an answer, and their evidence, as of `History.continuation`."""
+        """At most `most` tokens, up to the end of an answer, and their evidence, as of `History.continuation`.
+
+        Twice as many as match, at most: a short match soon goes on otherwise. Suffix decoding has such a limit.
+        """
         run = hash(tuple(ids[-_OF_ANSWERS:]))
-        places = islice(chain(self._newer.after(run), self._older.after(run)), _CANDIDATES)
-        text, start, evidence = _longest_match(ids, places)
-        tokens = list(text[start : start + most])
+        places = self._newer.after(run, _CANDIDATES_OF_ANSWERS)
+        places += self._older.after(run, _CANDIDATES_OF_ANSWERS - len(places))
+        text, start, longest, evidence = _longest_match(ids, places)
+        tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
 
@@ -94,22 +98,30 @@ class _Texts:
         offset = len(self.ids)
         self.ids.extend((*text, _END))
         self._before.extend((-1,) * (len(text) + 1))
-        for place in range(max(first, _OF_ANSWERS), len(text)):
-            run = hash(tuple(text[place - _OF_ANSWERS : place]))
+        for place, tokens in _runs(text, _OF_ANSWERS, max(first, _OF_ANSWERS), len(text)):
+            run = hash(tokens)
             self._before[offset + place] = self._latest.get(run, -1)
             self._latest[run] = offset + place
 
-    def after(self, run: int) -> Iterator[tuple[Sequence[int], int]]:
+    def after(self, run: int, count: int) -> list[tuple[Sequence[int], int]]:
+        """The latest `count` places after a run, with the texts that they are in."""
+        found: list[tuple[Sequence[int], int]] = []
         place = self._latest.get(run, -1)
-        while place >= 0:
-            yield self.ids, place
+        while place >= 0 and len(found) < count:
+            found.append((self.ids, place))
             place = self._before[place]
+        return found
+
+
+def _runs(ids: Sequence[int], size: int, first: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The places from `first` on, below `end`, each with the `size` tokens before it."""
+    return enumerate(zip(*(ids[first - size + index : end - size + index] for index in range(size)), strict=False), first)
 
 
 def _longest_match(
-    ids: Sequence[int], candidates: Iterable[tuple[Sequence[int], int]], known: int = 0
-) -> tuple[Sequence[int], int, int]:
-    """The text and the place where the longest match of the last of `ids` ends, and its evidence; (), 0 and 0 for no match.
+    ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], known: int = 0
+) -> tuple[Sequence[int], int, int, int]:
+    """The text and the place where the longest match of the last of `ids` ends, its length and its evidence.
 
     `candidates`: texts and places, before which `known` tokens match for certain.
     """
@@ -126,9 +138,9 @@ def _longest_match(
             found.pop(following, None)  # of two that are as long, the later one stays first
             found[following] = match, text, place
     if not found:
-        return (), 0, 0
+        return (), 0, 0, 0
     (longest, text, place), *others = sorted(found.values(), key=lambda match: -match[0])
-    return text, place, longest - (others[0][0] if others else 0)
+    return text, place, longest, longest - (others[0][0] if others else 0)
 
 
 class LookupDrafter:
