@@ -51,17 +51,8 @@ def decode(
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    return DecodingLoop(
-        model,
-        [prompt_ids],
-        config,
-        eos_ids,
-        detokenize,
-        reuse_exit_states=reuse_exit_states,
-        prefix=prefix,
-        earlier=earlier,
-        isolated=True,
-    )
+    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "prefix": prefix, "earlier": earlier}
+    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, isolated=True, **options)
 
 
 def decode_batch(

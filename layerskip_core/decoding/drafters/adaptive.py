@@ -35,7 +35,7 @@ class AdaptiveDrafter:
         self._by_clock = self._is_greedy and setup.model.batch_invariant
         self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
-        # By row: the continuations in its text and in an earlier answer, and how likely they are. The best is the first.
+        # By row: the continuations in its text and in an earlier answer, and how likely they are.
         self._found: dict[int, list[tuple[list[int], Acceptance]]] = {}
         self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
         self._drafted_rows: list[int] = []  # by it
@@ -45,12 +45,11 @@ class AdaptiveDrafter:
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        lookups = self._lookup.find(context, limits), self._lookup.recall(context, limits)
-        for row, *found in zip(context.rows, *lookups, strict=True):
-            acceptances = [self._known.acceptance_of_lookup(evidence, bool(place)) for place, (_, evidence) in enumerate(found)]
-            likely = [(tokens, acceptance) for (tokens, _), acceptance in zip(found, acceptances, strict=True) if tokens]
-            # The target's verdict judges them whether they are used or not.
-            self._found[row] = sorted(likely, key=lambda each: -each[1].expected(len(each[0]))) if likely[1:] else likely
+        for in_answers, lookups in enumerate((self._lookup.find(context, limits), self._lookup.recall(context, limits))):
+            for row, (tokens, evidence) in zip(context.rows, lookups, strict=True):
+                if tokens:  # the target's verdict judges them whether they are used or not
+                    acceptance = self._known.acceptance_of_lookup(evidence, bool(in_answers))
+                    self._found.setdefault(row, []).append((tokens, acceptance))
         self._arm, self._drafted_rows = None, []
         draft = Draft(context.newest, (0,) * len(limits))
         if not (self._by_clock and self._known.wants_plain_step()):
@@ -120,8 +119,11 @@ class AdaptiveDrafter:
         """
         passes, batch = self._known.passes, len(rows)
         survivals: list[tuple[float, int]] = []
+        best_found: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
-            for tokens, acceptance in self._found[row][:1]:
+            if row in self._found:
+                tokens, acceptance = max(self._found[row], key=lambda found: found[1].expected(len(found[0])))
+                best_found[row] = tokens
                 survival, later = acceptance.chances()
                 for _ in tokens:
                     survivals.append((survival, index))
@@ -140,7 +142,7 @@ class AdaptiveDrafter:
                 break
         used = [index for index, count in enumerate(best_counts) if count]
         gained = sum(survival for survival, _ in survivals[: sum(best_counts)])
-        looked_up = [self._found[row][0][0][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
+        looked_up = [best_found[row][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
         return looked_up, best_rate, (len(used) + gained, len(used) + sum(best_counts))
 
 

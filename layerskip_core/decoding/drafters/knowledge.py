@@ -233,18 +233,17 @@ class Knowledge:
 
     def __init__(self, passes: PassTimes, arms: dict[str, Arm]) -> None:
         self.passes, self.arms = passes, arms
-        self._lookups, self._answer_lookups = (
+        self._lookups = [  # in the row's own text, and in earlier answers
             [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
             for priors in (_LOOKUPS, _ANSWER_LOOKUPS)
-        )
+        ]
         self._pass_seconds: float | None = None
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
 
     def acceptance_of_lookup(self, evidence: int, in_answers: bool = False) -> Acceptance:
         """Of a continuation with this evidence, see `History.continuation`, in the row's own text or in earlier answers."""
-        lookups = self._answer_lookups if in_answers else self._lookups
-        return next(acceptance for least, acceptance in reversed(lookups) if evidence >= least)
+        return next(acceptance for least, acceptance in reversed(self._lookups[in_answers]) if evidence >= least)
 
     def wants_plain_step(self) -> bool:
         """Whether this step should be one without drafts, so that their time is known. Counts the steps."""

@@ -80,7 +80,7 @@ class EarlierAnswers:
         run = hash(tuple(ids[-_OF_ANSWERS:]))
         places = self._newer.after(run, _CANDIDATES_OF_ANSWERS)
         places += self._older.after(run, _CANDIDATES_OF_ANSWERS - len(places))
-        text, start, longest, evidence = _longest_match(ids, places)
+        text, start, longest, evidence = _longest_match(ids, places, _OF_ANSWERS)
         tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
@@ -119,22 +119,22 @@ def _runs(ids: Sequence[int], size: int, first: int, end: int) -> Iterator[tuple
 
 
 def _longest_match(
-    ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], known: int = 0
+    ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], least: int
 ) -> tuple[Sequence[int], int, int, int]:
-    """The text and the place where the longest match of the last of `ids` ends, its length and its evidence.
+    """Of the places in texts where the last of `ids` may stand too, the longest match: where it ends, its length and evidence.
 
-    `candidates`: texts and places, before which `known` tokens match for certain.
+    `least`: how many tokens must match.
     """
     last = ids[: -_LONGEST - 1 : -1]
     found: dict[int, tuple[int, Sequence[int], int]] = {}  # by the token after a match, the longest
     for text, place in candidates:
-        match = known
-        for token in last[known:place]:
+        match = 0
+        for token in last[:place]:
             if text[place - match - 1] != token:
                 break
             match += 1
         following = text[place]
-        if match >= (known or _OF_ANSWERS) and (following not in found or match > found[following][0]):
+        if match >= least and (following not in found or match > found[following][0]):
             found.pop(following, None)  # of two that are as long, the later one stays first
             found[following] = match, text, place
     if not found:
