@@ -253,7 +253,7 @@ int main(int count, char **arguments) {
             for (int rows = 1; rows <= 16; rows++)
                 used = 0, check_products(precision, low_bit ? 32 * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
             used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */
-            used = 0, check_products(precision, 64, 170, 17 + below(16)); /* more than two turns of rows */
+            used = 0, check_products(precision, 64, 170, 17 + below(40)); /* of several turns of rows, too */
             for (int style = 0; style < 4; style++) {
                 used = 0;
                 Model model = model_of(precision, style);

@@ -16,7 +16,7 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
-from .matrix import MatrixForm, NativeMatrix, PackMatrix
+from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
 
@@ -51,7 +51,7 @@ class NativeBackend(RepackedBackend):
         """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
         compiled = kernels()
         assert compiled is not None
-        self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled)
+        self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty)
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
         is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal

@@ -2,7 +2,7 @@
  * follows is the same for all.
  *
  * SUMS: vectors of sums that registers hold beside what is multiplied. TILE: most rows that share a weight once it is loaded, of a
- * half of a panel or, up to WHOLE_TILE, of a whole one; see products.h.
+ * half of a panel or, up to WHOLE_TILE or WIDENED_TILE, of a whole one; see products.h. f_add_product: f_fma for such a sum.
  *
  * Weights of 64 bytes are multiplied in parts, because what has no instruction for pairs of bf16 or quads of int8 widens them, and
  * the rows too, when these are formed. dot_bf16 adds to each lane the product of its part with that of the row. dot_int8 and
@@ -47,7 +47,7 @@ INLINE void f_store_row(RowBf16 *p, vf x) {
 INLINE vf f_load_row(const RowBf16 *p) { return f_load(p); }
 INLINE Bf16 bf16_part(vi w, int part) { return part ? f_second(w) : f_first(w); }
 INLINE Bf16 bf16_value(const RowBf16 *pair, int part) { return f_set(pair[part]); }
-INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_fma(w, x, acc); }
+INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_add_product(acc, x, w); }
 #endif
 
 #if INT8_PARTS == 1

@@ -6,7 +6,8 @@ typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
 #define SUMS 6        /* vectors of sums that registers hold */
 #define TILE 6        /* most rows that share a weight once it is loaded, of half a panel */
-#define WHOLE_TILE 3  /* and of a whole panel */
+#define WHOLE_TILE 3  /* and of a whole panel, */
+#define WIDENED_TILE 2 /* of weights that are widened, which takes registers */
 #define MOST_PANELS 2 /* that are multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #define BOTH(type, one, other) ((type){(one), (other)})
@@ -23,6 +24,14 @@ INLINE vf f_min(vf x, vf y) { return BOTH(vf, _mm256_min_ps(x.a, y.a), _mm256_mi
 INLINE __m256 half_abs(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 INLINE vf f_abs(vf x) { return BOTH(vf, half_abs(x.a), half_abs(x.b)); }
 INLINE vf f_fma(vf x, vf y, vf z) { return BOTH(vf, _mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)); }
+/* The sum keeps its register: with the intrinsic, the compiler puts sums into new ones, of which there are not enough. */
+INLINE __m256 half_add_product(__m256 sum, __m256 x, __m256 y) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "xm"(y));
+    return sum;
+}
+INLINE vf f_add_product(vf sum, vf x, vf y) {
+    return BOTH(vf, half_add_product(sum.a, x.a, y.a), half_add_product(sum.b, x.b, y.b));
+}
 INLINE float f_sum(vf x) {
     __m256 s = _mm256_add_ps(x.a, x.b);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

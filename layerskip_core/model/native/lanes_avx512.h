@@ -5,7 +5,8 @@ typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define SUMS 24       /* vectors of sums that registers hold */
 #define TILE 10       /* most rows that share a weight once it is loaded; more leave no register for each one's address */
-#define WHOLE_TILE 10 /* and of a whole panel */
+#define WHOLE_TILE 10 /* and of a whole panel, */
+#define WIDENED_TILE 10 /* of weights of any kind */
 #define LOW_BIT_TILE 7
 #define MOST_PANELS 4 /* that are multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10)
@@ -21,6 +22,7 @@ INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
 INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf f_add_product(vf sum, vf a, vf b) { return f_fma(a, b, sum); }
 INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float f_largest(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE vf f_of_int(vi a) { return _mm512_cvtepi32_ps(a); }

@@ -11,6 +11,7 @@ typedef struct { uint8x16_t q[4]; } vi;
 #define SUMS 6 /* vectors, of four registers each */
 #define TILE 6
 #define WHOLE_TILE 2
+#define WIDENED_TILE 2
 #define LOW_BIT_TILE 6
 #define MOST_PANELS 2
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
@@ -34,6 +35,7 @@ INLINE vf f_max(vf x, vf y) { QUARTERS(vf, vmaxq_f32(x.q[i], y.q[i])); }
 INLINE vf f_min(vf x, vf y) { QUARTERS(vf, vminq_f32(x.q[i], y.q[i])); }
 INLINE vf f_abs(vf x) { QUARTERS(vf, vabsq_f32(x.q[i])); }
 INLINE vf f_fma(vf x, vf y, vf z) { QUARTERS(vf, vfmaq_f32(z.q[i], x.q[i], y.q[i])); }
+INLINE vf f_add_product(vf sum, vf x, vf y) { return f_fma(x, y, sum); }
 INLINE float f_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.q[0], x.q[1]), vaddq_f32(x.q[2], x.q[3]))); }
 INLINE float f_largest(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.q[0], x.q[1]), vmaxq_f32(x.q[2], x.q[3]))); }
 INLINE vf f_of_int(vi x) { QUARTERS(vf, vcvtq_f32_s32(as_s32(x.q[i]))); }

@@ -8,6 +8,7 @@
 #define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
 #define MOST_TURN 8
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
+#define TILES 4 /* of rows that halves of a panel are multiplied by, one after the other */
 
 #include "tiles.h"
 
@@ -70,7 +71,7 @@ INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H
             EACH(h, H) weight[h] = f_load((const float *)(w + 64 * h));
             EACH(r, R) {
                 vf value = f_set(((const float *)(o->x + r * o->stride))[k]);
-                EACH(h, H) acc[r][p][h] = f_fma(weight[h], value, acc[r][p][h]);
+                EACH(h, H) acc[r][p][h] = f_add_product(acc[r][p][h], value, weight[h]);
             }
         }
     put_sums(acc, o, R, P, H);
@@ -216,20 +217,21 @@ INLINE void whole_panels(
 
 static void half_panel(const Matrix *m, const Operands *o, int rows) {
     switch (rows) {
-#define ROWS(R) case R: if (WHOLE_TILE < TILE && R >= WHOLE_TILE) panels_by_rows(m, o, R, 1, 1); break;
+#define ROWS(R) case R: if (WHOLE_TILE < TILE && R > WIDENED_TILE) panels_by_rows(m, o, R, 1, 1); break;
     EACH_ROWS
 #undef ROWS
     }
 }
 
 INLINE int tile_of(const Matrix *m) { return is_low_bit(m->kind) ? LOW_BIT_TILE : TILE; }
+INLINE int whole_tile_of(const Matrix *m) { return m->kind == FP32 ? WHOLE_TILE : WIDENED_TILE; }
 
-/* A panel by up to two tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
+/* A panel by up to TILES tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
 static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
     Operands all = operands_of(m, panel, x, stride, out);
-    int tiles = rows > tile_of(m) ? 2 : 1, turns = 2 * tiles;
+    int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = 2 * tiles;
     int steps = (all.units + STEP - 1) / STEP, few = ((all.units + steps - 1) / steps + 7) / 8 * 8; /* whole groups */
-    all.share = UNIT / (size_t)turns;
+    all.share = (UNIT + (size_t)turns - 1) / (size_t)turns;
     for (all.from = 0; all.from < all.units; all.from = all.to) {
         all.to = all.units - all.from < few ? all.units : all.from + few;
         all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* where unit 0 would ask */
@@ -248,7 +250,7 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
  * multiplied by in pairs; or whole tiles of AMX. */
 static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
-    int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1);
+    int most = tile_of(m) * (WHOLE_TILE < TILE ? TILES : 1);
     if (rows <= most) return most;
     if (WHOLE_TILE == TILE) most = is_low_bit(m->kind) ? LOW_BIT_TURN : rows > 2 * MOST_TURN ? SUMS / 4 : MOST_TURN;
     int parts = (rows + most - 1) / most;
@@ -259,7 +261,7 @@ static int rows_at_once(const Matrix *m, int rows) {
 static void panel_rows(
     const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, int turn, int turns, Product *out
 ) {
-    if (in_tiles(m) || rows > WHOLE_TILE) {
+    if (in_tiles(m) || rows > whole_tile_of(m)) {
         for (int p = 0; p < count; p++)
             if (in_tiles(m)) panel_in_tiles(m, panel + p, x, stride, rows, out[p]);
             else panel_in_halves(m, panel + p, x, stride, rows, out + p);

@@ -87,7 +87,7 @@ static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t str
 #else
 
 #define TILED_ROWS 0
-#define MOST_ROWS (WHOLE_TILE < TILE ? 2 * TILE : TILE) /* see panel_in_halves */
+#define MOST_ROWS (WHOLE_TILE < TILE ? TILES * TILE : TILE) /* see panel_in_halves */
 
 INLINE int tiles_supported(void) { return 1; } /* none are needed */
 INLINE int in_tiles(const Matrix *m) { return (void)m, 0; }
