@@ -24,12 +24,13 @@ from ..config.model import CalibrationConfig, DataConfig
 from ..data import Conversation, load_rows
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError, require
-from ..model import missing_feature
+from ..model import TransformersBackend, missing_feature
 from ..model.weights import GROUP_SIZE, stored
 from .model import quantize, tune
 
 _COPY = "calibrated-model"  # the folder of the copy of a model that is no folder
 _ROWS = 32  # texts that are written together
+_HELD_OUT = 16  # texts that the model writes to measure the agreement on
 
 
 Report = Callable[..., None]  # gets a stage, of how much, how much is done, and of tuning the divergence in nats per token
@@ -43,7 +44,8 @@ def output_folder(config: CalibrationConfig) -> str:
 def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> str:
     """Writes int4.safetensors to `output_folder`, whose lock the caller holds, and returns the folder.
 
-    Nothing is written before the end. The same settings give the same weights on one machine.
+    Nothing is written before the end. The same settings give the same weights on one machine. layerskip.json gets the
+    acceptance of drafts by these weights: the share of places in other texts where both models choose the same token.
 
     Raises:
         CheckpointError: the model cannot be read, or the folder not be written.
@@ -57,27 +59,37 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))
     else:
         refuse_beside(folder, INT4_FILE)
-    texts = _texts(config, report)
+    texts, others = _texts(config, report)
     trainable = for_training(config.model, "cpu")
     backend, steps = trainable.backend, config.tuning_steps
+    expected = choices(backend, others)
     made_from = fingerprint(backend.spec, trainable.model.get_parameter)
     weights, original = quantize(backend, texts, partial(report, "layers", backend.num_layers + 1))
     if steps:
         weights = tune(backend, weights, original, texts, steps, config.seed, partial(report, "tuning", steps))
+    agreement = (choices(backend, others) == expected).double().mean().item()
     details = {"texts": len(texts), "length": texts.shape[1], "tuning_steps": steps, "seed": config.seed}
     rows = {name: stored(weights[name]) for name in matrix_names(backend.spec)}
     content = int4_content(
         rows, made_from, {name: str(value) for name, value in details.items()} | {"torch": torch.__version__}
     )
     if copied:
-        import_checkpoint(config.model, folder, "auto", {INT4_FILE: content})
+        import_checkpoint(config.model, folder, "auto", {INT4_FILE: content}, lambda info: info.with_int4(agreement))
     else:
-        save_beside(folder, INT4_FILE, content)
+        save_beside(folder, INT4_FILE, content, lambda info: info.with_int4(agreement))
     return folder
 
 
-def _texts(config: CalibrationConfig, report: Report) -> Tensor:
-    """Raises ConfigError for a model that no int4 kernel runs."""
+@torch.no_grad()
+def choices(backend: TransformersBackend, texts: Tensor) -> Tensor:
+    """(N, T) the most probable token after each token of the texts."""
+    positions = torch.arange(texts.shape[1])[None]
+    hidden = (backend.run_layers(backend.embed(text[None]), 0, backend.num_layers, positions) for text in texts)
+    return torch.cat([backend.unembed(states).argmax(-1) for states in hidden])
+
+
+def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
+    """The texts, and others to measure on. Raises ConfigError for a model that no int4 kernel runs."""
     decoder = for_decoding(config.model, "cpu")
     spec, most = decoder.backend.spec, decoder.backend.spec.context
     if missing := missing_feature(spec):
@@ -86,11 +98,13 @@ def _texts(config: CalibrationConfig, report: Report) -> Tensor:
         width = spec.shapes[name][1]
         require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")
     require(config.length <= most, "length", f"at most {most}, the model's context", config.length)
+    others = written_texts(decoder, _HELD_OUT, config.length, config.seed + 1, lambda _: None)
     if config.data is None:
-        return written_texts(decoder, config.samples, config.length, config.seed, partial(report, "texts", config.samples))
+        count = config.samples
+        return written_texts(decoder, count, config.length, config.seed, partial(report, "texts", count)), others
     texts = data_texts(decoder, DataConfig(config.data, seed=config.seed), config.samples, config.length)
     report("texts", len(texts), len(texts))
-    return texts
+    return texts, others
 
 
 def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]) -> Tensor:

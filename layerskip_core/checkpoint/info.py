@@ -96,18 +96,18 @@ class CheckpointInfo:
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
-        Where it measured no such drafts, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a
-        gap of that many nats between an exit's loss and the last layer's.
+        Of drafters that it did not measure so, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2)
+        for a gap of that many nats between an exit's loss and the last layer's.
         """
         known, training = self.profile, self._training
         of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in training.exit_blocks.items()}
         agreement = {name: share for name, share in of_blocks.items() if share is not None}
-        if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
-            return replace(known, acceptance=agreement | known.acceptance)
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
             # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
             agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
+        if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
+            return replace(known, acceptance=agreement | known.acceptance)
         return DraftProfile(agreement, () if known is None else known.passes)
 
     @property
@@ -132,6 +132,14 @@ class CheckpointInfo:
         details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
+
+    def with_int4(self, agreement: float) -> "CheckpointInfo":
+        """With how often new int4 weights agree with the model, instead of what a sweep measured of others."""
+        known = self.profile or DraftProfile()
+        acceptance = {name: share for name, share in known.acceptance.items() if not name.startswith("int4")}
+        if (known.draft_head, known.draft_vocab) == (None, 0):  # the drafts whose agreement it is
+            acceptance["int4"] = agreement
+        return replace(self, profile=replace(known, acceptance=acceptance))
 
     @property
     def _training(self) -> _Training:

@@ -146,11 +146,16 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
 
 
 def import_checkpoint(
-    name: str, output: str, dtype: str, files: Mapping[str, bytes] = NO_FILES
+    name: str,
+    output: str,
+    dtype: str,
+    files: Mapping[str, bytes] = NO_FILES,
+    change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
+    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name, and
+    `change` is made to layerskip.json.
     `dtype` is fp32, bf16, or auto: as `written_dtype` says. Returns the precision, and for each file beside the weights that
     was left out the reason. Raises CheckpointError if anything fails.
     """
@@ -169,7 +174,7 @@ def import_checkpoint(
     details = {**loaded.info.details, "imported_from": name}
     if EXIT_BLOCKS_FILE not in beside:
         details.pop(EXIT_BLOCKS, None)
-    info = replace(loaded.info, details=details)
+    info = change(replace(loaded.info, details=details))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
     return precision, left_out
 

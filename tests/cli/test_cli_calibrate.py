@@ -8,7 +8,9 @@ from command_line import fails, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from layerskip_core import load
 from layerskip_core.checkpoint.folder import INT4_FILE
+from layerskip_core.checkpoint.info import read_info
 
 QUICK = ("--samples", "6", "--length", "24", "--steps", "3")
 
@@ -30,6 +32,8 @@ def test_int4_weights_are_saved_beside_the_model_and_used(wide):
     assert f"saved int4 weights in {wide} after" in done.err
     after = state(wide)
     assert {name for name in after if after[name] != before.get(name)} == {INT4_FILE, "layerskip.json"}
+    profile = load(str(wide), draft_weights="int4")._resolved({"strategy": "adaptive"}).profile
+    assert 0.2 < profile.acceptance["int4"] < 1 and profile == read_info(wide).profile
     answer = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
     assert answer.code == 0 and "calibrated int4" in answer.err and "calibrated" not in rounded.err
     drafted = run("generate", "wake me up", "--model", str(wide), "--draft-weights", "int4", "--exit", "6", "--stats")
@@ -64,6 +68,7 @@ def test_a_copy_elsewhere_leaves_the_model_as_it_is(wide, tmp_path):
     before = state(wide)
     assert run("calibrate", "--model", str(wide), "--output", str(tmp_path / "copy"), *QUICK).code == 0
     assert state(wide) == before and INT4_FILE in json.loads((tmp_path / "copy" / "layerskip.json").read_text())["files"]
+    assert "int4" in read_info(tmp_path / "copy").profile.acceptance
 
 
 def test_own_rows_are_calibrated_on(wide, tmp_path):
