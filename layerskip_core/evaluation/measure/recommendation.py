@@ -49,21 +49,17 @@ def recommend(
     ]
     best, pays = _choice(results, faithful, measured)
     chosen = best if pays else 0
-    reason = [_verdict(results, faithful, best, pays, policy_text(policies[best]))]
-    alike = [
-        place for place in faithful if place != best and (lead := _lead(measured, best, place)) and lead.low <= 1 <= lead.high
-    ]
-    if pays and alike:
-        alike.sort(key=lambda place: -(results[place].speedup or 0.0))
-        names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
-        more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
-        reason.append(f"on these prompts it cannot be told from {names}{more}")
-    if len(faithful) < len(tried):
-        reason.append(f"{len(tried) - len(faithful)} of {len(tried)} settings changed the output and were excluded")
-    if skipped := sum(1 for result in results if result.predicted_speedup and not result.metrics):
-        reason.append(f"not measured because of a lower predicted speed: {skipped}")
-    if drift > _NOISY:
-        reason.append(f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine")
+    changed = len(tried) - len(faithful)
+    skipped = sum(1 for result in results if result.predicted_speedup and not result.metrics)
+    reason = (
+        _verdict(results, faithful, best, pays, policy_text(policies[best])),
+        _alike(results, faithful, best, measured, policies) if pays else "",
+        f"{changed} of {len(tried)} settings changed the output and were excluded" if changed else "",
+        f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
+        f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
+        if drift > _NOISY
+        else "",
+    )
     exits = _margins(results, policies, measured, quality_metric, config.keep)
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
@@ -71,7 +67,7 @@ def recommend(
         results[chosen].num_draft_tokens,
         results[best].speedup if faithful else None,
         drift,
-        "; ".join(reason),
+        "; ".join(filter(None, reason)),
         fast_reason,
         {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
     )
@@ -109,6 +105,22 @@ def _verdict(results: Sequence[Result], faithful: Sequence[int], best: int, pays
         f"{found.acceptance_rate or 0.0:.0%} of drafts accepted, {found.identical_outputs or 0.0:.0%} of outputs identical"
         + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
     )
+
+
+def _alike(
+    results: Sequence[Result],
+    faithful: Sequence[int],
+    best: int,
+    measured: Sequence[Measured | None],
+    policies: Sequence[Policy],
+) -> str:
+    """Names the settings that may be as fast as the best, the fastest first; empty if there are none."""
+    leads = {place: _lead(measured, best, place) for place in faithful if place != best}
+    alike = [place for place, lead in leads.items() if lead is not None and lead.low <= 1 <= lead.high]
+    alike.sort(key=lambda place: -(results[place].speedup or 0.0))
+    names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
+    more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
+    return f"on these prompts it cannot be told from {names}{more}" if alike else ""
 
 
 def _lead(measured: Sequence[Measured | None], best: int, other: int) -> Bounds | None:

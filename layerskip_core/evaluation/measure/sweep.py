@@ -1,4 +1,4 @@
-"""Every exit and drafter with every draft length on one task: quality, speed, and which setting to decode with."""
+"""Exits and drafters with several draft lengths on one task: quality, speed, and which setting to decode with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -158,7 +158,7 @@ def _copy(config: SweepConfig) -> Quantization | None:
 def _with_best_lengths(
     settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]
 ) -> list[DecodingConfig]:
-    """The settings without those that were predicted to be slower than others of their drafter, and than many others."""
+    """Of predicted settings the best ones of all, and the best of each drafter; the others as they are."""
     ranked = sorted(predictions, key=lambda setting: -predictions[setting].speedup)
     of_drafters = {side_of(setting): setting for setting in reversed(ranked)}
     kept = {*ranked[:_BEST], *of_drafters.values()}
