@@ -32,7 +32,8 @@ _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 _CALIBRATIONS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
 # Least evidence of a lookup; acceptance of its first token, and of further ones.
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
-_ANSWER_LOOKUPS = ((0, 0.15, 0.6), (1, 0.4, 0.6), (3, 0.7, 0.6), (8, 0.85, 0.75), (16, 0.95, 0.85))  # in earlier answers
+# The same in earlier answers. A text that follows one of them for 64 tokens repeats it.
+_ANSWER_LOOKUPS = ((0, 0.15, 0.6), (1, 0.4, 0.6), (3, 0.7, 0.6), (8, 0.85, 0.75), (16, 0.95, 0.85), (64, 0.97, 0.97))
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
 # has few steps, and drafts usually pay.

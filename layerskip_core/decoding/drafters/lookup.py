@@ -14,8 +14,8 @@ from . import Context, Draft, Drafter, DrafterSetup
 SHORTEST = 2  # tokens that must match, unless told otherwise
 _LONGEST = 16  # tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
-_CANDIDATES_OF_ANSWERS = 4
-_OF_ANSWERS = 3  # tokens that must match in an earlier answer
+# The same in earlier answers: a text that repeats one of them has the longest matches.
+_OF_ANSWERS, _LONGEST_OF_ANSWERS, _CANDIDATES_OF_ANSWERS = 3, 64, 4
 _END = -1  # after each answer
 
 Found = list[tuple[list[int], int]]
@@ -43,7 +43,7 @@ class History:
             self._ends.setdefault(run, []).append(stop)
         self._indexed = max(self._indexed, end - 1)
         latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
-        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size)
+        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size, _LONGEST)
         period = end - start
         return [ids[start + index % period] for index in range(most if latest else 0)], evidence
 
@@ -80,7 +80,7 @@ class EarlierAnswers:
         run = hash(tuple(ids[-_OF_ANSWERS:]))
         places = self._newer.after(run, _CANDIDATES_OF_ANSWERS)
         places += self._older.after(run, _CANDIDATES_OF_ANSWERS - len(places))
-        text, start, longest, evidence = _longest_match(ids, places, _OF_ANSWERS)
+        text, start, longest, evidence = _longest_match(ids, places, _OF_ANSWERS, _LONGEST_OF_ANSWERS)
         tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
@@ -119,13 +119,13 @@ def _runs(ids: Sequence[int], size: int, first: int, end: int) -> Iterator[tuple
 
 
 def _longest_match(
-    ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], least: int
+    ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], least: int, most: int
 ) -> tuple[Sequence[int], int, int, int]:
     """Of the places in texts where the last of `ids` may stand too, the longest match: where it ends, its length and evidence.
 
-    `least`: how many tokens must match.
+    `least`: how many tokens must match. `most`: how many are compared.
     """
-    last = ids[: -_LONGEST - 1 : -1]
+    last = ids[: -most - 1 : -1]
     found: dict[int, tuple[int, Sequence[int], int]] = {}  # by the token after a match, the longest
     for text, place in candidates:
         match = 0
