@@ -75,8 +75,7 @@ def test_acceptance_moves_from_its_prior_to_what_was_seen_and_back():
     for _ in range(400):
         acceptance.observe(2, 2)
     assert min(acceptance.chances()) > 0.95
-    for _ in range(6000):
-        acceptance.fade()
+    acceptance.fade(6000)
     assert 0.5 < min(acceptance.chances()) <= max(acceptance.chances()) < 0.6
 
 
@@ -155,13 +154,14 @@ def test_the_best_length_maximises_tokens_per_time(first, later, step, ahead, ro
     assert rate == pytest.approx(rates[best]) and rate > 0.99 * max(rates.values())
 
 
-def test_steps_for_several_rows_count_as_those_for_one():
-    known = knowing(backend_of("native"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.5))._known
-    arm = known.arms["exit 2"]
+def test_steps_for_several_rows_have_times_of_their_own():
+    known = knowing(backend_of("native"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.1))._known
+    arm, times = known.arms["exit 2"], {1: 0.2, 8: 0.9}
+    assert arm.steps.of(8) == pytest.approx(0.2 + 7 * 0.1 * 0.4, abs=0.1)  # two of six layers, and the head
     for _ in range(200):
-        slower = known.passes.of(8) / known.passes.of(1)
-        known.observe_round(arm, 8, 3, 8 * 4, slower * 4 * 0.2, arm.share * known.passes.of(8 * 4))
-    assert arm.step == pytest.approx(0.2, rel=0.05)
+        for rows, step in times.items():
+            known.observe_round(arm, rows, 3, rows * 4, 4 * step, arm.share * known.passes.of(rows * 4))
+    assert {rows: arm.steps.of(rows) for rows in times} == {rows: pytest.approx(step, rel=0.05) for rows, step in times.items()}
 
 
 @pytest.mark.parametrize("best", ["exit 2", "exit 4", None])
@@ -183,7 +183,6 @@ def test_the_best_arm_is_found_whatever_was_believed_before(best, prior):
             accepted = next((place for place in range(length) if seen.random() > right), length)
             arm.acceptance.observe(length, accepted)
         known.observe_round(arm, 1, length, length + 1, length * 0.25, (1 + 0.04 * length) * (arm.share if arm else 1))
-        known.fade(arm)
         tokens += accepted + 1
         if tokens > 200:
             late.append(None if arm is None else arm.name)
@@ -264,7 +263,6 @@ def test_a_disturbance_does_not_end_drafting_for_good():
                 drafting = slowness * (length + 1) * {"exit 2": 0.2, "exit 4": 0.4}[arm.name]
                 arm.acceptance.observe(length, length if number % 3 else 0)
             known.observe_round(arm, 1, length, length + 1, drafting, (1.0 + 0.05 * length) * (arm.share if arm else 1))
-            known.fade(arm)
             count += arm is not None
         return count
 

@@ -54,7 +54,6 @@ class AdaptiveDrafter:
         draft = Draft(context.newest, (0,) * len(limits))
         if not (self._by_clock and self._known.wants_plain_step()):
             draft = self._best_draft(context, limits)
-        self._known.fade(self._arm)
         self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
         return draft
 

@@ -5,7 +5,7 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 """
 
 from collections.abc import Mapping, Sequence
-from math import log, log2, sqrt
+from math import log, log2, prod, sqrt
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
@@ -20,6 +20,7 @@ _MEASURED = 8.0  # the same of one that was measured, on other texts
 _DEVIATIONS = 1.0  # standard deviations between what is expected of an arm and what it is judged by
 _UNTRIED = 1.5  # the time of an arm that was never tried may be so many times shorter than expected
 _TIMES = 0.07  # weight of a newly measured time
+_LEAST_DOUBT = 1e-4  # nothing is more certain
 _JUMP = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 
@@ -83,10 +84,11 @@ class Acceptance:
         accepted = next((index for index, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
 
-    def fade(self) -> None:
-        """Moves towards the priors: what has not been tried for long is worth another try."""
-        self._tested = [_FADING * tested for tested in self._tested]
-        self._accepted = [_FADING * accepted for accepted in self._accepted]
+    def fade(self, rounds: int) -> None:
+        """Moves towards the priors, as far as so many rounds without a try make it worth another one."""
+        kept = _FADING**rounds
+        self._tested = [kept * tested for tested in self._tested]
+        self._accepted = [kept * accepted for accepted in self._accepted]
 
 
 class PassTimes:
@@ -106,6 +108,13 @@ class PassTimes:
         self._times = [known[n - 1] if n <= measured else of_one + each * (n - 1) for n in numbers]
         self._weights = [0.0] * len(numbers)
         self._order()
+        self._first = self._times
+
+    def of_part(self, of_one: float, share: float) -> "PassTimes":
+        """Times of other passes: of one token `of_one`, and of each token more this `share` of what it takes here."""
+        part = PassTimes(of_one, 0.0)
+        part._times = part._first = [of_one + share * (time - self._times[0]) for time in self._times]
+        return part
 
     def of(self, n: int) -> float:
         below = min((n - 1).bit_length() - 1 if n > 1 else 0, len(self._times) - 2)
@@ -124,6 +133,19 @@ class PassTimes:
             self._weights[place] += near
             self._times[place] = known * (1 + near * error * max(_TIMES, 1 / (1 + self._weights[place])))
         self._order()
+
+    def begin(self, n: int, time: float) -> None:
+        """With a first measurement, which moves all times."""
+        factor = time / self.of(n)
+        self._times = [factor * known for known in self._times]
+        self._first = [min(factor, 1.0) * first for first in self._first]
+
+    def fade(self, rounds: int) -> None:
+        """Moves towards the first times where these are shorter: what was measured long ago may have been disturbed."""
+        kept = _MEMORY**rounds
+        self._times = [
+            min(first, time) + kept * max(time - first, 0.0) for first, time in zip(self._first, self._times, strict=True)
+        ]
 
     def _order(self) -> None:
         for place in range(1, len(self._times)):
@@ -152,14 +174,15 @@ class Calibration:
 
     def observe(self, accepted: int, probs: Sequence[float]) -> None:
         """Of drafts with these probabilities the first `accepted` were right, and the next one, if there is one, was wrong."""
-        for index, prob in enumerate(probs[: accepted + 1]):
-            is_wrong = index >= accepted
-            for power, doubted in self._doubted.items():
-                weight = (1 - prob) ** power
-                wrong = min(max(self._doubt(power) * weight, 1e-4), 1 - 1e-4)
-                self._likelihood[power] = _LONG_MEMORY * self._likelihood[power] + log(wrong if is_wrong else 1 - wrong)
-                self._doubted[power] = _LONG_MEMORY * doubted + weight
-            self._rejected = _LONG_MEMORY * self._rejected + is_wrong
+        tested = probs[: accepted + 1]
+        rejected, kept = len(tested) > accepted, _LONG_MEMORY ** len(tested)
+        for power, doubted in self._doubted.items():
+            doubt, weights = self._doubt(power), [(1 - prob) ** power for prob in tested]
+            right = prod([1 - max(doubt * weight, _LEAST_DOUBT) for weight in weights[:accepted]])
+            wrong = max(doubt * weights[-1], _LEAST_DOUBT) if rejected else 1.0
+            self._likelihood[power] = kept * self._likelihood[power] + log(max(right * wrong, _LEAST_DOUBT))
+            self._doubted[power] = kept * doubted + sum(weights)
+        self._rejected = kept * self._rejected + rejected
         self.power = max(self._likelihood, key=self._likelihood.__getitem__)
 
     def survival(self, probs: Sequence[float]) -> list[float]:
@@ -201,30 +224,36 @@ class Arm:
     """One way to draft, and what is known about it.
 
     Attributes:
-        step: the time of one pass of its layers over one row.
+        steps: the times of passes of its layers by their rows.
         ahead: passes besides one per token: 1 where the target needs the last draft's state.
         share: of a pass of the target that is left to verify its drafts.
     """
 
-    def __init__(self, name: str, acceptance: Acceptance, step: float, share: float, calibration: Calibration) -> None:
-        self.name, self.acceptance, self.calibration = name, acceptance, calibration
-        self.step, self.share, self.ahead = step, share, int(share < 1)
-        self.is_tried = False
-        self._first_step = step
+    def __init__(
+        self, name: str, acceptance: Acceptance, steps: PassTimes, share: float, calibration: Calibration, is_tried: bool
+    ) -> None:
+        self.name, self.acceptance, self.calibration, self.is_tried = name, acceptance, calibration, is_tried
+        self.steps, self.share, self.ahead = steps, share, int(share < 1)
+        self._last_choice = 0
 
-    def fade(self) -> None:
-        """For a round in which it was not tried."""
-        self.acceptance.fade()
-        self.step += (1 - _MEMORY) * (min(self.step, self._first_step) - self.step)
+    def fade(self, choice: int) -> None:
+        """Before the choice with this number: without a try for long, it may have been unlucky, or its times disturbed."""
+        rounds, self._last_choice = choice - 1 - self._last_choice, choice - 1
+        if rounds:
+            self.acceptance.fade(rounds)
+            self.steps.fade(rounds)
 
-    def observe_times(self, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
+    def chosen(self, choice: int) -> None:
+        self._last_choice = choice
+
+    def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
         step = draft_time / (drafted + self.ahead)
         if self.is_tried:
-            self.step += _TIMES * (min(step, _JUMP * self.step) - self.step)
+            self.steps.observe(rows, step)
         else:
-            self.is_tried, self.step = True, step
-            self._first_step = min(step, self._first_step)
+            self.is_tried = True
+            self.steps.begin(rows, step)
         if self.ahead:
             self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
@@ -255,7 +284,7 @@ class Knowledge:
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
     ) -> tuple[float, int]:
         """See `best_length`, by the mean acceptance of the arm, or the upper end of its interval of so many deviations."""
-        step = arm.step * self.passes.of(rows) / self.passes.of(1)
+        step = arm.steps.of(rows)
         if deviations and not arm.is_tried:
             step /= _UNTRIED
         chances = arm.acceptance.chances(deviations)
@@ -271,6 +300,7 @@ class Knowledge:
         self._choices += 1
         last = self._last if self._choices > _SETTLED and self._choices % _COMPARED else None
         for arm in self.arms.values() if last is None else [last]:
+            arm.fade(self._choices)
             plans = [(rows, NO_OTHERS)] if mixed is None or arm.share < 1 else [(rows, NO_OTHERS), mixed]
             for count, others in plans:
                 promised, _ = self.best_length(arm, count, most, _DEVIATIONS, others)
@@ -278,17 +308,13 @@ class Knowledge:
                     rate, best = promised, (arm, others is not NO_OTHERS)
         if last is None:
             self._last = None if best is None else best[0]
+        if best is not None:
+            best[0].chosen(self._choices)
         return best
-
-    def fade(self, chosen: Arm | None) -> None:
-        """For a round of this arm: all others may have been unlucky, or their times disturbed."""
-        for arm in self.arms.values():
-            if arm is not chosen:
-                arm.fade()
 
     def ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:
         """Where the probability of all drafts so far is so low that one more does not pay at this rate. For one row."""
-        cost = rate * (arm.step + arm.share * self.passes.slope(length + 1))  # in tokens
+        cost = rate * (arm.steps.of(1) + arm.share * self.passes.slope(length + 1))  # in tokens
         gain = arm.acceptance.chances()[1]
         survival = cost / gain if cost < gain else 1.0
         return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
@@ -305,8 +331,7 @@ class Knowledge:
         if share == 1:
             self.passes.observe(tokens, verify_time)
         if arm is not None and drafted:
-            slower = self.passes.of(rows) / self.passes.of(1)
-            arm.observe_times(drafted, draft_seconds / self._pass_seconds / slower, verify_time, expected)
+            arm.observe_times(rows, drafted, draft_seconds / self._pass_seconds, verify_time, expected)
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
@@ -339,13 +364,14 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         is_exit = exit_layer < spec.layers
         known = profile.drafts if profile.passes else {}  # without both the units would differ
         layers = exit_layer + (drafter.submodel.block is not None)
-        step = known.get(name, (layers * layer + head) * passes.of(1) * _COPY_COST.get(weights or "", 1.0))
+        part = layers * layer + head
+        steps = passes.of_part(known.get(name, part * passes.of(1) * _COPY_COST.get(weights or "", 1.0)), part)
         acceptance, strength = profile.acceptance.get(name), _MEASURED
         if acceptance is None:
             of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
             acceptance, strength = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0), _STRENGTH
         calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
         share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
-        arms[name] = Arm(name, Acceptance(acceptance, acceptance, strength), step, share, calibration)
-        arms[name].is_tried = not measures
+        known_acceptance = Acceptance(acceptance, acceptance, strength)
+        arms[name] = Arm(name, known_acceptance, steps, share, calibration, is_tried=not measures)
     return Knowledge(passes, arms)
