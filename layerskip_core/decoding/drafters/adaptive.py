@@ -82,7 +82,6 @@ class AdaptiveDrafter:
         self._drafted_rows = [context.rows[index] for index in rows]
         within = set(rows)
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
-        context = replace(context, positions=context.positions[:, : length + 1])
         started = time.perf_counter()  # the choice takes its time whatever drafts, and is not the arm's
         draft = self._drafters[self._arm.name].draft(context, capped, ends)
         self._draft_seconds, self._steps = time.perf_counter() - started, draft.tokens.shape[1] - 1

@@ -5,6 +5,8 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from math import log, log2, prod, sqrt
 from weakref import WeakKeyDictionary
 
@@ -20,6 +22,7 @@ _MEASURED = 8.0  # the same of one that was measured, on other texts
 _DEVIATIONS = 1.0  # standard deviations between what is expected of an arm and what it is judged by
 _UNTRIED = 1.5  # the time of an arm that was never tried may be so many times shorter than expected
 _TIMES = 0.07  # weight of a newly measured time
+_POWERS = 11  # of 2, whose passes have known times
 _LEAST_DOUBT = 1e-4  # nothing is more certain
 _JUMP = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
@@ -76,7 +79,7 @@ class Acceptance:
     def expected(self, drafted: int) -> float:
         """How many of so many drafts will be accepted."""
         first, later = self.chances()
-        return first * (1 - later**drafted) / (1 - later)
+        return first * (1 - later**drafted) / (1 - later) if later < 1 else first * drafted
 
     def compare(self, draft: Sequence[int], said: Sequence[int]) -> None:
         """Observes a draft that was not verified itself, by the target's token in its place."""
@@ -104,11 +107,10 @@ class PassTimes:
         measured = len(known)
         if measured > 1:  # where rows cost nothing, as on a GPU, the last time may be below the first
             of_one, each = known[0], max(known[-1] - known[0], 0.0) / (measured - 1)
-        numbers = [1 << power for power in range(11)]
-        self._times = [known[n - 1] if n <= measured else of_one + each * (n - 1) for n in numbers]
+        numbers = [1 << power for power in range(_POWERS)]
+        times = (known[n - 1] if n <= measured else of_one + each * (n - 1) for n in numbers)
+        self._times = self._first = list(accumulate(times, max))
         self._weights = [0.0] * len(numbers)
-        self._order()
-        self._first = self._times
 
     def of_part(self, of_one: float, share: float) -> "PassTimes":
         """Times of other passes: of one token `of_one`, and of each token more this `share` of what it takes here."""
@@ -126,13 +128,11 @@ class PassTimes:
         return self.of(n + 1) - self.of(n)
 
     def observe(self, n: int, time: float) -> None:
-        error = min(time / self.of(n), _JUMP) - 1
-        where = log2(n)
-        for place, known in enumerate(self._times):
-            near = 2.0 ** (-abs(where - place) / 2)
+        error, longest = min(time / self.of(n), _JUMP) - 1, 0.0
+        for place, near in enumerate(_nearness(n)):
             self._weights[place] += near
-            self._times[place] = known * (1 + near * error * max(_TIMES, 1 / (1 + self._weights[place])))
-        self._order()
+            longest = max(longest, self._times[place] * (1 + near * error * max(_TIMES, 1 / (1 + self._weights[place]))))
+            self._times[place] = longest
 
     def begin(self, n: int, time: float) -> None:
         """With a first measurement, which moves all times."""
@@ -147,9 +147,12 @@ class PassTimes:
             min(first, time) + kept * max(time - first, 0.0) for first, time in zip(self._first, self._times, strict=True)
         ]
 
-    def _order(self) -> None:
-        for place in range(1, len(self._times)):
-            self._times[place] = max(self._times[place], self._times[place - 1])
+
+@lru_cache(256)
+def _nearness(n: int) -> list[float]:
+    """How much a measurement of n tokens says of each power of 2."""
+    where = log2(n)
+    return [2.0 ** (-abs(where - place) / 2) for place in range(_POWERS)]
 
 
 class Calibration:
@@ -208,16 +211,21 @@ def best_length(
     3.1), a and a' being the `chances` of `Acceptance`. `others`: the tokens that other rows of the pass are expected to get,
     and those that the pass has of them.
     """
-    (survival, later), best_rate, best, tokens, drafted = chances, 0.0, 0, 1.0, 0
-    for length in (*(length for length in _LENGTHS if length < most), most):
-        while drafted < length:
-            tokens, survival, drafted = tokens + survival, survival * later, drafted + 1
+    first, later = chances
+    best_rate, best = 0.0, 0
+    for length in _lengths(most):
+        tokens = 1 + first * ((1 - later**length) / (1 - later) if later < 1 else length)
         time = (length + ahead) * step + share * passes.of(others[1] + rows * (length + 1))
         rate = (others[0] + rows * tokens) / time
         if rate <= best_rate:
             break
         best_rate, best = rate, length
     return best_rate, best
+
+
+@lru_cache(64)
+def _lengths(most: int) -> tuple[int, ...]:
+    return (*(length for length in _LENGTHS if length < most), most)
 
 
 class Arm:
