@@ -103,6 +103,7 @@ class RepackedBackend(ABC):
 
     chooser: Chooser | None = None
     exact = batch_invariant = recordable = ragged = False
+    row_cost = 0.06
 
     def __init__(
         self,

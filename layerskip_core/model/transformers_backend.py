@@ -108,6 +108,10 @@ class TransformersBackend:
         return dtype
 
     @property
+    def row_cost(self) -> float:
+        return 0.5 if self.device.type == "cpu" else 0.06  # its kernels on a CPU are made for one row or for many
+
+    @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """The model itself."""
         return {None: DraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}

@@ -27,8 +27,6 @@ _LEAST_DOUBT = 1e-4  # nothing is more certain
 _JUMP = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 
-_ROW = 0.06  # of a pass of one token: for each further token
-_SLOW_ROW = 0.5  # the same for transformers' layers on a CPU, whose kernels are made for one row or for many
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92}  # of calibrated int4 weights
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
@@ -130,15 +128,10 @@ class PassTimes:
     def observe(self, n: int, time: float) -> None:
         error, longest = min(time / self.of(n), _JUMP) - 1, 0.0
         for place, near in enumerate(_nearness(n)):
-            self._weights[place] += near
-            longest = max(longest, self._times[place] * (1 + near * error * max(_TIMES, 1 / (1 + self._weights[place]))))
+            weight = max(_TIMES, 1 / (1 + self._weights[place]))
+            longest = max(longest, self._times[place] * (1 + near * error * weight))
             self._times[place] = longest
-
-    def begin(self, n: int, time: float) -> None:
-        """With a first measurement, which moves all times."""
-        factor = time / self.of(n)
-        self._times = [factor * known for known in self._times]
-        self._first = [min(factor, 1.0) * first for first in self._first]
+            self._weights[place] += near
 
     def fade(self, rounds: int) -> None:
         """Moves towards the first times where these are shorter: what was measured long ago may have been disturbed."""
@@ -256,12 +249,8 @@ class Arm:
 
     def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
-        step = draft_time / (drafted + self.ahead)
-        if self.is_tried:
-            self.steps.observe(rows, step)
-        else:
-            self.is_tried = True
-            self.steps.begin(rows, step)
+        self.is_tried = True
+        self.steps.observe(rows, draft_time / (drafted + self.ahead))
         if self.ahead:
             self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
@@ -364,8 +353,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    slow = model.implementation == "generic" and model.device.type == "cpu"
-    passes = PassTimes(1.0, _SLOW_ROW if slow else _ROW, profile.passes)
+    passes = PassTimes(1.0, model.row_cost, profile.passes)
     arms: dict[str, Arm] = {}
     for name, drafter in drafters.items():
         weights, exit_layer = drafter.weights, drafter.submodel.exit_layer

@@ -19,6 +19,8 @@ from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, dra
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.6}  # of a weight
+_WIDE = {"avx512", "amx"}  # variants with much arithmetic for the bytes that memory gives
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -54,6 +56,7 @@ class NativeBackend(RepackedBackend):
         self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty)
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
+        self.row_cost = (0.12 if compiled.variant in _WIDE else 0.2) / _BYTES[self._head.matrix.form.kind]
         is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None
 
