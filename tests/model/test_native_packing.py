@@ -5,8 +5,11 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_model
+from decodings import WIDE, native_or_skip
 from test_native import BUILT, threads  # noqa: F401  a fixture
 
+from layerskip_core.model import native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
 from layerskip_core.model.weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels, stored
@@ -125,3 +128,24 @@ def test_every_finite_bf16_value_rounds_as_in_torch(variant):
     weight = F.pad(finite, (0, -len(finite) % GROUP_SIZE)).view(-1, GROUP_SIZE)
     for quantization in EXPECTED:
         assert_packed(variant, [weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))]], quantization)
+
+
+def test_fp32_weights_that_bf16_holds_take_half_the_room_and_give_the_same_bits(monkeypatch):
+    backends = []
+    for narrows in (True, False):
+        model = tiny_model("llama", torch.float32, **WIDE)
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        if not narrows:
+            monkeypatch.setattr(native, "_OWN_BF16", compiled.VARIANTS)
+        backends.append(native_or_skip(model))
+    if compiled.kernels().variant in ("avx512", "amx", "neon_bf16"):
+        pytest.skip("these kernels do not widen bf16")
+    matrices = [backend._layers.layers[0].matrices for backend in backends]
+    assert [matrix.form.kind for matrix in matrices[0]] == 4 * ["widened"]
+    sizes = [sum(matrix.parts["weight"].nbytes for matrix in of_layer) for of_layer in matrices]
+    assert 2 * sizes[0] == sizes[1]
+    tokens, positions = torch.arange(5, 40)[None], torch.arange(35)[None]
+    with torch.inference_mode():
+        logits = [one.unembed(one.run_layers(one.embed(tokens), 0, one.num_layers, positions)) for one in backends]
+    assert torch.equal(*logits)

@@ -83,13 +83,18 @@ static int omp_get_num_threads(void) { return team_size; }
 static const struct {
     const char *name;
     int kind, bf16; /* bf16: the cache, and the weights before they are packed */
-} PRECISIONS[] = {{"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0}};
+} PRECISIONS[] = {
+    {"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0},
+#if BF16_PARTS == 2
+    {"bf16 widened", WIDENED, 0},
+#endif
+};
 
 /* One matrix of `count` projections, whose panels alternate, and what it shall compute. */
 static Matrix matrix_of(int precision, int inputs, int outputs, int count, int biased, Plain *const *plain) {
-    int kind = PRECISIONS[precision].kind, source = PRECISIONS[precision].bf16 ? BF16 : FP32;
+    int kind = PRECISIONS[precision].kind, source = PRECISIONS[precision].bf16 || kind == WIDENED ? BF16 : FP32;
     int panels = (outputs + PANEL - 1) / PANEL * count;
-    size_t numbers = (size_t)panels * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : kind == BF16 ? 2 : 1);
+    size_t numbers = (size_t)panels * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : is_low_bit(kind) ? 1 : 2);
     size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)panels * PANEL * 4;
     uint8_t *packed = room(bytes), *expected = room(bytes), *scale = room(factors), *expected_scale = room(factors);
     float *bias = biased ? room(4 * (size_t)panels * PANEL) : NULL;
@@ -106,7 +111,7 @@ static Matrix matrix_of(int precision, int inputs, int outputs, int count, int b
     }
     if (outputs % PANEL == 0) /* what rows after the last hold is of no interest */
         expect(
-            !memcmp(packed, expected, bytes) && (kind < INT8 || !memcmp(scale, expected_scale, factors)),
+            !memcmp(packed, expected, bytes) && (!is_low_bit(kind) || !memcmp(scale, expected_scale, factors)),
             "panels of %s", PRECISIONS[precision].name
         );
     return m;

@@ -34,7 +34,7 @@ static void plain_pack(const Plain *p, uint8_t *packed, void *scale, int first, 
         for (int i = 0; i < n; i++) {
             size_t at = (size_t)i;
             if (p->kind == FP32) memcpy(packed + 4 * (base + at * PANEL + lane), row + i, 4);
-            if (p->kind == BF16) {
+            if (p->kind == BF16 || p->kind == WIDENED) {
                 uint16_t bits = bf16_of(row[i]);
                 row[i] = of_bf16(bits);
                 memcpy(packed + 2 * (base + at / 2 * 2 * PANEL + 2 * lane + at % 2), &bits, 2);

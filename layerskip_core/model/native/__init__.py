@@ -19,8 +19,8 @@ from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, dra
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.6}  # of a weight
-_WIDE = {"avx512", "amx"}  # variants with much arithmetic for the bytes that memory gives
+_OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
+_ROW_COSTS = {"fp32": 0.1, "bf16": 0.2, "widened": 0.2, "int8": 0.25, "int4": 0.27}  # of the others, on two cores
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -53,10 +53,14 @@ class NativeBackend(RepackedBackend):
         """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
         compiled = kernels()
         assert compiled is not None
-        self._kernels, self._pack = compiled, pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty)
+        self._kernels, self._pack = (
+            compiled,
+            pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.variant not in _OWN_BF16),
+        )
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
-        self.row_cost = (0.12 if compiled.variant in _WIDE else 0.2) / _BYTES[self._head.matrix.form.kind]
+        if compiled.variant not in _OWN_BF16:  # more cores have more arithmetic, and the memory of two
+            self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
         is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
+KINDS = ("fp32", "bf16", "int8", "int4", "widened")  # of weights, as the C code numbers them
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma"}

@@ -16,7 +16,7 @@
 #define PANEL 32
 #define GROUP 32 /* inputs that share a scale */
 
-enum { FP32, BF16, INT8, INT4 };
+enum { FP32, BF16, INT8, INT4, WIDENED }; /* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway */
 
 typedef struct {
     int32_t kind, inputs, outputs, panels;
@@ -101,14 +101,14 @@ INLINE size_t level_bytes(const Matrix *m) { return (m->kind == INT8 ? sizeof(Ro
 
 static size_t form_bytes(const Matrix *m) {
     size_t n = (size_t)m->inputs, bytes = level_bytes(m) + n / GROUP * 8;
-    if (m->kind == FP32) bytes = 4 * n;
+    if (m->kind == FP32 || m->kind == WIDENED) bytes = 4 * n;
     if (m->kind == BF16) bytes = sizeof(RowBf16) * n;
     return (bytes + 63) & ~(size_t)63;
 }
 
 static void form(const Matrix *m, const float *x, char *out) {
     int n = m->inputs;
-    if (m->kind == FP32) {
+    if (m->kind == FP32 || m->kind == WIDENED) {
         memcpy(out, x, 4 * (size_t)n);
     } else if (m->kind == BF16) {
         form_bf16((RowBf16 *)out, x, n);

@@ -4,6 +4,7 @@ import mmap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -44,7 +45,7 @@ class MatrixForm:
         """Types and shapes of its tensors (P: panels):
 
         fp32: (P, inputs, 32)
-        bf16: (P, inputs / 2, 32, 2)
+        bf16, and widened, which is bf16 that multiplies fp32: (P, inputs / 2, 32, 2)
         int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32)
         int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4), and the scale and the smallest
             value in bf16, (P, groups, 2, 32)
@@ -61,6 +62,7 @@ class MatrixForm:
                 "scale": (torch.bfloat16, (panels, groups, 2, _PANEL)),
             },
         }
+        by_kind["widened"] = by_kind["bf16"]
         return by_kind[self.kind] | ({"bias": (torch.float32, (panels, _PANEL))} if self.biased else {})
 
 
@@ -102,10 +104,20 @@ class NativeMatrix:
         form: MatrixForm,
         read: Callable[[], Iterable[Affine]],
         empty: Callable[..., Tensor] = torch.empty,
+        narrows: bool = False,
     ) -> "NativeMatrix":
         """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs), which are rounded where the
         form has low bits, or stored in int4. `empty` gives the room for its tensors.
+
+        `narrows`: fp32 weights that bf16 holds exactly, as most published ones, are stored in it: a pass of few tokens takes as
+        long as reading them. The products have the same bits.
         """
+        if narrows and form.kind == "fp32" and form.inputs % 2 == 0:
+            projections = list(read())
+            if all(_fits_bf16(projection.weight) for projection in projections):
+                form = replace(form, kind="widened")
+                projections = [projection._replace(weight=projection.weight.bfloat16()) for projection in projections]
+            read = partial(iter, projections)
         parts = {name: empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
         matrix = cls(form, parts)
         rest = iter(read())
@@ -132,6 +144,11 @@ class NativeMatrix:
             rows = F.pad(units[chosen // _PANEL, :, chosen % _PANEL], (0, 0, 0, -len(chosen) % _PANEL))
             parts[name] = rows.view(-1, _PANEL, rows.shape[1]).transpose(1, 2).contiguous().view(dtype).view(shape)
         return NativeMatrix(form, parts)
+
+
+def _fits_bf16(weight: Tensor) -> bool:
+    """Whether bf16 holds fp32 weights (outputs, inputs) exactly. A first row tells of most that it does not."""
+    return all(not (rows.view(torch.int32) << 16).any() for rows in (weight[:1], weight))
 
 
 PackMatrix = Callable[[str, MatrixForm, Callable[[], Iterable[Affine]]], NativeMatrix]

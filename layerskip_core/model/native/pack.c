@@ -115,6 +115,7 @@ static void pack_panel(const Packing *p, int index) {
     float *scale = (float *)m->scale + panel * PANEL;
     switch (m->kind) {
     case FP32: pack_as_they_are(&rows, n, (uint32_t *)m->weight + size); break;
+    case WIDENED:
     case BF16: pack_as_they_are(&rows, n / 2, (uint32_t *)m->weight + size / 2); break;
     case INT8:
         if (bf16) pack_int8(&rows, n, 1, (uint32_t *)m->weight + size / 4, scale);

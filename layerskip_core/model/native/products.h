@@ -179,6 +179,7 @@ INLINE int panels_at_once(int kind, int rows) {
 INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, const int P, const int H) {
     switch (is_low_bit(m->kind) && (R > LOW_BIT_TILE || P > panels_at_once(INT8, R)) ? -1 : m->kind) {
     case FP32: panels_fp32(o, R, P, H); break;
+    case WIDENED:
     case BF16: panels_bf16(o, R, P, H); break;
     case INT8: panels_int8(o, R, P, H); break;
     case INT4: panels_int4(o, R, P, H);
@@ -187,7 +188,7 @@ INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, cons
 
 /* A whole panel by the rows x. */
 INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t stride, Product *out) {
-    int n = m->inputs, units = n / (m->kind == FP32 ? 1 : m->kind == BF16 ? 2 : m->kind == INT8 ? 4 : 8);
+    int n = m->inputs, units = n / (m->kind == FP32 ? 1 : m->kind == INT8 ? 4 : m->kind == INT4 ? 8 : 2);
     return (Operands){
         .weight = (const char *)m->weight + (size_t)panel * (size_t)units * UNIT,
         .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL,
