@@ -103,7 +103,7 @@ class RepackedBackend(ABC):
 
     chooser: Chooser | None = None
     exact = batch_invariant = recordable = ragged = False
-    row_cost = 0.06
+    row_cost = 0.11
 
     def __init__(
         self,

@@ -109,7 +109,7 @@ class TransformersBackend:
 
     @property
     def row_cost(self) -> float:
-        return 0.5 if self.device.type == "cpu" else 0.06  # its kernels on a CPU are made for one row or for many
+        return 0.5 if self.device.type == "cpu" else 0.11  # its kernels on a CPU are made for one row or for many
 
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:

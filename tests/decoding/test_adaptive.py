@@ -238,6 +238,19 @@ def test_few_steps_are_without_drafts_and_not_the_first():
     assert [step for step in range(300) if known.wants_plain_step()] == [4, 132, 260]
 
 
+def test_where_drafts_gain_nothing_few_steps_look_for_them():
+    known = knowing(backend_of("generic"))._known
+    plain = {rows: rows / known.passes.of(rows) for rows in (1, 8)}
+    for _ in range(30):
+        known.promised(8, 1.01 * plain[8])
+        known.promised(1, 1.5 * plain[1])
+    looking = {rows: [not known.wants_plain_step(rows) for _ in range(128)] for rows in plain}
+    assert sum(looking[1]) == 127 and sum(looking[8]) == 31
+    for _ in range(10):
+        known.promised(8, 1.2 * plain[8])
+    assert sum(not known.wants_plain_step(8) for _ in range(128)) == 127
+
+
 def test_it_turns_away_from_what_is_rejected():
     backend = backend_of("generic")
     acceptance, drafts = {"exit 2": 0.9, "exit 4": 0.9}, {"exit 2": 0.3, "exit 4": 0.5}

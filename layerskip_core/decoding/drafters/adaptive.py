@@ -45,17 +45,20 @@ class AdaptiveDrafter:
         self._is_timed = False
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
+        self._arm, self._drafted_rows = None, []
+        draft = Draft(context.newest, (0,) * len(limits))
+        if not (self._by_clock and self._known.wants_plain_step(len(limits))):
+            self._find(context, limits)
+            draft = self._best_draft(context, limits)
+        self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
+        return draft
+
+    def _find(self, context: Context, limits: Sequence[int]) -> None:
         for in_answers, lookups in enumerate((self._lookup.find(context, limits), self._lookup.recall(context, limits))):
             for row, (tokens, evidence) in zip(context.rows, lookups, strict=True):
                 if tokens:  # the target's verdict judges them whether they are used or not
                     acceptance = self._known.acceptance_of_lookup(evidence, bool(in_answers))
                     self._found.setdefault(row, []).append((tokens, acceptance))
-        self._arm, self._drafted_rows = None, []
-        draft = Draft(context.newest, (0,) * len(limits))
-        if not (self._by_clock and self._known.wants_plain_step()):
-            draft = self._best_draft(context, limits)
-        self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
-        return draft
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
@@ -76,9 +79,10 @@ class AdaptiveDrafter:
     def _best_draft(self, context: Context, limits: Sequence[int]) -> Draft:
         looked_up, rate, others = self._lookups(context.rows)
         plan = self._plan(rate, max(limits), looked_up, others)
+        self._known.promised(len(limits), rate if plan is None else plan[0])
         if plan is None:
             return copied(context, looked_up)
-        self._arm, rows, length, ends = plan
+        _, self._arm, rows, length, ends = plan
         self._drafted_rows = [context.rows[index] for index in rows]
         within = set(rows)
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
@@ -90,8 +94,8 @@ class AdaptiveDrafter:
 
     def _plan(
         self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int]
-    ) -> tuple[Arm, list[int], int, DraftEnds] | None:
-        """The arm that may beat lookups, which give this `rate`; the rows that it drafts for, how much, and where it ends.
+    ) -> tuple[float, Arm, list[int], int, DraftEnds] | None:
+        """The arm that may beat lookups, which give this `rate`: its own, the rows that it drafts for, how much, where it ends.
 
         It drafts for all rows or, as `others` says, for those without a lookup. A drafter whose states the target goes on from
         needs all.
@@ -107,8 +111,8 @@ class AdaptiveDrafter:
         rate, length = known.best_length(arm, len(rows), most, others=elsewhere)
         # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
         if self._is_greedy and batch == 1 and self._on_cpu:
-            return arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
-        return arm, rows, length, DraftEnds()
+            return rate, arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
+        return rate, arm, rows, length, DraftEnds()
 
     def _lookups(self, rows: Sequence[int]) -> tuple[list[list[int]], float, tuple[float, int]]:
         """By row, of the continuation that was found as much as pays; the tokens per unit of time that this promises.

@@ -7,7 +7,7 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import log, log2, prod, sqrt
+from math import hypot, log, log2, prod, sqrt
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
@@ -40,6 +40,8 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
 # has few steps, and drafts usually pay.
 _PLAIN_AT, _PLAIN_EVERY = 4, 128
+# Where what drafts promise over plain decoding was less than this lately, drafts are looked for in one step of so many.
+_LEAST_GAIN, _RESTING, _GAINS = 0.03, 4, 0.1  # and the weight of a newly promised gain
 _SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
 
 
@@ -267,15 +269,25 @@ class Knowledge:
         self._pass_seconds: float | None = None
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
+        self._gains: dict[int, float] = {}  # by the number of binary digits of the rows
 
     def acceptance_of_lookup(self, evidence: int, in_answers: bool = False) -> Acceptance:
         """Of a continuation with this evidence, see `History.continuation`, in the row's own text or in earlier answers."""
         return next(acceptance for least, acceptance in reversed(self._lookups[in_answers]) if evidence >= least)
 
-    def wants_plain_step(self) -> bool:
-        """Whether this step should be one without drafts, so that their time is known. Counts the steps."""
+    def wants_plain_step(self, rows: int = 1) -> bool:
+        """Whether this step should have no drafts: so that its time is known, or as they gain too little with so many rows.
+
+        Counts the steps.
+        """
         step, self._steps = self._steps, self._steps + 1
-        return step % _PLAIN_EVERY == _PLAIN_AT
+        rests = step % _RESTING and self._gains.get(rows.bit_length(), 1.0) < _LEAST_GAIN
+        return step % _PLAIN_EVERY == _PLAIN_AT or bool(rests)
+
+    def promised(self, rows: int, rate: float) -> None:
+        """With so many rows a step is expected to give this rate."""
+        known = self._gains.get(rows.bit_length(), 2 * _LEAST_GAIN)
+        self._gains[rows.bit_length()] = known + _GAINS * (rate * self.passes.of(rows) / rows - 1 - known)
 
     def best_length(
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
@@ -353,7 +365,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    passes = PassTimes(1.0, model.row_cost, profile.passes)
+    passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost))
     arms: dict[str, Arm] = {}
     for name, drafter in drafters.items():
         weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
@@ -371,3 +383,8 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         known_acceptance = Acceptance(acceptance, acceptance, strength)
         arms[name] = Arm(name, known_acceptance, steps, share, calibration, is_tried=not measures)
     return Knowledge(passes, arms)
+
+
+def _usual_times(row_cost: float) -> list[float]:
+    """Of passes of 1, 2, ... tokens, which wait for memory as long as these are few, and for arithmetic if they are many."""
+    return [hypot(1, row_cost * n) / hypot(1, row_cost) for n in range(1, 2 ** (_POWERS - 1) + 1)]

@@ -20,7 +20,7 @@ from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
-_ROW_COSTS = {"fp32": 0.1, "bf16": 0.2, "widened": 0.2, "int8": 0.25, "int4": 0.27}  # of the others, on two cores
+_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of the others, on two cores
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
