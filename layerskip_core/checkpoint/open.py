@@ -27,7 +27,7 @@ from ..model import (
     suits_kernels,
 )
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
-from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
+from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
 from ..model.vocabulary import token_order
 from ..model.weights import Take, named_int4, taken_from
@@ -199,8 +199,8 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
             for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(config, special, getattr(words, special))
         torch.manual_seed(seed)
-        kernels = attention_for(spec)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernels)
+        attention = attention_for(spec)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
 
     return reading(name, read)
@@ -292,6 +292,10 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
+    if file.is_widened and (found := kernels()) is not None and not found.widens_bf16:
+        raise CheckpointError(
+            f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
+        )
     order = token_order(folder, spec.vocab) if packing.draft_vocab else None
     backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)

@@ -2,7 +2,8 @@
 
 It has the embedding and the norms by their names in a checkpoint, and the tensors of each matrix (see model/native/matrix.py)
 as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by low-bit copies. The
-layout is the same for all variants of the kernels. The header says what was packed, and has a fingerprint of a few bytes of
+layout is the same for all variants of the kernels, but for fp32 weights that bf16 holds, which those that widen bf16 read as
+`widened`. The header says what was packed, and has a fingerprint of a few bytes of
 every tensor, which shows content that is missing, as when a copy was interrupted; the other bytes are not checked.
 """
 
@@ -91,7 +92,14 @@ class PackedFile:
     def embedding(self, spec: ModelSpec) -> Tensor:
         return self._part(EMBEDDING, self.dtype, spec.shapes[EMBEDDING])
 
+    @property
+    def is_widened(self) -> bool:
+        """Whether fp32 weights are stored in bf16, which only kernels that widen bf16 read."""
+        return any(name.startswith("widened.") for name in self._file.entries)
+
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
+        if form.kind == "fp32" and f"widened.{name}.weight" in self._file.entries:
+            form = replace(form, kind="widened")
         return NativeMatrix(form, {part: self._part(f"{form.kind}.{name}.{part}", *kind) for part, kind in form.parts.items()})
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -125,9 +133,11 @@ class PackedWriter:
 
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
         """A matrix without memory: the backend cannot run."""
-        if f"{form.kind}.{name}.weight" not in self._entries:
-            for part, tensor in NativeMatrix.packed(self._kernels, name, form, read).parts.items():
-                self.add(f"{form.kind}.{name}.{part}", tensor)
+        kinds = (form.kind, "widened") if form.kind == "fp32" else (form.kind,)
+        if not any(f"{kind}.{name}.weight" in self._entries for kind in kinds):
+            matrix = NativeMatrix.packed(self._kernels, name, form, read, narrows=self._kernels.widens_bf16)
+            for part, tensor in matrix.parts.items():
+                self.add(f"{matrix.form.kind}.{name}.{part}", tensor)
         empty = {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
         return NativeMatrix(form, empty)
 

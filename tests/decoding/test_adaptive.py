@@ -235,20 +235,24 @@ def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are
 
 def test_few_steps_are_without_drafts_and_not_the_first():
     known = knowing(backend_of("generic"))._known
-    assert [step for step in range(300) if known.wants_plain_step()] == [4, 132, 260]
+    assert [step for step in range(300) if known.wants_plain_step()] == [4, 12, 28, 60, 124, 252]
 
 
 def test_where_drafts_gain_nothing_few_steps_look_for_them():
     known = knowing(backend_of("generic"))._known
-    plain = {rows: rows / known.passes.of(rows) for rows in (1, 8)}
-    for _ in range(30):
-        known.promised(8, 1.01 * plain[8])
-        known.promised(1, 1.5 * plain[1])
-    looking = {rows: [not known.wants_plain_step(rows) for _ in range(128)] for rows in plain}
-    assert sum(looking[1]) == 127 and sum(looking[8]) == 31
-    for _ in range(10):
-        known.promised(8, 1.2 * plain[8])
-    assert sum(not known.wants_plain_step(8) for _ in range(128)) == 127
+
+    def looking(rows, tokens, seconds):
+        """How many of 128 steps look for drafts, if such steps give so many tokens in so many plain steps' time."""
+        count = 0
+        for _ in range(128):
+            looks = not known.wants_plain_step(rows)
+            known.observe_period(rows, looks, rows * tokens if looks else rows, seconds if looks else 1.0)
+            count += looks
+        return count
+
+    assert looking(1, 4, 2.0) == 123 and looking(1, 4, 2.0) == 127  # five steps, then one, are timed
+    assert looking(8, 2, 2.0) < 64
+    assert looking(8, 3, 2.0) > 90
 
 
 def test_it_turns_away_from_what_is_rejected():

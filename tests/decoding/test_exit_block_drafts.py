@@ -114,7 +114,7 @@ class Scheduled(AdaptiveDrafter):
         choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
         arms = [None, *self._known.arms.values()]
         arm, rows = arms[choice % len(arms)], range(len(looked_up))
-        return (rate, arm, list(rows), min(length, most), DraftEnds()) if arm and length else None
+        return (arm, list(rows), min(length, most), DraftEnds()) if arm and length else None
 
 
 def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):

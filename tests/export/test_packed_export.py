@@ -11,12 +11,14 @@ from conftest import older, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks
 from int4_models import add_int4
+from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.folder import PACKED_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
 from layerskip_core.config.model import ExportConfig, PackingConfig
+from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import export_packed
 from layerskip_core.model import NativeBackend, native
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -87,6 +89,23 @@ def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting,
     assert ("calibrated" in written[0]) == (prepare is add_int4 and setting != "int8")
     asked = replace(packing, quantize=None)  # what was packed is known
     assert_same(for_decoding(str(tmp_path / "packed"), packing=asked), for_decoding(str(wide), "cpu", dtype, packing))
+
+
+@pytest.mark.skipif(not getattr(compiled.kernels(), "widens_bf16", False), reason="kernels with bf16 of their own")
+def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeypatch):
+    packed_from(wide, tmp_path / "before", dtype="fp32")
+    weights = load_file(wide / "model.safetensors")
+    save_file(
+        {name: weight.bfloat16().float() for name, weight in weights.items()}, wide / "model.safetensors", {"format": "pt"}
+    )
+    packed_from(wide, tmp_path / "packed", dtype="fp32")
+    folder, packing = str(tmp_path / "packed"), PackingConfig(adaptive=True)
+    assert_same(for_decoding(folder, packing=packing), for_decoding(str(wide), "cpu", "fp32", packing))
+    sizes = [(tmp_path / name / PACKED_FILE).stat().st_size for name in ("before", "packed")]
+    assert sizes[1] < 0.75 * sizes[0]
+    monkeypatch.setattr(compiled.kernels(), "widens_bf16", False)
+    with pytest.raises(CheckpointError, match="export it again"):
+        for_decoding(folder)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2"])

@@ -42,12 +42,17 @@ class AdaptiveDrafter:
         self._steps = 0  # of it
         self._draft: Draft | None = None  # of the round
         self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
-        self._is_timed = False
+        self._is_timed = self._looks = False
+        self._began, self._got = 0.0, 0  # when the last step began, and the tokens that it gave
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         self._arm, self._drafted_rows = None, []
-        draft = Draft(context.newest, (0,) * len(limits))
-        if not (self._by_clock and self._known.wants_plain_step(len(limits))):
+        draft, rows, now = Draft(context.newest, (0,) * len(limits)), len(limits), time.perf_counter()
+        if self._by_clock and self._draft is not None and len(self._draft.counts) == rows:
+            self._known.observe_period(rows, self._looks, self._got, now - self._began)
+        self._began, self._got = now, 0
+        self._looks = not (self._by_clock and self._known.wants_plain_step(rows))
+        if self._looks:
             self._find(context, limits)
             draft = self._best_draft(context, limits)
         self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
@@ -69,6 +74,7 @@ class AdaptiveDrafter:
             tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
             seconds = self._draft_seconds, time.perf_counter() - self._drafted_at
             known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
+        self._got += len(verified)
         for found, acceptance in self._found.pop(row, []):
             acceptance.compare(found, verified)
         if self._arm is not None and row in self._drafted_rows:
@@ -79,10 +85,9 @@ class AdaptiveDrafter:
     def _best_draft(self, context: Context, limits: Sequence[int]) -> Draft:
         looked_up, rate, others = self._lookups(context.rows)
         plan = self._plan(rate, max(limits), looked_up, others)
-        self._known.promised(len(limits), rate if plan is None else plan[0])
         if plan is None:
             return copied(context, looked_up)
-        _, self._arm, rows, length, ends = plan
+        self._arm, rows, length, ends = plan
         self._drafted_rows = [context.rows[index] for index in rows]
         within = set(rows)
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
@@ -94,8 +99,8 @@ class AdaptiveDrafter:
 
     def _plan(
         self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int]
-    ) -> tuple[float, Arm, list[int], int, DraftEnds] | None:
-        """The arm that may beat lookups, which give this `rate`: its own, the rows that it drafts for, how much, where it ends.
+    ) -> tuple[Arm, list[int], int, DraftEnds] | None:
+        """The arm that may beat lookups, which give this `rate`; the rows that it drafts for, how much, and where it ends.
 
         It drafts for all rows or, as `others` says, for those without a lookup. A drafter whose states the target goes on from
         needs all.
@@ -111,8 +116,8 @@ class AdaptiveDrafter:
         rate, length = known.best_length(arm, len(rows), most, others=elsewhere)
         # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
         if self._is_greedy and batch == 1 and self._on_cpu:
-            return rate, arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
-        return rate, arm, rows, length, DraftEnds()
+            return arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
+        return arm, rows, length, DraftEnds()
 
     def _lookups(self, rows: Sequence[int]) -> tuple[list[list[int]], float, tuple[float, int]]:
         """By row, of the continuation that was found as much as pays; the tokens per unit of time that this promises.

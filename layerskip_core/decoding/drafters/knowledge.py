@@ -37,11 +37,13 @@ _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9
 # The same in earlier answers. A text that follows one of them for 64 tokens repeats it.
 _ANSWER_LOOKUPS = ((0, 0.15, 0.6), (1, 0.4, 0.6), (3, 0.7, 0.6), (8, 0.85, 0.75), (16, 0.95, 0.85), (64, 0.97, 0.97))
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
-# One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
-# has few steps, and drafts usually pay.
-_PLAIN_AT, _PLAIN_EVERY = 4, 128
-# Where what drafts promise over plain decoding was less than this lately, drafts are looked for in one step of so many.
-_LEAST_GAIN, _RESTING, _GAINS = 0.03, 4, 0.1  # and the weight of a newly promised gain
+# One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known, and some of the first ones. Not the
+# very first: a short output has few steps, and drafts usually pay.
+_PLAIN_FIRST, _PLAIN_AT, _PLAIN_EVERY = (4, 12, 28, 60), 124, 128
+# Where looking for drafts gained less than this over plain decoding lately, one step of so many looks for them.
+_LEAST_GAIN, _RESTING = 0.03, 4
+_PERIODS = 0.97  # weight of the times of steps that were known, per new one
+_FEW = 48  # tokens of a row, from steps that looked for drafts
 _SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
 
 
@@ -269,7 +271,8 @@ class Knowledge:
         self._pass_seconds: float | None = None
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
-        self._gains: dict[int, float] = {}  # by the number of binary digits of the rows
+        # Tokens and seconds of steps by the number of binary digits of the rows, and whether they looked for drafts.
+        self._periods: dict[tuple[int, bool], list[float]] = {}
 
     def acceptance_of_lookup(self, evidence: int, in_answers: bool = False) -> Acceptance:
         """Of a continuation with this evidence, see `History.continuation`, in the row's own text or in earlier answers."""
@@ -281,13 +284,19 @@ class Knowledge:
         Counts the steps.
         """
         step, self._steps = self._steps, self._steps + 1
-        rests = step % _RESTING and self._gains.get(rows.bit_length(), 1.0) < _LEAST_GAIN
-        return step % _PLAIN_EVERY == _PLAIN_AT or bool(rests)
+        is_timed = step % _PLAIN_EVERY == _PLAIN_AT or step in _PLAIN_FIRST
+        return is_timed or (step % _RESTING > 0 and not self._gains(rows))
 
-    def promised(self, rows: int, rate: float) -> None:
-        """With so many rows a step is expected to give this rate."""
-        known = self._gains.get(rows.bit_length(), 2 * _LEAST_GAIN)
-        self._gains[rows.bit_length()] = known + _GAINS * (rate * self.passes.of(rows) / rows - 1 - known)
+    def observe_period(self, rows: int, looks: bool, tokens: int, seconds: float) -> None:
+        """From one step of so many rows to the next, all included. `looks`: whether the step looked for drafts."""
+        known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0])
+        known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds
+
+    def _gains(self, rows: int) -> bool:
+        """Whether looking for drafts pays with about so many rows, as far as is known."""
+        looking, plain = (self._periods.get((rows.bit_length(), looks), [0.0, 0.0]) for looks in (True, False))
+        # Where no plain step is known, it does not, so that one will be.
+        return looking[0] < _FEW * rows or looking[0] * plain[1] > (1 + _LEAST_GAIN) * plain[0] * looking[1]
 
     def best_length(
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS

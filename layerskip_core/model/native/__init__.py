@@ -19,8 +19,7 @@ from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, dra
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
-_OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
-_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of the others, on two cores
+_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of kernels that widen bf16, on two cores
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -55,11 +54,11 @@ class NativeBackend(RepackedBackend):
         assert compiled is not None
         self._kernels, self._pack = (
             compiled,
-            pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.variant not in _OWN_BF16),
+            pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16),
         )
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
-        if compiled.variant not in _OWN_BF16:  # more cores have more arithmetic, and the memory of two
+        if compiled.widens_bf16:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
         is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None

@@ -28,10 +28,11 @@ _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by proce
     },
     "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
 }
+_OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 14  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 15  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -107,6 +108,7 @@ class Kernels:
             return found
 
         self.variant = variant
+        self.widens_bf16 = variant not in _OWN_BF16
         self.span = function("span", CShape, c_void_p, c_int, CCall, c_int)
         self.write = function("write", CShape, c_void_p, c_int, CCall, c_int)
         self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
