@@ -4,6 +4,7 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 2002), and one that was never tried by a shorter time than expected, so that it is tried.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -200,24 +201,29 @@ def best_length(
     share: float = 1.0,
     rows: int = 1,
     others: tuple[float, int] = NO_OTHERS,
+    near: int = 1,
 ) -> tuple[float, int]:
     """The most expected tokens per unit of time, and the number of drafts, 1..most, of each of `rows` that gives them.
 
     A round of d drafts takes d + `ahead` steps of the drafter, and the target's `share` of a pass over d + 1 tokens of each
     row. It gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section
     3.1), a and a' being the `chances` of `Acceptance`. `others`: the tokens that other rows of the pass are expected to get,
-    and those that the pass has of them.
+    and those that the pass has of them. `near`: where the search begins.
     """
     first, later = chances
-    best_rate, best = 0.0, 0
-    for length in _lengths(most):
+    lengths = _lengths(most)
+
+    def rate_of(length: int) -> float:
         tokens = 1 + first * ((1 - later**length) / (1 - later) if later < 1 else length)
         time = (length + ahead) * step + share * passes.of(others[1] + rows * (length + 1))
-        rate = (others[0] + rows * tokens) / time
-        if rate <= best_rate:
-            break
-        best_rate, best = rate, length
-    return best_rate, best
+        return (others[0] + rows * tokens) / time
+
+    place = max(bisect_right(lengths, near) - 1, 0)
+    best = rate_of(lengths[place])
+    for further in (1, -1):
+        while 0 <= place + further < len(lengths) and (rate := rate_of(lengths[place + further])) > best:
+            best, place = rate, place + further
+    return best, lengths[place]
 
 
 @lru_cache(64)
@@ -239,6 +245,7 @@ class Arm:
     ) -> None:
         self.name, self.acceptance, self.calibration, self.is_tried = name, acceptance, calibration, is_tried
         self.steps, self.share, self.ahead = steps, share, int(share < 1)
+        self.length = 1  # of the draft that was last found best
         self._last_choice = 0
 
     def fade(self, choice: int) -> None:
@@ -306,7 +313,9 @@ class Knowledge:
         if deviations and not arm.is_tried:
             step /= _UNTRIED
         chances = arm.acceptance.chances(deviations)
-        return best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others)
+        found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length)
+        arm.length = found[1]
+        return found
 
     def choose(
         self, rate: float, most: int, rows: int, mixed: tuple[int, tuple[float, int]] | None = None
