@@ -154,6 +154,18 @@ def test_the_best_length_maximises_tokens_per_time(first, later, step, ahead, ro
     assert rate == pytest.approx(rates[best]) and rate > 0.99 * max(rates.values())
 
 
+def test_what_a_round_takes_besides_passes_makes_drafts_longer():
+    passes = PassTimes(1.0, 0.1)
+    lengths = [best_length((0.9, 0.9), 0.2, passes, 16, rest=rest)[1] for rest in (0.0, 1.0, 4.0)]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    known = knowing(backend_of("native"))._known
+    known.observe_round(None, 1, 0, 1, 0.0, 2.0)  # a pass takes two seconds
+    for _ in range(200):
+        known.observe_period(1, True, 4, 6.0, 5.0)
+        known.observe_period(1, False, 1, 9.0, 2.0)  # where nothing is looked for, other things may be slow
+    assert known.rest == pytest.approx(0.5, rel=0.01)
+
+
 def test_steps_for_several_rows_have_times_of_their_own():
     known = knowing(backend_of("native"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.1))._known
     arm, times = known.arms["exit 2"], {1: 0.2, 8: 0.9}

@@ -43,13 +43,14 @@ class AdaptiveDrafter:
         self._draft: Draft | None = None  # of the round
         self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
         self._is_timed = self._looks = False
-        self._began, self._got = 0.0, 0  # when the last step began, and the tokens that it gave
+        self._began = self._in_passes = 0.0  # when the last step began, and the seconds of its drafts and its pass
+        self._got = 0  # tokens that it gave
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         self._arm, self._drafted_rows = None, []
         draft, rows, now = Draft(context.newest, (0,) * len(limits)), len(limits), time.perf_counter()
         if self._by_clock and self._draft is not None and len(self._draft.counts) == rows:
-            self._known.observe_period(rows, self._looks, self._got, now - self._began)
+            self._known.observe_period(rows, self._looks, self._got, now - self._began, self._in_passes)
         self._began, self._got = now, 0
         self._looks = not (self._by_clock and self._known.wants_plain_step(rows))
         if self._looks:
@@ -72,7 +73,8 @@ class AdaptiveDrafter:
         if self._by_clock and not self._is_timed:
             self._is_timed, (rows, tokens) = True, draft.tokens.shape
             tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
-            seconds = self._draft_seconds, time.perf_counter() - self._drafted_at
+            seconds = self._draft_seconds if self._arm else 0.0, time.perf_counter() - self._drafted_at
+            self._in_passes = sum(seconds)
             known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
         self._got += len(verified)
         for found, acceptance in self._found.pop(row, []):
@@ -124,7 +126,7 @@ class AdaptiveDrafter:
 
         And of the rows that look up: the tokens that they are expected to get, and those that the pass has of them.
         """
-        passes, batch = self._known.passes, len(rows)
+        passes, rest, batch = self._known.passes, self._known.rest, len(rows)
         survivals: list[tuple[float, int]] = []
         best_found: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
@@ -137,12 +139,12 @@ class AdaptiveDrafter:
                     survival *= later
         survivals.sort(reverse=True)
         counts, best_counts, expected, extra = [0] * batch, [0] * batch, float(batch), 0
-        best_rate = batch / passes.of(batch)
+        best_rate = batch / (passes.of(batch) + rest)
         for survival, index in survivals:
             counts[index] += 1
             expected += survival
             extra = extra + 1 if self._is_ragged else batch * max(counts)
-            rate = expected / passes.of(batch + extra)
+            rate = expected / (passes.of(batch + extra) + rest)
             if rate > best_rate:
                 best_rate, best_counts = rate, list(counts)
             elif rate < 0.8 * best_rate:

@@ -44,6 +44,7 @@ _PLAIN_FIRST, _PLAIN_AT, _PLAIN_EVERY = (4, 12, 28, 60), 124, 128
 # Where looking for drafts gained less than this over plain decoding lately, one step of so many looks for them.
 _LEAST_GAIN, _RESTING = 0.03, 4
 _PERIODS = 0.97  # weight of the times of steps that were known, per new one
+_REST = 0.1  # of a pass: what the rest of a step may be if nothing is known of it
 _FEW = 48  # tokens of a row, from steps that looked for drafts
 _SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
 
@@ -202,20 +203,21 @@ def best_length(
     rows: int = 1,
     others: tuple[float, int] = NO_OTHERS,
     near: int = 1,
+    rest: float = 0.0,
 ) -> tuple[float, int]:
     """The most expected tokens per unit of time, and the number of drafts, 1..most, of each of `rows` that gives them.
 
     A round of d drafts takes d + `ahead` steps of the drafter, and the target's `share` of a pass over d + 1 tokens of each
     row. It gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section
     3.1), a and a' being the `chances` of `Acceptance`. `others`: the tokens that other rows of the pass are expected to get,
-    and those that the pass has of them. `near`: where the search begins.
+    and those that the pass has of them. `near`: where the search begins. `rest`: the time of a round besides drafts and pass.
     """
     first, later = chances
     lengths = _lengths(most)
 
     def rate_of(length: int) -> float:
         tokens = 1 + first * ((1 - later**length) / (1 - later) if later < 1 else length)
-        time = (length + ahead) * step + share * passes.of(others[1] + rows * (length + 1))
+        time = (length + ahead) * step + share * passes.of(others[1] + rows * (length + 1)) + rest
         return (others[0] + rows * tokens) / time
 
     place = max(bisect_right(lengths, near) - 1, 0)
@@ -276,6 +278,7 @@ class Knowledge:
             for priors in (_LOOKUPS, _ANSWER_LOOKUPS)
         ]
         self._pass_seconds: float | None = None
+        self.rest = 0.0  # the time of a step that looks for drafts besides drafts and pass
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
         # Tokens and seconds of steps by the number of binary digits of the rows, and whether they looked for drafts.
@@ -294,10 +297,15 @@ class Knowledge:
         is_timed = step % _PLAIN_EVERY == _PLAIN_AT or step in _PLAIN_FIRST
         return is_timed or (step % _RESTING > 0 and not self._gains(rows))
 
-    def observe_period(self, rows: int, looks: bool, tokens: int, seconds: float) -> None:
-        """From one step of so many rows to the next, all included. `looks`: whether the step looked for drafts."""
+    def observe_period(self, rows: int, looks: bool, tokens: int, seconds: float, in_passes: float = 0.0) -> None:
+        """From one step of so many rows to the next, all included. `looks`: whether the step looked for drafts.
+
+        `in_passes`: the seconds of its drafts and of the target's pass.
+        """
         known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0])
         known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds
+        if looks and self._pass_seconds is not None:
+            self.rest += _TIMES * (min((seconds - in_passes) / self._pass_seconds, 2 * self.rest + _REST) - self.rest)
 
     def _gains(self, rows: int) -> bool:
         """Whether looking for drafts pays with about so many rows, as far as is known."""
@@ -313,7 +321,7 @@ class Knowledge:
         if deviations and not arm.is_tried:
             step /= _UNTRIED
         chances = arm.acceptance.chances(deviations)
-        found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length)
+        found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length, self.rest)
         arm.length = found[1]
         return found
 
