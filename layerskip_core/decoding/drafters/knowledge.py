@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import hypot, log, log2, prod, sqrt
+from math import hypot, inf, log, log2, prod, sqrt
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
@@ -21,7 +21,7 @@ _FADING = 0.999  # the same per round in which an arm was not tried
 _STRENGTH = 4.0  # observations that a prior counts as
 _MEASURED = 8.0  # the same of one that was measured, on other texts
 _DEVIATIONS = 1.0  # standard deviations between what is expected of an arm and what it is judged by
-_UNTRIED = 1.5  # the time of an arm that was never tried may be so many times shorter than expected
+_UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be faster than expected; by less after each try
 _TIMES = 0.07  # weight of a newly measured time
 _POWERS = 11  # of 2, whose passes have known times
 _LEAST_DOUBT = 1e-4  # nothing is more certain
@@ -134,10 +134,10 @@ class PassTimes:
     def observe(self, n: int, time: float) -> None:
         error, longest = min(time / self.of(n), _JUMP) - 1, 0.0
         for place, near in enumerate(_nearness(n)):
+            self._weights[place] += near
             weight = max(_TIMES, 1 / (1 + self._weights[place]))
             longest = max(longest, self._times[place] * (1 + near * error * weight))
             self._times[place] = longest
-            self._weights[place] += near
 
     def fade(self, rounds: int) -> None:
         """Moves towards the first times where these are shorter: what was measured long ago may have been disturbed."""
@@ -240,12 +240,13 @@ class Arm:
         steps: the times of passes of its layers by their rows.
         ahead: passes besides one per token: 1 where the target needs the last draft's state.
         share: of a pass of the target that is left to verify its drafts.
+        tries: rounds of it whose times were measured.
     """
 
     def __init__(
-        self, name: str, acceptance: Acceptance, steps: PassTimes, share: float, calibration: Calibration, is_tried: bool
+        self, name: str, acceptance: Acceptance, steps: PassTimes, share: float, calibration: Calibration, tries: float
     ) -> None:
-        self.name, self.acceptance, self.calibration, self.is_tried = name, acceptance, calibration, is_tried
+        self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
         self.steps, self.share, self.ahead = steps, share, int(share < 1)
         self.length = 1  # of the draft that was last found best
         self._last_choice = 0
@@ -262,7 +263,7 @@ class Arm:
 
     def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
-        self.is_tried = True
+        self.tries += 1
         self.steps.observe(rows, draft_time / (drafted + self.ahead))
         if self.ahead:
             self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
@@ -318,8 +319,8 @@ class Knowledge:
     ) -> tuple[float, int]:
         """See `best_length`, by the mean acceptance of the arm, or the upper end of its interval of so many deviations."""
         step = arm.steps.of(rows)
-        if deviations and not arm.is_tried:
-            step /= _UNTRIED
+        if deviations:
+            step /= 1 + _UNTRIED / (1 + arm.tries)
         chances = arm.acceptance.chances(deviations)
         found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length, self.rest)
         arm.length = found[1]
@@ -407,7 +408,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
         share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
         known_acceptance = Acceptance(acceptance, acceptance, strength)
-        arms[name] = Arm(name, known_acceptance, steps, share, calibration, is_tried=not measures)
+        arms[name] = Arm(name, known_acceptance, steps, share, calibration, tries=0.0 if measures else inf)
     return Knowledge(passes, arms)
 
 
