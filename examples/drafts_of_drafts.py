@@ -83,7 +83,7 @@ def main() -> None:
     print("\n| step of the copy | a row | a row of the copy | drafts by the copy | drafts for the copy too | gain |")
     print("|---|---|---|---|---|---|")
     single = [Way(evidence, most) for evidence, most in product((2, 4, 99), (8, 12, 16))]
-    double = [Way(*way, *inner) for way, inner in product(single, ((2, 4), (2, 8), (3, 8)))]
+    double = [Way(way.evidence, way.most, *inner) for way, inner in product(single, ((2, 4), (2, 8), (3, 8)))]
     for costs in (Costs(0.3, 0.05, 0.1), Costs(0.5, 0.05, 0.1), Costs(0.5, 0.15, 0.2)):
         best = [max(mean_speedup(answers, costs, way) for way in ways) for ways in (single, double)]
         step, row, copy_row = costs
