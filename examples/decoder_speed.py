@@ -6,6 +6,7 @@ Parts:
     throughput   tokens/s of autoregressive and self-speculative decoding at batch sizes 1 and 8
     step         autoregressive decoding by kind of weights, against transformers' generate and the memory limit
     rounds       the cost of a draft step and of a verification
+    rows         a pass by its rows: the model's weights, and low-bit copies
     speculation  self-speculative decoding against autoregressive decoding and, with --assistant, both of transformers'
     exact        the price of --exact
     prefill      the first token of prompts of 128, 512 and 2,048 tokens, against transformers
@@ -237,6 +238,21 @@ def one_call_draft(backend: Any, exit_layer: int, count: int, context: int) -> f
     return seconds(lambda: drafter.draft(start, [count]), 60) / count
 
 
+def part_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Passes of all layers and the head over 1, 4, 8 and 16 tokens after 64, over one of one token."""
+    backend = load(arguments, draft_weights=("int8", "int4")).backend
+    sides = {"own weights": backend, **{weights: side for weights, side in backend.draft_sides.items() if weights}}
+    counts = (1, 4, 8, 16)
+    cases = {f"{name}, {count} rows": (side, backend.num_layers, count, 64) for name, side in sides.items() for count in counts}
+    times = pass_seconds(backend, cases)
+    table = [
+        (f"{name}, {count} rows over one", None, times[f"{name}, {count} rows"] / one, f"one row: {1000 * one:.2f} ms")
+        for name in sides
+        for count, one in ((count, times[f"{name}, 1 rows"]) for count in counts[1:])
+    ]
+    return {"seconds": times, "table": table}
+
+
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cost of a verification and of a draft step, in autoregressive steps."""
     exit_layer = arguments.exit
@@ -442,7 +458,7 @@ def part_llamacpp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 PARTS = {
-    "throughput": part_throughput, "step": part_step, "rounds": part_rounds, "speculation": part_speculation,
+    "throughput": part_throughput, "step": part_step, "rounds": part_rounds, "rows": part_rows, "speculation": part_speculation,
     "prefill": part_prefill, "exact": part_exact, "context": part_context, "memory": part_memory, "perplexity": part_perplexity,
     "llamacpp": part_llamacpp,
 }  # fmt: skip

@@ -249,17 +249,14 @@ class Arm:
         self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
         self.steps, self.share, self.ahead = steps, share, int(share < 1)
         self.length = 1  # of the draft that was last found best
-        self._last_choice = 0
+        self.last_choice = 0  # the number of the choice at which it was chosen, or up to which it has faded
 
     def fade(self, choice: int) -> None:
         """Before the choice with this number: without a try for long, it may have been unlucky, or its times disturbed."""
-        rounds, self._last_choice = choice - 1 - self._last_choice, choice - 1
+        rounds, self.last_choice = choice - 1 - self.last_choice, choice - 1
         if rounds:
             self.acceptance.fade(rounds)
             self.steps.fade(rounds)
-
-    def chosen(self, choice: int) -> None:
-        self._last_choice = choice
 
     def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
@@ -306,7 +303,8 @@ class Knowledge:
         known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0])
         known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds
         if looks and self._pass_seconds is not None:
-            self.rest += _TIMES * (min((seconds - in_passes) / self._pass_seconds, 2 * self.rest + _REST) - self.rest)
+            most = _JUMP * self.rest + _REST * self.passes.of(1)  # a step that took longer was disturbed
+            self.rest += _TIMES * (min((seconds - in_passes) / self._pass_seconds, most) - self.rest)
 
     def _gains(self, rows: int) -> bool:
         """Whether looking for drafts pays with about so many rows, as far as is known."""
@@ -345,7 +343,7 @@ class Knowledge:
         if last is None:
             self._last = None if best is None else best[0]
         if best is not None:
-            best[0].chosen(self._choices)
+            best[0].last_choice = self._choices
         return best
 
     def ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:

@@ -52,10 +52,8 @@ class NativeBackend(RepackedBackend):
         """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
         compiled = kernels()
         assert compiled is not None
-        self._kernels, self._pack = (
-            compiled,
-            pack or partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16),
-        )
+        packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
+        self._kernels, self._pack = compiled, pack or packed
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
         if compiled.widens_bf16:  # more cores have more arithmetic, and the memory of two

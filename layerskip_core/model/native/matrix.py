@@ -67,9 +67,7 @@ class MatrixForm:
 
 
 class HugePages:
-    """Room for a model's weights in huge pages, where the system has them: a pass over small ones spends a fifth of its time on
-    finding their addresses.
-    """
+    """Room for a model's weights in huge pages, where the system has them: a pass reads all, and looks up every page."""
 
     def __init__(self) -> None:
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
