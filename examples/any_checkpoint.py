@@ -4,7 +4,8 @@
     python examples/any_checkpoint.py --model embedded --prompts prompts.jsonl --exits 4,6,8 --specs 4,8,12,16,24
 
 Each line of a file of prompts has a `prompt`, and a `category` by which results are grouped. All methods decode a prompt
-before the next prompt comes, in an order that rotates, in one process. Outputs must be identical. Run nothing beside it.
+before the next prompt comes, in an order that rotates, in one process. The first prompts are not counted, until adaptive
+drafting has `--settle` tokens to know the model by. Outputs must be identical. Run nothing beside it.
 """
 
 import argparse
@@ -36,11 +37,14 @@ def main() -> None:
     loaded = for_decoding(arguments.model, "cpu", arguments.dtype, PackingConfig(draft_weights=arguments.copies, adaptive=True))
     rows = [json.loads(line) for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines()]
     methods = methods_of(arguments, loaded)
-    for method in methods.values():  # warm-up
-        decoded(loaded, rows[0]["prompt"], method)
+    for name, method in methods.items():  # warm-up
+        if name != "adaptive":
+            decoded(loaded, rows[0]["prompt"], method)
     times: dict[str, list[list[float]]] = {name: [] for name in methods}  # by method, prompt and repeat
     stats: dict[str, list[DecodeStats]] = {name: [] for name in methods}
-    identical, own_time, spent = 0, [0.0], 0.0
+    identical, own_time, spent, settled = 0, [0.0], 0.0, 0
+    while settled < arguments.settle:
+        settled += decoded(loaded, rows.pop(0)["prompt"], methods["adaptive"])[1].new_tokens
     for place, row in enumerate(rows):
         outputs = {}
         for name in methods:
@@ -71,6 +75,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--specs", type=lambda text: parse_counts(text, "specs"), default=())
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settle", type=int, default=0, help="tokens of adaptive drafting that are not counted")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", help="a JSON file for the figures")
     return parser.parse_args()
