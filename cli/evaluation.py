@@ -70,38 +70,35 @@ def deliver_report(record: "RunRecord", form: str, folder: "Path | None", pictur
         first = failures[0]
         narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, tables[0])
-    deliver(record, tables, form, lambda: to_csv(record), folder, files, picture)
+    deliver(record, tables, form, to_csv(record), folder, files, picture)
 
 
 def deliver(
     record: Any,
     tables: "Sequence[TextTable]",
     form: str,
-    to_csv: Callable[[], str],
+    rows: str,
     folder: "Path | None",
     files: Mapping[str, bytes],
     picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes the files, if there is a folder for them, and the result to stdout in this format.
+    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
 
     `picture`: by the width of the terminal, below tables there.
     """
-    from layerskip_core.evaluation.report import to_json
+    from layerskip_core.evaluation.report import to_json, to_markdown
     from layerskip_core.files import write_file
 
     if folder is not None:
         for name, content in files.items():
             write_file(folder / name, content, LayerSkipError)
         narrate(f"wrote {', '.join(files)} to {folder}")
-    if form == "json":
-        typer.echo(to_json(record), nl=False)
-    elif form == "csv":
-        typer.echo(to_csv(), nl=False)
-    elif form == "markdown":
-        typer.echo("\n".join(table.markdown() for table in tables), nl=False)
-    else:
+    if form == "table":
         for table in tables:
             _print_table(table, picture)
+        return
+    texts = {"json": to_json(record), "csv": rows, "markdown": to_markdown(tables)}
+    typer.echo(texts[form], nl=False)
 
 
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:

@@ -75,9 +75,7 @@ def read_json(path: Path, error: type[LayerSkipError], kind: Any = dict[str, Any
 
 
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
-    """The lines of a journal with their ends; none if there is no file. A killed process may leave the last one incomplete: it
-    is left out.
-    """
+    """The lines of a journal with their ends, without an incomplete last one; none if there is no file."""
     content = read_bytes(path, str(path), error) if path.exists() else b""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
@@ -96,10 +94,7 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file's content as a whole, by a rename. A symbolic link stays; a device or FIFO is written to.
-
-    Raises `error` if it fails; the file is then unchanged.
-    """
+    """Replaces a file's content as a whole, by a rename, or raises `error`. A symbolic link stays; a device is written to."""
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".layerskip-writing-{target.name}")  # of a killed process it is written over
     try:
@@ -128,10 +123,7 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
 
 
 def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced.
-
-    The folder may not exist yet.
-    """
+    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free + held
@@ -195,16 +187,9 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
     A missing folder is created, and removed again if it is still empty at the end. A thread may take a lock that it already
-    holds. The system releases the lock of a process that is killed.
+    holds. `doing`: for the message that other processes get. `wait`: seconds to wait for another process.
 
-    Args:
-        folder: the folder to write to.
-        doing: what this process does there, for the message that others get.
-        wait: seconds to wait for another process.
-
-    Raises:
-        LockedError: another process holds the lock; the message names it.
-        LayerSkipError: the folder cannot be created or written.
+    Raises LockedError if another process holds the lock, LayerSkipError if the folder cannot be created or written.
     """
     from filelock import FileLock, Timeout
 

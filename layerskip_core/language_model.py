@@ -7,7 +7,7 @@ from typing import Unpack, cast
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
 from .config.decoding import DecodingConfig, DecodingOptions, Remember
-from .config.model import DType, PackingConfig, Quantization
+from .config.model import DType, PackingConfig, PromptingConfig, Quantization
 from .config.options import check, checked
 from .decoding import Answer, check_prompt, decode_batch
 from .decoding.dialogue import Dialogue, TextStream
@@ -97,7 +97,8 @@ def load(
     copies = () if draft_weights is None else (draft_weights,)
     weights = {"quantize": quantize, "draft_weights": copies, "draft_head": draft_head, "draft_vocab": draft_vocab}
     packing = PackingConfig(**checked(PackingConfig, weights), exact=exact, adaptive=True)
-    decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(template, system)
+    prompting = PromptingConfig(template, system)
+    decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(prompting.asked, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
     earlier = EarlierAnswers(remember) if check("remember", Remember, remember) else None

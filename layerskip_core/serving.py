@@ -141,7 +141,7 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        An empty list if this step has no room for it any more. A longer prompt than any step has room for is prefilled alone.
+        None if this step has no room left. A longer prompt than any step has room for is prefilled alone.
         """
         first = self._waiting[0]
         requests: list[Request] = []
@@ -157,10 +157,7 @@ class Scheduler:
         return requests
 
     def _prefill(self, requests: list[Request]) -> list[Request]:
-        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
-
-        Returns those that are over.
-        """
+        """Prefills requests that differ in seeds only, and lets them join the loop of their settings. Returns ended ones."""
         decoder, done, rows = self._decoder, list[Request](), dict[int, Request]()
         for request in requests:
             try:
@@ -231,10 +228,7 @@ def _failed(requests: Iterable[Request], error: BaseException) -> list[Request]:
 class Engine:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
 
-    Attributes:
-        held: how many requests wait or are being decoded.
-        running: how many of them are being decoded.
-        is_stopped: whether it was stopped, or failed: it takes no requests any more.
+    `held`: how many requests wait or are being decoded; `running`: are being decoded. `is_stopped`: it takes none any more.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, earlier: EarlierAnswers | None = None) -> None:
@@ -249,10 +243,7 @@ class Engine:
         self._thread.start()
 
     def hold(self, requests: int) -> None:
-        """Holds places for requests that will be submitted, before any work is done for them.
-
-        Raises QueueFull if not all of them have one, and Stopped after `stop`.
-        """
+        """Holds places for requests, before any work is done for them. Raises QueueFull, and Stopped after `stop`."""
         with self._lock:
             self._require_running()
             if self.held + requests > self._most:

@@ -42,8 +42,8 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.report import output_folder
-    from layerskip_core.evaluation.report.comparison import compare_files, compare_table, to_csv
+    from layerskip_core.evaluation.report import output_folder, table_files
+    from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
 
     with output_folder(output, "layerskip compare") as folder:
         if runs:
@@ -59,8 +59,9 @@ def compare(
             raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
-        files = {} if folder is None else compare_files(comparison)
-        evaluation.deliver(comparison, [compare_table(comparison)], format, lambda: to_csv(comparison), folder, files)
+        shown, rows = [compare_table(comparison)], to_csv(comparison)
+        files = {} if folder is None else table_files("comparison", comparison, shown, rows) | plots(comparison)
+        evaluation.deliver(comparison, shown, format, rows, folder, files)
 
 
 def _measured(model: str) -> "Run":

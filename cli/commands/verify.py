@@ -31,7 +31,7 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    from layerskip_core.evaluation.report import output_folder, to_json
+    from layerskip_core.evaluation.report import output_folder, table_files
     from layerskip_core.evaluation.verification import tables, to_csv
     from layerskip_core.evaluation.verification import verify as run_verify
 
@@ -39,8 +39,6 @@ def verify(
         load_model(model, config.machine)  # for its notes and threads; freed before the checks, which load their own
         record = evaluation.watch(run_verify(replace(config, model=model)))
         shown, rows = tables(record), to_csv(record)
-        texts = {"md": "\n".join(table.markdown() for table in shown), "json": to_json(record), "csv": rows}
-        files = {f"verification.{ending}": text.encode() for ending, text in texts.items()}
-        evaluation.deliver(record, shown, format, lambda: rows, folder, files)
+        evaluation.deliver(record, shown, format, rows, folder, table_files("verification", record, shown, rows))
     if not all(result.passed for result in record.results):
         raise typer.Exit(1)

@@ -21,7 +21,7 @@ from ..checkpoint.open import for_decoding, for_training, import_checkpoint
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig, DataConfig
-from ..data import Conversation, load_rows
+from ..data import load_examples
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError, require
 from ..model import TransformersBackend, missing_feature
@@ -47,11 +47,8 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     Nothing is written before the end. The same settings give the same weights on one machine. layerskip.json gets the
     acceptance of drafts by these weights: the share of places in other texts where both models choose the same token.
 
-    Raises:
-        CheckpointError: the model cannot be read, or the folder not be written.
-        ConfigError: the folder holds another model, or a file of this name that is not the model's, or the model has no int4
-            kernels.
-        DataError: the data is not there or too small.
+    Raises CheckpointError if the model cannot be read or the folder not be written, ConfigError if the folder holds another
+    model or a foreign file of this name, or the model has no int4 kernels, DataError for data that is not there or too small.
     """
     folder, own = output_folder(config), own_folder(config.model)
     copied = own is None or Path(folder).resolve() != Path(own).resolve()
@@ -129,13 +126,11 @@ def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> T
     Raises DataError where there is not even one text.
     """
     ids: list[int] = []
-    rows = load_rows(data)
+    rows = load_examples(data)
     Random(data.seed).shuffle(rows)
     for row in rows:
         if len(ids) >= count * length:
             break
-        if isinstance(row, Conversation):
-            raise DataError(f"`data` {data.name} must have rows of text or of prompt and completion, found conversations")
         ids += decoder.encode_prompt(row.prompt) if row.prompt else []
         ids += decoder.tokenizer(row.completion, add_special_tokens=False)["input_ids"]
         ids += [] if decoder.tokenizer.eos_token_id is None else [decoder.tokenizer.eos_token_id]

@@ -317,8 +317,8 @@ def tune(
 ) -> dict[str, Int4]:
     """All weights of `quantized`, those of the layers tuned on the texts (N, T) that they were made with.
 
-    `original` (N, T, D) are the states of the original model. `backend` has the values of the quantised weights, and gets the
-    tuned ones. `report` gets the number of steps that are done, and the divergence in nats per token.
+    `original` (N, T, D): the states of the original model. `backend` has the quantised values, and gets the tuned ones.
+    `report` gets the number of steps that are done, and the divergence in nats per token.
     """
     backend.model.requires_grad_(False)
     tuned = {

@@ -39,7 +39,7 @@ _HEAD_SIZES = ("llama", "qwen3")  # whose files name the size of a head where tr
 class GgufFile:
     """A GGUF file, whose tensors are mapped. `layers` and `tokens`: their numbers, None where the file does not say.
 
-    `config` and `spec` raise CheckpointError for an unsupported architecture, and for values that are missing or out of range.
+    `config` and `spec` raise CheckpointError for an unsupported architecture and bad values.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,8 +143,7 @@ class GgufFile:
     def weights(self) -> dict[str, Tensor]:
         """All weights in fp32 by their names in transformers.
 
-        Raises CheckpointError, before any is read, for one that is missing or has another shape; and for one that is stored in
-        a way that the package `gguf` does not read.
+        Raises CheckpointError for one that is missing, has another shape, or is stored in a way that `gguf` does not read.
         """
         from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 

@@ -83,10 +83,7 @@ def downloaded(name: str) -> str:
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`. Whatever it raises becomes a CheckpointError of one line that names the model.
-
-    A ConfigError passes: it is about what the user asked for, not about the model.
-    """
+    """Calls `read`. What it raises becomes a CheckpointError of one line that names the model, except errors of settings."""
     try:
         return read()
     except (ConfigError, LockedError):
@@ -104,9 +101,9 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """A model's name as a chain: the folders of adapters, each of which needs the next, and the base model of the last.
+    """(the folders of adapters, each of which needs the next; the base model of the last).
 
-    Raises CheckpointError for a damaged configuration, and for a chain that is a circle.
+    Raises CheckpointError for a damaged configuration, and for a circle.
     """
     adapters: list[str] = []
     while is_adapter(name):

@@ -53,7 +53,7 @@ class Inspection:
 def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     """Decodes greedily with all layers, then applies the shared head after every layer, in one pass over prompt and answer.
 
-    Raises ConfigError when the prompt is empty or does not fit the context.
+    Raises ConfigError if the prompt is empty or does not fit the context.
     """
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
@@ -75,15 +75,13 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     def text(token: int) -> str:
         return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special ones have a name
 
-    def said(choice: tuple[int, float]) -> LayerPrediction:
-        return LayerPrediction(text(choice[0]), choice[1])
-
     traces = []
     for index, token in enumerate(answer):
         chosen = [choices[index] for choices in by_layer]
-        blocks = {exit_layer: said(choices[index]) for exit_layer, choices in by_block.items()}
-        settled = settled_layer([choice for choice, _ in chosen])
-        traces.append(TokenTrace(text(token), settled, tuple(map(said, chosen)), blocks))
+        predictions = tuple(LayerPrediction(text(choice), share) for choice, share in chosen)
+        of_blocks = {exit_layer: choices[index] for exit_layer, choices in by_block.items()}
+        blocks = {exit_layer: LayerPrediction(text(choice), share) for exit_layer, (choice, share) in of_blocks.items()}
+        traces.append(TokenTrace(text(token), settled_layer([choice for choice, _ in chosen]), predictions, blocks))
     return Inspection(loaded.name, prompt, model.num_layers, tuple(traces))
 
 

@@ -87,8 +87,7 @@ def rouge(
     With several references the best counts; without any the score is 0.
     """
     pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
-    computed: dict[str, list[float]] = _metrics()["rouge"].compute(**pairs, kinds=tuple(kinds))
-    return computed
+    return _metrics()["rouge"](**pairs, kinds=tuple(kinds))
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
@@ -97,23 +96,18 @@ def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str
     The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
     k.
     """
-    computed: dict[str, list[float]] = _metrics()["pass_at_k"].compute(
-        predictions=[list(answers) for answers in verdicts], ks=tuple(ks)
-    )
-    return computed
+    return _metrics()["pass_at_k"](predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
 
 
 @cache
-def _metrics() -> dict[str, Any]:
+def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
     """Metrics of the evaluate package, defined here because `evaluate.load` fetches scripts from the hub. Imports take 2 s."""
     import datasets
     import evaluate
     from rouge_score.rouge_scorer import RougeScorer
 
-    def info(description: str, **features: Any) -> Any:
-        return evaluate.MetricInfo(
-            description=description, citation="", inputs_description="", features=datasets.Features(features)
-        )
+    def info(about: str, **features: Any) -> Any:
+        return evaluate.MetricInfo(about, citation="", inputs_description="", features=datasets.Features(features))
 
     class Rouge(evaluate.Metric):  # type: ignore[misc]
         def _info(self) -> Any:
@@ -135,7 +129,7 @@ def _metrics() -> dict[str, Any]:
 
             return {f"pass@{k}": [estimate(answers, k) for answers in predictions] for k in ks}
 
-    return {"rouge": Rouge(keep_in_memory=True), "pass_at_k": PassAtK(keep_in_memory=True)}
+    return {"rouge": Rouge(keep_in_memory=True).compute, "pass_at_k": PassAtK(keep_in_memory=True).compute}
 
 
 class Estimate(NamedTuple):

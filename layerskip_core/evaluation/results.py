@@ -225,15 +225,7 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json back.
-
-    Args:
-        command: the one that must have written it; None: either.
-        named: what gave the file, for errors.
-
-    Raises:
-        LayerSkipError: the file cannot be read, or holds no record of that command.
-    """
+    """Reads the results.json of a command (None: of either); `named`: what gave the file. Raises LayerSkipError."""
     data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
     try:
         record = msgspec.json.decode(data, type=RunRecord)
@@ -263,24 +255,21 @@ def require_outputs(outputs: Sequence[Output]) -> None:
 
 
 class _Row(msgspec.Struct):
-    """One line: the outputs of all settings for one sample in one repeat."""
-
     repeat: int
     sample: int
     outputs: list[Output]
 
 
 class Journal:
-    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings.
+    """A JSON line for each repeat and sample, with the outputs of all settings. The first line holds the run's settings.
 
     `known`: by repeat and sample, the outputs that the interrupted run left.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
+        """Opens the folder's journal. With `resume` its whole lines are kept, else it starts empty.
 
-        An incomplete last line, left by an interruption, is dropped; its prompt is measured again. Raises LayerSkipError when
-        the journal belongs to other settings, when another line is damaged, or when the file cannot be written.
+        Raises LayerSkipError if it belongs to other settings, is damaged, or cannot be written.
         """
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()

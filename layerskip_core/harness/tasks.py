@@ -53,8 +53,7 @@ class HarnessTasks:
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
         """Every request of every task: lm-eval's Instances, with `task_name`, `request_type` and `args`.
 
-        `render_chat`: messages as text, used if the chat template was asked for. Raises ConfigError for requests that neither
-        score texts nor generate them, DataError for tasks whose rows cannot be asked.
+        Raises ConfigError for requests that neither score texts nor generate them, DataError for rows that cannot be asked.
         """
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
@@ -134,9 +133,8 @@ def _blaming(what: str) -> Iterator[None]:
 def load_tasks(config: TaskConfig) -> HarnessTasks:
     """The tasks of `config.task`: names and groups of lm-eval, patterns of them, or files that end in .yaml.
 
-    Raises:
-        ConfigError: lm-eval is not installed, there is no such task, or a setting is not one of these tasks'.
-        DataError: the rows of a task cannot be read, as without the hub.
+    Raises ConfigError without lm-eval, for an unknown task and for a setting that these tasks do not have; DataError if the
+    rows of a task cannot be read.
     """
     require_harness()
     for name in _UNUSED:

@@ -145,8 +145,7 @@ def write_states(
 ) -> None:
     """Writes the states of all texts (encoded rows), in the order of `_batches`, after those that are there.
 
-    `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
-    raise to end it.
+    `model`: the same model, with the final norm. `report` gets the number of texts that are done, and may raise to end it.
     """
     batches, path = _batches(texts), folder / _STATES
     tokens = accumulate((sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches), initial=0)
@@ -171,10 +170,7 @@ def write_states(
 
 
 def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]], exits: Sequence[int]) -> Tensor:
-    """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm.
-
-    Texts are padded at their ends: no token sees what stands after it.
-    """
+    """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm."""
     longest = max(map(len, texts))
     ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
     real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)

@@ -37,8 +37,7 @@ def process_index() -> int:
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
     """The config with `fsdp` on where a config of `accelerate launch` turns it on.
 
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for what that config asks of FSDP and the run
-    would do otherwise.
+    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for options of FSDP that a run does not have.
     """
     given = {name: value.lower() for name, value in os.environ.items()}
     launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
@@ -57,13 +56,11 @@ def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneCo
 
 
 def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
-    """Makes an Accelerator shard what it prepares from now on.
+    """Makes an Accelerator shard what it prepares from now on, also on a CPU, where accelerate would run DDP without a word.
 
     Each of the `layers` (names of classes) is sharded alone. The embedding, the final norm and the head are one further unit,
     which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
     Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
-
-    accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 

@@ -50,8 +50,8 @@ class Progress:
 class Measured:
     """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts.
 
-    `scores` are those of the answers, `differences` where they depart from the first setting's. So many answers in a row belong
-    to one prompt: `answers_per_prompt`.
+    `scores`: of the answers. `differences`: where they depart from the first setting's. `answers_per_prompt`: so many answers
+    in a row belong to one prompt.
     """
 
     setting: DecodingConfig
@@ -123,21 +123,16 @@ def measure(
     """Decodes every prompt of the task by every setting. Yields progress; returns what was measured of each setting.
 
     With a batch size above 1, answers come from batches, whose time cannot be divided among their prompts, and only some
-    prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
-
-    A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
-    down slows all of them. Before prompts are timed, each setting warms up with a few tokens. Lookups find earlier answers of
-    the same setting in the same repeat only, and after a resumption those since then.
+    prompts are timed. A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a
+    machine that slows down slows all of them. Lookups find earlier answers of the same setting in the same repeat only.
 
     Args:
         settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
-        config: tells the batch size and how many prompts are timed.
-        journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
+        journal: its outputs are not measured again; new ones are added to it.
         perplexity: by exit, the metric of a task on text.
         name: stands before the phases of progress.
 
-    Raises:
-        LayerSkipError: every prompt failed with the first setting.
+    Raises LayerSkipError if every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -189,8 +184,7 @@ def _in_turn(
 ) -> list[list[Output]]:
     """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
 
-    Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample has a
-    seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
+    In batches a setting that stands in the list twice is computed once. Each sample has a seed of its own, below 2**32.
     """
     found: dict[int, list[Output]] = {}
     distinct = [settings.index(setting) if repeat == _BATCHES else place for place, setting in enumerate(settings)]
@@ -213,8 +207,7 @@ def answer_prompts(
 ) -> list[Output]:
     """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
 
-    A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
-    answered one by one, so that only the culprit fails. Baselines have no batches.
+    A prompt that does not fit the context or the memory gives an Output with an error, in a batch it alone.
     """
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
@@ -232,7 +225,7 @@ def answer_prompts(
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         if alone:
             return [Output(error=str(error))]
-        return [measure_prompt(loaded, prompt, setting, baselines) for prompt in prompts]
+        return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
     peak, found = _peak_mb(model.device) if has_peak else None, []
     for prompt_ids, output in zip(ids, outputs, strict=True):
         # On its own, an answer loses its leading space with some tokenizers, and with it the indentation of code.
@@ -241,11 +234,9 @@ def answer_prompts(
     return found
 
 
-def measure_prompt(
-    loaded: Decoder, prompt: str, setting: DecodingConfig, baselines: Mapping[str, Baseline] | None = None
-) -> Output:
+def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
     """The timed output for one prompt; see `answer_prompts`."""
-    return answer_prompts(loaded, [prompt], setting, baselines)[0]
+    return answer_prompts(loaded, [prompt], setting)[0]
 
 
 def own_output(
@@ -299,12 +290,11 @@ def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tens
 
     `last`: only of so many positions at the end of each pass; 0: of all.
     """
-    pieces, start, cache = [], 0, model.new_cache(*tokens.shape)
-    for part in torch.split(tokens, size or tokens.shape[1], 1):
-        positions = torch.arange(start, start + part.shape[1]).expand(len(tokens), -1)
-        hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, positions, cache)
+    pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
+    for part, positions in zip(torch.split(tokens, size, 1), torch.split(torch.arange(tokens.shape[1]), size), strict=True):
+        embedded, places = model.embed(part.to(model.device)), positions.expand(len(tokens), -1)
+        hidden = model.run_layers(embedded, 0, model.num_layers, places, cache)
         pieces.append(model.unembed(hidden[:, -last:]))
-        start += part.shape[1]
     return torch.cat(pieces, 1)
 
 

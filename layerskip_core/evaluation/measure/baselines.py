@@ -31,13 +31,11 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
     """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
 
-    They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
-    transformers' decoders run on transformers' own layers; if `loaded` has repacked weights, the model is read again for them.
+    They answer with the `speculative` setting under their name. transformers' decoders run on transformers' own layers; if
+    `loaded` has repacked weights, the model is read again for them.
 
-    Raises:
-        ConfigError: the draft model has another tokenizer, transformers ignores an early exit of this architecture, or
-            llama.cpp is missing or cannot run the file.
-        CheckpointError: a model cannot be read.
+    Raises ConfigError for a draft model with another tokenizer, for an architecture whose early exit transformers ignores, and
+    as `llama_cpp` does; CheckpointError for a model that cannot be read.
     """
 
     def transformers_model(name: str) -> Trainable:
@@ -79,9 +77,8 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
 
-    Every round drafts the setting's `num_draft_tokens`: by default transformers changes the number between rounds, and stops a
-    draft below a confidence of 0.4. The config also takes the place of the models' own: transformers fills gaps with the
-    checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
+    Every round drafts the setting's `num_draft_tokens`. The config also takes the place of the models' own: transformers fills
+    gaps with the checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
     """
     models = [each for each in (model, assistant) if each is not None]
 
@@ -121,10 +118,7 @@ def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, 
 
 @torch.inference_mode()
 def require_early_exit(model: Any) -> None:
-    """Raises ConfigError unless a smaller `num_hidden_layers` makes this model run fewer layers.
-
-    transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
-    """
+    """Raises ConfigError unless this model runs fewer layers with a smaller `num_hidden_layers`: transformers' early exit."""
     layers, calls = model.config.num_hidden_layers, []
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
     try:
@@ -213,21 +207,16 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
     """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
 
-    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used.
-
-    Raises ConfigError if the package or the file is missing, llama.cpp cannot read it, or it has other layers or tokens, and
-    CheckpointError for a damaged file.
+    It decodes greedily, without drafts, and gets token ids. Raises ConfigError if the package or the file is missing, llama.cpp
+    cannot read it, or it has other layers or tokens, and CheckpointError for a damaged file.
     """
     try:
         import xllamacpp
     except ImportError:
         needed = "`baselines` llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
         raise ConfigError(needed, "baselines") from None
-    layers, tokens, context = (
-        loaded.backend.num_layers,
-        loaded.backend.spec.vocab,
-        min(loaded.backend.spec.context, _MOST_CONTEXT),
-    )
+    spec = loaded.backend.spec
+    layers, tokens, context = spec.layers, spec.vocab, min(spec.context, _MOST_CONTEXT)
     if not Path(gguf).is_file():
         raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
     file = GgufFile(Path(gguf))

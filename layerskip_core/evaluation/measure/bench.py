@@ -23,12 +23,8 @@ def bench(
 ) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
 
-    With a batch size above 1, all prompts are answered in batches for quality, and `timed` of them are timed one by one.
-
-    Raises:
-        ConfigError: the exit is outside the model, or a baseline cannot run this model.
-        CheckpointError: a baseline's model cannot be read.
-        LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
+    Raises ConfigError for an exit outside the model and for a baseline that cannot run it, CheckpointError for a baseline's
+    model, LayerSkipError if no prompt could be answered and for a journal of other settings.
     """
     task, generation = task.asked(config.generation)
     asked, layers = config.decoding(generation), loaded.backend.num_layers
@@ -56,20 +52,13 @@ def bench(
     measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
     full = measured[0]
     transformers = next((each for each in measured if each.setting.strategy == "transformers"), None)
-    # The figures of each category with an autoregressive answer too.
-    categories = {
-        name: samples
-        for name, samples in task.categories.items()
-        if any(full.answers[sample].error is None for sample in samples)
-    }
     results = []
     for each in measured:
-        by_category = {
-            name: replace(
-                result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples)), samples=len(samples)
-            )
-            for name, samples in categories.items()
-        }
+        by_category = {}
+        for name, samples in task.categories.items():
+            if any(full.answers[sample].error is None for sample in samples):
+                found = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
+                by_category[name] = replace(found, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))

@@ -26,9 +26,7 @@ from ...model.vocabulary import most_probable
 from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
-# Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
-# about so many seconds allow, because the times of short passes vary more.
-_FEWEST, _MOST, _SECONDS = 3, 12, 10.0
+_FEWEST, _MOST, _SECONDS = 3, 12, 10.0  # answers that each setting is timed along: as many as about so many seconds allow
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
 _ROWS = 17  # of the longest pass that is timed for adaptive drafting
@@ -76,7 +74,6 @@ def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[
 def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: float) -> PassTimes | None:
     """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
 
-    So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
     `plain`: the mean of autoregressive steps along the same answer. None if the answer has no room for a round.
     """
     most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
@@ -107,8 +104,8 @@ def timed_visits(
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
     """Times rounds of each setting along each part, except where the part has no room for a round.
 
-    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged: beside
-    those of its own group, a setting would be ranked by the noise of these few.
+    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged over
+    all: by the few of its own group, a setting would be ranked by their noise.
     """
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
@@ -117,9 +114,8 @@ def timed_visits(
             for setting in alike if steps else ():
                 if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
                     timed[setting] = passes
-        yield {
-            setting: passes._replace(plain=fmean(each.plain for each in timed.values())) for setting, passes in timed.items()
-        }
+        plain = fmean(each.plain for each in timed.values()) if timed else 0.0
+        yield {setting: passes._replace(plain=plain) for setting, passes in timed.items()}
 
 
 def averages(times: Sequence[PassTimes]) -> PassTimes:
@@ -151,10 +147,9 @@ def agreement(
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
-    One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
-    draft is always the autoregressive output. For low-bit drafts (`weights`) this is an approximation: in the loop they attend
-    to the target's keys and values of the prompt and of earlier rounds, here to the target's of the prompt and else to their
-    own. So it is for exit blocks with a feature: here every draft has the target's own, in the loop the first of a round.
+    One pass over an output serves all exits: greedy drafts are compared only after accepted ones. It is an approximation for
+    low-bit drafts (`weights`), which in the loop attend to the target's keys and values of earlier rounds too, and for exit
+    blocks with a feature: here every draft has the target's own, in the loop the first of a round.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
@@ -188,8 +183,7 @@ def simulate(
 ) -> DecodeStats:
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens; `choices` are `agreement`'s.
 
-    Exact with one exception: the drafts after a wrong one are unknown, and an EOS among them would end the round early. They
-    are assumed to end where the output ends.
+    Exact but for EOS among the drafts after a wrong one, which are unknown.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -238,7 +232,7 @@ def predict(
 
     Settings that draft with the same layers stand together, shorter drafts first: of several, three are timed, and the times of
     the others interpolated. Returns the predictions, each drafter's agreement (the share of the autoregressive tokens that it
-    would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no prompt could be answered.
+    would also have chosen), and the tokens before a typical step. Raises LayerSkipError if no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -309,10 +303,9 @@ def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settin
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
-    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
+    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes after the `context`.
 
-    `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention
-    takes longer after many.
+    `packing`: how the drafts of these rows were stored.
     """
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}

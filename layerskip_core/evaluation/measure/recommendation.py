@@ -33,11 +33,8 @@ def recommend(
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
-    Args:
-        results: the first is full depth.
-        drift: by how much the time of full depth changed, see `Recommendation`.
-        measured: what was measured of each result, on the same prompts, None of one that was only predicted. If given, it tells
-            which settings may be as fast, and which early exits keep their quality.
+    `results`: the first is full depth. `drift`: see `Recommendation`. `measured`: of each result, on the same prompts; None of
+    one that was only predicted. It tells which settings may be as fast, and which early exits keep their quality.
     """
     policies = [policy_of(result, results[0], quality_metric, config) for result in results]
     tried = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
@@ -51,14 +48,13 @@ def recommend(
     chosen = best if pays else 0
     changed = len(tried) - len(faithful)
     skipped = sum(1 for result in results if result.predicted_speedup and not result.metrics)
+    noise = f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     reason = (
         _verdict(results, faithful, best, pays, policy_text(policies[best])),
         _alike(results, faithful, best, measured, policies) if pays else "",
         f"{changed} of {len(tried)} settings changed the output and were excluded" if changed else "",
         f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
-        f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
-        if drift > _NOISY
-        else "",
+        noise if drift > _NOISY else "",
     )
     exits = _margins(results, policies, measured, quality_metric, config.keep)
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
@@ -76,8 +72,8 @@ def recommend(
 def _choice(results: Sequence[Result], faithful: Sequence[int], measured: Sequence[Measured | None]) -> tuple[int, bool]:
     """The index of the best of the `faithful` settings, 0 if there are none, and whether to decode with it.
 
-    Adaptive drafting is preferred to a fixed setting that is hardly faster, and not certainly, and to plain decoding unless
-    that is faster.
+    Adaptive drafting is preferred to a fixed setting that is hardly and not certainly faster, and to plain decoding that is
+    not faster.
     """
     speeds = [result.speedup or 0.0 for result in results]
     best = max(faithful, key=speeds.__getitem__, default=0)
@@ -170,10 +166,9 @@ def _margins(
 def fast_policy(
     exits: Sequence[tuple[Policy, Margin]], exact: Policy, quality_metric: str, keep: float
 ) -> tuple[Policy | None, str]:
-    """The fastest early exit that certainly keeps this share of full depth's quality, and why; None if there is none.
+    """The fastest early exit that is faster than `exact` and certainly keeps this share of full depth's quality, and why.
 
-    `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval. An exit must also be
-    faster than `exact`.
+    `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval.
     """
     full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
     if not full:

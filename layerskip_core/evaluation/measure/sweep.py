@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import (
-    DecodingConfig,
-    decoding,
-    default_exits,
-    require_exit_layer,
-    require_skip,
-    resolve_as,
-    spread_exits,
-)
+from ...config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer, resolve_as, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...errors import require
@@ -39,9 +31,7 @@ _CONFIDENCES = (0.8, 0.9, 0.95)
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record with a recommendation.
 
-    Raises:
-        ConfigError: an exit is outside the model.
-        LayerSkipError: no prompt could be answered.
+    Raises ConfigError for an exit outside the model, LayerSkipError if no prompt could be answered.
     """
     task, generation = task.asked(config.generation)
     copies = _copies(loaded, config)
@@ -119,18 +109,16 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
     """What is compared with autoregressive decoding: each exit alone, exits by confidence, each drafter with each draft length.
 
-    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep. Those of
-    `config` are the copies' too, which can draft with all layers.
+    Confidence chooses among the exits that were trained, as in `generate`, else among those of the sweep.
     """
     generation, num_layers = config.generation, loaded.backend.num_layers
     unpredicted = config.specs or _UNPREDICTED
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if not block.stands_alone}
-    settings = [
-        decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in exits if exit_layer not in only_drafting
-    ]
-    candidates = [exit_layer for exit_layer in loaded.recommended().exits or exits if exit_layer not in only_drafting]
-    chosen = spread_exits(tuple(candidates), num_layers)
+    alone = [exit_layer for exit_layer in exits if exit_layer not in only_drafting]
+    settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in alone]
+    candidates = loaded.recommended().exits or exits
+    chosen = spread_exits(tuple(each for each in candidates if each not in only_drafting), num_layers)
     for confidence in config.exit_confidences or () if chosen else ():
         settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
     for weights in dict.fromkeys((None, *copies)):
@@ -140,13 +128,10 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
             for layer, drafts in product(layers, config.specs or _LENGTHS)
         ]
     settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in unpredicted]
-    if skip := generation.get("skip"):
-        require_skip(skip, num_layers)
-        settings += [
-            decoding("draft-and-verify", generation, num_draft_tokens=drafts, draft_weights=_copy(config))
-            for drafts in unpredicted
-        ]
     known = loaded.recommended(config.packing)
+    if generation.get("skip"):
+        skipping = resolve_as("draft-and-verify", generation, known, num_layers, config.packing)
+        settings += [replace(skipping, num_draft_tokens=drafts) for drafts in unpredicted]
     return [*settings, resolve_as("adaptive", generation, known, num_layers, config.packing)]
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...errors import LayerSkipError
 from ...files import hold, read_bytes, require_writable
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord
@@ -24,6 +26,16 @@ def to_json(record: Any) -> str:
     """The JSON document of a dataclass; answers stay out of a RunRecord's."""
     fields = record.document() if isinstance(record, RunRecord) else asdict(record)
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_markdown(tables: Sequence[TextTable]) -> str:
+    return "\n".join(table.markdown() for table in tables)
+
+
+def table_files(name: str, record: Any, tables: Sequence[TextTable], rows: str) -> dict[str, bytes]:
+    """NAME.md of tables, NAME.json of the record and NAME.csv of the rows."""
+    texts = {"md": to_markdown(tables), "json": to_json(record), "csv": rows}
+    return {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
 
 
 def to_csv(record: RunRecord) -> str:
@@ -49,20 +61,15 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 def with_answers(record: RunRecord, saved: str) -> RunRecord:
     """The record of the results.json `saved`, with the answers that lie beside it, if they do.
 
-    Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.
+    Raises LayerSkipError for a file that `to_jsonl` did not write.
     """
-    import msgspec
-
-    file, results = Path(saved).with_name(ANSWERS_FILE), len(record.results)
+    file = Path(saved).with_name(ANSWERS_FILE)
     if not file.exists():
         return record
     try:
         answered = msgspec.json.Decoder(Answered).decode_lines(read_bytes(file, f"`saved` {file}", LayerSkipError))
     except msgspec.DecodeError as error:
         raise LayerSkipError(f"{file}, beside `saved`, must be one that a measurement wrote: {error}") from None
-    for row in answered:
-        if len(row.answers) != results:
-            raise LayerSkipError(f"{file} must have an answer for each of the {results} results, got {len(row.answers)}")
     return replace(record, answered=tuple(answered))
 
 
@@ -88,7 +95,7 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
 def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
     """The folder for a report, created and locked by `command`; None if `folder` is None.
 
-    Raises LayerSkipError if the folder, or a file of a report in it, cannot be written, and as `hold` does.
+    Raises LayerSkipError if it, or a file of a report in it, cannot be written, and as `hold` does.
     """
     if folder is None:
         yield None

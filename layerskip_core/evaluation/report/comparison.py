@@ -7,23 +7,12 @@ from itertools import cycle
 from matplotlib.figure import Figure
 
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
-from . import csv_text, to_json
+from . import csv_text
 from .plots import SIZE, legend_above, logarithmic, new_figure, style, to_png
 from .tables import TextTable
 
 OVER_STEPS = f"{HELD_OUT}_over_steps"
 _PANELS = 4  # exits whose perplexity over the steps is drawn
-
-
-def compare_files(comparison: Comparison) -> dict[str, bytes]:
-    """The table as Markdown, all numbers as JSON and CSV, and a PNG per figure; by name."""
-    texts = {
-        "comparison.md": compare_table(comparison).markdown(),
-        "comparison.json": to_json(comparison),
-        "comparison.csv": to_csv(comparison),
-    }
-    files = {name: text.encode() for name, text in texts.items()}
-    return files | {f"{name}.png": image for name, image in plots(comparison).items()}
 
 
 def compare_table(comparison: Comparison) -> TextTable:
@@ -78,11 +67,12 @@ def _note(comparison: Comparison) -> str:
 
 
 def plots(comparison: Comparison) -> dict[str, bytes]:
-    """PNGs by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
+    """PNG files by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
     with style():
         drawn = {line.figure: _by_exit(comparison, line.figure) for line in comparison.lines}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    return {re.sub(r"\W", "_", name): to_png(figure) for name, figure in drawn.items() if figure is not None}
+    found = {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
+    return {re.sub(r"\W", "_", name) + ".png": image for name, image in found.items()}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:
