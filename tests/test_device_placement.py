@@ -24,7 +24,7 @@ from layerskip_core.evaluation.verification import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.training import whole_model as running
+from layerskip_core.training import trained as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
 SAMPLED = {"temperature": 0.8, "top_k": 20, "seed": 3}

@@ -16,14 +16,14 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data import load_examples
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import whole_model
+from layerskip_core.training import trained
 from layerskip_core.training.encoding import train_tokenizer
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.recipe import resolve_recipe
 from layerskip_core.training.run import prepare
 
 # A picture takes as long as the few steps of a run: the first run of a process draws one for all.
-_drawn, _draw = [], whole_model.loss_plot
+_drawn, _draw = [], trained.loss_plot
 
 
 def _drawn_once(history):
@@ -32,7 +32,7 @@ def _drawn_once(history):
     return _drawn[0]
 
 
-whole_model.loss_plot = _drawn_once
+trained.loss_plot = _drawn_once
 RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 
 

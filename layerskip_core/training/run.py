@@ -1,6 +1,6 @@
 """Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
 
-What is trained is a choice: a whole model under the recipe (whole_model.py), or exit blocks of a frozen one (frozen_model.py).
+What is trained (trained.py) is a choice: a whole model under the recipe, or exit blocks of a frozen one.
 """
 
 import os
@@ -21,12 +21,11 @@ from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInter
 from ..files import hold, run_staging
 from ..interruption import Interruption
 from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
-from .frozen_model import FrozenModel
 from .plan import Plan
 from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
+from .trained import FrozenModel, WholeModel
 from .trainer import RunTrainer, trackers
-from .whole_model import WholeModel
 
 
 @dataclass(frozen=True)

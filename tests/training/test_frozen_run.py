@@ -23,7 +23,7 @@ from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
-from layerskip_core.training import frozen_model
+from layerskip_core.training import trained
 from layerskip_core.training.run import prepare
 
 BLOCKS = ExitBlockSettings(frozen=True, answer_tokens=8)
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
         raise Interrupted
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(frozen_model, "discard_after", killed)
+        patched.setattr(trained, "discard_after", killed)
         prepare(config).run(lambda report: None)
     written = hashes(model)
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):

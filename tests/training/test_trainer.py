@@ -299,7 +299,7 @@ def test_an_adapter_that_is_kept_trains_on(settings, tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_training(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr("layerskip_core.training.whole_model.loss_plot", lambda _: 1 / 0)
+    monkeypatch.setattr("layerskip_core.training.trained.loss_plot", lambda _: 1 / 0)
     with pytest.warns(UserWarning, match=r"losses.png was not drawn: .*division by zero"):
         train(settings(steps=1))
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "losses.png").exists()
