@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from ..errors import refused, require
 from .model import PackingConfig, Quantization
-from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Text, counts_text, hints_of, one_of
+from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Share, Text, counts_text, hints_of, one_of
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -32,11 +32,7 @@ Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences
 
 Remember = Annotated[
     CountOrNone,
-    Flag(
-        "Tokens of this run's earlier answers that lookups search too; 0: none. They leave traces in the times of later "
-        "answers, in a server in those of other clients.",
-        panel="Decoding",
-    ),
+    Flag("Tokens of earlier answers that lookups search too; 0: none. They show in the times of later ones.", panel="Decoding"),
 ]
 
 
@@ -87,9 +83,7 @@ class DecodingOptions(TypedDict, total=False):
         float,
         Meta(ge=0, le=1),
         UsedBy(("early-exit",)),
-        Flag(
-            "Early exit: each token leaves at the first exit that gives its best token more than this probability.", default="0"
-        ),
+        Flag("Each token leaves at the first exit that gives its best token more than this probability.", default="0"),
     ]
     skip: Annotated[
         Sequence[Layer],
@@ -102,8 +96,7 @@ class DecodingOptions(TypedDict, total=False):
     policy: Annotated[
         Text,
         Flag(
-            "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
-            "of plain decoding) or fast (nearly its quality).",
+            "Settings that `sweep-exits --save` stored with the model: exact (the output of plain decoding) or fast.",
             default="exact if it is stored and nothing else is said",
         ),
     ]
@@ -114,9 +107,7 @@ class DecodingOptions(TypedDict, total=False):
     ]
     temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Temperature; 0 is greedy.", default="0", panel="Sampling")]
     top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")]
-    top_p: Annotated[
-        float, Meta(gt=0, le=1), Flag("Sample from the most probable tokens that add up to this probability.", default="1")
-    ]
+    top_p: Annotated[Share, Flag("Sample from the most probable tokens that add up to this probability.", default="1")]
     seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]
 
 

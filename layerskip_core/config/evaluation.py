@@ -110,10 +110,9 @@ class MeasurementConfig:
     batch_size: Annotated[
         BatchSize, Flag("Prompts answered together, for quality; speed is measured at batch size 1.", panel="Measurement")
     ] = 1
-    timed: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
-    ] = None
+    timed: Annotated[CountOrNone | None, Flag("With --batch-size: prompts that speed is measured on.", default=str(_TIMED))] = (
+        None
+    )
     remember: int = 0
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -144,9 +143,7 @@ class BenchConfig(MeasurementConfig):
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
     repeats: Annotated[
-        int,
-        Meta(ge=1, le=1_000),
-        Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
+        int, Meta(ge=1, le=1_000), Flag("Times that everything is measured; medians are reported.", panel="Measurement")
     ] = 3
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag(f"Also: {','.join(BASELINES)}, or some.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
@@ -191,8 +188,7 @@ class SweepConfig(MeasurementConfig):
         ),
     ] = ()
     specs: Annotated[
-        tuple[Drafts, ...],
-        Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed"),
+        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
     ] = ()
     keep: Annotated[
         Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
@@ -241,7 +237,7 @@ class VerifyConfig:
         tuple[str, ...],
         Flag(
             "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
-            "(the same with --exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
+            "(the same with --exact), generic (transformers' layers), or some.",
             default="all that this machine and this model can run",
             panel="Machine",
         ),
@@ -252,8 +248,6 @@ class VerifyConfig:
     ] = ()
     specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
     draws: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
+        CountOrNone, Flag("Sampled outputs that are compared with the model's distribution; 0: none.", panel="Measurement")
     ] = 400
     machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)

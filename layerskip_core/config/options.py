@@ -70,6 +70,10 @@ Layer = Annotated[int, Meta(ge=1)]
 Drafts = Annotated[int, Meta(ge=1, le=10_000)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=1_000)]
+Tokens = Annotated[int, Meta(ge=2, le=10_000_000)]  # of a text
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
 ModelName = Annotated[Text, Flag("embedded, embedded-base, a folder, a .gguf file or a hub id.", panel="Model")]

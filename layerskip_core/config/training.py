@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
-from .options import BatchSize, Count, CountOrNone, Flag, Layer, Seed, Steps, Text
+from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Probability, Seed, Steps, Temperature, Text, Tokens
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
@@ -30,16 +30,9 @@ class RecipeSettings:
     and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is cross-entropy.
     """
 
-    p_max: Annotated[
-        Annotated[float, Meta(ge=0, lt=1)] | None,
-        Flag("Dropout rate of the last layer.", "--pmax", "by --regime", panel="Recipe"),
-    ] = None
+    p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax", "by --regime", panel="Recipe")] = None
     dropout_profile: Annotated[
-        DropoutProfile | None,
-        Flag(
-            "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
-            default="exponential",
-        ),
+        DropoutProfile | None, Flag("Dropout over depth: exponential, or constant with the same mean.", default="exponential")
     ] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale", "by --regime")] = None
     exit_weights: Annotated[
@@ -55,8 +48,7 @@ class RecipeSettings:
         Flag("Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
     ] = None
     distill: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+        Probability | None, Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0")
     ] = None
 
     def __post_init__(self) -> None:
@@ -73,17 +65,12 @@ class RetentionSettings:
     """
 
     anchor: Annotated[
-        _Weight,
-        Flag(
-            "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none.", panel="Retention"
-        ),
+        _Weight, Flag("Weight of the KL divergence from the original model at full depth; 0: none.", panel="Retention")
     ] = 0.0
     anchor_weights: Annotated[
         AnchorWeights | None, Flag("Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
     ] = None
-    replay: Annotated[
-        float, Meta(ge=0, lt=1), Flag("Share of the rows that are the original's own text, sampled before the training.")
-    ] = 0.0
+    replay: Annotated[Fraction, Flag("Share of the rows that are the original's own text, sampled before.")] = 0.0
     replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
 
     def __post_init__(self) -> None:
@@ -103,12 +90,11 @@ class ExitBlockSettings:
         bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
     ] = False
     feature: Annotated[
-        Feature,
-        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
+        Feature, Flag("Read besides the exit's state: none, or final, the model's output state for the token before.")
     ] = "none"
     answers: Annotated[Answers, Flag("Who writes the answers to the prompts of --data: model or data.")] = "model"
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
-    answer_temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Temperature of these answers; 0 is greedy.")] = 0.0
+    answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
     loss: Annotated[BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer.")] = "kl"
 
     def __post_init__(self) -> None:
@@ -143,13 +129,10 @@ class FinetuneConfig:
     ] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
-    warmup: Annotated[float, Meta(ge=0, lt=1), Flag("Share of the steps over which the learning rate rises.")] = 0.05
+    warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("AdamW's weight decay.")] = 0.01
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    max_length: Annotated[
-        Annotated[int, Meta(ge=2, le=10_000_000)] | None,
-        Flag("Tokens per row, prompt included.", default="by --regime", panel="Data"),
-    ] = None
+    max_length: Annotated[Tokens | None, Flag("Tokens per row, prompt included.", default="by --regime", panel="Data")] = None
     streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.")] = False
     pack: Annotated[bool | None, Flag("Pack plain text into full rows.", default="yes, except with --regime finetune")] = None
     validation: Annotated[Text | None, Flag("A split of --data, or other data, to measure every exit on.")] = None
