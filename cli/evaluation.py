@@ -12,7 +12,7 @@ from rich.text import Text
 from layerskip_core.errors import LayerSkipError
 
 from .console import ResultsConsole, narrate, stage_bars
-from .loading import load_model, use_threads
+from .loading import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,6 @@ Found = TypeVar("Found")
 
 def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
     """The model, packed for what is measured, and the Task or HarnessTasks; prints their notes."""
-    use_threads(config.machine.threads)
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
@@ -82,10 +81,7 @@ def deliver(
     files: Mapping[str, bytes],
     picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
-
-    `picture`: by the width of the terminal, below tables there.
-    """
+    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON."""
     from layerskip_core.evaluation.report import to_json, to_markdown
     from layerskip_core.files import write_file
 

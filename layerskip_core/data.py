@@ -32,8 +32,7 @@ Item = TypeVar("Item")
 
 # Rows of files and of the hub
 
-# `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
-# NA into nothing, and it keeps a copy of each file.
+# Not by `datasets`, which turns a bad row into None, the text 2020-01-01 into a date, NA into nothing, and copies each file.
 
 
 class Record(NamedTuple):

@@ -2,8 +2,7 @@
 
 As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
 A request is prefilled, alone or with others of short prompts, and then joins the loop that decodes by the same settings; loops
-with different settings take their steps in turn. Between two steps few prompts are prefilled, so that new requests do not hold
-up those that are being answered.
+with different settings take their steps in turn. Between two steps few prompts are prefilled, not to hold up the others.
 """
 
 import threading
@@ -51,7 +50,6 @@ class Request:
 
     `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
     sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
-    `stats`: counts so far.
     """
 
     ids: list[int]
@@ -59,7 +57,7 @@ class Request:
     deliver: Callable[[Update], None]
     isolated: bool = False
     streams: bool = True
-    stats: DecodeStats = field(default_factory=DecodeStats)
+    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
     _text: OutputText | None = None  # once it is being decoded
     _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
 
@@ -141,7 +139,7 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        None if this step has no room left. A longer prompt than any step has room for is prefilled alone.
+        Empty if this step has no room left. A longer prompt than any step has room for is prefilled alone.
         """
         first = self._waiting[0]
         requests: list[Request] = []

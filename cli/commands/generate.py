@@ -182,8 +182,7 @@ def _together(
 ) -> "Answers":
     """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
 
-    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
-    end if whoever writes requests waits for answers.
+    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded.
     """
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job

@@ -85,10 +85,7 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores in layerskip.json, in one step, what the sweep found, and says what that is; of Draft & Verify the fastest row.
-
-    The recommended exit is one that drafts with the model's own layers, whatever the policy `exact` drafts with.
-    """
+    """Stores in layerskip.json, in one step, what the sweep found, and says what that is; of Draft & Verify the fastest row."""
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
@@ -115,10 +112,7 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def front(points: "Points", width: int) -> Text:
-    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier.
-
-    `width`: characters of a line.
-    """
+    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier."""
     from layerskip_core.evaluation.report.tables import is_wide, strategy_name
     from layerskip_core.evaluation.results import result_name
 

@@ -85,8 +85,7 @@ class Result:
             drafts that were compared. `mean_accepted_tokens` counts per round.
         speedup: seconds per new token of autoregressive decoding in the same repeat, prefill included, over this one's.
             `decode_speedup` leaves out prefill and first token; `speedup_over_transformers` is over transformers' generate.
-        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where a strategy that drafts
-            departs from them.
+        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where drafting departs from them.
         pareto: no other result is at least as good by the quality metric and as fast, and better in one of the two.
         agreement: the share of the autoregressive tokens that the exit, or the low-bit copy, would also have chosen.
         predicted_speedup: by the cost model, from `pass_times_ms`, relative to the autoregressive steps timed with them.
@@ -96,10 +95,8 @@ class Result:
         exit_confidence: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
         skip: the layers that the drafts of draft-and-verify leave out, by number.
         longest_answer: the steps of the longest answer, of adaptive decoding, to show how its speed changes on the way.
-        intervals: 95% intervals of metrics and of ratios, by their names. `changes`: of what a metric differs from full depth's
-            on the same prompts, where it differs on any.
-        stderr: of lm-evaluation-harness's metrics, by their names.
-        samples: the number of rows of a category; of lm-evaluation-harness, by task.
+        intervals: 95% intervals of metrics and of ratios, by name. `changes`: of a metric's difference to full depth's.
+        stderr: of lm-evaluation-harness's metrics, by name. `samples`: rows of a category; of lm-evaluation-harness, by task.
     """
 
     strategy: str = ""
@@ -144,9 +141,8 @@ class Result:
 class Recommendation:
     """The exit and draft length to decode with, and a sentence that says why. Both are None if another setting is recommended.
 
-    `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
-    over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
-    not.
+    `baseline_drift`: the relative change of the autoregressive time between the two measurements of a prompt, median over the
+    prompts. `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why not.
     """
 
     exit_layer: int | None
@@ -186,8 +182,8 @@ class Answered:
 class RunRecord:
     """One run.
 
-    `config` is complete: it holds the value that each default took. `environment` is the machine and the software; older
-    versions wrote fewer of its keys. `answered` is not part of the document.
+    `config` is complete: it holds the value that each default took. `environment` is the machine and the software. `answered`
+    is not part of the document.
     """
 
     config: dict[str, Any]

@@ -59,10 +59,7 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 
 def with_answers(record: RunRecord, saved: str) -> RunRecord:
-    """The record of the results.json `saved`, with the answers that lie beside it, if they do.
-
-    Raises LayerSkipError for a file that `to_jsonl` did not write.
-    """
+    """The record of the results.json `saved`, with the answers that lie beside it, if they do. Raises LayerSkipError."""
     file = Path(saved).with_name(ANSWERS_FILE)
     if not file.exists():
         return record
@@ -93,10 +90,7 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
 
 @contextmanager
 def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
-    """The folder for a report, created and locked by `command`; None if `folder` is None.
-
-    Raises LayerSkipError if it, or a file of a report in it, cannot be written, and as `hold` does.
-    """
+    """The folder for a report, created and locked by `command`; None if `folder` is None. Raises LayerSkipError."""
     if folder is None:
         yield None
         return

@@ -74,10 +74,7 @@ def _text(row: Row, name: str, form: str) -> str:
 
 
 def answers_page(record: RunRecord) -> str:
-    """A section per prompt, with each different answer once, and the results that gave it. The autoregressive one is first.
-
-    Words and signs in which another answer differs from the first are marked.
-    """
+    """A section per prompt, with each different answer once, what it changes of the first, and the results that gave it."""
     names, sections = [result_name(result) for result in record.results], list[dict[str, Any]]()
     for answered in record.answered:
         numbers: dict[str, list[int]] = {}

@@ -79,8 +79,7 @@ def own_identity(folder: str) -> int | None:
 def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
     """Becomes an unprivileged user, who gets `folder`, and drops the capabilities.
 
-    `may_read` keeps root's right to read any file, which Landlock must restrict: an interpreter under /root could not load its
-    library otherwise.
+    `may_read` keeps root's right to read any file, for an interpreter under /root; Landlock must restrict it.
     """
     kept = [0]
     if identity is not None:

@@ -67,10 +67,9 @@ def _too_large(folder: str) -> bool:
 
 
 def _end_all(*_: object) -> None:
-    """Kills this process and its group at once, so that none can fork meanwhile.
+    """Kills this process and its group at once, so that none can fork meanwhile, and with it its process namespace.
 
-    The first process of a process namespace ends with this one, and ends the others. Without a namespace the system call filter
-    keeps all of them in the group.
+    Without a namespace the system call filter keeps all processes in the group.
     """
     os.killpg(0, signal.SIGKILL)
 
