@@ -40,8 +40,8 @@ def generate(
     jsonl: Annotated[
         bool,
         Flag(
-            "Standard input holds one JSON object with a `prompt` per line; answers are objects too. `policy`, "
-            "`max_new_tokens`, `temperature`, `stop` and other options of decoding in an object are for its prompt alone.",
+            "Standard input holds one JSON object with a `prompt`, and perhaps options of decoding, per line; answers are "
+            "objects too.",
             panel="Input",
         ),
     ] = False,

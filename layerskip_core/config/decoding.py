@@ -49,11 +49,7 @@ class DecodingOptions(TypedDict, total=False):
     strategy: Annotated[
         str,
         one_of(*STRATEGIES),
-        Flag(
-            f"{', '.join(STRATEGIES)}.",
-            default="adaptive; self-speculative with a flag about an exit or about drafts",
-            panel="Decoding",
-        ),
+        Flag(f"{', '.join(STRATEGIES)}.", None, "adaptive; self-speculative with a flag about an exit or drafts", "Decoding"),
     ]
     exit_layer: Annotated[
         Layer,
@@ -88,17 +84,11 @@ class DecodingOptions(TypedDict, total=False):
     skip: Annotated[
         Sequence[Layer],
         UsedBy(("draft-and-verify",)),
-        Flag(
-            "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
-            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
-        ),
+        Flag("Draft with all layers but these, by number from 1: 8,9,14:18.", default="those that sweep-exits --save stored"),
     ]
     policy: Annotated[
         Text,
-        Flag(
-            "Settings that `sweep-exits --save` stored with the model: exact (the output of plain decoding) or fast.",
-            default="exact if it is stored and nothing else is said",
-        ),
+        Flag("Settings that sweep-exits --save stored: exact (as plain decoding) or fast.", default="exact, if stored"),
     ]
     exits: Annotated[
         Sequence[Layer],

@@ -42,11 +42,7 @@ class TaskConfig:
 
     task: Annotated[
         Text | None,
-        Flag(
-            f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
-            default="by --data, else commands",
-            panel="Task",
-        ),
+        Flag(f"{', '.join(TASKS)}, data, or {HARNESS}TASK,TASK of lm-evaluation-harness.", None, "by --data", "Task"),
     ] = None
     data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = None
     split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
@@ -73,10 +69,7 @@ class TaskConfig:
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
         Meta(description=f"given without a value, or {UNSANDBOXED}"),
-        Flag(
-            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
-            optional=UNSANDBOXED,
-        ),
+        Flag(f"Run what the model writes, in a sandbox; `{UNSANDBOXED}`: even where none works.", optional=UNSANDBOXED),
     ] = False
     include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -181,11 +174,7 @@ class SweepConfig(MeasurementConfig):
 
     exits: Annotated[
         tuple[Layer, ...],
-        Flag(
-            "Exits: 3,6,8 or A:B:STEP, both ends included.",
-            default="at most six, the trained ones if any, and all layers of the low-bit copy; those alone if none was trained",
-            panel="Decoding",
-        ),
+        Flag("Exits: 3,6,8 or A:B:STEP, both ends included.", None, "at most six, and the low-bit copy", "Decoding"),
     ] = ()
     specs: Annotated[
         tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
@@ -195,11 +184,7 @@ class SweepConfig(MeasurementConfig):
     ] = 0.98
     exit_confidences: Annotated[
         tuple[Share, ...] | None,
-        Flag(
-            "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
-            default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
-            panel="Decoding",
-        ),
+        Flag("Also early exits by these confidences: 0.8,0.9.", None, "0.8,0.9,0.95 if the exits were trained", "Decoding"),
     ] = None
     quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
     search_skips: Annotated[
@@ -236,9 +221,9 @@ class VerifyConfig:
     kernels: Annotated[
         tuple[str, ...],
         Flag(
-            "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
-            "(the same with --exact), generic (transformers' layers), or some.",
-            default="all that this machine and this model can run",
+            "Ours (amx, avx512, avx2, ...), torch (PyTorch's, on repacked weights), exact (the same with --exact), generic "
+            "(transformers' layers), or some.",
+            default="all that run here",
             panel="Machine",
         ),
     ] = ()

@@ -78,12 +78,7 @@ class PromptingConfig:
 
     template: Annotated[
         _Unicode | None,
-        Flag(
-            "Prompt template: chat, raw, or a text with {prompt} in it.",
-            "--template/--prompt-template",
-            "the task's or checkpoint's, else the tokenizer's chat template",
-            "Prompting",
-        ),
+        Flag("chat, raw, or a text with {prompt} in it.", "--template/--prompt-template", "the model's own", "Prompting"),
     ] = None
     system: Annotated[_Unicode | None, Flag("System message, for chat templates.")] = None
     raw: Annotated[bool, Flag("Use no template; text of special tokens in the prompt becomes tokens.")] = False
@@ -131,8 +126,7 @@ class CalibrationConfig:
         Text | None, Flag("Folder for a copy of the model.", default="--model's folder, or calibrated-model", panel="Output")
     ] = None
     data: Annotated[
-        Text | None,
-        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes", panel="Data"),
+        Text | None, Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", None, "what the model writes", "Data")
     ] = None
     samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
     length: Annotated[Tokens, Flag("Tokens of a text.")] = 256

@@ -44,8 +44,7 @@ class RecipeSettings:
         Flag("R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
     ] = None
     exits: Annotated[
-        tuple[Layer, ...] | None,
-        Flag("Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
+        tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", default="all; with --frozen a third of the layers")
     ] = None
     distill: Annotated[
         Probability | None, Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0")
