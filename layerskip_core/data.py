@@ -215,10 +215,7 @@ class _Message(msgspec.Struct):
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
-
-    Raises DataError for data or columns that are not there, and for an empty or malformed row, named as file:line.
-    """
+    """The rows of a data set, or `config.limit` of them, evenly spaced. Raises DataError, which names file and line."""
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
     if len(examples) < len(rows):

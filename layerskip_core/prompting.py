@@ -205,10 +205,7 @@ def encode_prompt(
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of turns (role, text) in the tokenizer's chat template, up to where the assistant's next turn begins.
-
-    Special tokens in the turns stay text. Raises as `encode_prompt` does.
-    """
+    """Token ids of turns (role, text) in the chat template, up to the assistant's next; special tokens in them stay text."""
     special = special_text(tokenizer, *(text for _, text in turns))
     seal = special is not None and any(special.found(text) for _, text in turns)
     messages = [{"role": role, "content": special.masked(text) if special and seal else text} for role, text in turns]

@@ -32,12 +32,11 @@ def export(
     from layerskip_core.export.run import README, export, export_packed
     from layerskip_core.files import hold
 
-    if config.format == "packed":
-        with hold(output, "layerskip export"):
-            kinds, size = export_packed(config)
-        narrate(f"wrote {model}, packed in {kinds}, to {output}: {size / 1e6:,.1f} MB")
-        return
     with hold(output, "layerskip export"):
+        if config.format == "packed":
+            kinds, size = export_packed(config)
+            narrate(f"wrote {model}, packed in {kinds}, to {output}: {size / 1e6:,.1f} MB")
+            return
         exported = export(config)
     if not exported.trained:
         narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")

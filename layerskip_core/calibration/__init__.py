@@ -121,10 +121,7 @@ def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: 
 
 
 def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> Tensor:
-    """At most (count, length) tokens of the rows of a data set, joined in random order.
-
-    Raises DataError where there is not even one text.
-    """
+    """At most (count, length) tokens of the rows of a data set, in random order. Raises DataError for less than one text."""
     ids: list[int] = []
     rows = load_examples(data)
     Random(data.seed).shuffle(rows)

@@ -48,10 +48,7 @@ _DECAYS = (0.9, 0.99)  # of Adam
 
 
 class Moments:
-    """Sums over the inputs x of a layer and over those of the original layer, y, both (in, in) in fp32.
-
-    `square` is that of x x^T, `shift` that of (y - x) x^T.
-    """
+    """Sums over the inputs x of a layer, and y of the original: `square` of x x^T, `shift` of (y - x) x^T, (in, in) in fp32."""
 
     def __init__(self, inputs: int) -> None:
         self.square, self.shift = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)

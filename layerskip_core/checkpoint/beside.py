@@ -83,10 +83,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when it is taken, as it is stored; NO_BLOCKS if the folder has no such file.
-
-    Raises CheckpointError as `read_int4` does.
-    """
+    """The blocks of a folder, read and refused as in `read_int4`, as they are stored; NO_BLOCKS if there is no such file."""
     path = Path(folder) / EXIT_BLOCKS_FILE
     if not path.is_file():
         return NO_BLOCKS

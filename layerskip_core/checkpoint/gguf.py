@@ -141,10 +141,7 @@ class GgufFile:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers.
-
-        Raises CheckpointError for one that is missing, has another shape, or is stored in a way that `gguf` does not read.
-        """
+        """All weights in fp32 by their names in transformers. Raises CheckpointError for one that is missing or unreadable."""
         from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}

@@ -101,10 +101,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """(the folders of adapters, each of which needs the next; the base model of the last).
-
-    Raises CheckpointError for a damaged configuration, and for a circle.
-    """
+    """(the folders of adapters, each on top of the next; the base model). Raises CheckpointError, also for a circle."""
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE

@@ -169,10 +169,7 @@ def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
-
-    Raises ConfigError, also for more than 10,000 of them.
-    """
+    """Distinct counts, ascending, of `3,6,8`, of `A:B` or `A:B:STEP` with both ends, or of `3,8:12`. Raises ConfigError."""
 
     def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
         return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()

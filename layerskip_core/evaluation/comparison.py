@@ -176,10 +176,7 @@ def t_quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: the value of each run, their mean, and its difference to that of the first label, if that has it.
-
-    The difference of perplexities is their ratio, and their mean is geometric.
-    """
+    """A figure of one label: the value of each run, their mean, and its difference to the first label's (of perplexities x)."""
 
     label: str
     runs: tuple[float, ...]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.loaded import Decoder
-from ..data import Example
+from ..data import Example, spread
 from ..losses import summed_losses
 from ..model.backend import Backend
 from ..model.cache import KVCache
@@ -53,10 +53,7 @@ def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.with_template(RAW, None).encode_prompt("")
     size = min(_WINDOW_TOKENS, loaded.backend.spec.context - len(start))
-    offsets = range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size)
-    count = min(windows or len(offsets), len(offsets))
-    for number in range(count):
-        offset = offsets[number * len(offsets) // count]
+    for offset in spread(range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size), windows):
         yield _losses(loaded.backend, start, ids[offset : offset + size], exit_layers)
 
 

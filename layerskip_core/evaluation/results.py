@@ -257,10 +257,7 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line for each repeat and sample, with the outputs of all settings. The first line holds the run's settings.
-
-    `known`: by repeat and sample, the outputs that the interrupted run left.
-    """
+    """A JSON line for each repeat and sample, after the run's settings. `known`: the outputs of an interrupted run, by both."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
         """Opens the folder's journal. With `resume` its whole lines are kept, else it starts empty.

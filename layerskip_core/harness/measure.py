@@ -30,10 +30,7 @@ _HERE = f"left out for `task` {HARNESS}..."
 
 
 def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record: full depth, and each exit alone.
-
-    Raises ConfigError for an exit outside the model or one that can only draft, and for settings that have no meaning here.
-    """
+    """Yields progress, then the record: full depth, and each exit alone. Raises ConfigError for settings that do not fit."""
     usual = SweepConfig()
     for name in ("specs", "quick", "search_skips", "exit_confidences"):
         given = getattr(config, name)

@@ -51,10 +51,7 @@ class HarnessTasks:
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
-        """Every request of every task: lm-eval's Instances, with `task_name`, `request_type` and `args`.
-
-        Raises ConfigError for requests that neither score texts nor generate them, DataError for rows that cannot be asked.
-        """
+        """Every request of every task: lm-eval's Instances. Raises ConfigError for other kinds, DataError for broken rows."""
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT

@@ -205,10 +205,7 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, pass after pass, endlessly, shuffled in a buffer by the seed.
-
-    Of several processes each reads all rows, and encodes its own share of them.
-    """
+    """Encoded rows of a file or hub data set, endlessly, shuffled in a buffer by the seed; each process gets its share."""
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
         self._config, self._encoder, self._seed = config, encoder, seed

@@ -219,10 +219,7 @@ def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> i
 
 @quiet_transformers()
 def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
-    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
-
-    With `layers`, only those in so many of the first layers.
-    """
+    """A peft model with adapters on what `lora_targets` names, `all-linear` without the head, of the first `layers` or all."""
     from peft import LoraConfig, get_peft_model
 
     targets = [name.strip() for name in config.lora_targets.split(",")]

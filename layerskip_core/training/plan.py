@@ -122,10 +122,7 @@ def make_plan(
 
 
 def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_tokens: float) -> Plan:
-    """A plan with what a step in the middle of its run takes: forward and backward on one batch of `rows`, measured.
-
-    The run's rows have `mean_tokens` each.
-    """
+    """A plan with the measured time of a step on one batch of `rows`, scaled to the run's rows of `mean_tokens` each."""
     trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     if plan.config.fsdp:
         return replace(plan, trained=trained)

@@ -112,8 +112,7 @@ def time_scale(step: int, total_steps: int, from_scratch: bool) -> float:
     """S(t): 1 for an existing checkpoint; exp(t ln2 / (T-1)) - 1 for training from scratch."""
     if not from_scratch:
         return 1.0
-    if total_steps < 2:
-        raise ConfigError(f"`steps` must be at least 2 to train from scratch with layer dropout, got {total_steps}")
+    require(total_steps > 1, "steps", "at least 2 to train from scratch with layer dropout", total_steps)
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 
 

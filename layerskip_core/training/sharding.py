@@ -35,10 +35,7 @@ def process_index() -> int:
 
 
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
-    """The config with `fsdp` on where a config of `accelerate launch` turns it on.
-
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for options of FSDP that a run does not have.
-    """
+    """The config with `fsdp` on where `accelerate launch` turns it on. Raises ConfigError where a run cannot be so sharded."""
     given = {name: value.lower() for name, value in os.environ.items()}
     launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
     if not (config.fsdp or launched):
@@ -79,10 +76,7 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
 
 
 def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
-    """Writes this process's shards of the trained weights and of the optimizer's state, and the scheduler's.
-
-    (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
-    """
+    """Writes this process's shards and the scheduler. (torch.distributed.checkpoint would run pickles when it reads.)"""
     reshard(module)
     state = optimizer.state_dict()
     parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}

@@ -262,10 +262,7 @@ def own_output(
 def differences(
     loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
 ) -> tuple[Difference, ...]:
-    """The first difference of each output from the baseline's, with the gap between the two largest logits there.
-
-    Samples that failed in either are left out.
-    """
+    """Where each output first differs from the baseline's, with the gap between the two largest logits there."""
     differing = []
     for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
         position = first_difference(output.ids, expected.ids)
@@ -286,10 +283,7 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 @torch.inference_mode()
 def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """(B, T, V) of the full model for rows of tokens (B, T), in one pass or in passes of `size` tokens.
-
-    `last`: only of so many positions at the end of each pass; 0: of all.
-    """
+    """(B, T, V) of the full model for (B, T), in passes of `size` tokens (0: one), of `last` positions of each (0: of all)."""
     pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
     for part, positions in zip(torch.split(tokens, size, 1), torch.split(torch.arange(tokens.shape[1]), size), strict=True):
         embedded, places = model.embed(part.to(model.device)), positions.expand(len(tokens), -1)
@@ -311,10 +305,7 @@ def _reset_peak(device: torch.device) -> bool:
 
 
 def _peak_mb(device: torch.device) -> float:
-    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process.
-
-    That includes weights and interpreter, so that strategies hardly differ.
-    """
+    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

@@ -67,10 +67,7 @@ def bench(
 def strategies_of(
     loaded: Decoder, config: BenchConfig, asked: DecodingOptions, recommended: Recommended
 ) -> list[DecodingConfig]:
-    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
-
-    Raises ConfigError for an exit outside the model.
-    """
+    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies."""
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
     block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
     if block is not None and not block.stands_alone:

@@ -5,7 +5,7 @@ The passes are timed in use, along answers; for adaptive drafting also by their 
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby, islice, pairwise
 from operator import eq, mul
@@ -266,7 +266,9 @@ def predict(
     if len(visits) < _MOST:
         yield Progress(total, total, "prediction")
     tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
-    known, answers = _known_times(visits), len(answered)
+    known, answers = dict[Side, list[PassTimes]](), len(answered)
+    for setting in dict.fromkeys(chain.from_iterable(visits)):
+        known.setdefault(side_of(setting), []).append(averages([timed[setting] for timed in visits if setting in timed]))
     predictions = {
         setting: prediction_of(found, interpolated(found.drafted / max(found.rounds, 1), known[side]), prefill, tokens, answers)
         for setting, found in rounds.items()
@@ -283,15 +285,6 @@ def _spread_lengths(settings: Sequence[DecodingConfig]) -> list[DecodingConfig]:
     return [group[place] for group in groups for place in sorted({0, len(group) // 2, len(group) - 1})]
 
 
-def _known_times(visits: Sequence[Mapping[DecodingConfig, PassTimes]]) -> dict[Side, list[PassTimes]]:
-    """Average times by drafter, for each of its settings that were timed."""
-    found: dict[Side, list[PassTimes]] = {}
-    for setting in dict.fromkeys(chain.from_iterable(visits)):
-        times = averages([timed[setting] for timed in visits if setting in timed])
-        found.setdefault(side_of(setting), []).append(times)
-    return found
-
-
 def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settings: Sequence[DecodingConfig]) -> Iterator[Part]:
     """The answers in turn, until enough time has passed. Of long ones as much as two rounds of the longest drafts need."""
     steps = max([_STEPS, *(2 * setting.num_draft_tokens for setting in settings)])
@@ -303,10 +296,7 @@ def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settin
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
-    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes after the `context`.
-
-    `packing`: how the drafts of these rows were stored.
-    """
+    """What was measured of drafting, with drafts stored by this `packing`, and the times of passes after the `context`."""
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest

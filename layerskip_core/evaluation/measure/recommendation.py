@@ -56,7 +56,12 @@ def recommend(
         f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
         noise if drift > _NOISY else "",
     )
-    exits = _margins(results, policies, measured, quality_metric, config.keep)
+    full = measured[0].scores.get(quality_metric) if measured and measured[0] else None
+    exits = [
+        (policies[place], margin(row.scores[quality_metric], full, config.keep, quality_metric))
+        for place, row in enumerate(measured)
+        if full and row and results[place].strategy == "early-exit" and quality_metric in row.scores
+    ]
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
         results[chosen].exit_layer,
@@ -145,22 +150,6 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
         "speedup": result.speedup or 0.0,
     }
     return cast(Policy, said)
-
-
-def _margins(
-    results: Sequence[Result],
-    policies: Sequence[Policy],
-    measured: Sequence[Measured | None],
-    quality_metric: str,
-    keep: float,
-) -> list[tuple[Policy, Margin]]:
-    """The early exits that were measured, with the margins by which they keep this share of full depth's quality."""
-    full = measured[0].scores.get(quality_metric) if measured and measured[0] else None
-    return [
-        (policies[place], margin(row.scores[quality_metric], full, keep, quality_metric))
-        for place, row in enumerate(measured)
-        if full and row and results[place].strategy == "early-exit" and quality_metric in row.scores
-    ]
 
 
 def fast_policy(

@@ -29,10 +29,7 @@ _CONFIDENCES = (0.8, 0.9, 0.95)
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation.
-
-    Raises ConfigError for an exit outside the model, LayerSkipError if no prompt could be answered.
-    """
+    """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model."""
     task, generation = task.asked(config.generation)
     copies = _copies(loaded, config)
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)

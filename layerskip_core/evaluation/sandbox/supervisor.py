@@ -67,10 +67,7 @@ def _too_large(folder: str) -> bool:
 
 
 def _end_all(*_: object) -> None:
-    """Kills this process and its group at once, so that none can fork meanwhile, and with it its process namespace.
-
-    Without a namespace the system call filter keeps all processes in the group.
-    """
+    """Kills this process and its group at once, so that none can fork meanwhile, and with it its process namespace."""
     os.killpg(0, signal.SIGKILL)
 
 

@@ -105,10 +105,7 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task with all its rows. If no task is named, `data` is a file of prompts and references or a TOPv2 folder.
-
-    Raises ConfigError for an unknown task and a setting that it lacks, DataError for data, columns or rows that cannot be used.
-    """
+    """The task with all its rows; unnamed, `data` of prompts and references, or TOPv2. Raises ConfigError and DataError."""
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():

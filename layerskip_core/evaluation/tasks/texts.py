@@ -183,10 +183,7 @@ def summaries(
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, whose perplexity is measured. For speed, passages of it are continued.
-
-    The prompts are evenly spaced over the text: the first whole words there, and as many that follow as the reference.
-    """
+    """A plain text, or the joined texts of rows, for its perplexity. For speed, evenly spaced passages are continued."""
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
