@@ -9,7 +9,7 @@ from pathlib import Path
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import BenchConfig
-from ..perplexity import scores_by_exit
+from ..exits import scores_by_exit
 from ..results import FOUND_SKIP, Journal, RunRecord, found_skip
 from ..tasks import Task
 from . import Progress, depth_of, measure

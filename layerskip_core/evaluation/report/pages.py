@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ...errors import visible
-from ..inspection import Inspection
+from ..exits import Inspection
 from ..results import RunRecord, result_name
 from .tables import FIGURES, Row, cell, flat_rows, form_of
 
