@@ -65,8 +65,7 @@ def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[De
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
     """Sets torch's CPU threads. With 0 they stay torch's choice, except for decoding with a small model (`loaded`): then 1.
 
-    A small model's products take no longer than the threads' barriers, each of which waits for a core that another process
-    holds: with layers of width 160, two threads on two cores were no faster, and far slower beside another process.
+    Its products take no longer than the threads' barriers, each of which waits for a core that another process holds.
     """
     small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.spec.hidden < _SMALL_WIDTH
     if threads or small:

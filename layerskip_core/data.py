@@ -73,8 +73,7 @@ class Record(NamedTuple):
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
     """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
 
-    All but Parquet may be gzipped; all but JSON arrays are read lazily. Raises DataError, possibly after some rows, for a file
-    of another format, a damaged file and one without rows.
+    All but Parquet may be gzipped; all but JSON arrays are read lazily. Raises DataError, possibly after some rows.
     """
     ending = file_ending(path)
     if ending not in _READERS:

@@ -104,8 +104,7 @@ def resolve_template(
 ) -> PromptTemplate:
     """The template to use: the requested one, else the stored one, else the tokenizer's chat template, else `raw`.
 
-    `system` replaces the stored system message. Raises ConfigError for `chat` without a chat template, and for a system message
-    in another template.
+    `system` replaces the stored system message. Raises ConfigError for a chat template or system message that does not fit.
     """
     if requested == CHAT:
         require_chat_template(tokenizer)

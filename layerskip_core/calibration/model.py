@@ -196,10 +196,9 @@ def with_best_levels(made: Int4, aim: Aim) -> Int4:
 
 @torch.no_grad()
 def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]) -> tuple[dict[str, Int4], Tensor]:
-    """GPTQ of all projections and of the head, on texts (N, T). The projections of `backend` get their int4 values.
+    """GPTQ of all projections, whose int4 values `backend` gets, and of the head, which it keeps, on texts (N, T).
 
-    `report` gets the number of layers that are done, the head being the last. Returns the weights by name, and the states
-    (N, T, D) of the original model after its last layer. The head of `backend` stays as it is: drafts have it in 8 bits.
+    Returns the weights by name, and the states (N, T, D) of the original model after its last layer.
     """
     parts = torch.split(texts, max(1, _TOKENS // texts.shape[1]))
     low = [backend.embed(part) for part in parts]  # hidden states of the quantised layers

@@ -91,8 +91,7 @@ class GgufFile:
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The entries to change in `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
 
-        Linear and YaRN are named in the header. For Llama 3 the file has only what each frequency is divided by: the original
-        context is then one that gives these factors.
+        For Llama 3 the file has only what each frequency is divided by: the original context is one that gives these factors.
         """
         prefix = f"{self._architecture}.rope."
         named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}

@@ -89,11 +89,7 @@ class Grammar:
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
-        """Draws one row of a split.
-
-        Raises:
-            ValueError: the grammar has no row on this side of the split (a rule with too few expansions).
-        """
+        """Draws one row of a split. Raises ValueError if the grammar has none on this side of the split."""
         domains, compositional = sorted(self.roots), split == "compositional"
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
@@ -150,11 +146,7 @@ class Grammar:
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
-    """`count` rows of a split with distinct utterances, always the same for a (split, seed).
-
-    Raises:
-        ValueError: `split` is not in SPLITS, or the split has too few distinct rows.
-    """
+    """`count` rows of a split with distinct utterances, the same for a (split, seed). Raises ValueError for too few of them."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split}")
     grammar, index = load_grammar(), 0

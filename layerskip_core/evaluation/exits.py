@@ -53,8 +53,7 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
 def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
     """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
 
-    Windows do not overlap; each has 512 tokens, or as many as the context holds, after those that the tokenizer puts before
-    every text. If there are none of these, the window's first token does not count.
+    Windows have 512 tokens, or as many as fit, after those that the tokenizer puts before every text; without these, one less.
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -189,8 +189,7 @@ def _write_pair(
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     """The model of exit 1..L, to be written. It is `loaded.model` itself, which loses its other layers.
 
-    A block becomes the layer after the exit's, of the kind of the model's last layer, and its norm the final one. Raises
-    ConfigError for a block that reads the final states of the whole model.
+    A block becomes the layer after the exit's, and its norm the final one. Raises ConfigError for one that reads final states.
     """
     model: Any = loaded.model
     decoder, layers = model.get_decoder(), loaded.backend.num_layers

@@ -130,8 +130,7 @@ def _blaming(what: str) -> Iterator[None]:
 def load_tasks(config: TaskConfig) -> HarnessTasks:
     """The tasks of `config.task`: names and groups of lm-eval, patterns of them, or files that end in .yaml.
 
-    Raises ConfigError without lm-eval, for an unknown task and for a setting that these tasks do not have; DataError if the
-    rows of a task cannot be read.
+    Raises ConfigError without lm-eval, for an unknown task or setting; DataError if the rows of a task cannot be read.
     """
     require_harness()
     for name in _UNUSED:

@@ -150,8 +150,7 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
     """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    They begin as those of a calibration. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
-    or all of them.
+    They begin as those of a calibration. `original`: the model's fingerprint. Raises ConfigError for an impossible share.
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer

@@ -118,8 +118,7 @@ def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Ro
 def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
     """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
 
-    Two defaults differ, unless the model is frozen and has a template: parsing data has the parsing template, and prompts for a
-    model without a template get a line end.
+    Parsing data, and prompts for a model without a template, have templates of their own, unless that model is frozen.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):

@@ -32,8 +32,7 @@ _SHORT = 192  # tokens; longer rows are faster in bf16
 class Anchor:
     """`weight` times KL(original || trained model), both at full depth, is added to the loss.
 
-    The original is a copy with weights of its own, on the kernels of decoding. A model that trains LoRA adapters only needs no
-    copy: there it is the same model with these off.
+    The original is a copy on the kernels of decoding; where LoRA trains, the same model without the adapters.
     """
 
     weight: float

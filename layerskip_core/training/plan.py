@@ -97,10 +97,9 @@ def make_plan(
     facts: Mapping[str, Any],
     **fields: Any,
 ) -> Plan:
-    """A plan with these `fields`. The resolved config and the `facts` are sealed.
+    """A plan with these `fields`. The resolved config and the `facts` are sealed: a run is resumed with the same or not at all.
 
-    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and on a CPU with bf16 instructions. Raises
-    ConfigError where the checkpoint to resume from was sealed with other settings.
+    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and on a CPU with bf16 instructions.
     """
     quick = config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     autocast = quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16

@@ -48,8 +48,7 @@ class RunStep:
 def recipe_preset(regime: Regime, parameters: int) -> dict[str, Any]:
     """The fields of the paper's recipe for a regime and a model of that many parameters (LayerSkip tables 1 and 2).
 
-    Where the paper gives R = L-1, R is left to its default. For tasks the paper uses the gradual curriculum; the rotational one
-    costs a fraction of that.
+    R = L-1 is left to its default. For tasks the paper uses the gradual curriculum; the rotational one costs far less.
     """
     if regime == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
@@ -130,8 +129,7 @@ def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: Dr
 def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int) -> list[int]:
     """Indices of the batch rows that run a layer. `first_row`: index of the batch's first among the rows of the whole step.
 
-    Each row's draw depends on (seed, step, its index in the step, layer) alone. So the same rows are dropped however a step is
-    divided, and where a run is resumed or a layer recomputed.
+    A draw depends on (seed, step, row of the step, layer) alone: dividing a step, resuming or recomputing change nothing.
     """
     if rate == 0:
         return list(range(batch_size))

@@ -142,8 +142,7 @@ class StopString(Exception):
 class StepTimer(BaseStreamer):  # type: ignore[misc]
     """Counts and times the steps of `generate`: as its streamer, and through hooks around the target's forward passes.
 
-    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
-    output ends where the scanner ends our own decoding.
+    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft.
     """
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:

@@ -23,8 +23,7 @@ def bench(
 ) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
 
-    Raises ConfigError for an exit outside the model and for a baseline that cannot run it, CheckpointError for a baseline's
-    model, LayerSkipError if no prompt could be answered and for a journal of other settings.
+    Raises ConfigError for settings that do not suit the model, LayerSkipError for a journal of others and without answers.
     """
     task, generation = task.asked(config.generation)
     asked, layers = config.decoding(generation), loaded.backend.num_layers

@@ -121,8 +121,7 @@ def timed_visits(
 def averages(times: Sequence[PassTimes]) -> PassTimes:
     """Means without the lowest and the highest tenth.
 
-    On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
-    would predict too high a speed.
+    Medians would predict too high a speed: a few rounds wait for long on a busy machine, and such waits count later.
     """
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))

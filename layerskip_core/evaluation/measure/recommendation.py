@@ -77,8 +77,7 @@ def recommend(
 def _choice(results: Sequence[Result], faithful: Sequence[int], measured: Sequence[Measured | None]) -> tuple[int, bool]:
     """The index of the best of the `faithful` settings, 0 if there are none, and whether to decode with it.
 
-    Adaptive drafting is preferred to a fixed setting that is hardly and not certainly faster, and to plain decoding that is
-    not faster.
+    Adaptive drafting is preferred to what is hardly or not certainly faster: a fixed setting, or plain decoding.
     """
     speeds = [result.speedup or 0.0 for result in results]
     best = max(faithful, key=speeds.__getitem__, default=0)

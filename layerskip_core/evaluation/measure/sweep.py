@@ -84,8 +84,7 @@ def _copies(loaded: Decoder, config: SweepConfig) -> tuple[Quantization, ...]:
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
     """The config with its default exits and confidences filled in.
 
-    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained, except where the
-    perplexity by exit is what the task is about.
+    If low-bit copies draft with all layers, untrained exits are left out, unless the task is the perplexity by exit.
     """
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
