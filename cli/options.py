@@ -24,6 +24,9 @@ ReportFolder = Annotated[
     Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
 ]
 SavedReport = Annotated[Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")]
+ModelArgument = Annotated[
+    Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+]
 Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")]
 
 

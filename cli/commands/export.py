@@ -1,22 +1,18 @@
 """Write an exit as a draft model for another engine."""
 
 from dataclasses import replace
-from typing import Annotated
 
 import typer
 
 from layerskip_core.config.model import ExportConfig
-from layerskip_core.config.options import Text
 
 from ..console import narrate
-from ..options import command
+from ..options import ModelArgument, command
 
 
 @command
 def export(
-    model: Annotated[
-        Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
-    ] = "embedded",
+    model: ModelArgument = "embedded",
     *,
     config: ExportConfig,
 ) -> None:

@@ -2,20 +2,16 @@
 
 from typing import Annotated
 
-import typer
-
 from layerskip_core.config.model import DType
 from layerskip_core.config.options import Flag, Text
 
 from ..console import narrate
-from ..options import command
+from ..options import ModelArgument, command
 
 
 @command
 def import_model(
-    model: Annotated[
-        Text, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
-    ] = "embedded",
+    model: ModelArgument = "embedded",
     output: Annotated[Text, Flag("Folder for the checkpoint.", panel="Output")] = "imported-model",
     dtype: Annotated[
         DType,

@@ -10,14 +10,12 @@ from layerskip_core.config.options import Flag, Text
 
 from .. import evaluation
 from ..loading import load_model
-from ..options import Format, command
+from ..options import Format, ModelArgument, command
 
 
 @command
 def verify(
-    model: Annotated[
-        Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
-    ] = "embedded",
+    model: ModelArgument = "embedded",
     *,
     config: VerifyConfig,
     format: Format = "table",

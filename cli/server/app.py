@@ -42,17 +42,15 @@ class Metrics:
     """Counts for Prometheus. `requests`: by endpoint and outcome, which is finished, cancelled, refused or failed."""
 
     def __init__(self, engine: Engine) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("layerskip_requests", "Requests by how they ended", ("endpoint", "outcome"), registry=registry)
-        about = "Tokens: of prompts, generated, drafted, and drafts that were accepted"
-        self._tokens = Counter("layerskip_tokens", about, ("kind",), registry=registry)
-        name, about = "layerskip_time_to_first_token_seconds", "From the request to its first token"
-        self.first_token = Histogram(name, about, buckets=_SECONDS, registry=registry)
-        name, about = "layerskip_request_seconds", "From the request to its last token"
-        self.seconds = Histogram(name, about, buckets=_SECONDS, registry=registry)
-        running = Gauge("layerskip_answers_running", "Answers that are being decoded", registry=registry)
-        running.set_function(lambda: engine.running)
-        waiting = Gauge("layerskip_answers_waiting", "Answers that wait to be decoded", registry=registry)
+        self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.requests = counter("layerskip_requests", "Requests by how they ended", ("endpoint", "outcome"))
+        self._tokens = counter("layerskip_tokens", "Tokens of prompts, generated, drafted, and accepted drafts", ("kind",))
+        self.first_token = histogram("layerskip_time_to_first_token_seconds", "From the request to its first token")
+        self.seconds = histogram("layerskip_request_seconds", "From the request to its last token")
+        gauge("layerskip_answers_running", "Answers being decoded").set_function(lambda: engine.running)
+        waiting = gauge("layerskip_answers_waiting", "Answers that wait to be decoded")
         waiting.set_function(lambda: max(engine.held - engine.running, 0))
 
     def decoded(self, stats: DecodeStats) -> None:

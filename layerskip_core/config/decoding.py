@@ -234,7 +234,12 @@ def resolve_as(
             require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
         case "draft-and-verify":
             completed |= {} if "skip" in asked else _said(known.skip or {})
-            require_skip((completed | asked).get("skip", ()), num_layers)
+            skip = (completed | asked).get("skip", ())
+            needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+            require(bool(skip), "skip", needed, "none")
+            for layer in skip:
+                require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
+            require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")
         case "adaptive":
             completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
     return decoding(strategy, cast(DecodingOptions, completed | asked))
@@ -340,12 +345,3 @@ def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = Fal
     """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
     last = num_layers if may_be_last else num_layers - 1
     require(1 <= exit_layer <= last, field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
-
-
-def require_skip(skip: Sequence[int], num_layers: int) -> None:
-    """Layers of the model, numbered 1..L, one at least and not all of them."""
-    needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
-    require(bool(skip), "skip", needed, "none")
-    for layer in skip:
-        require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
-    require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")
