@@ -48,13 +48,9 @@ class TaskConfig:
     split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
-    max_new_tokens: Annotated[
-        Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
-    ] = None
-    prompt_column: Annotated[
-        str | None, Flag("Column of the prompt.", default="the first of the usual names", panel="Task")
-    ] = None
-    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the first of the usual names")] = None
+    max_new_tokens: Annotated[Count | None, Flag("Most tokens of an answer.", default="the task's", panel="Decoding")] = None
+    prompt_column: Annotated[str | None, Flag("Column of the prompt.", default="the usual names", panel="Task")] = None
+    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the usual names")] = None
     metric: Annotated[
         Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
         Flag("For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
@@ -135,9 +131,7 @@ class BenchConfig(MeasurementConfig):
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
-    repeats: Annotated[
-        int, Meta(ge=1, le=1_000), Flag("Times that everything is measured; medians are reported.", panel="Measurement")
-    ] = 3
+    repeats: Annotated[int, Meta(ge=1, le=1_000), Flag("Measurements, of which medians count.", panel="Measurement")] = 3
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag(f"Also: {','.join(BASELINES)}, or some.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
@@ -176,20 +170,14 @@ class SweepConfig(MeasurementConfig):
         tuple[Layer, ...],
         Flag("Exits: 3,6,8 or A:B:STEP, both ends included.", None, "at most six, and the low-bit copy", "Decoding"),
     ] = ()
-    specs: Annotated[
-        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
-    ] = ()
-    keep: Annotated[
-        Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
-    ] = 0.98
+    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 the fastest")] = ()
+    keep: Annotated[Share, Flag("Share of quality that the policy `fast` must keep.", panel="Measurement")] = 0.98
     exit_confidences: Annotated[
         tuple[Share, ...] | None,
         Flag("Also early exits by these confidences: 0.8,0.9.", None, "0.8,0.9,0.95 if the exits were trained", "Decoding"),
     ] = None
     quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
-    search_skips: Annotated[
-        bool, Flag("Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.")
-    ] = False
+    search_skips: Annotated[bool, Flag("Also search layers to skip, and measure --strategy draft-and-verify.")] = False
     generation: Annotated[
         DecodingOptions,
         Without("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK),
@@ -232,7 +220,5 @@ class VerifyConfig:
         Flag("Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", panel="Decoding"),
     ] = ()
     specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
-    draws: Annotated[
-        CountOrNone, Flag("Sampled outputs that are compared with the model's distribution; 0: none.", panel="Measurement")
-    ] = 400
+    draws: Annotated[CountOrNone, Flag("Sampled outputs to test the distribution of; 0: none.", panel="Measurement")] = 400
     machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)

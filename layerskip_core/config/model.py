@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from ..errors import require, require_choice
-from .options import Count, CountOrNone, Flag, ModelName, Seed, Text, Threads, Tokens
+from .options import Count, CountOrNone, Flag, ModelName, Seed, Steps, Text, Threads, Tokens
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
@@ -130,9 +130,7 @@ class CalibrationConfig:
     ] = None
     samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
     length: Annotated[Tokens, Flag("Tokens of a text.")] = 256
-    tuning_steps: Annotated[
-        int, Meta(ge=0, le=1_000_000_000), Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")
-    ] = 32
+    tuning_steps: Annotated[Steps, Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")] = 32
     seed: Annotated[Seed, Flag("Seed of the texts and of their order.", panel="Run")] = 0
     overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
 

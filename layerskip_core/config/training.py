@@ -35,9 +35,7 @@ class RecipeSettings:
         DropoutProfile | None, Flag("Dropout over depth: exponential, or constant with the same mean.", default="exponential")
     ] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale", "by --regime")] = None
-    exit_weights: Annotated[
-        ExitWeights | None, Flag("Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
-    ] = None
+    exit_weights: Annotated[ExitWeights | None, Flag("Of losses: paper, linear, sqrt or uniform.", default="paper")] = None
     curriculum: Annotated[Curriculum | None, Flag("rotational, gradual, all or none.", default="by --regime")] = None
     rotation: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
@@ -46,9 +44,7 @@ class RecipeSettings:
     exits: Annotated[
         tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", default="all; with --frozen a third of the layers")
     ] = None
-    distill: Annotated[
-        Probability | None, Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0")
-    ] = None
+    distill: Annotated[Probability | None, Flag("Share of KL from the last layer in the exits' loss.", default="0")] = None
 
     def __post_init__(self) -> None:
         rotates = self.curriculum in (None, "rotational")  # that of every preset
@@ -63,9 +59,7 @@ class RetentionSettings:
     adapters. `replay`: of the rows of each step.
     """
 
-    anchor: Annotated[
-        _Weight, Flag("Weight of the KL divergence from the original model at full depth; 0: none.", panel="Retention")
-    ] = 0.0
+    anchor: Annotated[_Weight, Flag("Weight of KL from the original at full depth; 0: none.", panel="Retention")] = 0.0
     anchor_weights: Annotated[
         AnchorWeights | None, Flag("Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
     ] = None
