@@ -44,7 +44,7 @@ def inspect(
     """
     from layerskip_core.checkpoint.save import model_files
     from layerskip_core.evaluation.exits import inspect as run_inspect
-    from layerskip_core.evaluation.report.pages import inspection_page
+    from layerskip_core.evaluation.report import inspection_page
     from layerskip_core.files import require_writable, write_file
 
     if output is not None:

@@ -15,8 +15,7 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report import to_jsonl, with_answers
-from layerskip_core.evaluation.report.pages import answers_page, report_page
+from layerskip_core.evaluation.report import answers_page, report_page, to_jsonl, with_answers
 from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step
 

@@ -1,25 +1,36 @@
-"""A record as JSON, CSV and JSON lines of its answers; all files of a report, and the folder of `output` for them."""
+"""A record as documents: JSON, CSV, JSON lines of its answers, and HTML pages; all files of a report, and their folder.
+
+Each page is one self-contained file, for light and dark screens and for phones.
+"""
 
 import csv
 import io
 import json
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
-from ...errors import LayerSkipError
+from ...errors import LayerSkipError, visible
 from ...files import hold, read_bytes, require_writable
-from ..results import JOURNAL, OUTPUTS, Answered, RunRecord
-from .pages import ANSWERS_PAGE, answers_page, report_page
-from .tables import PARETO_NOTE, TextTable, flat_rows
+from ..exits import Inspection
+from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
+from .tables import FIGURES, PARETO_NOTE, Row, TextTable, cell, flat_rows, form_of
 
 ANSWERS_FILE = "answers.jsonl"
 _REPORT_BYTES = 1 << 20  # more than any report takes
+ANSWERS_PAGE = "answers.html"
+_PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
+_HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
 
 
 def to_json(record: Any) -> str:
@@ -101,3 +112,106 @@ def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
         for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
             require_writable(path / name, LayerSkipError)
         yield path
+
+
+def report_page(record: RunRecord, figures: Mapping[str, str], notes: Sequence[str]) -> str:
+    """Sortable tables and figures. `notes` are paragraphs above the tables, the verdict first; `figures`: SVG by caption."""
+    machine, rows = record.environment, flat_rows(record)
+    parts = ("dtype", "device_name", "implementation", "threads")
+    tables = {"": [row for row in rows if "category" not in row], "By category": [row for row in rows if "category" in row]}
+    return _template("report").render(
+        title=title(record),
+        machine=", ".join(str(machine[part]) for part in parts if part in machine)
+        + (" thread" if machine.get("threads") == 1 else " threads"),
+        notes=notes,
+        tables=[_table(caption, own, record) for caption, own in tables.items() if own or not caption],
+        figures=[{"caption": caption, "svg": Markup(svg)} for caption, svg in figures.items()],
+        settings=json.dumps({"config": record.config, "environment": machine}, indent=2, ensure_ascii=False),
+    )
+
+
+def title(record: RunRecord) -> str:
+    """`model on task`, for the page."""
+    task = record.config["task"]
+    data = task.get("data") if task.get("task") == "jsonl" else task.get("task")
+    return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
+
+
+def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> dict[str, Any]:
+    """With a column for every figure that any row has. Rows of results link to their answers, if the record has them."""
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row if not _HIDDEN.fullmatch(name))
+    # A measured 0.0 is shown; a count of nothing is not.
+    columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
+    columns.sort(key=lambda name: name not in ("strategy", "category"))
+    metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
+    described = {}
+    for name in columns:  # `pass_times_ms_verify`: `pass times verify (ms)`
+        label = name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
+        described[name] = FIGURES.get(name, (label, form_of(name) if name in metrics else ".4g"))
+    cells = [
+        [{"text": _text(row, name, form), "value": row.get(name)} for name, (_, form) in described.items()] for row in rows
+    ]
+    return {
+        "caption": caption,
+        "columns": [label for label, _ in described.values()],
+        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
+        "links": bool(record.answered) and not caption,
+    }
+
+
+def _text(row: Row, name: str, form: str) -> str:
+    """A value with the ends of its interval or its standard error."""
+    value, error = row.get(name), row.get(f"stderr_{name}")
+    text = cell(row, name, f"({form}") if isinstance(value, float) else cell(row, name, "")
+    return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {error:.2g}"
+
+
+def answers_page(record: RunRecord) -> str:
+    """A section per prompt, with each different answer once, what it changes of the first, and the results that gave it."""
+    names, sections = [result_name(result) for result in record.results], list[dict[str, Any]]()
+    for answered in record.answered:
+        numbers: dict[str, list[int]] = {}
+        for number, answer in enumerate(answered.answers):
+            if answer is not None:
+                numbers.setdefault(answer, []).append(number)
+        first = next(iter(numbers), "")
+        versions = [
+            {"numbers": given, "names": [names[number] for number in given], "parts": _parts(answer, first)}
+            for answer, given in numbers.items()
+        ]
+        sections.append({"prompt": answered.prompt, "reference": answered.reference, "versions": versions})
+    measured = {number for section in sections for version in section["versions"] for number in version["numbers"]}
+    choices = [(number, names[number]) for number in sorted(measured)[1:]]
+    return _template("answers").render(title=title(record), sections=sections, choices=choices)
+
+
+def _parts(answer: str, first: str) -> list[dict[str, Any]]:
+    """The answer in parts; parts that `first` lacks are marked. A mark without text stands for a part left out."""
+    if answer == first:
+        return [{"text": answer, "marked": False}]
+    pieces, expected = _PIECE.findall(answer), _PIECE.findall(first)
+    return [
+        {"text": "".join(pieces[start:stop]), "marked": kind != "equal"}
+        for kind, _, _, start, stop in SequenceMatcher(None, expected, pieces, autojunk=False).get_opcodes()
+    ]
+
+
+def inspection_page(inspection: Inspection) -> str:
+    """A row per layer, a column per token, green from the layer on where it stays correct; exit blocks above their layers."""
+    blocks = {layer for trace in inspection.tokens for layer in trace.blocks}
+    return _template("inspection").render(inspection=inspection, blocks=blocks)
+
+
+@cache
+def _template(name: str) -> Template:
+    """`templates/<name>.html.j2`, which escapes every value but Markup: no text of a model becomes markup."""
+    environment = Environment(
+        loader=PackageLoader("layerskip_core.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"visible": visible, "repr": repr}
+    return environment.get_template(f"{name}.html.j2")
