@@ -24,7 +24,7 @@ from ..config.model import CalibrationConfig, DataConfig
 from ..data import load_examples
 from ..decoding import decode_batch
 from ..errors import ConfigError, DataError, require
-from ..model import TransformersBackend, missing_feature
+from ..model import ModelSpec, TransformersBackend, missing_feature
 from ..model.weights import GROUP_SIZE, stored
 from .model import quantize, tune
 
@@ -60,13 +60,13 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     trainable = for_training(config.model, "cpu")
     backend, steps = trainable.backend, config.tuning_steps
     expected = choices(backend, others)
-    made_from = fingerprint(backend.spec, trainable.model.get_parameter)
+    made_from = fingerprint(backend.own_spec, trainable.model.get_parameter)
     weights, original = quantize(backend, texts, partial(report, "layers", backend.num_layers + 1))
     if steps:
         weights = tune(backend, weights, original, texts, steps, config.seed, partial(report, "tuning", steps))
     agreement = (choices(backend, others) == expected).double().mean().item()
     details = {"texts": len(texts), "length": texts.shape[1], "tuning_steps": steps, "seed": config.seed}
-    rows = {name: stored(weights[name]) for name in matrix_names(backend.spec)}
+    rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
     content = int4_content(
         rows, made_from, {name: str(value) for name, value in details.items()} | {"torch": torch.__version__}
     )
@@ -89,7 +89,7 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
     """The texts, and others to measure on. Raises ConfigError for a model that no int4 kernel runs."""
     decoder = for_decoding(config.model, "cpu")
     spec, most = decoder.backend.spec, decoder.backend.spec.context
-    if missing := missing_feature(spec):
+    if not isinstance(spec, ModelSpec) or (missing := missing_feature(spec)):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     for name in matrix_names(spec):
         width = spec.shapes[name][1]

@@ -211,7 +211,7 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
     moments = Moments(backend.spec.hidden)
     for hidden, original in zip(low, full, strict=True):
         moments.add(backend.normed(hidden), backend.normed(original))
-    head = backend.spec.head_name
+    head = backend.own_spec.head_name
     weights[head] = descended(Aim.of(backend.model.get_parameter(head), moments))
     report(backend.num_layers + 1)
     return weights, torch.cat(full)
@@ -221,10 +221,10 @@ def _quantized_layer(
     backend: TransformersBackend, index: int, low: list[Tensor], full: list[Tensor]
 ) -> tuple[dict[str, Int4], list[Tensor], list[Tensor]]:
     """(int4 weights by name, states after the quantised layer, states after the original layer)."""
-    layer, positions = backend.layers[index], torch.arange(low[0].shape[1])[None]
+    layer, positions = backend.layers[index], torch.arange(low[0].shape[1]).expand(len(low[0]), -1)
 
     def run(hidden: Tensor) -> Tensor:
-        return backend.run_layer(index, hidden, backend.prepare(hidden, positions))
+        return backend.run_layers(hidden, index, index + 1, positions)
 
     originals, after = zip(*(_inputs(layer, run, hidden) for hidden in full), strict=True)
     stages: dict[int, list[str]] = {}  # projections with one input, in the order in which the layer uses them
@@ -320,7 +320,7 @@ def tune(
     tuned = {
         name: Tuned(weight, backend.model.get_parameter(name).requires_grad_())
         for name, weight in quantized.items()
-        if name != backend.spec.head_name
+        if name != backend.own_spec.head_name
     }
     groups = [
         {"params": [one.share for one in tuned.values()], "lr": _RATE},

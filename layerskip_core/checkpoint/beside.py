@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
-from ..model.spec import ModelSpec, Shapes
+from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
 from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
 
@@ -82,12 +82,14 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     return take
 
 
-def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
+def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
     """The blocks of a folder, read and refused as in `read_int4`, as they are stored; NO_BLOCKS if there is no such file."""
     path = Path(folder) / EXIT_BLOCKS_FILE
     if not path.is_file():
         return NO_BLOCKS
     with _naming(path):
+        if not isinstance(spec, ModelSpec):
+            raise ValueError(f"exits of a model of type {spec.model_type} have no blocks")
         file = open_formed(path, _BLOCKS)
         found = blocks_named(file.entries, spec.layers)
         blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)

@@ -84,6 +84,10 @@ class GgufFile:
         rope |= self._scaled_rope(rope, head_dim, config.max_position_embeddings)
         return config
 
+    @property
+    def vocab(self) -> int:
+        return self.spec.vocab
+
     @cached_property
     def spec(self) -> ModelSpec:
         return ModelSpec.of(self.config)
@@ -132,7 +136,7 @@ class GgufFile:
         """A transformers model in fp32 with the values as the file has them. Raises CheckpointError as `weights` does."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        kernels = attention_for(self.spec)
+        kernels = attention_for(self.config)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].from_pretrained(
             None, config=self.config, state_dict=self.weights(), dtype=torch.float32, attn_implementation=kernels
         )

@@ -167,7 +167,7 @@ def import_checkpoint(
     for file, read in ((INT4_FILE, read_int4), (EXIT_BLOCKS_FILE, read_exit_blocks)):
         if (path := Path(folder) / file).is_file():
             try:
-                read(folder, loaded.backend.spec, loaded.model.get_parameter)
+                read(folder, loaded.backend.own_spec, loaded.model.get_parameter)
                 beside[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
@@ -190,16 +190,16 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
     def read() -> Trainable:
         files = open_model(location)
-        config, spec, words = files.config, files.spec, tokenizer
+        config, words = files.config, tokenizer
         if words is None:
             words = files.tokenizer()
-            check_tokenizer(words, spec.vocab)
+            check_tokenizer(words, files.vocab)
         else:
             config.vocab_size = len(words)
             for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(config, special, getattr(words, special))
         torch.manual_seed(seed)
-        attention = attention_for(spec)
+        attention = attention_for(config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
 
@@ -250,7 +250,9 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     """A model that transformers has read. It loses its weights to `take`."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
-    return Source(trainable.backend.spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing)
+    return Source(
+        trainable.backend.own_spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing
+    )
 
 
 def _with_files_beside(source: Source, folder: str | None) -> Source:
@@ -288,7 +290,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     if device.type != "cpu":
         raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
     file = PackedFile(folder)
-    spec = lean_spec(folder) or open_model(Location(folder)).spec
+    spec = lean_spec(folder) or ModelSpec.of(open_model(Location(folder)).config)
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
@@ -313,13 +315,14 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, not
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
     """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
     folder = location.folder
-    generic, source = decoder_of(trainable), _model_source(trainable, packing)
-    missing = missing_feature(source.spec)
+    generic, spec = decoder_of(trainable), trainable.backend.spec
+    missing = missing_feature(spec)
     if missing is None:
-        backend, notes = _backend(_with_files_beside(source, folder), location.path)
+        backend, notes = _backend(_with_files_beside(_model_source(trainable, packing), folder), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:
-        got = f"{source.spec.model_type} with {missing}"
-        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
-    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, source.spec, source.weight_of)
-    return replace(generic, backend=TransformersBackend(trainable.model, blocks, source.spec)) if blocks.blocks else generic
+        raise ConfigError(
+            f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"
+        )
+    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
+    return replace(generic, backend=TransformersBackend(trainable.model, blocks)) if blocks.blocks else generic

@@ -7,6 +7,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..model import ModelSpec, TransformersBackend
+from ..model.architectures import SUPPORTED
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import check_stored_weights, check_tokenizer, generation_config, open_weights, quiet_transformers
@@ -26,7 +27,9 @@ class PretrainedModel:
 
         self._path = path
         self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
-        self.spec = ModelSpec.of(self.config)
+        ours = self.config.model_type in SUPPORTED
+        self.spec = ModelSpec.of(self.config) if ours else None
+        self.vocab: int = self.config.get_text_config(decoder=True).vocab_size
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer."""
@@ -38,9 +41,11 @@ class PretrainedModel:
 
         generation_config(self._path)  # transformers would go on without a damaged one
         files = open_weights(self._path)
-        if self.spec.shapes.keys() & files.keys():  # otherwise the weights have older names, which transformers knows
+        if (
+            self.spec is not None and self.spec.shapes.keys() & files.keys()
+        ):  # otherwise the weights have older names, which transformers knows
             check_stored_weights(files, self.spec)
-        kernels = attention_for(self.spec)
+        kernels = attention_for(self.config)
         model, report = AutoModelForCausalLM.from_pretrained(
             self._path, dtype="auto", attn_implementation=kernels, output_loading_info=True, **_NO_FOREIGN_CODE
         )
@@ -63,12 +68,13 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
     files = open_model(location)
     spec = files.spec
     tokenizer = files.tokenizer()
-    check_tokenizer(tokenizer, spec.vocab)
+    check_tokenizer(tokenizer, files.vocab)
     model = files.model()
     check_model(model, spec)
-    precision = pick_dtype(dtype, device, spec.parameters)
+    precision, stored = pick_dtype(dtype, device, model.num_parameters()), model.dtype
     for parameter in model.to(device).parameters():  # model.to(dtype) would round the rotary frequencies too, a buffer in fp32
-        parameter.data = parameter.data.to(precision)
+        if parameter.dtype == stored:  # transformers keeps the others in the precision that they need
+            parameter.data = parameter.data.to(precision)
     return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
 
 
@@ -81,6 +87,7 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     from peft import PeftModel, get_peft_model_state_dict
 
     model, spec = base.model, base.backend.spec
+    own = spec if isinstance(spec, ModelSpec) else None
     for adapter in reversed(adapters):
         adapted = PeftModel.from_pretrained(model, adapter)
         stored, needed = open_weights(adapter), get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -91,8 +98,8 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     model.requires_grad_(True)  # peft froze the base
     tokenizer = read_tokenizer(adapters[0])
     check_tokenizer(tokenizer, spec.vocab)
-    check_model(model, spec)
-    return Trainable(adapters[0], model, TransformersBackend(model, spec=spec), tokenizer, read_info(adapters[0]))
+    check_model(model, own)
+    return Trainable(adapters[0], model, TransformersBackend(model, spec=own), tokenizer, read_info(adapters[0]))
 
 
 def read_tokenizer(path: str) -> Any:

@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> Exported:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded, blocks = for_training(config.model, "cpu", "fp32"), NO_BLOCKS
     if (folder := locate(loaded.name).folder) is not None:
-        spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+        spec, weight_of = loaded.backend.own_spec, loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
@@ -168,7 +168,7 @@ def _write_pair(
     try:
         staging = new_staging(folder)
         try:
-            write_gguf(loaded.model, loaded.tokenizer, loaded.backend.spec, staging / TARGET, kind)
+            write_gguf(loaded.model, loaded.tokenizer, loaded.backend.own_spec, staging / TARGET, kind)
             if exit_layer < loaded.backend.num_layers:
                 draft = cut_to_exit(loaded, exit_layer, blocks)
                 write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
@@ -200,7 +200,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
             why = f"its exit block reads the final states of the whole model (feature {block.feature})"
             raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
         kept.append(layers - 1)
-        weights = blocks.weights(loaded.backend.spec, model.get_input_embeddings().weight)
+        weights = blocks.weights(loaded.backend.own_spec, model.get_input_embeddings().weight)
         for module, prefix in ((decoder.layers[-1], f"{block.prefix}layer."), (decoder.norm, f"{block.prefix}norm.")):
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
@@ -245,6 +245,7 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     That gives the most expected tokens per byte of weights that is read. `layers`: of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
+    assert isinstance(spec, ModelSpec)
     if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
         return info.num_draft_tokens, "recommended by `layerskip sweep-exits`, or with the model"
     acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.model import Quantization
 from .cache import KVCache
 from .exit_blocks import PlacedBlock
-from .spec import ModelSpec
+from .spec import AnySpec
 from .vocabulary import DraftVocabulary, most_probable
 
 Spans = tuple[tuple[int, int], ...]
@@ -192,7 +192,7 @@ class Backend(Layers, Protocol):
     """
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> AnySpec: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property

@@ -1,6 +1,7 @@
 """A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class KVCache:
         self.slots = torch.arange(batch_size)
         self.written = 0  # nothing was ever written from this position on
         self.matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # by layer, the first three of LayerSlots
+        self.halves: Sequence[Tensor] = ()  # (slots, kv heads, capacity, head dim): the keys of layer 0, its values, ...
         self._num_layers = num_layers
         self.reserved = 0  # positions that get room at once, so that the storage does not move before there are more
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
@@ -47,6 +49,11 @@ class KVCache:
     def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
         """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
         return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
+
+    @property
+    def storages(self) -> list[Tensor]:
+        """All that is written, as it is stored; rows stand at dimension 2, positions at dimension 4."""
+        return [] if self._storage is None else [self._storage]
 
     @property
     def capacity(self) -> int:
@@ -125,7 +132,7 @@ class KVCache:
         moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
         for row, slot in enumerate(self.slots.tolist()):
             moved[:, :, row, :, : held.shape[4]] = held[:, :, slot]
-        self.slots, self._storage = torch.arange(self.rows), moved
+        self.slots, self._storage, self.halves = torch.arange(self.rows), moved, moved.flatten(0, 1).unbind()
         of_heads = moved.flatten(2, 3)
         keys, values = of_heads[:, 0].transpose(2, 3), of_heads[:, 1]
         self.matrices = list(zip(moved.unbind(), keys.unbind(), values.unbind(), strict=True))
@@ -170,8 +177,94 @@ class TokenRows(KVCache):
         return self._cache.slots.repeat_interleave(self._counts), F.pad(ends, (1, 0))
 
 
+Entry = tuple[int, str]
+"""What a layer writes for each token: the index by which its attention addresses the cache, and what: keys, values, ..."""
+
+
+class MixedCache(KVCache):
+    """Entries of any shapes, for layers of transformers: keys as wide as values or not, and other widths in other layers.
+
+    Those of one shape lie in one KVCache, in pairs; so each layer's keys and values do where all have one shape.
+    """
+
+    def __init__(self, shapes: Mapping[Entry, tuple[int, int]], batch_size: int, max_positions: int) -> None:
+        """`shapes`: number and width of the heads of each entry."""
+        super().__init__(0, batch_size, max_positions)
+        of_shape = defaultdict[tuple[int, int], list[Entry]](list)
+        for entry, shape in shapes.items():
+            of_shape[shape].append(entry)
+        self.parts = [KVCache(-(-len(entries) // 2), batch_size, max_positions) for entries in of_shape.values()]
+        self.places = {
+            entry: (part, shape, index)
+            for part, (shape, entries) in zip(self.parts, of_shape.items(), strict=True)
+            for index, entry in enumerate(entries)
+        }
+
+    @property
+    def storages(self) -> list[Tensor]:
+        return [storage for part in self.parts for storage in part.storages]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+        for part in self.parts:
+            part.keep_rows(rows)
+
+    def join(self, other: KVCache) -> None:
+        assert isinstance(other, MixedCache)
+        for part, added in zip(self.parts, other.parts, strict=True):
+            if part.capacity:
+                part.join(added)
+            else:  # of layers that an early exit never runs
+                part.rows += added.rows
+        self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
+        self.max_positions = max(self.max_positions, other.max_positions)
+
+    def clear(self, start: int) -> None:
+        for part in self.parts:
+            part.clear(start)
+
+
+class EntryWriter:
+    """Where one call writes and reads the entries of tokens at `positions` (B, T), on the host.
+
+    `row`: the call has this row of the cache alone, with positions (1, T).
+    """
+
+    def __init__(self, cache: MixedCache, positions: Tensor, row: int | None = None) -> None:
+        span = SpanWriter(cache, positions)
+        self.start, self.stop, self.contiguous = span.start, span.stop, span.contiguous
+        self._cache, self._positions, self._row = cache, positions, row
+        self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
+        self._ready = set[int]()  # parts that have room
+
+    def put(self, entry: Entry, new: Tensor) -> Tensor:
+        """Writes (B, heads, T, width); returns what all positions before `stop` have, (B, heads, S, width)."""
+        held = self._held(entry, new)
+        if self.contiguous:
+            held[:, :, self.start : self.stop] = new
+        else:
+            if self._indices is None:
+                rows = torch.arange(len(self._positions), device=new.device)[:, None]
+                self._indices = rows, slice(None), self._positions.to(new.device, non_blocking=True)
+            held[self._indices] = new.transpose(1, 2).to(held.dtype)
+        return held[:, :, : self.stop]
+
+    def get(self, entry: Entry, like: Tensor) -> Tensor:
+        """What was written before, for all positions before `stop`."""
+        return self._held(entry, like)[:, :, : self.stop]
+
+    def _held(self, entry: Entry, like: Tensor) -> Tensor:
+        part, shape, index = self._cache.places[entry]
+        if id(part) not in self._ready:
+            part.written = max(part.written, self.stop)
+            part.room(self.stop, *shape, like)
+            self._ready.add(id(part))
+        held = part.halves[index]
+        return held if self._row is None else held[self._row : self._row + 1]
+
+
 class SpanWriter:
-    """Where a call writes its tokens. It stands for a cache in transformers' attention, which calls only `update`."""
+    """Where a call writes its tokens."""
 
     def __init__(self, cache: KVCache, positions: Tensor, whole: bool = False) -> None:
         """`whole`: the call attends to all places, and its positions are on the device."""
@@ -187,12 +280,6 @@ class SpanWriter:
             span = list(range(self.start, self.start + positions.shape[1]))
             self.contiguous = all(row == span for row in rows)
         cache.written = max(cache.written, self.stop)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Writes (B, kv heads, T, head dim) of one layer; returns views of the filled part, (B, kv heads, S, head dim)."""
-        (slots,) = self.layers(layer_idx, layer_idx + 1, keys.shape[1], keys.shape[3], keys)
-        slots.write(torch.stack((keys, values)))
-        return slots.filled(self.stop)
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
@@ -213,11 +300,6 @@ class LayerSlots(NamedTuple):
     values: Tensor  # (B * kv heads, capacity, head dim)
     slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
     indices: tuple[Tensor, Tensor] | None  # rows and columns of all tokens, (B, 1) and (B, T)
-
-    def filled(self, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values at positions before `stop`, each (B, kv heads, S, head dim)."""
-        keys, values = self.all[..., :stop, :].unbind()
-        return keys, values
 
     def write(self, new: Tensor) -> None:
         """Stores the keys and values (2, B, kv heads, T, head dim) of the call's tokens."""

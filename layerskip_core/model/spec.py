@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,8 @@ Block = Literal["self_attn.", "mlp."]
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 EMBEDDING = "model.embed_tokens.weight"
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
+_USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 _MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
 _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
@@ -97,9 +99,64 @@ class RopeSpec:
         return float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
+class AnySpec(Protocol):
+    """What is known of every model."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def context(self) -> int:
+        """Positions."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def config(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TransformersSpec:
+    """A model that only transformers runs; see AnySpec."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    vocab: int
+    context: int
+    tied: bool
+    parameters: int
+    config: Any = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: Any, layers: int) -> "TransformersSpec":
+        """Of a transformers model with so many layers."""
+        config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+        contexts = (getattr(config, name, None) for name in _CONTEXTS)
+        return cls(
+            model.config.model_type,
+            layers,
+            config.hidden_size,
+            config.vocab_size,
+            next((positions for positions in contexts if positions), _USUAL_CONTEXT),
+            head is not None and head.weight is model.get_input_embeddings().weight,
+            sum(weight.numel() for weight in model.parameters()),
+            model.config,
+        )
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's sizes and the variants of its layers, all checked."""
+    """The sizes of a model that our kernels run and the variants of its layers, all checked."""
 
     model_type: str
     architecture: Architecture

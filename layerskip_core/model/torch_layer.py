@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config.model import Quantization
 from .cache import LayerSlots, SpanWriter
-from .spec import ModelSpec
+from .spec import AnySpec, ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear
 from .weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
 
@@ -28,8 +28,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
-def missing_feature(spec: ModelSpec) -> str | None:
+def missing_feature(spec: AnySpec) -> str | None:
     """The feature of an architecture that these layers lack; None if they have all."""
+    if not isinstance(spec, ModelSpec):
+        return f"layers of the type {spec.model_type}"
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation}"
     for rope in spec.ropes:

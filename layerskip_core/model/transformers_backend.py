@@ -1,23 +1,24 @@
-"""`Backend` over a transformers model: the only file that knows the inside of transformers' models."""
+"""`Backend` over a transformers model of any type, cut at its layers; and the layers of ours one by one, for training."""
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.model import Quantization
+from ..errors import CheckpointError
+from .architectures import SUPPORTED
 from .backend import DraftSide
-from .cache import KVCache, SpanWriter
-from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
-from .spec import ModelSpec
-from .weights import Weights
+from .cache import KVCache, MixedCache
+from .cut import CutModel
+from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
+from .spec import AnySpec, ModelSpec, TransformersSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class SpanInputs:
     positions: Tensor
     rope: dict[str, tuple[Tensor, Tensor]]
     mask: dict[str, Tensor | None]
-    writer: SpanWriter | None = None
 
     def rows(self, index: Tensor) -> "SpanInputs":
         """Only the batch rows at `index` (kept,)."""
@@ -41,24 +41,14 @@ class SpanInputs:
 
         rope = {kind: (select(cos), select(sin)) for kind, (cos, sin) in self.rope.items()}
         mask = {kind: None if mask is None else select(mask) for kind, mask in self.mask.items()}
-        return SpanInputs(select(self.positions), rope, mask, self.writer)
+        return SpanInputs(select(self.positions), rope, mask)
 
 
-class _KeysWritten(Exception):
-    """Ends a layer that had to write its keys and values only."""
-
-
-class _KeysOnly(SpanWriter):
-    """The attention module does not go on after its call of `update`."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> NoReturn:
-        super().update(keys, values, layer_idx)
-        raise _KeysWritten
-
-
-def attention_for(spec: ModelSpec) -> str:
-    """The attention of transformers that computes a model. `sdpa` has no cap of scores, and some versions leave it out."""
-    return "sdpa" if spec.score_cap is None else "eager"
+def attention_for(config: Any) -> str | None:
+    """The attention of transformers that computes a model; None: its choice. `sdpa` has no cap of scores, and drops it."""
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        return "eager"
+    return "sdpa" if config.model_type in SUPPORTED else None
 
 
 class TransformersBackend:
@@ -71,40 +61,48 @@ class TransformersBackend:
     exact = batch_invariant = recordable = ragged = False
     chooser = None
 
-    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
-        """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.
+    def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
+        """A model type that our kernels do not run is tried at once, others when they first run.
+
+        Raises CheckpointError for a model that cannot be cut at its layers, or a configuration that is impossible.
 
         `exit_blocks`: those of the model's exits, which decode only. `spec`: the model's, if it is known already.
         """
-        self.spec = spec = spec or ModelSpec.of(model.config)
-        self.model = model
-        transformers_model: Any = model
-        self.config: Any = model.config
-        self._decoder: Any = transformers_model.model
-        self._head: Any = transformers_model.get_output_embeddings()
-        self.layers: nn.ModuleList = self._decoder.layers
-        self.num_layers = spec.layers
-        # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
-        parameters = inspect.signature(type(self.layers[0]).forward).parameters
-        self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
-        self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        self._chain_spec = with_blocks(spec, exit_blocks.blocks)
-        self._kinds = self._chain_spec.kinds
-        self._block_layers: list[nn.Module] = []
+        self.model, self.config = model, model.config
+        self.spec: AnySpec
+        self.layers: Any
+        if spec is not None or self.config.model_type in SUPPORTED:
+            self.spec = spec = spec or ModelSpec.of(self.config)
+            self.layers, self.num_layers = self.model.model.layers, spec.layers
+        else:
+            self.layers = self._cut.form.layers
+            self.num_layers = len(self.layers)
+            self.spec = TransformersSpec.of(self.model, self.num_layers)
+        self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
-            self._add_block(block, exit_blocks.weights(spec, self._head.weight))
-        # Gemma's embed_tokens scales its output itself.
-        self._embedding_scale = 1.0 if spec.architecture.scales_embeddings else spec.embedding_scale
+            self._add_block(block, exit_blocks)
+
+    @property
+    def own_spec(self) -> ModelSpec:
+        """The spec of a model type that our kernels run. Raises CheckpointError for another."""
+        if isinstance(self.spec, ModelSpec):
+            return self.spec
+        needed = f"training, calibration and export need a model_type among {', '.join(SUPPORTED)}"
+        raise CheckpointError(f"{needed}, got {self.spec.model_type}, which only decodes")
+
+    @cached_property
+    def _cut(self) -> CutModel:
+        return CutModel(self.model)
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._head.weight.device  # of a weight that training may replace, as FSDP does
+        device: torch.device = self.model.get_input_embeddings().weight.device  # training may replace it, as FSDP does
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._head.weight.dtype
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     @property
@@ -116,14 +114,12 @@ class TransformersBackend:
         """The model itself."""
         return {None: DraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        return KVCache.of(self._chain_spec, batch_size, max_positions)
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> MixedCache:
+        positions = min(max_positions or self.spec.context, self.spec.context)
+        return self._cut.new_cache(batch_size, positions, len(self._blocks))
 
     def embed(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = self._decoder.embed_tokens(ids)
-        if self._embedding_scale != 1:
-            hidden = hidden * self._embedding_scale
-        return F.dropout(hidden, self.spec.embedding_dropout, self.model.training) if self.spec.embedding_dropout else hidden
+        return self._cut.embed(ids)
 
     def run_layers(
         self,
@@ -138,99 +134,110 @@ class TransformersBackend:
 
         `key_mask` (B, T), True where a key may be seen, is for calls without a cache.
         """
-        inputs = self.prepare(hidden, positions, cache, key_mask)
-        for layer in range(start, stop):
-            hidden = self.run_layer(layer, hidden, inputs)
-        return hidden
+        if start == stop:
+            return hidden
+        assert cache is None or isinstance(cache, MixedCache)
+        if start < self.num_layers:
+            return self._cut.run(hidden, start, stop, positions, cache, key_mask=key_mask)
+        block = self._blocks[start - self.num_layers]
+        return self._cut.run(hidden, self.num_layers - 1, self.num_layers, positions, cache, block=block)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.write_kv`. Each layer ends where its attention module has given its keys and values to the cache."""
-        inputs = replace(self.prepare(hidden, positions, cache), writer=_KeysOnly(cache, positions))
-        for layer in range(start, stop):
-            with suppress(_KeysWritten):
-                self.run_layer(layer, hidden, inputs)
+        """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
+        assert isinstance(cache, MixedCache)
+        if start < self.num_layers:
+            self._cut.run(hidden, start, stop, positions, cache, only_writes=True)
+            return
+        block = self._blocks[start - self.num_layers]
+        self._cut.run(hidden, self.num_layers - 1, self.num_layers, positions, cache, only_writes=True, block=block)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
+        if not isinstance(self.spec, ModelSpec):
+            return self._cut.unembed(hidden)
+        logits: Tensor = self.model.get_output_embeddings()(self.normed(hidden))
+        return self.spec.scaled_logits(logits)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The input (..., D) of the head."""
+        if not isinstance(self.spec, ModelSpec):
+            return self._cut.normed(hidden)
+        normed: Tensor = self.model.model.norm(hidden)
+        return normed
+
+    def _add_block(self, block: ExitBlock, blocks: ExitBlocks) -> None:
+        """As copies of the last layer and of the final norm with the block's weights."""
+        weights = blocks.weights(self.own_spec, self.model.get_input_embeddings().weight)
+        layer, norm = deepcopy(self.layers[-1]), deepcopy(self.model.model.norm)
+        for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
+            for name, parameter in module.named_parameters():
+                parameter.data = weights.of(prefix + name)
+                parameter.requires_grad_(False)
+        place = self._cut.place_of_block(len(self._blocks))
+        parts: list[Any] = list(layer.modules())
+        for part in parts:
+            if hasattr(part, "layer_idx"):  # by which attention addresses the cache
+                part.layer_idx = place
+        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
+        head = partial(self._cut.unembed, norm=norm)
+        self.exit_blocks[block.exit_layer] = PlacedBlock(block, self.num_layers + len(self._blocks), head, norm, join)
+        self._blocks.append((layer.eval(), place))
+
+    # Layers one by one, of the model types that our kernels run too.
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to the first layer's input (B, T, D)."""
+        spec = self.own_spec
+        hidden: Tensor = self.model.get_input_embeddings()(ids)
+        if spec.embedding_scale != 1 and not spec.architecture.scales_embeddings:  # Gemma's embed_tokens scales itself
+            hidden = hidden * spec.embedding_scale
+        return F.dropout(hidden, spec.embedding_dropout, self.model.training) if spec.embedding_dropout else hidden
 
     def run_layer(self, layer: int, hidden: Tensor, inputs: SpanInputs) -> Tensor:
         """One layer over (B, T, D), with the inputs that `prepare` made."""
-        kind = self._kinds[layer]
-        keywords = {self._cache_keyword: inputs.writer} if inputs.writer is not None else {}
-        module = self.layers[layer] if layer < self.num_layers else self._block_layers[layer - self.num_layers]
-        output: Tensor | tuple[Tensor, ...] = module(
+        kind = self.own_spec.kinds[layer]
+        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden,
             attention_mask=inputs.mask[kind],
             position_ids=inputs.positions,
             position_embeddings=inputs.rope[kind],
             use_cache=False,
-            **keywords,
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def prepare(
-        self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, key_mask: Tensor | None = None
-    ) -> SpanInputs:
-        """Rotary embeddings and masks of a call, once for all layers. Arguments as for `run_layers`."""
+    def prepare(self, hidden: Tensor, positions: Tensor, key_mask: Tensor | None = None) -> SpanInputs:
+        """Rotary embeddings and masks for whole texts (B, T), once for all layers.
+
+        `key_mask` (B, T), True where a key may be seen.
+        """
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-        writer = None if cache is None else cache.writer(positions)
+        spec, rotary = self.own_spec, self.model.model.rotary_emb
+        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
         on_device = positions.to(hidden.device, non_blocking=True)
-        key_count = positions.shape[1] if writer is None else writer.stop
         # transformers knows for every kind of attention, such as training's, whether it takes masks as `sdpa` does: boolean
         # ones, or none if it is causal.
-        boolean = ALL_MASK_ATTENTION_FUNCTIONS.get(self.config._attn_implementation) is sdpa_mask
-        causal_kernel = (
-            boolean and key_mask is None and key_count == positions.shape[1] and (writer is None or writer.contiguous)
-        )
-        single_token = writer is not None and positions.shape == (1, 1)
+        stock: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        boolean = inspect.unwrap(stock) is sdpa_mask
         rope: dict[str, tuple[Tensor, Tensor]] = {}
         mask: dict[str, Tensor | None] = {}
-        for kind in dict.fromkeys(self._kinds):
-            cos, sin = self._decoder.rotary_emb(hidden, on_device, *((kind,) if self._rope_by_type else ()))
+        for kind in dict.fromkeys(spec.kinds):
+            cos, sin = rotary(hidden, on_device, *((kind,) if by_type else ()))
             rope[kind] = cos, sin
-            window = self.spec.window_of(kind)
-            if (causal_kernel or single_token) and (window is None or key_count <= window):
+            window = spec.window_of(kind)
+            if boolean and key_mask is None and (window is None or positions.shape[1] <= window):
                 mask[kind] = None
             else:
-                seen = _seen(on_device, None if writer is None else writer.stop, window, key_mask)
+                seen = _seen(on_device, window, key_mask)
                 if not boolean:  # then it is added to the scores
                     seen = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
                 mask[kind] = seen
-        return SpanInputs(on_device, rope, mask, writer)
-
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
-        logits: Tensor = self._head(self.normed(hidden))
-        return self.spec.scaled_logits(logits)
-
-    def normed(self, hidden: Tensor) -> Tensor:
-        """The input (..., D) of the head."""
-        normed: Tensor = self._decoder.norm(hidden)
-        return normed
-
-    def _add_block(self, block: ExitBlock, weights: Weights) -> None:
-        """As copies of the last layer and of the final norm with the block's weights."""
-        layer, norm = deepcopy(self.layers[-1]), deepcopy(self._decoder.norm)
-        for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
-            for name, parameter in module.named_parameters():
-                parameter.data = weights.of(prefix + name)
-                parameter.requires_grad_(False)
-        place = self.num_layers + len(self._block_layers)
-        parts: list[Any] = list(layer.modules())
-        for part in parts:
-            if hasattr(part, "layer_idx"):  # by which attention addresses the cache
-                part.layer_idx = place
-        self._block_layers.append(layer.eval())
-        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
-
-        def head(hidden: Tensor) -> Tensor:
-            return self.spec.scaled_logits(self._head(norm(hidden)))
-
-        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, norm, join)
+        return SpanInputs(on_device, rope, mask)
 
 
-def _seen(positions: Tensor, key_count: int | None, window: int | None, key_mask: Tensor | None) -> Tensor:
-    """(B, 1, T, S): the keys that each query sees. Without a cache, and a `key_count`, the keys stand at `positions`."""
-    queries = positions[:, :, None]
-    keys = positions[:, None, :] if key_count is None else torch.arange(key_count, device=positions.device)
+def _seen(positions: Tensor, window: int | None, key_mask: Tensor | None) -> Tensor:
+    """(B, 1, T, S): the keys that each query sees."""
+    queries, keys = positions[:, :, None], positions[:, None, :]
     seen = keys <= queries
     if window is not None:
         seen = seen & (keys > queries - window)

@@ -73,10 +73,11 @@ def checked(take: Take, shapes: Shapes) -> Take:
     return checked_take
 
 
-def check_model(model: nn.Module, spec: ModelSpec) -> None:
-    """Raises CheckpointError if a weight of a transformers model is missing, has another shape or is not finite."""
-    weights = dict(model.named_parameters())
-    spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
+def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
+    """Raises CheckpointError for a weight that is not finite, or that is missing or has another shape by `spec`."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+    if spec is not None:
+        spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
         check_finite(name, weight.detach())
 

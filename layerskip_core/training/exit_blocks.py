@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.layer: nn.Module = deepcopy(backend.layers[-1])
         self.norm: nn.Module = deepcopy(model.model.norm)
         self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
-        initial = block.initial(backend.spec, model.get_parameter)
+        initial = block.initial(backend.own_spec, model.get_parameter)
         self.load_state_dict({name.removeprefix(block.prefix): weight for name, weight in initial.items()})
         self.to(backend.device, torch.float32).requires_grad_(True)
 
@@ -93,7 +93,7 @@ class FrozenExits(nn.Module):
         finals = finals.float()
         teacher = finals[:, :-1][is_target]
         exit_layers = tuple(exits.tolist())
-        inputs, kind = self.backend.prepare(finals, torch.arange(finals.shape[1])[None]), self.backend.spec.kinds[-1]
+        inputs, kind = self.backend.prepare(finals, torch.arange(finals.shape[1])[None]), self.backend.own_spec.kinds[-1]
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
             block = self.exits[str(exit_layer)]
@@ -126,7 +126,7 @@ class FrozenExits(nn.Module):
     def _logits(self, normed: Tensor) -> Tensor:
         head = self._head[0]
         logits: Tensor = head(normed.to(head.weight.dtype))
-        return self.backend.spec.scaled_logits(logits)
+        return self.backend.own_spec.scaled_logits(logits)
 
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:

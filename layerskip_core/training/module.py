@@ -52,17 +52,17 @@ class Anchor:
     def _states(self, input_ids: Tensor, documents: Tensor | None) -> Tensor:
         """The hidden states (B, T, D) after the last layer. Padding stands at the right, where no token sees it."""
         backend = self.original
-        hidden = backend.embed(input_ids)
         if isinstance(backend, TransformersBackend) and self.adapted is not None:
+            hidden = backend.embedded(input_ids)
             inputs = span_inputs(backend, hidden, documents)
             for layer in range(backend.num_layers):
                 hidden = backend.run_layer(layer, hidden, inputs)
             return hidden
         if documents is None:
             positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
-            return backend.run_layers(hidden, 0, backend.num_layers, positions)
+            return backend.run_layers(backend.embed(input_ids), 0, backend.num_layers, positions)
         # Decoding's kernels have no masks between documents: each runs alone.
-        states = torch.zeros_like(hidden)
+        states = torch.zeros(*input_ids.shape, backend.spec.hidden, dtype=backend.dtype, device=backend.device)
         for row, numbers in enumerate(documents):
             for number in range(int(numbers.max()) + 1):
                 own = numbers == number
@@ -158,7 +158,7 @@ class RecipeModule(nn.Module):
             rates = dropout_rates(
                 recipe.p_max, layers, time_scale(step.done, step.total, self.from_scratch), recipe.dropout_profile
             )
-        hidden = self.backend.embed(input_ids)
+        hidden = self.backend.embedded(input_ids)
         inputs = span_inputs(self.backend, hidden, documents)
         states = {}
         for layer, rate in enumerate(rates):

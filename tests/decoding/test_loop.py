@@ -156,7 +156,7 @@ def tokens_by_layer(model, run_it):
     def watch(layer):
         return lambda module, args: calls[layer].append(args[0].shape[1])
 
-    hooks = [layer.register_forward_pre_hook(watch(index)) for index, layer in enumerate(model.layers)]
+    hooks = [layer.mlp.register_forward_pre_hook(watch(index)) for index, layer in enumerate(model.layers)]
     try:
         run_it()
     finally:
@@ -242,7 +242,7 @@ def test_an_interrupt_ends_a_decoding(backend, monkeypatch):
     for layer in (0, 2, LAYERS - 1):  # while drafting, before and during verification
         decoding = decode(backend, prompt_of(9), config)
         next(decoding)
-        hook = backend.layers[layer].register_forward_hook(interrupt)
+        hook = backend.layers[layer].mlp.register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(decoding)
         hook.remove()

@@ -53,7 +53,7 @@ def conversation(backend, config, prefix):
 
 def keys_and_values(decoding):
     """Those of the whole text, by layer and position."""
-    return decoding._cache._storage[..., : len(decoding.rows[0].ids) - 1, :]
+    return decoding._cache.storages[0][..., : len(decoding.rows[0].ids) - 1, :]
 
 
 def assert_same_bits(backend, config, layers=None):

@@ -19,6 +19,8 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
+from layerskip_core.model.cache import EntryWriter
+from layerskip_core.model.cut import PositionCache
 
 LAYERS, MOST = 6, 5
 PROMPT = [5, 11, 23, 42, 8]
@@ -118,9 +120,9 @@ def pruned_drafts(skip):
     with torch.inference_mode():
         prompt = whole.embed(torch.tensor([PROMPT[:last]]))
         whole.run_layers(prompt, 0, LAYERS, before, full)
-        held = full.room(last, 2, 8, prompt)
+        (held,) = full.storages
         for place, index in enumerate(kept):
-            cache.writer(before).update(held[index, 0, :, :, :last], held[index, 1, :, :, :last], place)
+            PositionCache(EntryWriter(cache, before)).update(*held[index, ..., :last, :], place)
         for place in range(last, last + MOST):
             hidden = backend.embed(torch.tensor([ids[place:]]))
             hidden = backend.run_layers(hidden, 0, len(kept), torch.tensor([[place]]), cache)

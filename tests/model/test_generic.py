@@ -79,8 +79,8 @@ def test_the_context_limit_is_an_error(llama):
         backend.run_layers(backend.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), backend.new_cache())
 
 
-def test_what_cannot_be_split_is_refused_by_name():
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_what_cannot_be_cut_is_refused_by_name():
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-    with pytest.raises(CheckpointError, match=r"model_type must be one of llama, .*, got 'gpt2'"):
-        TransformersBackend(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))
+    with pytest.raises(CheckpointError, match="model_type openai-gpt cannot be cut at its layers: it has no KV cache"):
+        TransformersBackend(OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))

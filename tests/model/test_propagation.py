@@ -14,7 +14,8 @@ LAYERS = 6
 
 def kept(cache, layer):
     """Keys and values of a layer, (2, B, kv heads, capacity, head dim)."""
-    return cache.matrices[layer][0].clone()
+    (storage,) = cache.storages
+    return storage[layer].clone()
 
 
 def assert_propagates(model, positions):

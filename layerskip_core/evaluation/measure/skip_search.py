@@ -42,7 +42,7 @@ class Probe:
     def __init__(self, loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], weights: Quantization | None):
         self.prompt_ids, self.output_ids = list(prompt_ids), list(output_ids)
         self._model, self._side = loaded.backend, loaded.backend.draft_sides[weights]
-        model, spec = self._model, self._model.spec
+        model = self._model
         ids, first = [*prompt_ids, *output_ids][:-1], len(prompt_ids) - 1
         tokens = torch.tensor([ids], device=model.device)
         positions = torch.arange(len(ids))[None]
@@ -54,8 +54,7 @@ class Probe:
             for layer in range(model.num_layers):
                 hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
                 self._states.append(hidden)
-            self._written = self._cache.room(len(ids), spec.kv_heads, spec.head_dim, hidden)  # also by drafts
-            self._kept = self._written.clone()
+            self._kept = [written.clone() for written in self._cache.storages]  # which drafts write to
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:
         """The greedy draft at each position of the output, given the prompt and the output before it."""
@@ -71,7 +70,8 @@ class Probe:
                 for block in reversed(blocks)
             ]
             chosen = self._side.choose(self._side.unembed(torch.cat(parts[::-1], dim=1)))[0]
-            self._written.copy_(self._kept)
+            for written, kept in zip(self._cache.storages, self._kept, strict=True):
+                written.copy_(kept)
         return chosen.tolist()
 
 

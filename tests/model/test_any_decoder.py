@@ -1,0 +1,111 @@
+"""Every decoder-only model type of transformers, cut at its layers: against the whole model, and decoding on it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from decoder_types import LAYERS, tiny
+from decodings import ids_of, plainly, prompt_of
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.errors import CheckpointError
+from layerskip_core.model import TransformersBackend
+
+CUT = (
+    *("afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2"),
+    *("cohere2_moe", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "diffllama", "doge", "dots1"),
+    *("ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text"),
+    *(
+        "gemma3n_text",
+        "gemma4_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+    ),
+    *("gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text"),
+    *("longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral"),
+    *("modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi"),
+    *("phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm"),
+    *("starcoder2", "vaultgemma", "xglm", "youtu"),
+)
+RECURRENT = (
+    *("bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling_text", "jamba", "kimi_linear", "lfm2"),
+    *("lfm2_moe", "lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+    *("qwen4_exp_text", "recurrent_gemma", "rwkv", "zamba2", "zaya"),
+)
+REFUSED = {
+    **dict.fromkeys(RECURRENT, "it keeps a state beside its keys and values, which no length rolls back"),
+    "cpmant": "its layers have hidden states of the shape .* for tokens",  # it puts tokens of its own before the prompt
+    "minimax": "MiniMax uses cache of its own",  # of a recurrent state
+    "openai-gpt": "it has no KV cache",
+}
+
+
+def known(model_types):
+    return [model_type for model_type in model_types if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def test_no_type_is_left_out():
+    """Types that are no decoder-only language models of text alone, or have a twin here, are not counted."""
+    assert len({*CUT, *REFUSED}) == 118
+
+
+@pytest.mark.parametrize("model_type", known(CUT))
+def test_a_cut_model_is_the_whole_one(model_type):
+    model, ids = tiny(model_type), torch.tensor([prompt_of(13), prompt_of(13, 1)])
+    backend = TransformersBackend(model)
+    check_logits(model, backend, ids)
+    check_outputs(backend)
+    check_exit(model, backend, ids)  # the model is less afterwards
+
+
+def check_logits(model, backend, ids):
+    """7 tokens are prefilled, then one by one, three and two: each piece by the first layers, and the others from there."""
+    cache, pieces = backend.new_cache(len(ids)), []
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits
+        for start, stop in pairwise([0, 7, 8, 11, 13]):
+            positions, hidden = torch.arange(start, stop).expand(2, -1), backend.embed(ids[:, start:stop])
+            for first, last in pairwise((0, 1, 2, LAYERS)):
+                hidden = backend.run_layers(hidden, first, last, positions, cache)
+            pieces.append(backend.unembed(hidden))
+    assert expected.std() > 0.03
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-3, atol=1e-4)
+
+
+def check_outputs(backend):
+    """Drafts of the first layers, batches at different positions and CALM's state propagation change no token."""
+    prompts = [prompt_of(length) for length in (5, 9, 14)]
+    plain = [plainly(backend, prompt, 12) for prompt in prompts]
+    drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
+    assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
+    assert {answer.row: answer.ids for answer in decode_batch(backend, prompts, drafting)} == dict(enumerate(plain))
+    leaving = DecodingConfig("early-exit", exit_confidence=0.999, exits=(1, 3), max_new_tokens=12)
+    assert ids_of(decode(backend, prompts[1], leaving))[:1] == plain[1][:1]
+
+
+def check_exit(model, backend, ids):
+    """An exit is the model without its last layers."""
+    positions = torch.arange(13).expand(2, -1)
+    with torch.inference_mode():
+        early = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions))
+        layers = backend.layers
+        (name,) = (name for name, part in model.named_modules() if part is layers)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, torch.nn.ModuleList(layers[:2]))
+        torch.testing.assert_close(early, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", known(REFUSED))
+def test_a_model_that_cannot_be_cut_says_why(model_type):
+    with pytest.raises(CheckpointError, match=f"model_type {model_type} cannot be cut at its layers: {REFUSED[model_type]}"):
+        TransformersBackend(tiny(model_type))
