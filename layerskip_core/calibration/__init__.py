@@ -89,7 +89,7 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
     """The texts, and others to measure on. Raises ConfigError for a model that no int4 kernel runs."""
     decoder = for_decoding(config.model, "cpu")
     spec, most = decoder.backend.spec, decoder.backend.spec.context
-    if not isinstance(spec, ModelSpec) or (missing := missing_feature(spec)):
+    if (missing := missing_feature(spec)) or not isinstance(spec, ModelSpec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     for name in matrix_names(spec):
         width = spec.shapes[name][1]

@@ -38,7 +38,7 @@ CONFIGS = [
     ({"layer_types": ["full_attention"]}, "layer_types|num_hidden_layers"),
     ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),
     ({"max_position_embeddings": None}, "max_position_embeddings"),
-    ({"model_type": "gpt2"}, "model_type must be one of"),
+    ({"model_type": "gpt9"}, "model type `gpt9`"),
 ]
 
 
