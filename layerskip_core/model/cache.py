@@ -205,7 +205,7 @@ class MixedCache(KVCache):
         return [storage for part in self.parts for storage in part.storages]
 
     def keep_rows(self, rows: list[int]) -> None:
-        super().keep_rows(rows)
+        self.rows = len(rows)
         for part in self.parts:
             part.keep_rows(rows)
 
@@ -216,6 +216,7 @@ class MixedCache(KVCache):
                 part.join(added)
             else:  # of layers that an early exit never runs
                 part.rows += added.rows
+                part.slots = torch.arange(part.rows)
         self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
         self.max_positions = max(self.max_positions, other.max_positions)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
+from threading import RLock
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -178,7 +179,7 @@ class CutModel:
 
     def __init__(self, model: Any) -> None:
         """Raises CheckpointError, which says why, for a model that cannot be cut."""
-        self._model = model
+        self._model, self._lock = model, RLock()  # for threads that share the model
         parameters = inspect.signature(type(model).forward).parameters
         self._takes_positions = "position_ids" in parameters
         # transformers 5.24 renamed past_key_values; models swallow a wrong keyword in **kwargs without an error.
@@ -233,8 +234,9 @@ class CutModel:
         if form.norm is not None:
             normed: Tensor = form.norm(state[..., : form.width])
             return normed
-        forward = form.owner.forward
-        found: Tensor = self._tail(state, (form.owner, lambda *args, **keywords: _reach(forward(*args, **keywords)[0])))
+        with self._lock:
+            forward = form.owner.forward
+            found: Tensor = self._tail(state, (form.owner, lambda *args, **keywords: _reach(forward(*args, **keywords)[0])))
         return found
 
     def unembed(self, state: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -281,14 +283,16 @@ class CutModel:
         if block is not None:
             ends = {(block[1], kind) for _, kind in ends}
         cache = None if writer is None else PositionCache(writer, ends)
-        changes = [(layers[index], partial(self._pass, index, cache)) for index in range(start)]
         given = None if first else form.hidden(state)
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
-        for index in running:
-            forward = layers[index].forward if block is None else block[0]
-            entering, ending = given if index == start else None, index == stop - 1
-            changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending)))
-        return form.state(self._forward(inputs, positions, changes, cache, key_mask), ids)
+        with self._lock:
+            changes = [(layers[index], partial(self._pass, index, cache)) for index in range(start)]
+            for index in running:
+                forward = layers[index].forward if block is None else block[0]
+                entering, ending = given if index == start else None, index == stop - 1
+                changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending)))
+            hidden = self._forward(inputs, positions, changes, cache, key_mask)
+        return form.state(hidden, ids)
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
         """The forward of a layer that does not run."""
@@ -354,20 +358,21 @@ class CutModel:
         if differ:
             _know_positions(self._model.config.get_text_config(decoder=True)._attn_implementation)
         token = _POSITIONS.set(positions if differ else None)
-        before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
-        try:
-            for module, forward in changes:
-                module.__dict__["forward"] = forward
-            return self._model(**inputs, **keywords)
-        except _Reached as reached:
-            return reached.wanted
-        finally:
-            for attributes, forward in before:
-                if forward is None:
-                    attributes.pop("forward", None)
-                else:
-                    attributes["forward"] = forward
-            _POSITIONS.reset(token)
+        with self._lock:
+            before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
+            try:
+                for module, forward in changes:
+                    module.__dict__["forward"] = forward
+                return self._model(**inputs, **keywords)
+            except _Reached as reached:
+                return reached.wanted
+            finally:
+                for attributes, forward in before:
+                    if forward is None:
+                        attributes.pop("forward", None)
+                    else:
+                        attributes["forward"] = forward
+                _POSITIONS.reset(token)
 
     def _check(self) -> None:
         """Learns the form in three forwards: the whole model, layer by layer, and rows that go on at different positions."""
