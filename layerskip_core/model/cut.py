@@ -358,21 +358,13 @@ class CutModel:
         if differ:
             _know_positions(self._model.config.get_text_config(decoder=True)._attn_implementation)
         token = _POSITIONS.set(positions if differ else None)
-        with self._lock:
-            before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
-            try:
-                for module, forward in changes:
-                    module.__dict__["forward"] = forward
+        try:
+            with self._lock, _replaced(changes):
                 return self._model(**inputs, **keywords)
-            except _Reached as reached:
-                return reached.wanted
-            finally:
-                for attributes, forward in before:
-                    if forward is None:
-                        attributes.pop("forward", None)
-                    else:
-                        attributes["forward"] = forward
-                _POSITIONS.reset(token)
+        except _Reached as reached:
+            return reached.wanted
+        finally:
+            _POSITIONS.reset(token)
 
     def _check(self) -> None:
         """Learns the form in three forwards: the whole model, layer by layer, and rows that go on at different positions."""
@@ -384,7 +376,13 @@ class CutModel:
         vocab = model.config.get_text_config(decoder=True).vocab_size
         ids = (7 + 5 * torch.arange(2 * _TOKENS, device=model.device).view(2, _TOKENS)) % vocab
         expected = self._see(ids)
-        kept = self._layer_by_layer(ids[:, :_KNOWN], expected[:, :_KNOWN])
+        try:
+            kept = self._layer_by_layer(ids[:, :_KNOWN], expected[:, :_KNOWN], reads_ids=False)
+        except _Different as different:
+            try:
+                kept = self._layer_by_layer(ids[:, :_KNOWN], expected[:, :_KNOWN], reads_ids=True)
+            except _Different:
+                raise different from None
         self.form = replace(self.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()})
         cache, prefix = self.new_cache(2, _TOKENS), torch.arange(_KNOWN).expand(2, -1)
         for entry, new in kept.items():
@@ -395,26 +393,28 @@ class CutModel:
             self.form = replace(self.form, by_position=False)
             self._go_on(ids, expected, cache)
 
-    def _layer_by_layer(self, ids: Tensor, expected: Tensor) -> dict[Entry, Tensor]:
-        """Runs each layer alone, and returns what they write."""
-        positions, layers = torch.arange(ids.shape[1]).expand(2, -1), range(len(self.form.layers))
-        reasons = []
-        for reads_ids in (False, True):
-            self.form = replace(self.form, reads_ids=reads_ids, written={})
-            recorder = _Recorder(ids.shape[1])
-            try:
-                with _reasons():
-                    state = self.embed(ids)
-                    for index in layers:
-                        known = len(recorder.kept)
-                        state = self._run(state, index, index + 1, positions, recorder)
-                        self.form = replace(self.form, written={**self.form.written, index: list(recorder.kept)[known:]})
-                    _compare(self.unembed(state), expected, "when each layer runs alone")
-            except _Different as different:
-                reasons.append(different)
-            else:
-                return recorder.kept
-        raise reasons[0]
+    def _layer_by_layer(self, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
+        """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
+        positions, recorder, written = (
+            torch.arange(ids.shape[1]).expand(2, -1),
+            _Recorder(ids.shape[1]),
+            dict[int, list[Entry]](),
+        )
+        self.form = form = replace(self.form, reads_ids=reads_ids, written=written)
+
+        def alone(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+            before = len(recorder.kept)
+            hidden = _hidden(forward(*args, **keywords))
+            written[index] = list(recorder.kept)[before:]
+            return form.returned(hidden)
+
+        changes = [(layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)]
+        with _reasons(), _replaced(changes):
+            state = self._run(self.embed(ids), 0, 1, positions, recorder)
+            if len(changes) > 1:
+                state = self._run(state, 1, len(changes), positions, recorder)
+            _compare(self.unembed(state), expected, "when each layer runs alone")
+        return recorder.kept
 
     def _go_on(self, ids: Tensor, expected: Tensor, cache: MixedCache) -> None:
         """Drafts of the first layers and their verification, after a prefix of which one row has more than the other."""
@@ -496,6 +496,22 @@ def _hidden(output: Any) -> Tensor:
 
 def _reach(wanted: Any) -> NoReturn:
     raise _Reached(wanted)
+
+
+@contextmanager
+def _replaced(changes: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Modules have other forwards."""
+    before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
+    try:
+        for module, forward in changes:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for attributes, own in before:
+            if own is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = own
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

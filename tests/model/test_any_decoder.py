@@ -9,7 +9,7 @@ from decodings import ids_of, plainly, prompt_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import TransformersBackend
 
@@ -69,6 +69,7 @@ def test_a_cut_model_is_the_whole_one(model_type):
     backend = TransformersBackend(model)
     check_logits(model, backend, ids)
     check_outputs(backend)
+    check_propagation(backend, ids)
     check_exit(model, backend, ids)  # the model is less afterwards
 
 
@@ -87,14 +88,32 @@ def check_logits(model, backend, ids):
 
 
 def check_outputs(backend):
-    """Drafts of the first layers, batches at different positions and CALM's state propagation change no token."""
+    """Drafts of the first layers and rows at different positions, some of which join later, change no token."""
     prompts = [prompt_of(length) for length in (5, 9, 14)]
     plain = [plainly(backend, prompt, 12) for prompt in prompts]
     drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
     assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
     assert {answer.row: answer.ids for answer in decode_batch(backend, prompts, drafting)} == dict(enumerate(plain))
-    leaving = DecodingConfig("early-exit", exit_confidence=0.999, exits=(1, 3), max_new_tokens=12)
-    assert ids_of(decode(backend, prompts[1], leaving))[:1] == plain[1][:1]
+    loop, later = (DecodingLoop(backend, part, drafting) for part in (prompts[:2], prompts[2:]))
+    for each in (loop, loop, later):
+        next(each)
+    loop.join(later)
+    assert all(loop)
+    assert [row.output for row in (*loop.rows, *later.rows)] == plain
+
+
+def check_propagation(backend, ids):
+    """What layers write without the rest of them, for states of an exit at the positions of two rows."""
+    caches, positions = [backend.new_cache(2) for _ in range(2)], torch.tensor([[9, 10], [7, 8]])
+    with torch.inference_mode():
+        for cache in caches:
+            backend.run_layers(backend.embed(ids[:, :9]), 0, LAYERS, torch.arange(9).expand(2, -1), cache)
+            hidden = backend.run_layers(backend.embed(ids[:, 9:11]), 0, 1, positions, cache)
+        backend.write_kv(hidden, 1, LAYERS, positions, caches[0])
+        for layer in range(1, LAYERS):
+            backend.run_layers(hidden, layer, layer + 1, positions, caches[1])
+    for written, expected in zip(*(cache.storages for cache in caches), strict=True):
+        torch.testing.assert_close(written, expected)
 
 
 def check_exit(model, backend, ids):
