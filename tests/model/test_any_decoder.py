@@ -63,8 +63,8 @@ def test_no_type_is_left_out():
 def test_a_cut_model_is_the_whole_one(model_type):
     model, ids = tiny(model_type), torch.tensor([prompt_of(13), prompt_of(13, 1)])
     with torch.inference_mode():
-        known = model(input_ids=ids[:, :5], use_cache=False).logits
-        if not torch.allclose(known, model(input_ids=ids, use_cache=False).logits[:, :5], atol=1e-3):
+        start, whole = (model(input_ids=part, use_cache=False).logits for part in (ids[:, :4], ids))
+        if not torch.allclose(start, whole[:, :4], atol=1e-3):
             pytest.skip("in this version of transformers, its tokens see later ones")  # Doge in 5.17
     backend = TransformersBackend(model)
     check_logits(model, backend, ids)
