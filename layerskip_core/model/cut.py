@@ -367,7 +367,7 @@ class CutModel:
             _POSITIONS.reset(token)
 
     def _check(self) -> None:
-        """Learns the form in three forwards: the whole model, layer by layer, and rows that go on at different positions."""
+        """Learns the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
         model = self._model
         if getattr(model, "_is_stateful", False):
             raise _Different(_RECURRENT)
