@@ -5,6 +5,7 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 """
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -41,8 +42,10 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known, and some of the first ones. Not the
 # very first: a short output has few steps, and drafts usually pay.
 _PLAIN_FIRST, _PLAIN_AT, _PLAIN_EVERY = (4, 12, 28, 60), 124, 128
-# Where looking for drafts gained less than this over plain decoding lately, one step of so many looks for them.
-_LEAST_GAIN, _RESTING = 0.03, 4
+# Where looking for drafts gained less than this over plain decoding lately, one step of so many looks for them: the fewer the
+# more it loses.
+_LOOKS = (0.97, 16), (1.03, 4)
+_DOUBTFUL, _DOUBTFUL_PLAIN_EVERY = 1.15, 8  # below this gain, one step of so many is plain, so that the gain is known well
 _PERIODS = 0.97  # weight of the times of steps that were known, per new one
 _REST = 0.1  # of a pass: what the rest of a step may be if nothing is known of it
 _FEW = 48  # tokens of a row, from steps that looked for drafts
@@ -113,18 +116,22 @@ class PassTimes:
             of_one, each = known[0], max(known[-1] - known[0], 0.0) / (measured - 1)
         numbers = [1 << power for power in range(_POWERS)]
         times = (known[n - 1] if n <= measured else of_one + each * (n - 1) for n in numbers)
-        self._times = self._first = list(accumulate(times, max))
+        self._first = list(accumulate(times, max))
+        self._times = list(self._first)
         self._weights = [0.0] * len(numbers)
 
     def of_part(self, of_one: float, share: float) -> "PassTimes":
         """Times of other passes: of one token `of_one`, and of each token more this `share` of what it takes here."""
         part = PassTimes(of_one, 0.0)
-        part._times = part._first = [of_one + share * (time - self._times[0]) for time in self._times]
+        part._first = [of_one + share * (time - self._times[0]) for time in self._times]
+        part._times = list(part._first)
         return part
 
-    def of(self, n: int) -> float:
-        below = min((n - 1).bit_length() - 1 if n > 1 else 0, len(self._times) - 2)
-        low, high, start = self._times[below], self._times[below + 1], 1 << below
+    def of(self, n: int, at_first: bool = False) -> float:
+        """`at_first`: before anything was measured."""
+        times = self._first if at_first else self._times
+        below = min((n - 1).bit_length() - 1 if n > 1 else 0, len(times) - 2)
+        low, high, start = times[below], times[below + 1], 1 << below
         return low + (high - low) * (n - start) / start
 
     def slope(self, n: int) -> float:
@@ -233,21 +240,40 @@ def _lengths(most: int) -> tuple[int, ...]:
     return (*(length for length in _LENGTHS if length < most), most)
 
 
+class Pace:
+    """How long steps of drafters take that have the same kernels, over what was expected at first."""
+
+    def __init__(self) -> None:
+        self.factor, self._tries = 1.0, 0
+
+    def observe(self, factor: float) -> None:
+        self._tries += 1
+        self.factor += max(_TIMES, 1 / (1 + self._tries)) * (min(factor, _JUMP) - self.factor)
+
+
 class Arm:
     """One way to draft, and what is known about it.
 
     Attributes:
         steps: the times of passes of its layers by their rows.
+        pace: of all arms with the same kernels.
         ahead: passes besides one per token: 1 where the target needs the last draft's state.
         share: of a pass of the target that is left to verify its drafts.
         tries: rounds of it whose times were measured.
     """
 
     def __init__(
-        self, name: str, acceptance: Acceptance, steps: PassTimes, share: float, calibration: Calibration, tries: float
+        self,
+        name: str,
+        acceptance: Acceptance,
+        steps: PassTimes,
+        pace: Pace,
+        share: float,
+        calibration: Calibration,
+        tries: float,
     ) -> None:
         self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
-        self.steps, self.share, self.ahead = steps, share, int(share < 1)
+        self.steps, self.pace, self.share, self.ahead = steps, pace, share, int(share < 1)
         self.length = 1  # of the draft that was last found best
         self.last_choice = 0  # the number of the choice at which it was chosen, or up to which it has faded
 
@@ -258,10 +284,18 @@ class Arm:
             self.acceptance.fade(rounds)
             self.steps.fade(rounds)
 
+    def step(self, rows: int) -> float:
+        """The time of a step, which is that of arms with the same kernels as far as this one was not tried."""
+        own, usual = self.steps.of(rows), self.pace.factor * self.steps.of(rows, at_first=True)
+        trust = 1.0 if self.tries == inf else self.tries / (self.tries + _STRENGTH)
+        return trust * own + (1 - trust) * usual
+
     def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
         self.tries += 1
-        self.steps.observe(rows, draft_time / (drafted + self.ahead))
+        step = draft_time / (drafted + self.ahead)
+        self.steps.observe(rows, step)
+        self.pace.observe(step / self.steps.of(rows, at_first=True))
         if self.ahead:
             self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
@@ -279,7 +313,8 @@ class Knowledge:
         self.rest = 0.0  # the time of a step that looks for drafts besides drafts and pass
         self._steps = self._choices = 0
         self._last: Arm | None = None  # that was chosen
-        # Tokens and seconds of steps by the number of binary digits of the rows, and whether they looked for drafts.
+        # By the number of binary digits of the rows, and whether steps looked for drafts: their tokens and seconds, which fade,
+        # and all of their tokens.
         self._periods: dict[tuple[int, bool], list[float]] = {}
 
     def acceptance_of_lookup(self, evidence: int, in_answers: bool = False) -> Acceptance:
@@ -292,31 +327,37 @@ class Knowledge:
         Counts the steps.
         """
         step, self._steps = self._steps, self._steps + 1
-        is_timed = step % _PLAIN_EVERY == _PLAIN_AT or step in _PLAIN_FIRST
-        return is_timed or (step % _RESTING > 0 and not self._gains(rows))
+        gain = self._gain(rows)
+        for below, every in _LOOKS:
+            if gain < below:
+                return step % every > 0
+        every, at = (_DOUBTFUL_PLAIN_EVERY, 4) if gain < _DOUBTFUL else (_PLAIN_EVERY, _PLAIN_AT)
+        return step % every == at or step in _PLAIN_FIRST
 
     def observe_period(self, rows: int, looks: bool, tokens: int, seconds: float, in_passes: float = 0.0) -> None:
         """From one step of so many rows to the next, all included. `looks`: whether the step looked for drafts.
 
         `in_passes`: the seconds of its drafts and of the target's pass.
         """
-        known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0])
-        known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds
+        known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0, 0.0])
+        known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds, known[2] + tokens
         if looks and self._pass_seconds is not None:
             most = _JUMP * self.rest + _REST * self.passes.of(1)  # a step that took longer was disturbed
             self.rest += _TIMES * (min((seconds - in_passes) / self._pass_seconds, most) - self.rest)
 
-    def _gains(self, rows: int) -> bool:
-        """Whether looking for drafts pays with about so many rows, as far as is known."""
-        looking, plain = (self._periods.get((rows.bit_length(), looks), [0.0, 0.0]) for looks in (True, False))
-        # Where no plain step is known, it does not, so that one will be.
-        return looking[0] < _FEW * rows or looking[0] * plain[1] > (1 + _LEAST_GAIN) * plain[0] * looking[1]
+    def _gain(self, rows: int) -> float:
+        """Tokens per second with about so many rows where steps look for drafts, over those of plain steps; inf if unknown."""
+        looking, plain = (self._periods.get((rows.bit_length(), looks), [0.0, 0.0, 0.0]) for looks in (True, False))
+        if looking[2] < _FEW * rows:
+            return inf
+        # Where no plain step is known, it is none, so that one will be.
+        return looking[0] * plain[1] / (plain[0] * looking[1]) if plain[0] else 1.0
 
     def best_length(
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
     ) -> tuple[float, int]:
         """See `best_length`, by the mean acceptance of the arm, or the upper end of its interval of so many deviations."""
-        step = arm.steps.of(rows)
+        step = arm.step(rows)
         if deviations:
             step /= 1 + _UNTRIED / (1 + arm.tries)
         chances = arm.acceptance.chances(deviations)
@@ -348,7 +389,7 @@ class Knowledge:
 
     def ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:
         """Where the probability of all drafts so far is so low that one more does not pay at this rate. For one row."""
-        cost = rate * (arm.steps.of(1) + arm.share * self.passes.slope(length + 1))  # in tokens
+        cost = rate * (arm.step(1) + arm.share * self.passes.slope(length + 1))  # in tokens
         gain = arm.acceptance.chances()[1]
         survival = cost / gain if cost < gain else 1.0
         return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
@@ -392,6 +433,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
     layer = (1 - head) / spec.layers
     passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost))
     arms: dict[str, Arm] = {}
+    paces: dict[str | None, Pace] = defaultdict(Pace)
     for name, drafter in drafters.items():
         weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
         is_exit = exit_layer < spec.layers
@@ -406,7 +448,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
         share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
         known_acceptance = Acceptance(acceptance, acceptance, strength)
-        arms[name] = Arm(name, known_acceptance, steps, share, calibration, tries=0.0 if measures else inf)
+        arms[name] = Arm(name, known_acceptance, steps, paces[weights], share, calibration, tries=0.0 if measures else inf)
     return Knowledge(passes, arms)
 
 
