@@ -17,8 +17,7 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
-from layerskip_core.evaluation.measure.baselines import llama_cpp, load_baselines, require_early_exit, transformers_generate
-from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
 from layerskip_core.evaluation.report.tables import bench_table
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -182,7 +181,7 @@ def package(monkeypatch):
     info = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
     fake = SimpleNamespace(CommonParams=params, Server=Server, get_system_info=lambda: info)
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.baselines.version", lambda name: "1.2")
+    monkeypatch.setattr("layerskip_core.evaluation.measure.bench.version", lambda name: "1.2")
     Server.asked.clear()
     return fake
 

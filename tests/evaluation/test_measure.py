@@ -20,8 +20,7 @@ from layerskip_core.evaluation.measure import (
     measure,
     measure_prompt,
 )
-from layerskip_core.evaluation.measure.baselines import load_baselines
-from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.bench import bench, load_baselines
 from layerskip_core.evaluation.results import Difference, Output, Step
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)

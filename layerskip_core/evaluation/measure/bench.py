@@ -1,21 +1,40 @@
-"""The decoding strategies and baselines side by side: the same prompts, in one process, interleaved."""
+"""The decoding strategies and baselines side by side: the same prompts, in one process, interleaved.
+
+Baselines are transformers' decoders at the same settings, our self-speculation without exit-state reuse, and llama.cpp.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from ...checkpoint.loaded import Decoder
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ...checkpoint.folder import quiet_transformers
+from ...checkpoint.gguf import GgufFile
+from ...checkpoint.loaded import Decoder, Trainable
+from ...checkpoint.open import for_training
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
-from ...config.evaluation import BenchConfig
+from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
+from ...decoding import DecodeStats, StopScanner, step_counts
+from ...errors import ConfigError, LayerSkipError
+from ...model import TransformersBackend
 from ..exits import scores_by_exit
-from ..results import FOUND_SKIP, Journal, RunRecord, found_skip
+from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
 from ..tasks import Task
-from . import Progress, depth_of, measure
-from .baselines import describe_llama_cpp, load_baselines
+from . import Baseline, Progress, depth_of, measure, own_output
 from .figures import environment, result_of
 from .skip_search import search_skips
+
+_MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def bench(
@@ -83,3 +102,245 @@ def strategies_of(
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:
     """Whether Draft & Verify runs, and the layers to skip were neither given nor stored with the model."""
     return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
+
+
+def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
+    """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
+
+    They answer with the `speculative` setting under their name. transformers' decoders run on transformers' own layers; if
+    `loaded` has repacked weights, the model is read again for them.
+
+    Raises ConfigError for a draft model with another tokenizer, for an architecture whose early exit transformers ignores, and
+    as `llama_cpp` does; CheckpointError for a model that cannot be read.
+    """
+
+    def transformers_model(name: str) -> Trainable:
+        return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
+
+    found: dict[str, Baseline] = {}
+    model, vocabulary = None, {}
+    if isinstance(loaded.backend, TransformersBackend):
+        model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
+    elif any(name in TRANSFORMERS_BASELINES for name in config.baselines):
+        target = transformers_model(loaded.name)
+        model, vocabulary = target.model, target.tokenizer.get_vocab()
+    for name in config.baselines:
+        match name:
+            case "no-reuse":
+                found[name] = without_reuse
+            case "llama.cpp":
+                found[name] = llama_cpp(loaded, config.gguf or "")
+            case "transformers":
+                found[name] = transformers_generate(model)
+            case "assistant-early-exit":
+                require_early_exit(model)
+                found[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
+            case "prompt-lookup":
+                found[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
+            case "draft-model":
+                draft = transformers_model(config.draft_model or "")
+                if draft.tokenizer.get_vocab() != vocabulary:
+                    raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
+                found[name] = transformers_generate(model, assistant=draft.model)
+    return found
+
+
+def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+    """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
+    return own_output(loaded, prompt_ids, replace(setting, strategy="self-speculative"), reuse_exit_states=False)
+
+
+def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
+    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
+
+    Every round drafts the setting's `num_draft_tokens`. The config also takes the place of the models' own: transformers fills
+    gaps with the checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
+    """
+    models = [each for each in (model, assistant) if each is not None]
+
+    def generate(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+        """Raises LayerSkipError when transformers fails."""
+        ends, room = loaded.ends(setting.stop), loaded.backend.spec.context - len(prompt_ids)
+        scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=scanner.room,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(loaded.eos_ids, default=0),
+            num_assistant_tokens=setting.num_draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+            **(options or {}),
+        )
+        ids, timer = torch.tensor([prompt_ids], device=model.device), StepTimer(model, len(prompt_ids), scanner)
+        keywords = {"attention_mask": torch.ones_like(ids), "streamer": timer, "assistant_model": assistant}
+        before = [each.generation_config for each in models]
+        try:
+            for each in models:
+                each.generation_config = config
+            with quiet_transformers(), timer, suppress(StopString):
+                model.generate(ids, generation_config=config, **keywords)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any error of transformers fails this prompt, not the run
+            raise LayerSkipError(f"transformers ({setting.strategy}): {error or type(error).__name__}") from error
+        finally:
+            for each, own in zip(models, before, strict=True):
+                each.generation_config = own
+        return Output(tuple(timer.ids), "", tuple(timer.steps), timer.stats, scanner.reason)
+
+    return generate
+
+
+@torch.inference_mode()
+def require_early_exit(model: Any) -> None:
+    """Raises ConfigError unless this model runs fewer layers with a smaller `num_hidden_layers`: transformers' early exit."""
+    layers, calls = model.config.num_hidden_layers, []
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
+    try:
+        model.config.num_hidden_layers = 1
+        model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.config.num_hidden_layers = layers
+        for hook in hooks:
+            hook.remove()
+    if len(calls) != 1:
+        raise ConfigError(
+            f"`baselines` assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
+            "leave that baseline out"
+        )
+
+
+class StopString(Exception):
+    """Raised in `generate` by its streamer: transformers' own handling of stop strings misses those inside a round."""
+
+
+class StepTimer(BaseStreamer):  # type: ignore[misc]
+    """Counts and times the steps of `generate`: as its streamer, and through hooks around the target's forward passes.
+
+    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft.
+    """
+
+    def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
+        self.ids: list[int] = []
+        self.steps: list[Step] = []
+        self.stats = DecodeStats(sequences=1, prompt_tokens=prompt_tokens)
+        self._model, self._num_layers = model, int(model.config.num_hidden_layers)
+        self._scanner = scanner
+        self._prompt_seen = False
+        self._drafted = 0
+        self._started = self._target_started = self._target_ended = 0.0
+
+    def __enter__(self) -> "StepTimer":
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._model.register_forward_hook(self._after),
+        ]
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._model.config.num_hidden_layers = self._num_layers  # a failed early-exit draft leaves it at the exit
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receives the prompt first, then the tokens of each step, on the CPU."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        seconds, tokens = time.perf_counter() - self._started, value.flatten().tolist()
+        count, reason = self._scanner.cut(tokens)
+        phase = "verify_seconds" if self.steps else "prefill_seconds"
+        drafting = self._target_started - self._started if self._drafted else 0.0
+        times: dict[str, Any] = {
+            phase: self._target_ended - self._target_started,
+            "draft_seconds": drafting,
+            "total_seconds": seconds,
+        }
+        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + DecodeStats(**times)
+        self.steps.append(Step(count, seconds))
+        self.ids += tokens[:count]
+        if reason == "stop":
+            raise StopString
+        self._started = time.perf_counter()
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+
+    def _before(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self._model.config.num_hidden_layers == self._num_layers:
+            rows = (keywords["input_ids"] if "input_ids" in keywords else args[0]).shape[1]
+            self._drafted = rows - (1 if self.steps else self.stats.prompt_tokens)
+            self._target_started = time.perf_counter()
+
+    def _after(self, *_: Any) -> None:
+        if self._model.config.num_hidden_layers == self._num_layers:
+            self._target_ended = time.perf_counter()
+
+
+def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
+    """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
+
+    It decodes greedily, without drafts, and gets token ids. Raises ConfigError if the package or the file is missing, llama.cpp
+    cannot read it, or it has other layers or tokens, and CheckpointError for a damaged file.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        needed = "`baselines` llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
+        raise ConfigError(needed, "baselines") from None
+    spec = loaded.backend.spec
+    layers, tokens, context = spec.layers, spec.vocab, min(spec.context, _MOST_CONTEXT)
+    if not Path(gguf).is_file():
+        raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
+    file = GgufFile(Path(gguf))
+    if (file.layers, file.tokens) != (layers, tokens):
+        raise ConfigError(
+            f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {gguf} has {file.layers} "
+            f"layers and {file.tokens} tokens",
+            "gguf",
+        )
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = gguf, context, 1
+    settings.warmup = settings.fit_params = False
+    settings.verbosity = settings.cache_ram_mib = 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    try:
+        server = xllamacpp.Server(settings)
+    except Exception as error:  # the package raises RuntimeError and others
+        raise ConfigError(f"`gguf` {gguf} must be a file that llama.cpp reads: {error}", "gguf") from error
+
+    def complete(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+        """The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one."""
+        room = context - len(prompt_ids)
+        if room < 1:
+            raise LayerSkipError(f"the prompt must be at most {context - 1} tokens for llama.cpp, got {len(prompt_ids)}")
+        scanner = StopScanner(loaded.ends(setting.stop), setting.stop, setting.max_new_tokens, room, loaded.detokenize)
+        request = {
+            "prompt": prompt_ids, "max_tokens": scanner.room, "temperature": 0, "samplers": ["temperature"],
+            "stop": list(setting.stop), "cache_prompt": False, "return_tokens": True, "verbose": True,
+        }  # fmt: skip
+        started = time.perf_counter()
+        answer = server.handle_completions(request)
+        seconds = time.perf_counter() - started
+        if "error" in answer:
+            raise LayerSkipError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
+        found = answer["__verbose"]
+        count, reason = scanner.cut(found["tokens"])
+        prefill = min(found["timings"]["prompt_ms"] / 1000, seconds)
+        steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
+        stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
+        stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
+        return Output(tuple(found["tokens"][:count]), "", steps, stats, reason)
+
+    return complete
+
+
+def describe_llama_cpp() -> str:
+    """The version of llama.cpp and the instruction sets that this build uses on this processor."""
+    import xllamacpp
+
+    features = [part.split("=")[0].strip() for part in xllamacpp.get_system_info().split("|") if "= 1" in part]
+    used = " ".join(feature.removeprefix("CPU : ") for feature in features)
+    return f"xllamacpp {version('xllamacpp')} ({used})"
