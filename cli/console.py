@@ -74,9 +74,10 @@ def show_picture(picture: Picture) -> None:
 
 @contextmanager
 def stage_bars(pictures: Mapping[str, Picture] | None = None) -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `show(stage, done, total, text)`: on a terminal a bar for each stage of the work, below its picture if it has one.
+    """Yields `show(stage, done, total, text)`: on a terminal a bar for each stage of the work, after the one before.
 
-    Elsewhere a plain line every ten seconds and at the end of a stage.
+    Elsewhere a plain line every ten seconds and at the end of a stage. `pictures`: of stages that have one, drawn above the bar
+    again and again.
     """
     if not _is_first_process():
         yield lambda *_: None

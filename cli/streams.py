@@ -30,8 +30,9 @@ class _Narration(io.TextIOWrapper):
 def take() -> None:
     """Makes all three usable. `main` calls this first.
 
-    Closed descriptors become /dev/null, before another file gets their number; for reading, so that results that cannot be
-    written are an error. Invalid bytes in prompts become lone surrogates, as in arguments, which are refused.
+    Closed descriptors become /dev/null: otherwise the next file opened would get their number, and the output of C code. That
+    is opened for reading, so that results that cannot be written are an error. Invalid bytes in prompts become lone surrogates,
+    as in arguments, so that the prompt they are in is refused.
     """
     global _taken
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:

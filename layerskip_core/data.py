@@ -32,7 +32,8 @@ Item = TypeVar("Item")
 
 # Rows of files and of the hub
 
-# Not by `datasets`, which turns a bad row into None, the text 2020-01-01 into a date, NA into nothing, and copies each file.
+# `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
+# NA into nothing, and it keeps a copy of each file.
 
 
 class Record(NamedTuple):
@@ -73,7 +74,8 @@ class Record(NamedTuple):
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
     """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
 
-    All but Parquet may be gzipped; all but JSON arrays are read lazily. Raises DataError, possibly after some rows.
+    All formats but Parquet may be gzipped, with .gz after the ending. All but JSON arrays are read lazily.
+    Raises DataError, possibly after some rows, for a file of another format, a damaged file and one without rows.
     """
     ending = file_ending(path)
     if ending not in _READERS:
@@ -214,7 +216,11 @@ class _Message(msgspec.Struct):
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set, or `config.limit` of them, evenly spaced. Raises DataError, which names file and line."""
+    """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
+
+    Raises:
+        DataError: no such data or column, or an empty or malformed row, named as file:line.
+    """
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
     if len(examples) < len(rows):
@@ -236,7 +242,10 @@ def load_rows(config: DataConfig) -> list[Row]:
 
 
 def load_prompts(config: DataConfig) -> list[Example]:
-    """The prompts of a data set, whose rows need no completion; the lines of a text file are prompts. Raises DataError."""
+    """The prompts of a data set, whose rows need no completion; the lines of a text file are prompts.
+
+    Raises DataError like `load_examples`.
+    """
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
     column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column

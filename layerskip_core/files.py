@@ -75,7 +75,9 @@ def read_json(path: Path, error: type[LayerSkipError], kind: Any = dict[str, Any
 
 
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
-    """The lines of a journal with their ends, without an incomplete last one; none if there is no file."""
+    """The lines of a journal with their ends; none if there is no file. A killed process may leave the last one incomplete: it
+    is left out.
+    """
     content = read_bytes(path, str(path), error) if path.exists() else b""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
@@ -94,7 +96,10 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file's content as a whole, by a rename, or raises `error`. A symbolic link stays; a device is written to."""
+    """Replaces a file's content as a whole, by a rename. A symbolic link stays; a device or FIFO is written to.
+
+    Raises `error` if it fails; the file is then unchanged.
+    """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".layerskip-writing-{target.name}")  # of a killed process it is written over
     try:
@@ -123,7 +128,10 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
 
 
 def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced."""
+    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced.
+
+    The folder may not exist yet.
+    """
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free + held
@@ -187,9 +195,16 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
     A missing folder is created, and removed again if it is still empty at the end. A thread may take a lock that it already
-    holds. `doing`: for the message that other processes get. `wait`: seconds to wait for another process.
+    holds. The system releases the lock of a process that is killed.
 
-    Raises LockedError if another process holds the lock, LayerSkipError if the folder cannot be created or written.
+    Args:
+        folder: the folder to write to.
+        doing: what this process does there, for the message that others get.
+        wait: seconds to wait for another process.
+
+    Raises:
+        LockedError: another process holds the lock; the message names it.
+        LayerSkipError: the folder cannot be created or written.
     """
     from filelock import FileLock, Timeout
 

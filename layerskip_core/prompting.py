@@ -104,7 +104,14 @@ def resolve_template(
 ) -> PromptTemplate:
     """The template to use: the requested one, else the stored one, else the tokenizer's chat template, else `raw`.
 
-    `system` replaces the stored system message. Raises ConfigError for a chat template or system message that does not fit.
+    Args:
+        requested: `chat`, `raw` or a text with {prompt} in it.
+        system: a system message, which replaces the stored one.
+        stored: the template that the checkpoint names.
+        tokenizer: the model's.
+
+    Raises:
+        ConfigError: `chat` without a chat template, or a system message in another template.
     """
     if requested == CHAT:
         require_chat_template(tokenizer)
@@ -125,7 +132,9 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
 
-    Raises ConfigError without a chat template, CheckpointError for one that is damaged or refuses the conversation.
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        CheckpointError: its template is damaged or refuses the conversation.
     """
     require_chat_template(tokenizer)
     template = tokenizer.chat_template
@@ -178,9 +187,13 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
 
-    `turns`: earlier prompts with their answers, for the chat template only. Only the template's special tokens become tokens;
-    in all else they stay text, except in a raw prompt. Raises ConfigError for a prompt that is not valid Unicode, and as
-    `render_chat` does; CheckpointError if the tokenizer fails.
+    Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
+    template those of the prompt become tokens. `turns`: earlier prompts with their answers, for the chat template only; special
+    tokens in them stay text too.
+
+    Raises:
+        ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
+        CheckpointError: the chat template or the tokenizer fails.
     """
     try:
         prompt.encode()
@@ -204,7 +217,11 @@ def encode_prompt(
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of turns (role, text) in the chat template, up to the assistant's next; special tokens in them stay text."""
+    """Token ids of turns (role, text) in the tokenizer's chat template, up to where the assistant's next turn begins.
+
+    Special tokens in the turns stay text. Raises ConfigError if the tokenizer has no chat template, CheckpointError if that or
+    the tokenizer fails.
+    """
     special = special_text(tokenizer, *(text for _, text in turns))
     seal = special is not None and any(special.found(text) for _, text in turns)
     messages = [{"role": role, "content": special.masked(text) if special and seal else text} for role, text in turns]
@@ -231,8 +248,8 @@ def encoded(encode: Callable[[], Result]) -> Result:
 class SpecialText:
     """The special tokens of a tokenizer, and a copy of it that knows them by secret names.
 
-    A prompt cannot contain these random names. So in `sealed` text the only special tokens are those that were in it before the
-    prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
+    A prompt cannot contain a secret name, because the names are random. So in `sealed` text the only special tokens are those
+    that were in it before the prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
     """
 
     tokenizer: "tokenizers.Tokenizer"

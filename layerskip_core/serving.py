@@ -2,7 +2,8 @@
 
 As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
 A request is prefilled, alone or with others of short prompts, and then joins the loop that decodes by the same settings; loops
-with different settings take their steps in turn. Between two steps few prompts are prefilled, not to hold up the others.
+with different settings take their steps in turn. Between two steps few prompts are prefilled, so that new requests do not hold
+up those that are being answered.
 """
 
 import threading
@@ -50,6 +51,7 @@ class Request:
 
     `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
     sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
+    `stats`: counts so far.
     """
 
     ids: list[int]
@@ -139,7 +141,7 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        Empty if this step has no room left. A longer prompt than any step has room for is prefilled alone.
+        An empty list if this step has no room for it any more. A longer prompt than any step has room for is prefilled alone.
         """
         first = self._waiting[0]
         requests: list[Request] = []
@@ -155,7 +157,10 @@ class Scheduler:
         return requests
 
     def _prefill(self, requests: list[Request]) -> list[Request]:
-        """Prefills requests that differ in seeds only, and lets them join the loop of their settings. Returns ended ones."""
+        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
+
+        Returns those that are over.
+        """
         decoder, done, rows = self._decoder, list[Request](), dict[int, Request]()
         for request in requests:
             try:
@@ -226,7 +231,10 @@ def _failed(requests: Iterable[Request], error: BaseException) -> list[Request]:
 class Engine:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
 
-    `held`: how many requests wait or are being decoded; `running`: are being decoded. `is_stopped`: it takes none any more.
+    Attributes:
+        held: how many requests wait or are being decoded.
+        running: how many of them are being decoded.
+        is_stopped: whether it was stopped, or failed: it takes no requests any more.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, earlier: EarlierAnswers | None = None) -> None:
@@ -241,7 +249,10 @@ class Engine:
         self._thread.start()
 
     def hold(self, requests: int) -> None:
-        """Holds places for requests, before any work is done for them. Raises QueueFull, and Stopped after `stop`."""
+        """Holds places for requests that will be submitted, before any work is done for them.
+
+        Raises QueueFull if not all of them have one, and Stopped after `stop`.
+        """
         with self._lock:
             self._require_running()
             if self.held + requests > self._most:

@@ -24,8 +24,9 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[LABEL=]PATH[,PATH...]...",
-            help="Runs by label, which differ in their seed: folders of finetune, sweep-exits or bench, a results.json or a "
-            "losses.jsonl. Names that end in -seed1, ... share a label. Without runs: embedded-base and embedded.",
+            help="Runs by label: folders that finetune, sweep-exits or bench wrote, a results.json or a losses.jsonl. Runs of "
+            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one. "
+            "Without runs, embedded-base and embedded are measured.",
         ),
     ] = None,
     only: Annotated[

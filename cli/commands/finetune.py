@@ -238,7 +238,10 @@ class Curves:
             self._kept, self._distance = self._kept[::2], self._distance * 2
 
     def picture(self, width: int) -> Text:
-        """A line of `width` characters for each of at most twelve exits: its loss at first, over the steps and now."""
+        """A line per exit: its loss at first, over the steps and now. One logarithmic scale for all lines, so they compare.
+
+        `width`: characters of a line. Of more than twelve exits every second, third, ... is shown, and always the last.
+        """
         text, layers = Text(), sorted(self._latest)
         text.append("loss: at first, over the steps, now\n", style="dim")
         apart = -(-len(layers) // _MOST_CURVES) or 1

@@ -40,8 +40,8 @@ def generate(
     jsonl: Annotated[
         bool,
         Flag(
-            "Standard input holds one JSON object with a `prompt`, and perhaps options of decoding, per line; answers are "
-            "objects too.",
+            "Standard input holds one JSON object with a `prompt` per line; answers are objects too. `policy`, "
+            "`max_new_tokens`, `temperature`, `stop` and other options of decoding in an object are for its prompt alone.",
             panel="Input",
         ),
     ] = False,
@@ -182,7 +182,8 @@ def _together(
 ) -> "Answers":
     """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
 
-    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded.
+    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
+    end if whoever writes requests waits for answers.
     """
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job

@@ -35,7 +35,9 @@ class ServeConfig:
     port: Annotated[int, Meta(ge=0, le=65_535), Flag("Port to listen on; 0: a free one.")] = 8000
     batch_size: Annotated[BatchSize, Flag("Answers that are decoded together.")] = 8
     queue_size: Annotated[
-        int, Meta(ge=0, le=1_000_000), Flag("Answers that may wait besides; more get status 429.", "--queue")
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag("Answers that may wait besides; a request beyond gets status 429.", "--queue"),
     ] = 256
     token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20

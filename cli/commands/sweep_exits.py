@@ -112,7 +112,10 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def front(points: "Points", width: int) -> Text:
-    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier."""
+    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier.
+
+    `width`: characters of a line.
+    """
     from layerskip_core.evaluation.report.tables import is_wide, strategy_name
     from layerskip_core.evaluation.results import result_name
 

@@ -113,7 +113,8 @@ class Service:
     async def submit(self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]) -> tuple[Asked, list[Job]]:
         """Hands the engine what a body asks for: one job per answer, whose updates are delivered with its number.
 
-        The answers have places in the queue before any work is done for them. Raises QueueFull, ApiError and LayerSkipError.
+        The answers have places in the queue before any work is done for them. Raises QueueFull, ApiError and LayerSkipError for
+        what is wrong or does not fit.
         """
         engine, config, held = self._engine, self._config, 1
         engine.hold(held)
@@ -200,7 +201,9 @@ class _Endpoint:
             self._service.metrics.requests.labels("chat" if self._is_chat else "completions", outcome).inc()
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
-        """As one document, or as server-sent events, whose status is sent with the first token: an error before is HTTP's."""
+        """As one document, or as server-sent events. Their status is sent with the first token, so that an error before it is
+        one of HTTP.
+        """
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
         asked, jobs = await service.submit(await service.body(request), self._is_chat, updates.deliver)

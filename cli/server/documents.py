@@ -85,7 +85,10 @@ class Asked(NamedTuple):
 
 
 def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
-    """What a body asks the model of this name for; `flags` are for what it does not say. Raises ApiError and ConfigError."""
+    """What a body asks the model of this name for; `flags` are for what it does not say.
+
+    Raises ApiError, and ConfigError for an option outside its range.
+    """
     try:
         document = parse_json(body, "the body", DataError)
     except DataError as error:

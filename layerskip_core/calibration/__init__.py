@@ -47,8 +47,11 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     Nothing is written before the end. The same settings give the same weights on one machine. layerskip.json gets the
     acceptance of drafts by these weights: the share of places in other texts where both models choose the same token.
 
-    Raises CheckpointError if the model cannot be read or the folder not be written, ConfigError if the folder holds another
-    model or a foreign file of this name, or the model has no int4 kernels, DataError for data that is not there or too small.
+    Raises:
+        CheckpointError: the model cannot be read, or the folder not be written.
+        ConfigError: the folder holds another model, or a file of this name that is not the model's, or the model has no int4
+            kernels.
+        DataError: the data is not there or too small.
     """
     folder, own = output_folder(config), own_folder(config.model)
     copied = own is None or Path(folder).resolve() != Path(own).resolve()
@@ -121,7 +124,10 @@ def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: 
 
 
 def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> Tensor:
-    """At most (count, length) tokens of the rows of a data set, in random order. Raises DataError for less than one text."""
+    """At most (count, length) tokens of the rows of a data set, joined in random order.
+
+    Raises DataError where there is not even one text.
+    """
     ids: list[int] = []
     rows = load_examples(data)
     Random(data.seed).shuffle(rows)

@@ -48,7 +48,10 @@ _DECAYS = (0.9, 0.99)  # of Adam
 
 
 class Moments:
-    """Sums over the inputs x of a layer, and y of the original: `square` of x x^T, `shift` of (y - x) x^T, (in, in) in fp32."""
+    """Sums over the inputs x of a layer and over those of the original layer, y, both (in, in) in fp32.
+
+    `square` is that of x x^T, `shift` that of (y - x) x^T.
+    """
 
     def __init__(self, inputs: int) -> None:
         self.square, self.shift = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
@@ -196,9 +199,10 @@ def with_best_levels(made: Int4, aim: Aim) -> Int4:
 
 @torch.no_grad()
 def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]) -> tuple[dict[str, Int4], Tensor]:
-    """GPTQ of all projections, whose int4 values `backend` gets, and of the head, which it keeps, on texts (N, T).
+    """GPTQ of all projections and of the head, on texts (N, T). The projections of `backend` get their int4 values.
 
-    Returns the weights by name, and the states (N, T, D) of the original model after its last layer.
+    `report` gets the number of layers that are done, the head being the last. Returns the weights by name, and the states
+    (N, T, D) of the original model after its last layer. The head of `backend` stays as it is: drafts have it in 8 bits.
     """
     parts = torch.split(texts, max(1, _TOKENS // texts.shape[1]))
     low = [backend.embed(part) for part in parts]  # hidden states of the quantised layers
@@ -313,8 +317,8 @@ def tune(
 ) -> dict[str, Int4]:
     """All weights of `quantized`, those of the layers tuned on the texts (N, T) that they were made with.
 
-    `original` (N, T, D): the states of the original model. `backend` has the quantised values, and gets the tuned ones.
-    `report` gets the number of steps that are done, and the divergence in nats per token.
+    `original` (N, T, D) are the states of the original model. `backend` has the values of the quantised weights, and gets the
+    tuned ones. `report` gets the number of steps that are done, and the divergence in nats per token.
     """
     backend.model.requires_grad_(False)
     tuned = {

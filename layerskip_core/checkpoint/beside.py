@@ -61,7 +61,8 @@ def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
 def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> Take | None:
     """The calibrated weights of a folder as rows of bytes, each read when it is taken; None if the folder has none.
 
-    `weight_of`: the model's own, in any precision. Raises CheckpointError for a damaged file, or one made from other weights.
+    `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
+    not made from these weights.
     """
     path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     if not path.is_file():
@@ -83,7 +84,11 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, read and refused as in `read_int4`, as they are stored; NO_BLOCKS if there is no such file."""
+    """The blocks of a folder, each weight read when it is taken, as it is stored; NO_BLOCKS if the folder has no such file.
+
+    `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
+    not trained for these weights.
+    """
     path = Path(folder) / EXIT_BLOCKS_FILE
     if not path.is_file():
         return NO_BLOCKS
@@ -103,7 +108,10 @@ def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str
 
 
 def exit_blocks_content(spec: ModelSpec, weights: Mapping[str, Tensor], made_for: str, kept: ExitBlocks = NO_BLOCKS) -> bytes:
-    """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`, and the blocks of `kept` at other exits."""
+    """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`. `made_for`: the model's `fingerprint`.
+
+    The blocks of `kept` are added where `weights` has none for their exit.
+    """
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:

@@ -42,7 +42,10 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """The spec of a model that needs no transformers; None for one that does. Raises CheckpointError for bad values."""
+    """What the model of a folder is that needs no transformers; None for one that does.
+
+    Raises CheckpointError for a value of the wrong type or out of range.
+    """
     config = read_settings(folder, CONFIG_FILE)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
@@ -121,7 +124,10 @@ def open_weights(folder: str | Path) -> dict[str, WeightFile]:
 
 
 def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
-    """Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point."""
+    """Checks the headers of the files; no weight is read.
+
+    Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.
+    """
     entries = {name: files[name].entries[name] for name in spec.shapes if name in files}
     spec.check_weights({name: shape for name, (_, shape) in entries.items()})
     for name, (kind, _) in entries.items():
@@ -142,7 +148,7 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding for.
 
-    Special tokens may lie beyond the embeddings, as Gemma 3's for images do.
+    Special tokens may lie beyond the embeddings, as those of Gemma 3 for images do: no text contains them.
     """
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")

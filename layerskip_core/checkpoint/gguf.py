@@ -39,7 +39,7 @@ _HEAD_SIZES = ("llama", "qwen3")  # whose files name the size of a head where tr
 class GgufFile:
     """A GGUF file, whose tensors are mapped. `layers` and `tokens`: their numbers, None where the file does not say.
 
-    `config` and `spec` raise CheckpointError for an unsupported architecture and bad values.
+    `config` and `spec` raise CheckpointError for an unsupported architecture, and for values that are missing or out of range.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +95,8 @@ class GgufFile:
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The entries to change in `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
 
-        For Llama 3 the file has only what each frequency is divided by: the original context is one that gives these factors.
+        Linear and YaRN are named in the header. For Llama 3 the file has only what each frequency is divided by: the original
+        context is then one that gives these factors.
         """
         prefix = f"{self._architecture}.rope."
         named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
@@ -144,7 +145,11 @@ class GgufFile:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers. Raises CheckpointError for one that is missing or unreadable."""
+        """All weights in fp32 by their names in transformers.
+
+        Raises CheckpointError, before any is read, for one that is missing or has another shape; and for one that is stored in
+        a way that the package `gguf` does not read.
+        """
         from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}

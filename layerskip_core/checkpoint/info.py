@@ -50,9 +50,10 @@ class CheckpointInfo:
     """The content of layerskip.json.
 
     `exit_layer`, `num_draft_tokens` and `strategy` are recommended by a sweep; "autoregressive" means that no exit pays.
-    `policies`: the settings that a sweep saved, by name. `details`: all other keys, such as recipe, data, seed and losses.
-    `files`: the names, relative to the folder, of all files written with the model. `system` belongs to the prompt template
-    `chat`. `skip`: the layers that a search found for draft-and-verify, with a draft length.
+    `policies` are the settings that a sweep saved, by name; older versions know only the recommended ones. `details` holds all
+    other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of all files written with
+    the model; older versions did not write them. `system` belongs to the prompt template `chat`. `skip`: the layers that a
+    search found for draft-and-verify, with a draft length.
     """
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
@@ -95,8 +96,8 @@ class CheckpointInfo:
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
-        Of other drafters, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a gap of that
-        many nats between an exit's loss and the last layer's.
+        Of drafters that it did not measure so, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2)
+        for a gap of that many nats between an exit's loss and the last layer's.
         """
         known, training = self.profile, self._training
         of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in training.exit_blocks.items()}
@@ -118,7 +119,8 @@ class CheckpointInfo:
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
         """With a description of how the blocks of exits were trained, by exit.
 
-        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits.
+        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits,
+        by the model's own layers or by copies. Its other measurements stay, such as those of passes and of layers to skip.
         """
         names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
 
@@ -145,7 +147,10 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """layerskip.json of a folder; an empty one if there is none. Raises CheckpointError for what `to_json` would not write."""
+    """layerskip.json of a folder; an empty one if there is none (a hub model, a plain checkpoint).
+
+    Raises CheckpointError if it holds anything that `to_json` would not write.
+    """
     file = Path(path) / INFO_FILE
     if not file.is_file():
         return CheckpointInfo()

@@ -83,7 +83,10 @@ def downloaded(name: str) -> str:
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`. What it raises becomes a CheckpointError of one line that names the model, except errors of settings."""
+    """Calls `read`. Whatever it raises becomes a CheckpointError of one line that names the model.
+
+    A ConfigError passes: it is about what the user asked for, not about the model.
+    """
     try:
         return read()
     except (ConfigError, LockedError):
@@ -101,7 +104,10 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """(the folders of adapters, each on top of the next; the base model). Raises CheckpointError, also for a circle."""
+    """A model's name as a chain: the folders of adapters, each of which needs the next, and the base model of the last.
+
+    Raises CheckpointError for a damaged configuration, and for a chain that is a circle.
+    """
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE

@@ -3,7 +3,8 @@
 It has the embedding and the norms by their names in a checkpoint, and the tensors of each matrix (see model/native/matrix.py)
 as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by low-bit copies. The
 layout is the same for all variants of the kernels, but for fp32 weights that bf16 holds, which those that widen bf16 read as
-`widened`. The header says what was packed, and has a fingerprint of a few bytes of every tensor, which shows missing content.
+`widened`. The header says what was packed, and has a fingerprint of a few bytes of
+every tensor, which shows content that is missing, as when a copy was interrupted; the other bytes are not checked.
 """
 
 import hashlib

@@ -41,7 +41,10 @@ Result = TypeVar("Result")
 
 
 def model_files(folder: Path) -> set[str]:
-    """Relative names of the model's files in a folder: those that layerskip.json lists, else those with the usual names."""
+    """Relative names of the model's files in a folder: those that layerskip.json lists, else those with the usual names.
+
+    A folder without a model has none. Raises CheckpointError if layerskip.json is not valid.
+    """
     names = {INFO_FILE, *read_info(folder).files}
     if len(names) == 1 and any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()):
         names |= _usual(folder)
@@ -81,8 +84,12 @@ def save_checkpoint(
     """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
 
     An adapter (a peft model) is written alone and names its base. `files` are written too, by name. `model` is converted to
-    `dtype` in place. Raises CheckpointError if the folder cannot be written or files that belong to no model are in the way; it
-    is unchanged then.
+    `dtype` in place.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, or files that belong to no model are in the way. The folder is
+            unchanged then.
+        LockedError: another process writes to the folder.
     """
 
     def write(staging: Path) -> None:
@@ -94,7 +101,10 @@ def save_checkpoint(
 
 
 def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
-    """Replaces the model in `output` by the files of the folder `source`, byte for byte, as `save_files` does."""
+    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info`.
+
+    `files` are written too, by name. Raises as `save_checkpoint` does.
+    """
     folder = Path(source)
 
     def write(staging: Path) -> None:
@@ -153,7 +163,10 @@ def write_info(path: str, info: CheckpointInfo) -> None:
 def save_beside(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
-    """Adds a file to a folder's model, and to the list in layerskip.json, which also gets the `change`."""
+    """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced.
+
+    `change`: what else changes there. Raises as `write_info` does.
+    """
     with hold(folder, f"saving {name}"):
         info = change(read_info(folder))
         # First: a file that it does not list would be in the way.
@@ -162,7 +175,10 @@ def save_beside(
 
 
 def settle(folder: str | Path) -> None:
-    """Moves the files of a complete new model into place, or waits while another process does. Raises LayerSkipError."""
+    """Moves the files of a complete new model into place, or waits while another process does it.
+
+    Raises LayerSkipError if that fails: the folder is not writable, or a file cannot be moved.
+    """
     folder = Path(folder)
     ready = folder / READY
     if not (ready / INFO_FILE).exists():
@@ -192,7 +208,10 @@ def settle(folder: str | Path) -> None:
 
 
 def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
-    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models."""
+    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models.
+
+    Raises what `read` raises when no file was replaced.
+    """
     while True:
         settle(folder)
         before = _version(folder)

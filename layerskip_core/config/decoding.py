@@ -32,7 +32,11 @@ Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences
 
 Remember = Annotated[
     CountOrNone,
-    Flag("Tokens of earlier answers that lookups search too; 0: none. They show in the times of later ones.", panel="Decoding"),
+    Flag(
+        "Tokens of this run's earlier answers that lookups search too; 0: none. They leave traces in the times of later "
+        "answers, in a server in those of other clients.",
+        panel="Decoding",
+    ),
 ]
 
 
@@ -49,7 +53,11 @@ class DecodingOptions(TypedDict, total=False):
     strategy: Annotated[
         str,
         one_of(*STRATEGIES),
-        Flag(f"{', '.join(STRATEGIES)}.", None, "adaptive; self-speculative with a flag about an exit or drafts", "Decoding"),
+        Flag(
+            f"{', '.join(STRATEGIES)}.",
+            default="adaptive; self-speculative with a flag about an exit or about drafts",
+            panel="Decoding",
+        ),
     ]
     exit_layer: Annotated[
         Layer,
@@ -79,16 +87,25 @@ class DecodingOptions(TypedDict, total=False):
         float,
         Meta(ge=0, le=1),
         UsedBy(("early-exit",)),
-        Flag("Each token leaves at the first exit that gives its best token more than this probability.", default="0"),
+        Flag(
+            "Early exit: each token leaves at the first exit that gives its best token more than this probability.", default="0"
+        ),
     ]
     skip: Annotated[
         Sequence[Layer],
         UsedBy(("draft-and-verify",)),
-        Flag("Draft with all layers but these, by number from 1: 8,9,14:18.", default="those that sweep-exits --save stored"),
+        Flag(
+            "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
+            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
+        ),
     ]
     policy: Annotated[
         Text,
-        Flag("Settings that sweep-exits --save stored: exact (as plain decoding) or fast.", default="exact, if stored"),
+        Flag(
+            "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
+            "of plain decoding) or fast (nearly its quality).",
+            default="exact if it is stored and nothing else is said",
+        ),
     ]
     exits: Annotated[
         Sequence[Layer],

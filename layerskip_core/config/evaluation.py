@@ -42,15 +42,23 @@ class TaskConfig:
 
     task: Annotated[
         Text | None,
-        Flag(f"{', '.join(TASKS)}, data, or {HARNESS}TASK,TASK of lm-evaluation-harness.", None, "by --data", "Task"),
+        Flag(
+            f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
+            default="by --data, else commands",
+            panel="Task",
+        ),
     ] = None
     data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = None
     split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
-    max_new_tokens: Annotated[Count | None, Flag("Most tokens of an answer.", default="the task's", panel="Decoding")] = None
-    prompt_column: Annotated[str | None, Flag("Column of the prompt.", default="the usual names", panel="Task")] = None
-    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the usual names")] = None
+    max_new_tokens: Annotated[
+        Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
+    ] = None
+    prompt_column: Annotated[
+        str | None, Flag("Column of the prompt.", default="the first of the usual names", panel="Task")
+    ] = None
+    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the first of the usual names")] = None
     metric: Annotated[
         Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
         Flag("For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
@@ -65,7 +73,10 @@ class TaskConfig:
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
         Meta(description=f"given without a value, or {UNSANDBOXED}"),
-        Flag(f"Run what the model writes, in a sandbox; `{UNSANDBOXED}`: even where none works.", optional=UNSANDBOXED),
+        Flag(
+            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
+            optional=UNSANDBOXED,
+        ),
     ] = False
     include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -99,9 +110,10 @@ class MeasurementConfig:
     batch_size: Annotated[
         BatchSize, Flag("Prompts answered together, for quality; speed is measured at batch size 1.", panel="Measurement")
     ] = 1
-    timed: Annotated[CountOrNone | None, Flag("With --batch-size: prompts that speed is measured on.", default=str(_TIMED))] = (
-        None
-    )
+    timed: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
+        Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
+    ] = None
     remember: int = 0
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -131,7 +143,11 @@ class BenchConfig(MeasurementConfig):
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
     ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
-    repeats: Annotated[int, Meta(ge=1, le=1_000), Flag("Measurements, of which medians count.", panel="Measurement")] = 3
+    repeats: Annotated[
+        int,
+        Meta(ge=1, le=1_000),
+        Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
+    ] = 3
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag(f"Also: {','.join(BASELINES)}, or some.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
@@ -168,16 +184,31 @@ class SweepConfig(MeasurementConfig):
 
     exits: Annotated[
         tuple[Layer, ...],
-        Flag("Exits: 3,6,8 or A:B:STEP, both ends included.", None, "at most six, and the low-bit copy", "Decoding"),
+        Flag(
+            "Exits: 3,6,8 or A:B:STEP, both ends included.",
+            default="at most six, the trained ones if any, and all layers of the low-bit copy; those alone if none was trained",
+            panel="Decoding",
+        ),
     ] = ()
-    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 the fastest")] = ()
-    keep: Annotated[Share, Flag("Share of quality that the policy `fast` must keep.", panel="Measurement")] = 0.98
+    specs: Annotated[
+        tuple[Drafts, ...],
+        Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed"),
+    ] = ()
+    keep: Annotated[
+        Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
+    ] = 0.98
     exit_confidences: Annotated[
         tuple[Share, ...] | None,
-        Flag("Also early exits by these confidences: 0.8,0.9.", None, "0.8,0.9,0.95 if the exits were trained", "Decoding"),
+        Flag(
+            "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
+            default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
+            panel="Decoding",
+        ),
     ] = None
     quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
-    search_skips: Annotated[bool, Flag("Also search layers to skip, and measure --strategy draft-and-verify.")] = False
+    search_skips: Annotated[
+        bool, Flag("Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.")
+    ] = False
     generation: Annotated[
         DecodingOptions,
         Without("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK),
@@ -209,9 +240,9 @@ class VerifyConfig:
     kernels: Annotated[
         tuple[str, ...],
         Flag(
-            "Ours (amx, avx512, avx2, ...), torch (PyTorch's, on repacked weights), exact (the same with --exact), generic "
-            "(transformers' layers), or some.",
-            default="all that run here",
+            "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
+            "(the same with --exact), generic (transformers' layers), or some.",
+            default="all that this machine and this model can run",
             panel="Machine",
         ),
     ] = ()
@@ -220,5 +251,9 @@ class VerifyConfig:
         Flag("Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", panel="Decoding"),
     ] = ()
     specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
-    draws: Annotated[CountOrNone, Flag("Sampled outputs to test the distribution of; 0: none.", panel="Measurement")] = 400
+    draws: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
+    ] = 400
     machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from ..errors import require, require_choice
-from .options import Count, CountOrNone, Flag, ModelName, Seed, Steps, Text, Threads, Tokens
+from .options import Count, CountOrNone, Flag, ModelName, Seed, Steps, Text, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
@@ -33,17 +33,21 @@ class PackingConfig:
     """How the weights of a model that only decodes are stored; the embedding keeps its precision.
 
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
-    drafting only, each with a head in `draft_head`: an int4 head costs most of the agreement with the target. `draft_vocab`:
-    the most frequent tokens are those of token_order.json, else the tokenizer's first. `adaptive`: the model gets a low-bit
-    copy of all layers where nothing else was asked for and a kernel is there.
+    drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
+    agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
+    token_order.json, else the tokenizer's first. `adaptive`: the model gets a low-bit copy of all layers where nothing else was
+    asked for and a kernel is there.
     """
 
     quantize: Annotated[Quantization | None, Flag("int8 or int4 weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[
-        tuple[Quantization, ...], Flag("Draft with low-bit copies: int8, int4 or int8,int4. The output stays the same.")
+        tuple[Quantization, ...],
+        Flag("Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
     ] = ()
     draft_layers: int = 0
-    draft_head: Annotated[Quantization | None, Flag("Precision of these copies' head: int8 or int4.", default="int8")] = None
+    draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies: int8 or int4.", default="int8")] = (
+        None
+    )
     draft_vocab: Annotated[CountOrNone, Flag("Draft among the N most frequent tokens only; 0: among all.")] = 0
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
@@ -78,7 +82,12 @@ class PromptingConfig:
 
     template: Annotated[
         _Unicode | None,
-        Flag("chat, raw, or a text with {prompt} in it.", "--template/--prompt-template", "the model's own", "Prompting"),
+        Flag(
+            "Prompt template: chat, raw, or a text with {prompt} in it.",
+            "--template/--prompt-template",
+            default="the task's or checkpoint's, else the tokenizer's chat template",
+            panel="Prompting",
+        ),
     ] = None
     system: Annotated[_Unicode | None, Flag("System message, for chat templates.")] = None
     raw: Annotated[bool, Flag("Use no template; text of special tokens in the prompt becomes tokens.")] = False
@@ -126,10 +135,11 @@ class CalibrationConfig:
         Text | None, Flag("Folder for a copy of the model.", default="--model's folder, or calibrated-model", panel="Output")
     ] = None
     data: Annotated[
-        Text | None, Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", None, "what the model writes", "Data")
+        Text | None,
+        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes", panel="Data"),
     ] = None
     samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
-    length: Annotated[Tokens, Flag("Tokens of a text.")] = 256
+    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Tokens of a text.")] = 256
     tuning_steps: Annotated[Steps, Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")] = 32
     seed: Annotated[Seed, Flag("Seed of the texts and of their order.", panel="Run")] = 0
     overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
@@ -152,7 +162,11 @@ class ExportConfig:
     ] = None
     engine: Annotated[Engine | None, Flag(f"Also print how it drafts in this engine: {', '.join(get_args(Engine))}.")] = None
     dtype: Annotated[
-        str, Flag("Of the weights written: fp32, bf16, or auto (as stored or packed); in GGUF f16, q8_0, q4_0, or auto: f16.")
+        str,
+        Flag(
+            "Of the weights written: fp32, bf16, or auto: as stored, packed as generate chooses; in GGUF f16, q8_0, q4_0, or "
+            "auto: f16."
+        ),
     ] = "auto"
     quantize: Annotated[Quantization | None, Flag("int8 or int4 weights, with --format packed.", default="none")] = None
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.")] = False

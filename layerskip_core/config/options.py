@@ -71,9 +71,7 @@ Drafts = Annotated[int, Meta(ge=1, le=10_000)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Probability = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=1_000)]
-Tokens = Annotated[int, Meta(ge=2, le=10_000_000)]  # of a text
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
 ModelName = Annotated[Text, Flag("embedded, embedded-base, a folder, a .gguf file or a hub id.", panel="Model")]
@@ -82,7 +80,9 @@ ModelName = Annotated[Text, Flag("embedded, embedded-base, a folder, a .gguf fil
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a user gave for the fields of `kind`, converted to their types. None is as if it were left out.
 
-    Raises TypeError for a name that is no field, ConfigError for a value of another type or out of its range.
+    Raises:
+        TypeError: a name is no field.
+        ConfigError: a value has another type or is out of its range.
     """
     hints = hints_of(kind)
     for name in values:
@@ -169,7 +169,10 @@ def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct counts, ascending, of `3,6,8`, of `A:B` or `A:B:STEP` with both ends, or of `3,8:12`. Raises ConfigError."""
+    """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
+
+    Raises ConfigError, also for more than 10,000 of them.
+    """
 
     def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
         return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()

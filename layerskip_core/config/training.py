@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
-from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Probability, Seed, Steps, Temperature, Text, Tokens
+from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Temperature, Text
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
@@ -32,19 +32,29 @@ class RecipeSettings:
 
     p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax", "by --regime", panel="Recipe")] = None
     dropout_profile: Annotated[
-        DropoutProfile | None, Flag("Dropout over depth: exponential, or constant with the same mean.", default="exponential")
+        DropoutProfile | None,
+        Flag(
+            "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
+            default="exponential",
+        ),
     ] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale", "by --regime")] = None
-    exit_weights: Annotated[ExitWeights | None, Flag("Of losses: paper, linear, sqrt or uniform.", default="paper")] = None
+    exit_weights: Annotated[
+        ExitWeights | None, Flag("Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
+    ] = None
     curriculum: Annotated[Curriculum | None, Flag("rotational, gradual, all or none.", default="by --regime")] = None
     rotation: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         Flag("R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
     ] = None
     exits: Annotated[
-        tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", default="all; with --frozen a third of the layers")
+        tuple[Layer, ...] | None,
+        Flag("Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
     ] = None
-    distill: Annotated[Probability | None, Flag("Share of KL from the last layer in the exits' loss.", default="0")] = None
+    distill: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+    ] = None
 
     def __post_init__(self) -> None:
         rotates = self.curriculum in (None, "rotational")  # that of every preset
@@ -59,11 +69,16 @@ class RetentionSettings:
     adapters. `replay`: of the rows of each step.
     """
 
-    anchor: Annotated[_Weight, Flag("Weight of KL from the original at full depth; 0: none.", panel="Retention")] = 0.0
+    anchor: Annotated[
+        _Weight,
+        Flag(
+            "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none.", panel="Retention"
+        ),
+    ] = 0.0
     anchor_weights: Annotated[
         AnchorWeights | None, Flag("Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
     ] = None
-    replay: Annotated[Fraction, Flag("Share of the rows that are the original's own text, sampled before.")] = 0.0
+    replay: Annotated[Fraction, Flag("Share of the rows that are the original's own text, sampled before the training.")] = 0.0
     replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
 
     def __post_init__(self) -> None:
@@ -83,7 +98,8 @@ class ExitBlockSettings:
         bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
     ] = False
     feature: Annotated[
-        Feature, Flag("Read besides the exit's state: none, or final, the model's output state for the token before.")
+        Feature,
+        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
     ] = "none"
     answers: Annotated[Answers, Flag("Who writes the answers to the prompts of --data: model or data.")] = "model"
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
@@ -125,7 +141,10 @@ class FinetuneConfig:
     warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("AdamW's weight decay.")] = 0.01
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    max_length: Annotated[Tokens | None, Flag("Tokens per row, prompt included.", default="by --regime", panel="Data")] = None
+    max_length: Annotated[
+        Annotated[int, Meta(ge=2, le=10_000_000)] | None,
+        Flag("Tokens per row, prompt included.", default="by --regime", panel="Data"),
+    ] = None
     streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.")] = False
     pack: Annotated[bool | None, Flag("Pack plain text into full rows.", default="yes, except with --regime finetune")] = None
     validation: Annotated[Text | None, Flag("A split of --data, or other data, to measure every exit on.")] = None

@@ -89,7 +89,11 @@ class Grammar:
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
-        """Draws one row of a split. Raises ValueError if the grammar has none on this side of the split."""
+        """Draws one row of a split.
+
+        Raises:
+            ValueError: the grammar has no row on this side of the split (a rule with too few expansions).
+        """
         domains, compositional = sorted(self.roots), split == "compositional"
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
@@ -146,7 +150,11 @@ class Grammar:
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
-    """`count` rows of a split with distinct utterances, the same for a (split, seed). Raises ValueError for too few of them."""
+    """`count` rows of a split with distinct utterances, always the same for a (split, seed).
+
+    Raises:
+        ValueError: `split` is not in SPLITS, or the split has too few distinct rows.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split}")
     grammar, index = load_grammar(), 0

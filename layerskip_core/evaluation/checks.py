@@ -263,7 +263,8 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
     """A seed repeats its tokens, also in a batch, and drafts leave the distribution as it is.
 
-    Drafts draw random numbers too, so pairs of first tokens are counted, whose probabilities follow from the logits.
+    With drafts a seed gives other tokens than without, because drafts draw random numbers too. So pairs of first tokens are
+    counted, whose probabilities follow from the model's logits.
     """
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}

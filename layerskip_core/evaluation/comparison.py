@@ -33,7 +33,7 @@ _LARGEST = 700.0  # the largest power of e that is taken: beyond it floats overf
 
 @dataclass(frozen=True)
 class Setting:
-    """How figures were decoded: the name in reports, and what plots need."""
+    """How the figures were decoded: the name that reports give it, and what plots need of it."""
 
     name: str
     exit_layer: int | None = None
@@ -44,8 +44,8 @@ class Setting:
 class Run:
     """The figures of one run by name and setting, and the held-out losses of its training.
 
-    `held_out`: step -> exit layer -> nats per token. `rows`: what metrics (`results.json`) and losses (`losses.jsonl`) were
-    measured on; figures on different rows cannot be paired.
+    `held_out`: step -> exit layer -> nats per token. `rows` say what the figures were measured on, the metrics' under
+    `results.json` and the losses' under `losses.jsonl`; figures on different rows cannot be paired.
     """
 
     path: str
@@ -57,8 +57,9 @@ class Run:
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`.
 
-    A path without a label is labelled by its name, without `-seed3` or the like at the end; equal names in different folders
-    keep the folders. Raises ConfigError for an empty label or path, and for a run that is given twice.
+    A path without a label is labelled by its name, without `-seed3` or the like at the end: runs that differ in nothing else
+    belong together. Paths with equal names in different folders keep the folders in their labels. Raises ConfigError for an
+    empty label or path, and for a run that is given twice.
     """
     named: list[tuple[str, str]] = []  # label, empty for none, and path
     for argument in arguments:
@@ -113,7 +114,10 @@ def read_run(path: str) -> Run:
 
 
 def add_record(run: Run, record: RunRecord) -> Run:
-    """The run, with the figures of a sweep or benchmark; the quality of what drafts is that of plain decoding, and left out."""
+    """The run, with the figures of a sweep or benchmark.
+
+    Where something drafts, its quality is left out: drafts leave the output as it is, so it is that of plain decoding.
+    """
     run.rows[RESULTS] = record.config["task"]
     for result in record.results:
         drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
@@ -145,9 +149,10 @@ def interval_of(
 ) -> Interval:
     """The mean of one value per run, less that of the `others` if there are any.
 
-    `paired`: by the differences of run and run. Otherwise the variances may differ, with the degrees of freedom of Welch and
-    Satterthwaite, rounded down. `logarithmic`: a geometric mean, or a ratio, of positive values. `share`: of values in 0..1, so
-    the interval is too, or that of a difference in -1..1.
+    `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ, with the
+    degrees of freedom of Welch and Satterthwaite, rounded down. `logarithmic`: on the scale of logarithms, so a geometric
+    mean, or a ratio; all values must be positive. `share`: values are in 0..1, and so is the interval, or
+    that of a difference in -1..1.
     """
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
@@ -176,7 +181,11 @@ def t_quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: the value of each run, their mean, and its difference to the first label's (of perplexities x)."""
+    """A figure of one label: the value of each run, their mean, and its difference to that of the first label.
+
+    The difference of perplexities is their ratio, and their mean is geometric. It is None in the first label, and where the
+    first label lacks the figure.
+    """
 
     label: str
     runs: tuple[float, ...]
@@ -220,7 +229,8 @@ class Comparison:
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:
     """Compares the runs of each label with those of the first. `only` and `exits` choose figures and exit layers; empty: all.
 
-    Differences are paired run by run where all labels have equally many runs, measured on the same rows.
+    Differences are paired, the k-th run of a label with the k-th of the first, where all labels have equally many runs,
+    measured on the same rows.
     """
     notes = tuple(_notes(groups))
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1

@@ -42,7 +42,10 @@ def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
-    """The losses of the reference and its EOS after the prompt, as far as the context reaches."""
+    """The losses of the reference and its EOS after the prompt. The prompt's own tokens do not count.
+
+    A row longer than the context is cut there, as in training.
+    """
     tokenizer = loaded.tokenizer
     prompt = loaded.encode_prompt(example.prompt)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -53,7 +56,9 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
 def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
     """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
 
-    Windows have 512 tokens, or as many as fit, after those that the tokenizer puts before every text; without these, one less.
+    Windows do not overlap; each has 512 tokens, or as many as the context holds, and the last one of a whole text what is left.
+    A window starts with the tokens that the tokenizer puts before every text. If there are none, the window's first token does
+    not count.
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -132,7 +137,10 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
-    """Decodes greedily, then applies the head after every layer, in one pass over prompt and answer. Raises ConfigError."""
+    """Decodes greedily with all layers, then applies the shared head after every layer, in one pass over prompt and answer.
+
+    Raises ConfigError when the prompt is empty or does not fit the context.
+    """
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)

@@ -67,7 +67,10 @@ def quality(metrics: Mapping[str, float], name: str) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> list[float]:
-    """1 for each prediction equal to one of its references, without outer whitespace (or runs of it, if folded), else 0."""
+    """1 for each prediction equal to one of its references, without outer whitespace, else 0.
+
+    `fold_whitespace` also treats each run of whitespace as one space.
+    """
 
     def normalized(text: str) -> str:
         return " ".join(text.split()) if fold_whitespace else text.strip()
@@ -79,7 +82,10 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]],
 def rouge(
     predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES
 ) -> dict[str, list[float]]:
-    """ROUGE F-measures of each prediction, with stemming (Lin, 2004). Of several references the best counts; of none 0."""
+    """ROUGE F-measures of each prediction, with stemming (Lin, 2004), by the rouge-score package.
+
+    With several references the best counts; without any the score is 0.
+    """
     pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
     return _metrics()["rouge"](**pairs, kinds=tuple(kinds))
 
@@ -87,7 +93,8 @@ def rouge(
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
     """`pass@k` of each problem for each k, from whether each of the n answers to it passed.
 
-    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1); n >= k.
+    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
+    k.
     """
     return _metrics()["pass_at_k"](predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
 
@@ -140,10 +147,12 @@ def finite(value: float) -> float | None:
 def estimate(
     figure: Callable[..., Tensor], columns: Tensor | Sequence[Sequence[float]], answers_per_prompt: int = 1
 ) -> Estimate:
-    """A figure of sums over the prompts, one argument per column, such as the ratio of two.
+    """A figure that is computed from sums over the prompts, such as the ratio of two.
 
-    `columns`: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats. `answers_per_prompt`: how
-    many values in a row belong to the same prompt.
+    Args:
+        figure: of the sums, one argument per column.
+        columns: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats.
+        answers_per_prompt: how many values in a row belong to the same prompt.
     """
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
@@ -196,9 +205,10 @@ class Margin(NamedTuple):
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
     """Compares one metric of a setting with this share of full depth's. A perplexity may grow by 1 / share.
 
-    The interval is that of the paired bootstrap. Equal scores, which a few prompts often give, have no spread when resampled.
-    So two prompts are added to those of metrics in 0..1: one that only the setting gets right, one that only full depth does,
-    as Bonett and Price do (2012, Journal of Educational and Behavioral Statistics 37).
+    The interval is that of the paired bootstrap. On a few prompts most exits have the scores of full depth, and resampling
+    equal scores gives no spread at all. So two prompts are added to those of metrics in 0..1: one that only the setting gets
+    right, one that only full depth does. Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37) add these
+    to the pairs of which an interval of a difference of paired shares is made.
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     if lower_is_better(name):

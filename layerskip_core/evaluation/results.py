@@ -85,7 +85,8 @@ class Result:
             drafts that were compared. `mean_accepted_tokens` counts per round.
         speedup: seconds per new token of autoregressive decoding in the same repeat, prefill included, over this one's.
             `decode_speedup` leaves out prefill and first token; `speedup_over_transformers` is over transformers' generate.
-        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where drafting departs from them.
+        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where a strategy that drafts
+            departs from them.
         pareto: no other result is at least as good by the quality metric and as fast, and better in one of the two.
         agreement: the share of the autoregressive tokens that the exit, or the low-bit copy, would also have chosen.
         predicted_speedup: by the cost model, from `pass_times_ms`, relative to the autoregressive steps timed with them.
@@ -95,8 +96,10 @@ class Result:
         exit_confidence: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
         skip: the layers that the drafts of draft-and-verify leave out, by number.
         longest_answer: the steps of the longest answer, of adaptive decoding, to show how its speed changes on the way.
-        intervals: 95% intervals of metrics and of ratios, by name. `changes`: of a metric's difference to full depth's.
-        stderr: of lm-evaluation-harness's metrics, by name. `samples`: rows of a category; of lm-evaluation-harness, by task.
+        intervals: 95% intervals of metrics and of ratios, by their names. `changes`: of what a metric differs from full depth's
+            on the same prompts, where it differs on any.
+        stderr: of lm-evaluation-harness's metrics, by their names.
+        samples: the number of rows of a category; of lm-evaluation-harness, by task.
     """
 
     strategy: str = ""
@@ -141,8 +144,9 @@ class Result:
 class Recommendation:
     """The exit and draft length to decode with, and a sentence that says why. Both are None if another setting is recommended.
 
-    `baseline_drift`: the relative change of the autoregressive time between the two measurements of a prompt, median over the
-    prompts. `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why not.
+    `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
+    over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
+    not.
     """
 
     exit_layer: int | None
@@ -182,8 +186,8 @@ class Answered:
 class RunRecord:
     """One run.
 
-    `config` is complete: it holds the value that each default took. `environment` is the machine and the software. `answered`
-    is not part of the document.
+    `config` is complete: it holds the value that each default took. `environment` is the machine and the software; older
+    versions wrote fewer of its keys. `answered` is not part of the document.
     """
 
     config: dict[str, Any]
@@ -221,7 +225,15 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads the results.json of a command (None: of either); `named`: what gave the file. Raises LayerSkipError."""
+    """Reads a results.json back.
+
+    Args:
+        command: the one that must have written it; None: either.
+        named: what gave the file, for errors.
+
+    Raises:
+        LayerSkipError: the file cannot be read, or holds no record of that command.
+    """
     data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
     try:
         record = msgspec.json.decode(data, type=RunRecord)
@@ -257,12 +269,16 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line for each repeat and sample, after the run's settings. `known`: the outputs of an interrupted run, by both."""
+    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings.
+
+    `known`: by repeat and sample, the outputs that the interrupted run left.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Opens the folder's journal. With `resume` its whole lines are kept, else it starts empty.
+        """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
 
-        Raises LayerSkipError if it belongs to other settings, is damaged, or cannot be written.
+        An incomplete last line, left by an interruption, is dropped; its prompt is measured again. Raises LayerSkipError when
+        the journal belongs to other settings, when another line is damaged, or when the file cannot be written.
         """
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()

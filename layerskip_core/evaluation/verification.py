@@ -45,7 +45,10 @@ class VerifyRecord:
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
 
-    Raises ConfigError for an exit or kernels that are not there, CheckpointError, and DataError without a prompt that fits.
+    Raises:
+        ConfigError: the model has no such exit, or there are no such kernels.
+        CheckpointError: the model cannot be read.
+        DataError: there are no prompts, or none that fits.
     """
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)

@@ -43,8 +43,10 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
     """Writes a transformers model in fp32. `kind`, of its matrices: f16, q8_0 or q4_0.
 
-    Vectors stay in fp32. With q4_0 the embedding and the head are q8_0, and rows that are no multiple of 32 stay f16. Raises
-    CheckpointError for a model or tokenizer that llama.cpp would not run alike, ConfigError if the library `gguf` is missing.
+    Vectors stay in fp32. With q4_0 the embedding and the head are q8_0, and rows that are no multiple of 32 stay f16.
+
+    Raises CheckpointError for a model or tokenizer that llama.cpp would not run alike, and ConfigError if the library `gguf` is
+    missing.
     """
     try:
         import gguf
@@ -142,7 +144,10 @@ def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
-    """Adds a tokenizer of `vocab` tokens to a GGUFWriter. Raises CheckpointError for one that llama.cpp would not run alike."""
+    """Adds a transformers tokenizer to a GGUFWriter, with `vocab` tokens: those of the model's embedding.
+
+    Raises CheckpointError for a tokenizer that llama.cpp would not encode alike.
+    """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":

@@ -57,8 +57,10 @@ def export(config: ExportConfig) -> Exported:
 
     Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it.
 
-    Raises CheckpointError if the model cannot be read or the folder not be written, ConfigError if the folder is the model's
-    own or holds files that may not be replaced, and for an exit that the model lacks or that needs the whole model.
+    Raises:
+        CheckpointError: the model cannot be read, or the folder not be written.
+        ConfigError: the folder is the model's own, or holds another model or a README.md of someone else; the exit is not one
+            of the model's, or needs the whole model.
     """
     own = Path(config.output).resolve() == Path(config.model).resolve()
     require(not own, "output", "another folder than the model's", config.output)
@@ -93,10 +95,11 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
     """Writes a model to `output`, whose lock the caller holds, with its weights as the compiled kernels read them.
 
     Returns the format in words (`int4`, or `bf16 with int8 for drafts`) and the bytes of the weights written. Each matrix is
-    packed, written and freed before the next one is read.
+    packed, written and freed before the next one is read. The folder is the model's own in all but the weights.
 
-    Raises CheckpointError if the model cannot be read, is no folder of safetensors or cannot run on the kernels here, or the
-    folder cannot be written; ConfigError if it is the model's own or holds another model.
+    Raises:
+        CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
+        ConfigError: the folder is the model's own or holds another model, or the model is no folder of safetensors.
     """
     source = downloaded(config.model)
     refuse_overwrite(config.output, config.overwrite)
@@ -160,9 +163,10 @@ def _write_weights(source: Source, path: Path) -> str:
 def _write_pair(
     loaded: Trainable, exit_layer: int, blocks: ExitBlocks, output: str, kind: str, files: Mapping[str, bytes]
 ) -> None:
-    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`. `loaded` loses the draft's other layers.
+    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`.
 
-    The old draft goes first and the new one comes last: whenever this is killed, no draft lies beside another's target.
+    `loaded`, in fp32, loses the layers that the draft does not have. If an error is raised, the folder is unchanged, unless the
+    last renames fail. The draft goes first and comes last: whenever this is killed, no draft lies beside another's target.
     """
     folder = Path(output)
     try:
@@ -189,7 +193,8 @@ def _write_pair(
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     """The model of exit 1..L, to be written. It is `loaded.model` itself, which loses its other layers.
 
-    A block becomes the layer after the exit's, and its norm the final one. Raises ConfigError for one that reads final states.
+    A block becomes the layer after the exit's, of the kind of the model's last layer, and its norm the final one. Raises
+    ConfigError for a block that reads the final states of the whole model.
     """
     model: Any = loaded.model
     decoder, layers = model.get_decoder(), loaded.backend.num_layers
@@ -242,7 +247,8 @@ def _readme(config: ExportConfig, exit_layer: int, layers: int, drafts: int, why
 def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
     """A number of draft tokens, and why in words. What a sweep recommended; else the best for the exit's acceptance, if known.
 
-    That gives the most expected tokens per byte of weights that is read. `layers`: of the draft, its block included.
+    The best number gives the most expected tokens per byte of weights that is read, because decoding one text is bound by
+    memory. `layers`: of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
     assert isinstance(spec, ModelSpec)

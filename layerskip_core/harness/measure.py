@@ -30,7 +30,11 @@ _HERE = f"left out for `task` {HARNESS}..."
 
 
 def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record: full depth, and each exit alone. Raises ConfigError for settings that do not fit."""
+    """Yields progress, then the record: full depth, and each exit alone.
+
+    Raises ConfigError for an exit outside the model or one that can only draft, and for settings that have no meaning here;
+    LayerSkipError if no prompt could be answered.
+    """
     usual = SweepConfig()
     for name in ("specs", "quick", "search_skips", "exit_confidences"):
         given = getattr(config, name)
@@ -47,7 +51,10 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
 
 
 def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record of the strategies; of those that do not draft, if there is nothing to generate."""
+    """Yields progress, then the record of the strategies; of those that do not draft, if there is nothing to generate.
+
+    Raises as `sweep_scores` does.
+    """
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
     require(not must_search(loaded, config), "skip", f"the layers that draft-and-verify skips, for `task` {HARNESS}...", None)
     methods = strategies_of(loaded, config, config.decoding(config.generation), loaded.recommended(config.packing))

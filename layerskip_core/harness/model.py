@@ -78,9 +78,10 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         self._device = self.decoder.backend.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of a text; that of special tokens becomes tokens. Raises ConfigError for one without an embedding.
+        """Token ids of a text; that of special tokens becomes tokens.
 
-        `add_special_tokens`: whether the tokenizer adds those that begin a text; None: unless the text has the first.
+        `add_special_tokens`: whether the tokenizer adds those that begin a text; None: as it does, unless the text has the
+        first. Raises ConfigError for a token that the model has no embedding for.
         """
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)

@@ -51,7 +51,11 @@ class HarnessTasks:
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
-        """Every request of every task: lm-eval's Instances. Raises ConfigError for other kinds, DataError for broken rows."""
+        """Every request of every task: lm-eval's Instances, with `task_name`, `request_type` and `args`.
+
+        `render_chat`: messages as text, used if the chat template was asked for. Raises ConfigError for requests that neither
+        score texts nor generate them, DataError for tasks whose rows cannot be asked.
+        """
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT
@@ -130,7 +134,9 @@ def _blaming(what: str) -> Iterator[None]:
 def load_tasks(config: TaskConfig) -> HarnessTasks:
     """The tasks of `config.task`: names and groups of lm-eval, patterns of them, or files that end in .yaml.
 
-    Raises ConfigError without lm-eval, for an unknown task or setting; DataError if the rows of a task cannot be read.
+    Raises:
+        ConfigError: lm-eval is not installed, there is no such task, or a setting is not one of these tasks'.
+        DataError: the rows of a task cannot be read, as without the hub.
     """
     require_harness()
     for name in _UNUSED:

@@ -58,7 +58,10 @@ class _Answer(msgspec.Struct):
 
 
 def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
-    """Batches of similar lengths, as indices, the longest first. `fits(texts, longest)`: whether a batch may hold so many."""
+    """Batches of texts of similar length, as indices, the longest first; the same in every run.
+
+    `fits(texts, longest)` says whether a batch may hold that many texts, of which the longest has that many tokens.
+    """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batches and fits(len(batches[-1]) + 1, lengths[batches[-1][0]]):
@@ -85,7 +88,8 @@ class Answers:
     def write(self, report: Callable[[int], None]) -> list[list[int]]:
         """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
 
-        torchrun's first process writes, and the others wait. `report` gets the number of answers, and may raise to stop.
+        Of the processes that torchrun started the first one writes, and the others wait. `report` gets the number of answers
+        that are there, and may raise to stop.
         """
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
@@ -150,7 +154,9 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
     """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    They begin as those of a calibration. `original`: the model's fingerprint. Raises ConfigError for an impossible share.
+    They begin as those of a calibration: half with a random token, half with what the prompt template puts before a prompt, so
+    that the model writes the prompt, too. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
+    or all of them.
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer

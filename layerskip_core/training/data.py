@@ -58,7 +58,7 @@ def data_rows(config: FinetuneConfig) -> int:
 
 
 def is_endless(data: DataConfig) -> bool:
-    """Whether a generator draws the rows: a run draws as many as it will see, so that none repeats."""
+    """Whether the rows are drawn by a generator: a run draws as many as it will see, so that none repeats."""
     return data.name == "commands" and not data.limit
 
 
@@ -79,7 +79,9 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     """(the rows to train on, those held out). Of a stream the former are only the first one, to see what its rows are.
 
     Held out are the rows of `validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`.
-    Without it they are the last twentieth of a frozen model's rows, at most 64. Rows that it answers itself need prompts only.
+    Without it they are the last twentieth of a frozen model's rows, at most 64.
+
+    Where a frozen model writes the answers itself, the rows need prompts only.
     """
     data, frozen = config.data, config.exit_blocks.frozen
     prompts_only = frozen and config.exit_blocks.answers == "model"
@@ -118,7 +120,8 @@ def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Ro
 def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
     """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
 
-    Parsing data, and prompts for a model without a template, have templates of their own, unless that model is frozen.
+    Two defaults differ. Parsing data has the parsing template, even if the model was trained with another one, unless it is
+    frozen. Prompts for a model without a template get a line end.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
@@ -136,8 +139,8 @@ def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row])
 class EncodedData:
     """Encoded rows that have a target: input_ids, labels, whether they were truncated, and for packed rows documents.
 
-    `seen`: all of them, or the first ones of a stream. `left_out`: how many rows beside these have prompts that leave no room
-    for a target. `digest`: of all tokens and labels in order.
+    `seen` are all of them, or the first ones of a stream; `left_out` counts the rows among these whose prompts leave no room
+    for a target. `digest` is of all tokens and labels in order.
     """
 
     rows: "list[dict[str, Any]] | StreamedRows"
@@ -204,7 +207,10 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, endlessly, shuffled in a buffer by the seed; each process gets its share."""
+    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them.
+
+    Of several processes each reads all rows, and encodes its own share of them.
+    """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
         self._config, self._encoder, self._seed = config, encoder, seed
@@ -256,9 +262,10 @@ def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_s
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run, by the seed alone: pass after pass over the rows, rows of similar length side by side.
+    """Row indices of a whole run: pass after pass over the rows, rows of similar length side by side. For that, _POOL steps at
+    a time are sorted by length, and their steps shuffled.
 
-    For that, _POOL steps at a time are sorted by length, and their steps shuffled. (Trainer's own shuffling depends on global
+    The order is a function of the seed alone, so that resuming needs no history. (Trainer's own shuffling depends on global
     random state, so that a run resumed in a later epoch gets another order.)
     """
     waiting: list[int] = []

@@ -143,7 +143,11 @@ def write_states(
     folder: Path,
     report: Callable[[int], None],
 ) -> None:
-    """Writes the states of all texts (encoded rows) after those that are there. `model`: the same, with the final norm."""
+    """Writes the states of all texts (encoded rows), in the order of `_batches`, after those that are there.
+
+    `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
+    raise to end it.
+    """
     batches, path = _batches(texts), folder / _STATES
     tokens = accumulate((sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches), initial=0)
     ends = [states_bytes(count, backend.spec.hidden, len(exits)) for count in tokens]

@@ -32,7 +32,8 @@ _SHORT = 192  # tokens; longer rows are faster in bf16
 class Anchor:
     """`weight` times KL(original || trained model), both at full depth, is added to the loss.
 
-    The original is a copy on the kernels of decoding; where LoRA trains, the same model without the adapters.
+    The original is a copy with weights of its own, on the kernels of decoding. A model that trains LoRA adapters only needs no
+    copy: there it is the same model with these off.
     """
 
     weight: float
@@ -93,7 +94,7 @@ class RecipeModule(nn.Module):
     def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
-        `recompute`: the backward pass runs the layers again, with the same rows dropped, and no activations inside are kept.
+        `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
         The attribute `anchor` adds the divergence from the original; `tokenizer`, of transformers, is saved with the model.
         """
         super().__init__()
@@ -218,7 +219,10 @@ def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> i
 
 @quiet_transformers()
 def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
-    """A peft model with adapters on what `lora_targets` names, `all-linear` without the head, of the first `layers` or all."""
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
+
+    With `layers`, only those in so many of the first layers.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
@@ -247,8 +251,9 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
 def use_fp32_attention(model: Any) -> None:
     """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged.
 
-    Under bf16 autocast on the CPU torch's flash kernel is slow in bf16: 15 and 7 ms in bf16 and in fp32 for forward and
-    backward of a layer on 32 rows of 56 tokens (torch 2.13, AVX-512 BF16), but 39 and 44 ms on 8 rows of 224.
+    Under bf16 autocast on the CPU torch's flash kernel is slow in bf16. Forward and backward of one layer with torch 2.13 on
+    AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5 heads of 32: 15 and 7 ms; 16 of 128 with 9 heads
+    of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -37,9 +37,9 @@ _FREE = (
 class Plan:
     """A run, all defaults resolved. It trains a whole model under a `recipe`, or blocks at the config's exits of a frozen one.
 
-    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. `tokens` counts answers
-    that are still to be written at full length. `sealed` decides the steps of the run: it is resumed with the same or not at
-    all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
+    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
+    still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
+    the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
     """
 
     config: FinetuneConfig  # with `lr` and `max_length`, and for a frozen model the exits
@@ -97,9 +97,11 @@ def make_plan(
     facts: Mapping[str, Any],
     **fields: Any,
 ) -> Plan:
-    """A plan with these `fields`. The resolved config and the `facts` are sealed: a run is resumed with the same or not at all.
+    """A plan with the `fields` that are given. The config, as it is resolved, and the `facts` are sealed.
 
-    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and on a CPU with bf16 instructions.
+    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and also for small models on a CPU with bf16
+    instructions, where it is twice as fast. Raises ConfigError where the checkpoint to resume from was sealed with other
+    settings.
     """
     quick = config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     autocast = quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
@@ -121,7 +123,10 @@ def make_plan(
 
 
 def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_tokens: float) -> Plan:
-    """A plan with the measured time of a step on one batch of `rows`, scaled to the run's rows of `mean_tokens` each."""
+    """A plan with what a step in the middle of its run was measured to take: forward and backward on one batch of `rows`.
+
+    The run's rows have `mean_tokens` each.
+    """
     trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     if plan.config.fsdp:
         return replace(plan, trained=trained)

@@ -83,7 +83,10 @@ class LossHistory:
 
 
 def loss_plot(history: LossHistory) -> bytes:
-    """A PNG of the loss of each exit over the steps: shallow dark, deep bright, the last layer black, held-out rows as dots."""
+    """A PNG of the loss of each exit over the steps: shallow exits dark, deep exits bright, the last layer black.
+
+    Losses on held-out rows are dots.
+    """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -48,7 +48,9 @@ class RunStep:
 def recipe_preset(regime: Regime, parameters: int) -> dict[str, Any]:
     """The fields of the paper's recipe for a regime and a model of that many parameters (LayerSkip tables 1 and 2).
 
-    R = L-1 is left to its default. For tasks the paper uses the gradual curriculum; the rotational one costs far less.
+    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default, which is L-1 for a
+    vocabulary above 8k. For tasks the paper uses the gradual curriculum, which trains every exit on every step of its second
+    half; the rotational curriculum costs a fraction of that.
     """
     if regime == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
@@ -69,14 +71,18 @@ def learning_rate(regime: Regime, parameters: int) -> float:
 
 
 def sequence_length(asked: int | None, regime: Regime, context: int) -> int:
-    """Tokens per row: what was asked for, or our values, within the context. Raises ConfigError above it."""
+    """Tokens per row: what was asked for, or 512 for tasks and 2048 for plain text (our values: the paper's table has none),
+    within the context. Raises ConfigError above it.
+    """
     fits = asked is None or asked <= context
     require(fits, "max_length", f"at most the model's context of {context} tokens", asked)
     return min(_LENGTHS[regime], context) if asked is None else asked
 
 
 def resolve_recipe(asked: RecipeSettings, regime: Regime, parameters: int, num_layers: int, vocab_size: int) -> Recipe:
-    """What was asked, else the regime's preset. R is by default n-1 of n exits for a vocabulary above 8k, and n/3 below.
+    """What was asked, else the regime's preset, for a model of L layers.
+
+    R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
 
     Raises ConfigError for settings that the curriculum does not use, and for early exits that all weigh nothing.
     """
@@ -127,9 +133,11 @@ def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: Dr
 
 
 def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int) -> list[int]:
-    """Indices of the batch rows that run a layer. `first_row`: index of the batch's first among the rows of the whole step.
+    """Indices of the batch rows that run a layer. `first_row`: index of the first of them among the rows of the whole
+    optimizer step, over processes and micro-batches.
 
-    A draw depends on (seed, step, row of the step, layer) alone: dividing a step, resuming or recomputing change nothing.
+    Each row's draw depends on (seed, step, its index in the step, layer) alone. So the same rows are dropped however a step is
+    divided, and where a run is resumed or a layer recomputed.
     """
     if rate == 0:
         return list(range(batch_size))

@@ -42,14 +42,20 @@ class Job:
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> CheckpointInfo:
-        """Trains to the end, writes the result to the config's `output`, and returns its info, with the last losses.
+        """Train to the end and write the result to the config's `output`.
 
         Args:
             on_step: called after each optimizer step; an exception of it ends the run.
             on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
 
-        Raises CheckpointError if a checkpoint cannot be read or written, TrainingError for a loss that is not finite or
-        explodes, TrainingInterrupted after Ctrl-C or SIGTERM (the run was saved), LockedError if another process writes there.
+        Returns:
+            The info of the saved model, with the last losses of every exit, or how each block was trained.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read or written.
+            TrainingError: the loss is not finite, or explodes.
+            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
+            LockedError: another process writes to the folder.
         """
         plan, trained = self.plan, self.trained
         with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers():
@@ -107,7 +113,10 @@ def run_lock(output: str) -> AbstractContextManager[None]:
 
 
 def require_device(device: torch.device) -> None:
-    """Makes `cuda` mean the GPU of this process. Raises ConfigError if it has none, and for devices that Trainer replaces."""
+    """Makes `cuda` mean the GPU of this process, of those that torchrun started.
+
+    Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
+    """
     if device.index:
         raise ConfigError(
             f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
@@ -120,7 +129,10 @@ def require_device(device: torch.device) -> None:
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` goes on from; None where a run has left only texts. Raises ConfigError for a run to lose."""
+    """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
+
+    Without `resume`, raises ConfigError if there is a run to lose.
+    """
     folder = checkpoints_folder(config.output)
     require_own(folder)
     there = newest_first(folder)

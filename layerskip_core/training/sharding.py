@@ -35,7 +35,11 @@ def process_index() -> int:
 
 
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
-    """The config with `fsdp` on where `accelerate launch` turns it on. Raises ConfigError where a run cannot be so sharded."""
+    """The config with `fsdp` on where a config of `accelerate launch` turns it on.
+
+    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for what that config asks of FSDP and the run
+    would do otherwise.
+    """
     given = {name: value.lower() for name, value in os.environ.items()}
     launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
     if not (config.fsdp or launched):
@@ -53,11 +57,13 @@ def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneCo
 
 
 def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
-    """Makes an Accelerator shard what it prepares from now on, also on a CPU, where accelerate would run DDP without a word.
+    """Makes an Accelerator shard what it prepares from now on.
 
     Each of the `layers` (names of classes) is sharded alone. The embedding, the final norm and the head are one further unit,
     which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
     Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
+
+    accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -76,7 +82,10 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
 
 
 def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
-    """Writes this process's shards and the scheduler. (torch.distributed.checkpoint would run pickles when it reads.)"""
+    """Writes this process's shards of the trained weights and of the optimizer's state, and the scheduler's.
+
+    (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
+    """
     reshard(module)
     state = optimizer.state_dict()
     parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}

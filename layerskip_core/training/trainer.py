@@ -41,8 +41,9 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     """Trains a module through a run, and is told of the steps as its own callback.
 
-    It divides the summed loss by the target tokens of the whole optimizer step. (A token mean per micro-batch would be off by
-    the accumulation factor.) Its checkpoints hold what the module keeps; under FSDP2 a checkpoint has a file of each process.
+    It gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step. (A
+    token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under FSDP2
+    a checkpoint has a file of each process.
 
     Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a loss that explodes.
     """
@@ -147,7 +148,10 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what the module keeps, and no pickled arguments; it comes first in a checkpoint."""
+        """Writes what the module keeps, such as an ordinary transformers or peft checkpoint, and no pickled arguments.
+
+        Trainer calls it first when it writes a checkpoint.
+        """
         self.phase = "saving"
         if self.args.should_save and not self.is_fsdp_enabled:  # shards are written with the optimizer's
             self.accelerator.unwrap_model(self.model).save(Path(output_dir or self.args.output_dir))

@@ -50,8 +50,8 @@ class Progress:
 class Measured:
     """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts.
 
-    `scores`: of the answers. `differences`: where they depart from the first setting's. `answers_per_prompt`: so many answers
-    in a row belong to one prompt.
+    `scores` are those of the answers, `differences` where they depart from the first setting's. So many answers in a row belong
+    to one prompt: `answers_per_prompt`.
     """
 
     setting: DecodingConfig
@@ -123,16 +123,21 @@ def measure(
     """Decodes every prompt of the task by every setting. Yields progress; returns what was measured of each setting.
 
     With a batch size above 1, answers come from batches, whose time cannot be divided among their prompts, and only some
-    prompts are timed. A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a
-    machine that slows down slows all of them. Lookups find earlier answers of the same setting in the same repeat only.
+    prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
+
+    A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
+    down slows all of them. Before prompts are timed, each setting warms up with a few tokens. Lookups find earlier answers of
+    the same setting in the same repeat only, and after a resumption those since then.
 
     Args:
         settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
-        journal: its outputs are not measured again; new ones are added to it.
+        config: tells the batch size and how many prompts are timed.
+        journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
         perplexity: by exit, the metric of a task on text.
         name: stands before the phases of progress.
 
-    Raises LayerSkipError if every prompt failed with the first setting.
+    Raises:
+        LayerSkipError: every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -184,7 +189,8 @@ def _in_turn(
 ) -> list[list[Output]]:
     """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
 
-    In batches a setting that stands in the list twice is computed once. Each sample has a seed of its own, below 2**32.
+    Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample has a
+    seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
     """
     found: dict[int, list[Output]] = {}
     distinct = [settings.index(setting) if repeat == _BATCHES else place for place, setting in enumerate(settings)]
@@ -207,7 +213,8 @@ def answer_prompts(
 ) -> list[Output]:
     """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
 
-    A prompt that does not fit the context or the memory gives an Output with an error, in a batch it alone.
+    A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
+    answered one by one, so that only the culprit fails. Baselines have no batches.
     """
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
@@ -262,7 +269,10 @@ def own_output(
 def differences(
     loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
 ) -> tuple[Difference, ...]:
-    """Where each output first differs from the baseline's, with the gap between the two largest logits there."""
+    """The first difference of each output from the baseline's, with the gap between the two largest logits there.
+
+    Samples that failed in either are left out.
+    """
     differing = []
     for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
         position = first_difference(output.ids, expected.ids)
@@ -283,7 +293,10 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 @torch.inference_mode()
 def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """(B, T, V) of the full model for (B, T), in passes of `size` tokens (0: one), of `last` positions of each (0: of all)."""
+    """(B, T, V) of the full model for rows of tokens (B, T), in one pass or in passes of `size` tokens.
+
+    `last`: only of so many positions at the end of each pass; 0: of all.
+    """
     pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
     for part, positions in zip(torch.split(tokens, size, 1), torch.split(torch.arange(tokens.shape[1]), size), strict=True):
         embedded, places = model.embed(part.to(model.device)), positions.expand(len(tokens), -1)
@@ -305,7 +318,10 @@ def _reset_peak(device: torch.device) -> bool:
 
 
 def _peak_mb(device: torch.device) -> float:
-    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process."""
+    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process.
+
+    That includes weights and interpreter, so that strategies hardly differ.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

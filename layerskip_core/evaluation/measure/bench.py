@@ -42,7 +42,12 @@ def bench(
 ) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
 
-    Raises ConfigError for settings that do not suit the model, LayerSkipError for a journal of others and without answers.
+    With a batch size above 1, all prompts are answered in batches for quality, and `timed` of them are timed one by one.
+
+    Raises:
+        ConfigError: the exit is outside the model, or a baseline cannot run this model.
+        CheckpointError: a baseline's model cannot be read.
+        LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
     task, generation = task.asked(config.generation)
     asked, layers = config.decoding(generation), loaded.backend.num_layers
@@ -85,7 +90,10 @@ def bench(
 def strategies_of(
     loaded: Decoder, config: BenchConfig, asked: DecodingOptions, recommended: Recommended
 ) -> list[DecodingConfig]:
-    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies."""
+    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
+
+    Raises ConfigError for an exit outside the model.
+    """
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
     block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
     if block is not None and not block.stands_alone:
@@ -107,11 +115,13 @@ def must_search(loaded: Decoder, config: BenchConfig) -> bool:
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
     """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
 
-    They answer with the `speculative` setting under their name. transformers' decoders run on transformers' own layers; if
-    `loaded` has repacked weights, the model is read again for them.
+    They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
+    transformers' decoders run on transformers' own layers; if `loaded` has repacked weights, the model is read again for them.
 
-    Raises ConfigError for a draft model with another tokenizer, for an architecture whose early exit transformers ignores, and
-    as `llama_cpp` does; CheckpointError for a model that cannot be read.
+    Raises:
+        ConfigError: the draft model has another tokenizer, transformers ignores an early exit of this architecture, or
+            llama.cpp is missing or cannot run the file.
+        CheckpointError: a model cannot be read.
     """
 
     def transformers_model(name: str) -> Trainable:
@@ -153,8 +163,9 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
 
-    Every round drafts the setting's `num_draft_tokens`. The config also takes the place of the models' own: transformers fills
-    gaps with the checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
+    Every round drafts the setting's `num_draft_tokens`: by default transformers changes the number between rounds, and stops a
+    draft below a confidence of 0.4. The config also takes the place of the models' own: transformers fills gaps with the
+    checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
     """
     models = [each for each in (model, assistant) if each is not None]
 
@@ -194,7 +205,10 @@ def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, 
 
 @torch.inference_mode()
 def require_early_exit(model: Any) -> None:
-    """Raises ConfigError unless this model runs fewer layers with a smaller `num_hidden_layers`: transformers' early exit."""
+    """Raises ConfigError unless a smaller `num_hidden_layers` makes this model run fewer layers.
+
+    transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
+    """
     layers, calls = model.config.num_hidden_layers, []
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
     try:
@@ -218,7 +232,8 @@ class StopString(Exception):
 class StepTimer(BaseStreamer):  # type: ignore[misc]
     """Counts and times the steps of `generate`: as its streamer, and through hooks around the target's forward passes.
 
-    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft.
+    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
+    output ends where the scanner ends our own decoding.
     """
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
@@ -282,8 +297,10 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
     """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
 
-    It decodes greedily, without drafts, and gets token ids. Raises ConfigError if the package or the file is missing, llama.cpp
-    cannot read it, or it has other layers or tokens, and CheckpointError for a damaged file.
+    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used.
+
+    Raises ConfigError if the package or the file is missing, llama.cpp cannot read it, or it has other layers or tokens, and
+    CheckpointError for a damaged file.
     """
     try:
         import xllamacpp

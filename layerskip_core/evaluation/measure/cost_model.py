@@ -26,7 +26,9 @@ from ...model.vocabulary import most_probable
 from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
-_FEWEST, _MOST, _SECONDS = 3, 12, 10.0  # answers that each setting is timed along: as many as about so many seconds allow
+# Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
+# about so many seconds allow, because the times of short passes vary more.
+_FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
 _ROWS = 17  # of the longest pass that is timed for adaptive drafting
@@ -74,6 +76,7 @@ def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[
 def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: float) -> PassTimes | None:
     """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
 
+    So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
     `plain`: the mean of autoregressive steps along the same answer. None if the answer has no room for a round.
     """
     most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
@@ -104,8 +107,8 @@ def timed_visits(
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
     """Times rounds of each setting along each part, except where the part has no room for a round.
 
-    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged over
-    all: by the few of its own group, a setting would be ranked by their noise.
+    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged: beside
+    those of its own group, a setting would be ranked by the noise of these few.
     """
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
@@ -121,7 +124,8 @@ def timed_visits(
 def averages(times: Sequence[PassTimes]) -> PassTimes:
     """Means without the lowest and the highest tenth.
 
-    Medians would predict too high a speed: a few rounds wait for long on a busy machine, and such waits count later.
+    On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
+    would predict too high a speed.
     """
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
@@ -146,9 +150,10 @@ def agreement(
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
-    One pass over an output serves all exits: greedy drafts are compared only after accepted ones. It is an approximation for
-    low-bit drafts (`weights`), which in the loop attend to the target's keys and values of earlier rounds too, and for exit
-    blocks with a feature: here every draft has the target's own, in the loop the first of a round.
+    One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
+    draft is always the autoregressive output. For low-bit drafts (`weights`) this is an approximation: in the loop they attend
+    to the target's keys and values of the prompt and of earlier rounds, here to the target's of the prompt and else to their
+    own. So it is for exit blocks with a feature: here every draft has the target's own, in the loop the first of a round.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
@@ -182,7 +187,8 @@ def simulate(
 ) -> DecodeStats:
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens; `choices` are `agreement`'s.
 
-    Exact but for EOS among the drafts after a wrong one, which are unknown.
+    Exact with one exception: the drafts after a wrong one are unknown, and an EOS among them would end the round early. They
+    are assumed to end where the output ends.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -231,7 +237,7 @@ def predict(
 
     Settings that draft with the same layers stand together, shorter drafts first: of several, three are timed, and the times of
     the others interpolated. Returns the predictions, each drafter's agreement (the share of the autoregressive tokens that it
-    would also have chosen), and the tokens before a typical step. Raises LayerSkipError if no prompt could be answered.
+    would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -295,7 +301,11 @@ def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settin
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
-    """What was measured of drafting, with drafts stored by this `packing`, and the times of passes after the `context`."""
+    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
+
+    `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention
+    takes longer after many.
+    """
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest

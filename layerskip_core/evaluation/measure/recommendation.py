@@ -33,8 +33,11 @@ def recommend(
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
-    `results`: the first is full depth. `drift`: see `Recommendation`. `measured`: of each result, on the same prompts; None of
-    one that was only predicted. It tells which settings may be as fast, and which early exits keep their quality.
+    Args:
+        results: the first is full depth.
+        drift: by how much the time of full depth changed, see `Recommendation`.
+        measured: what was measured of each result, on the same prompts, None of one that was only predicted. If given, it tells
+            which settings may be as fast, and which early exits keep their quality.
     """
     policies = [policy_of(result, results[0], quality_metric, config) for result in results]
     tried = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
@@ -77,7 +80,8 @@ def recommend(
 def _choice(results: Sequence[Result], faithful: Sequence[int], measured: Sequence[Measured | None]) -> tuple[int, bool]:
     """The index of the best of the `faithful` settings, 0 if there are none, and whether to decode with it.
 
-    Adaptive drafting is preferred to what is hardly or not certainly faster: a fixed setting, or plain decoding.
+    Adaptive drafting is preferred to a fixed setting that is hardly faster, and not certainly, and to plain decoding unless
+    that is faster.
     """
     speeds = [result.speedup or 0.0 for result in results]
     best = max(faithful, key=speeds.__getitem__, default=0)
@@ -154,9 +158,10 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
 def fast_policy(
     exits: Sequence[tuple[Policy, Margin]], exact: Policy, quality_metric: str, keep: float
 ) -> tuple[Policy | None, str]:
-    """The fastest early exit that is faster than `exact` and certainly keeps this share of full depth's quality, and why.
+    """The fastest early exit that certainly keeps this share of full depth's quality, and why; None if there is none.
 
-    `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval.
+    `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval. An exit must also be
+    faster than `exact`.
     """
     full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
     if not full:

@@ -89,8 +89,11 @@ def search_skips(
     """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement and the prediction, on the search's rows.
 
     Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
-    drafts. Raises ConfigError for a model of a single layer, LayerSkipError if no prompt could be answered by two tokens, or
-    the context has no room for a round of drafts after them.
+    drafts.
+
+    Raises:
+        ConfigError: the model has a single layer.
+        LayerSkipError: no prompt could be answered by two tokens, or the context has no room for a round of drafts after them.
     """
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
@@ -161,7 +164,10 @@ def skipping(probes: Sequence[Probe], skip: tuple[int, ...]) -> SkipSet:
 
 
 def validation_rows(task: Task) -> Task:
-    """A few validation rows of the task, or training rows, that are not measured; of a file without splits its own rows."""
+    """A few validation rows of the task, or training rows, that are not measured: a file may hold no splits.
+
+    The task's own rows if there are no others.
+    """
     measured = {example.prompt for example in task.examples}
     for split in ("validation", "train"):
         try:

@@ -29,7 +29,12 @@ _CONFIDENCES = (0.8, 0.9, 0.95)
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model."""
+    """Yields progress, then the record with a recommendation.
+
+    Raises:
+        ConfigError: an exit is outside the model.
+        LayerSkipError: no prompt could be answered.
+    """
     task, generation = task.asked(config.generation)
     copies = _copies(loaded, config)
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
@@ -84,7 +89,8 @@ def _copies(loaded: Decoder, config: SweepConfig) -> tuple[Quantization, ...]:
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
     """The config with its default exits and confidences filled in.
 
-    If low-bit copies draft with all layers, untrained exits are left out, unless the task is the perplexity by exit.
+    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained, except where the
+    perplexity by exit is what the task is about.
     """
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
@@ -105,7 +111,8 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
     """What is compared with autoregressive decoding: each exit alone, exits by confidence, each drafter with each draft length.
 
-    Confidence chooses among the exits that were trained, as in `generate`, else among those of the sweep.
+    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep. Those of
+    `config` are the copies' too, which can draft with all layers.
     """
     generation, num_layers = config.generation, loaded.backend.num_layers
     unpredicted = config.specs or _UNPREDICTED

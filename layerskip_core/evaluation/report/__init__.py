@@ -70,7 +70,10 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 
 def with_answers(record: RunRecord, saved: str) -> RunRecord:
-    """The record of the results.json `saved`, with the answers that lie beside it, if they do. Raises LayerSkipError."""
+    """The record of the results.json `saved`, with the answers that lie beside it, if they do.
+
+    Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.
+    """
     file, results = Path(saved).with_name(ANSWERS_FILE), len(record.results)
     if not file.exists():
         return record
@@ -104,7 +107,10 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
 
 @contextmanager
 def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
-    """The folder for a report, created and locked by `command`; None if `folder` is None. Raises LayerSkipError."""
+    """The folder for a report, created and locked by `command`; None if `folder` is None.
+
+    Raises LayerSkipError if the folder, or a file of a report in it, cannot be written, and as `hold` does.
+    """
     if folder is None:
         yield None
         return
@@ -170,7 +176,10 @@ def _text(row: Row, name: str, form: str) -> str:
 
 
 def answers_page(record: RunRecord) -> str:
-    """A section per prompt, with each different answer once, what it changes of the first, and the results that gave it."""
+    """A section per prompt, with each different answer once, and the results that gave it. The autoregressive one is first.
+
+    Words and signs in which another answer differs from the first are marked.
+    """
     names, sections = [result_name(result) for result in record.results], list[dict[str, Any]]()
     for answered in record.answered:
         numbers: dict[str, list[int]] = {}

@@ -229,7 +229,10 @@ def _score(result: Result, name: str) -> str:
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result, and below it one per category, with a plain value for each figure and the ends of each interval."""
+    """A row per result, and below it one per category, with a plain value for each figure.
+
+    Metrics, times and the ends of intervals have a column each; differences and failures are counted.
+    """
     rows, full = [], record.results[0].metrics if record.results else {}
     for result in record.document()["results"]:
         categories = result.pop("categories")

@@ -41,9 +41,10 @@ class Limits:
 
 
 def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool | None = None) -> str:
-    """Runs a program, then its tests in the same module; returns why they did not end well (for display), empty if they did.
+    """Runs a program, then its tests in the same module, and returns why they did not run to their end; empty if they did.
 
-    `namespaces`: None if the kernel allows them. Raises LayerSkipError if the sandbox cannot be set up.
+    The reason is for display: the program can write to it. It gets `namespaces` of its own if the kernel allows them (None).
+    Raises LayerSkipError if the sandbox cannot be set up.
     """
     separate = "processes" in standing_layers() if namespaces is None else namespaces
     return _judged(program, tests, limits or Limits(), separate)[0]

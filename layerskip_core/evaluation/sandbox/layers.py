@@ -77,7 +77,11 @@ def own_identity(folder: str) -> int | None:
 
 
 def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
-    """Becomes an unprivileged user, who gets `folder`; `may_read` keeps root's right to read what Landlock allows."""
+    """Becomes an unprivileged user, who gets `folder`, and drops the capabilities.
+
+    `may_read` keeps root's right to read any file, which Landlock must restrict: an interpreter under /root could not load its
+    library otherwise.
+    """
     kept = [0]
     if identity is not None:
         os.chown(folder, identity, identity)
@@ -168,7 +172,10 @@ def _readable_folders() -> list[str]:
 
 
 def _allow_files_only(folder: str) -> int:
-    """Allows reading the libraries of Python and the system, and all in one folder; returns Landlock's version, 0 for none."""
+    """Allows reading the libraries of Python and the system, and everything in one folder; no signals to others.
+
+    Returns the version of the kernel's Landlock; 0 if it has none.
+    """
     try:
         version = _system_call(_CREATE_RULES, None, 0, 1)
     except OSError:

@@ -67,7 +67,11 @@ def _too_large(folder: str) -> bool:
 
 
 def _end_all(*_: object) -> None:
-    """Kills this process and its group at once, so that none can fork meanwhile, and with it its process namespace."""
+    """Kills this process and its group at once, so that none can fork meanwhile.
+
+    The first process of a process namespace ends with this one, and ends the others. Without a namespace the system call filter
+    keeps all of them in the group.
+    """
     os.killpg(0, signal.SIGKILL)
 
 

@@ -63,7 +63,10 @@ class Task:
     against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
-        """The metrics of the predictions, one per example, cut at the stop strings; of a task on text the `perplexity`."""
+        """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
+
+        A task on text has one metric, the `perplexity` given here.
+        """
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
@@ -86,7 +89,8 @@ class Task:
         return [before_stop(text, self.stop) for text in texts]
 
     def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[Losses]:
-        """The losses of each example's reference through each exit, or of as many windows of the task's text."""
+        """The losses of each example's reference through each exit, or of as many windows of the task's text. None of a task
+        without references."""
         if self.text is not None:
             yield from text_losses(loaded, self.text, self.config.samples, exit_layers)
         elif self.against is None:
@@ -105,7 +109,12 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task with all its rows; unnamed, `data` of prompts and references, or TOPv2. Raises ConfigError and DataError."""
+    """The task with all its rows. If no task is named, `data` is a file of prompts and references or a TOPv2 folder.
+
+    Raises:
+        ConfigError: there is no such task, or the task does not have a setting that was given.
+        DataError: the data or a column is missing, there are no rows, a row is malformed, or its prompt is empty.
+    """
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():

@@ -69,7 +69,8 @@ def prompts(config: TaskConfig) -> Task:
     """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt.
 
     Rows without references are scored against the model's own answers. A column `category` divides the rows. By default ROUGE-2
-    ranks; exact match where every reference is one word; ROUGE-L without references, whose length is not known yet.
+    ranks. Texts of one word have none, so exact match ranks those. Without references the answers, which may be of one word,
+    are not known yet, so ROUGE-L ranks.
     """
     source = str(config.data)
     every, config = _pairs(source, config)
@@ -183,7 +184,11 @@ def summaries(
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, for its perplexity. For speed, evenly spaced passages are continued."""
+    """A plain text, or the joined texts of rows, whose perplexity is measured. For speed, passages of it are continued.
+
+    The prompts are evenly spaced over the text. Each has the first whole words there, and as many words that follow as its
+    reference. Continuations are not scored: the text itself is only one of many good ones.
+    """
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
