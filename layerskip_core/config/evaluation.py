@@ -1,7 +1,7 @@
 """Tasks and measurements."""
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -135,10 +135,6 @@ class BenchConfig(MeasurementConfig):
     """Strategies and baselines side by side. Layers to skip in `generation` imply the strategy draft-and-verify."""
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
-    exit_layer: Annotated[
-        Layer | None, Flag("Layers of the early exit and of the drafts.", "--exit", "the checkpoint's", panel="Decoding")
-    ] = None
-    num_draft_tokens: Annotated[Drafts | None, Flag("Draft tokens per round.", "--spec", "the checkpoint's")] = None
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
@@ -154,11 +150,6 @@ class BenchConfig(MeasurementConfig):
     generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(
         default_factory=lambda: DecodingOptions()
     )
-
-    def decoding(self, generation: DecodingOptions) -> DecodingOptions:
-        """These options with the exit and the draft length."""
-        own = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
-        return cast(DecodingOptions, {**generation, **{name: value for name, value in own.items() if value is not None}})
 
     @property
     def skips(self) -> bool:

@@ -139,7 +139,7 @@ def test_inspect_shows_what_blocks_predict(folder):
 def test_bench_and_sweep_measure_blocks(folder):
     decoder = for_decoding(folder, "cpu", "fp32")
     task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
-    *_, record = bench(decoder, task, BenchConfig(exit_layer=4, num_draft_tokens=3, repeats=1))
+    *_, record = bench(decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1))
     assert isinstance(record, RunRecord)
     strategies = [result.strategy for result in record.results]
     assert "self-speculative" in strategies and "early-exit" not in strategies

@@ -138,7 +138,8 @@ def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     packed = for_decoding(checkpoint)
     assert isinstance(packed, Decoder)
     strategies, baselines = ("autoregressive", "early-exit", "self-speculative"), ("transformers", "no-reuse")
-    config = BenchConfig(checkpoint, exit_layer=5, num_draft_tokens=3, strategies=strategies, baselines=baselines)
+    generation = {"exit_layer": 5, "num_draft_tokens": 3}
+    config = BenchConfig(checkpoint, generation=generation, strategies=strategies, baselines=baselines)
     *_, record = bench(packed, own_answers(2), replace(config, repeats=1))
     plain, _, drafted, transformers, without = record.results
     assert [result.strategy for result in record.results[3:]] == ["transformers", "no-reuse"]

@@ -188,7 +188,7 @@ def test_the_document_has_the_documented_names():
 def test_an_exit_outside_the_model_is_refused(exit_layer, last):
     """An early exit after the last layer is plain decoding, drafts need a layer to verify them."""
     with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..{last}, got {exit_layer} \(model has 6 layers\)"):
-        record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
+        record_of(own_answers(), BenchConfig("tiny", generation={"exit_layer": exit_layer}))
 
 
 def test_prompts_that_failed_count_as_different_and_in_no_time():
@@ -208,7 +208,7 @@ ANSWER = Output(
 )  # fmt: skip
 FAILURE = Output(error="out of memory")
 RESUMED = STRATEGIES[:3]
-CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2, strategies=RESUMED)
+CONFIG = BenchConfig("tiny", generation={"exit_layer": 5, "num_draft_tokens": 3}, repeats=2, strategies=RESUMED)
 
 
 def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):

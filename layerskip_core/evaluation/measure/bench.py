@@ -49,8 +49,7 @@ def bench(
         CheckpointError: a baseline's model cannot be read.
         LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
-    task, generation = task.asked(config.generation)
-    asked, layers = config.decoding(generation), loaded.backend.num_layers
+    (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     searched: DecodingOptions | None = None
     if must_search(loaded, config):
@@ -58,16 +57,16 @@ def bench(
         if searched is None:
             searched, *_ = yield from search_skips(loaded, task, generation, next(iter(config.packing.draft_weights), None))
         recommended = replace(recommended, skip=searched)
-    settings = strategies_of(loaded, config, asked, recommended)
-    speculative = resolve_as("self-speculative", asked, recommended, layers, config.packing)
-    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
-    config = replace(config, task=task.config, generation=generation, exit_layer=exit_layer, num_draft_tokens=drafts)
+    config = replace(config, task=task.config, generation=generation)
+    settings = strategies_of(loaded, config, recommended)
+    speculative = resolve_as("self-speculative", generation, recommended, layers, config.packing)
+    own = {"exit_layer": speculative.exit_layer, "num_draft_tokens": speculative.num_draft_tokens}
     baselines = load_baselines(loaded, config, speculative)
     machine = environment(loaded) | ({"llama_cpp": describe_llama_cpp()} if "llama.cpp" in baselines else {})
     journal = None
     if folder is not None:
         rows = [*((example.prompt, example.completion) for example in task.examples), task.text]
-        head = asdict(config) | ({FOUND_SKIP: searched} if searched else {})
+        head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {})
         journal = Journal(folder, head | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}, resume)
     depths = [depth_of(setting, layers) or layers for setting in settings]
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
@@ -83,19 +82,18 @@ def bench(
                 found = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
                 by_category[name] = replace(found, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
-    resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    resolved = asdict(config) | own | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))
 
 
-def strategies_of(
-    loaded: Decoder, config: BenchConfig, asked: DecodingOptions, recommended: Recommended
-) -> list[DecodingConfig]:
+def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
     """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
 
     Raises ConfigError for an exit outside the model.
     """
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
-    block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
+    asked = config.generation
+    block = loaded.backend.exit_blocks.get(asked.get("exit_layer", recommended.exit_layer))
     if block is not None and not block.stands_alone:
         chosen.discard("early-exit")  # that exit can only draft
     settings = []
