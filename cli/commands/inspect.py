@@ -19,7 +19,7 @@ from ..loading import load_model
 from ..options import Prompt, command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.exits import Inspection
+    from layerskip_core.evaluation.inspection import Inspection
 
 _CELL = 9  # characters shown of a token
 
@@ -43,7 +43,7 @@ def inspect(
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
     from layerskip_core.checkpoint.save import model_files
-    from layerskip_core.evaluation.exits import inspect as run_inspect
+    from layerskip_core.evaluation.inspection import inspect as run_inspect
     from layerskip_core.evaluation.report import inspection_page
     from layerskip_core.files import require_writable, write_file
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextError
-from ..evaluation.exits import states_at_exits
+from ..evaluation.perplexity import states_at_exits
 from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend
 from ..model.cache import KVCache

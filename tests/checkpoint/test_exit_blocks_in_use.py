@@ -18,7 +18,7 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.exits import inspect, reference_losses
+from layerskip_core.evaluation.inspection import inspect, reference_losses
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
 from layerskip_core.evaluation.measure.sweep import sweep

@@ -11,7 +11,7 @@ from command_line import fails, run
 from evaluating import LAYERS, own_answers, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.evaluation.exits import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
+from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
 from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.report import inspection_page
 

@@ -14,11 +14,11 @@ from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import checked, counts_text, parse_counts
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.exits import reference_losses, scores_by_exit
 from layerskip_core.evaluation.measure import Progress
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import metric
+from layerskip_core.evaluation.perplexity import reference_losses, scores_by_exit
 from layerskip_core.model import TorchBackend
 
 CONFIDENCE = 0.03  # that the tiny model has in some tokens

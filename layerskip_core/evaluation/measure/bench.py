@@ -26,7 +26,7 @@ from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
-from ..exits import scores_by_exit
+from ..perplexity import scores_by_exit
 from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
 from ..tasks import Task
 from . import Baseline, Progress, depth_of, measure, own_output

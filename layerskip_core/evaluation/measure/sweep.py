@@ -12,8 +12,8 @@ from ...config.decoding import DecodingConfig, decoding, default_exits, require_
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...errors import require
-from ..exits import scores_by_exit
 from ..metrics import Scores, estimate, metric
+from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks import Task
 from . import NEAR_TIE, Measured, Progress, depth_of, drafts_tokens, measure, timed_examples

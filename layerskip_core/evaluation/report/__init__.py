@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from ...errors import LayerSkipError, visible
 from ...files import hold, read_bytes, require_writable
-from ..exits import Inspection
+from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
 from .tables import FIGURES, PARETO_NOTE, Row, TextTable, cell, flat_rows, form_of
 

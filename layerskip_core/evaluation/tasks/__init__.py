@@ -13,8 +13,8 @@ from ...data import Example, Record, file_records, hub_records
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
-from ..exits import Losses, reference_losses, text_losses
 from ..metrics import Scores
+from ..perplexity import Losses, reference_losses, text_losses
 from ..results import Answered
 
 BARE = "{prompt}"  # a form, or a template, that adds nothing
