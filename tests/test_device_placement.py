@@ -148,8 +148,7 @@ def test_benchmarks(on_gpu, checkpoint):
     config = BenchConfig(
         checkpoint,
         own_answers(1).config,
-        exit_layer=2,
-        num_draft_tokens=3,
+        generation={"exit_layer": 2, "num_draft_tokens": 3},
         strategies=strategies,
         repeats=1,
         baselines=baselines,

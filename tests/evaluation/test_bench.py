@@ -99,7 +99,7 @@ def test_acceptance_by_position_and_the_time_split():
 
 def test_a_run_on_the_models_own_answers():
     task = own_answers()
-    settings = {"exit_layer": 5, "num_draft_tokens": 3, "repeats": 2, "strategies": STRATEGIES}
+    settings = {"generation": {"exit_layer": 5, "num_draft_tokens": 3}, "repeats": 2, "strategies": STRATEGIES}
     record = record_of(task, BenchConfig("tiny", **settings))
     plain, early, drafted, looked_up = record.results
     settings = zip(STRATEGIES, (None, 5, 5, None), (None, None, 3, 3), strict=True)
@@ -132,7 +132,8 @@ def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
     file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": prompts[3]}])))
     asked = TaskConfig(data=str(file), metric="exact_match", max_new_tokens=NEW_TOKENS, prompting=PromptingConfig("raw"))
     task = load_task(asked)
-    settings = {"task": asked, "exit_layer": 5, "num_draft_tokens": 3, "repeats": 1, "batch_size": 2, "timed": 2}
+    generation = {"exit_layer": 5, "num_draft_tokens": 3}
+    settings = {"task": asked, "generation": generation, "repeats": 1, "batch_size": 2, "timed": 2}
     record = record_of(task, BenchConfig("tiny", **settings, strategies=("autoregressive", "early-exit", "self-speculative")))
     plain, early, drafted = record.results
     assert plain.metrics == drafted.metrics == {"exact_match": 1.0}

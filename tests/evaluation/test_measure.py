@@ -26,9 +26,9 @@ from layerskip_core.evaluation.results import Difference, Output, Step
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 DRAFTED = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 ONE_BY_ONE = SweepConfig("tiny")
-CONFIG = BenchConfig(
-    "tiny", exit_layer=5, num_draft_tokens=3, repeats=1, batch_size=2, baselines=("transformers", "prompt-lookup", "no-reuse")
-)
+DRAFTS = {"exit_layer": 5, "num_draft_tokens": 3}
+BASELINES = ("transformers", "prompt-lookup", "no-reuse")
+CONFIG = BenchConfig("tiny", generation=DRAFTS, repeats=1, batch_size=2, baselines=BASELINES)
 
 
 def test_an_output_is_what_transformers_generates():
