@@ -18,10 +18,11 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.inspection import inspect, reference_losses
+from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
 from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.perplexity import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model.exit_blocks import ExitBlock, features_of

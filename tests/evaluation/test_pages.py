@@ -219,8 +219,10 @@ def test_answers_are_read_from_beside_their_results(tmp_path):
 
 @pytest.mark.parametrize("measure", [sweep, bench])
 def test_a_measurement_keeps_its_answers(measure):
-    settings = {"exits": (2,), "specs": (3,), "exit_confidences": ()} if measure is sweep else {"exit_layer": 2, "repeats": 1}
-    config = (SweepConfig if measure is sweep else BenchConfig)("tiny", **settings)
+    if measure is sweep:
+        config = SweepConfig("tiny", exits=(2,), specs=(3,), exit_confidences=())
+    else:
+        config = BenchConfig("tiny", generation={"exit_layer": 2}, repeats=1)
     task = own_answers(2)
     *_, record = measure(tiny_loaded(), task, config)
     assert [answered.prompt for answered in record.answered] == [example.prompt for example in task.examples]
