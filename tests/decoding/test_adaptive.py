@@ -250,12 +250,13 @@ def test_what_was_not_tried_is_as_fast_as_what_has_the_same_kernels():
     tried, other = known.arms["exit 2"], known.arms["exit 4"]
     tried.tries = other.tries = 0.0
     known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    assert other.step(1, 0.5) == pytest.approx(0.2)  # as fast as passes became
     for _ in range(50):
         known.observe_round(tried, 1, 4, 5, 5 * 0.1, 0.7)  # a step takes half as long as expected
-    assert tried.step(1) == pytest.approx(0.1, rel=0.05) and other.step(1) == pytest.approx(0.2, rel=0.05)
+    assert tried.step(1, 1.0) == pytest.approx(0.1, rel=0.05) and other.step(1, 1.0) == pytest.approx(0.2, rel=0.05)
     for _ in range(50):
         known.observe_round(other, 1, 4, 5, 5 * 0.4, 0.4)  # its own times count more
-    assert other.step(1) == pytest.approx(0.4, rel=0.1) and tried.step(1) == pytest.approx(0.1, rel=0.15)
+    assert other.step(1, 1.0) == pytest.approx(0.4, rel=0.1) and tried.step(1, 1.0) == pytest.approx(0.1, rel=0.15)
 
 
 def test_few_steps_are_without_drafts_and_not_the_first():
@@ -265,6 +266,7 @@ def test_few_steps_are_without_drafts_and_not_the_first():
 
 def test_where_drafts_gain_nothing_few_steps_look_for_them():
     known = knowing(backend_of("generic"))._known
+    known._choices = 64  # all drafters were tried
 
     def looking(rows, tokens, seconds):
         """How many of 128 steps look for drafts, if such steps give so many tokens in so many plain steps' time."""

@@ -44,7 +44,7 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 _PLAIN_FIRST, _PLAIN_AT, _PLAIN_EVERY = (4, 12, 28, 60), 124, 128
 # Where looking for drafts gained less than this over plain decoding lately, one step of so many looks for them: the fewer the
 # more it loses.
-_LOOKS = (0.97, 16), (1.03, 4)
+_LOOKS, _LOOKS_ALONE = ((0.97, 16), (1.03, 4)), 4  # of several rows, and of one, whose text may soon be another
 _DOUBTFUL, _DOUBTFUL_PLAIN_EVERY = 1.15, 8  # below this gain, one step of so many is plain, so that the gain is known well
 _PERIODS = 0.97  # weight of the times of steps that were known, per new one
 _REST = 0.1  # of a pass: what the rest of a step may be if nothing is known of it
@@ -244,11 +244,11 @@ class Pace:
     """How long steps of drafters take that have the same kernels, over what was expected at first."""
 
     def __init__(self) -> None:
-        self.factor, self._tries = 1.0, 0
+        self.factor, self.tries = 1.0, 0
 
     def observe(self, factor: float) -> None:
-        self._tries += 1
-        self.factor += max(_TIMES, 1 / (1 + self._tries)) * (min(factor, _JUMP) - self.factor)
+        self.tries += 1
+        self.factor += max(_TIMES, 1 / (1 + self.tries)) * (min(factor, _JUMP) - self.factor)
 
 
 class Arm:
@@ -284,9 +284,13 @@ class Arm:
             self.acceptance.fade(rounds)
             self.steps.fade(rounds)
 
-    def step(self, rows: int) -> float:
-        """The time of a step, which is that of arms with the same kernels as far as this one was not tried."""
-        own, usual = self.steps.of(rows), self.pace.factor * self.steps.of(rows, at_first=True)
+    def step(self, rows: int, pace: float) -> float:
+        """The time of a step, which is that of arms with the same kernels as far as this one was not tried.
+
+        `pace`: of the target's passes, if none of them was tried.
+        """
+        pace = self.pace.factor if self.pace.tries else pace
+        own, usual = self.steps.of(rows), pace * self.steps.of(rows, at_first=True)
         trust = 1.0 if self.tries == inf else self.tries / (self.tries + _STRENGTH)
         return trust * own + (1 - trust) * usual
 
@@ -330,7 +334,7 @@ class Knowledge:
         gain = self._gain(rows)
         for below, every in _LOOKS:
             if gain < below:
-                return step % every > 0
+                return step % (every if rows > 1 else _LOOKS_ALONE) > 0
         every, at = (_DOUBTFUL_PLAIN_EVERY, 4) if gain < _DOUBTFUL else (_PLAIN_EVERY, _PLAIN_AT)
         return step % every == at or step in _PLAIN_FIRST
 
@@ -339,11 +343,17 @@ class Knowledge:
 
         `in_passes`: the seconds of its drafts and of the target's pass.
         """
-        known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0, 0.0])
-        known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds, known[2] + tokens
+        if not looks or self._choices >= _SETTLED:  # the first tries of what does not pay say nothing of what is chosen later
+            known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0, 0.0])
+            known[:] = _PERIODS * known[0] + tokens, _PERIODS * known[1] + seconds, known[2] + tokens
         if looks and self._pass_seconds is not None:
             most = _JUMP * self.rest + _REST * self.passes.of(1)  # a step that took longer was disturbed
             self.rest += _TIMES * (min((seconds - in_passes) / self._pass_seconds, most) - self.rest)
+
+    @property
+    def _pace(self) -> float:
+        """How long the target's passes take, over what was expected from the first that was measured."""
+        return self.passes.of(1) / self.passes.of(1, at_first=True)
 
     def _gain(self, rows: int) -> float:
         """Tokens per second with about so many rows where steps look for drafts, over those of plain steps; inf if unknown."""
@@ -357,9 +367,9 @@ class Knowledge:
         self, arm: Arm, rows: int, most: int, deviations: float = 0.0, others: tuple[float, int] = NO_OTHERS
     ) -> tuple[float, int]:
         """See `best_length`, by the mean acceptance of the arm, or the upper end of its interval of so many deviations."""
-        step = arm.step(rows)
+        step = arm.step(rows, self._pace)
         if deviations:
-            step /= 1 + _UNTRIED / (1 + arm.tries)
+            step /= 1 + _UNTRIED / (1 + arm.tries + arm.pace.tries / _STRENGTH)
         chances = arm.acceptance.chances(deviations)
         found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length, self.rest)
         arm.length = found[1]
@@ -389,7 +399,7 @@ class Knowledge:
 
     def ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:
         """Where the probability of all drafts so far is so low that one more does not pay at this rate. For one row."""
-        cost = rate * (arm.step(1) + arm.share * self.passes.slope(length + 1))  # in tokens
+        cost = rate * (arm.step(1, self._pace) + arm.share * self.passes.slope(length + 1))  # in tokens
         gain = arm.acceptance.chances()[1]
         survival = cost / gain if cost < gain else 1.0
         return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
