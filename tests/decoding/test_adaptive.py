@@ -259,6 +259,22 @@ def test_what_was_not_tried_is_as_fast_as_what_has_the_same_kernels():
     assert other.step(1, 1.0) == pytest.approx(0.4, rel=0.1) and tried.step(1, 1.0) == pytest.approx(0.1, rel=0.15)
 
 
+def test_a_draft_takes_time_besides_its_steps():
+    known = knowing(backend_of("generic"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.05))._known
+    tried, other = known.arms["exit 2"], known.arms["exit 4"]
+    tried.tries = other.tries = 0.0
+    known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    for number in range(200):
+        drafted = (2, 9)[number % 2]
+        known.observe_round(tried, 1, drafted, drafted + 1, 0.5 + (drafted + 1) * 0.1, 0.7)
+    assert tried.pace.each == pytest.approx(0.5, rel=0.1) and tried.step(1, 1.0) == pytest.approx(0.1, rel=0.1)
+    assert other.step(1, 1.0) == pytest.approx(0.2, rel=0.1)
+    known.passes, other.acceptance = PassTimes(1.0, 0.01), Acceptance(0.95, 0.95, 100.0)
+    short = known.best_length(other, 1, 16)[1]
+    other.pace.each = 0.0
+    assert known.best_length(other, 1, 16)[1] < short  # longer drafts where each costs more
+
+
 def test_few_steps_are_without_drafts_and_not_the_first():
     known = knowing(backend_of("generic"))._known
     assert [step for step in range(300) if known.wants_plain_step()] == [4, 12, 28, 60, 124, 252]

@@ -46,6 +46,7 @@ _PLAIN_FIRST, _PLAIN_AT, _PLAIN_EVERY = (4, 12, 28, 60), 124, 128
 # more it loses.
 _LOOKS, _LOOKS_ALONE = ((0.97, 16), (1.03, 4)), 4  # of several rows, and of one, whose text may soon be another
 _DOUBTFUL, _DOUBTFUL_PLAIN_EVERY = 1.15, 8  # below this gain, one step of so many is plain, so that the gain is known well
+_ORIGIN = 0.5  # weight of a draft without steps that takes no time
 _PERIODS = 0.97  # weight of the times of steps that were known, per new one
 _REST = 0.1  # of a pass: what the rest of a step may be if nothing is known of it
 _FEW = 48  # tokens of a row, from steps that looked for drafts
@@ -241,14 +242,28 @@ def _lengths(most: int) -> tuple[int, ...]:
 
 
 class Pace:
-    """How long steps of drafters take that have the same kernels, over what was expected at first."""
+    """How long drafts by the same kernels take: `each` draft besides its steps, and the steps over what was expected, `factor`.
+
+    By least squares, in which newer drafts count more.
+    """
 
     def __init__(self) -> None:
-        self.factor, self.tries = 1.0, 0
+        self.each, self.factor, self.tries = 0.0, 1.0, 0
+        self._sums = [0.0] * 5
 
-    def observe(self, factor: float) -> None:
+    def observe(self, expected: float, time: float) -> None:
+        """A draft took so long, and its steps were expected to take `expected`."""
+        if self.tries:
+            time = min(time, _JUMP * (self.each + self.factor * expected))
         self.tries += 1
-        self.factor += max(_TIMES, 1 / (1 + self.tries)) * (min(factor, _JUMP) - self.factor)
+        terms = 1.0, expected, time, expected * expected, expected * time
+        self._sums = [_PERIODS * known + new for known, new in zip(self._sums, terms, strict=True)]
+        count, x, y, xx, xy = self._sums
+        spread = (count + _ORIGIN) * xx - x * x
+        self.factor = ((count + _ORIGIN) * xy - x * y) / spread
+        self.each = (y - self.factor * x) / (count + _ORIGIN)
+        if self.each < 0:
+            self.each, self.factor = 0.0, xy / xx
 
 
 class Arm:
@@ -256,7 +271,7 @@ class Arm:
 
     Attributes:
         steps: the times of passes of its layers by their rows.
-        pace: of all arms with the same kernels.
+        pace: of the drafts of all arms with the same kernels.
         ahead: passes besides one per token: 1 where the target needs the last draft's state.
         share: of a pass of the target that is left to verify its drafts.
         tries: rounds of it whose times were measured.
@@ -297,9 +312,9 @@ class Arm:
     def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
         """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
         self.tries += 1
-        step = draft_time / (drafted + self.ahead)
-        self.steps.observe(rows, step)
-        self.pace.observe(step / self.steps.of(rows, at_first=True))
+        count = drafted + self.ahead
+        self.pace.observe(count * self.steps.of(rows, at_first=True), draft_time)
+        self.steps.observe(rows, max(draft_time - self.pace.each, 0.0) / count)
         if self.ahead:
             self.share += _TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
@@ -371,7 +386,8 @@ class Knowledge:
         if deviations:
             step /= 1 + _UNTRIED / (1 + arm.tries + arm.pace.tries / _STRENGTH)
         chances = arm.acceptance.chances(deviations)
-        found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length, self.rest)
+        rest = self.rest + arm.pace.each
+        found = best_length(chances, step, self.passes, most, arm.ahead, arm.share, rows, others, arm.length, rest)
         arm.length = found[1]
         return found
 
