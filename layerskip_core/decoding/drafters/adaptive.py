@@ -13,8 +13,9 @@ import torch
 
 from ...model.backend import DraftEnds, Submodel
 from . import Context, Draft, DrafterSetup
+from .estimates import NO_OTHERS, Acceptance
 from .exit import ExitDrafter, drafter_name
-from .knowledge import NO_OTHERS, Acceptance, Arm, knowledge_of
+from .knowledge import Arm, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _LONGER = 1.25  # a draft that stays certain may be this many times as long as is best on average
