@@ -276,6 +276,16 @@ def test_a_draft_takes_time_besides_its_steps():
     assert known.best_length(other, 1, 16)[1] < short  # longer drafts where each costs more
 
 
+def test_a_slow_first_draft_makes_no_steps_free():
+    known = knowing(backend_of("generic"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.05))._known
+    tried, other = known.arms["exit 2"], known.arms["exit 4"]
+    tried.tries = other.tries = 0.0
+    known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    known.observe_round(tried, 1, 1, 2, 4.0, 0.7)  # ten times as long as expected
+    known.observe_round(tried, 1, 4, 5, 1.0, 0.7)
+    assert tried.pace.each > 0 and tried.step(1, 1.0) > 0.05 and other.step(1, 1.0) > 0.1
+
+
 def test_few_steps_are_without_drafts_and_not_the_first():
     known = knowing(backend_of("generic"))._known
     assert [step for step in range(300) if known.wants_plain_step()] == [4, 12, 28, 60, 124, 252]

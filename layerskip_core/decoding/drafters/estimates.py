@@ -19,6 +19,7 @@ _LONG_MEMORY = 0.998  # the same of how far to trust a probability, which differ
 _FADING = 0.999  # the same per round in which an arm was not tried
 _LEAST_DOUBT = 1e-4  # nothing is more certain
 _ORIGIN = 0.5  # weight of a draft without steps that takes no time
+LEAST_STEPS = 0.25  # share of a draft's time that its steps take at least, whatever a disturbed draft says
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 
 NO_OTHERS = 0.0, 0  # see `best_length`
@@ -228,7 +229,8 @@ class Pace:
         self._sums = [PERIODS * known + new for known, new in zip(self._sums, terms, strict=True)]
         count, x, y, xx, xy = self._sums
         spread = (count + _ORIGIN) * xx - x * x
-        self.factor = ((count + _ORIGIN) * xy - x * y) / spread
+        only_steps = xy / xx  # if a draft took no time besides its steps
+        self.factor = max(((count + _ORIGIN) * xy - x * y) / spread, LEAST_STEPS * only_steps)
         self.each = (y - self.factor * x) / (count + _ORIGIN)
         if self.each < 0:
-            self.each, self.factor = 0.0, xy / xx
+            self.each, self.factor = 0.0, only_steps

@@ -13,6 +13,7 @@ from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
 from .estimates import (
     JUMP,
+    LEAST_STEPS,
     NO_OTHERS,
     PERIODS,
     POWERS,
@@ -100,7 +101,7 @@ class Arm:
         self.tries += 1
         count = drafted + self.ahead
         self.pace.observe(count * self.steps.of(rows, at_first=True), draft_time)
-        self.steps.observe(rows, max(draft_time - self.pace.each, 0.0) / count)
+        self.steps.observe(rows, max(draft_time - self.pace.each, LEAST_STEPS * draft_time) / count)
         if self.ahead:
             self.share += TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
