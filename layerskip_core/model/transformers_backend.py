@@ -18,6 +18,7 @@ from .backend import DraftSide
 from .cache import KVCache, MixedCache
 from .cut import CutModel
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
+from .probe import cut_at_layers
 from .spec import AnySpec, ModelSpec, TransformersSpec
 
 
@@ -93,7 +94,7 @@ class TransformersBackend:
 
     @cached_property
     def _cut(self) -> CutModel:
-        return CutModel(self.model)
+        return cut_at_layers(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,210 @@
+"""Learns from forwards where a model can be cut, and checks that the cut model reproduces the logits of the whole one."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, first_line
+from .cache import Entry, EntryWriter, MixedCache
+from .cut import SHARED, CutModel, Form, Forward, PositionCache, hidden_of, replaced
+
+_TOKENS, _KNOWN, _STARTS = 7, 4, (2, 4)  # of the probe's two rows: tokens, how many are prefilled, and where each goes on
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a token's logits, relative to their spread
+_LOW_TOLERANCE = 0.1  # in bf16 and fp16, where two experts may be almost equally likely
+_RECURRENT = "it keeps a state beside its keys and values, which no length rolls back"
+
+
+def cut_at_layers(model: Any) -> CutModel:
+    """A causal language model of transformers, cut. Raises CheckpointError, which says why, for one that cannot be cut."""
+    cut, was_training = CutModel(model), model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            _check(cut)
+    except _Different as error:
+        raise CheckpointError(f"model_type {model.config.model_type} cannot be cut at its layers: {error}") from error
+    finally:
+        model.train(was_training)
+    return cut
+
+
+class _Recorder:
+    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all."""
+
+    def __init__(self, count: int) -> None:
+        self.start, self.stop = 0, count
+        self.kept: dict[Entry, Tensor] = {}
+
+    def put(self, entry: Entry, new: Tensor) -> Tensor:
+        self.kept[entry] = new
+        return new
+
+    def get(self, entry: Entry, like: Tensor) -> Tensor:
+        return self.kept[entry]
+
+
+def _check(cut: CutModel) -> None:
+    """Learns the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
+    model = cut.model
+    if getattr(model, "_is_stateful", False):
+        raise _Different(_RECURRENT)
+    if cut.cache_keyword is None:
+        raise _Different("it has no KV cache")
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    ids = (7 + 5 * torch.arange(2 * _TOKENS, device=model.device).view(2, _TOKENS)) % vocab
+    expected = _see(cut, ids)
+    try:
+        kept = _layer_by_layer(cut, ids[:, :_KNOWN], expected[:, :_KNOWN], reads_ids=False)
+    except _Different as different:
+        try:
+            kept = _layer_by_layer(cut, ids[:, :_KNOWN], expected[:, :_KNOWN], reads_ids=True)
+        except _Different:
+            raise different from None
+    cut.form = replace(cut.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()})
+    cache, prefix = cut.new_cache(2, _TOKENS), torch.arange(_KNOWN).expand(2, -1)
+    for entry, new in kept.items():
+        EntryWriter(cache, prefix).put(entry, new)
+    try:
+        _go_on(cut, ids, expected, cache)
+    except _Different:
+        cut.form = replace(cut.form, by_position=False)
+        _go_on(cut, ids, expected, cache)
+
+
+def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
+    """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
+    positions, recorder, written = (
+        torch.arange(ids.shape[1]).expand(2, -1),
+        _Recorder(ids.shape[1]),
+        dict[int, list[Entry]](),
+    )
+    cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written)
+
+    def alone(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+        before = len(recorder.kept)
+        hidden = hidden_of(forward(*args, **keywords))
+        written[index] = list(recorder.kept)[before:]
+        return form.returned(hidden)
+
+    changes = [(layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)]
+    with _reasons(), replaced(changes):
+        state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
+        if len(changes) > 1:
+            state = cut.run_span(state, 1, len(changes), positions, recorder)
+        _compare(cut.unembed(state), expected, "when each layer runs alone")
+    return recorder.kept
+
+
+def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache) -> None:
+    """Drafts of the first layers and their verification, after a prefix of which one row has more than the other."""
+    rows, count = torch.arange(2)[:, None], len(cut.form.layers)
+    places = torch.tensor(_STARTS)[:, None] + torch.arange(_TOKENS - max(_STARTS))
+    exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
+    with _reasons():
+        state = cut.embed(ids[rows, places.to(ids.device)])
+        state = cut.run(state, 0, exit_layer, places, cache)
+        if exit_layer < count:
+            state = cut.run(state, exit_layer, count, places, cache)
+        _compare(cut.unembed(state), expected[rows, places], "when it goes on from a cache")
+
+
+def _see(cut: CutModel, ids: Tensor) -> Tensor:
+    """The logits (2, T, V) of the whole model, and the form as far as its forward shows it."""
+    model, lists = cut.model, _outermost_lists(cut.model)
+    seen: dict[str, list[tuple[int, Any, Any]]] = defaultdict(list)
+    shares: dict[str, dict[int, Any]] = defaultdict(dict)
+
+    def watch(name: str, index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+        hidden, before = args[0] if args else keywords.get("hidden_states"), set(keywords.get(SHARED) or ())
+        output = forward(*args, **keywords)
+        seen[name].append((index, hidden, output))
+        for key in set(keywords.get(SHARED) or ()) - before:
+            shares[name][index] = key
+        return output
+
+    changes = [
+        (part, partial(watch, name, index, part.forward)) for name, parts in lists.items() for index, part in enumerate(parts)
+    ]
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    handles = [
+        part.register_forward_hook(lambda *call: calls.append(call))
+        for owner in {name.rpartition(".")[0] for name in lists}
+        for part in (model.get_submodule(owner), *model.get_submodule(owner).children())
+    ]
+    try:
+        with _reasons():
+            logits: Tensor = cut.forward({"input_ids": ids}, None, changes).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    chains = [name for name, found in seen.items() if [index for index, *_ in found] == list(range(len(lists[name])))]
+    if not chains:
+        raise _Different("its forward is no chain of layers")
+    name = max(chains, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
+    owner = model.get_submodule(name.rpartition(".")[0])
+    *_, (_, _, output) = seen[name]
+    last = hidden_of(output)
+    if any(hidden is None or hidden.shape != last.shape for _, hidden, _ in seen[name]):
+        raise _Different("its layers have hidden states of different shapes")
+    leading = int(last.shape[:2] != ids.shape)
+    if last.shape[leading : leading + 2] != ids.shape:
+        raise _Different(f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}")
+    (owned,) = (output for part, _, output in calls if part is owner)
+    normed = getattr(owned, "last_hidden_state", None)
+    norms = [part for part, inputs, output in calls if inputs and inputs[0] is last and _equals(output, normed)]
+    container = None if isinstance(output, Tensor) else (type(output), len(output))
+    cut.form = Form(
+        lists[name],
+        owner,
+        norms[0] if len(norms) == 1 else None,
+        type(owned),
+        container,
+        bool(leading),
+        (last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:]),
+        shares[name],
+    )
+    return logits
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    lists: dict[str, nn.ModuleList] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = part
+    return lists
+
+
+def _equals(output: Any, normed: Any) -> bool:
+    return isinstance(output, Tensor) and isinstance(normed, Tensor) and torch.equal(output, normed)
+
+
+def _compare(found: Tensor, expected: Tensor, when: str) -> None:
+    """Raises _Different for logits (B, T, V) of which a token's differ. Those that are not finite are not compared."""
+    counted, precision = expected.isfinite().all(-1), expected.dtype
+    found, expected = found[counted].double(), expected[counted].double()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    error = float(((found - expected).norm(dim=-1) / spread).nan_to_num(torch.inf).max()) if len(spread) else 0.0
+    if error > _TOLERANCE.get(precision, _LOW_TOLERANCE):
+        raise _Different(f"its logits differ by {error:.2g} of their spread {when}")
+
+
+class _Different(Exception):
+    """How a cut model differs from the whole one."""
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Any error becomes the reason why a model cannot be cut."""
+    try:
+        yield
+    except AttributeError as error:
+        more = isinstance(error.obj, PositionCache)
+        raise _Different(f"{_RECURRENT} ({error.name})" if more else first_line(error)) from error
+    except Exception as error:
+        raise _Different(first_line(error)) from error
