@@ -1,11 +1,13 @@
-"""A model and its draft in llama.cpp, and behind `layerskip serve` with several requests at once.
+"""A model and its draft in llama.cpp, and behind `layerskip serve` with several requests at once or a common beginning.
 
     python examples/engines.py llama.cpp [--model embedded --exit 4 --spec 12] [--formats f16,q8_0,q4_0]
     python examples/engines.py serve [--model embedded]
+    python examples/engines.py prefix --model MODEL [--tokens 1500]
 
 Prompts are test rows of `commands`, or --prompts FILE (JSON lines). Decoding is greedy. llama.cpp (package xllamacpp) reads
 what `layerskip export --engine llama.cpp` writes, and takes turns with this toolkit prompt by prompt, after a pass to warm
-up. Prints a table in Markdown. Run nothing beside it.
+up. `prefix` asks short questions after so many tokens of this folder's documents. Prints a table in Markdown. Run nothing
+beside it.
 """
 
 import argparse
@@ -45,7 +47,7 @@ Method = Callable[[list[int]], Answer]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=["llama.cpp", "serve"])
+    parser.add_argument("engine", choices=["llama.cpp", "serve", "prefix"])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--prompts", default="commands")
     parser.add_argument("--samples", type=int, default=32)
@@ -55,10 +57,11 @@ def main() -> None:
     parser.add_argument("--exit", type=int, default=4)
     parser.add_argument("--spec", type=int, default=12)
     parser.add_argument("--formats", default="f16,q8_0,q4_0")
+    parser.add_argument("--tokens", type=int, default=1500)
     arguments = parser.parse_args()
     rows = load_prompts(DataConfig(arguments.prompts, "test", limit=arguments.samples))
     prompts = [row.prompt for row in rows]
-    (serve if arguments.engine == "serve" else llama_cpp)(arguments, prompts)
+    {"llama.cpp": llama_cpp, "serve": serve, "prefix": prefix}[arguments.engine](arguments, prompts)
 
 
 def llama_cpp(arguments: argparse.Namespace, prompts: list[str]) -> None:
@@ -164,7 +167,7 @@ def serve(arguments: argparse.Namespace, prompts: list[str]) -> None:
     first: dict[int, float] = {}
     expected: list[str] | None = None
     for name, flags in (("without drafts", ["--strategy", "autoregressive"]), ("default flags", [])):
-        with running(arguments, flags):
+        with running(arguments, [*flags, "--prefix-cache", "0"]):  # the passes repeat their prompts
             asyncio.run(ask(arguments, prompts, max(AT_ONCE)))
             for most in AT_ONCE:
                 passes = []
@@ -200,6 +203,40 @@ async def ask(arguments: argparse.Namespace, prompts: list[str], most: int) -> l
             return answer.choices[0].text, answer.usage
 
         return await asyncio.gather(*map(one, prompts))
+
+
+def prefix(arguments: argparse.Namespace, prompts: list[str]) -> None:
+    """Time to the first token of two questions after each of several common beginnings, with the prefix cache and without."""
+    from openai import OpenAI
+
+    tokenizer = for_decoding(arguments.model).tokenizer
+    documents = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.md")))
+    ids = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    starts = [ids[turn * arguments.tokens : (turn + 1) * arguments.tokens] for turn in range(arguments.repeats + 1)]
+    print("| prefix cache | first request | second request | its tokens that needed no pass |\n|" + "---|" * 4)
+    texts: dict[str, list[str]] = {}
+    for name, flags in (("512 MB", []), ("none", ["--prefix-cache", "0"])):
+        with running(arguments, flags):
+            client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600)
+            seconds, cached = list[tuple[float, float]](), 0
+            for start in starts:  # the first one warms up
+                pair = []
+                for question in prompts[:2]:
+                    prompt = start + tokenizer(question, add_special_tokens=False)["input_ids"]
+                    options: dict[str, Any] = {"max_tokens": 16, "stream": True, "stream_options": {"include_usage": True}}
+                    began, first = time.perf_counter(), 0.0
+                    pieces = []
+                    for chunk in client.completions.create(model=Path(arguments.model).name, prompt=prompt, **options):
+                        first = first or time.perf_counter() - began
+                        pieces += [choice.text for choice in chunk.choices]
+                    texts.setdefault(name, []).append("".join(pieces))
+                    cached = chunk.usage.prompt_tokens_details.cached_tokens
+                    pair.append(first)
+                seconds.append((pair[0], pair[1]))
+        medians = (f"{median(times):.3f} s" for times in zip(*seconds[1:], strict=True))
+        print(f"| {name} | {' | '.join(medians)} | {cached} |", flush=True)
+    same = sum(one == other for one, other in zip(*texts.values(), strict=True))
+    print(f"\n{same} of {len(texts['none'])} answers are the same with and without.")
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
-from .decoding import DecodeStats, DecodingLoop, StopReason, check_prompt
+from .decoding import DecodeStats, DecodingLoop, SharedPrefixes, StopReason, check_prompt
 from .decoding.drafters.lookup import EarlierAnswers
 from .decoding.engine import RowStep
 from .decoding.output import OutputText
+from .decoding.target import target_of
 from .errors import LayerSkipError
 
 _PREFILLED = 256  # tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels
@@ -51,7 +52,7 @@ class Request:
 
     `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
     sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
-    `stats`: counts so far.
+    `stats`: counts so far. `reused`: the prompt's first tokens that needed no pass.
     """
 
     ids: list[int]
@@ -59,7 +60,8 @@ class Request:
     deliver: Callable[[Update], None]
     isolated: bool = False
     streams: bool = True
-    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    reused: int = 0
     _text: OutputText | None = None  # once it is being decoded
     _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
 
@@ -84,9 +86,18 @@ class Request:
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread."""
 
-    def __init__(self, decoder: Decoder, batch_size: int, earlier: EarlierAnswers | None = None) -> None:
-        """`earlier`: answers that lookups of every request search too; each answer is added to them."""
-        self._decoder, self._batch_size, self._earlier = decoder, batch_size, earlier
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch_size: int,
+        earlier: EarlierAnswers | None = None,
+        prefixes: SharedPrefixes | None = None,
+    ) -> None:
+        """`earlier`: answers that lookups of every request search too; each answer is added to them.
+
+        `prefixes`: KV entries of texts that prompts may begin with; those of each request are added.
+        """
+        self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
         self._waiting: deque[Request] = deque()
         self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
 
@@ -124,7 +135,7 @@ class Scheduler:
         done: list[Request] = []
         room = _PREFILLED
         while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
-            room -= len(requests) * max(len(request.ids) for request in requests)
+            room -= len(requests) * max(map(self._missing, requests))
             done += self._prefill(requests)
         for loop, rows in self._groups.values():
             done += _advance(loop, rows)
@@ -141,20 +152,32 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        An empty list if this step has no room for it any more. A longer prompt than any step has room for is prefilled alone.
+        An empty list if this step has no room for it any more. Prefilled alone: a longer prompt than any step has room for, and
+        one that begins as a text that is known.
         """
         first = self._waiting[0]
         requests: list[Request] = []
-        longest = 0
-        while self._waiting and self.running + len(requests) < self._batch_size:
+        longest, single = 0, False
+        while self._waiting and not single and self.running + len(requests) < self._batch_size:
             following = self._waiting[0]
-            longest = max(longest, len(following.ids))
+            missing = self._missing(following)
+            longest, single = max(longest, missing), self._is_single(following) or missing < len(following.ids)
             if longest * (len(requests) + 1) > room and (requests or room < _PREFILLED):
                 break
-            if requests and (self._is_single(first) or self._is_single(following) or _settings(first) != _settings(following)):
+            if requests and (single or _settings(first) != _settings(following)):
                 break
             requests.append(self._waiting.popleft())
         return requests
+
+    def _missing(self, request: Request) -> int:
+        """How many tokens of the prompt need a pass."""
+        if self._prefixes is None:
+            return len(request.ids)
+        try:
+            target = target_of(self._decoder.backend, request.config)
+        except LayerSkipError:  # which the request is told when it is prefilled
+            return len(request.ids)
+        return len(request.ids) - self._prefixes.known(target, request.ids)
 
     def _prefill(self, requests: list[Request]) -> list[Request]:
         """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
@@ -174,7 +197,9 @@ class Scheduler:
         ends, seeds = decoder.ends(first.config.stop), [request.config.seed for request in rows.values()]
         try:
             backend, detokenize = decoder.backend, decoder.detokenize
-            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, earlier=self._earlier)
+            kept: dict[str, Any] = {"earlier": self._earlier, "shared": self._prefixes}
+            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, **kept)
+            first.reused = loop.reused_tokens
         except BaseException as error:
             return done + _failed(rows.values(), error)
         done += _advance(loop, rows)
@@ -237,11 +262,18 @@ class Engine:
         is_stopped: whether it was stopped, or failed: it takes no requests any more.
     """
 
-    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, earlier: EarlierAnswers | None = None) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `earlier`: Scheduler's."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch_size: int,
+        queue_size: int,
+        earlier: EarlierAnswers | None = None,
+        prefixes: SharedPrefixes | None = None,
+    ) -> None:
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. The others are Scheduler's."""
         self.held = self.running = 0
         self.is_stopped = False
-        self._scheduler = Scheduler(decoder, batch_size, earlier)
+        self._scheduler = Scheduler(decoder, batch_size, earlier, prefixes)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()

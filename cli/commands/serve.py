@@ -42,6 +42,11 @@ class ServeConfig:
     token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
     remember: Remember = 0
+    prefix_cache: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag("Megabytes for keys and values of earlier prompts and answers, so that a common beginning is computed once."),
+    ] = 512
     decoding: Annotated[DecodingOptions, Without("seed")] = field(default_factory=lambda: DecodingOptions())
 
     def __post_init__(self) -> None:
@@ -70,6 +75,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         raise LayerSkipError(
             f"serve needs the extra `serve`, whose package {error.name} is missing: pip install 'layerskip[serve]'"
         ) from None
+    from layerskip_core.decoding import SharedPrefixes
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.serving import Engine
 
@@ -77,7 +83,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
-        engine = Engine(loaded, serving.batch_size, serving.queue_size, EarlierAnswers(serving.remember))
+        kept = EarlierAnswers(serving.remember), SharedPrefixes(serving.prefix_cache * 2**20)
+        engine = Engine(loaded, serving.batch_size, serving.queue_size, *kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(

@@ -257,6 +257,7 @@ def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": stats.new_tokens,
         "total_tokens": prompt_tokens + stats.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in jobs[::n]), "audio_tokens": 0},
         "completion_tokens_details": details,
     }
 

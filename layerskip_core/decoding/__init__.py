@@ -2,13 +2,14 @@
 
 from .engine import DecodingLoop, check_prompt, decode, decode_batch
 from .output import Answer, DecodeStats, StopReason, StopScanner, before_stop, step_counts
-from .target import PrefixCache
+from .target import PrefixCache, SharedPrefixes
 
 __all__ = [
     "Answer",
     "DecodeStats",
     "DecodingLoop",
     "PrefixCache",
+    "SharedPrefixes",
     "StopReason",
     "StopScanner",
     "before_stop",

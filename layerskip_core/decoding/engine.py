@@ -22,7 +22,7 @@ from .drafters.lookup import EarlierAnswers, LookupDrafter
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, foretold_counts, step_counts
 from .sampling import Sampler, accepted_choices
-from .target import CalmTarget, FixedTarget, PrefixCache, TargetOutput
+from .target import FixedTarget, PrefixCache, SharedPrefixes, TargetOutput, target_of
 
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
@@ -175,17 +175,19 @@ class DecodingLoop:
         reuse_exit_states: bool = True,
         prefix: PrefixCache | None = None,
         earlier: EarlierAnswers | None = None,
+        shared: SharedPrefixes | None = None,
         isolated: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
         """Arguments and errors as for `decode` and `decode_batch`; a `prefix` is for loops of one row.
 
+        `shared`: where a single row finds the KV entries of other texts, and all rows leave theirs.
+
         `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
         instead of the config's.
         """
-        by_token = config.strategy == "early-exit" and config.exit_confidence
-        self._target = CalmTarget(model, config) if by_token else FixedTarget(model, config)
-        self._model, self._prefix, self._earlier = model, prefix, earlier
+        self._target = target_of(model, config)
+        self._model, self._prefix, self._shared, self._earlier = model, prefix, shared, earlier
         self._sampler = Sampler(config, model.device, len(prompts), seeds)
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
@@ -194,13 +196,14 @@ class DecodingLoop:
             limits = config.max_new_tokens, model.spec.context - len(prompt)
             self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
         end = max(len(row.ids) + row.scanner.room for row in self._active)
-        exit_cache, recorder = self._target.exit_cache, None
-        needs_finals = exit_cache is not None and exit_cache.needs_finals
+        recorder, rerun = None, self._target.rerun
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
         self._cache: KVCache
         if prefix is not None:
-            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], int(needs_finals))
-        elif isolated and model.recordable and not needs_finals and isinstance(self._target, FixedTarget):
+            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
+        elif shared is not None and len(prompts) == 1:
+            self._cache, self.reused_tokens = shared.begin(model, self._target, prompts[0], end)
+        elif isolated and model.recordable and not rerun and isinstance(self._target, FixedTarget):
             self._target.recorder = recorder = Recorder.of(model, end)
             self._cache = recorder.cache
         else:
@@ -303,6 +306,9 @@ class DecodingLoop:
             steps.append(row.commit(count, ids, of_row, output.layers, draft.survival))
             if self._earlier is not None and steps[-1].finish_reason is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
+        if self._shared is not None and newest is None:
+            for index, row in enumerate(rows):
+                self._shared.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]
@@ -346,6 +352,9 @@ class DecodingLoop:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
         staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
         if len(staying) < len(self._active):
+            if self._shared is not None and self._target.decodes_like_prefill:
+                for index in set(range(len(self._active))).difference(staying):
+                    self._shared.keep(self._model, self._target, self._active[index].ids[:-1], self._cache, index)
             self._active = [self._active[index] for index in staying]
             if not staying:
                 if self._target.recorder is not None:

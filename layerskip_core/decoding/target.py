@@ -1,7 +1,7 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,11 +24,16 @@ class TargetOutput(NamedTuple):
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
 
 
+_WORTHWHILE = 64  # tokens of a text whose KV entries are worth a copy
+
+
 class FixedTarget:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one.
 
     Attributes:
         decodes_like_prefill: whether decoding writes the same KV entries as prefilling the same tokens.
+        writes: which layers and exit blocks have KV entries, to be compared.
+        rerun: how many of the tokens that have KV entries the pass over a prompt needs again.
         exit_cache: of the blocks that draft; None without.
         recorder: records the passes over drafts, if it is set.
     """
@@ -48,6 +53,8 @@ class FixedTarget:
         blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
         self.exit_cache = ExitBlockCache(model, blocks) if blocks else None
         self._taps = self.exit_cache.taps if self.exit_cache else ()
+        self.writes: Hashable = self._layers, self._block is not None, self._taps
+        self.rerun = int(self.exit_cache is not None and self.exit_cache.needs_finals)
         self._only_chooses = config.temperature == 0 and not blocks and self._block is None  # no logits are needed
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
@@ -142,13 +149,14 @@ class CalmTarget:
     """
 
     decodes_like_prefill = False  # a prompt runs through all layers
-    exit_cache, recorder = None, None
+    exit_cache, recorder, rerun = None, None, 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
         """Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side, self._confidence = model, model.draft_sides[None], config.exit_confidence
         self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
         self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
+        self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
@@ -248,6 +256,79 @@ class ExitBlockCache:
             self.features = torch.cat((self.features, other.features))
 
 
+Target = FixedTarget | CalmTarget
+
+
+def target_of(model: Backend, config: DecodingConfig) -> Target:
+    """Raises ConfigError for an exit that can only draft."""
+    by_token = config.strategy == "early-exit" and config.exit_confidence
+    return CalmTarget(model, config) if by_token else FixedTarget(model, config)
+
+
+class SharedPrefixes:
+    """KV entries of texts of one model in bounded memory: a prompt starts at its first difference from the most similar one.
+
+    Texts that were not used for the longest time are dropped. Outputs are those of whole prefills as far as PrefixCache's are.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._texts = most_bytes, list[_KeptText]()  # the last used one is the last
+
+    def known(self, target: Target, prompt: Sequence[int]) -> int:
+        """How many of the prompt's first tokens need no pass; 0 where that is not worth a copy."""
+        return self._best(target, prompt)[0]
+
+    def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
+        """A cache of one row for positions before `end`, and how many of the prompt's first tokens need no pass."""
+        known, text = self._best(target, prompt)
+        cache = model.new_cache(1, end)
+        if text is not None:
+            self._texts.remove(text)
+            self._texts.append(text)
+            with torch.inference_mode():
+                cache.fill(text.cache, 0, known)
+        return cache, known
+
+    def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
+        """Keeps the KV entries of a text, which the row of a cache has, if they are worth a copy."""
+        common = {text: _common(text.ids, ids) for text in self._texts if text.writes == target.writes}
+        if model.exact or len(ids) - max(common.values(), default=0) < _WORTHWHILE:
+            return
+        kept = _KeptText(target.writes, list(ids), model.new_cache(1))
+        kept.cache.fill(cache, row, len(ids))
+        self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with
+        self._texts.append(kept)
+        sizes = [sum(storage.nbytes for storage in text.cache.storages) for text in self._texts]
+        while sum(sizes) > self._most_bytes:
+            del self._texts[0], sizes[0]
+
+    def _best(self, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
+        usable = [text for text in self._texts if text.writes == target.writes]
+        text = max(usable, key=lambda text: _common(text.ids, prompt), default=None)
+        if text is None:
+            return 0, None
+        known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
+        return (known, text) if known >= _WORTHWHILE else (0, None)
+
+
+@dataclass(eq=False)
+class _KeptText:
+    """A text of SharedPrefixes, and a cache of one row with its KV entries."""
+
+    writes: Hashable
+    ids: list[int]
+    cache: KVCache
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of tokens with which both begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # lists are compared fast, tokens one by one are not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
 class PrefixCache:
     """KV entries of one text, kept for the next: a prompt that begins with the same tokens starts at the first difference.
 
@@ -265,7 +346,7 @@ class PrefixCache:
     def begin(self, model: Backend, config: DecodingConfig, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
         """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
 
-        `rerun`: how many of the known tokens the pass needs again. What another model computed, or other settings, is
+        `rerun`: as a target's. What another model computed, or other settings, is
         forgotten: they decide which layers have KV entries.
         """
         made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)

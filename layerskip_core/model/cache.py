@@ -83,6 +83,15 @@ class KVCache:
         self.max_positions = max(self.max_positions, other.max_positions)
         self.slots = torch.cat((self.slots, torch.tensor(free)))
 
+    def fill(self, other: "KVCache", row: int, stop: int) -> None:
+        """Copies what a row of another cache has at positions before `stop` into this one, which is empty, of one row."""
+        held = other._storage
+        if held is not None:
+            places = min(-(-stop // _BLOCK) * _BLOCK, held.shape[4])
+            self._move(held[:, :, int(other.slots[row]), None, :, :places], 1, places)
+            self._spares, self.written = other._spares, places
+            self.clear(stop)
+
     def clear(self, start: int) -> None:
         """Forgets what all rows have from position `start` on, so that another text can go on there.
 
@@ -219,6 +228,12 @@ class MixedCache(KVCache):
                 part.slots = torch.arange(part.rows)
         self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
         self.max_positions = max(self.max_positions, other.max_positions)
+
+    def fill(self, other: KVCache, row: int, stop: int) -> None:
+        assert isinstance(other, MixedCache)
+        for part, source in zip(self.parts, other.parts, strict=True):
+            part.fill(source, row, stop)
+        self.written = stop
 
     def clear(self, start: int) -> None:
         for part in self.parts:

@@ -58,7 +58,7 @@ def test_wrong_settings(extras, monkeypatch):
 def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kept):
     """Other clients could tell from the times of their own."""
 
-    def engine(decoder, batch_size, queue_size, earlier):
+    def engine(decoder, batch_size, queue_size, earlier, prefixes):
         earlier.add(range(20), 5)
         assert len(earlier) == kept
         raise LayerSkipError("far enough")

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from cli.commands.serve import ServeConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding import SharedPrefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
@@ -49,7 +50,7 @@ class Api:
 @contextmanager
 def serving(decoder, key=None, **limits):
     config = ServeConfig(**{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits})
-    engine = Engine(decoder, config.batch_size, config.queue_size)
+    engine = Engine(decoder, config.batch_size, config.queue_size, prefixes=SharedPrefixes(config.prefix_cache * 2**20))
     app = Service(decoder, PackingConfig(), config, engine, "tiny", key).app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -82,6 +83,11 @@ def expected(prompt, limit=12, decoder=None, **changes):
     return "".join(stream), stream.stats
 
 
+def expected_of_ids(ids, limit=4):
+    stream = TextStream(tiny_loaded(), ids, DecodingConfig("self-speculative", EXIT, 4, limit))
+    return "".join(stream)
+
+
 def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "layerskip"
@@ -92,6 +98,15 @@ def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     assert (usage.prompt_tokens, usage.completion_tokens) == (stats.prompt_tokens, 60)
     assert 0 < details.accepted_prediction_tokens == stats.accepted
     assert details.rejected_prediction_tokens == stats.drafted - stats.accepted
+
+
+def test_a_common_beginning_is_computed_once(client):
+    """The usage says how much of a prompt needed no pass."""
+    start = [7, 9, 11, 8] * 20
+    for last, cached in ((5, 0), (6, 80)):
+        answer = client.completions.create(model="tiny", prompt=[*start, last], max_tokens=4)
+        assert answer.choices[0].text == expected_of_ids([*start, last])
+        assert answer.usage.prompt_tokens_details.cached_tokens == cached
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client):

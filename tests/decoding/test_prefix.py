@@ -11,7 +11,7 @@ from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import PrefixCache, decode
+from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -181,3 +181,88 @@ def test_other_settings_begin_afresh():
     sampled = DecodingConfig("self-speculative", 3, 4, temperature=0.5)
     assert decode(backend, prompt, sampled, prefix=prefix).reused_tokens == 8
     assert decode(native("bf16"), prompt, sampled, prefix=prefix).reused_tokens == 0
+
+
+def decoded(backend, prompt, config, shared=None):
+    return DecodingLoop(backend, [prompt], config, shared=shared)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_texts_with_a_common_beginning_compute_it_once(strategy):
+    """Whichever of them came last. Keys and values have the bits of whole prefills."""
+    backend, config, shared = native(), settings_of(strategy), SharedPrefixes(1 << 30)
+    system, other = prompt_of(80), prompt_of(70, 5)
+    prompts = [[*system, 3, 4], [*other, 7], [*system, 9, 9, 9], [*other, 8, 5], system]
+    reused = []
+    for prompt in prompts:
+        found, fresh = decoded(backend, prompt, config, shared), decoded(backend, prompt, config)
+        assert ids_of(found) == ids_of(fresh)
+        layers = 3 if strategy == "early exit" else None
+        assert torch.equal(keys_and_values(found)[:layers], keys_and_values(fresh)[:layers])
+        reused.append(found.reused_tokens)
+    assert reused == [0, 0, 80, 70, 79]
+
+
+@pytest.mark.parametrize("features", [("none", "final"), ("final", "none")])
+def test_exit_blocks_of_shared_texts_go_on_too(features):
+    model = tiny_model("llama", torch.float32, **SHAPE)
+    blocks = random_blocks(model, *map(ExitBlock, (2, 4), features))
+    backend, shared = native_or_skip(model, PackingConfig(), exit_blocks=blocks), SharedPrefixes(1 << 30)
+    for prompt, reused in (([*prompt_of(80), 3], 0), ([*prompt_of(80), 9, 9], 79)):
+        found = decoded(backend, prompt, settings_of("adaptive"), shared)
+        assert ids_of(found) == ids_of(decoded(backend, prompt, settings_of("adaptive")))
+        assert found.reused_tokens == reused
+
+
+@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
+def test_shared_texts_on_pytorchs_kernels(kind):
+    backend, shared = kind(tiny_model("llama", torch.float64, **SHAPE)), SharedPrefixes(1 << 30)
+    for prompt, reused in (([*prompt_of(80), 3], 0), ([*prompt_of(80), 9, 9], 80)):
+        found = decoded(backend, prompt, settings_of("exit"), shared)
+        assert ids_of(found) == ids_of(decoded(backend, prompt, settings_of("exit")))
+        assert found.reused_tokens == reused
+
+
+def test_an_answer_is_part_of_the_next_prompt():
+    backend, config, shared, text = native(), settings_of("exit", 80), SharedPrefixes(1 << 30), prompt_of(9)
+    text = [*text, *ids_of(decoded(backend, text, config, shared)), 5, 6]
+    assert decoded(backend, text, config, shared).reused_tokens == 9 + 80 - 1
+
+
+def test_the_memory_of_shared_texts_is_bounded():
+    """The text that was not used for the longest time goes first; one that does not fit at all is not kept."""
+    backend, config = native(), settings_of("autoregressive", 1)
+    prompts = [prompt_of(100, seed) for seed in range(3)]
+
+    def size(shared):
+        return sum(storage.nbytes for text in shared._texts for storage in text.cache.storages)
+
+    shared = SharedPrefixes(1 << 30)
+    ids_of(decoded(backend, prompts[0], config, shared))
+    one = size(shared)
+    shared = SharedPrefixes(2 * one)
+    for number in (0, 1, 0, 2):
+        ids_of(decoded(backend, prompts[number], config, shared))
+        assert size(shared) <= 2 * one
+    assert [decoded(backend, prompt, config, shared).reused_tokens for prompt in prompts] == [99, 0, 99]
+    small = SharedPrefixes(one - 1)
+    ids_of(decoded(backend, prompts[0], config, small))
+    assert size(small) == 0
+
+
+def test_shared_texts_of_other_layers_are_not_found():
+    backend, shared, prompt = native(), SharedPrefixes(1 << 30), prompt_of(80)
+    ids_of(decoded(backend, prompt, settings_of("early exit"), shared))
+    whole = decoded(backend, prompt, settings_of("exit"), shared)
+    assert whole.reused_tokens == 0 and ids_of(whole) == ids_of(decoded(backend, prompt, settings_of("exit")))
+    assert decoded(backend, prompt, settings_of("adaptive"), shared).reused_tokens == 79  # drafts do not matter
+
+
+def test_exact_weights_share_nothing():
+    backend, shared = (
+        TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True)),
+        SharedPrefixes(1 << 30),
+    )
+    for _ in range(2):
+        decoding = decoded(backend, prompt_of(80), settings_of("exit"), shared)
+        assert ids_of(decoding) and decoding.reused_tokens == 0

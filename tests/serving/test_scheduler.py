@@ -14,7 +14,7 @@ from exit_block_models import random_blocks
 from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode
+from layerskip_core.decoding import DecodingLoop, SharedPrefixes, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
@@ -265,3 +265,21 @@ def test_requests_that_join_find_the_answers_of_those_that_finished():
         accepted.append([client.request.stats.accepted for client in clients])
     assert accepted[0] == [stats.accepted] * 3 and accepted[1][:1] == accepted[0][:1]
     assert accepted[1][2] > accepted[0][2]
+
+
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
+def test_requests_with_a_common_beginning_get_their_own_answers(kind):
+    """In company and where one is cancelled; the beginning is computed for the first of them only."""
+    decoder, system = decoder_of(kind), prompt_of(70)
+    for config in (ADAPTIVE, replace(SPECULATIVE, temperature=HOT if kind == "native" else 0.0)):
+        clients = [Client([*system, place, 3], replace(config, max_new_tokens=9 + place, seed=place)) for place in range(6)]
+        gone = Client([*system, 50], replace(config, max_new_tokens=40))
+        scheduler = Scheduler(decoder, 4, prefixes=SharedPrefixes(1 << 30))
+        for client in (clients[0], gone):
+            scheduler.add(client.request)
+            scheduler.step()
+        assert scheduler.cancel(gone.request)
+        run(scheduler, [clients[1:3], clients[3:]])
+        for client in clients:
+            assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+        assert [client.request.reused > 60 for client in clients] == [False] + [True] * 5
