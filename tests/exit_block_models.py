@@ -6,21 +6,20 @@ from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
-from layerskip_core.model.spec import ModelSpec
+from layerskip_core.training.exit_blocks import FrozenExits
 
 
 def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
     """Blocks near where training begins. `scale`: of what is added, relative to each weight's own size."""
-    spec = ModelSpec.of(model.config)
     generator = torch.Generator().manual_seed(5)
     weights = {}
-    for block in blocks:
-        for name, weight in block.initial(spec, model.get_parameter).items():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * weight.double().std().nan_to_num(0)
-            if name.endswith("norm.weight"):
-                noise = 0.2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64)
-            weights[name] = weight + (scale * noise).to(weight)
+    for name, weight in FrozenExits(TransformersBackend(model), blocks).weights().items():
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * weight.double().std().nan_to_num(0)
+        if name.endswith("norm.weight"):
+            noise = 0.2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+        weights[name] = (weight + scale * noise).to(model.dtype)
     return ExitBlocks(tuple(sorted(blocks, key=lambda block: block.exit_layer)), weights.get)
 
 

@@ -39,11 +39,12 @@ def matrix_names(spec: ModelSpec) -> list[str]:
     ]
 
 
-def fingerprint(spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> str:
+def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
     """Of three rows of each matrix, in bf16: training changes some of them, a change of precision none."""
     digest = hashlib.sha256()
-    for name in matrix_names(spec):
-        weight = weight_of(name).detach()
+    others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
+    for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
+        weight = weight_of(name).detach().flatten(0, -2)  # where it is more than a matrix
         rows = weight[[0, len(weight) // 2, -1]].to("cpu", torch.bfloat16).contiguous()
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -93,8 +94,6 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
     if not path.is_file():
         return NO_BLOCKS
     with _naming(path):
-        if not isinstance(spec, ModelSpec):
-            raise ValueError(f"exits of a model of type {spec.model_type} have no blocks")
         file = open_formed(path, _BLOCKS)
         found = blocks_named(file.entries, spec.layers)
         blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
@@ -107,7 +106,7 @@ def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str
     return _content(rows, made_for, {**details, **_INT4})
 
 
-def exit_blocks_content(spec: ModelSpec, weights: Mapping[str, Tensor], made_for: str, kept: ExitBlocks = NO_BLOCKS) -> bytes:
+def exit_blocks_content(spec: AnySpec, weights: Mapping[str, Tensor], made_for: str, kept: ExitBlocks = NO_BLOCKS) -> bytes:
     """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`. `made_for`: the model's `fingerprint`.
 
     The blocks of `kept` are added where `weights` has none for their exit.
@@ -120,9 +119,7 @@ def exit_blocks_content(spec: ModelSpec, weights: Mapping[str, Tensor], made_for
     return _content(content, made_for, _BLOCKS)
 
 
-def _check(
-    file: WeightFile, spec: ModelSpec, weight_of: Callable[[str], Tensor], shapes: Shapes, kinds: Collection[str]
-) -> None:
+def _check(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor], shapes: Shapes, kinds: Collection[str]) -> None:
     """Raises ValueError for a file of other weights, and for one that is missing or unknown, or of another shape or type."""
     if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")

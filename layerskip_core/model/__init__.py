@@ -10,7 +10,7 @@ from .native import NativeBackend, can_run_native, suits_kernels
 from .spec import ModelSpec
 from .torch_backend import TorchBackend
 from .torch_layer import missing_feature
-from .transformers_backend import SpanInputs, TransformersBackend
+from .transformers_backend import TransformersBackend
 
 __all__ = [
     "Backend",
@@ -18,7 +18,6 @@ __all__ = [
     "KVCache",
     "ModelSpec",
     "NativeBackend",
-    "SpanInputs",
     "Submodel",
     "TorchBackend",
     "TransformersBackend",

@@ -75,6 +75,11 @@ class Form:
         """Of a state without its token."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def attending(self) -> int | None:
+        """The last layer that has keys and values of its own; exit blocks are copies of it."""
+        return max((index for index, entries in self.written.items() if entries), default=None)
+
     def state(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """(B, T, D), from the hidden states of a layer, of tokens (B, T)."""
         hidden = hidden.movedim(0, 2) if self.leading else hidden
@@ -183,7 +188,7 @@ class CutModel:
         """Layers start..stop-1 over states (B, T, D) of the tokens at `positions`; see `embed` for those before layer 0.
 
         `key_mask` (B, T), True where a key may be seen, is for calls without a cache. `only_writes`: each layer gets `state`
-        and writes its entries. `block`: a layer that runs instead of the last one, and its `place_of_block`.
+        and writes its entries. `block`: an exit block that runs instead of its original, and its `place_of_block`.
         """
         writer = None if cache is None else EntryWriter(cache, positions)
         if cache is not None and writer is not None and not writer.contiguous and not self.form.by_position:
@@ -221,10 +226,11 @@ class CutModel:
         return logits.view(*state.shape[:-1], logits.shape[-1])
 
     def new_cache(self, batch_size: int, max_positions: int, blocks: int = 0) -> MixedCache:
-        """An empty cache. `blocks`: how many further layers write what the last one writes, see `place_of_block`."""
+        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `place_of_block`."""
         shapes = dict(self.form.shapes)
         for block in range(blocks):
-            for index, kind in self.form.written[len(self.form.layers) - 1]:
+            assert self.form.attending is not None
+            for index, kind in self.form.written[self.form.attending]:
                 shapes[self.place_of_block(block), kind] = self.form.shapes[index, kind]
         return MixedCache(shapes, batch_size, max_positions)
 

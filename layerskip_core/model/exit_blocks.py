@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError
-from .spec import ModelSpec, Shapes
+from .spec import AnySpec, ModelSpec, Shapes
 from .weights import Take, Weights, checked
 
 
@@ -30,27 +30,10 @@ class ExitBlock:
     def prefix(self) -> str:
         return f"exits.{self.exit_layer}."
 
-    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, a map `exits.E.input.weight`."""
-        shapes = {f"{self.prefix}layer.{name}": shape for name, shape in spec.layer_shapes.items()}
-        shapes |= spec.norm_shapes(f"{self.prefix}norm", spec.hidden)
+        shapes = {f"{self.prefix}{name}": shape for name, shape in spec.block_shapes.items()}
         return shapes | ({f"{self.prefix}input.weight": (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else {})
-
-    def initial(self, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Its weights before training: copies of the last layer and of the final norm, and [I, 0] for the map.
-
-        `weight_of` gives the model's own weights by their names in a checkpoint.
-        """
-        weights = {}
-        for name, shape in self.shapes(spec).items():
-            part = name.removeprefix(self.prefix)
-            if part == "input.weight":
-                weights[name] = torch.eye(*shape)
-                continue
-            last = f"model.layers.{spec.layers - 1}."
-            source = last + part.removeprefix("layer.") if part.startswith("layer.") else f"model.{part}"
-            weights[name] = weight_of(source).detach().clone()
-        return weights
 
 
 @dataclass(frozen=True)
@@ -60,10 +43,10 @@ class ExitBlocks:
     blocks: tuple[ExitBlock, ...]
     take: Take  # by the names of `ExitBlock.shapes`
 
-    def shapes(self, spec: ModelSpec) -> Shapes:
+    def shapes(self, spec: AnySpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
 
-    def weights(self, spec: ModelSpec, like: Tensor | None = None) -> Weights:
+    def weights(self, spec: AnySpec, like: Tensor | None = None) -> Weights:
         """In the precision and on the device of `like`; as they are stored without it."""
 
         def take(name: str) -> Tensor | None:

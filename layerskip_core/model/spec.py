@@ -121,6 +121,14 @@ class AnySpec(Protocol):
     @property
     def parameters(self) -> int: ...
     @property
+    def shapes(self) -> Shapes:
+        """Names and shapes of all weights; a tied head is the embedding and has none."""
+
+    @property
+    def block_shapes(self) -> Shapes:
+        """Names and shapes of an exit block's weights: `layer.*`, and `norm.*`."""
+
+    @property
     def config(self) -> Any: ...
 
 
@@ -135,11 +143,13 @@ class TransformersSpec:
     context: int
     tied: bool
     parameters: int
+    shapes: Shapes = field(repr=False)
+    block_shapes: Shapes = field(repr=False)  # none where it can have no exit blocks
     config: Any = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: Any, layers: int) -> "TransformersSpec":
-        """Of a transformers model with so many layers."""
+    def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
+        """Of a transformers model with so many layers, and the modules that its exit blocks copy, by name."""
         config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
         contexts = (getattr(config, name, None) for name in _CONTEXTS)
         return cls(
@@ -150,6 +160,12 @@ class TransformersSpec:
             next((positions for positions in contexts if positions), _USUAL_CONTEXT),
             head is not None and head.weight is model.get_input_embeddings().weight,
             sum(weight.numel() for weight in model.parameters()),
+            {name: tuple(weight.shape) for name, weight in model.named_parameters()},
+            {
+                f"{part}.{name}": tuple(weight.shape)
+                for part, module in block_parts.items()
+                for name, weight in module.named_parameters()
+            },
             model.config,
         )
 
@@ -289,6 +305,12 @@ class ModelSpec:
         for index in range(self.layers):
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self.layer_shapes.items()}
         return shapes
+
+    @property
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of an exit block's weights: of a layer, and of a norm."""
+        layer = {f"layer.{name}": shape for name, shape in self.layer_shapes.items()}
+        return layer | self.norm_shapes("norm", self.hidden)
 
     @property
     def parameters(self) -> int:

@@ -1,48 +1,33 @@
-"""`Backend` over a transformers model of any type, cut at its layers; and the layers of ours one by one, for training."""
+"""`Backend` over a transformers model of any type, cut at its layers; and its forward over whole texts, for training."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config.model import Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED
 from .backend import DraftSide
 from .cache import KVCache, MixedCache
-from .cut import CutModel
+from .cut import CutModel, Form, Forward, hidden_of, replaced
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .probe import cut_at_layers
 from .spec import AnySpec, ModelSpec, TransformersSpec
 
+_TEXTS = 3, 4  # tokens of the two texts of a trial
 
-@dataclass(frozen=True)
-class SpanInputs:
-    """What all layers of a span need besides hidden states: rotary embeddings and the attention mask, by kind of layer.
 
-    `rope[kind]`: cosine and sine, each (B or 1, T, head dim). `mask[kind]`: (B or 1, 1, T, S), or None where the attention
-    kernel applies plain causality itself.
-    """
-
-    positions: Tensor
-    rope: dict[str, tuple[Tensor, Tensor]]
-    mask: dict[str, Tensor | None]
-
-    def rows(self, index: Tensor) -> "SpanInputs":
-        """Only the batch rows at `index` (kept,)."""
-
-        def select(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 else tensor.index_select(0, index)
-
-        rope = {kind: (select(cos), select(sin)) for kind, (cos, sin) in self.rope.items()}
-        mask = {kind: None if mask is None else select(mask) for kind, mask in self.mask.items()}
-        return SpanInputs(select(self.positions), rope, mask)
+def _joined(matrix: Tensor, both: Tensor) -> Tensor:
+    """W (D, 2D) [state; feature]. What a state carries after its D numbers stays as it is."""
+    hidden, carried, feature = both.tensor_split((len(matrix), both.shape[-1] - len(matrix)), dim=-1)
+    return torch.cat((F.linear(torch.cat((hidden, feature), dim=-1), matrix), carried), dim=-1)
 
 
 def attention_for(config: Any) -> str | None:
@@ -78,7 +63,7 @@ class TransformersBackend:
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
-            self.spec = TransformersSpec.of(self.model, self.num_layers)
+            self.spec = TransformersSpec.of(self.model, self.num_layers, self._block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
@@ -95,6 +80,11 @@ class TransformersBackend:
     @cached_property
     def _cut(self) -> CutModel:
         return cut_at_layers(self.model)
+
+    @cached_property
+    def texts(self) -> "WholeTexts":
+        """The forward of training. It is tried when it is first asked for, which must be before FSDP shards the model."""
+        return WholeTexts(self.model, self._cut.form)
 
     @property
     def device(self) -> torch.device:
@@ -140,8 +130,7 @@ class TransformersBackend:
         assert cache is None or isinstance(cache, MixedCache)
         if start < self.num_layers:
             return self._cut.run(hidden, start, stop, positions, cache, key_mask=key_mask)
-        block = self._blocks[start - self.num_layers]
-        return self._cut.run(hidden, self.num_layers - 1, self.num_layers, positions, cache, block=block)
+        return self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
@@ -149,27 +138,59 @@ class TransformersBackend:
         if start < self.num_layers:
             self._cut.run(hidden, start, stop, positions, cache, only_writes=True)
             return
-        block = self._blocks[start - self.num_layers]
-        self._cut.run(hidden, self.num_layers - 1, self.num_layers, positions, cache, only_writes=True, block=block)
+        self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache, only_writes=True)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
-        if not isinstance(self.spec, ModelSpec):
-            return self._cut.unembed(hidden)
-        logits: Tensor = self.model.get_output_embeddings()(self.normed(hidden))
-        return self.spec.scaled_logits(logits)
+        return self._cut.unembed(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The input (..., D) of the head."""
-        if not isinstance(self.spec, ModelSpec):
-            return self._cut.normed(hidden)
-        normed: Tensor = self.model.model.norm(hidden)
-        return normed
+        return self._cut.normed(hidden)
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits (..., V) of what a norm gave, in any precision."""
+        return self._cut.unembed(normed.to(self.dtype), norm=lambda hidden: hidden)
+
+    def block_parts(self) -> tuple[nn.Module, nn.Module]:
+        """The layer and the norm of a new exit block: copies of the model's last layer with keys and values, and of its norm.
+
+        Raises CheckpointError for a model that can have no exit blocks.
+        """
+        if not (parts := self._block_originals()):
+            why = "no layer with keys and values, or more before its head than hidden states and a norm"
+            raise CheckpointError(f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}")
+        layer, norm = map(deepcopy, parts.values())
+        return layer, norm
+
+    def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        state = self._run_block(self._cut.form.state(hidden, ids), positions, (layer, 0))
+        return state[..., : self._cut.form.width]
+
+    def _run_block(
+        self,
+        state: Tensor,
+        positions: Tensor,
+        block: tuple[nn.Module, int],
+        cache: MixedCache | None = None,
+        only_writes: bool = False,
+    ) -> Tensor:
+        original = self._cut.form.attending
+        assert original is not None
+        return self._cut.run(state, original, original + 1, positions, cache, only_writes=only_writes, block=block)
+
+    def _block_originals(self) -> dict[str, Any]:
+        """What exit blocks are copies of, by their names in a block; nothing for a model that can have none."""
+        form, width = self._cut.form, self.config.get_text_config(decoder=True).hidden_size
+        if form.attending is None or form.norm is None or form.width != width:
+            return {}
+        return {"layer": form.layers[form.attending], "norm": form.norm}
 
     def _add_block(self, block: ExitBlock, blocks: ExitBlocks) -> None:
-        """As copies of the last layer and of the final norm with the block's weights."""
-        weights = blocks.weights(self.own_spec, self.model.get_input_embeddings().weight)
-        layer, norm = deepcopy(self.layers[-1]), deepcopy(self.model.model.norm)
+        weights = blocks.weights(self.spec, self.model.get_input_embeddings().weight)
+        layer, norm = self.block_parts()
         for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
@@ -179,71 +200,190 @@ class TransformersBackend:
         for part in parts:
             if hasattr(part, "layer_idx"):  # by which attention addresses the cache
                 part.layer_idx = place
-        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
-        head = partial(self._cut.unembed, norm=norm)
-        self.exit_blocks[block.exit_layer] = PlacedBlock(block, self.num_layers + len(self._blocks), head, norm, join)
+        width = self.spec.hidden  # the tokens that some states carry come after it
+        matrix = weights.of(f"{block.prefix}input.weight") if block.feature == "final" else None
+        self.exit_blocks[block.exit_layer] = PlacedBlock(
+            block,
+            self.num_layers + len(self._blocks),
+            partial(self._cut.unembed, norm=norm),
+            lambda state: norm(state[..., :width]),
+            None if matrix is None else partial(_joined, matrix),
+        )
         self._blocks.append((layer.eval(), place))
 
-    # Layers one by one, of the model types that our kernels run too.
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) to the first layer's input (B, T, D)."""
-        spec = self.own_spec
-        hidden: Tensor = self.model.get_input_embeddings()(ids)
-        if spec.embedding_scale != 1 and not spec.architecture.scales_embeddings:  # Gemma's embed_tokens scales itself
-            hidden = hidden * spec.embedding_scale
-        return F.dropout(hidden, spec.embedding_dropout, self.model.training) if spec.embedding_dropout else hidden
+class WholeTexts:
+    """The decoder's own forward over whole texts, without a cache and without the head, which hands out the states of exits.
 
-    def run_layer(self, layer: int, hidden: Tensor, inputs: SpanInputs) -> Tensor:
-        """One layer over (B, T, D), with the inputs that `prepare` made."""
-        kind = self.own_spec.kinds[layer]
-        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
-            hidden,
-            attention_mask=inputs.mask[kind],
-            position_ids=inputs.positions,
-            position_embeddings=inputs.rope[kind],
-            use_cache=False,
-        )
-        return output[0] if isinstance(output, tuple) else output
+    Each layer may run on some of the rows only. Which of its arguments have rows (masks, rotary embeddings, ALiBi and others)
+    is seen in two forwards of a few tokens: the first dimension of such a tensor grows with the batch.
+    """
 
-    def prepare(self, hidden: Tensor, positions: Tensor, key_mask: Tensor | None = None) -> SpanInputs:
-        """Rotary embeddings and masks for whole texts (B, T), once for all layers.
+    def __init__(self, model: Any, form: Form) -> None:
+        self._form = form
+        self._takes_positions = "position_ids" in inspect.signature(form.owner.forward).parameters
+        self._rows_of: dict[int | str, int] = {}  # by argument: its first dimension, over the rows of the batch
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                ids = torch.arange(3 * sum(_TEXTS), device=model.device).view(3, -1) % model.config.get_text_config().vocab_size
+                seen = [self._first_dimensions(ids[:rows]) for rows in (2, 3)]
+                self._rows_of = {name: seen[1][name] - rows for name, rows in seen[0].items() if name in seen[1]}
+                self.packs = self._keeps_texts_apart(ids)
+        finally:
+            model.train(was_training)
 
-        `key_mask` (B, T), True where a key may be seen.
+    def states(
+        self,
+        ids: Tensor,
+        exits: Collection[int],
+        documents: Tensor | None = None,
+        kept: Callable[[int], Sequence[int]] | None = None,
+        recompute: bool = False,
+    ) -> dict[int, Tensor]:
+        """The hidden states (B, T, D) after each of the `exits`, of texts (B, T) that are padded at the right.
+
+        `documents` (B, T) numbers the documents packed into a row, -1 in the padding: attention stays within a document, and
+        the positions of each start at 0. A model that cannot keep them apart (`packs`) gets each as a row of its own.
+        `kept` gives the rows that a layer runs on, counted from 0; the others skip it unchanged.
+        `recompute` keeps no activations inside the layers: the backward pass runs them again.
         """
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        if documents is not None and not self.packs:
+            rows = DocumentRows(documents)
+            own = None if kept is None else lambda layer: rows.of(kept(layer))
+            found = self.states(rows.apart(ids), exits, None, own, recompute)
+            return {stop: rows.together(state) for stop, state in found.items()}
+        states: dict[int, Tensor] = {}
 
-        spec, rotary = self.own_spec, self.model.model.rotary_emb
-        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-        on_device = positions.to(hidden.device, non_blocking=True)
-        # transformers knows for every kind of attention, such as training's, whether it takes masks as `sdpa` does: boolean
-        # ones, or none if it is causal.
-        stock: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
-        boolean = inspect.unwrap(stock) is sdpa_mask
-        rope: dict[str, tuple[Tensor, Tensor]] = {}
-        mask: dict[str, Tensor | None] = {}
-        for kind in dict.fromkeys(spec.kinds):
-            cos, sin = rotary(hidden, on_device, *((kind,) if by_type else ()))
-            rope[kind] = cos, sin
-            window = spec.window_of(kind)
-            if boolean and key_mask is None and (window is None or positions.shape[1] <= window):
-                mask[kind] = None
+        def run(layer: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+            hidden, rows = args[0] if args else keywords["hidden_states"], None if kept is None else kept(layer)
+            call = partial(self._on_rows, layer, forward, rows, args, keywords)
+            output = checkpoint(call, hidden, use_reentrant=False) if recompute else call(hidden)
+            if layer + 1 in exits:
+                states[layer + 1] = self._form.state(hidden_of(output), ids)
+            return output
+
+        self._run(ids, run, None if documents is None else places_in_documents(documents))
+        return states
+
+    def _run(self, ids: Tensor, run: Forward, positions: Tensor | None) -> None:
+        """The decoder's forward in which `run(layer, forward, *args, **keywords)` runs each layer."""
+        keywords = {} if positions is None else {"position_ids": positions.to(ids.device, non_blocking=True)}
+        with replaced([(layer, partial(run, index, layer.forward)) for index, layer in enumerate(self._form.layers)]):
+            self._form.owner(input_ids=ids, use_cache=False, **keywords)
+
+    def _on_rows(
+        self,
+        layer: int,
+        forward: Forward,
+        rows: Sequence[int] | None,
+        args: tuple[Any, ...],
+        keywords: dict[str, Any],
+        hidden: Tensor,
+    ) -> Any:
+        """A layer on the rows of a batch that are kept, which are scattered back; the other rows skip it unchanged.
+
+        If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
+        """
+        dimension = int(self._form.leading)
+        batch = hidden.shape[dimension]
+        if rows is None or len(rows) == batch:
+            return forward(*args, **keywords)
+        index = torch.tensor(rows or [0], device=hidden.device)
+        before = hidden.index_select(dimension, index)
+        if layer in self._form.shares:  # later layers read its keys and values of all rows
+            output = hidden_of(forward(*args, **keywords)).index_select(dimension, index)
+        else:
+            keywords = {name: self._select(name, value, index, batch) for name, value in keywords.items()}
+            others = [self._select(name, value, index, batch) for name, value in enumerate(args)]
+            if args:
+                others[0] = before
             else:
-                seen = _seen(on_device, window, key_mask)
-                if not boolean:  # then it is added to the scores
-                    seen = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-                mask[kind] = seen
-        return SpanInputs(on_device, rope, mask)
+                keywords["hidden_states"] = before
+            output = hidden_of(forward(*others, **keywords))
+        if not rows:
+            output = before + 0.0 * output
+        return self._form.returned(hidden.index_copy(dimension, index, output.to(hidden.dtype)))
+
+    def _select(self, name: int | str, value: Any, index: Tensor, batch: int) -> Any:
+        """Of an argument for `batch` rows only those at `index` (kept,)."""
+        if isinstance(value, Tensor):
+            each = self._rows_of.get(name, 1)
+            if not each or not value.dim() or value.shape[0] != each * batch:
+                return value
+            return value.view(batch, each, *value.shape[1:]).index_select(0, index).flatten(0, 1)
+        if isinstance(value, dict):
+            return {key: self._select(name, part, index, batch) for key, part in value.items()}
+        return tuple(self._select(name, part, index, batch) for part in value) if isinstance(value, tuple) else value
+
+    def _first_dimensions(self, ids: Tensor) -> dict[int | str, int]:
+        """Of the first tensor that any layer gets as each argument."""
+        found: dict[int | str, int] = {}
+
+        def note(_: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+            names: Any = (*range(len(args)), *keywords)
+            for name, value in zip(names, (*args, *keywords.values()), strict=True):
+                for part in _tensors(value):
+                    found.setdefault(name, part.shape[0])
+            return forward(*args, **keywords)
+
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        self._run(ids, note, positions if self._takes_positions else None)
+        return found
+
+    def _keeps_texts_apart(self, ids: Tensor) -> bool:
+        """Whether two texts in a row have the states of each alone."""
+        if not self._takes_positions:
+            return False
+        first, last = _TEXTS[0], len(self._form.layers)
+        documents = (torch.arange(ids.shape[1]) >= first).long().expand_as(ids)
+        self.packs = True
+        together = self.states(ids, (last,), documents)[last]
+        alone = torch.cat([self.states(part, (last,))[last] for part in (ids[:, :first], ids[:, first:])], dim=1)
+        return float((together - alone).norm()) <= (1e-2 if alone.dtype.itemsize < 4 else 1e-4) * float(alone.norm())
 
 
-def _seen(positions: Tensor, window: int | None, key_mask: Tensor | None) -> Tensor:
-    """(B, 1, T, S): the keys that each query sees."""
-    queries, keys = positions[:, :, None], positions[:, None, :]
-    seen = keys <= queries
-    if window is not None:
-        seen = seen & (keys > queries - window)
-    if key_mask is not None:
-        # A padded query sees itself: a row of the mask without a single key would give NaN.
-        itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
-        seen = seen & key_mask[:, None, :].to(torch.bool) | itself
-    return seen[:, None]
+class DocumentRows:
+    """Lays the documents that are packed into rows (B, T) out as rows of their own (N, S), padded at the right, and back.
+
+    `documents` (B, T) numbers those of a row; the padding counts as one.
+    """
+
+    def __init__(self, documents: Tensor) -> None:
+        places = places_in_documents(documents)
+        self._shape = documents.shape
+        first = (places == 0).flatten()
+        lengths = first.nonzero().flatten().diff(append=torch.tensor([first.numel()]))
+        self._rows = (first.nonzero().flatten() // documents.shape[1]).tolist()
+        self._where = (first.cumsum(0) - 1) * int(lengths.max()) + places.flatten()  # (B T,) of tokens, in (N S,)
+        self._apart = torch.zeros(len(lengths) * int(lengths.max()), dtype=torch.long)
+        self._apart[self._where] = torch.arange(first.numel())
+
+    def apart(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) as (N, S)."""
+        return ids.flatten()[self._apart.to(ids.device)].view(len(self._rows), -1)
+
+    def together(self, states: Tensor) -> Tensor:
+        """States (N, S, D) as (B, T, D)."""
+        return states.flatten(0, 1)[self._where.to(states.device)].view(*self._shape, -1)
+
+    def of(self, rows: Collection[int]) -> list[int]:
+        """The numbers of the documents of some rows."""
+        return [number for number, row in enumerate(self._rows) if row in rows]
+
+
+def places_in_documents(documents: Tensor) -> Tensor:
+    """(B, T) on the host: the place of each token in its document, from 0."""
+    columns = torch.arange(documents.shape[1]).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool, device="cpu")
+    starts[:, 1:] = (documents[:, 1:] != documents[:, :-1]).cpu()
+    return columns - torch.where(starts, columns, 0).cummax(1).values
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those with dimensions in an argument of a layer, which may be nested."""
+    if isinstance(value, Tensor):
+        return [value] if value.dim() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -7,7 +7,6 @@ after the final norm, in bf16. The file is written from its start to its end, so
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ..config.training import BlockLoss
 from ..errors import CheckpointError
 from ..files import synchronise
 from ..losses import IGNORED, summed_divergences
-from ..model import Backend, SpanInputs, TransformersBackend
+from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import ExitBlock, features_of
 from .answers import batches_of
 from .recipe import RunStep
@@ -35,31 +34,26 @@ _STATES = "states.bf16"
 class Block(nn.Module):
     """A decoder layer and a norm, and with the feature `final` the map of its two inputs; see model/exit_blocks.py.
 
-    The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as `ExitBlock.initial` says, in fp32.
+    The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as the model's own, and as [I, 0] for
+    the map, in fp32.
     """
 
     def __init__(self, backend: TransformersBackend, block: ExitBlock) -> None:
         super().__init__()
-        model: Any = backend.model
         width = backend.spec.hidden
-        self.layer: nn.Module = deepcopy(backend.layers[-1])
-        self.norm: nn.Module = deepcopy(model.model.norm)
+        self.layer, self.norm = backend.block_parts()
         self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
-        initial = block.initial(backend.own_spec, model.get_parameter)
-        self.load_state_dict({name.removeprefix(block.prefix): weight for name, weight in initial.items()})
+        if self.input is not None:
+            nn.init.eye_(self.input.weight)
+        self._run = backend.run_block
         self.to(backend.device, torch.float32).requires_grad_(True)
 
-    def forward(self, states: Tensor, before: Tensor, inputs: SpanInputs, kind: str) -> Tensor:
-        """The input (B, T, D) of the head, for the states after the exit and the final states of the tokens before."""
+    def forward(self, states: Tensor, before: Tensor, ids: Tensor) -> Tensor:
+        """The input (B, T, D) of the head, for the states after the exit of the tokens (B, T), and the final states of those
+        before.
+        """
         hidden = states if self.input is None else self.input(torch.cat((states, before), dim=-1))
-        output = self.layer(
-            hidden,
-            attention_mask=inputs.mask[kind],
-            position_ids=inputs.positions,
-            position_embeddings=inputs.rope[kind],
-            use_cache=False,
-        )
-        normed: Tensor = self.norm(output[0] if isinstance(output, tuple) else output)
+        normed: Tensor = self.norm(self._run(self.layer, hidden, ids))
         return normed
 
 
@@ -71,11 +65,10 @@ class FrozenExits(nn.Module):
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()
         model: Any = backend.model
-        self.config = model.config
+        self.config = model.requires_grad_(False).config
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.measured_exits = tuple(block.exit_layer for block in blocks)
         self.backend = backend
-        self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
         self._total_variation = loss == "tv"
 
     def forward(
@@ -93,15 +86,14 @@ class FrozenExits(nn.Module):
         finals = finals.float()
         teacher = finals[:, :-1][is_target]
         exit_layers = tuple(exits.tolist())
-        inputs, kind = self.backend.prepare(finals, torch.arange(finals.shape[1])[None]), self.backend.own_spec.kinds[-1]
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
             block = self.exits[str(exit_layer)]
-            runs = [block(state, features_of(finals), inputs, kind)]
+            runs = [block(state, features_of(finals), input_ids)]
             if block.input is not None:
-                runs.append(block(state, features_of(runs[0]), inputs, kind))
+                runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            results.append(summed_divergences(self._logits, runs, teacher, self.backend.spec.vocab, self._total_variation))
+            results.append(summed_divergences(self.backend.head, runs, teacher, self.backend.spec.vocab, self._total_variation))
         return {
             "loss": torch.stack([torch.stack(losses).mean() for losses, _ in results]).sum(),
             "per_exit": torch.stack([losses[0].detach() for losses, _ in results]),
@@ -122,11 +114,6 @@ class FrozenExits(nn.Module):
             self.load_state_dict(load_file(folder / _FILE), strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the exits: {error}") from error
-
-    def _logits(self, normed: Tensor) -> Tensor:
-        head = self._head[0]
-        logits: Tensor = head(normed.to(head.weight.dtype))
-        return self.backend.own_spec.scaled_logits(logits)
 
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:
@@ -180,7 +167,7 @@ def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]]
     for start, stop in pairwise((0, *exits, backend.num_layers)):
         hidden = backend.run_layers(hidden, start, stop, positions)
         state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
-        found.append(state[real].bfloat16())
+        found.append(state[real][:, : backend.spec.hidden].bfloat16())
     return torch.stack(found, dim=1)
 
 

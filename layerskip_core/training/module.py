@@ -7,20 +7,20 @@ processes drift apart.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.save import write_model
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require
 from ..losses import Teacher, summed_losses, target_rows
-from ..model import Backend, SpanInputs, TransformersBackend
+from ..model import Backend, TransformersBackend
+from ..model.transformers_backend import DocumentRows
 from .checkpoints import load_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 
@@ -53,22 +53,14 @@ class Anchor:
     def _states(self, input_ids: Tensor, documents: Tensor | None) -> Tensor:
         """The hidden states (B, T, D) after the last layer. Padding stands at the right, where no token sees it."""
         backend = self.original
-        if isinstance(backend, TransformersBackend) and self.adapted is not None:
-            hidden = backend.embedded(input_ids)
-            inputs = span_inputs(backend, hidden, documents)
-            for layer in range(backend.num_layers):
-                hidden = backend.run_layer(layer, hidden, inputs)
-            return hidden
-        if documents is None:
-            positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
-            return backend.run_layers(backend.embed(input_ids), 0, backend.num_layers, positions)
-        # Decoding's kernels have no masks between documents: each runs alone.
-        states = torch.zeros(*input_ids.shape, backend.spec.hidden, dtype=backend.dtype, device=backend.device)
-        for row, numbers in enumerate(documents):
-            for number in range(int(numbers.max()) + 1):
-                own = numbers == number
-                states[row, own] = self._states(input_ids[row, own][None], None)[0]
-        return states
+        if self.adapted is not None:
+            assert isinstance(backend, TransformersBackend)
+            return backend.texts.states(input_ids, (backend.num_layers,), documents)[backend.num_layers]
+        if documents is not None:  # decoding's kernels have no masks between documents
+            rows = DocumentRows(documents)
+            return rows.together(self._states(rows.apart(input_ids), None))
+        positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
+        return backend.run_layers(backend.embed(input_ids), 0, backend.num_layers, positions)
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
@@ -103,6 +95,7 @@ class RecipeModule(nn.Module):
         self.anchor: Anchor | None = None
         self.tokenizer: Any = None
         self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        self.texts = self.backend.texts
         self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 
     def forward(
@@ -110,7 +103,7 @@ class RecipeModule(nn.Module):
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
 
-        `documents` (B, T): see span_inputs.
+        `documents` (B, T): see `WholeTexts.states`.
 
         Returns `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
         `per_exit`, the summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit`
@@ -159,54 +152,12 @@ class RecipeModule(nn.Module):
             rates = dropout_rates(
                 recipe.p_max, layers, time_scale(step.done, step.total, self.from_scratch), recipe.dropout_profile
             )
-        hidden = self.backend.embedded(input_ids)
-        inputs = span_inputs(self.backend, hidden, documents)
-        states = {}
-        for layer, rate in enumerate(rates):
-            kept = kept_rows(rate, hidden.shape[0], self.seed, step.done, step.first_row, layer)
-            if self.recompute and self.training:
-                hidden = checkpoint(run_layer_on, self.backend, layer, hidden, inputs, kept, use_reentrant=False)
-            else:
-                hidden = run_layer_on(self.backend, layer, hidden, inputs, kept)
-            if layer + 1 in exits:
-                states[layer + 1] = hidden
-        return states
 
+        def kept(layer: int) -> list[int]:
+            return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
 
-def run_layer_on(backend: TransformersBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
-    """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the other rows skip it unchanged.
-
-    If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
-    """
-    if len(kept) == hidden.shape[0]:
-        return backend.run_layer(layer, hidden, inputs)
-    index = torch.tensor(kept or [0], device=hidden.device)
-    selected = hidden.index_select(0, index)
-    output = backend.run_layer(layer, selected, inputs.rows(index))
-    if not kept:
-        output = selected + 0.0 * output
-    return hidden.index_copy(0, index, output.to(hidden.dtype))
-
-
-def span_inputs(backend: TransformersBackend, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
-    """The layers' inputs for whole rows (B, T, D), padded at the right.
-
-    `documents` (B, T) numbers the documents packed into a row, -1 in the padding: attention stays within a document, and the
-    positions of each start at 0.
-    """
-    if documents is None:
-        return backend.prepare(hidden, torch.arange(hidden.shape[1])[None])
-    columns = torch.arange(documents.shape[1]).expand_as(documents)
-    starts = torch.ones_like(documents, dtype=torch.bool, device="cpu")
-    starts[:, 1:] = (documents[:, 1:] != documents[:, :-1]).cpu()
-    positions = columns - torch.where(starts, columns, 0).cummax(1).values
-    inputs = backend.prepare(hidden, positions, key_mask=documents >= 0)
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    masks: dict[str, Tensor | None] = {}
-    for kind, mask in inputs.mask.items():  # (B, 1, T, T), of truth values or of numbers
-        assert mask is not None
-        masks[kind] = mask.masked_fill(~same, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
-    return replace(inputs, mask=masks)
+        recompute = self.recompute and self.training
+        return self.texts.states(input_ids, exits, documents, kept, recompute)
 
 
 def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:

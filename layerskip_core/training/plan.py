@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoint.loaded import pick_dtype
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError
-from ..model import ModelSpec
+from ..model.spec import AnySpec
 from .answers import Answers
 from .checkpoints import ResumePoint
 from .data import collate
@@ -91,7 +91,7 @@ class Plan:
 def make_plan(
     config: FinetuneConfig,
     device: torch.device,
-    spec: ModelSpec,
+    spec: AnySpec,
     resume: ResumePoint | None,
     notes: tuple[str, ...],
     facts: Mapping[str, Any],

@@ -91,7 +91,7 @@ class WholeModel:
         self.order = token_order(self.data, self.trainable.backend.spec.vocab)
 
     def _planned(self, config: FinetuneConfig, device: torch.device, encoder: Encoder, resume: ResumePoint | None) -> Plan:
-        spec, data, kept, replay = self.trainable.backend.own_spec, self.data, config.retention, None
+        spec, data, kept, replay = self.trainable.backend.spec, self.data, config.retention, None
         recipe = resolve_recipe(config.recipe, config.regime, spec.parameters, spec.layers, spec.vocab)
         steps, lr = run_steps(config, len(data.seen)), config.lr or learning_rate(config.regime, spec.parameters)
         config = replace(config, lr=lr, max_length=encoder.max_length)
@@ -217,7 +217,7 @@ class FrozenModel:
         refuse_overwrite(config.output, config.overwrite or self.in_place)
         # The same model twice: of transformers, whose parts the blocks are made of, and on the kernels of decoding.
         self.trainable = for_training(config.model, str(device), config.dtype)
-        spec, weight_of = self.trainable.backend.own_spec, self.trainable.model.get_parameter
+        spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
         self.exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
         there = {block.exit_layer for block in self.kept.blocks} if self.in_place and not (config.overwrite or resume) else ()
@@ -254,7 +254,7 @@ class FrozenModel:
     def _planned(
         self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None, rows: int, held_out: int, given: int
     ) -> Plan:
-        spec, asked, answers = self.trainable.backend.own_spec, config.exit_blocks, self.answers
+        spec, asked, answers = self.trainable.backend.spec, config.exit_blocks, self.answers
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
         kernels, prompts = self.decoder.backend.implementation, answers.journal.name
         named = digest(self.made_for, prompts, texts, self.exits, config.dtype, kernels)
@@ -320,7 +320,7 @@ class FrozenModel:
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
         dtype = stored_dtype(config.model)
         weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
-        content = exit_blocks_content(self.trainable.backend.own_spec, weights, self.made_for, self.kept)
+        content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)
         if self.in_place:
             save_beside(config.output, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(trained))
         else:

@@ -14,6 +14,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
+from layerskip_core.training.exit_blocks import FrozenExits
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def loaded(checkpoint, tmp_path):
 
 def content(loaded, *blocks, kept=NO_BLOCKS, factor=1.0):
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    weights = {name: factor * weight for block in blocks for name, weight in block.initial(spec, weight_of).items()}
+    weights = {name: factor * weight for name, weight in FrozenExits(loaded.backend, blocks).weights().items()}
     return exit_blocks_content(spec, weights, fingerprint(spec, weight_of), kept)
 
 
@@ -34,7 +35,7 @@ def read(loaded, folder=None):
 
 def test_a_block_begins_as_the_last_layer_and_the_final_norm(loaded):
     model, spec = loaded.model, loaded.backend.spec
-    weights = ExitBlock(2, "final").initial(spec, model.get_parameter)
+    weights = FrozenExits(loaded.backend, [ExitBlock(2, "final")]).weights()
     assert weights.keys() == ExitBlock(2, "final").shapes(spec).keys()
     assert torch.equal(weights["exits.2.norm.weight"], model.model.norm.weight)
     for name, weight in model.model.layers[-1].named_parameters():
@@ -100,7 +101,7 @@ def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
 )
 def test_damaged_files_are_refused(loaded, change, found):
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    weights = ExitBlock(2).initial(spec, weight_of)
+    weights = FrozenExits(loaded.backend, [ExitBlock(2)]).weights()
     change(weights)
     metadata = {"format": "1", "fingerprint": fingerprint(spec, weight_of)}
     save_file(weights, f"{loaded.name}/{EXIT_BLOCKS_FILE}", metadata)

@@ -61,10 +61,14 @@ def test_embedding_dropout_acts_in_training():
     """In training half of the embedding is zero and the rest is doubled; in evaluation nothing changes."""
     backend = TransformersBackend(tiny_model("starcoder2", embedding_dropout=0.5))
     ids = torch.arange(3, 67)[None]
-    plain = backend.embedded(ids)
-    torch.testing.assert_close(plain, backend.model.model.embed_tokens.weight[None, 3:])
+    seen = []
+    texts = backend.texts
+    backend.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    texts.states(ids, ())
     backend.model.train()
-    dropped = backend.embedded(ids)
+    texts.states(ids, ())
+    plain, dropped = seen
+    torch.testing.assert_close(plain, backend.model.model.embed_tokens.weight[None, 3:])
     kept = dropped != 0
     assert 0.4 < kept.double().mean() < 0.6
     torch.testing.assert_close(dropped[kept], 2 * plain[kept])

@@ -88,12 +88,12 @@ def test_the_second_run_reads_the_blocks_own_outputs():
     module = module_of(model, ExitBlock(EXIT, "final"))
     batch = batch_of(backend, (EXIT,))
     block, states, finals = module.exits[str(EXIT)], batch["states"][0], batch["finals"]
-    inputs = backend.prepare(finals, torch.arange(7)[None])
+    rope = model.model.rotary_emb(finals, torch.arange(7)[None])
 
     def run(before):
         shifted = torch.cat((torch.zeros(2, 1, 32), before[:, :-1]), dim=1)
         hidden = torch.cat((states, shifted), dim=-1) @ block.input.weight.T
-        return block.norm(block.layer(hidden, attention_mask=None, position_embeddings=inputs.rope["full_attention"]))
+        return block.norm(block.layer(hidden, attention_mask=None, position_embeddings=rope))
 
     first = run(finals)
     second = run(first)
@@ -163,7 +163,7 @@ def test_a_block_gives_the_same_in_training_and_in_decoding(model_type, feature)
         entered = placed.enter(states[:, at], before[:, at])
         hidden = decoding.run_layers(entered, placed.layer, placed.layer + 1, positions, cache)
         torch.testing.assert_close(placed.norm(hidden), runs[0][:, at], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(placed.head(hidden), module._logits(runs[0][:, at]), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(placed.head(hidden), module.backend.head(runs[0][:, at]), rtol=1e-4, atol=1e-3)
 
 
 @torch.no_grad()

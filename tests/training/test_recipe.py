@@ -9,7 +9,6 @@ from conftest import tiny_model
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training.module import run_layer_on
 from layerskip_core.training.recipe import (
     depth_scale,
     dropout_rates,
@@ -133,27 +132,25 @@ def test_the_rate_is_the_share_of_dropped_rows():
 
 
 def test_dropped_rows_are_not_computed_and_come_back_in_place():
-    backend = TransformersBackend(tiny_model())
-    hidden = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([[True] * 5, [False, False, True, True, True], [True] * 5, [False, True, True, True, True]])
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    inputs = backend.prepare(hidden, positions, key_mask=mask)
-    seen = []
-    hook = backend.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    mixed = run_layer_on(backend, 2, hidden, inputs, [1, 3])
+    """Two of four rows, of one and two documents, run layer 2."""
+    backend, ids = TransformersBackend(tiny_model()), torch.arange(3, 23).view(4, 5)
+    documents = torch.tensor([[0] * 5, [0, 0, 1, 1, 1], [0] * 5, [0, 1, 1, 1, 1]])
+    texts, seen = backend.texts, []
+    hook = backend.layers[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    found = texts.states(ids, (2, 3), documents, lambda layer: [1, 3] if layer == 2 else range(4))
     hook.remove()
     assert seen == [2]
-    full = backend.run_layer(2, hidden, inputs)
-    torch.testing.assert_close(mixed, torch.stack([hidden[0], full[1], hidden[2], full[3]]))
-    assert not torch.allclose(full[0], hidden[0])
+    full = texts.states(ids, (2, 3), documents)
+    torch.testing.assert_close(found[2], full[2], rtol=0, atol=0)
+    torch.testing.assert_close(found[3], torch.stack([full[2][0], full[3][1], full[2][2], full[3][3]]))
+    assert not torch.allclose(full[3][0], full[2][0])
 
 
 def test_a_layer_without_rows_still_gets_a_zero_gradient():
-    backend = TransformersBackend(tiny_model())
-    hidden = torch.randn(2, 3, 32, dtype=torch.float64)
-    output = run_layer_on(backend, 1, hidden, backend.prepare(hidden, torch.arange(3)[None]), [])
-    torch.testing.assert_close(output, hidden)
-    output.sum().backward()
+    backend, ids = TransformersBackend(tiny_model()), torch.arange(3, 9).view(2, 3)
+    states = backend.texts.states(ids, (1, 2), kept=lambda layer: [] if layer == 1 else range(2))
+    torch.testing.assert_close(states[2], states[1])
+    states[2].sum().backward()
     gradient = backend.layers[1].mlp.up_proj.weight.grad
     assert gradient is not None and gradient.abs().sum() == 0
 

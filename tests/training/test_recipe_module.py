@@ -74,9 +74,9 @@ def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
     ids, labels = batch(40)
     recipe = RecipeSettings(p_max=0.9, curriculum="none")
     for step, scratch, expected in ((0, True, 40), (9, True, 4), (0, False, 4)):
-        model = tiny_model()
-        rows = layer_rows(model)
-        run(model, recipe, RunStep(step, 10), ids, labels, from_scratch=scratch)
+        module = recipe_module(tiny_model(), recipe, from_scratch=scratch).train()
+        rows = layer_rows(module.model)
+        module(ids, labels, RunStep(step, 10))
         assert rows[0] == 40  # p of the first layer is 0
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
 
@@ -84,9 +84,9 @@ def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
 def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
     """p_max 0.9 in 6 layers has a mean of 0.41: 24 of 40 rows run each layer."""
     ids, labels = batch(40)
-    model = tiny_model()
-    rows = layer_rows(model)
-    run(model, RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none"), RunStep(0, 10), ids, labels)
+    module = recipe_module(tiny_model(), RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none")).train()
+    rows = layer_rows(module.model)
+    module(ids, labels, RunStep(0, 10))
     assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
 
 

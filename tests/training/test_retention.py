@@ -23,7 +23,7 @@ from layerskip_core.losses import IGNORED, target_rows
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training import answers
 from layerskip_core.training.data import collate, with_replay
-from layerskip_core.training.module import Anchor, span_inputs
+from layerskip_core.training.module import Anchor
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
@@ -109,10 +109,7 @@ def test_a_copy_keeps_packed_documents_apart(llama):
     ids, _ = batch()
     documents = torch.tensor([[0] * 5 + [1] * 4, [0] * 6 + [-1] * 3, [0] * 9])
     backend = TransformersBackend(llama)
-    hidden = backend.embed(ids)
-    inputs = span_inputs(backend, hidden, documents)
-    for layer in range(6):
-        hidden = backend.run_layer(layer, hidden, inputs)
+    hidden = backend.texts.states(ids, (6,), documents)[6]
     labels = ids.masked_fill(documents < 0, IGNORED)
     found = Anchor(1.0, backend).teacher(ids, labels, documents).states
     torch.testing.assert_close(found.clone(), target_rows(hidden.detach(), labels)[0])
