@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import EXACT, DecodingConfig, DecodingOptions, choices, implied_strategy
+from layerskip_core.config.decoding import EXACT, DecodingConfig, RequestOptions, choices, implied_strategy
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 
@@ -44,7 +44,7 @@ class DecoderFlags:
     """A model to decode with, and how."""
 
     model: ModelName = "embedded"
-    decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions())
+    decoding: RequestOptions = field(default_factory=lambda: RequestOptions())
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     packing: PackingConfig = _PLAIN
     machine: MachineConfig = field(default_factory=MachineConfig)

@@ -12,6 +12,8 @@ from msgspec import Meta
 from typer.core import TyperCommand
 
 from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, parse_list
+from layerskip_core.errors import ConfigError
+from layerskip_core.files import parse_json
 
 FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
@@ -123,6 +125,8 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
         return default
     if flag is not None and flag.optional:
         value = value or True
+    elif isinstance(value, str) and get_origin(alternatives(hint)[0]) is dict:
+        value = parse_json(value, f"`{field}`", ConfigError)
     elif isinstance(value, str) and _is_list(hint):
         value = parse_list(value, field, hint)
     is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
@@ -130,7 +134,7 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
 
 
 def _is_list(hint: Any) -> bool:
-    return get_origin(alternatives(hint)[-1]) not in (None, Literal)
+    return get_origin(alternatives(hint)[-1]) not in (None, Literal, dict)
 
 
 def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
@@ -145,7 +149,7 @@ def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> insp
         kind, default = list[str], None
     elif flag.optional or _is_list(hint):
         kind, default = str, ",".join(map(str, default or ())) or None
-    elif get_origin(kind) is Literal:
+    elif get_origin(kind) in (Literal, dict):
         kind = str
     if flag.optional:
         _ALONE.update(names)

@@ -6,7 +6,7 @@ from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
-from .config.decoding import DecodingConfig, DecodingOptions, Remember
+from .config.decoding import DecodingConfig, Remember, RequestOptions
 from .config.model import DType, PackingConfig, PromptingConfig, Quantization
 from .config.options import check, checked
 from .decoding import Answer, check_prompt, decode_batch
@@ -21,7 +21,7 @@ class LanguageModel:
         self.decoder = decoder
         self._packing, self._earlier = packing, earlier
 
-    def generate(self, prompt: str, **options: Unpack[DecodingOptions]) -> Answer:
+    def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer to a prompt.
 
         Raises ConfigError for a prompt or an option that does not suit the model, TypeError for an unknown option,
@@ -29,11 +29,11 @@ class LanguageModel:
         """
         return self.stream(prompt, **options).finish()
 
-    def stream(self, prompt: str, **options: Unpack[DecodingOptions]) -> TextStream:
+    def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> TextStream:
         """Iterates over the pieces of an answer as they are verified. Raises as `generate` does."""
         return TextStream(self.decoder, prompt, self._resolved(options), earlier=self._earlier)
 
-    def generate_batch(self, prompts: Sequence[str], **options: Unpack[DecodingOptions]) -> list[Answer]:
+    def generate_batch(self, prompts: Sequence[str], **options: Unpack[RequestOptions]) -> list[Answer]:
         """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
         decoder, config = self.decoder, self._resolved(options)
         encoded: list[list[int]] = []
@@ -42,11 +42,11 @@ class LanguageModel:
             check_prompt(encoded[-1], decoder.backend.spec.context)
         if not encoded:
             return []
-        ends, earlier = decoder.ends(config.stop), EarlierAnswers() if self._earlier is None else self._earlier
+        ends, earlier = decoder.ends_of(config), EarlierAnswers() if self._earlier is None else self._earlier
         answers = decode_batch(decoder.backend, encoded, config, ends, decoder.detokenize, earlier=earlier)
         return sorted(answers, key=lambda answer: answer.row)
 
-    def dialogue(self, *, system: str | None = None, **options: Unpack[DecodingOptions]) -> Dialogue:
+    def dialogue(self, *, system: str | None = None, **options: Unpack[RequestOptions]) -> Dialogue:
         """A conversation, of which every answer sees the turns before it and computes only what is new.
 
             talk = model.dialogue(system="Answer briefly.")
@@ -65,8 +65,8 @@ class LanguageModel:
             decoder = decoder.with_template(decoder.template.text, system)
         return Dialogue(decoder, self._resolved(options))
 
-    def _resolved(self, options: DecodingOptions) -> DecodingConfig:
-        return self.decoder.resolve(cast(DecodingOptions, checked(DecodingOptions, options)), self._packing)
+    def _resolved(self, options: RequestOptions) -> DecodingConfig:
+        return self.decoder.resolve(cast(RequestOptions, checked(RequestOptions, options)), self._packing)
 
 
 def load(

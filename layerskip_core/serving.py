@@ -8,7 +8,7 @@ up those that are being answered.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -19,7 +19,7 @@ from .config.decoding import DecodingConfig
 from .decoding import DecodeStats, DecodingLoop, SharedPrefixes, StopReason, check_prompt
 from .decoding.drafters.lookup import EarlierAnswers
 from .decoding.engine import RowStep
-from .decoding.output import OutputText
+from .decoding.output import OutputText, TokenLogprobs
 from .decoding.target import target_of
 from .errors import LayerSkipError
 
@@ -40,6 +40,8 @@ class Update(NamedTuple):
     text: str  # what can be shown now and could not before
     finish_reason: StopReason | None = None
     error: BaseException | None = None
+    logprobs: Sequence[TokenLogprobs] = ()  # of new tokens, if they were asked for
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first update
 
     @property
     def is_last(self) -> bool:
@@ -64,12 +66,14 @@ class Request:
     reused: int = 0
     _text: OutputText | None = None  # once it is being decoded
     _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
+    _untold: list[TokenLogprobs] = field(default_factory=list)  # of these ids
+    _of_prompt: Sequence[TokenLogprobs] = ()  # until they are told
 
     def begin(self, decoder: Decoder) -> None:
         """Raises ConfigError for a prompt that does not fit."""
         check_prompt(self.ids, decoder.backend.spec.context)
         self.stats = DecodeStats(sequences=1, prompt_tokens=len(self.ids))
-        self._text = OutputText(decoder.detokenize, decoder.ends(self.config.stop), self.config.stop)
+        self._text = OutputText(decoder.detokenize, decoder.ends_of(self.config), self.config.stop)
 
     def update(self, step: RowStep) -> Update:
         """Adds a step to the answer."""
@@ -77,10 +81,13 @@ class Request:
         finished = step.finish_reason is not None
         self.stats += step.counts
         self._unread += step.ids
+        self._untold += step.logprobs
+        self._of_prompt = step.prompt_logprobs or self._of_prompt
         if not (self.streams or finished):
             return Update("")
-        ids, self._unread = self._unread, []
-        return Update(self._text.add(ids, finished), step.finish_reason)
+        ids, logprobs, of_prompt = self._unread, self._untold, self._of_prompt
+        self._unread, self._untold, self._of_prompt = [], [], ()
+        return Update(self._text.add(ids, finished), step.finish_reason, None, logprobs, of_prompt)
 
 
 class Scheduler:
@@ -171,7 +178,7 @@ class Scheduler:
 
     def _missing(self, request: Request) -> int:
         """How many tokens of the prompt need a pass."""
-        if self._prefixes is None:
+        if self._prefixes is None or request.config.prompt_logprobs:
             return len(request.ids)
         try:
             target = target_of(self._decoder.backend, request.config)
@@ -194,7 +201,7 @@ class Scheduler:
         if not rows:
             return done
         first, prompts = rows[0], [request.ids for request in rows.values()]
-        ends, seeds = decoder.ends(first.config.stop), [request.config.seed for request in rows.values()]
+        ends, seeds = decoder.ends_of(first.config), [request.config.seed for request in rows.values()]
         try:
             backend, detokenize = decoder.backend, decoder.detokenize
             kept: dict[str, Any] = {"earlier": self._earlier, "shared": self._prefixes}
@@ -205,8 +212,9 @@ class Scheduler:
         done += _advance(loop, rows)
         if not rows:
             return done
-        # Equal for requests that can share a loop: limits, stop strings and seeds are a row's own.
-        key = first if self._is_single(first) else replace(_settings(first), max_new_tokens=1, stop=())
+        # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
+        config = first.config
+        key = first if self._is_single(first) else (config.shared, config.changes_logits, config.logprobs is None)
         group, others = self._groups.setdefault(key, (loop, rows))
         if group is not loop:
             try:

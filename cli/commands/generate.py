@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, DecodingOptions, Remember, changed
+from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, Remember, RequestOptions, changed
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
 from layerskip_core.errors import DataError, LayerSkipError, require
 from layerskip_core.files import parse_json
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
+    from layerskip_core.decoding.output import TokenLogprobs
 
     Answers = Iterator[tuple["Request", TextStream | Answer | LayerSkipError]]
 
 _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
-_OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
+_OPTIONS = re.compile(f"`({'|'.join(hints_of(RequestOptions))})`")
 
 
 @command
@@ -85,7 +86,7 @@ def generate(
     together = batch_size > 1
     answers = _together(loaded, requests, earlier, batch_size, is_ready) if together else _singly(loaded, requests, earlier)
     try:
-        failed, total = print_answers(answers, not several, jsonl)
+        failed, total = print_answers(answers, not several, jsonl, loaded.token_text)
     except KeyboardInterrupt:
         if not jsonl:  # whose lines are objects
             sys.stdout.write("\n")
@@ -108,7 +109,7 @@ class Request:
 
 
 def requests_of(
-    lines: Iterable[str], jsonl: bool, flags: DecodingOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
+    lines: Iterable[str], jsonl: bool, flags: RequestOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
 ) -> Iterator[Request]:
     """Each of the lines, decoded as `usual`; a row of `jsonl` may change `flags`."""
     for number, line in enumerate(lines, start=1):
@@ -122,16 +123,19 @@ def requests_of(
                 if not isinstance(prompt, str):
                     raise DataError("needed an object with a text `prompt`")
                 request.prompt = prompt
-                options = {key: value for key, value in row.items() if key in hints_of(DecodingOptions)}
-                if own := checked(DecodingOptions, options):
-                    request.config = resolve(changed(flags, cast(DecodingOptions, own)))
+                options = {key: value for key, value in row.items() if key in hints_of(RequestOptions)}
+                if own := checked(RequestOptions, options):
+                    request.config = resolve(changed(flags, cast(RequestOptions, own)))
             except LayerSkipError as error:
                 request.error = error
             yield request
 
 
-def print_answers(answers: "Answers", alone: bool, jsonl: bool) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order; returns whether one failed, and the counts of all. Raises the error of one `alone`."""
+def print_answers(answers: "Answers", alone: bool, jsonl: bool, text_of: Callable[[int], str]) -> tuple[bool, "DecodeStats"]:
+    """Prints every answer in order; returns whether one failed, and the counts of all. Raises the error of one `alone`.
+
+    `text_of`: of a token id.
+    """
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
@@ -160,6 +164,10 @@ def print_answers(answers: "Answers", alone: bool, jsonl: bool) -> tuple[bool, "
                 counts = {name: getattr(stats, name) for name in _COUNTS}
                 rounded = {"acceptance_rate": round(stats.acceptance_rate, 4), "mean_layers": round(stats.mean_layers, 2)}
                 document = named | {"text": answer.text, "finish_reason": answer.finish_reason, "policy": request.config.policy}
+                whole = answer.answer if isinstance(answer, TextStream) else answer
+                for name in ("logprobs", "prompt_logprobs"):
+                    if listed := getattr(whole, name):
+                        document[name] = [_told(one, text_of) for one in listed]
                 _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
@@ -219,7 +227,18 @@ def _together(
                 yield request, end.error
             elif end.finish_reason is not None:
                 stats, seconds = job.stats + DecodeStats(total_seconds=seconds), 0.0
-                yield request, Answer("".join(update.text for update in updates), end.finish_reason, stats)
+                text = "".join(update.text for update in updates)
+                counted = list(end.logprobs), list(end.prompt_logprobs)
+                yield request, Answer(text, end.finish_reason, stats, [], 0, *counted)
+
+
+def _told(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
+    """A token with its log probability, and the best ones in its place, as an object."""
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
+
+    return {**told(one.id, one.logprob), "top": [told(*other) for other in one.top]}
 
 
 def _write(text: str) -> None:

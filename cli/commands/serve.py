@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from layerskip_core.config.decoding import DecodingOptions, Remember
+from layerskip_core.config.decoding import Remember, RequestOptions
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, ModelName, Text, Without
 from layerskip_core.errors import LayerSkipError, refused, require
@@ -47,7 +47,9 @@ class ServeConfig:
         Meta(ge=0, le=1_000_000),
         Flag("Megabytes for keys and values of earlier prompts and answers, so that a common beginning is computed once."),
     ] = 512
-    decoding: Annotated[DecodingOptions, Without("seed")] = field(default_factory=lambda: DecodingOptions())
+    decoding: Annotated[RequestOptions, Without("seed", "logprobs", "prompt_logprobs")] = field(
+        default_factory=lambda: RequestOptions()
+    )
 
     def __post_init__(self) -> None:
         asked = self.decoding.get("max_new_tokens")

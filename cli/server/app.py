@@ -3,11 +3,12 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -27,6 +28,9 @@ from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
 from .documents import DONE, ApiError, Asked, Document, Prompt, Updates, api_error, asked, event, invalid, usage_of
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _STARTED = int(time.time())
@@ -110,11 +114,13 @@ class Service:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
 
-    async def submit(self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]) -> tuple[Asked, list[Job]]:
+    async def submit(
+        self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]
+    ) -> tuple[Asked, list[Job], list[str]]:
         """Hands the engine what a body asks for: one job per answer, whose updates are delivered with its number.
 
-        The answers have places in the queue before any work is done for them. Raises QueueFull, ApiError and LayerSkipError for
-        what is wrong or does not fit.
+        The answers have places in the queue before any work is done for them. Returns the texts of prompts to echo by answer,
+        too. Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
         """
         engine, config, held = self._engine, self._config, 1
         engine.hold(held)
@@ -123,17 +129,35 @@ class Service:
             engine.hold(len(request.options) - held)
             held = len(request.options)
             resolved = [self._decoder.resolve(options, self._packing) for options in request.options]
-            loop = asyncio.get_running_loop()
-            prompts = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in request.prompts]
+            prompts = [await self.in_encoding(self._encoded, prompt) for prompt in request.prompts]
             jobs = []
             for number, decoding in enumerate(resolved):
                 isolated = request.is_seeded and decoding.temperature > 0
                 jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
+            echoes = [await self.in_encoding(self._echo, prompt) for prompt in request.prompts] if request.echo else []
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)
             raise
-        return request, jobs
+        return request, jobs, [text for text in echoes for _ in range(request.n)]
+
+    async def in_encoding(self, work: Callable[[Given], Result], given: Given) -> Result:
+        """Runs this in the one thread that uses the tokenizer of this service."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, work, given)
+
+    async def texts(self, jobs: list[Job], updates: Iterable[Update]) -> dict[int, str]:
+        """The texts of the tokens whose log probabilities are told."""
+        told = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
+        ids = {token for one in told for token in (one.id, *(top for top, _ in one.top))}
+        if ids:  # and perhaps the first ones of prompts
+            ids |= {job.ids[0] for job in jobs}
+        return await self.in_encoding(self._texts, ids) if ids else {}
+
+    def _texts(self, ids: set[int]) -> dict[int, str]:
+        return {token: self._decoder.token_text(token) for token in ids}
+
+    def _echo(self, prompt: Prompt) -> str:
+        return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
 
     def cancel(self, jobs: list[Job]) -> None:
         """Finished ones stay as they are."""
@@ -206,9 +230,9 @@ class _Endpoint:
         """
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
-        asked, jobs = await service.submit(await service.body(request), self._is_chat, updates.deliver)
+        asked, jobs, echoes = await service.submit(await service.body(request), self._is_chat, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
-        document, begun, answers = Document(self._is_chat, service.name), False, dict[int, Update]()
+        document, begun, answers = Document(self._is_chat, service.name, jobs, echoes), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
@@ -218,11 +242,12 @@ class _Endpoint:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 if not asked.stream:
                     answers[number] = update  # the last one has all of the text
-                elif update.text or update.is_last:
-                    await _send_part(send, document.chunk(number, update))
+                elif update.text or update.is_last or update.logprobs:
+                    await _send_part(send, document.chunk(number, update, await service.texts(jobs, [update])))
             usage = usage_of(jobs, asked.n)
             if not asked.stream:
-                await JSONResponse(document.whole(answers, usage))(request.scope, receive, send)
+                texts = await service.texts(jobs, answers.values())
+                await JSONResponse(document.whole(answers, usage, texts))(request.scope, receive, send)
             else:
                 await _send_part(send, (document.event([], usage=usage) if asked.include_usage else b"") + DONE, is_last=True)
         except ApiError as error:

@@ -7,15 +7,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
 import msgspec
 from msgspec import Meta, Struct
 from starlette.requests import ClientDisconnect
 
-from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingOptions, changed
+from layerskip_core.config.decoding import MAX_NEW_TOKENS, RequestOptions, changed
 from layerskip_core.config.options import checked
 from layerskip_core.decoding import DecodeStats
+from layerskip_core.decoding.output import TokenLogprobs
 from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Request, Stopped, Update
@@ -29,13 +31,19 @@ _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in 
 _NAMES = {"max_new_tokens": "max_tokens"}  # options that have another name in the API
 # Keys that would change the answer and that this server does not know, with the value that changes nothing.
 _UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("frequency_penalty", "min_p", "min_tokens", "presence_penalty", "top_logprobs"), 0),
-    **dict.fromkeys(("best_of", "length_penalty", "repetition_penalty", "typical_p"), 1),
-    **dict.fromkeys(("echo", "ignore_eos", "logprobs", "use_beam_search"), False),  # `logprobs` 0 asks for the chosen tokens'
-    **{key: [] for key in ("functions", "guided_choice", "stop_token_ids", "tools")},
+    **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
+    **{key: [] for key in ("bad_words", "functions", "guided_choice", "tools")},
     **dict.fromkeys(("guided_grammar", "guided_regex", "suffix"), ""),
-    **{"guided_json": None, "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}},
+    **{"guided_json": None, "modalities": ["text"], "response_format": {"type": "text"}},
 }
+
+_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {True: {"echo": False}, False: {"top_logprobs": 0}}  # of chat, and of completions
+# The RequestOptions that a body names as they are.
+_OPTIONS = (
+    *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
+)
 
 Turn = tuple[str, str]
 Prompt = str | list[int] | tuple[Turn, ...]
@@ -60,7 +68,7 @@ class _Message(Struct):
 
 
 class _Body(TypedDict, total=False):
-    """Keys beside the prompt and the DecodingOptions; null is the same as nothing."""
+    """Keys beside the prompt and the RequestOptions; null is the same as nothing."""
 
     model: str
     seed: int
@@ -71,20 +79,24 @@ class _Body(TypedDict, total=False):
     n: int
     stream: bool
     stream_options: Annotated[dict[str, bool | None], Meta(description="an object, such as include_usage: true")]
+    echo: bool
+    logprobs: Annotated[bool | int, Meta(description="true or false in a conversation, a number in 0..20 for completions")]
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)]
 
 
 class Asked(NamedTuple):
     """One request. Each prompt has `n` answers, each with options of its own."""
 
     prompts: tuple[Prompt, ...]
-    options: list[DecodingOptions]  # they differ in their seeds
+    options: list[RequestOptions]  # they differ in their seeds
     n: int
     is_seeded: bool  # the request names a seed
     stream: bool
     include_usage: bool
+    echo: bool
 
 
-def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
+def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
     """What a body asks the model of this name for; `flags` are for what it does not say.
 
     Raises ApiError, and ConfigError for an option outside its range.
@@ -96,8 +108,9 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
     document = {key: value for key, value in document.items() if value is not None}
-    for key in document.keys() & _UNSUPPORTED.keys():
-        value, harmless = document[key], _UNSUPPORTED[key]
+    unsupported = _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat]
+    for key in document.keys() & unsupported.keys():
+        value, harmless = document[key], unsupported[key]
         if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
             raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
@@ -110,18 +123,31 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
     n = given.get("n", 1)
     if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
         raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
-    options = {name: document[name] for name in ("temperature", "top_p", "top_k", "stop") if name in document}
+    options = {name: document[name] for name in _OPTIONS if name in document}
     usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
     options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
-    decoding = cast(DecodingOptions, checked(DecodingOptions, options))
+    options |= _logprobs(given, is_chat)
+    decoding = cast(RequestOptions, checked(RequestOptions, options))
     if (limit := decoding["max_new_tokens"]) > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
     seeds: Iterable[int] = (secrets.randbelow(_SEEDS) for _ in range(n * len(prompts)))
     if "seed" in given:
         seeds = ((given["seed"] + number) % _SEEDS for number in range(n * len(prompts)))
-    of_answers: list[DecodingOptions] = [{**changed(flags, decoding), "seed": seed} for seed in seeds]
+    of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": seed} for seed in seeds]
     include_usage = bool(given.get("stream_options", {}).get("include_usage"))
-    return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), include_usage)
+    return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), include_usage, given.get("echo", False))
+
+
+def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
+    """The options that ask for log probabilities. A conversation says whether, and how many in `top_logprobs`."""
+    wanted = given.get("logprobs")
+    if wanted is not None and isinstance(wanted, bool) != is_chat:
+        raise invalid(f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}", "logprobs")
+    if not is_chat:
+        return {} if wanted is None else {"logprobs": wanted, "prompt_logprobs": given.get("echo", False)}
+    if given.get("top_logprobs") and not wanted:
+        raise invalid("top_logprobs must be used with logprobs: true", "top_logprobs")
+    return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
 
 
 def _conversation(messages: Any) -> tuple[Prompt, ...]:
@@ -212,31 +238,63 @@ class Updates:
 class Document:
     """Makes the document or the chunks of one response."""
 
-    def __init__(self, is_chat: bool, model: str) -> None:
-        self._is_chat, self._begun = is_chat, set[int]()
+    def __init__(self, is_chat: bool, model: str, jobs: Sequence[Request], echoes: Sequence[str]) -> None:
+        """`echoes`: by answer, the text of its prompt if the answer begins with it."""
+        self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
+        self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
         prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any]) -> dict[str, Any]:
-        """`answers`: by number, each with all of its text."""
+    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
+        """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
         choices = []
         for number, answer in sorted(answers.items()):
             message = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-            choices.append(_choice(number, message if self._is_chat else {"text": answer.text}, answer))
+            content = message if self._is_chat else {"text": self._echo(number) + answer.text}
+            choices.append(self._choice(number, content, answer, texts))
         return {**self._common, "object": self._object, "choices": choices, "usage": usage}
 
-    def chunk(self, number: int, update: Update) -> bytes:
+    def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
         """A server-sent event with the next piece of the answer with this number."""
-        content: dict[str, Any] = {"text": update.text}
+        content: dict[str, Any] = {"text": ("" if number in self._begun else self._echo(number)) + update.text}
         if self._is_chat:
             role = {} if number in self._begun else {"role": "assistant"}
             content = {"delta": {**role, "content": update.text} if update.text or role else {}}
+        choice = self._choice(number, content, update, texts)
         self._begun.add(number)
-        return self.event([_choice(number, content, update)])
+        return self.event([choice])
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         name = "chat.completion.chunk" if self._is_chat else self._object
         return event({**self._common, "object": name, "choices": choices, **more})
+
+    def _echo(self, number: int) -> str:
+        return self._echoes[number] if self._echoes else ""
+
+    def _choice(self, number: int, content: dict[str, Any], update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
+        reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
+        logprobs = None
+        if self._jobs[number].config.logprobs is not None:
+            logprobs = _of_chat(update, texts) if self._is_chat else self._of_completion(number, update, texts)
+        return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
+        """Log probabilities as completions have them; nothing is known of a prompt's first token."""
+        told: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
+        tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
+        job = self._jobs[number]
+        if self._echoes and number not in self._begun:
+            told, tokens = [None, *told], [texts[job.ids[0]], *tokens]
+        ends = list(accumulate(map(len, tokens), initial=self._ends[number]))
+        self._ends[number] = ends[-1]
+        # Of two tokens with one text the more probable is named, and the token itself is always there.
+        tops = [one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in told]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one and one.logprob for one in told],
+            "top_logprobs": tops,
+            "text_offset": ends[:-1],
+        }
 
 
 def event(document: dict[str, Any]) -> bytes:
@@ -262,6 +320,12 @@ def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
     }
 
 
-def _choice(number: int, content: dict[str, Any], update: Update) -> dict[str, Any]:
-    reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
-    return {"index": number, **content, "logprobs": None, "finish_reason": reason}
+def _of_chat(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
+    """Log probabilities as conversations have them."""
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        text = texts[token]
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    content = [{**told(one.id, one.logprob), "top_logprobs": [told(*top) for top in one.top]} for one in update.logprobs]
+    return {"content": content, "refusal": None}

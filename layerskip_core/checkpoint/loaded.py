@@ -111,6 +111,16 @@ class Decoder:
         special = special_ids(self.tokenizer)
         return self.eos_ids | {special[text] for text in stop if text in special}
 
+    def ends_of(self, config: DecodingConfig) -> frozenset[int]:
+        """The ids that end an answer: those of `ends`, or none with `ignore_eos`, and `stop_token_ids`."""
+        usual = self.ends(config.stop) - (self.eos_ids if config.ignore_eos else frozenset())
+        return usual | set(config.stop_token_ids)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token within a text, special ones included."""
+        before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        return str(self.tokenizer.decode([*before, token]))[len(str(self.tokenizer.decode(before))) :]
+
     def recommended(self, packing: PackingConfig = _PLAIN) -> Recommended:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
 
@@ -161,6 +171,8 @@ class Decoder:
         if config.strategy == "early-exit":
             for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
                 target_block(blocks, exit_layer or self.backend.num_layers)
+        vocab, ids = self.backend.spec.vocab, dict(config.logit_bias)
+        require(max(ids, default=0) < vocab, "logit_bias", f"of tokens of the model, ids below {vocab}", max(ids, default=0))
         return replace(config, policy=name)
 
     def _missing(self, policy: Policy) -> list[Quantization]:

@@ -1,7 +1,7 @@
 """How tokens are decoded: options as requested (DecodingOptions), and resolved for a checkpoint (DecodingConfig)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypedDict, cast
 
 from msgspec import Meta
@@ -25,8 +25,8 @@ REMEMBERED = 131_072
 
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
-_OF_A_REQUEST = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")  # what a policy does not set
 
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
 
 
@@ -118,6 +118,48 @@ class DecodingOptions(TypedDict, total=False):
     seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]
 
 
+class RequestOptions(DecodingOptions, total=False):
+    """Options of answers that are not measured: what is done to logits before a token is chosen, and what is told of tokens.
+
+    With drafts as without: the logits of each position are changed by what the tokens before it say, drafts included.
+    """
+
+    min_p: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        Flag("Sample from tokens that have this share of the best one's probability at least.", default="0", panel="Sampling"),
+    ]
+    frequency_penalty: Annotated[
+        Penalty, Flag("Subtract this from a token's logit each time it occurs in the answer.", default="0")
+    ]
+    presence_penalty: Annotated[Penalty, Flag("Subtract this from the logit of each token of the answer.", default="0")]
+    repetition_penalty: Annotated[
+        float,
+        Meta(gt=0, le=100),
+        Flag("Divide the positive logits of tokens of prompt and answer by this, multiply the negative ones.", default="1"),
+    ]
+    logit_bias: Annotated[
+        dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(description="an object of token ids with numbers in [-100, 100]"),
+        Flag('Add these numbers to the logits of tokens, such as {"15": -100}.'),
+    ]
+    min_tokens: Annotated[CountOrNone, Flag("No token ends the answer before it has so many.", default="0", panel="Decoding")]
+    ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
+    stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
+    logprobs: Annotated[
+        int,
+        Meta(ge=0, le=20),
+        Flag("In answers of --jsonl: log probabilities of the tokens, and of so many of the best in their places."),
+    ]
+    prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
+
+
+_OF_A_REQUEST = (  # what a policy does not set
+    *("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed"),
+    *(name for name in RequestOptions.__annotations__ if name not in DecodingOptions.__annotations__),
+)
+
+
 class Measured(TypedDict):
     """What a sweep measured of a policy: the task's metric, its value at full depth, and the speed over plain decoding."""
 
@@ -184,8 +226,39 @@ class DecodingConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
     profile: DraftProfile = field(default=_UNKNOWN, hash=False)
     policy: str | None = field(default=None, compare=False)
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty) or self.repetition_penalty != 1
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a row's own options change its logits before a token is chosen."""
+        return self.penalises or bool(self.logit_bias or self.min_tokens)
+
+    @property
+    def shared(self) -> "DecodingConfig":
+        """What the rows of one loop have in common: their limits, stops, seeds and changes of logits are each row's own."""
+        return replace(self, **{name: getattr(_ROWS_OWN, name) for name in _OF_A_ROW})
+
+
+_ROWS_OWN = DecodingConfig(max_new_tokens=1)
+_OF_A_ROW = (
+    *("max_new_tokens", "stop", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
+    *("min_tokens", "ignore_eos", "stop_token_ids", "logprobs", "prompt_logprobs"),
+)
 
 
 @dataclass(frozen=True)
@@ -219,6 +292,10 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
         for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
             reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
             raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
+    said = _said(options)
+    shows_prompt = bool(said.get("prompt_logprobs"))
+    require(not shows_prompt or "logprobs" in said, "prompt_logprobs", "used with `logprobs`", "none")
+    require(not shows_prompt or "exit_confidence" not in given, "prompt_logprobs", "left out with `exit_confidence`", "both")
     require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
     for name in given:
         users = used_by(name)
@@ -285,13 +362,13 @@ def choices(options: DecodingOptions) -> dict[str, Any]:
     return {name: value for name, value in _said(options).items() if value and name not in _OF_A_REQUEST}
 
 
-def changed(options: DecodingOptions, changes: DecodingOptions) -> DecodingOptions:
+def changed(options: RequestOptions, changes: RequestOptions) -> RequestOptions:
     """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
     if "policy" in changes:
         kept = {name: value for name, value in options.items() if name in _OF_A_REQUEST}
     else:
         kept = {name: value for name, value in options.items() if name != "policy" or not choices(changes)}
-    return cast(DecodingOptions, kept | dict(changes))
+    return cast(RequestOptions, kept | dict(changes))
 
 
 def used_by(option: str) -> Sequence[str]:
@@ -351,9 +428,9 @@ def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 
 
 def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with tuples for lists, without None and empty ones."""
-    stop = options.get("stop")
-    listed = {**options, "stop": [stop] if isinstance(stop, str) else stop}
+    """Options with tuples for lists and objects, without None and empty ones."""
+    stop, bias = options.get("stop"), dict(options.get("logit_bias") or {})
+    listed = {**options, "stop": [stop] if isinstance(stop, str) else stop, "logit_bias": sorted(bias.items())}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
     return {name: value for name, value in tuples.items() if value not in (None, ())}
 

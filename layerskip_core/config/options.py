@@ -94,7 +94,7 @@ def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def check(field: str, hint: Any, value: Any) -> Any:
     """The value as its annotation says; a number or array of NumPy counts as Python's. Raises ConfigError."""
     try:
-        return msgspec.convert(_plain(value), hint)
+        return msgspec.convert(_plain(value), hint, str_keys=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices
         wrong_type = ", got `" in str(error)
         listed = isinstance(value, list | tuple) and not wrong_type

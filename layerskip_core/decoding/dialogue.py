@@ -30,7 +30,7 @@ class TextStream:
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        ends = loaded.ends(config.stop)
+        ends = loaded.ends_of(config)
         self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix, earlier=earlier)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
@@ -39,7 +39,9 @@ class TextStream:
         """The whole answer, once all pieces have come. Raises RuntimeError before."""
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
-        return Answer(self.text, self.finish_reason, self.stats, self._decoding.rows[0].output)
+        [row] = self._decoding.rows
+        counted = row.logprobs, row.prompt_logprobs
+        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, *counted)
 
     @property
     def text(self) -> str:

@@ -20,10 +20,22 @@ from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
 from .drafters.lookup import EarlierAnswers, LookupDrafter
 from .graphs import Recorder, instant, seconds_between
-from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, foretold_counts, step_counts
-from .sampling import Sampler, accepted_choices
+from .output import (
+    Answer,
+    DecodeStats,
+    Detokenize,
+    OutputText,
+    StopReason,
+    StopScanner,
+    TokenLogprobs,
+    foretold_counts,
+    step_counts,
+)
+from .processing import LogitsProcessor
+from .sampling import Sampler, accepted_choices, logprobs_of
 from .target import FixedTarget, PrefixCache, SharedPrefixes, TargetOutput, target_of
 
+_SCORED = 64  # tokens of a prompt whose logits are in memory at once
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
 
@@ -83,11 +95,12 @@ def decode_batch(
     require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
     for steps in loop:
-        for number, _, reason, _ in steps:
-            if reason is not None:
-                row = loop.rows[number]
+        for step in steps:
+            if step.finish_reason is not None:
+                row = loop.rows[step.row]
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
-                yield Answer(text, reason, sum(row.steps, DecodeStats()), row.output, number)
+                counts = sum(row.steps, DecodeStats())
+                yield Answer(text, step.finish_reason, counts, row.output, step.row, row.logprobs, row.prompt_logprobs)
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
@@ -122,18 +135,22 @@ class RowStep(NamedTuple):
     ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
+    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if they were asked for
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first step
 
 
 class Row:
     """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
 
-    def __init__(self, number: int, prompt: list[int], scanner: StopScanner) -> None:
-        self.number = number
+    def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
+        self.number, self.config = number, config
         self.ids = list(prompt)  # and the output
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False
+        self.logprobs: list[TokenLogprobs] = []  # of the output
+        self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def output(self) -> list[int]:
@@ -141,11 +158,17 @@ class Row:
         return self.ids[self.prompt_tokens :]
 
     def commit(
-        self, drafted: int, verified: list[int], source: str | None, layers: int, survival: Sequence[float] = ()
+        self,
+        drafted: int,
+        verified: list[int],
+        source: str | None,
+        layers: int,
+        survival: Sequence[float] = (),
+        logits: Tensor | None = None,
     ) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it.
 
-        `source` and `survival`: Draft's; no source in a prefill.
+        `source` and `survival`: Draft's; no source in a prefill. `logits` (T, V): the target's in their places, if it has any.
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
@@ -153,7 +176,11 @@ class Row:
         if survival:
             step += foretold_counts(survival, len(verified) - 1)
         self.steps.append(step)
-        return RowStep(self.number, verified[:count], reason, step)
+        told: list[TokenLogprobs] = []
+        if self.config.logprobs is not None and logits is not None:
+            told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
+            self.logprobs += told
+        return RowStep(self.number, verified[:count], reason, step, told)
 
 
 class DecodingLoop:
@@ -186,15 +213,20 @@ class DecodingLoop:
         `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
         instead of the config's.
         """
+        if config.prompt_logprobs:  # every token of the prompt needs its pass
+            prefix = shared = None
         self._target = target_of(model, config)
         self._model, self._prefix, self._shared, self._earlier = model, prefix, shared, earlier
-        self._sampler = Sampler(config, model.device, len(prompts), seeds)
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.spec.context)
             limits = config.max_new_tokens, model.spec.context - len(prompt)
-            self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
+            self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
+        processors: list[LogitsProcessor] = []
+        if config.changes_logits:
+            processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in self._active]
+        self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         recorder, rerun = None, self._target.rerun
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
@@ -303,7 +335,11 @@ class DecodingLoop:
             if drafter is not None:
                 drafter.observe(row.number, count, ids)
             of_row = "lookup" if index in draft.lookups else source
-            steps.append(row.commit(count, ids, of_row, output.layers, draft.survival))
+            logits = None if output.logits is None else output.logits[index]
+            step = row.commit(count, ids, of_row, output.layers, draft.survival, logits)
+            if newest is None and row.config.prompt_logprobs:
+                step = step._replace(prompt_logprobs=self._of_prompt(row, output, index))
+            steps.append(step)
             if self._earlier is not None and steps[-1].finish_reason is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
         if self._shared is not None and newest is None:
@@ -332,6 +368,15 @@ class DecodingLoop:
         tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
         positions = self._positions[:, start : start + longest].expand(len(lengths), -1)
         return Draft(tokens[:, :1], (0,) * len(lengths)), self._target.prefill(tokens, last, positions, self._cache)
+
+    def _of_prompt(self, row: Row, output: TargetOutput, index: int) -> list[TokenLogprobs]:
+        """Of a row's prompt, from the states of its prefill; the logits of so many places at once."""
+        assert output.states is not None and isinstance(self._target, FixedTarget) and row.config.logprobs is not None
+        for start in range(0, row.prompt_tokens - 1, _SCORED):
+            ids = row.ids[start + 1 : min(start + 1 + _SCORED, row.prompt_tokens)]
+            logits = self._target.head(output.states[index : index + 1, start : start + len(ids)])[0]
+            row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
+        return row.prompt_logprobs
 
     def _context(self, newest: Tensor, limits: list[int]) -> Context:
         rows = self._active

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import require
 
@@ -117,6 +117,17 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+class TokenLogprobs(NamedTuple):
+    """A token's log probability by the target's own logits, before temperature, penalties and bias.
+
+    `top`: the most probable tokens in its place with theirs, the best first.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A whole answer.
@@ -127,6 +138,8 @@ class Answer:
         stats: counts, and seconds unless it was decoded together with others.
         ids: the new tokens, with those that ended the answer.
         row: its number among the prompts that were decoded together.
+        logprobs: of `ids`, if the option `logprobs` asks for them.
+        prompt_logprobs: of the prompt's tokens after the first, if `prompt_logprobs` asks for them.
     """
 
     text: str
@@ -134,6 +147,8 @@ class Answer:
     stats: DecodeStats
     ids: list[int] = field(default_factory=list)
     row: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class OutputText:

@@ -1,4 +1,7 @@
-"""From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts."""
+"""From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts.
+
+Before that, a row's own options may change its logits (processing.py).
+"""
 
 from collections.abc import Sequence
 
@@ -8,6 +11,8 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.vocabulary import most_probable
+from .output import TokenLogprobs
+from .processing import LogitsProcessor
 
 
 class Sampler:
@@ -16,12 +21,32 @@ class Sampler:
     Each row draws from a generator of its own: it gets the tokens that it gets alone.
     """
 
-    def __init__(self, config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
-        """`seeds`: one per row; None: the config's for all."""
+    def __init__(
+        self,
+        config: DecodingConfig,
+        device: torch.device,
+        rows: int = 1,
+        seeds: Sequence[int] | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        """`seeds`: one per row; None: the config's for all. `processors`: one per row, or none if logits stay as they are."""
         self.is_greedy = config.temperature == 0
+        self.processors = list(processors)
         self._config = config
         seeds = () if self.is_greedy else seeds or [config.seed] * rows
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
+        """The logits (B, T, V), of `rows` as their options leave them. The last place that a row needs follows its drafts.
+
+        Of more than T places it has the last ones; of fewer, the first ones, and the rest is padding.
+        """
+        if not self.processors:
+            return logits
+        changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        for row in rows:
+            self.processors[row].process(changed[row, : len(drafts[row]) + 1], drafts[row])
+        return changed
 
     def probs(self, logits: Tensor) -> Tensor | None:
         """The distribution (..., V) that `choose` draws from; None if nothing is drawn."""
@@ -47,6 +72,9 @@ class Sampler:
         `draft_probs` (B, K, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
         the accepted drafts and the target's own token after them; and that last token of each row, (B, 1), on the device.
         """
+        if self.processors:
+            drafted = [ids[:count] for ids, count in zip(draft_ids.tolist(), counts, strict=True)]
+            logits = self.processed(logits, drafted, range(len(drafted)))
         if self.is_greedy:
             return accepted_choices(draft_ids, counts, most_probable(logits))
         target_probs = probabilities(logits, self._config)
@@ -69,10 +97,13 @@ class Sampler:
         """Forgets every row but those at `rows`."""
         if not self.is_greedy:
             self._generators = [self._generators[row] for row in rows]
+        if self.processors:
+            self.processors = [self.processors[row] for row in rows]
 
     def join(self, other: "Sampler") -> None:
         """Adds the rows of a sampler that chooses in the same way after its own."""
         self._generators = self._generators + other._generators
+        self.processors += other.processors
 
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:
@@ -89,7 +120,7 @@ def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) 
 
 
 def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
-    """Distribution (..., V), in at least fp32, from logits (..., V): temperature, then top-k, then top-p, renormalised.
+    """Distribution (..., V), in at least fp32, from logits (..., V): temperature, min-p, top-k, then top-p, renormalised.
 
     top-p keeps the smallest set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.
     """
@@ -98,6 +129,9 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
     least = torch.finfo(logits.dtype).tiny
     # The maximum is subtracted first, because division by a small temperature could overflow.
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(config.temperature, least)).softmax(-1)
+    if config.min_p:
+        probs = probs.masked_fill(probs < config.min_p * probs.amax(-1, keepdim=True), 0)
+        probs = probs / probs.sum(-1, keepdim=True)
     if config.top_k:
         top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
@@ -115,6 +149,15 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
         top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, least), 0)
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, top_ids, top_probs)
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of tokens and of the `count` most probable ones, by logits (T, V) in the places of T tokens."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(ids, device=scores.device)[:, None])[:, 0].tolist()
+    values, tokens = scores.topk(count)
+    rows = zip(ids, chosen, tokens.tolist(), values.tolist(), strict=True)
+    return [TokenLogprobs(token, logprob, tuple(zip(*best, strict=True))) for token, logprob, *best in rows]
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ class TargetOutput(NamedTuple):
     logits: Tensor | None  # (B, T, V)
     layers: int  # that gave them
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
+    states: Tensor | None = None  # (B, T, D), of a prompt's tokens, for `head`
 
 
 _WORTHWHILE = 64  # tokens of a text whose KV entries are worth a copy
@@ -35,6 +36,7 @@ class FixedTarget:
         writes: which layers and exit blocks have KV entries, to be compared.
         rerun: how many of the tokens that have KV entries the pass over a prompt needs again.
         exit_cache: of the blocks that draft; None without.
+        head: hidden states (..., D) to logits (..., V).
         recorder: records the passes over drafts, if it is set.
     """
 
@@ -47,7 +49,7 @@ class FixedTarget:
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
             self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
-        self._head = model.unembed if self._block is None else self._block.head
+        self.head = model.unembed if self._block is None else self._block.head
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting = exits.get(config.strategy, ())
         blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
@@ -55,15 +57,16 @@ class FixedTarget:
         self._taps = self.exit_cache.taps if self.exit_cache else ()
         self.writes: Hashable = self._layers, self._block is not None, self._taps
         self.rerun = int(self.exit_cache is not None and self.exit_cache.needs_finals)
-        self._only_chooses = config.temperature == 0 and not blocks and self._block is None  # no logits are needed
+        reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
+        self._only_chooses = not (reads_logits or blocks or self._block)
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
 
         The cache already has the KV entries before `positions`.
         """
-        hidden = _at(self._run({0: self._model.embed(tokens)}, positions, cache), last)
-        return TargetOutput(self._head(hidden), self._layers)
+        states = self._run({0: self._model.embed(tokens)}, positions, cache)
+        return TargetOutput(self.head(_at(states, last)), self._layers, states=states)
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
@@ -121,7 +124,7 @@ class FixedTarget:
             if choices is not None:
                 return TargetOutput(None, self._layers, choices)
         hidden = self._run(states or {0: self._model.embed(tokens)}, positions, cache)
-        return TargetOutput(self._head(hidden), self._layers)
+        return TargetOutput(self.head(hidden), self._layers)
 
     def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states`, and the exit's block."""
@@ -349,7 +352,7 @@ class PrefixCache:
         `rerun`: as a target's. What another model computed, or other settings, is
         forgotten: they decide which layers have KV entries.
         """
-        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
+        made_for = model, replace(config.shared, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         if self._cache is None or self._made_for != made_for or model.exact:
             self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
         most = min(self._count, len(prompt) - 1)

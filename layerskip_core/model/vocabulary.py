@@ -39,13 +39,13 @@ class DraftVocabulary:
         self.ids = self.ids.to(indices.device, non_blocking=True)
         return self.ids[indices]
 
-    def spread(self, probs: Tensor) -> Tensor:
-        """Probabilities (..., N) as (..., V), with 0 for all other tokens."""
-        padded = F.pad(probs, (0, self._left_out))
+    def spread(self, scores: Tensor, other: float = 0.0) -> Tensor:
+        """Probabilities or logits (..., N) as (..., V), with `other` for all other tokens."""
+        padded = F.pad(scores, (0, self._left_out), value=other)
         if self.ids is None:
             return padded
-        self.ids = self.ids.to(probs.device, non_blocking=True)
-        return torch.zeros_like(padded).index_copy(-1, self.ids, probs)
+        self.ids = self.ids.to(scores.device, non_blocking=True)
+        return torch.full_like(padded, other).index_copy(-1, self.ids, scores)
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -81,6 +81,21 @@ def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
         assert found[5]["accepted"] > without[5]["accepted"]
 
 
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_logits_are_changed_and_log_probabilities_told(ask, batch):
+    plain, biased, told = ask(
+        {"prompt": PROMPT}, {"prompt": PROMPT, "logit_bias": {"50": 100}}, {"prompt": PROMPT, "logprobs": 2},
+        flags=("--batch-size", batch),
+    )  # fmt: skip
+    (by_flag,) = ask({"prompt": PROMPT}, flags=("--logit-bias", '{"50": 100}', "--prompt-logprobs", "--logprobs", "0"))
+    assert plain["text"] == told["text"] != biased["text"] == by_flag["text"] and "logprobs" not in plain
+    assert len(told["logprobs"]) == told["new_tokens"] and len(by_flag["prompt_logprobs"]) == by_flag["prompt_tokens"] - 1
+    one = told["logprobs"][3]
+    assert one["top"][0] == {key: one[key] for key in ("id", "token", "logprob")} and len(one["top"]) == 2
+    (failed,) = ask({"prompt": PROMPT, "logit_bias": {"x": 1}}, code=1)
+    assert "logit_bias must be an object of token ids" in failed["error"]
+
+
 def test_a_policy_is_its_settings(ask):
     row = {"prompt": PROMPT}
     (early,) = ask(row, flags=("--policy", "fast"))

@@ -157,6 +157,58 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
     assert client.completions.create(model="tiny", prompt=ids[1]).choices[0].text == expected(prompts[1])[0]
 
 
+def test_options_that_change_logits_are_those_of_decoding(client):
+    options = {"frequency_penalty": 1.2, "presence_penalty": 0.5, "logit_bias": {"30": 5, "31": -100}}
+    more = {"repetition_penalty": 1.3, "min_tokens": 5, "stop_token_ids": [44], "ignore_eos": True}
+    own = {**options, **more, "logit_bias": ((30, 5.0), (31, -100.0)), "stop_token_ids": (44,)}
+    text = expected(PROMPT, 30, **own)[0]
+    assert text != expected(PROMPT, 30)[0]
+    assert (
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, extra_body=more, **options).choices[0].text
+        == text
+    )
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=30, extra_body=more, **options)
+    assert answer.choices[0].message.content == text
+
+
+def test_log_probabilities_of_a_conversation_whole_and_streamed(client):
+    config = DecodingConfig("self-speculative", EXIT, 4, 12, logprobs=3)
+    answer, decoder = TextStream(tiny_loaded(), PROMPT, config).finish(), tiny_loaded()
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    streamed = [one for chunk in chunks for one in chunk.choices[0].logprobs.content]
+    for told in (whole, streamed):
+        assert [one.logprob for one in told] == pytest.approx([one.logprob for one in answer.logprobs])
+        assert [one.token for one in told] == [decoder.token_text(token) for token in answer.ids]
+        tops = [[(top.token, top.logprob) for top in one.top_logprobs] for one in told]
+        assert tops[4][0] == (decoder.token_text(answer.ids[4]), pytest.approx(answer.logprobs[4].logprob))
+        assert all(len(top) == 3 for top in tops)
+    assert [bytes(one.bytes).decode() for one in whole if one.bytes] == [one.token for one in whole if one.bytes]
+    with pytest.raises(openai.BadRequestError, match="top_logprobs must be used with logprobs"):
+        client.chat.completions.create(**{**asked, "logprobs": False})
+
+
+def test_echo_gives_the_prompt_s_log_probabilities(client):
+    """As lm-eval's local-completions asks for them: prompts as token ids, and one token more."""
+    decoder, prompts = tiny_loaded(), [PROMPT, "play"]
+    ids = [decoder.encode_prompt(prompt) for prompt in prompts]
+    choices = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1).choices
+    for prompt, choice in zip(ids, choices, strict=True):
+        config = DecodingConfig("autoregressive", max_new_tokens=1, logprobs=1, prompt_logprobs=True)
+        answer, told = TextStream(decoder, prompt, config).finish(), choice.logprobs
+        expected_of = [one.logprob for one in answer.prompt_logprobs + answer.logprobs]
+        assert told.token_logprobs[0] is None and told.token_logprobs[1:] == pytest.approx(expected_of)
+        assert choice.text == decoder.tokenizer.decode(prompt) + answer.text
+        assert told.tokens == [decoder.token_text(token) for token in [*prompt, *answer.ids]]
+        assert told.text_offset[:2] == [0, len(told.tokens[0])]
+        assert max(told.top_logprobs[-1].values()) == told.token_logprobs[-1]  # greedy
+    first, *rest = client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, stream=True)
+    assert first.choices[0].text.startswith(PROMPT) and len(first.choices[0].logprobs.tokens) > len(ids[0])
+    assert first.choices[0].text + "".join(chunk.choices[0].text for chunk in rest) == PROMPT + expected(PROMPT)[0]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -175,10 +227,21 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
         ({"stop": "x" * 257}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"n": 1000}, "n"),
-        ({"echo": True}, "echo"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"repetition_penalty": 1.3, "stream": True}, "repetition_penalty"),
+        ({"best_of": 3}, "best_of"),
+        ({"typical_p": 0.3, "stream": True}, "typical_p"),
         ({"guided_json": {}}, "guided_json"),
+        ({"echo": "yes"}, "echo"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),  # of conversations
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),  # of 300 tokens
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"7": 101}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
     ],
 )
 def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):

@@ -38,6 +38,10 @@ LOGITS = tensor([8.0, 4.0, 2.0, 1.0, 1.0]).log()
         # top-p counts the mass after top-k: 8/14 is under 0.6, 12/14 is not
         (DecodingConfig(temperature=1, top_k=3, top_p=0.6), [8 / 12, 4 / 12, 0, 0, 0]),
         (DecodingConfig(temperature=1e-30), [1, 0, 0, 0, 0]),
+        (DecodingConfig(temperature=1, min_p=0.25), [8 / 14, 4 / 14, 2 / 14, 0, 0]),
+        (DecodingConfig(temperature=0.5, min_p=0.25), [64 / 80, 16 / 80, 0, 0, 0]),
+        (DecodingConfig(temperature=1, min_p=0.2, top_p=0.6), [8 / 12, 4 / 12, 0, 0, 0]),
+        (DecodingConfig(temperature=1, min_p=0.25, top_k=2), [8 / 12, 4 / 12, 0, 0, 0]),
     ],
 )
 def test_probabilities_after_temperature_top_k_and_top_p(config, expected):

@@ -58,7 +58,7 @@ class Client:
 
 def alone(decoder, ids, config):
     stream = TextStream(replace(decoder, template=tiny_loaded().template), "", config)
-    stream._decoding = decode(decoder.backend, ids, config, decoder.eos_ids, decoder.detokenize)
+    stream._decoding = decode(decoder.backend, ids, config, decoder.ends_of(config), decoder.detokenize)
     for _ in stream:
         pass
     return (stream.text, stream.finish_reason), stream.stats
@@ -186,6 +186,26 @@ def test_settings_that_differ_take_turns():
     assert finished[-1] is slow.request and slow.request.stats.new_tokens == long
     for client in [slow, *others]:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes():
+    """Those that need no logits have another loop."""
+    decoder = decoder_of("native")
+    options = [{"frequency_penalty": 1.5}, {"logit_bias": ((5, 9.0),)}, {"repetition_penalty": 1.5, "logprobs": 2}, {}, {}]
+    options.append({"ignore_eos": True, "stop_token_ids": (alone(decoder, prompt_of(5), SPECULATIVE)[1].new_tokens % 3,)})
+    configs = [replace(SPECULATIVE, max_new_tokens=12 + place, **each) for place, each in enumerate(options)]
+    clients = [Client(prompt_of(3 + place), config, streams=place % 2) for place, config in enumerate(configs)]
+    scheduler = Scheduler(decoder, batch_size=8)
+    for client in clients:
+        scheduler.add(client.request)
+    scheduler.step()
+    assert sorted(len(rows) for _, rows in scheduler._groups.values()) == [1, 2, 3]  # with log probabilities, changed, plain
+    run(scheduler, [])
+    for client in clients:
+        expected, stats = alone(decoder, client.request.ids, client.request.config)
+        assert client.answer == expected and client.request.stats.new_tokens == stats.new_tokens
+    told = [one.id for update in clients[2].updates for one in update.logprobs]
+    assert len(told) == clients[2].request.stats.new_tokens
 
 
 def test_an_answer_with_a_seed_is_the_same_in_any_company():

@@ -47,8 +47,9 @@ class ExitDrafter:
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-        if not self._sampler.is_greedy or len(limits) > 1:
-            narrow = self._is_ragged and self._sampler.is_greedy and not ends.needs_probs
+        processes = bool(self._sampler.processors)
+        if not self._sampler.is_greedy or len(limits) > 1 or processes:
+            narrow = self._is_ragged and self._sampler.is_greedy and not (ends.needs_probs or processes)
             return self._narrowing(context, limits) if narrow else self._step_by_step(context, limits, ends)
         submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
         if self._side.kernel is not None:
@@ -95,10 +96,16 @@ class ExitDrafter:
         tokens, probs, states = [token], list[Tensor](), list[dict[int, Tensor]]()
         largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row
         unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
+        drafted: list[list[int]] = [[] for _ in rooms]  # by row, where logits are processed
+        vocabulary = side.vocabulary
         while (step := len(states)) < max(rooms):
             positions = context.positions[:, step : step + 1]
             states.append(states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache))
             logits, features = beyond_exit(side, submodel, states[-1][submodel.exit_layer], positions, cache, features)
+            if self._sampler.processors:
+                logits = logits if side.vocabulary is None else side.vocabulary.spread(logits, -torch.inf)
+                logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
+                vocabulary = None
             draft_probs = self._sampler.probs(logits)
             if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
                 unread.append((logits.float().softmax(-1) if draft_probs is None else draft_probs).amax(-1))
@@ -111,10 +118,13 @@ class ExitDrafter:
             if not going:
                 break
             token = self._sampler.choose(logits, draft_probs, going)
-            if side.vocabulary is not None:
-                token = side.vocabulary.tokens(token)
-                draft_probs = None if draft_probs is None else side.vocabulary.spread(draft_probs)
+            if vocabulary is not None:
+                token = vocabulary.tokens(token)
+                draft_probs = None if draft_probs is None else vocabulary.spread(draft_probs)
             tokens.append(token)
+            if self._sampler.processors:
+                for ids, [new] in zip(drafted, token.tolist(), strict=True):
+                    ids.append(new)
             if draft_probs is not None:
                 probs.append(draft_probs)
             if ends.ids:

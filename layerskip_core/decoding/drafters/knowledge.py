@@ -225,14 +225,16 @@ class Knowledge:
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
 
 
-def knowledge_of(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, remembered: bool) -> Knowledge:
+def knowledge_of(
+    model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, remembered: bool, kind: str = "plain"
+) -> Knowledge:
     """What is known of drafters by their names.
 
     `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
-    the profile, and from usual values for what that lacks.
+    the profile, and from usual values for what that lacks. `kind`: of drafts, whose times differ.
     """
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    key = ", ".join(drafters)
+    key = ", ".join((kind, *drafters))
     if key not in by_drafters:
         by_drafters[key] = _at_first(model, drafters, profile, remembered)
     return by_drafters[key]

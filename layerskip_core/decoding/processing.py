@@ -1,0 +1,60 @@
+"""A row's own options and its logits: bias, penalties, and tokens that may not come yet.
+
+Each place of a row has its own logits, and they are changed by what the tokens before that place say, drafts included. So a
+draft that the target verifies is judged as the token that would have been chosen in its place.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config.decoding import DecodingConfig
+
+
+class LogitsProcessor:
+    """Changes the logits of one row."""
+
+    def __init__(self, config: DecodingConfig, ids: list[int], prompt_tokens: int, ends: Collection[int]) -> None:
+        """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
+        self._config, self._ids, self._prompt_tokens, self._ends = config, ids, prompt_tokens, ends
+        self._counted = prompt_tokens  # of `ids`
+        # How often each token is in the output; with a repetition penalty those of the prompt, too.
+        self._counts = dict.fromkeys(ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0)
+
+    def process(self, logits: Tensor, drafts: Sequence[int]) -> None:
+        """Changes the logits (T, V) of the last T places after the row's tokens and any of the drafts that follow them.
+
+        In this order: bias, repetition penalty, frequency and presence penalty, tokens that may not come yet.
+        """
+        config = self._config
+        first = len(drafts) + 1 - len(logits)  # drafts before the first place
+        if config.logit_bias:
+            ids, bias = zip(*config.logit_bias, strict=True)
+            logits[:, list(ids)] += torch.tensor(bias, dtype=logits.dtype, device=logits.device)
+        if config.penalises:
+            self._penalise(logits, drafts, first)
+        early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
+        if early > 0:
+            logits[:early, [token for token in self._ends if token < logits.shape[-1]]] = -torch.inf
+
+    def _penalise(self, logits: Tensor, drafts: Sequence[int], first: int) -> None:
+        """As transformers (Keskar et al., 2019) and OpenAI's API define the penalties."""
+        config = self._config
+        for token in self._ids[self._counted :]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        self._counted = len(self._ids)
+        ids = [*self._counts, *(token for token in dict.fromkeys(drafts) if token not in self._counts)]
+        columns = {token: column for column, token in enumerate(ids)}
+        counts = torch.zeros(len(logits), len(ids), dtype=logits.dtype)
+        counts[:, : len(self._counts)] = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+        for place, token in enumerate(drafts):
+            counts[max(place + 1 - first, 0) :, columns[token]] += 1
+        counts = counts.to(logits.device)
+        found, scores = counts > 0, logits[:, ids]
+        if config.repetition_penalty != 1:
+            seen = found.clone()
+            seen[:, : len(self._counts)] = True
+            penalised = torch.where(scores > 0, scores / config.repetition_penalty, scores * config.repetition_penalty)
+            scores = torch.where(seen, penalised, scores)
+        logits[:, ids] = scores - config.frequency_penalty * counts - config.presence_penalty * found

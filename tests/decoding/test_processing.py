@@ -1,0 +1,132 @@
+"""A row's own options: bias, penalties, least tokens; and log probabilities. With drafts as without."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from decodings import WIDE, ids_of, native_or_skip, prompt_of
+from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding.processing import LogitsProcessor
+from layerskip_core.decoding.sampling import probabilities
+from layerskip_core.model import TransformersBackend
+
+PROMPT = prompt_of(9)
+ALL = {
+    "frequency_penalty": 0.9, "presence_penalty": 1.1, "repetition_penalty": 1.4, "min_tokens": 12,
+    "logit_bias": ((3, 4.0), (11, -100.0), (20, 6.0)),
+}  # fmt: skip
+DRAFTING = {
+    "self-speculative": {"exit_layer": 5, "num_draft_tokens": 4},
+    "adaptive": {"exits": (2, 5), "num_draft_tokens": 6},
+    "lookup": {"num_draft_tokens": 5},
+}
+
+
+@cache
+def model_of(kind):
+    if kind == "generic":
+        return TransformersBackend(tiny_model("llama", torch.float64))
+    packing = PackingConfig(draft_weights=("int8",), draft_vocab=40)
+    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), packing)
+
+
+def reference(model, prompt, config, eos=()):
+    """One token after the other, from a whole pass each, by the definitions of the options."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + config.max_new_tokens:
+        hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+        logits = model.unembed(hidden)[0, -1].double()
+        for token, bias in config.logit_bias:
+            logits[token] += bias
+        output = ids[len(prompt) :]
+        for token in set(ids):
+            logits[token] *= config.repetition_penalty ** (1 if logits[token] < 0 else -1)
+        for token in set(output):
+            logits[token] -= config.frequency_penalty * output.count(token) + config.presence_penalty
+        if len(output) < config.min_tokens:
+            logits[list(eos)] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] in eos:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("generic", ALL), ("native", ALL), *(("native", [name]) for name in ALL)])
+def test_greedy_drafts_change_nothing(kind, names):
+    options = {name: ALL[name] for name in names}
+    model, config = model_of(kind), DecodingConfig("autoregressive", max_new_tokens=24, **options)
+    free = reference(model, PROMPT, replace(config, min_tokens=0))
+    eos = frozenset(free[3:4] if "min_tokens" in options else ())
+    expected = reference(model, PROMPT, config, eos)
+    assert (expected == free) == (not eos) and len(expected) >= 12
+    assert ids_of(decode(model, PROMPT, config, eos)) == expected
+    accepted = 0
+    for strategy, drafting in DRAFTING.items():
+        decoding = decode(model, PROMPT, replace(config, strategy=strategy, **drafting), eos)
+        assert ids_of(decoding) == expected, strategy
+        accepted += decoding.stats.accepted
+    assert accepted or kind == "generic"
+    prompts, drafting = [PROMPT, PROMPT[:4], PROMPT], replace(config, strategy="self-speculative", exit_layer=5)
+    for answer in decode_batch(model, prompts, drafting, eos):
+        assert answer.ids == reference(model, prompts[answer.row], config, eos)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    logits, ids = torch.randn(1, 67, generator=torch.Generator().manual_seed(0)), [4, 9, 9, 30]
+    expected = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7)])(torch.tensor([ids]), logits.clone())
+    LogitsProcessor(DecodingConfig(repetition_penalty=1.7), ids[:2], 1, ()).process(logits, ids[2:])
+    torch.testing.assert_close(logits, expected)
+
+
+def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():
+    """Of answers that an exit drafts, against the exact joint: each place's logits know the tokens before it."""
+    options = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": ((1, 1.0),)}
+    table = torch.randn(3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    plain = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.0, **options)
+
+    def next_probs(ids):
+        logits = table[2, len(ids), ids[-1] if ids else 3].clone()
+        logits[1] += 1.0
+        for token in set(ids):
+            logits[token] -= 1.5 * ids.count(token) + 0.5
+        return probabilities(logits, plain)
+
+    joint = joint_of(next_probs, NEW, VOCABULARY)
+    drafting = replace(plain, strategy="self-speculative", exit_layer=1, num_draft_tokens=3)
+    for config, right in ((plain, True), (drafting, True), (replace(drafting, presence_penalty=-1.0), False)):
+        loop = DecodingLoop(TableModel(table), [[3]] * 1000, config, seeds=range(1000))
+        list(loop)
+        assert (p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3) == right
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+def test_log_probabilities_are_the_model_s_own(kind):
+    """Of whatever options change, and with drafts to the bit on kernels that are batch-invariant."""
+    model = model_of(kind)
+    config = DecodingConfig("autoregressive", max_new_tokens=20, logprobs=3, prompt_logprobs=True, frequency_penalty=1.5)
+    told = {}
+    for strategy in ("autoregressive", "self-speculative", "adaptive"):
+        decoding = decode(model, PROMPT, replace(config, strategy=strategy, **DRAFTING.get(strategy, {})))
+        steps = [step for [step] in decoding]
+        [row] = decoding.rows
+        assert [one.id for one in row.logprobs] == row.output and [one.id for one in row.prompt_logprobs] == PROMPT[1:]
+        assert [one for step in steps for one in step.logprobs] == row.logprobs
+        told[strategy] = row.prompt_logprobs + row.logprobs
+    ids = PROMPT + row.output
+    hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+    scores = model.unembed(hidden)[0].double().log_softmax(-1).detach()
+    for place, one in enumerate(told["autoregressive"]):
+        assert one.logprob == pytest.approx(float(scores[place, one.id]), abs=1e-5)
+        assert [token for token, _ in one.top] == scores[place].topk(3).indices.tolist()
+    if model.batch_invariant:
+        assert told["self-speculative"] == told["adaptive"] == told["autoregressive"]
+    for answer in decode_batch(model, [PROMPT, PROMPT[:5]], config):
+        if answer.row == 0:
+            assert [one.id for one in answer.prompt_logprobs + answer.logprobs] == ids[1:]
