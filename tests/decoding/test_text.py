@@ -38,7 +38,7 @@ class Scripted:
 
 def scripted(monkeypatch, chunks, reason, stop):
     monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason))
-    loaded = SimpleNamespace(backend=None, ends=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
+    loaded = SimpleNamespace(backend=None, ends_of=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
 
