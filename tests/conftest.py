@@ -45,6 +45,16 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
     **{model_type: {"sliding_window": 5} for model_type in ("mistral", "ministral", "gemma3_text", "olmo3", "starcoder2")},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
+    "granitemoe": {
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
+        **{"num_local_experts": 5, "num_experts_per_tok": 3},
+    },
+    "mixtral": {"sliding_window": 5, "num_local_experts": 4},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "qwen3_moe": {
+        **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        **{"decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True, "sliding_window": 5},
+    },
     "phi3": {
         "sliding_window": 5,
         "original_max_position_embeddings": 64,
@@ -59,6 +69,8 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**_SHAPE, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
+    if config.to_dict().get("num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the other one lacks fp64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,39 @@ class WeightFile:
         return tensor
 
 
+class JoinedWeights:
+    """Weights that files store under other names or in parts (see `ModelSpec.stored_parts`), with what a `WeightFile` has."""
+
+    def __init__(self, files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
+        """`files` by the names of the weights in them. A weight is left out if any of its parts is."""
+        self._files = files
+        self._parts = {name: parts for name, parts in spec.stored_parts.items() if files.keys() >= {*chain(*parts)}}
+        self.entries = {name: self._entry(parts, len(spec.shapes[name])) for name, parts in self._parts.items()}
+        self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
+
+    def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
+        """Of parts that are all of the form of the first. Others raise an error when they are read."""
+        forms = [self._files[part].entries[part] for part in parts[0]]
+        kind, (_, *inputs) = forms[0]
+        shape = (sum(shape[0] for _, shape in forms), *inputs)
+        return kind, shape if len(shape) == dimensions else (len(parts), *shape)
+
+    def mapped(self, name: str) -> Tensor:
+        (first, *others), *rest = self._parts[name]
+        return self.read(name) if others or rest else self._files[first].mapped(first)
+
+    def read(self, name: str) -> Tensor:
+        parts, shape = self._parts[name], self.entries[name][1]
+        if len(parts) == len(parts[0]) == 1:
+            return self._files[parts[0][0]].read(parts[0][0]).view(shape)
+        first = parts[0][0]
+        joined = torch.empty(shape, dtype=self._files[first].mapped(first).dtype)
+        for expert, names in zip(joined, parts, strict=True):
+            for rows, part in zip(expert.chunk(len(names)), names, strict=True):
+                rows.copy_(self._files[part].read(part))
+        return joined
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder that hold the model's own weights."""
     others = {Path(folder) / name for name in (INT4_FILE, EXIT_BLOCKS_FILE, PACKED_FILE)}
@@ -118,12 +152,16 @@ def refuse_packed(folder: str | Path) -> None:
         raise CheckpointError(f"needed the weights of a model, {found}: give the model that it was packed from")
 
 
-def open_weights(folder: str | Path) -> dict[str, WeightFile]:
-    """The open safetensors file of each of the model's own weights in a folder, by the weight's name."""
-    return {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
+    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it."""
+    files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+    if spec is None:
+        return dict(files)
+    joined = JoinedWeights(files, spec)
+    return {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
 
 
-def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
+def check_stored_weights(files: Mapping[str, WeightFile | JoinedWeights], spec: ModelSpec) -> None:
     """Checks the headers of the files; no weight is read.
 
     Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.

@@ -236,7 +236,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     spec = lean_spec(folder)
     if spec is None:
         return None
-    files = open_weights(folder)
+    files = open_weights(folder, spec)
     check_stored_weights(files, spec)
     precision = pick_dtype(dtype, device, spec.parameters)
 
@@ -299,7 +299,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
             f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab) if packing.draft_vocab else None
-    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
+    backend = NativeBackend(spec, file.unpacked, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
 

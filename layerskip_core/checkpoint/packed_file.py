@@ -1,10 +1,10 @@
 """packed.safetensors: a model's weights as the compiled kernels read them. Loading maps the file, and packs nothing.
 
-It has the embedding and the norms by their names in a checkpoint, and the tensors of each matrix (see model/native/matrix.py)
-as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by low-bit copies. The
-layout is the same for all variants of the kernels, but for fp32 weights that bf16 holds, which those that widen bf16 read as
-`widened`. The header says what was packed, and has a fingerprint of a few bytes of
-every tensor, which shows content that is missing, as when a copy was interrupted; the other bytes are not checked.
+It has the embedding, the norms and the routers of experts by their names in a checkpoint, and the tensors of each matrix (see
+model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by
+low-bit copies. The layout is the same for all variants of the kernels, but for fp32 weights that bf16 holds, which those that
+widen bf16 read as `widened`. The header says what was packed, and has a fingerprint of a few bytes of every tensor, which shows
+content that is missing, as when a copy was interrupted; the other bytes are not checked.
 """
 
 import hashlib
@@ -83,10 +83,10 @@ class PackedFile:
         self.dtype = _DTYPES[self.content.dtype]
         blocks = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
         # Only the weights of their norms can be taken.
-        self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.norm)
+        self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.unpacked)
 
-    def norm(self, name: str) -> Tensor | None:
-        """A norm's weight, by its name in a checkpoint."""
+    def unpacked(self, name: str) -> Tensor | None:
+        """The weight of a norm or a router, by its name in a checkpoint."""
         return self._file.read(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
@@ -151,9 +151,11 @@ class PackedWriter:
         self._file.write(size.to_bytes(8, "little") + header.ljust(size))
 
 
-def norm_names(shapes: Shapes) -> list[str]:
-    """The names of the weights of norms, among all of a model."""
-    return [name for name in shapes if len(shapes[f"{name.rpartition('.')[0]}.weight"]) == 1]
+def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
+    """The names of the weights of norms, and of the routers of experts, among all of a model."""
+    experts = spec.architecture.experts
+    routers = {name for name in shapes if experts is not None and name.endswith(f"{experts.router}.weight")}
+    return [name for name in shapes if name in routers or len(shapes.get(f"{name.rpartition('.')[0]}.weight", ())) == 1]
 
 
 def _sample(tensor: Tensor) -> bytes:

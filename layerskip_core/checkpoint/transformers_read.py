@@ -40,7 +40,7 @@ class PretrainedModel:
         from transformers import AutoModelForCausalLM
 
         generation_config(self._path)  # transformers would go on without a damaged one
-        files = open_weights(self._path)
+        files = open_weights(self._path, self.spec)
         if (
             self.spec is not None and self.spec.shapes.keys() & files.keys()
         ):  # otherwise the weights have older names, which transformers knows

@@ -21,7 +21,7 @@ from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, locate, reading
 from ..checkpoint.open import Source, for_packing, for_training
-from ..checkpoint.packed_file import Content, PackedWriter, norm_names
+from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.decoding import require_exit_layer
@@ -153,7 +153,7 @@ def _write_weights(source: Source, path: Path) -> str:
         NativeBackend(spec, take, packing, None, source.int4, blocks, embedding, pack=writer.matrix)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
         for weights, shapes in ((Weights(take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
-            for name in norm_names(shapes):
+            for name in unpacked_names(spec, shapes):
                 writer.add(name, weights.of(name))
         writer.finish(content)
     copies = f" with {' and '.join(packing.draft_weights)} for drafts" if packing.draft_weights else ""
@@ -257,7 +257,8 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
     if acceptance is None:
         return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
-    layer, head = sum(map(prod, spec.layer_shapes.values())), prod(spec.shapes[EMBEDDING])
+    head = prod(spec.shapes[EMBEDDING])
+    layer = (spec.weights_read(1) - head) / spec.layers
     share = (layers * layer + head) / (spec.layers * layer + head)
     expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}
     tokens = max(expected, key=lambda count: expected[count] / (1 + count * share))

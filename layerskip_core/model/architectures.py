@@ -18,6 +18,25 @@ _AROUND: Norms = (
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP. Names of weights follow a layer's prefix; other strings name values of
+    config.json.
+
+    A router (experts, D) scores the experts for each token. The best `num_experts_per_tok` of them are added up, weighted by
+    the softmax of their scores: over these alone (`normalised`), or over all. `on_some_layers`: by `decoder_sparse_step` and
+    `mlp_only_layers`; the other layers have an MLP. `stored`: the names in checkpoints where they differ from those in memory,
+    with {} for the index of an expert: the parts of a weight, which stand below each other.
+    """
+
+    stored: Mapping[str, tuple[str, ...]]
+    router: str = "mlp.gate"
+    block: str = "mlp.experts."
+    inner: str = "intermediate_size"
+    normalised: bool | str = True
+    on_some_layers: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
 
@@ -36,6 +55,7 @@ class Architecture:
     mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     attention_bias: str | tuple[str, ...] | None = "attention_bias"
     mlp_bias: str | None = None  # the switch
+    experts: Experts | None = None
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
     activation: str = "hidden_act"
     default_activation: str = "silu"
@@ -46,6 +66,7 @@ class Architecture:
     scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     multipliers: bool = False  # Granite's: of embeddings, scores, residual branches and logits
+    clips_projections: bool = False  # `clip_qkv`, which no kernel of ours has
     caps_scores: bool = False  # `attn_logit_softcapping`
     caps_logits: bool = False  # `final_logit_softcapping`
     drops_embeddings: bool = False  # `embedding_dropout`, in training
@@ -57,20 +78,52 @@ _GEMMA2 = replace(
     _GEMMA, norms=_AROUND, activation="hidden_activation", windows="listed", scales_queries=True, caps_logits=True
 )
 
+_EXPERTS = Experts(
+    {
+        "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
+    },
+    normalised="norm_topk_prob",
+)
+_MIXTRAL_EXPERTS = Experts(
+    {
+        "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+        "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
+    }
+)
+_GRANITE_EXPERTS = Experts(
+    {
+        "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
+        "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
+        "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
+    },
+    router="block_sparse_moe.router",
+    block="block_sparse_moe.experts.",
+)
+
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(mlp_bias="mlp_bias"),
     "mistral": Architecture(attention_bias=None, windows="all"),
     "ministral": Architecture(attention_bias=None, windows="listed"),
+    "mixtral": Architecture(attention_bias=None, windows="all", experts=_MIXTRAL_EXPERTS),
     "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
     "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
+    "qwen3_moe": Architecture(
+        query_key_norms="head",
+        windows="all",
+        experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
+    ),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA2, caps_scores=True),
     "gemma3_text": replace(_GEMMA2, query_key_norms="head"),
     "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
     "olmo2": Architecture(_AFTER, query_key_norms="projection"),
     "olmo3": Architecture(_AFTER, query_key_norms="projection", windows="listed"),
+    "olmoe": Architecture(query_key_norms="projection", clips_projections=True, experts=_EXPERTS),
     "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
+    "granitemoe": Architecture(multipliers=True, experts=_GRANITE_EXPERTS),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
         mlp_projections=("gate_up_proj", "down_proj"),
@@ -100,6 +153,8 @@ def architecture_of(model_type: Any) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too
+
 # The values of config.json that are always read, and those that a field of Architecture asks for.
 _ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -110,6 +165,7 @@ _READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
     ("skips_rope", True): ("no_rope_layers",),
     ("scales_queries", True): ("query_pre_attn_scalar",),
     ("multipliers", True): ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ("clips_projections", True): ("clip_qkv",),
     ("caps_scores", True): ("attn_logit_softcapping",),
     ("caps_logits", True): ("final_logit_softcapping",),
     ("windows", "all"): ("sliding_window",),
@@ -125,6 +181,12 @@ def is_complete(config: Mapping[str, Any]) -> bool:
     architecture = ARCHITECTURES[config["model_type"]]
     switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
     read = {*_ALWAYS_READ, *(name for name in switches if isinstance(name, str))}
+    if (experts := architecture.experts) is not None:
+        if config.keys().isdisjoint(EXPERT_COUNTS):
+            return False
+        read |= {"num_experts_per_tok", experts.inner}
+        read |= {experts.normalised} if isinstance(experts.normalised, str) else set()
+        read |= {"decoder_sparse_step", "mlp_only_layers"} if experts.on_some_layers else set()
     for (field, value), names in _READ_WITH.items():
         read.update(names if getattr(architecture, field) == value else ())
     return config.keys() >= read

@@ -117,9 +117,10 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
 
 def with_blocks(spec: ModelSpec, blocks: Sequence[ExitBlock]) -> ModelSpec:
     """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last."""
-    count = len(blocks)
+    count, experts = len(blocks), spec.experts
     return replace(
         spec,
+        experts=experts and replace(experts, layers=experts.layers + experts.layers[-1:] * count),
         layers=spec.layers + count,
         kinds=spec.kinds + spec.kinds[-1:] * count,
         rope_of=spec.rope_of + spec.rope_of[-1:] * count,

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .architectures import Architecture, architecture_of
+from .architectures import EXPERT_COUNTS, Architecture, architecture_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
 _Window = Annotated[int, Meta(ge=0, le=1 << 31)]
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
+_ExpertCount = Annotated[int, Meta(ge=1, le=1024)]  # as the kernels have room for
 _Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 
@@ -67,6 +68,14 @@ class _Values:
     attn_logit_softcapping: _Positive | None
     final_logit_softcapping: _Positive | None
     embedding_dropout: Annotated[float, Meta(ge=0, le=1)] | None
+    num_experts: _ExpertCount | None
+    num_local_experts: _ExpertCount | None
+    num_experts_per_tok: _ExpertCount | None
+    moe_intermediate_size: _Width | None
+    norm_topk_prob: bool | None
+    decoder_sparse_step: Annotated[int, Meta(ge=1)] | None
+    mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
+    clip_qkv: _Positive | None
     eos_token_id: _TokenId | list[_TokenId] | None
 
 
@@ -130,6 +139,8 @@ class AnySpec(Protocol):
 
     @property
     def config(self) -> Any: ...
+    def weights_read(self, rows: int) -> float:
+        """How many weights a pass over so many tokens reads: those of the layers and of the head."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,9 @@ class TransformersSpec:
     shapes: Shapes = field(repr=False)
     block_shapes: Shapes = field(repr=False)  # none where it can have no exit blocks
     config: Any = field(repr=False, compare=False)
+
+    def weights_read(self, rows: int) -> float:
+        return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
     def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
@@ -171,6 +185,17 @@ class TransformersSpec:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a model, in the layers that have them."""
+
+    layers: tuple[bool, ...]  # whether each layer has experts
+    count: int
+    chosen: int  # by each token
+    inner: int  # width of an expert
+    normalised: bool  # whether the weights of a token's experts sum to 1
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The sizes of a model that our kernels run and the variants of its layers, all checked."""
 
@@ -182,6 +207,7 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     inner: int  # width of the MLP
+    experts: ExpertsSpec | None
     vocab: int
     context: int  # positions
     eps: float  # of every norm
@@ -201,6 +227,7 @@ class ModelSpec:
     embedding_dropout: float  # of training
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
+    clip: float | None  # largest magnitude of queries, keys and values
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     @classmethod
@@ -250,6 +277,7 @@ class ModelSpec:
             kv_heads=kv_heads,
             head_dim=head_dim,
             inner=values.intermediate_size,
+            experts=_experts(values, architecture),
             vocab=values.vocab_size,
             context=context,
             eps=eps,
@@ -271,6 +299,7 @@ class ModelSpec:
             embedding_dropout=values.embedding_dropout or 0.0 if architecture.drops_embeddings else 0.0,
             score_cap=values.attn_logit_softcapping if architecture.caps_scores else None,
             logits_cap=values.final_logit_softcapping if architecture.caps_logits else None,
+            clip=values.clip_qkv if architecture.clips_projections else None,
             config=config,
         )
 
@@ -303,7 +332,7 @@ class ModelSpec:
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
         }
         for index in range(self.layers):
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self.layer_shapes.items()}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self.shapes_of_layer(index).items()}
         return shapes
 
     @property
@@ -313,6 +342,30 @@ class ModelSpec:
         return layer | self.norm_shapes("norm", self.hidden)
 
     @property
+    def stored_parts(self) -> dict[str, list[list[str]]]:
+        """By the name of a weight that checkpoints store under other names or in parts: these, of each expert.
+
+        A weight without a dimension of experts has one list.
+        """
+        parts: dict[str, list[list[str]]] = {}
+        if self.experts is None or self.architecture.experts is None:
+            return parts
+        for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):
+            prefix = f"model.layers.{index}."
+            for name, stored in self.architecture.experts.stored.items():
+                count = self.experts.count if "{}" in stored[0] else 1
+                parts[prefix + name] = [[prefix + part.format(expert) for part in stored] for expert in range(count)]
+        return parts
+
+    def weights_read(self, rows: int) -> float:
+        """Of experts the mean number, if every token chooses any of them with the same probability."""
+        read: float = self.parameters - (0 if self.tied else self.vocab * self.hidden)
+        if self.experts is not None:
+            unread = (1 - self.experts.chosen / self.experts.count) ** rows
+            read -= unread * sum(self.experts.layers) * self.experts.count * 3 * self.experts.inner * self.hidden
+        return read
+
+    @cached_property
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
@@ -325,12 +378,18 @@ class ModelSpec:
             "mlp.": (self.architecture.mlp_projections, (self.inner,) * gates),
         }
 
-    @cached_property
+    @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of one layer, after its prefix."""
-        architecture, hidden = self.architecture, self.hidden
+        """Those of the last layer, which the layers of exit blocks are like."""
+        return self.shapes_of_layer(self.layers - 1)
+
+    def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a layer, after its prefix."""
+        architecture, hidden, experts = self.architecture, self.hidden, self.experts_of(index)
         projections: dict[str, tuple[int, int]] = {}
         for block, (names, outputs) in self.projections.items():
+            if block == "mlp." and experts is not None:
+                continue
             *inward, back = names
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
             projections |= {block + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
@@ -339,6 +398,12 @@ class ModelSpec:
         biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
         shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
+        if experts is not None and architecture.experts is not None:
+            shapes |= {
+                f"{architecture.experts.router}.weight": (experts.count, hidden),
+                f"{architecture.experts.block}gate_up_proj": (experts.count, 2 * experts.inner, hidden),
+                f"{architecture.experts.block}down_proj": (experts.count, hidden, experts.inner),
+            }
         for name in filter(None, architecture.norms):
             shapes |= self.norm_shapes(name, hidden)
         if architecture.query_key_norms != "none":
@@ -346,6 +411,10 @@ class ModelSpec:
             shapes |= self.norm_shapes("self_attn.q_norm", self.head_dim if per_head else self.queries)
             shapes |= self.norm_shapes("self_attn.k_norm", self.head_dim if per_head else self.keys)
         return shapes
+
+    def experts_of(self, layer: int) -> ExpertsSpec | None:
+        """The experts in the place of a layer's MLP; None where it has one."""
+        return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
     def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a norm over `size` numbers."""
@@ -429,6 +498,26 @@ def _rotates(values: _Values) -> tuple[bool, ...]:
         return tuple((layer + 1) % (values.no_rope_layer_interval or 4) != 0 for layer in range(layers))
     _require(len(listed) >= layers, "no_rope_layers", f"a list of at least num_hidden_layers, {layers}, entries", len(listed))
     return tuple(map(bool, listed[:layers]))
+
+
+def _experts(values: _Values, architecture: Architecture) -> ExpertsSpec | None:
+    if (experts := architecture.experts) is None:
+        return None
+    count = _given(" or ".join(EXPERT_COUNTS), values.num_local_experts or values.num_experts)
+    chosen = _given("num_experts_per_tok", values.num_experts_per_tok)
+    _require(chosen <= count, "num_experts_per_tok", f"at most the number of experts, {count}", chosen)
+    layers, normalised = [True] * values.num_hidden_layers, experts.normalised
+    if experts.on_some_layers:
+        dense, step = values.mlp_only_layers or [], values.decoder_sparse_step or 1
+        layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
+    if isinstance(normalised, str):
+        normalised = bool(getattr(values, normalised))
+    return ExpertsSpec(tuple(layers), count, chosen, _given(experts.inner, getattr(values, experts.inner)), normalised)
+
+
+def _given(name: str, value: int | None) -> int:
+    _require(value is not None, name, "a whole number", value)
+    return value or 0
 
 
 def _require(condition: bool, name: str, needed: str, found: object) -> None:

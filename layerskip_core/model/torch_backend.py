@@ -38,7 +38,8 @@ class TorchLayers(RepackedLayers):
 
     def row_bytes(self) -> int:
         spec = self.spec
-        return 4 * (2 * spec.queries + 2 * spec.keys + 3 * spec.inner + 4 * spec.hidden)
+        inner = 0 if spec.experts is None else spec.experts.chosen * spec.experts.inner
+        return 4 * (2 * spec.queries + 2 * spec.keys + 3 * max(spec.inner, inner) + 4 * spec.hidden)
 
     def tokens_at_once(self, batch: int, count: int) -> int:
         if self._exact is not None and 1 < count <= EXACT_TOKENS:
@@ -131,7 +132,8 @@ class TorchBackend(RepackedBackend):
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))
         self.exact = self.batch_invariant = packing.exact
-        self.recordable = self._embedding.device.type == "cuda" and not packing.exact and graphs == "on"
+        records = graphs == "on" and not packing.exact and self.spec.experts is None  # experts wait for the device
+        self.recordable = self._embedding.device.type == "cuda" and records
         self._rope = Rope(self.spec, self._embedding)
 
     def _described(self, packing: PackingConfig) -> str:

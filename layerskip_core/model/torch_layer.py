@@ -13,7 +13,7 @@ from ..config.model import Quantization
 from .cache import LayerSlots, SpanWriter
 from .spec import AnySpec, ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear
-from .weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
+from .weights import Affine, Weights, block_inputs, block_output, expert_inputs, expert_outputs, layer_norms, router, stacked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,6 +34,8 @@ def missing_feature(spec: AnySpec) -> str | None:
         return f"layers of the type {spec.model_type}"
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation}"
+    if spec.clip is not None:
+        return f"projections clipped at {spec.clip:g}"
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
             return f"rotary positions of type {rope.type}"
@@ -110,16 +112,31 @@ class TorchLayer:
         slot_bias = _slots(spec, *biases).flatten() if biases else None
         self._qkv = packed(Affine(slots, slot_bias), self._before_attention)
         self._output = packed(block_output(weights, spec, "self_attn."))
-        self._up = packed(stacked(block_inputs(weights, spec, "mlp.")), self._before_mlp)
-        self._down = packed(block_output(weights, spec, "mlp."))
-        self.linears = (self._qkv, self._output, self._up, self._down)
+        self._experts: TorchExperts | None = None
+        if spec.experts_of(index) is None:
+            self._up = packed(stacked(block_inputs(weights, spec, "mlp.")), self._before_mlp)
+            self._down = packed(block_output(weights, spec, "mlp."))
+            self.linears = (self._qkv, self._output, self._up, self._down)
+        else:
+            inputs = expert_inputs(weights, spec)
+            ups = [packed(stacked(pair), self._before_mlp) for pair in zip(inputs, inputs, strict=True)]
+            downs = list(map(packed, expert_outputs(weights, spec)))
+            scores = router(weights, spec)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            scores = scores if self._before_mlp is None else self._before_mlp.folded_into(scores)
+            self._experts = TorchExperts(spec, linear(scores, None, None, exact), ups, downs)
+            self.linears = (self._qkv, self._output, ups[0], downs[0])
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
         """The layer over `hidden` (B*T, D), in place."""
         self.write_kv(hidden, step, held, space)
         space.queries.copy_(space.rotated)
         self._add(self._output, self._attended(step, kind, held, space), self._after_attention, hidden)
-        self._up.write(hidden if self._before_mlp is None else self._before_mlp(hidden), space.inside)
+        rows = hidden if self._before_mlp is None else self._before_mlp(hidden)
+        if self._experts is not None:
+            hidden.add_(self._experts(rows), alpha=self._residual_scale)
+            return
+        self._up.write(rows, space.inside)
         inside = self._activation(space.up) if space.gate is None else self._activation(space.gate).mul_(space.up)
         self._add(self._down, inside, self._after_mlp, hidden)
 
@@ -172,6 +189,30 @@ class TorchLayer:
     def _capped(self, scores: Tensor) -> Tensor:
         """In place."""
         return scores if self._score_cap is None else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
+
+
+class TorchExperts:
+    """A mixture of experts: each multiplies the rows that chose it."""
+
+    def __init__(self, spec: ModelSpec, scores: Linear, ups: list[Linear], downs: list[Linear]) -> None:
+        """`scores`: of all experts, for rows in at least fp32. `ups`: (2 * inner, D) each, gate and up; `downs`: (D, inner)."""
+        assert spec.experts is not None
+        self._scores, self._ups, self._downs = scores, ups, downs
+        self._chosen, self._normalised = spec.experts.chosen, spec.experts.normalised
+        self._activation = ACTIVATIONS[spec.activation]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(N, D) to (N, D). Waits for the device."""
+        scores = self._scores(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        best, chosen = scores.topk(self._chosen)
+        weights = best.softmax(-1) if self._normalised else scores.softmax(-1).gather(1, chosen)
+        output = torch.zeros_like(rows)
+        for expert in sorted({*chosen.flatten().tolist()}):
+            places, choices = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = self._ups[expert](rows[places]).chunk(2, -1)
+            products = self._downs[expert](self._activation(gate) * up)
+            output.index_add_(0, places, (products * weights[places, choices, None]).to(rows.dtype))
+        return output
 
 
 def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:

@@ -125,6 +125,25 @@ def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
     return _affine(weights, block + spec.projections[block][0][-1])
 
 
+def router(weights: Weights, spec: ModelSpec) -> Tensor:
+    """The scores' weights (experts, D) of a layer with experts."""
+    assert spec.architecture.experts is not None
+    return weights.of(f"{spec.architecture.experts.router}.weight")
+
+
+def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
+    """Gate and up of each expert in turn, (inner, D) each."""
+    assert spec.architecture.experts is not None
+    for expert in weights.of(f"{spec.architecture.experts.block}gate_up_proj"):
+        yield from (Affine(part, None) for part in expert.chunk(2))
+
+
+def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
+    """(D, inner) of each expert."""
+    assert spec.architecture.experts is not None
+    return (Affine(expert, None) for expert in weights.of(f"{spec.architecture.experts.block}down_proj"))
+
+
 def layer_norms(weights: Weights, spec: ModelSpec) -> list[Affine | None]:
     """Before and after attention, before and after the MLP, of queries and of keys; None where there is none.
 

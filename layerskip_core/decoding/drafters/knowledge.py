@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
+from ...model.spec import AnySpec
 from .estimates import (
     JUMP,
     LEAST_STEPS,
@@ -243,10 +244,9 @@ def knowledge_of(
 def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, measures: bool) -> Knowledge:
     """`measures`: whether times will be measured; else those that are known count as if they were."""
     spec = model.spec
-    embedding = spec.vocab * spec.hidden
-    head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
+    head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost))
+    passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost, spec))
     arms: dict[str, Arm] = {}
     paces: dict[str | None, Pace] = defaultdict(Pace)
     for name, drafter in drafters.items():
@@ -267,6 +267,11 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
     return Knowledge(passes, arms)
 
 
-def _usual_times(row_cost: float) -> list[float]:
-    """Of passes of 1, 2, ... tokens, which wait for memory as long as these are few, and for arithmetic if they are many."""
-    return [hypot(1, row_cost * n) / hypot(1, row_cost) for n in range(1, 2 ** (POWERS - 1) + 1)]
+def _usual_times(row_cost: float, spec: AnySpec) -> list[float]:
+    """Of passes of 1, 2, ... tokens, which wait for memory as long as these are few, and for arithmetic if they are many.
+
+    Tokens choose other experts, so that memory gives more weights for more tokens.
+    """
+    read = spec.weights_read(1)
+    times = [hypot(spec.weights_read(n) / read, row_cost * n) for n in range(1, 2 ** (POWERS - 1) + 1)]
+    return [time / times[0] for time in times]

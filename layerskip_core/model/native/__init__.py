@@ -37,7 +37,8 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     divisor = GROUP_SIZE if low_bit else 2
     if spec.head_dim > _LARGEST_HEAD or spec.head_dim % 2:  # a bf16 cache keeps pairs of dimensions
         return False
-    return not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
+    inner = spec.experts.inner if spec.experts else spec.inner
+    return not any(width % divisor for width in (spec.hidden, spec.inner, inner, spec.queries))
 
 
 class NativeBackend(RepackedBackend):

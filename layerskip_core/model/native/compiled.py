@@ -32,7 +32,7 @@ _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 withou
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 15  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 16  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -56,6 +56,7 @@ class CNorm(Structure):
 class CLayer(Structure):
     _fields_ = [
         *_fields(CMatrix, "qkv output up down"),
+        *_fields(c_void_p, "router"),
         *_fields(CNorm, "before_attention after_attention before_mlp after_mlp query key"),
         *_fields(c_int32, "rope window"),
     ]
@@ -64,6 +65,7 @@ class CLayer(Structure):
 class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
+        *_fields(c_int32, "experts chosen normalised"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 
@@ -75,7 +77,8 @@ class CCall(Structure):
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
         *_fields(c_void_p, "cache row_slots starts"),
         *_fields(c_int64, "places slots"),
-        *_fields(c_void_p, "hidden qkv mixed inside block scratch"),
+        *_fields(c_void_p, "hidden qkv mixed inside block"),
+        *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
         *_fields(c_int64, "scratch_bytes"),
     ]
 

@@ -31,7 +31,8 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated */
+    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts */
+    const float *router;          /* (expert, hidden); NULL: the layer has an MLP */
     Norm before_attention, after_attention, before_mlp, after_mlp;
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
@@ -42,9 +43,19 @@ enum { SILU, GELU_TANH }; /* activations */
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
     int32_t bf16_cache, activation, gated, norms_projections;
+    int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 } Shape;
+
+/* Which experts the rows of a call chose. Each choice has a slot; slots are in the order of experts, then of rows. */
+typedef struct {
+    float *logits, *weights;          /* (row, expert); (row, choice) */
+    int32_t *chosen, *slots;          /* (row, choice): the expert, and the slot */
+    int32_t *rows;                    /* by slot */
+    int32_t *experts, *starts, *used; /* the experts that were chosen and their first slots; then the end; how many there are */
+    float *products;                  /* (slot, hidden) */
+} Routing;
 
 typedef struct {
     const int64_t *positions; /* by row */
@@ -56,6 +67,7 @@ typedef struct {
     int64_t places, slots;                /* that the cache holds */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
+    Routing routing;
     char *scratch;                        /* one part of scratch_bytes for each thread */
     int64_t scratch_bytes;
 } Call;
@@ -197,6 +209,8 @@ typedef struct {
     int count;        /* of rows */
     float *out;
     int width, what;
+    const Routing *routing; /* of experts' matrices, whose rows are slots; else NULL */
+    const int32_t *picks;   /* (count): which of `rows` are multiplied; NULL: all */
 } Multiplication;
 
 /* A thread's own room, of Call.scratch. */
@@ -215,15 +229,36 @@ INLINE Own own_room(const Work *work, int thread) {
 static void form_rows(const Shape *s, const Multiplication *of, int first, int count, Own own) {
     const Matrix *m = of->matrix;
     for (int r = 0; r < count; r++) {
-        const float *row = of->rows + (size_t)(first + r) * (size_t)m->inputs;
+        int index = of->picks ? of->picks[first + r] : first + r;
+        const float *row = of->rows + (size_t)index * (size_t)m->inputs;
         if (of->norm && of->norm->weight) normed(row, of->norm, m->inputs, s->eps, own.row), row = own.row;
         form(m, row, own.formed + (size_t)r * form_bytes(m));
     }
 }
 
-/* The panels from..to-1, or pairs of gate and up, of which there are `step` each, by `rows` rows from the first-th on, as formed. */
-static void multiply_panels(const Shape *s, const Multiplication *of, int first, int rows, const char *formed, int step, int from, int to) {
+/* The panels of a matrix that the same rows multiply: all of them, or those of an expert. */
+typedef struct {
+    int panel, first, rows; /* the first panel; rows first..first+rows-1 */
+} Group;
+
+INLINE int groups_of(const Multiplication *of) { return of->routing ? *of->routing->used : 1; }
+
+INLINE Group group_of(const Multiplication *of, int index) {
+    const Routing *r = of->routing;
+    if (!r) return (Group){0, 0, of->count};
+    return (Group){r->experts[index] * of->matrix->panels, r->starts[index], r->starts[index + 1] - r->starts[index]};
+}
+
+/* Rows that a group's panels multiply one after the other: a few, once they are formed. */
+typedef struct {
+    int base, panel, left; /* the group's first panel; the first to multiply, and how many there are from it on, by steps */
+    int first, rows;
+} Block;
+
+/* The panels from..to-1, or pairs of gate and up, of which there are `step` each, by the rows of a block, as formed. */
+static void multiply_panels(const Shape *s, const Multiplication *of, Block block, const char *formed, int step, int from, int to) {
     const Matrix *m = of->matrix;
+    int first = block.first, rows = block.rows;
     size_t stride = form_bytes(m);
     int most = rows_at_once(m, rows), shaped = 0;
     int together = in_tiles(m) ? 1 : panels_at_once(m->kind, rows < most ? rows : most) / step;
@@ -235,7 +270,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, int first,
         for (int turn = 0; turn < turns; turn++) {
             int row = turn * most, tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
-            panel_rows(m, p * step, units * step, formed + (size_t)row * stride, stride, tile, turn, turns, product);
+            panel_rows(m, block.base + p * step, units * step, formed + (size_t)row * stride, stride, tile, turn, turns, product);
             for (int u = 0; u < units; u++) {
                 int place = (p + u) * PANEL, live = of->width - place < PANEL ? of->width - place : PANEL;
                 for (int r = 0; r < tile; r++) {
@@ -266,26 +301,42 @@ static int rows_of_block(const Matrix *m, int rows) {
     return (rows + blocks - 1) / blocks;
 }
 
+/* Of each group's panels from..to-1, all groups in a row with `each` panels, from the first-th on: the block of the at-th unit,
+ * which is one panel by one block of rows; or, where at is -1, a block whose `left` is the number of units. */
+static Block block_at(const Multiplication *of, int each, int first, int from, int to, int at) {
+    int units = 0;
+    for (int g = from / each; from < to && g * each < to; g++) {
+        Group group = group_of(of, g);
+        int start = g * each < from ? from - g * each : 0, stop = (g + 1) * each > to ? to - g * each : each;
+        int panels = stop - start, rows = rows_of_block(of->matrix, group.rows), blocks = (group.rows + rows - 1) / rows;
+        int here = at - units, row = here / panels * rows, panel = here % panels;
+        units += panels * blocks;
+        if (at < 0 || at >= units) continue;
+        int live = group.rows - row < rows ? group.rows - row : rows;
+        return (Block){group.panel, first + start + panel, panels - panel, group.first + row, live};
+    }
+    return (Block){.left = units};
+}
+
 /* This thread's part of a product, from panel `first` on, and of a long one what other threads have not begun. */
 static void multiply(Work *work, Multiplication of, int first, int thread, int threads) {
     const Shape *s = work->shape;
     const Matrix *m = of.matrix;
     Own own = own_room(work, thread);
-    int step = of.what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
-    int block_rows = rows_of_block(m, of.count), blocks = (of.count + block_rows - 1) / block_rows, formed = -1;
+    int step = of.what == ACTIVATE && s->gated ? 2 : 1, each = m->panels / step - first, count = each * groups_of(&of);
+    int formed = -1; /* the first row of the block that is */
     int helps = threads > 1 && threads <= MOST_TAKERS && (int64_t)m->inputs * m->outputs * of.count >= LONG_PRODUCT;
     unsigned phase = atomic_load_explicit(&work->team.phase, memory_order_relaxed);
     for (int i = 0; i < (helps ? threads : 1); i++) {
-        int whose = (thread + i) % threads, from = first + share(count, whose, threads);
-        int panels = first + share(count, whose + 1, threads) - from, all = panels * blocks; /* of one block after the other */
+        int whose = (thread + i) % threads, from = share(count, whose, threads), to = share(count, whose + 1, threads);
+        int all = block_at(&of, each, first, from, to, -1).left;
         int few = helps ? (of.count > TILE ? 2 : MOST_PANELS) / step : all;
         for (int at = 0; (at = helps ? take(work->team.taken + whose, phase, few, all) : at) >= 0 && at < all;)
             for (int end = all - at < few ? all : at + few, units; at < end; at += units) {
-                int block = at / panels, panel = at % panels, row = block * block_rows;
-                int rows = of.count - row < block_rows ? of.count - row : block_rows;
-                units = end - at < panels - panel ? end - at : panels - panel;
-                if (block != formed) form_rows(s, &of, row, rows, own), formed = block;
-                multiply_panels(s, &of, row, rows, own.formed, step, from + panel, from + panel + units);
+                Block block = block_at(&of, each, first, from, to, at);
+                units = end - at < block.left ? end - at : block.left;
+                if (block.first != formed) form_rows(s, &of, block.first, block.rows, own), formed = block.first;
+                multiply_panels(s, &of, block, own.formed, step, block.panel, block.panel + units);
             }
     }
 }
@@ -326,6 +377,8 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
 
 #define FEW_ROWS 16
 
+#include "experts.h"
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
@@ -352,6 +405,10 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         mix_values(s, l, call, index, thread, threads);
         meet(&work->team, threads);
         add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        if (l->router) {
+            mix_experts(work, l, thread, threads);
+            continue;
+        }
         multiply(work, up, 0, thread, threads);
         meet(&work->team, threads);
         add_block(work, &l->down, call->inside, &l->after_mlp, thread, threads);
@@ -550,7 +607,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 15; }
+int layerskip_interface(void) { return 16; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

@@ -1,8 +1,9 @@
 """A chain of layers and a head as the C kernels read them: a span, a whole draft or a greedy verification is one call."""
 
 import ctypes
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from ..backend import DraftEnds, Submodel
 from ..cache import KVCache
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
-from ..spec import ModelSpec
+from ..spec import ExpertsSpec, ModelSpec
 from ..vocabulary import DraftVocabulary
-from ..weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
+from ..weights import Affine, Weights, block_inputs, block_output, expert_inputs, expert_outputs, layer_norms, router, stacked
 from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
 from .matrix import MatrixForm, NativeMatrix, PackMatrix
 
@@ -38,6 +39,9 @@ class Engine:
             activation=ACTIVATIONS.index(spec.activation),
             gated=spec.architecture.gated,
             norms_projections=spec.architecture.query_key_norms == "projection",
+            experts=spec.experts.count if spec.experts else 0,
+            chosen=spec.experts.chosen if spec.experts else 0,
+            normalised=spec.experts is not None and spec.experts.normalised,
             eps=spec.eps,
             attention_scale=spec.attention_scale,
             score_cap=spec.score_cap or 0.0,
@@ -45,9 +49,11 @@ class Engine:
             residual_scale=spec.residual_scale,
         )
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
-        self.widths = (spec.queries + 2 * spec.keys, spec.queries, spec.inner, block_output)  # of rows that threads share
+        chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
+        inside = max(spec.inner, chosen * inner)
+        self.widths = (spec.queries + 2 * spec.keys, spec.queries, inside, block_output)  # of rows that threads share
         # At most what a row takes in the form that the kernel of a matrix reads; a block's map reads two states.
-        self.formed_bytes = 4 * max(2 * spec.hidden, spec.queries, spec.inner) + 64
+        self.formed_bytes = 4 * max(2 * spec.hidden, spec.queries, spec.inner, inner) + 64
         self._kept = lru_cache(_KEPT)(Buffers)
         self._spec, self._rope_length = spec, 0
         self._rope: list[tuple[Tensor, Tensor]] = []
@@ -62,23 +68,41 @@ class Engine:
     def buffers(self, rows: int) -> "Buffers":
         """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
         make = self._kept if rows <= _KEPT_ROWS else Buffers
-        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes)
+        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._spec.experts)
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
-        return 4 * (sum(self.widths) + 2 * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
+        states = 2 + int(self.shape.chosen)  # its own, and what experts give
+        return 4 * (sum(self.widths) + states * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
 
 
 class Buffers:
     """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
 
-    def __init__(self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int) -> None:
+    def __init__(
+        self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int, experts: ExpertsSpec | None
+    ) -> None:
         self._shared = [torch.empty(rows, width) for width in widths]
         own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, all formed rows
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
+        if experts is not None:
+            choices, most = rows * experts.chosen, experts.count + 1
+            sizes = {
+                "choice_slots": choices,
+                "chosen": choices,
+                "slot_rows": choices,
+                "experts": most,
+                "first_slots": most,
+                "used": 1,
+            }
+            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
+            sizes = {"logits": rows * experts.count, "weights": choices, "products": choices * hidden}
+            self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
+            for name, part in self._routing.items():
+                setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = self.positions = torch.empty(0)
         self.sequences = self.positions, self.positions  # see KVCache.sequences
@@ -109,16 +133,24 @@ class NativeLayer:
         output = MatrixForm(kind, spec.queries, spec.hidden, biased=last in biased)
         up = MatrixForm(kind, spec.hidden, spec.inner, gates, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
+        read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp.")
+        read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp.")]  # noqa: E731
+        if (experts := spec.experts_of(index)) is not None:
+            up = replace(up, outputs=experts.inner, experts=experts.count)
+            down = replace(down, inputs=experts.inner, experts=experts.count)
+            read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         self.matrices = [
             pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "self_attn."))]),
             pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "self_attn.")]),
-            pack(f"layers.{index}.up", up, lambda: block_inputs(weights, spec, "mlp.")),
-            pack(f"layers.{index}.down", down, lambda: [block_output(weights, spec, "mlp.")]),
+            pack(f"layers.{index}.up", up, read_up),
+            pack(f"layers.{index}.down", down, read_down),
         ]
+        self._router = None if experts is None else router(weights, spec).float().contiguous()
         self._norms = [NativeNorm(norm) for norm in layer_norms(weights, spec)]
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrix.structure for matrix in self.matrices),
+            None if self._router is None else self._router.data_ptr(),
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,

@@ -25,7 +25,8 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """One matrix (outputs, inputs), or `count` of the same shape with alternating panels.
+    """One matrix (outputs, inputs), or `count` of the same shape with alternating panels; or those of each of `experts`, one
+    after the other.
 
     The group size must divide `inputs` for low-bit weights; for bf16 it must be even.
     """
@@ -35,10 +36,16 @@ class MatrixForm:
     outputs: int
     count: int = 1
     biased: bool = False
+    experts: int = 1
+
+    @property
+    def panels_of_one(self) -> int:
+        """Of each expert's matrices."""
+        return -(-self.outputs // _PANEL) * self.count
 
     @property
     def panels(self) -> int:
-        return -(-self.outputs // _PANEL) * self.count
+        return self.panels_of_one * self.experts
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -92,7 +99,7 @@ class NativeMatrix:
         self.form, self.parts = form, parts
         self.outputs = form.outputs * form.count
         pointers = [parts[name].data_ptr() if name in parts else None for name in ("weight", "scale", "bias")]
-        self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels, *pointers)
+        self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels_of_one, *pointers)
 
     @classmethod
     def packed(
@@ -104,8 +111,8 @@ class NativeMatrix:
         empty: Callable[..., Tensor] = torch.empty,
         narrows: bool = False,
     ) -> "NativeMatrix":
-        """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs), which are rounded where the
-        form has low bits, or stored in int4. `empty` gives the room for its tensors.
+        """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs) of each expert, which are
+        rounded where the form has low bits, or stored in int4. `empty` gives the room for its tensors.
 
         `narrows`: fp32 weights that bf16 holds exactly, as most published ones, are stored in it: a pass of few tokens takes as
         long as reading them. The products have the same bits.
@@ -119,8 +126,9 @@ class NativeMatrix:
         parts = {name: empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
         matrix = cls(form, parts)
         rest = iter(read())
-        for index in range(form.count):
+        for place in range(form.experts * form.count):
             projection = next(rest)
+            index = place // form.count * form.panels_of_one + place % form.count  # of its first panel
             rows = projection.weight.contiguous()
             source = "int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32"
             threads = torch.get_num_threads()

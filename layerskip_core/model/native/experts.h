@@ -1,0 +1,103 @@
+/* A mixture of experts in the place of a layer's MLP: each row is multiplied by the few experts that its router scores highest.
+ *
+ * The panels of all experts stand in one matrix, expert after expert; its outputs and panels are those of one. Of a call with
+ * several rows each expert's panels are multiplied once, by all rows that chose it; threads divide the panels of all chosen
+ * experts. A row adds up what its experts give in the order of its own choices, so its bits are those that it has alone.
+ */
+#define MOST_EXPERTS 1024
+
+/* Sum of n products. */
+static float dot(const float *x, const float *y, int n) {
+    vf sum[4] = {f_set(0), f_set(0), f_set(0), f_set(0)};
+    float rest = 0;
+    int i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int k = 0; k < 4; k++) sum[k] = f_fma(f_load(x + i + 16 * k), f_load(y + i + 16 * k), sum[k]);
+    for (; i + 16 <= n; i += 16) sum[0] = f_fma(f_load(x + i), f_load(y + i), sum[0]);
+    for (; i < n; i++) rest += x[i] * y[i];
+    return f_sum(f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]))) + rest;
+}
+
+/* A row's experts, those with the largest logits, and their weights: the softmax over all experts, or over the chosen ones. */
+static void choose_experts(const Shape *s, const Routing *routing, int row) {
+    const float *logits = routing->logits + (size_t)row * (size_t)s->experts;
+    int32_t *chosen = routing->chosen + (size_t)row * (size_t)s->chosen;
+    float *weights = routing->weights + (size_t)row * (size_t)s->chosen, all = 0, sum = 0, most;
+    uint8_t taken[MOST_EXPERTS] = {0};
+    for (int c = 0; c < s->chosen; c++) {
+        int best = -1;
+        for (int e = 0; e < s->experts; e++)
+            if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
+        taken[best] = 1, chosen[c] = best;
+        if (c == 0) most = logits[best];
+        sum += weights[c] = expf(logits[best] - most);
+    }
+    for (int e = 0; e < s->experts && !s->normalised; e++) all += expf(logits[e] - most);
+    for (int c = 0; c < s->chosen; c++) weights[c] /= s->normalised ? sum : all;
+}
+
+/* The slots of all choices. */
+static void group_rows(const Shape *s, const Routing *routing, int rows) {
+    int32_t next[MOST_EXPERTS] = {0}; /* by expert, how often it was chosen; then its next slot */
+    int choices = rows * s->chosen, used = 0, slot = 0;
+    for (int c = 0; c < choices; c++) next[routing->chosen[c]]++;
+    for (int e = 0; e < s->experts; e++) {
+        int count = next[e];
+        next[e] = slot;
+        if (count) routing->experts[used] = e, routing->starts[used++] = slot, slot += count;
+    }
+    routing->starts[used] = slot, *routing->used = used;
+    for (int c = 0; c < choices; c++) {
+        int own = next[routing->chosen[c]]++;
+        routing->slots[c] = own, routing->rows[own] = c / s->chosen;
+    }
+}
+
+/* Of few rows the experts are divided for the logits, and then each thread makes the same choice for itself, which is cheaper than
+ * to meet. Of many the rows are divided. */
+static void route(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    const Routing *routing = &call->routing;
+    int rows = call->rows, n = s->hidden, is_few = rows <= FEW_ROWS;
+    int first = is_few ? 0 : share(rows, thread, threads), last = is_few ? rows : share(rows, thread + 1, threads);
+    int from = is_few ? share(s->experts, thread, threads) : 0, to = is_few ? share(s->experts, thread + 1, threads) : s->experts;
+    float *own = own_room(work, thread).row;
+    for (int r = first; r < last; r++) {
+        const float *x = call->hidden + (size_t)r * (size_t)n;
+        if (l->before_mlp.weight) normed(x, &l->before_mlp, n, s->eps, own), x = own;
+        float *logits = routing->logits + (size_t)r * (size_t)s->experts;
+        for (int e = from; e < to; e++) logits[e] = dot(x, l->router + (size_t)e * (size_t)n, n);
+    }
+    if (is_few) meet(&work->team, threads);
+    for (int r = first; r < last; r++) choose_experts(s, routing, r);
+    if (!is_few) meet(&work->team, threads);
+    if (is_few || thread == 0) group_rows(s, routing, rows);
+    if (!is_few) meet(&work->team, threads);
+}
+
+/* hidden += residual_scale * the weighted sum of what a row's experts give. */
+static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    const Routing *routing = &call->routing;
+    int inner = l->down.inputs, n = s->hidden, slots = call->rows * s->chosen;
+    route(work, l, thread, threads);
+    Multiplication up = {&l->up, call->hidden, &l->before_mlp, slots, call->inside, inner, ACTIVATE, routing, routing->rows};
+    multiply(work, up, 0, thread, threads);
+    meet(&work->team, threads);
+    Multiplication down = {&l->down, call->inside, NULL, slots, routing->products, n, PUT, routing, NULL};
+    multiply(work, down, 0, thread, threads);
+    meet(&work->team, threads);
+    int from = share(n, thread, threads), to = share(n, thread + 1, threads); /* a few rows too are divided so */
+    for (int r = 0; r < call->rows; r++) {
+        float *hidden = call->hidden + (size_t)r * (size_t)n;
+        for (int c = 0; c < s->chosen; c++) {
+            size_t choice = (size_t)r * (size_t)s->chosen + (size_t)c;
+            const float *product = routing->products + (size_t)routing->slots[choice] * (size_t)n;
+            float weight = s->residual_scale * routing->weights[choice];
+            for (int i = from; i < to; i++) hidden[i] += weight * product[i];
+        }
+    }
+    meet(&work->team, threads);
+}
