@@ -223,6 +223,10 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
             values[name] = [values[name][layer] for layer in kept]
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
+    if (dense := values.get("mlp_only_layers")) is not None:  # so have all layers but every `step`-th
+        step = values["decoder_sparse_step"]
+        values["mlp_only_layers"] = [place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
+        values["decoder_sparse_step"] = 1
     return config.__class__.from_dict(values)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import older, tiny_model
+from conftest import CHANGES, older, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks
 from int4_models import add_int4
@@ -77,7 +77,21 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("prepare", [None, add_int4, add_two_blocks, older], ids=["plain", "calibrated", "blocks", "older"])
+def add_experts(folder):
+    """Makes the model one with experts in all layers but the second."""
+    loaded = tiny_loaded(torch.float32)
+    changes = {**CHANGES["qwen3_moe"], "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 32}
+    sizes = {"vocab_size": len(loaded.tokenizer), "eos_token_id": 2, "hidden_size": 64, "intermediate_size": 96}
+    model = tiny_model("qwen3_moe", torch.float32, **changes, **sizes)
+    save_checkpoint(model, loaded.tokenizer, loaded.info, str(folder), torch.float32)
+    add_two_blocks(folder)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [None, add_int4, add_two_blocks, older, add_experts],
+    ids=["plain", "calibrated", "blocks", "older", "experts"],
+)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting, prepare):
     quantize, dtype, packing = SETTINGS[setting]

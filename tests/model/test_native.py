@@ -55,8 +55,10 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "gemma2": CHANGES["gemma2"],
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "granite": CHANGES["granite"],
+    "granitemoe": CHANGES["granitemoe"],
     "olmo2": {},
     "phi3": PARTIAL_ROPE,
+    "qwen3_moe": {**CHANGES["qwen3_moe"], "moe_intermediate_size": 32, "norm_topk_prob": False},
     "starcoder2": {},
 }
 
@@ -221,6 +223,7 @@ def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision,
     [
         *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": ("int8",)}, {"quantize": "int4"})),
         *(("gemma3_text", {}), ("olmo2", {"draft_weights": ("int8",)}), ("granite", {}), ("starcoder2", {})),
+        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)})),
     ],
     ids=str,
 )
@@ -254,7 +257,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-@pytest.mark.parametrize("model_type", [name for name in KINDS if name not in ("gemma2", "granite")])
+@pytest.mark.parametrize("model_type", [name for name in KINDS if name not in ("gemma2", "granite", "granitemoe")])
 def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precision, threads):
     """Of rows at different positions, some of whose neighbours have left the cache, from their tokens and from an exit on."""
     threads(2)

@@ -32,7 +32,18 @@ CASES = {
     "starcoder2, no biases": ("starcoder2", {"use_bias": False}),
 }
 CASES |= {model_type: (model_type, CHANGES.get(model_type, {})) for model_type in SUPPORTED if model_type not in CASES}
-EACH_PART = ["llama, biases, tied", "qwen3", "gemma2", "gemma3_text", "granite", "olmo3", "phi3", "starcoder2"]
+EACH_PART = [
+    "llama, biases, tied",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "granitemoe",
+    "olmo3",
+    "phi3",
+    "qwen3_moe",
+    "starcoder2",
+]
 LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 5e-5}  # in standard deviations of what is expected
 BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers
 
@@ -56,7 +67,7 @@ def pair(monkeypatch):
 
 
 def compute_in_fp64(model, monkeypatch):
-    """transformers' norms, and the softmax of eager attention, compute in fp32 even in an fp64 model.
+    """transformers' norms, the softmax of eager attention and that of routers compute in fp32 even in an fp64 model.
 
     That would hide any difference under 1e-6.
     """
@@ -67,8 +78,9 @@ def compute_in_fp64(model, monkeypatch):
             "forward",
             lambda n, x: torch.rms_norm(x, n.weight.shape, n.weight + offset, getattr(n, "variance_epsilon", None) or n.eps),
         )
-    softmax = torch.nn.functional.softmax
+    softmax, rounded = torch.nn.functional.softmax, torch.Tensor.float
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
+    monkeypatch.setattr(torch.Tensor, "float", lambda numbers: numbers if numbers.dtype == torch.float64 else rounded(numbers))
 
 
 def spans(model, ids, edges):

@@ -146,6 +146,14 @@ BAD = [
     ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list, each one of full_attention, sliding_attention, got"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of at least num_hidden_layers, 6"),
     ({"model_type": "gemma2", "layer_types": [SLIDING] * 6}, "sliding_window must be given for layers of sliding_attention"),
+    *(
+        ({"model_type": "olmoe", "num_experts": 8, **values}, message)
+        for values, message in (
+            ({"num_experts": None}, "num_local_experts or num_experts must be a whole number, got None"),
+            ({"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the number of experts, 8, got 9"),
+            ({}, "num_experts_per_tok must be a whole number, got None"),
+        )
+    ),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got yes"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
     ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),

@@ -255,7 +255,7 @@ int main(int count, char **arguments) {
                 used = 0, check_products(precision, low_bit ? 32 * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
             used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */
             used = 0, check_products(precision, 64, 170, 17 + below(40)); /* of several turns of rows, too */
-            for (int style = 0; style < 4; style++) {
+            for (int style = 0; style < 5; style++) {
                 used = 0;
                 Model model = model_of(precision, style);
                 check_layers(&model, style, LAYERS, 0, 1 + below(24));
@@ -264,9 +264,9 @@ int main(int count, char **arguments) {
             }
             if (low_bit) continue;
             used = 0;
-            Model model = model_of(precision, round % 4);
+            Model model = model_of(precision, round % 5);
             int rows = SPAN_PLACES + 3 + 2 * below(6); /* more than attention takes at once */
-            check_layers(&model, round % 4, 1, rows - 6, rows);
+            check_layers(&model, round % 5, 1, rows - 6, rows);
         }
     }
     if (failures) return fprintf(stderr, "%d differences\n", failures), 1;

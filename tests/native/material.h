@@ -90,24 +90,25 @@ static const struct {
 #endif
 };
 
-/* One matrix of `count` projections, whose panels alternate, and what it shall compute. */
-static Matrix matrix_of(int precision, int inputs, int outputs, int count, int biased, Plain *const *plain) {
+/* One matrix of `count` projections of each expert, whose panels alternate, and what it shall compute. */
+static Matrix experts_of(int precision, int experts, int inputs, int outputs, int count, int biased, Plain *const *plain) {
     int kind = PRECISIONS[precision].kind, source = PRECISIONS[precision].bf16 || kind == WIDENED ? BF16 : FP32;
     int panels = (outputs + PANEL - 1) / PANEL * count;
-    size_t numbers = (size_t)panels * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : is_low_bit(kind) ? 1 : 2);
-    size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)panels * PANEL * 4;
+    size_t numbers = (size_t)(experts * panels) * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : is_low_bit(kind) ? 1 : 2);
+    size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)(experts * panels) * PANEL * 4;
     uint8_t *packed = room(bytes), *expected = room(bytes), *scale = room(factors), *expected_scale = room(factors);
-    float *bias = biased ? room(4 * (size_t)panels * PANEL) : NULL;
+    float *bias = biased ? room(4 * (size_t)(experts * panels) * PANEL) : NULL;
     Matrix m = {kind, inputs, outputs * count, panels, packed, scale, bias};
-    for (int c = 0; c < count; c++) {
+    for (int c = 0; c < experts * count; c++) {
+        int first = c / count * panels + c % count;
         float *weight = numbers_of((size_t)outputs * (size_t)inputs, 1 / sqrt(inputs), 0);
         uint16_t *narrow = room(2 * (size_t)outputs * (size_t)inputs);
         for (int i = 0; i < outputs * inputs && source == BF16; i++)
             narrow[i] = bf16_of(weight[i]), weight[i] = of_bf16(narrow[i]);
-        layerskip_pack(&m, source == BF16 ? (void *)narrow : weight, source, outputs, c, count, 1 + below(THREADS));
+        layerskip_pack(&m, source == BF16 ? (void *)narrow : weight, source, outputs, first, count, 1 + below(THREADS));
         *plain[c] = (Plain){kind, inputs, outputs, weight, biased ? numbers_of((size_t)outputs, 0.1, 0) : NULL};
-        plain_pack(plain[c], expected, expected_scale, c, count);
-        for (int o = 0; o < outputs && biased; o++) bias[(c + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
+        plain_pack(plain[c], expected, expected_scale, first, count);
+        for (int o = 0; o < outputs && biased; o++) bias[(first + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
     }
     if (outputs % PANEL == 0) /* what rows after the last hold is of no interest */
         expect(
@@ -115,6 +116,10 @@ static Matrix matrix_of(int precision, int inputs, int outputs, int count, int b
             "panels of %s", PRECISIONS[precision].name
         );
     return m;
+}
+
+static Matrix matrix_of(int precision, int inputs, int outputs, int count, int biased, Plain *const *plain) {
+    return experts_of(precision, 1, inputs, outputs, count, biased, plain);
 }
 
 static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int widest) {
@@ -127,7 +132,12 @@ static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int 
     call.hidden = hidden, call.row_slots = row_slots, call.starts = starts;
     size_t each = 4 * (size_t)rows;
     call.qkv = room(each * (size_t)projected), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
-    call.inside = room(each * (size_t)s->inner), call.block = room(each * (size_t)s->hidden);
+    size_t choices = (size_t)rows * (size_t)s->chosen, sizes = 4 * (size_t)(s->experts + 1);
+    call.inside = room(each * (size_t)(s->inner * (1 + s->chosen))), call.block = room(each * (size_t)s->hidden);
+    call.routing = (Routing){
+        room(each * (size_t)s->experts), room(4 * choices), room(4 * choices), room(4 * choices), room(4 * choices),
+        room(sizes), room(sizes), room(4), room(4 * choices * (size_t)s->hidden),
+    };
     size_t own = (4 * (size_t)(s->hidden + 16) + (size_t)rows * (4 * (size_t)widest + 128) + 63) & ~(size_t)63;
     call.scratch_bytes = (int64_t)own, call.scratch = room(own * THREADS);
     return call;
@@ -155,25 +165,32 @@ static Norm norm_of(int size, int exists, int centered) {
 static Model model_of(int precision, int style) {
     static const int SIZES[] = {8, 16, 32, 64, 24, 48};
     Model m = {.precision = precision};
-    int gated = style != 2, size = SIZES[below(style ? 6 : 4)], kv_heads = 1 + below(2), centered = style == 2;
+    int gated = style != 2, size = SIZES[below(style % 4 ? 6 : 4)], kv_heads = 1 + below(2), centered = style == 2;
     int heads = kv_heads * (1 + below(3));
     while (heads * size % 32) heads += kv_heads;
     Shape *s = &m.shape;
     *s = (Shape){.hidden = 32 * (1 + below(3)), .heads = heads, .kv_heads = kv_heads, .head_dim = size};
     s->inner = 32 * (1 + below(3));
     s->rotary = style == 1 ? size / 2 : size, s->bf16_cache = PRECISIONS[precision].bf16, s->gated = gated;
-    s->activation = style ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
+    s->activation = style % 4 ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
     s->attention_scale = (float)(1 / sqrt(size)), s->score_cap = style == 1 ? 5 : 0;
+    s->experts = style == 4 ? 2 + below(5) : 0, s->chosen = style == 4 ? 1 + below(s->experts) : 0, s->normalised = below(2);
     s->embedding_scale = style == 1 ? 8 : 1, s->residual_scale = style == 2 ? 0.5f : 1;
     int queries = heads * size, keys = kv_heads * size, after = style == 1 || style == 3, before = style != 3;
     for (int i = 0; i < LAYERS; i++) {
         Layer *l = m.layers + i;
         PlainLayer *p = m.plain + i;
-        Plain *gate_and_up[] = {&p->gate, &p->up}, *up[] = {&p->up};
+        Plain *gate_and_up[] = {&p->gate, &p->up}, *up[] = {&p->up}, *ups[2 * MOST_PLAIN], *downs[MOST_PLAIN];
+        for (int e = 0; e < MOST_PLAIN; e++) ups[2 * e] = p->gates + e, ups[2 * e + 1] = p->ups + e, downs[e] = p->downs + e;
         l->qkv = matrix_of(precision, s->hidden, queries + 2 * keys, 1, style == 2, (Plain *[]){&p->qkv});
         l->output = matrix_of(precision, queries, s->hidden, 1, style == 2, (Plain *[]){&p->output});
         l->up = matrix_of(precision, s->hidden, s->inner, 1 + gated, style == 2, gated ? gate_and_up : up);
         l->down = matrix_of(precision, s->inner, s->hidden, 1, style == 2, (Plain *[]){&p->down});
+        if (s->experts) {
+            l->router = numbers_of((size_t)(s->experts * s->hidden), 1 / sqrt(s->hidden), 0);
+            l->up = experts_of(precision, s->experts, s->hidden, s->inner, 2, 0, ups);
+            l->down = experts_of(precision, s->experts, s->inner, s->hidden, 1, 0, downs);
+        }
         l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
         l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
         l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);

@@ -93,8 +93,11 @@ static void plain_rotate(double *x, int rotary, const float *cos, const float *s
     }
 }
 
+enum { MOST_PLAIN = 6 }; /* experts */
+
 typedef struct {
     Plain qkv, output, gate, up, down; /* no gate: gate.weight is NULL */
+    Plain gates[MOST_PLAIN], ups[MOST_PLAIN], downs[MOST_PLAIN]; /* of experts */
 } PlainLayer;
 
 /* Values of a row's head, mixed. q, k, v: (row, heads of queries, keys and values, dimension). */
@@ -125,12 +128,44 @@ static void plain_add(const Shape *s, const Norm *after, const double *block, do
     for (int i = 0; i < s->hidden; i++) hidden[i] += s->residual_scale * normal[i];
 }
 
+/* An MLP, or an expert; no gate: gate->weight is NULL. */
+static void plain_mlp(const Shape *s, const Plain *gate, const Plain *up, const Plain *down, const double *x, double *out) {
+    double ups[up->outputs], gates[up->outputs], inside[up->outputs];
+    plain_product(up, x, ups, NULL);
+    if (gate->weight) plain_product(gate, x, gates, NULL);
+    for (int i = 0; i < up->outputs; i++) {
+        double a = gate->weight ? gates[i] : ups[i], cubic = a + 0.044715 * a * a * a;
+        double act = a / (1 + exp(-(s->activation == GELU_TANH ? 1.5957691216057308 * cubic : a)));
+        inside[i] = gate->weight ? act * ups[i] : act;
+    }
+    plain_product(down, inside, out, NULL);
+}
+
+/* The weighted sum of the experts with the largest logits. */
+static void plain_experts(const Shape *s, const Layer *l, const PlainLayer *p, const double *x, double *out) {
+    double logits[MOST_PLAIN], product[s->hidden], total = 0;
+    for (int d = 0; d < s->hidden; d++) out[d] = 0;
+    for (int e = 0; e < s->experts; e++) {
+        logits[e] = 0;
+        for (int d = 0; d < s->hidden; d++) logits[e] += x[d] * l->router[e * s->hidden + d];
+    }
+    for (int pass = 0; pass < 2; pass++)
+        for (int e = 0; e < s->experts; e++) {
+            int better = 0;
+            for (int other = 0; other < s->experts; other++) better += logits[other] > logits[e];
+            if (!pass && (better < s->chosen || !s->normalised)) total += exp(logits[e]);
+            if (!pass || better >= s->chosen) continue;
+            plain_mlp(s, p->gates + e, p->ups + e, p->downs + e, x, product);
+            for (int d = 0; d < s->hidden; d++) out[d] += exp(logits[e]) / total * product[d];
+        }
+}
+
 /* A layer over a text of `rows` positions, in place, from the `first` on. cos, sin: (position, rotary / 2). */
 static void plain_layer(
     const Shape *s, const Layer *l, const PlainLayer *p, int first, int rows, const float *cos, const float *sin, double *hidden
 ) {
     int size = s->head_dim, slots = s->heads + 2 * s->kv_heads, n = s->hidden;
-    double normal[n > s->inner ? n : s->inner], block[n], mixed[s->heads * size], up[s->inner];
+    double normal[n], block[n], mixed[s->heads * size];
     double *qkv = malloc(sizeof *qkv * (size_t)(rows * slots * size));
     for (int r = 0; r < rows; r++) {
         double *own = qkv + r * slots * size;
@@ -155,20 +190,8 @@ static void plain_layer(
         plain_product(&p->output, mixed, block, NULL);
         plain_add(s, &l->after_attention, block, own);
         plain_norm(&l->before_mlp, own, n, s->eps, normal);
-        plain_product(&p->up, normal, up, NULL);
-        double *active = p->gate.weight ? normal : up, inside[s->inner];
-        memcpy(inside, up, sizeof inside);
-        if (p->gate.weight) {
-            double gate[s->inner];
-            plain_product(&p->gate, normal, gate, NULL);
-            memcpy(active, gate, sizeof gate);
-        }
-        for (int i = 0; i < s->inner; i++) {
-            double x = active[i], cubic = x + 0.044715 * x * x * x;
-            double act = x / (1 + exp(-(s->activation == GELU_TANH ? 1.5957691216057308 * cubic : x)));
-            inside[i] = p->gate.weight ? act * up[i] : act;
-        }
-        plain_product(&p->down, inside, block, NULL);
+        if (l->router) plain_experts(s, l, p, normal, block);
+        else plain_mlp(s, &p->gate, &p->up, &p->down, normal, block);
         plain_add(s, &l->after_mlp, block, own);
     }
     free(qkv);

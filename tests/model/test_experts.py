@@ -1,0 +1,87 @@
+"""Mixtures of experts, beside what test_native.py, test_packed.py and others ask of every architecture."""
+
+import pytest
+import torch
+from command_line import fails
+from conftest import CHANGES, tiny_model
+from evaluating import tiny_loaded
+from safetensors.torch import load_file, save_file
+from test_generic import ids_of, logits_of
+
+from layerskip_core.checkpoint.folder import open_weights
+from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding.drafters.knowledge import _usual_times
+from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
+from layerskip_core.training.checkpoints import load_weights
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+MIXTURES = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_weights_in_parts_are_read_as_the_model_has_them(model_type, tmp_path):
+    model = tiny_model(model_type, torch.float32, **CHANGES[model_type])
+    model.save_pretrained(tmp_path)
+    files, stored = open_weights(tmp_path, ModelSpec.of(model.config)), open_weights(tmp_path)
+    assert files.keys() == {name for name, _ in model.named_parameters()} != stored.keys()
+    for name, weight in model.named_parameters():
+        for read in (files[name].read, files[name].mapped):
+            assert torch.equal(read(name), weight) and files[name].entries[name] == ("F32", tuple(weight.shape))
+    other = tiny_model(model_type, torch.float32, **CHANGES[model_type])
+    for weight in other.parameters():
+        torch.nn.init.zeros_(weight)
+    load_weights(other, tmp_path)  # as a run that goes on
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+
+
+def test_a_weight_without_one_of_its_parts_is_missing(tmp_path):
+    loaded = tiny_loaded(torch.float32)
+    model = tiny_model("olmoe", torch.float32, **CHANGES["olmoe"])
+    save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
+    folder = str(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.2.mlp.experts.7.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    missing = "1 weights are missing, model.layers.2.mlp.experts.gate_up_proj the first"
+    fails(f"cannot load model {folder}: {missing}", "generate", "a", "--model", folder)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_low_bit_experts_on_torchs_kernels_are_near_the_model(quantize):
+    model = tiny_model("olmoe", torch.float32, **{**WIDE, **CHANGES["olmoe"]})
+    with torch.no_grad():
+        expected = model(ids_of(2, 12)).logits
+    found = logits_of(TorchBackend.of(model, PackingConfig(quantize)), ids_of(2, 12))
+    assert (found - expected).std() < {"int8": 0.1, "int4": 0.6}[quantize] * expected.std()
+
+
+def test_clipped_projections_are_left_to_transformers():
+    clipped = ModelSpec.of(tiny_model("olmoe", torch.float32, clip_qkv=2.0, **CHANGES["olmoe"]).config)
+    assert missing_feature(clipped) == "projections clipped at 2"
+
+
+def test_a_pass_of_more_tokens_reads_more_experts():
+    """Of 8 experts a token chooses 3; n tokens miss an expert with probability (5/8)^n. An expert has 3 * 48 * 32 weights."""
+    spec = ModelSpec.of(tiny_model("olmoe", torch.float32, **CHANGES["olmoe"]).config)
+    experts = 6 * 8 * 3 * 48 * 32
+    rest = spec.parameters - 67 * 32 - experts
+    for rows in (1, 2, 9):
+        assert spec.weights_read(rows) == pytest.approx(rest + experts * (1 - (5 / 8) ** rows))
+    dense = ModelSpec.of(tiny_model("llama", torch.float32).config)
+    assert dense.weights_read(1) == dense.weights_read(9) == dense.parameters - 67 * 32
+    ours, theirs = _usual_times(0.1, spec), _usual_times(0.1, dense)
+    assert (
+        ours[0] == theirs[0] == 1
+        and ours[1] > 1.3 > theirs[1]
+        and all(a > b for a, b in zip(ours[1:40], theirs[1:40], strict=True))
+    )
+
+
+def test_calibration_refuses_experts(tmp_path):
+    loaded = tiny_loaded(torch.float32)
+    sizes = {"vocab_size": len(loaded.tokenizer), "eos_token_id": loaded.tokenizer.eos_token_id}
+    model = tiny_model("olmoe", torch.float32, **{**WIDE, **CHANGES["olmoe"], **sizes})
+    save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
+    fails("calibration needs a --model without experts, got olmoe", "calibrate", "--model", str(tmp_path / "model"))
