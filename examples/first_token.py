@@ -1,12 +1,14 @@
 """Time to the first token and peak memory of a model packed at load, and of one that `layerskip export --format packed` wrote.
 
     python examples/first_token.py make FOLDER [--hidden 2048 --inner 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152]
+                                               [--type llama --values JSON]
     python examples/first_token.py measure MODEL... [--settings bf16,int8,int4] [--repeats N] [--tokens N] [--cold]
 
-`make` writes a Llama of random bf16 weights (by default 1.07B, with a tied head), a file for each layer, with the tokenizer of
-the embedded model. `measure` decodes in a fresh process for each run, and prints a table of medians: seconds of loading and to
-the first token after the imports, peak resident memory and its share above that after the imports, and milliseconds for each
-further token. A setting of a packed folder is `packed`. `--cold` drops the model's files from the page cache before each run.
+`make` writes a model of random bf16 weights (by default a Llama of 1.07B, with a tied head), a file for each layer, with the
+tokenizer of the embedded model. `--values` are further values of config.json, as those of experts. `measure` decodes in a fresh
+process for each run, and prints a table of medians: seconds of loading and to the first token after the imports, peak resident
+memory and its share above that after the imports, and milliseconds for each further token. A setting of a packed folder is
+`packed`. `--cold` drops the model's files from the page cache before each run.
 """
 
 import argparse
@@ -27,17 +29,18 @@ def make(arguments: argparse.Namespace) -> None:
     """One layer at a time, so that a model larger than the memory can be made."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     from layerskip_core.checkpoint.locate import locate
     from layerskip_core.model import ModelSpec
 
     folder, source = Path(arguments.folder), Path(locate("embedded").path)
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=arguments.inner,
+    config = AutoConfig.for_model(
+        arguments.type, vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=arguments.inner,
         num_hidden_layers=arguments.layers, num_attention_heads=arguments.heads, num_key_value_heads=arguments.kv_heads,
         tie_word_embeddings=not arguments.untied, bos_token_id=1, eos_token_id=2, **FAMILY,
+        **json.loads(arguments.values),
     )  # fmt: skip
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -134,6 +137,8 @@ def main() -> None:
     sizes = {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 32, "kv-heads": 8, "vocab": 49152}
     for name, size in sizes.items():
         maker.add_argument(f"--{name}", type=int, default=size)
+    maker.add_argument("--type", default="llama", help="model_type of transformers")
+    maker.add_argument("--values", default="{}", metavar="JSON")
     maker.add_argument("--untied", action="store_true", help="a head of its own")
     measurer = commands.add_parser("measure")
     measurer.add_argument("models", nargs="+")

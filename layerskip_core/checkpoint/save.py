@@ -146,10 +146,15 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
         settle(folder)
 
 
-def write_model(model: Any, folder: Path) -> None:
-    """Writes the weights and config of a transformers model, or of a peft model's adapter, as safetensors."""
+def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
+    """Writes the weights and config of a transformers model, or of a peft model's adapter, as safetensors.
+
+    `as_it_is`: by the names of the model's parameters, where published checkpoints of its type have other names or parts.
+    """
     adapter = hasattr(model, "get_base_model")
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
+    # For embedding layers "auto" would ask the hub.
+    options = {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
+    model.save_pretrained(folder, **options)
     if adapter:
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card, which would replace the user's
 

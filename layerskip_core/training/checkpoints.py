@@ -21,7 +21,6 @@ from ..checkpoint.folder import open_weights
 from ..checkpoint.save import files_below
 from ..errors import CheckpointError, ConfigError, listed
 from ..files import discard_folder, publish_folder, read_json, remove_leftovers
-from ..model import ModelSpec
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2  # if the newest is damaged, there is one before it
@@ -108,10 +107,8 @@ def discard_after(folder: Path, step: int) -> None:
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
-    is_adapter = hasattr(model, "get_base_model")
-    spec = None if is_adapter else ModelSpec.of(model.config)
-    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint, spec).items()}
-    if is_adapter:
+    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint).items()}
+    if hasattr(model, "get_base_model"):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys())

@@ -136,7 +136,7 @@ class RecipeModule(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
-        write_model(self.model, folder)
+        write_model(self.model, folder, as_it_is=True)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

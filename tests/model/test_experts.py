@@ -7,9 +7,10 @@ from conftest import CHANGES, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from test_generic import ids_of, logits_of
+from transformers import AutoModelForCausalLM
 
 from layerskip_core.checkpoint.folder import open_weights
-from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.checkpoint.save import save_checkpoint, write_model
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.drafters.knowledge import _usual_times
 from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
@@ -28,11 +29,18 @@ def test_weights_in_parts_are_read_as_the_model_has_them(model_type, tmp_path):
     for name, weight in model.named_parameters():
         for read in (files[name].read, files[name].mapped):
             assert torch.equal(read(name), weight) and files[name].entries[name] == ("F32", tuple(weight.shape))
-    other = tiny_model(model_type, torch.float32, **CHANGES[model_type])
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_checkpoint_of_training_has_the_weights_as_they_are(model_type, tmp_path):
+    model, other = (tiny_model(model_type, torch.float32, **CHANGES[model_type]) for _ in range(2))
     for weight in other.parameters():
         torch.nn.init.zeros_(weight)
-    load_weights(other, tmp_path)  # as a run that goes on
-    assert all(map(torch.equal, other.parameters(), model.parameters()))
+    write_model(model, tmp_path, as_it_is=True)
+    load_weights(other, tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), weight) and torch.equal(read.get_parameter(name), weight)
 
 
 def test_a_weight_without_one_of_its_parts_is_missing(tmp_path):
