@@ -43,6 +43,8 @@ _SHAPE = {
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0]}
 CHANGES = {  # what makes each architecture differ from Llama in every way that it can
     **{model_type: {"sliding_window": 5} for model_type in ("mistral", "ministral", "gemma3_text", "olmo3", "starcoder2")},
+    **{model_type: {"sliding_window": 5, "sliding_window_pattern": 2} for model_type in ("exaone4", "cohere2")},
+    "seed_oss": {"attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
     "granitemoe": {

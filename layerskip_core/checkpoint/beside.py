@@ -34,7 +34,7 @@ _FINGERPRINT = "fingerprint"
 
 def matrix_names(spec: ModelSpec) -> list[str]:
     """Every projection, in the order of the layers, and the head."""
-    return [name for name, shape in spec.shapes.items() if name.startswith("model.layers.") and len(shape) == 2] + [
+    return [name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2] + [
         spec.head_name
     ]
 

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, first_line, require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
-from ..model.spec import EMBEDDING, ModelSpec, Shapes
+from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
 from .beside import open_formed
 from .folder import PACKED_FILE
@@ -90,7 +90,7 @@ class PackedFile:
         return self._file.read(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
-        return self._part(EMBEDDING, self.dtype, spec.shapes[EMBEDDING])
+        return self._part(spec.embedding_name, self.dtype, spec.shapes[spec.embedding_name])
 
     @property
     def is_widened(self) -> bool:

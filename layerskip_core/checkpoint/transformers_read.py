@@ -7,7 +7,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..model import ModelSpec, TransformersBackend
-from ..model.architectures import SUPPORTED
+from ..model.architectures import runs_on_kernels
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import check_stored_weights, check_tokenizer, generation_config, open_weights, quiet_transformers
@@ -27,8 +27,7 @@ class PretrainedModel:
 
         self._path = path
         self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
-        ours = self.config.model_type in SUPPORTED
-        self.spec = ModelSpec.of(self.config) if ours else None
+        self.spec = ModelSpec.of(self.config) if runs_on_kernels(self.config) else None
         self.vocab: int = self.config.get_text_config(decoder=True).vocab_size
 
     def tokenizer(self) -> Any:

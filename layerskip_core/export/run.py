@@ -31,7 +31,7 @@ from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernels, why_no_kernels
-from ..model.spec import EMBEDDING, ModelSpec
+from ..model.spec import ModelSpec
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import Weights, named_int4
 from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
@@ -148,8 +148,8 @@ def _write_weights(source: Source, path: Path) -> str:
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
         take = source.take()
-        embedding = Weights(take, spec.shapes).of(EMBEDDING)
-        writer.add(EMBEDDING, embedding)
+        embedding = Weights(take, spec.shapes).of(spec.embedding_name)
+        writer.add(spec.embedding_name, embedding)
         NativeBackend(spec, take, packing, None, source.int4, blocks, embedding, pack=writer.matrix)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
         for weights, shapes in ((Weights(take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
@@ -197,7 +197,8 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     ConfigError for a block that reads the final states of the whole model.
     """
     model: Any = loaded.model
-    decoder, layers = model.get_decoder(), loaded.backend.num_layers
+    spec, layers = loaded.backend.own_spec, loaded.backend.num_layers
+    chain = model.get_submodule(spec.names.layers)
     kept = list(range(exit_layer))
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
     if block is not None:
@@ -205,11 +206,12 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
             why = f"its exit block reads the final states of the whole model (feature {block.feature})"
             raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
         kept.append(layers - 1)
-        weights = blocks.weights(loaded.backend.own_spec, model.get_input_embeddings().weight)
-        for module, prefix in ((decoder.layers[-1], f"{block.prefix}layer."), (decoder.norm, f"{block.prefix}norm.")):
+        weights = blocks.weights(spec, model.get_input_embeddings().weight)
+        norm = model.get_submodule(spec.names.norm)
+        for module, prefix in ((chain[-1], f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
-    decoder.layers = type(decoder.layers)([decoder.layers[layer] for layer in kept])
+    model.set_submodule(spec.names.layers, type(chain)([chain[layer] for layer in kept]))
     model.config = cut_config(model.config, kept)
     return model
 
@@ -217,7 +219,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
     """A configuration with some of the layers, by their ascending places in the whole model, counted from 0."""
     values = config.to_dict()
-    values["num_hidden_layers"] = len(kept)
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     for name in _BY_LAYER:
         if values.get(name) is not None:
             values[name] = [values[name][layer] for layer in kept]
@@ -261,7 +263,7 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
     if acceptance is None:
         return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
-    head = prod(spec.shapes[EMBEDDING])
+    head = prod(spec.shapes[spec.embedding_name])
     layer = (spec.weights_read(1) - head) / spec.layers
     share = (layers * layer + head) / (spec.layers * layer + head)
     expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}

@@ -1,7 +1,8 @@
 """How architectures differ: one entry of ARCHITECTURES each. `ModelSpec.of` in spec.py reads a configuration by them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from ..errors import CheckpointError
@@ -37,45 +38,95 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Names:
+    """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
+
+    embedding: str = "model.embed_tokens"
+    positions: str | None = None  # those that are learned, added to the embedding
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    attention: str = "self_attn."
+    mlp: str = "mlp."
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
 
-    `norm`: the factors of "rms_plus_one" are 1 + the stored weights; "layer" is LayerNorm with biases. `query_key_norms`: over
+    `norm`: the factors of "plus_one" are 1 + the stored weights; "layer" is LayerNorm, with biases. `query_key_norms`: over
     each head, or over all heads together. Projections that read the hidden states come first; fewer names than matrices mean
-    that they are stored as one. `attention_bias`: the switch for all projections, or the ones that always have a bias.
+    that they are stored as one. A field of `str | bool` holds always, never, or where that value of config.json says so.
     `windows`, which layers have a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
-    `use_sliding_window` says so ("optional"), or always those ("listed").
+    `use_sliding_window` says so ("optional"), or always those ("listed"). `rope`, which layers have rotary positions: those of
+    `no_rope_layers` ("listed"), or those with a window, and all where no window is set ("sliding").
     """
 
+    names: Names = Names()
+    values: Mapping[str, str | None] = field(default_factory=dict)  # names in config.json by Llama's; None: not read
+    needs: Mapping[str, object] = field(default_factory=dict)  # values of config.json that our kernels cannot do without
     norms: Norms = _BEFORE
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    parallel: str | bool = False  # attention and MLP read the same hidden states
+    parallel_norms: Norms | None = None  # the norms where they do, if others
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
     norm_eps: str = "rms_norm_eps"
     query_key_norms: Literal["none", "head", "projection"] = "none"
+    norms_rotated: bool = False  # queries and keys are normed after their rotation
     attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    attention_bias: str | tuple[str, ...] | None = "attention_bias"
-    mlp_bias: str | None = None  # the switch
+    fused_by_head: bool = False  # stored as one: for each key head its queries, key and value; otherwise all queries first
+    transposed: bool = False  # weights are stored as (inputs, outputs)
+    query_bias: str | bool = "attention_bias"  # of keys and values too
+    output_bias: str | bool = "attention_bias"
+    mlp_bias: str | bool = False
     experts: Experts | None = None
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
     activation: str = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
     own_head_dim: bool = False  # head_dim has a default other than hidden_size / num_attention_heads
-    skips_rope: bool = False  # `no_rope_layers` have no rotary positions
+    rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
+    interleaved_rope: bool = False  # neighbours rotate together, not one of each half
     scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     multipliers: bool = False  # Granite's: of embeddings, scores, residual branches and logits
     clips_projections: bool = False  # `clip_qkv`, which no kernel of ours has
     caps_scores: bool = False  # `attn_logit_softcapping`
     caps_logits: bool = False  # `final_logit_softcapping`
+    scales_logits: bool = False  # `logit_scale`
+    head_bias: bool = False
     drops_embeddings: bool = False  # `embedding_dropout`, in training
+
+    @property
+    def reads(self) -> set[str]:
+        """The values of config.json that a model is read from."""
+        read = {*_ALWAYS_READ, *(() if self.rope == "none" else ("rope_parameters",))}
+        for (variation, value), names in _READ_WITH.items():
+            read.update(names if getattr(self, variation) == value else ())
+        switches = [self.query_bias, self.output_bias, self.mlp_bias, self.parallel, self.norm_eps, self.activation]
+        if self.experts is not None:
+            read |= {
+                "num_experts_per_tok",
+                *(("decoder_sparse_step", "mlp_only_layers") if self.experts.on_some_layers else ()),
+            }
+            switches += [self.experts.inner, self.experts.normalised]
+        named = {self.values.get(name, name) for name in read}
+        return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
 
 _GELU = "gelu_pytorch_tanh"
 _GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True)
 _GEMMA2 = replace(
     _GEMMA, norms=_AROUND, activation="hidden_activation", windows="listed", scales_queries=True, caps_logits=True
+)
+_GLM = Architecture(
+    mlp_projections=("gate_up_proj", "down_proj"),
+    output_bias=False,
+    own_head_dim=True,
+    partial_rope=True,
+    interleaved_rope=True,
 )
 
 _EXPERTS = Experts(
@@ -105,10 +156,10 @@ _GRANITE_EXPERTS = Experts(
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(mlp_bias="mlp_bias"),
-    "mistral": Architecture(attention_bias=None, windows="all"),
-    "ministral": Architecture(attention_bias=None, windows="listed"),
-    "mixtral": Architecture(attention_bias=None, windows="all", experts=_MIXTRAL_EXPERTS),
-    "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
+    "mistral": Architecture(query_bias=False, output_bias=False, windows="all"),
+    "ministral": Architecture(query_bias=False, output_bias=False, windows="listed"),
+    "mixtral": Architecture(query_bias=False, output_bias=False, windows="all", experts=_MIXTRAL_EXPERTS),
+    "qwen2": Architecture(query_bias=True, output_bias=False, windows="optional"),
     "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
     "qwen3_moe": Architecture(
         query_key_norms="head",
@@ -118,16 +169,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA2, caps_scores=True),
     "gemma3_text": replace(_GEMMA2, query_key_norms="head"),
-    "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
-    "olmo2": Architecture(_AFTER, query_key_norms="projection"),
-    "olmo3": Architecture(_AFTER, query_key_norms="projection", windows="listed"),
+    "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", rope="listed"),
+    "olmo2": Architecture(norms=_AFTER, query_key_norms="projection"),
+    "olmo3": Architecture(norms=_AFTER, query_key_norms="projection", windows="listed"),
     "olmoe": Architecture(query_key_norms="projection", clips_projections=True, experts=_EXPERTS),
     "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
     "granitemoe": Architecture(multipliers=True, experts=_GRANITE_EXPERTS),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
         mlp_projections=("gate_up_proj", "down_proj"),
-        attention_bias=None,
+        query_bias=False,
+        output_bias=False,
         windows="all",
         partial_rope=True,
     ),
@@ -135,12 +187,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="layer",
         norm_eps="norm_epsilon",
         mlp_projections=("c_fc", "c_proj"),
-        attention_bias="use_bias",
+        query_bias="use_bias",
+        output_bias="use_bias",
         mlp_bias="use_bias",
         gated=False,
         default_activation=_GELU,
         windows="all",
         drops_embeddings=True,
+    ),
+    "seed_oss": Architecture(output_bias="attention_out_bias", mlp_bias="mlp_bias", own_head_dim=True),
+    "ernie4_5": Architecture(
+        query_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", own_head_dim=True, interleaved_rope=True
+    ),
+    "glm": _GLM,
+    "glm4": replace(
+        _GLM, norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+    ),
+    "hunyuan_v1_dense": Architecture(
+        names=Names(query_norm="query_layernorm", key_norm="key_layernorm"), query_key_norms="head", norms_rotated=True
+    ),
+    "exaone4": Architecture(
+        norms=_AFTER, query_key_norms="head", query_bias=False, output_bias=False, windows="listed", rope="sliding"
     ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
@@ -158,35 +225,32 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of e
 # The values of config.json that are always read, and those that a field of Architecture asks for.
 _ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "vocab_size"),
+    *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
 )
 _READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
     ("own_head_dim", True): ("head_dim",),
-    ("skips_rope", True): ("no_rope_layers",),
+    ("rope", "listed"): ("no_rope_layers",),
     ("scales_queries", True): ("query_pre_attn_scalar",),
     ("multipliers", True): ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
     ("clips_projections", True): ("clip_qkv",),
     ("caps_scores", True): ("attn_logit_softcapping",),
     ("caps_logits", True): ("final_logit_softcapping",),
+    ("scales_logits", True): ("logit_scale",),
     ("windows", "all"): ("sliding_window",),
     ("windows", "optional"): ("sliding_window", "use_sliding_window"),
     ("windows", "listed"): ("sliding_window", "layer_types"),
 }
 
 
+def runs_on_kernels(config: Any) -> bool:
+    """Whether our kernels know a model, given its configuration object: its type and what it needs."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    return architecture is not None and all(getattr(config, name, None) == value for name, value in architecture.needs.items())
+
+
 def is_complete(config: Mapping[str, Any]) -> bool:
     """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it."""
-    if config.get("model_type") not in SUPPORTED:
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None or (architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)):
         return False
-    architecture = ARCHITECTURES[config["model_type"]]
-    switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
-    read = {*_ALWAYS_READ, *(name for name in switches if isinstance(name, str))}
-    if (experts := architecture.experts) is not None:
-        if config.keys().isdisjoint(EXPERT_COUNTS):
-            return False
-        read |= {"num_experts_per_tok", experts.inner}
-        read |= {experts.normalised} if isinstance(experts.normalised, str) else set()
-        read |= {"decoder_sparse_step", "mlp_only_layers"} if experts.on_some_layers else set()
-    for (field, value), names in _READ_WITH.items():
-        read.update(names if getattr(architecture, field) == value else ())
-    return config.keys() >= read
+    return config.keys() >= architecture.reads and runs_on_kernels(SimpleNamespace(**config))

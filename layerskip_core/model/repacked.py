@@ -12,7 +12,7 @@ from ..config.model import PackingConfig, Quantization
 from .backend import Chooser, DraftKernel, DraftSide
 from .cache import KVCache
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
-from .spec import EMBEDDING, ModelSpec
+from .spec import ModelSpec
 from .vocabulary import DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
@@ -32,8 +32,13 @@ class RepackedLayers(ABC):
     is more.
     """
 
-    def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[Any], dtype: torch.dtype) -> None:
-        """`layers`: the model's and the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states."""
+    def __init__(
+        self, spec: ModelSpec, embedding: Tensor, learned: Tensor | None, layers: list[Any], dtype: torch.dtype
+    ) -> None:
+        """`learned`: positions (context, D), which the first layer's input has besides the embedding. `layers`: the model's and
+        the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states.
+        """
+        self.learned = None if learned is None else learned.to(dtype)
         self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
         self.spec, self.layers, self.dtype = spec, layers, dtype
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
@@ -43,6 +48,10 @@ class RepackedLayers(ABC):
         if self.dtype != hidden.dtype:
             hidden = hidden.to(self.dtype)
         return hidden if self._scale == 1 else hidden * self._scale
+
+    def placed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The first layer's input, from embedded tokens (B, T, D)."""
+        return hidden if self.learned is None else hidden + self.learned[positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
     def row_bytes(self) -> int:
@@ -61,6 +70,7 @@ class RepackedLayers(ABC):
             with torch.inference_mode():
                 return self.run_layers(hidden, start, stop, positions, cache)
         cache = cache or KVCache(self.num_layers, len(hidden), self.spec.context)
+        hidden = self.placed(hidden, positions) if start == 0 < stop else hidden
         parts = self._parts(hidden, start, stop, positions, cache)
         outputs = [self.run(part, start, stop, places, cache) for part, places in parts] or [hidden]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -135,10 +145,12 @@ class RepackedBackend(ABC):
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
-            self._embedding = embedding = weights.of(EMBEDDING) if embedding is None else embedding
+            self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
+            positions = spec.names.positions
+            self._learned = None if positions is None else weights.of(f"{positions}.weight")
             self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
             self._prepare(packing)
-            norm = norm_weights(weights, "model.norm", spec)
+            norm = norm_weights(weights, spec.names.norm, spec)
             vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
             chains = self._headed_chains(weights, norm, packing, vocabulary)
             self._add_layers(chains, weights, exit_blocks)
@@ -215,7 +227,7 @@ class RepackedBackend(ABC):
     ) -> list[_Chain]:
         """The model's own chain and the copies that draft, with their heads and without layers."""
         quantize, exact, layers = packing.quantize, packing.exact, self.spec.layers
-        weights = weights.remembered().after({EMBEDDING: self._embedding}.get)
+        weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
 
         def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> Any:
             return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
@@ -234,7 +246,7 @@ class RepackedBackend(ABC):
         """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
-            *((index + 1, weights.below(f"model.layers.{index}."), None) for index in range(self.spec.layers)),
+            *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
             *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
         ]
         for place, (depth, stored, block) in enumerate(parts):

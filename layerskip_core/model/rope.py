@@ -24,14 +24,15 @@ class Rope:
         self._lengths = self._like.new_tensor([spec.attention_scale] * spec.groups + [1.0])[:, None]
         ones = torch.ones(1, spec.head_dim // 2, dtype=self._lengths.dtype.to_complex(), device=like.device)
         self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), of layers without rope
-        self._tables = self._grown(0)
+        self._length, self._tables = 0, self._grown(0)
         self._outgrown: list[list[Tensor]] = []  # recorded passes go on reading them
 
     def at(self, writer: SpanWriter, positions: Tensor) -> list[Tensor]:
         """By rotary embedding, (B, T, 1, G+2, half a head), without B for rows at the same positions."""
-        if len(self._tables[0]) < writer.stop:
+        if self._length < writer.stop:
             self._outgrown.append(self._tables)
-            self._tables = self._grown(2 * writer.stop)
+            self._length = 2 * writer.stop
+            self._tables = self._grown(self._length)
         if writer.contiguous:
             return [table[writer.start : writer.stop] for table in self._tables]
         return [table[positions] for table in self._tables]
@@ -62,7 +63,7 @@ def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
     if rope.type == "default":  # transformers computes this one in each model's own module, which takes seconds to import
         exponents = torch.arange(0, spec.rotary, 2, dtype=torch.int64).float() / spec.rotary
-        return 1.0 / (rope.parameters["rope_theta"] ** exponents), 1.0
+        return 1.0 / (rope.frequency_base(spec.rotary) ** exponents), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = {} if rope.kind is None else {"layer_type": rope.kind}

@@ -13,15 +13,14 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .architectures import EXPERT_COUNTS, Architecture, architecture_of
+from .architectures import EXPERT_COUNTS, Architecture, Names, architecture_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Block = Literal["self_attn.", "mlp."]
+Block = Literal["attention", "mlp"]
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
-EMBEDDING = "model.embed_tokens.weight"
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
 _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 _MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
@@ -41,19 +40,14 @@ class _Values:
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
     vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
     hidden_size: _Width
-    intermediate_size: _Width
+    intermediate_size: _Width | None
     num_attention_heads: _Width
     num_key_value_heads: _Width | None
     head_dim: Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")] | None
     max_position_embeddings: _Positions
-    rms_norm_eps: _Epsilon | None
-    norm_epsilon: _Epsilon | None
+    norm_eps: _Epsilon
     tie_word_embeddings: bool
-    attention_bias: bool | None
-    mlp_bias: bool | None
-    use_bias: bool | None
-    hidden_act: str | None
-    hidden_activation: str | None
+    activation: str | None
     use_sliding_window: bool | None
     sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
     max_window_layers: _Window | None
@@ -67,6 +61,7 @@ class _Values:
     logits_scaling: _Positive | None
     attn_logit_softcapping: _Positive | None
     final_logit_softcapping: _Positive | None
+    logit_scale: _Positive | None
     embedding_dropout: Annotated[float, Meta(ge=0, le=1)] | None
     num_experts: _ExpertCount | None
     num_local_experts: _ExpertCount | None
@@ -87,6 +82,7 @@ class _RopeValues:
     type: str | None
     rope_theta: Annotated[float, Meta(ge=1, le=1e15)] | None
     factor: _Positive | None
+    alpha: _Positive | None
     partial_rotary_factor: Annotated[float, Meta(ge=1e-3, le=1)] | None
     original_max_position_embeddings: _Positions | None
 
@@ -100,12 +96,18 @@ class RopeSpec:
 
     @property
     def type(self) -> str:
-        return str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
+        stated = str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
+        return "default" if stated == "dynamic" and self.parameters.get("alpha") else stated
 
     @property
     def share(self) -> float:
         """Of a head that rotates."""
         return float(self.parameters.get("partial_rotary_factor") or 1.0)
+
+    def frequency_base(self, rotary: int) -> float:
+        """The default rope's, for `rotary` dimensions. Hunyuan's `alpha` stretches it (NTK-aware scaling)."""
+        theta, alpha = self.parameters["rope_theta"], self.parameters.get("alpha")
+        return float(theta * alpha ** (rotary / (rotary - 2)) if alpha else theta)
 
 
 class AnySpec(Protocol):
@@ -217,7 +219,9 @@ class ModelSpec:
     ropes: tuple[RopeSpec, ...]  # the different rotary embeddings
     rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None where it has no positions
     rotary: int  # dimensions of a head that rotate, from the first on
-    attention_bias: tuple[str, ...]  # projections of the attention that have a bias
+    parallel: bool  # attention and MLP read the same hidden states
+    query_bias: bool  # of keys and values too
+    output_bias: bool  # of the attention
     mlp_bias: bool
     tied: bool  # whether the head is the embedding
     attention_scale: float
@@ -234,7 +238,12 @@ class ModelSpec:
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         architecture = architecture_of(config.model_type)
-        values: _Values = _read(_Values, lambda name: getattr(config, name, None))
+        names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
+        values: _Values = _read(_Values, lambda name: getattr(config, name, None), names=names)
+
+        def has(switch: str | bool) -> bool:
+            return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
+
         bidirectional = getattr(config, "use_bidirectional_attention", None)
         _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
         layers, hidden, heads = values.num_hidden_layers, values.hidden_size, values.num_attention_heads
@@ -245,14 +254,11 @@ class ModelSpec:
             _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
         _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
         _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
-        eps = getattr(values, architecture.norm_eps)
-        _require(eps is not None, architecture.norm_eps, "a number", eps)
-        biases = architecture.attention_bias
-        if isinstance(biases, str):
-            biases = architecture.attention_projections if getattr(values, biases) else ()
-        rotates = _rotates(values) if architecture.skips_rope else (True,) * layers
+        rotates = _rotates(values) if architecture.rope == "listed" else (architecture.rope != "none",) * layers
         kinds, window = _kinds_and_window(values, architecture, rotates)
-        ropes = _ropes(getattr(config, "rope_parameters", None) or {}, kinds)
+        if architecture.rope == "sliding" and window is not None:
+            rotates = tuple(kind == SLIDING for kind in kinds)
+        ropes = () if architecture.rope == "none" else _ropes(getattr(config, "rope_parameters", None) or {}, kinds)
         context = values.max_position_embeddings
         for rope in ropes:  # a longrope changes all frequencies after its original context: cached keys would no longer fit
             original = rope.parameters.get("original_max_position_embeddings") if rope.type == "longrope" else None
@@ -268,6 +274,8 @@ class ModelSpec:
         if architecture.multipliers:
             attention_scale, embedding_scale = values.attention_multiplier or 1.0, values.embedding_multiplier or 1.0
             residual_scale, logits_divisor = values.residual_multiplier or 1.0, values.logits_scaling or 1.0
+        if architecture.scales_logits:
+            logits_divisor = 1 / (values.logit_scale or 1.0)
         return cls(
             model_type=config.model_type,
             architecture=architecture,
@@ -276,12 +284,12 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            inner=values.intermediate_size,
+            inner=values.intermediate_size or 4 * hidden,
             experts=_experts(values, architecture),
             vocab=values.vocab_size,
             context=context,
-            eps=eps,
-            activation=getattr(values, architecture.activation) or architecture.default_activation,
+            eps=values.norm_eps,
+            activation=values.activation or architecture.default_activation,
             kinds=kinds,
             window=window,
             ropes=ropes,
@@ -289,8 +297,10 @@ class ModelSpec:
                 rope_indices.get(kind, 0) if rotating else None for kind, rotating in zip(kinds, rotates, strict=True)
             ),
             rotary=rotary,
-            attention_bias=biases or (),
-            mlp_bias=architecture.mlp_bias is not None and bool(getattr(values, architecture.mlp_bias)),
+            parallel=has(architecture.parallel),
+            query_bias=has(architecture.query_bias),
+            output_bias=has(architecture.output_bias),
+            mlp_bias=has(architecture.mlp_bias),
             tied=values.tie_word_embeddings,
             attention_scale=attention_scale,
             embedding_scale=embedding_scale,
@@ -304,9 +314,22 @@ class ModelSpec:
         )
 
     @property
+    def names(self) -> Names:
+        return self.architecture.names
+
+    @property
+    def embedding_name(self) -> str:
+        """The name of the embedding's weight."""
+        return f"{self.names.embedding}.weight"
+
+    @property
     def head_name(self) -> str:
         """The name of the head's weight; the embedding's where that is the head."""
-        return EMBEDDING if self.tied else "lm_head.weight"
+        return self.embedding_name if self.tied else "lm_head.weight"
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's weights begin with."""
+        return f"{self.names.layers}.{layer}."
 
     @property
     def groups(self) -> int:
@@ -327,12 +350,14 @@ class ModelSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has none."""
         shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (self.vocab, self.hidden),
-            **self.norm_shapes("model.norm", self.hidden),
+            self.embedding_name: (self.vocab, self.hidden),
+            **({} if self.names.positions is None else {f"{self.names.positions}.weight": (self.context, self.hidden)}),
+            **self.norm_shapes(self.names.norm, self.hidden),
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
+            **({"lm_head.bias": (self.vocab,)} if self.architecture.head_bias else {}),
         }
         for index in range(self.layers):
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self.shapes_of_layer(index).items()}
+            shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.shapes_of_layer(index).items()}
         return shapes
 
     @property
@@ -351,7 +376,7 @@ class ModelSpec:
         if self.experts is None or self.architecture.experts is None:
             return parts
         for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):
-            prefix = f"model.layers.{index}."
+            prefix = self.layer_prefix(index)
             for name, stored in self.architecture.experts.stored.items():
                 count = self.experts.count if "{}" in stored[0] else 1
                 parts[prefix + name] = [[prefix + part.format(expert) for part in stored] for expert in range(count)]
@@ -371,12 +396,23 @@ class ModelSpec:
 
     @property
     def projections(self) -> dict[Block, tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The projections of each block, as `Architecture` names them, and the output widths of all but the last."""
-        gates = 1 + self.architecture.gated
+        """The names of each block's projections in a layer, and the output widths of all but the last."""
+        names, of = self.names, self.architecture
         return {
-            "self_attn.": (self.architecture.attention_projections, (self.queries, self.keys, self.keys)),
-            "mlp.": (self.architecture.mlp_projections, (self.inner,) * gates),
+            "attention": (
+                tuple(names.attention + name for name in of.attention_projections),
+                (self.queries, self.keys, self.keys),
+            ),
+            "mlp": (tuple(names.mlp + name for name in of.mlp_projections), (self.inner,) * (1 + of.gated)),
         }
+
+    @property
+    def norm_names(self) -> tuple[str | None, ...]:
+        """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
+        names, normed = self.names, self.architecture.query_key_norms != "none"
+        own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
+        of = self.architecture
+        return *(of.parallel_norms if self.parallel and of.parallel_norms else of.norms), *own
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -385,31 +421,29 @@ class ModelSpec:
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a layer, after its prefix."""
-        architecture, hidden, experts = self.architecture, self.hidden, self.experts_of(index)
-        projections: dict[str, tuple[int, int]] = {}
-        for block, (names, outputs) in self.projections.items():
-            if block == "mlp." and experts is not None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        experts, names = self.experts_of(index), self.architecture.experts
+        biased = {"attention": (self.query_bias, self.output_bias), "mlp": (self.mlp_bias, self.mlp_bias)}
+        for block, ((*inward, back), outputs) in self.projections.items():
+            if block == "mlp" and experts is not None:
                 continue
-            *inward, back = names
+            inner, outer = biased[block]
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
-            projections |= {block + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
-            projections[block + back] = (hidden, outputs[0])
-        biased = {f"self_attn.{name}" for name in self.attention_bias}
-        biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
-        shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
-        if experts is not None and architecture.experts is not None:
+            for name, width in zip(inward, widths, strict=True):
+                shapes |= {f"{name}.weight": (width, self.hidden)} | ({f"{name}.bias": (width,)} if inner else {})
+            shapes |= {f"{back}.weight": (self.hidden, outputs[0])} | ({f"{back}.bias": (self.hidden,)} if outer else {})
+        if self.architecture.transposed:
+            shapes = {name: shape[::-1] for name, shape in shapes.items()}
+        if experts is not None and names is not None:
             shapes |= {
-                f"{architecture.experts.router}.weight": (experts.count, hidden),
-                f"{architecture.experts.block}gate_up_proj": (experts.count, 2 * experts.inner, hidden),
-                f"{architecture.experts.block}down_proj": (experts.count, hidden, experts.inner),
+                f"{names.router}.weight": (experts.count, self.hidden),
+                f"{names.block}gate_up_proj": (experts.count, 2 * experts.inner, self.hidden),
+                f"{names.block}down_proj": (experts.count, self.hidden, experts.inner),
             }
-        for name in filter(None, architecture.norms):
-            shapes |= self.norm_shapes(name, hidden)
-        if architecture.query_key_norms != "none":
-            per_head = architecture.query_key_norms == "head"
-            shapes |= self.norm_shapes("self_attn.q_norm", self.head_dim if per_head else self.queries)
-            shapes |= self.norm_shapes("self_attn.k_norm", self.head_dim if per_head else self.keys)
+        per_head = self.architecture.query_key_norms == "head"
+        sizes = (*(self.hidden,) * 4, *((self.head_dim,) * 2 if per_head else (self.queries, self.keys)))
+        for norm, size in zip(self.norm_names, sizes, strict=True):
+            shapes |= {} if norm is None else self.norm_shapes(norm, size)
         return shapes
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
@@ -418,7 +452,7 @@ class ModelSpec:
 
     def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a norm over `size` numbers."""
-        parts = ("weight", "bias") if self.architecture.norm == "layer" else ("weight",)
+        parts = ("weight", "bias") if self.architecture.norm in ("layer", "layer_plus_one") else ("weight",)
         return {f"{name}.{part}": (size,) for part in parts}
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
@@ -445,16 +479,23 @@ def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> 
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
 
 
-def _read(kind: Any, value_of: Callable[[str], Any], where: str = "") -> Any:
-    """An object of `kind`. Raises CheckpointError for the first value of another type or out of range."""
+def _read(kind: Any, value_of: Callable[[str], Any], where: str = "", names: Mapping[str, str | None] | None = None) -> Any:
+    """An object of `kind`. `names`: of values by field, where they have others; None for one that is not read.
+
+    Raises CheckpointError for the first value of another type or out of range.
+    """
     values = {}
-    for name, hint in hints_of(kind).items():
-        value = value_of(name)
-        try:
-            values[name] = msgspec.convert(value, hint)
-        except msgspec.ValidationError:
-            raise CheckpointError(f"{where}{name} must be {needed(hint)}, got {shown(value)}") from None
+    for attribute, hint in hints_of(kind).items():
+        name = (names or {}).get(attribute, attribute)
+        values[attribute] = None if name is None else _checked(value_of(name), hint, where + name)
     return kind(**values)
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise CheckpointError(f"{name} must be {needed(hint)}, got {shown(value)}") from None
 
 
 def _ropes(parameters: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
@@ -483,7 +524,7 @@ def _kinds_and_window(
         slides = [True] * layers
     elif listed is not None:
         slides = [kind == SLIDING for kind in listed]
-    elif architecture.skips_rope:
+    elif architecture.rope == "listed":
         slides = [not rotating for rotating in rotates]
     else:
         slides = [layer >= (values.max_window_layers or 0) for layer in range(layers)]

@@ -17,7 +17,7 @@ from .spec import ModelSpec
 from .torch_layer import Masks, Step, TorchLayer, Workspace
 from .torch_linear import KernelLinear, Linear, Norm, exact_rows, linear
 from .vocabulary import DraftVocabulary
-from .weights import Affine, Weights
+from .weights import Affine, Weights, head_weights
 
 GRAPHS = "LAYERSKIP_CUDA_GRAPHS"  # environment variable: whether decoding on a GPU records its passes
 _KEPT_ROWS = CHUNK // 2  # calls of up to this many rows keep their buffers
@@ -28,9 +28,17 @@ _PRODUCT_TOKENS = 16  # up to this many tokens per row attention is two matrix p
 class TorchLayers(RepackedLayers):
     """Layers whose hidden states have the precision of the weights."""
 
-    def __init__(self, spec: ModelSpec, embedding: Tensor, rope: Rope, layers: list[TorchLayer | None], exact: bool) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: Tensor,
+        learned: Tensor | None,
+        rope: Rope,
+        layers: list[TorchLayer | None],
+        exact: bool,
+    ) -> None:
         """`exact`: calls are split so that a token of a single row has the same bits alone as among others."""
-        super().__init__(spec, embedding, layers, embedding.dtype)
+        super().__init__(spec, embedding, learned, layers, embedding.dtype)
         self._rope, self._masks = rope, Masks(spec, embedding)
         self._exact: dict[int, int] | None = {} if exact else None  # see `exact_rows`
         self._workspace = partial(Workspace, spec, embedding)
@@ -149,12 +157,13 @@ class TorchBackend(RepackedBackend):
     def _head_of(
         self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
     ) -> TorchHead:
-        whole = weights.of(self.spec.head_name)
-        weight = whole if rows is None else rows.rows_of(whole)
+        weight, bias = head_weights(weights, self.spec)
+        if rows is not None:
+            weight, bias = rows.rows_of(weight), None if bias is None else rows.rows_of(bias)
         folding = Norm(norm, self.spec.eps, low_bits is None and weight.dtype.itemsize >= 4)
         folded = folding.folded_into(weight)
-        product = linear(folded, None, low_bits, exact)
-        unfolded = product if folded is weight else linear(weight, None, low_bits, exact) if self._has_blocks else None
+        product = linear(folded, bias, low_bits, exact)
+        unfolded = product if folded is weight else linear(weight, bias, low_bits, exact) if self._has_blocks else None
         return TorchHead(folding, product, unfolded, self.spec, exact)
 
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
@@ -165,4 +174,4 @@ class TorchBackend(RepackedBackend):
         return Norm(weights, self.spec.eps)
 
     def _layers_of(self, layers: list[TorchLayer | None], exact: bool) -> TorchLayers:
-        return TorchLayers(self._chain_spec, self._embedding, self._rope, layers, exact)
+        return TorchLayers(self._chain_spec, self._embedding, self._learned, self._rope, layers, exact)

@@ -19,7 +19,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square_(),
 }
 
 
@@ -88,8 +90,9 @@ class TorchLayer:
     def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None, exact: bool) -> None:
         self._rope, self._groups = spec.rope_of[index], spec.groups
         self._score_cap, self._residual_scale = spec.score_cap, spec.residual_scale
+        self._parallel, self._norms_rotated = spec.parallel, spec.architecture.norms_rotated
         self._activation = ACTIVATIONS[spec.activation]
-        qkv = list(block_inputs(weights, spec, "self_attn."))
+        qkv = list(block_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
         before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec)
         self._before_attention = before_attention and Norm(before_attention, spec.eps, folds)
@@ -101,7 +104,8 @@ class TorchLayer:
             per_head = spec.architecture.query_key_norms == "head"
             heads = (spec.heads, spec.kv_heads) if per_head else (1, 1)
             queries, keys = query.weight.repeat(heads[0]), key.weight.repeat(heads[1])
-            self._query_key_norm = SlotNorm(_slots(spec, queries, keys), spec.eps, per_head)
+            scale = spec.attention_scale if self._norms_rotated else 1.0
+            self._query_key_norm = SlotNorm(_slots(spec, queries, keys), spec.eps, per_head, scale)
 
         def packed(part: Affine, norm: Norm | None = None) -> Linear:
             weight = part.weight if norm is None else norm.folded_into(part.weight)
@@ -111,11 +115,11 @@ class TorchLayer:
         slots = _slots(spec, *(part.weight for part in qkv)).flatten(0, 2)
         slot_bias = _slots(spec, *biases).flatten() if biases else None
         self._qkv = packed(Affine(slots, slot_bias), self._before_attention)
-        self._output = packed(block_output(weights, spec, "self_attn."))
+        self._output = packed(block_output(weights, spec, "attention"))
         self._experts: TorchExperts | None = None
         if spec.experts_of(index) is None:
-            self._up = packed(stacked(block_inputs(weights, spec, "mlp.")), self._before_mlp)
-            self._down = packed(block_output(weights, spec, "mlp."))
+            self._up = packed(stacked(block_inputs(weights, spec, "mlp")), self._before_mlp)
+            self._down = packed(block_output(weights, spec, "mlp"))
             self.linears = (self._qkv, self._output, self._up, self._down)
         else:
             inputs = expert_inputs(weights, spec)
@@ -131,21 +135,27 @@ class TorchLayer:
         """The layer over `hidden` (B*T, D), in place."""
         self.write_kv(hidden, step, held, space)
         space.queries.copy_(space.rotated)
-        self._add(self._output, self._attended(step, kind, held, space), self._after_attention, hidden)
+        mixed = self._attended(step, kind, held, space)
+        if not self._parallel:
+            self._add(self._output, mixed, self._after_attention, hidden)
         rows = hidden if self._before_mlp is None else self._before_mlp(hidden)
         if self._experts is not None:
             hidden.add_(self._experts(rows), alpha=self._residual_scale)
             return
         self._up.write(rows, space.inside)
+        if self._parallel:
+            self._add(self._output, mixed, self._after_attention, hidden)
         inside = self._activation(space.up) if space.gate is None else self._activation(space.gate).mul_(space.up)
         self._add(self._down, inside, self._after_mlp, hidden)
 
     def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
         """Keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
         self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
-        if self._query_key_norm is not None:
+        if self._query_key_norm is not None and not self._norms_rotated:
             self._query_key_norm.apply_(space.rotating)
         space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
+        if self._query_key_norm is not None and self._norms_rotated:
+            self._query_key_norm.apply_(space.rotating)
         held.write(space.keys_values)
 
     def _add(self, layer: Linear, rows: Tensor, after: Norm | None, hidden: Tensor) -> None:

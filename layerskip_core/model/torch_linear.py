@@ -212,15 +212,16 @@ class Norm:
 class SlotNorm:
     """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads, G+1, head dim)."""
 
-    def __init__(self, weights: Tensor, eps: float, per_head: bool) -> None:
-        """`weights` (kv heads, G+1, head dim)."""
+    def __init__(self, weights: Tensor, eps: float, per_head: bool, scale: float = 1.0) -> None:
+        """`weights` (kv heads, G+1, head dim). `scale`: that the queries of each head have, and keep."""
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self._groups = weights.shape[1] - 1
+        kept = wide.new_tensor([scale] * self._groups + [1.0])[:, None] if per_head else 1.0
         self._per_head = per_head
         self._parts = [wide] if per_head else list(torch.split(wide, [self._groups, 1], dim=1))
         sizes = [part.shape[-1] if per_head else part.numel() for part in self._parts]
-        self._scales = [part * math.sqrt(size) for part, size in zip(self._parts, sizes, strict=True)]
-        self._floors = [wide.new_tensor(math.sqrt(size * eps)) for size in sizes]
+        self._scales = [part * math.sqrt(size) * kept for part, size in zip(self._parts, sizes, strict=True)]
+        self._floors = [wide.new_tensor(math.sqrt(size * eps)) * kept for size in sizes]
 
     def apply_(self, slots: Tensor) -> None:
         dims = (-1,) if self._per_head else (-3, -2, -1)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.model import Quantization
 from ..errors import CheckpointError
-from .architectures import SUPPORTED
+from .architectures import SUPPORTED, runs_on_kernels
 from .backend import DraftSide
 from .cache import KVCache, MixedCache
 from .cut import CutModel, Form, Forward, hidden_of, replaced
@@ -34,7 +34,7 @@ def attention_for(config: Any) -> str | None:
     """The attention of transformers that computes a model; None: its choice. `sdpa` has no cap of scores, and drops it."""
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         return "eager"
-    return "sdpa" if config.model_type in SUPPORTED else None
+    return "sdpa" if runs_on_kernels(config) else None
 
 
 class TransformersBackend:
@@ -57,9 +57,9 @@ class TransformersBackend:
         self.model, self.config = model, model.config
         self.spec: AnySpec
         self.layers: Any
-        if spec is not None or self.config.model_type in SUPPORTED:
+        if spec is not None or runs_on_kernels(self.config):
             self.spec = spec = spec or ModelSpec.of(self.config)
-            self.layers, self.num_layers = self.model.model.layers, spec.layers
+            self.layers, self.num_layers = self.model.get_submodule(spec.names.layers), spec.layers
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)

@@ -11,6 +11,7 @@ those of the weight; a row of zero bytes is a row of zeros.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import starmap
 from typing import NamedTuple
 
 import torch
@@ -113,16 +114,41 @@ class Affine(NamedTuple):
 def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
     """Query, key and value, or gate and up, each read when it is its turn; up alone where the MLP is act(up)."""
     (*names, _), outputs = spec.projections[block]
+    parts: Iterable[Affine]
     if len(names) == len(outputs):
-        yield from (_affine(weights, block + name) for name in names)
-        return
-    fused = _affine(weights, block + names[0])  # they are stored one after the other
-    biases = [None] * len(outputs) if fused.bias is None else torch.split(fused.bias, [*outputs])
-    yield from map(Affine, torch.split(fused.weight, [*outputs]), biases)
+        parts = (_affine(weights, name, spec) for name in names)
+    else:
+        fused = _affine(weights, names[0], spec)
+        parts = starmap(Affine, zip(*(_split(part, spec, outputs) for part in fused), strict=True))
+    for index, part in enumerate(parts):
+        yield _halved(part, spec) if block == "attention" and index < 2 else part
+
+
+def _split(fused: Tensor | None, spec: ModelSpec, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
+    """Of projections that are stored as one, (outputs, ...) each."""
+    if fused is None:
+        return (None,) * len(outputs)
+    if not spec.architecture.fused_by_head:
+        return torch.split(fused, [*outputs])
+    by_head = fused.view(spec.kv_heads, spec.groups + 2, spec.head_dim, *fused.shape[1:])
+    return (part.flatten(0, 2) for part in torch.split(by_head, [spec.groups, 1, 1], dim=1))
+
+
+def _halved(part: Affine, spec: ModelSpec) -> Affine:
+    """Queries or keys (heads * head dim, ...) with a dimension of each half where neighbours rotate together."""
+    if not spec.architecture.interleaved_rope:
+        return part
+    order = torch.arange(spec.head_dim)
+    order[: spec.rotary] = order[: spec.rotary].view(-1, 2).T.flatten()
+
+    def moved(rows: Tensor) -> Tensor:
+        return rows.view(-1, spec.head_dim, *rows.shape[1:])[:, order].flatten(0, 1)
+
+    return Affine(moved(part.weight), None if part.bias is None else moved(part.bias))
 
 
 def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
-    return _affine(weights, block + spec.projections[block][0][-1])
+    return _affine(weights, spec.projections[block][0][-1], spec)
 
 
 def router(weights: Weights, spec: ModelSpec) -> Tensor:
@@ -145,26 +171,34 @@ def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
 
 
 def layer_norms(weights: Weights, spec: ModelSpec) -> list[Affine | None]:
-    """Before and after attention, before and after the MLP, of queries and of keys; None where there is none.
+    """Those of `spec.norm_names`.
 
     The last two are over each head (head dim,), or over all heads together (queries,) and (keys,).
     """
-    normed = spec.architecture.query_key_norms != "none"
-    names = (*spec.architecture.norms, *(f"self_attn.{name}_norm" if normed else None for name in "qk"))
-    return [None if name is None else norm_weights(weights, name, spec) for name in names]
+    norms = {name: norm_weights(weights, name, spec) for name in dict.fromkeys(filter(None, spec.norm_names))}
+    return [None if name is None else norms[name] for name in spec.norm_names]
 
 
 def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     """A norm's factors. Those that are stored as w for 1 + w are added up in fp32, because bf16 would round them again."""
-    weight, bias = _affine(weights, name)
-    if spec.architecture.norm == "rms_plus_one":
+    weight, bias = _affine(weights, name, spec)
+    if spec.architecture.norm.endswith("plus_one"):
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return Affine(weight, bias)
+    if spec.architecture.norm == "layer_without_bias":
+        bias = torch.zeros_like(weight)
+    return Affine(weight, None if bias is None else bias.to(weight.dtype))
 
 
-def _affine(weights: Weights, name: str) -> Affine:
-    bias = f"{name}.bias"
-    return Affine(weights.of(f"{name}.weight"), weights.of(bias) if weights.prefix + bias in weights.shapes else None)
+def _affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
+    weight, bias = weights.of(f"{name}.weight"), f"{name}.bias"
+    if spec.architecture.transposed and weight.dim() > 1:
+        weight = weight.T.contiguous()
+    return Affine(weight, weights.of(bias) if weights.prefix + bias in weights.shapes else None)
+
+
+def head_weights(weights: Weights, spec: ModelSpec) -> Affine:
+    bias = "lm_head.bias"
+    return Affine(weights.of(spec.head_name), weights.of(bias) if bias in weights.shapes else None)
 
 
 def stacked(projections: Iterable[Affine]) -> Affine:

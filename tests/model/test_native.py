@@ -60,6 +60,7 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "phi3": PARTIAL_ROPE,
     "qwen3_moe": {**CHANGES["qwen3_moe"], "moe_intermediate_size": 32, "norm_topk_prob": False},
     "starcoder2": {},
+    "hunyuan_v1_dense": {},
 }
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
@@ -317,7 +318,7 @@ def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     assert can_run_native(spec, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
     assert not can_run_native(spec, torch.float64, cpu, None)
     assert not can_run_native(spec, torch.float32, torch.device("cuda"), None)
-    assert not can_run_native(replace(spec, activation="relu"), torch.float32, cpu, None)
+    assert not can_run_native(replace(spec, activation="tanh"), torch.float32, cpu, None)
     narrow = replace(spec, inner=48)  # no whole groups of 32
     assert can_run_native(narrow, torch.float32, cpu, None)
     assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))

@@ -12,7 +12,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend, missing_feature
 from layerskip_core.model import torch_linear as linear
-from layerskip_core.model.architectures import SUPPORTED
+from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -43,6 +43,8 @@ EACH_PART = [
     "phi3",
     "qwen3_moe",
     "starcoder2",
+    "glm4",
+    "hunyuan_v1_dense",
 ]
 LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 5e-5}  # in standard deviations of what is expected
 BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers
@@ -67,16 +69,19 @@ def pair(monkeypatch):
 
 
 def compute_in_fp64(model, monkeypatch):
-    """transformers' norms, the softmax of eager attention and that of routers compute in fp32 even in an fp64 model.
+    """transformers' norms, the softmax of eager attention and of routers, and some rotations compute in fp32 even in fp64.
 
     That would hide any difference under 1e-6.
     """
-    offset = 1 if model.config.model_type.startswith("gemma") else 0
-    if not isinstance(model.model.norm, torch.nn.LayerNorm):
+    architecture = ARCHITECTURES[model.config.model_type]
+    offset = 1 if architecture.norm == "rms_plus_one" else 0
+    norm = model.get_submodule(architecture.names.norm)
+    plain = torch.layer_norm if architecture.norm.startswith("layer") else torch.rms_norm
+    if not isinstance(norm, torch.nn.LayerNorm):
         monkeypatch.setattr(
-            type(model.model.norm),
+            type(norm),
             "forward",
-            lambda n, x: torch.rms_norm(x, n.weight.shape, n.weight + offset, getattr(n, "variance_epsilon", None) or n.eps),
+            lambda n, x: plain(x, n.weight.shape, n.weight + offset, eps=getattr(n, "variance_epsilon", None) or n.eps),
         )
     softmax, rounded = torch.nn.functional.softmax, torch.Tensor.float
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))

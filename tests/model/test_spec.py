@@ -90,6 +90,9 @@ def test_layers_without_rotary_positions():
     assert spec_of(model_type="smollm3").rope_of == (0, 0, 0, None, 0, 0)
     assert spec_of(model_type="smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0, 1]).rope_of == (0, None, 0, 0, 0, None)
     assert spec_of(no_rope_layers=[0] * 6).rope_of == (0,) * 6  # not of Llama
+    hybrid = {"model_type": "exaone4", "layer_types": [SLIDING, FULL] * 3}
+    assert spec_of(**hybrid, sliding_window=5).rope_of == (0, None) * 3
+    assert spec_of(model_type="exaone4", layer_types=[FULL] * 6, sliding_window=None).rope_of == (0,) * 6
 
 
 def test_a_longrope_ends_where_its_frequencies_would_change():
@@ -126,14 +129,15 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
     assert is_complete(document)
     assert ModelSpec.of(SimpleNamespace(**document)) == ModelSpec.of(config)
     architecture = ARCHITECTURES[model_type]
-    for name in ("hidden_size", "rope_parameters", architecture.activation, architecture.norm_eps):
+    assert {architecture.activation, architecture.norm_eps, "vocab_size"} < architecture.reads
+    for name in architecture.reads:
         assert not is_complete({key: value for key, value in document.items() if key != name})
-    assert not is_complete({**document, "model_type": "gpt2"})
+    assert not is_complete({**document, "model_type": "mamba"})
 
 
 LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
 BAD = [
-    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got 'gpt2'"),
+    ({"model_type": "mamba"}, "model_type must be one of llama, .*, starcoder2, .*, got 'mamba'"),
     *(({"num_hidden_layers": value}, r"num_hidden_layers must be a whole number in 1\.\.1024") for value in (0, 10**7, True)),
     ({"vocab_size": "67"}, r"vocab_size must be a whole number in 1\.\.16777216, got 67"),
     ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),

@@ -172,7 +172,8 @@ static Model model_of(int precision, int style) {
     *s = (Shape){.hidden = 32 * (1 + below(3)), .heads = heads, .kv_heads = kv_heads, .head_dim = size};
     s->inner = 32 * (1 + below(3));
     s->rotary = style == 1 ? size / 2 : size, s->bf16_cache = PRECISIONS[precision].bf16, s->gated = gated;
-    s->activation = style % 4 ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
+    s->activation = style == 2 ? GELU + below(4) : style % 4 ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
+    s->parallel = style == 2 && below(2), s->norms_rotated = style == 1 && below(2);
     s->attention_scale = (float)(1 / sqrt(size)), s->score_cap = style == 1 ? 5 : 0;
     s->experts = style == 4 ? 2 + below(5) : 0, s->chosen = style == 4 ? 1 + below(s->experts) : 0, s->normalised = below(2);
     s->embedding_scale = style == 1 ? 8 : 1, s->residual_scale = style == 2 ? 0.5f : 1;
@@ -194,6 +195,7 @@ static Model model_of(int precision, int style) {
         l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
         l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
         l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);
+        l->bends[0] = 0.4f, l->bends[1] = 0.7f;
         l->rope = style == 2 && i == 1 ? -1 : 0, l->window = style == 1 && i != 1 ? 5 + below(20) : 0;
     }
     m.head = matrix_of(precision, s->hidden, VOCAB, 1, 0, (Plain *[]){&m.plain_head});

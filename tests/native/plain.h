@@ -128,14 +128,24 @@ static void plain_add(const Shape *s, const Norm *after, const double *block, do
     for (int i = 0; i < s->hidden; i++) hidden[i] += s->residual_scale * normal[i];
 }
 
+static double plain_activation(double x, int kind, const float *bends) {
+    double above = fmax(x, 0), cubic = x + 0.044715 * x * x * x;
+    switch (kind) {
+    case GELU: return x * 0.5 * erfc(-x * M_SQRT1_2);
+    case RELU: return above;
+    case RELU_SQUARED: return above * above;
+    case XIELU: return x / 2 + (x > 0 ? bends[0] * x * x : bends[1] * (expm1(x) - x));
+    default: return x / (1 + exp(-(kind == GELU_TANH ? 1.5957691216057308 * cubic : x)));
+    }
+}
+
 /* An MLP, or an expert; no gate: gate->weight is NULL. */
-static void plain_mlp(const Shape *s, const Plain *gate, const Plain *up, const Plain *down, const double *x, double *out) {
+static void plain_mlp(const Shape *s, const float *bends, const Plain *gate, const Plain *up, const Plain *down, const double *x, double *out) {
     double ups[up->outputs], gates[up->outputs], inside[up->outputs];
     plain_product(up, x, ups, NULL);
     if (gate->weight) plain_product(gate, x, gates, NULL);
     for (int i = 0; i < up->outputs; i++) {
-        double a = gate->weight ? gates[i] : ups[i], cubic = a + 0.044715 * a * a * a;
-        double act = a / (1 + exp(-(s->activation == GELU_TANH ? 1.5957691216057308 * cubic : a)));
+        double act = plain_activation(gate->weight ? gates[i] : ups[i], s->activation, bends);
         inside[i] = gate->weight ? act * ups[i] : act;
     }
     plain_product(down, inside, out, NULL);
@@ -155,7 +165,7 @@ static void plain_experts(const Shape *s, const Layer *l, const PlainLayer *p, c
             for (int other = 0; other < s->experts; other++) better += logits[other] > logits[e];
             if (!pass && (better < s->chosen || !s->normalised)) total += exp(logits[e]);
             if (!pass || better >= s->chosen) continue;
-            plain_mlp(s, p->gates + e, p->ups + e, p->downs + e, x, product);
+            plain_mlp(s, l->bends, p->gates + e, p->ups + e, p->downs + e, x, product);
             for (int d = 0; d < s->hidden; d++) out[d] += exp(logits[e]) / total * product[d];
         }
 }
@@ -178,20 +188,24 @@ static void plain_layer(
         for (int h = 0; h < slots; h++) {
             double *x = own + h * size;
             int is_query = h < s->heads, is_value = h >= s->heads + s->kv_heads;
-            if (!is_value && !s->norms_projections) plain_norm(is_query ? &l->query : &l->key, x, size, s->eps, x);
-            for (int d = 0; d < size && is_query; d++) x[d] *= s->attention_scale;
+            const Norm *norm = is_query ? &l->query : &l->key;
+            int norms = !is_value && !s->norms_projections;
+            if (norms && !s->norms_rotated) plain_norm(norm, x, size, s->eps, x);
             if (!is_value && l->rope >= 0) plain_rotate(x, s->rotary, cos + r * s->rotary / 2, sin + r * s->rotary / 2);
+            if (norms && s->norms_rotated) plain_norm(norm, x, size, s->eps, x);
+            for (int d = 0; d < size && is_query; d++) x[d] *= s->attention_scale;
             for (int d = 0; d < size && s->bf16_cache; d++) x[d] = in_bf16((float)x[d]);
         }
     }
     for (int r = first; r < rows; r++) {
         double *own = hidden + r * n;
+        plain_norm(&l->before_mlp, own, n, s->eps, normal);
         for (int h = 0; h < s->heads; h++) plain_attention(s, l, qkv, r, h, mixed + h * size);
         plain_product(&p->output, mixed, block, NULL);
         plain_add(s, &l->after_attention, block, own);
-        plain_norm(&l->before_mlp, own, n, s->eps, normal);
+        if (!s->parallel) plain_norm(&l->before_mlp, own, n, s->eps, normal);
         if (l->router) plain_experts(s, l, p, normal, block);
-        else plain_mlp(s, &p->gate, &p->up, &p->down, normal, block);
+        else plain_mlp(s, l->bends, &p->gate, &p->up, &p->down, normal, block);
         plain_add(s, &l->after_mlp, block, own);
     }
     free(qkv);

@@ -13,8 +13,8 @@ from ..spec import ModelSpec
 from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
-from ..weights import GROUP_SIZE, Affine, Take, Weights
-from .compiled import ACTIVATIONS, MOST_ROPES, kernels
+from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
+from .compiled import MOST_ROPES, kernels
 from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
@@ -31,7 +31,7 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
     if missing_feature(spec) is not None or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if spec.activation not in ACTIVATIONS or len(spec.ropes) > MOST_ROPES:
+    if len(spec.ropes) > MOST_ROPES:
         return False
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
@@ -75,9 +75,10 @@ class NativeBackend(RepackedBackend):
     def _head_of(
         self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
     ) -> NativeLinear:
-        form = MatrixForm(low_bits or self._unrounded, self.spec.hidden, self.spec.vocab)
-        matrix = self._pack("head", form, lambda: [Affine(weights.of(self.spec.head_name), None)])
-        return NativeLinear(self._engine, matrix if rows is None else matrix.rows_of(rows), norm, self.spec)
+        spec = self.spec
+        form = MatrixForm(low_bits or self._unrounded, spec.hidden, spec.vocab, biased=spec.architecture.head_bias)
+        matrix = self._pack("head", form, lambda: [head_weights(weights, spec)])
+        return NativeLinear(self._engine, matrix if rows is None else matrix.rows_of(rows), norm, spec)
 
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> NativeLinear:
         form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
@@ -89,7 +90,7 @@ class NativeBackend(RepackedBackend):
         return Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
 
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
-        return NativeLayers(self._engine, self._chain_spec, self._embedding, layers)
+        return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers)
 
     def _draft_kernel(
         self, layers: NativeLayers, head: NativeLinear, vocabulary: DraftVocabulary | None, own: bool

@@ -192,14 +192,21 @@ static char *head_of(const Shape *s, const Call *call, int layer, int is_value, 
 /* A query or key x as attention takes it: after its norm, if there is one, and rotation, times `scale`. */
 static void rotated(const Shape *s, const Layer *l, const Call *call, const float *x, const Norm *norm, float scale, int64_t place, float *out) {
     int size = s->head_dim, half = l->rope < 0 ? 0 : s->rotary / 2;
-    float own[LARGEST_HEAD];
-    if (norm->weight && !s->norms_projections) normed(x, norm, size, s->eps, own), x = own;
+    float own[LARGEST_HEAD], last = 1;
+    if (norm->weight && !s->norms_projections) {
+        if (s->norms_rotated) last = scale, scale = 1;
+        else normed(x, norm, size, s->eps, own), x = own;
+    }
     const float *cos = call->cos[l->rope > 0] + place * half, *sin = call->sin[l->rope > 0] + place * half;
     for (int i = 0; i < half; i++) {
         float a = x[i] * scale, b = x[i + half] * scale;
         out[i] = a * cos[i] - b * sin[i], out[i + half] = b * cos[i] + a * sin[i];
     }
     for (int i = 2 * half; i < size; i++) out[i] = x[i] * scale;
+    if (s->norms_rotated) {
+        normed(out, norm, size, s->eps, out);
+        for (int i = 0; i < size; i++) out[i] *= last;
+    }
 }
 
 /* A head's key or value to its place in the cache. */

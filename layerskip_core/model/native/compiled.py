@@ -14,7 +14,9 @@ from typing import Any
 from ...errors import LayerSkipError, require_choice
 
 KINDS = ("fp32", "bf16", "int8", "int4", "widened")  # of weights, as the C code numbers them
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
+ACTIVATIONS = {  # as the C code numbers them
+    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4},
+}
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma"}
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
@@ -32,7 +34,7 @@ _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 withou
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 16  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 17  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -59,6 +61,7 @@ class CLayer(Structure):
         *_fields(c_void_p, "router"),
         *_fields(CNorm, "before_attention after_attention before_mlp after_mlp query key"),
         *_fields(c_int32, "rope window"),
+        *_fields(c_float * 2, "bends"),
     ]
 
 
@@ -66,6 +69,7 @@ class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
         *_fields(c_int32, "experts chosen normalised"),
+        *_fields(c_int32, "norms_rotated parallel"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 
@@ -85,7 +89,7 @@ class CCall(Structure):
 
 class CDraft(Structure):
     _fields_ = [
-        *_fields(c_void_p, "embedding vocabulary ends order stops probs"),
+        *_fields(c_void_p, "embedding learned vocabulary ends order stops probs"),
         *_fields(c_int32, "layer_count stop_count end_count most runs_last power"),
         *_fields(c_float, "logits_scale logits_cap confidence survival doubt"),
         *_fields(c_void_p, "join joined tokens states beyond logits"),

@@ -83,7 +83,7 @@ static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
     const Routing *routing = &call->routing;
     int inner = l->down.inputs, n = s->hidden, slots = call->rows * s->chosen;
     route(work, l, thread, threads);
-    Multiplication up = {&l->up, call->hidden, &l->before_mlp, slots, call->inside, inner, ACTIVATE, routing, routing->rows};
+    Multiplication up = {&l->up, call->hidden, &l->before_mlp, slots, call->inside, inner, ACTIVATE, routing, routing->rows, l->bends};
     multiply(work, up, 0, thread, threads);
     meet(&work->team, threads);
     Multiplication down = {&l->down, call->inside, NULL, slots, routing->products, n, PUT, routing, NULL};

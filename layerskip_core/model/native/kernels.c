@@ -36,14 +36,17 @@ typedef struct {
     Norm before_attention, after_attention, before_mlp, after_mlp;
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
+    float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
 } Layer;
 
-enum { SILU, GELU_TANH }; /* activations */
+enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU }; /* activations */
 
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
     int32_t bf16_cache, activation, gated, norms_projections;
     int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
+    int32_t norms_rotated; /* queries and keys are normed after their rotation */
+    int32_t parallel;      /* the MLP reads what the attention reads */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 } Shape;
@@ -74,6 +77,7 @@ typedef struct {
 
 typedef struct {
     const void *embedding;     /* (token, hidden), bf16 if the cache is */
+    const float *learned;      /* (position, hidden), added to embeddings; NULL where positions are not learned */
     const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
     const int64_t *ends;       /* tokens that end a draft */
     const int32_t *order;      /* (layer_count): the indices of the layers that draft, in ascending order */
@@ -190,9 +194,31 @@ typedef struct {
 
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
 
-/* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh. */
-INLINE vf activated(vf x, int activation) {
-    vf inner = x;
+/* GELU: x times the normal distribution function (Abramowitz and Stegun 7.1.26, within 1.5e-7). */
+INLINE vf gelu(vf x) {
+    vf size = f_abs(x), t = f_div(f_set(1), f_fma(f_set(0.3275911f * 0.70710678f), size, f_set(1)));
+    vf p = f_fma(t, f_set(1.061405429f), f_set(-1.453152027f));
+    p = f_fma(p, t, f_set(1.421413741f));
+    p = f_fma(p, t, f_set(-0.284496736f));
+    p = f_mul(t, f_fma(p, t, f_set(0.254829592f)));
+    vf tail = f_mul(f_mul(f_set(0.5f), p), f_exp(f_mul(f_set(-0.5f), f_mul(x, x)))); /* beyond the size of x */
+    return f_sub(f_max(f_set(0), x), f_mul(size, tail));
+}
+
+/* A positive x squared, e^x - 1 - x of a negative one, each times its factor, and x / 2. */
+INLINE vf xielu(vf x, const float *bends) {
+    vf above = f_max(f_set(0), x), below = f_min(f_set(0), x);
+    vf curve = f_mul(f_set(bends[1]), f_sub(f_sub(f_exp(below), f_set(1)), below));
+    return f_add(f_fma(f_mul(f_set(bends[0]), above), above, curve), f_mul(f_set(0.5f), x));
+}
+
+/* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh; or one of the others. */
+INLINE vf activated(vf x, int activation, const float *bends) {
+    vf inner = x, above = f_max(f_set(0), x);
+    if (activation == GELU) return gelu(x);
+    if (activation == RELU) return above;
+    if (activation == RELU_SQUARED) return f_mul(above, above);
+    if (activation == XIELU) return xielu(x, bends);
     if (activation == GELU_TANH) {
         vf cubic = f_mul(f_mul(x, x), f_mul(x, f_set(0.044715f)));
         inner = f_mul(f_set(1.5957691216f), f_add(x, cubic));
@@ -211,6 +237,7 @@ typedef struct {
     int width, what;
     const Routing *routing; /* of experts' matrices, whose rows are slots; else NULL */
     const int32_t *picks;   /* (count): which of `rows` are multiplied; NULL: all */
+    const float *bends; /* of the layer */
 } Multiplication;
 
 /* A thread's own room, of Call.scratch. */
@@ -277,7 +304,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
                     float *put = product[u * step][r], *out = of->out + (size_t)(first + row + r) * (size_t)of->width + place;
                     if (of->what == ACTIVATE)
                         for (int i = 0; i < PANEL; i += 16) {
-                            vf active = activated(f_load(put + i), s->activation);
+                            vf active = activated(f_load(put + i), s->activation, of->bends);
                             f_store(put + i, step == 2 ? f_mul(active, f_load(product[u * step + 1][r] + i)) : active);
                         }
                     if (of->what == ADD) for (int i = 0; i < live; i++) out[i] += s->residual_scale * put[i];
@@ -388,7 +415,7 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         int index = work->order ? work->order[i] : i;
         const Layer *l = work->layers + index;
         Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
-        Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE};
+        Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
         multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
         meet(&work->team, threads);
         if (s->norms_projections) {
@@ -404,13 +431,14 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         if (work->keys_only) continue;
         mix_values(s, l, call, index, thread, threads);
         meet(&work->team, threads);
-        add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);
             continue;
         }
         multiply(work, up, 0, thread, threads);
         meet(&work->team, threads);
+        if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         add_block(work, &l->down, call->inside, &l->after_mlp, thread, threads);
     }
 }
@@ -536,8 +564,11 @@ static void draft(Work *work, int thread, int threads) {
     float survival = 1;
     for (;;) {
         if (thread == 0) {
-            work->call->hidden = kept(work, draft->stop_count - 1);
-            embed(work->shape, draft->embedding, draft->tokens[draft->drafted], work->call->hidden);
+            float *hidden = work->call->hidden = kept(work, draft->stop_count - 1);
+            int n = work->shape->hidden;
+            embed(work->shape, draft->embedding, draft->tokens[draft->drafted], hidden);
+            if (draft->learned)
+                for (int i = 0; i < n; i++) hidden[i] += draft->learned[*work->call->positions * n + i];
         }
         meet(&work->team, threads);
         reach_exit(work, thread, threads);
@@ -607,7 +638,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 16; }
+int layerskip_interface(void) { return 17; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

@@ -36,12 +36,14 @@ class Engine:
             rotary=spec.rotary,
             inner=spec.inner,
             bf16_cache=dtype == torch.bfloat16,
-            activation=ACTIVATIONS.index(spec.activation),
+            activation=ACTIVATIONS[spec.activation],
             gated=spec.architecture.gated,
             norms_projections=spec.architecture.query_key_norms == "projection",
             experts=spec.experts.count if spec.experts else 0,
             chosen=spec.experts.chosen if spec.experts else 0,
             normalised=spec.experts is not None and spec.experts.normalised,
+            norms_rotated=spec.architecture.norms_rotated,
+            parallel=spec.parallel,
             eps=spec.eps,
             attention_scale=spec.attention_scale,
             score_cap=spec.score_cap or 0.0,
@@ -127,21 +129,19 @@ class NativeLayer:
 
     def __init__(self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
         """`weights`: of this layer; only the matrices that `pack` asks for are read."""
-        first, *_, last = spec.architecture.attention_projections
-        biased, gates = spec.attention_bias, 1 + spec.architecture.gated
-        qkv = MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=first in biased)
-        output = MatrixForm(kind, spec.queries, spec.hidden, biased=last in biased)
-        up = MatrixForm(kind, spec.hidden, spec.inner, gates, spec.mlp_bias)
+        qkv = MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=spec.query_bias)
+        output = MatrixForm(kind, spec.queries, spec.hidden, biased=spec.output_bias)
+        up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
-        read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp.")
-        read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp.")]  # noqa: E731
+        read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
+        read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp")]  # noqa: E731
         if (experts := spec.experts_of(index)) is not None:
             up = replace(up, outputs=experts.inner, experts=experts.count)
             down = replace(down, inputs=experts.inner, experts=experts.count)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "self_attn."))]),
-            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "self_attn.")]),
+            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "attention"))]),
+            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "attention")]),
             pack(f"layers.{index}.up", up, read_up),
             pack(f"layers.{index}.down", down, read_down),
         ]
@@ -160,8 +160,15 @@ class NativeLayer:
 class NativeLayers(RepackedLayers):
     """Layers with fp32 hidden states for weights in any precision."""
 
-    def __init__(self, engine: Engine, spec: ModelSpec, embedding: Tensor, layers: list[NativeLayer | None]) -> None:
-        super().__init__(spec, embedding, layers, torch.float32)
+    def __init__(
+        self,
+        engine: Engine,
+        spec: ModelSpec,
+        embedding: Tensor,
+        learned: Tensor | None,
+        layers: list[NativeLayer | None],
+    ) -> None:
+        super().__init__(spec, embedding, learned, layers, torch.float32)
         self.engine = engine
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
 
@@ -171,7 +178,7 @@ class NativeLayers(RepackedLayers):
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        buffers, kernels = self.placed(positions, cache, start, stop), self.engine.kernels
+        buffers, kernels = self.call_at(positions, cache, start, stop), self.engine.kernels
         buffers.call.hidden = rows.data_ptr()
         kernel = kernels.write if only_kv else kernels.span
         kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
@@ -185,7 +192,7 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def placed(self, positions: Tensor, cache: KVCache, start: int, stop: int, rows: int | None = None) -> Buffers:
+    def call_at(self, positions: Tensor, cache: KVCache, start: int, stop: int, rows: int | None = None) -> Buffers:
         """The buffers of a call whose rows stand at positions (B, T), over layers that keep keys and values in the cache.
 
         `rows`: of the call, if it has other ones than there are positions.
@@ -268,7 +275,7 @@ def draft(
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
     places, engine = torch.arange(start, start + most + 1)[None], layers.engine
-    buffers = layers.placed(places, cache, 0, max(order, default=-1) + 1, rows=1)
+    buffers = layers.call_at(places, cache, 0, max(order, default=-1) + 1, rows=1)
     tokens = torch.empty(1, most + 1, dtype=torch.long)
     tokens[0, 0] = int(token)
     states = torch.empty(len(stops), most + 1, spec.hidden)
@@ -281,6 +288,7 @@ def draft(
     probs = (ctypes.c_float * most)() if ends.needs_probs else None
     call = CDraft(
         embedding=layers.embedding.data_ptr(),
+        learned=None if layers.learned is None or exit_layer == 0 else layers.learned.data_ptr(),
         vocabulary=None if ids is None else ids.data_ptr(),
         ends=ctypes.addressof(end_ids),
         order=ctypes.addressof(indices),
@@ -326,12 +334,14 @@ def choose(
     batch, count = tokens.shape
     if batch * count > _KEPT_ROWS or not layers.has(range(start, stop)) or cache.rows != batch:
         return None
+    if start == 0 and layers.learned is not None:
+        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, positions)
     if hidden is None:
         tokens = tokens.contiguous()
         rows = torch.empty(batch, count, layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers = layers.engine, layers.placed(positions, cache, start, stop)
+    engine, buffers = layers.engine, layers.call_at(positions, cache, start, stop)
     buffers.call.hidden = rows.data_ptr()
     chosen = torch.empty(batch, count, dtype=torch.long)
     choice = CChoice(
