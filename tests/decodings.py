@@ -45,7 +45,8 @@ def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eo
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
-    context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, feature)
+    features = {} if feature is None else {submodel.exit_layer: feature}
+    context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, features)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 

@@ -160,20 +160,23 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
 
 def _block_lines(plan: "Plan") -> list[str]:
     config, blocks, rows = plan.config, plan.config.exit_blocks, plan.rows or 0
-    exits, most, writing = ",".join(map(str, config.recipe.exits or ())), "", ""
+    most, writing = "", ""
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
     if plan.answers is not None and plan.answers.prompts:
         known = len(plan.answers.known)
         most = "at most " if known < len(plan.answers.prompts) else ""
         writing = f"{known} answers are there, the others in {most}{_minutes(plan.answers.seconds)}; "
+    what = f"blocks at exits {','.join(map(str, config.recipe.exits or ()))}"
+    reads, steps = f"feature {blocks.feature}", "steps per exit"
+    if blocks.layout == "eagle3":
+        what, reads, steps = "a drafter in the EAGLE-3 layout", f"at most {blocks.draft_vocab} tokens", "steps"
     return [
-        f"blocks at exits {exits} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, "
-        f"{plan.num_layers} layers), which stays as it is; {plan.trained / 1e6:.1f}M parameters, feature {blocks.feature}, "
-        f"loss {blocks.loss}",
+        f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
+        f"{plan.trained / 1e6:.1f}M parameters, {reads}, loss {blocks.loss}",
         f"on {config.data.name}: {rows} rows and {plan.held_out} held out{left_out}, answers of the {blocks.answers}, "
         f"{most}{plan.tokens} tokens",
         f"{writing}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
-        f"{plan.steps} steps per exit of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{plan.steps} {steps} of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}",
     ]
 
@@ -193,11 +196,12 @@ def report_text(report: "StepReport", frozen: bool) -> str:
 def result_text(info: "CheckpointInfo", plan: "Plan") -> str:
     """The last loss of every exit, held-out losses included, or the last figures of each block."""
     if plan.recipe is None:
-        trained = {exit_layer: info.details["exit_blocks"][str(exit_layer)] for exit_layer in plan.config.recipe.exits or ()}
+        names = map(str, plan.config.recipe.exits or ("eagle3",))
+        trained = {name: info.details["exit_blocks"][name] for name in names}
         return "\n".join(
-            f"exit {exit_layer}: divergence {block['divergence']:.3f}"
+            f"{f'exit {name}' if name.isdigit() else name}: divergence {block['divergence']:.3f}"
             + (f", first drafts agree {block['agreement']:.1%} on held-out rows" if "agreement" in block else "")
-            for exit_layer, block in trained.items()
+            for name, block in trained.items()
         )
     kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
     return "\n".join(

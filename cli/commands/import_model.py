@@ -17,11 +17,14 @@ def import_model(
         DType,
         Flag("Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.", panel="Output"),
     ] = "auto",
+    eagle3: Annotated[
+        Text | None, Flag("Drafter in the EAGLE-3 layout that the model gets: a folder or a hub id.", panel="Output")
+    ] = None,
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.", panel="Output")] = False,
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 
-    Calibrated int4 weights and exit blocks beside the model are kept.
+    Calibrated int4 weights, exit blocks and a drafter in the EAGLE-3 layout beside the model are kept.
 
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
@@ -31,7 +34,7 @@ def import_model(
 
     with hold(output, "layerskip import"):
         refuse_overwrite(output, overwrite)
-        written, left_out = import_checkpoint(model, output, dtype)
+        written, left_out = import_checkpoint(model, output, dtype, eagle3=eagle3)
     for reason in left_out:
         narrate(f"left out: {reason}")
     narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
 from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
+from .speculators import EAGLE3_FOLDER, read_eagle3
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
@@ -85,19 +87,22 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when it is taken, as it is stored; NO_BLOCKS if the folder has no such file.
+    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout.
+
+    NO_BLOCKS if the folder has neither.
 
     `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
     not trained for these weights.
     """
-    path = Path(folder) / EXIT_BLOCKS_FILE
-    if not path.is_file():
-        return NO_BLOCKS
-    with _naming(path):
-        file = open_formed(path, _BLOCKS)
-        found = blocks_named(file.entries, spec.layers)
-        blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-        _check(file, spec, weight_of, blocks.shapes(spec), FLOATS)
+    path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
+    if path.is_file():
+        with _naming(path):
+            file = open_formed(path, _BLOCKS)
+            found = blocks_named(file.entries, spec.layers)
+            blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
+            _check(file, spec, weight_of, blocks.shapes(spec), FLOATS)
+    if (drafter := Path(folder) / EAGLE3_FOLDER).is_dir():
+        blocks = replace(blocks, eagle3=read_eagle3(drafter, spec))
     return blocks
 
 

@@ -100,7 +100,9 @@ class CheckpointInfo:
         for a gap of that many nats between an exit's loss and the last layer's.
         """
         known, training = self.profile, self._training
-        of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in training.exit_blocks.items()}
+        of_blocks = {
+            f"exit {name}" if name.isdigit() else name: block.agreement for name, block in training.exit_blocks.items()
+        }
         agreement = {name: share for name, share in of_blocks.items() if share is not None}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}

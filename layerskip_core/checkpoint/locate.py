@@ -73,12 +73,18 @@ def downloaded(name: str) -> str:
     if location.gguf_file is not None or is_adapter(location.path):
         found = "an adapter" if location.gguf_file is None else "a GGUF file"
         raise CheckpointError(f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`")
-    folder = location.path
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = reading(name, lambda: snapshot_download(location.path, allow_patterns=_HUB_FILES))
+    folder = fetched(location.path)
     reading(name, lambda: refuse_packed(folder))
+    return folder
+
+
+def fetched(name: str) -> str:
+    """A folder as it is, and that of the files of a hub id. Raises CheckpointError."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    folder: str = reading(name, lambda: snapshot_download(name, allow_patterns=_HUB_FILES))
     return folder
 
 

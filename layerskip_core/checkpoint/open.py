@@ -48,9 +48,10 @@ from .folder import (
 )
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_dtype
-from .locate import Location, adapters_of, locate, reading
+from .locate import Location, adapters_of, fetched, locate, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
+from .speculators import EAGLE3_FOLDER, eagle3_content, read_eagle3
 from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
@@ -151,11 +152,13 @@ def import_checkpoint(
     dtype: str,
     files: Mapping[str, bytes] = NO_FILES,
     change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
+    eagle3: str | None = None,
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
     Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name, and
-    `change` is made to layerskip.json.
+    `change` is made to layerskip.json. `eagle3`: a drafter in the EAGLE-3 layout that the model gets, a folder or a hub id; the
+    model's own goes with it without that.
     `dtype` is fp32, bf16, or auto: as `written_dtype` says. Returns the precision, and for each file beside the weights that
     was left out the reason. Raises CheckpointError if anything fails.
     """
@@ -171,6 +174,10 @@ def import_checkpoint(
                 beside[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
+    own = Path(folder) / EAGLE3_FOLDER
+    if eagle3 is not None or own.is_dir():
+        spec, drafter = loaded.backend.spec, own if eagle3 is None else fetched(eagle3)
+        beside |= eagle3_content(read_eagle3(drafter, spec), spec.config.to_dict(), str(Path(output).resolve()), spec.vocab)
     details = {**loaded.info.details, "imported_from": name}
     if EXIT_BLOCKS_FILE not in beside:
         details.pop(EXIT_BLOCKS, None)
@@ -325,4 +332,4 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) 
             f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"
         )
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
-    return replace(generic, backend=TransformersBackend(trainable.model, blocks)) if blocks.blocks else generic
+    return replace(generic, backend=TransformersBackend(trainable.model, blocks)) if blocks is not NO_BLOCKS else generic

@@ -33,6 +33,7 @@ _MODEL = (  # the files that loaders take for part of a model
     *(*CONFIG_FILES, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
     *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("eagle3/config.json", "eagle3/model.safetensors"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
@@ -127,6 +128,7 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             staging = new_staging(folder)
             write(staging)
             for name, content in files.items():
+                (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(content)
             listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
             (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
@@ -176,6 +178,7 @@ def save_beside(
         info = change(read_info(folder))
         # First: a file that it does not list would be in the way.
         write_info(folder, replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))))
+        (Path(folder) / name).parent.mkdir(exist_ok=True)
         write_file(Path(folder) / name, content, CheckpointError)
 
 

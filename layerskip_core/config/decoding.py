@@ -14,6 +14,7 @@ from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Sha
 DRAFTERS = {
     "adaptive": "layerskip_core.decoding.drafters.adaptive",
     "self-speculative": "layerskip_core.decoding.drafters.exit",
+    "eagle3": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.skipping",
 }
@@ -69,7 +70,7 @@ class DecodingOptions(TypedDict, total=False):
     draft_confidence: Annotated[
         float,
         Meta(ge=0, lt=1),
-        UsedBy(("adaptive", "self-speculative", "draft-and-verify")),
+        UsedBy(("adaptive", "self-speculative", "eagle3", "draft-and-verify")),
         Flag("Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
     ]
     stop: Annotated[

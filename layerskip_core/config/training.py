@@ -15,7 +15,8 @@ DropoutProfile = Literal["exponential", "constant"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
-BlockLoss = Literal["kl", "tv"]
+BlockLoss = Literal["kl", "tv", "acceptance"]
+BlockLayout = Literal["exit", "eagle3"]
 AnchorWeights = Literal["bf16", "int8"]
 LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -89,14 +90,26 @@ class RetentionSettings:
 
 @dataclass(frozen=True)
 class ExitBlockSettings:
-    """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py).
+    """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py), or a drafter that
+    other engines read (see model/eagle3.py).
 
-    `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance.
+    `loss`: KL(full depth || exit); their total variation, which is one minus the expected acceptance; or, for the layout
+    eagle3, the negative logarithm of the expected acceptance.
     """
 
     frozen: Annotated[
         bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
     ] = False
+    layout: Annotated[
+        BlockLayout,
+        Flag("exit: a block at each of --exits; eagle3: one drafter that vLLM, SGLang and llama.cpp read too."),
+    ] = "exit"
+    layers: Annotated[
+        tuple[Layer, ...] | None,
+        Flag("Layers after which a drafter of the layout eagle3 reads states.", default="2, a half of all, and all but 3"),
+    ] = None
+    draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
+    start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
     feature: Annotated[
         Feature,
         Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
@@ -104,14 +117,21 @@ class ExitBlockSettings:
     answers: Annotated[Answers, Flag("Who writes the answers to the prompts of --data: model or data.")] = "model"
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
-    loss: Annotated[BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer.")] = "kl"
+    loss: Annotated[
+        BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer, or acceptance (its negative logarithm).")
+    ] = "kl"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             usual = value == getattr(type(self), name)
             require(self.frozen or usual, name, "used with `frozen`", value)
+            if name in ("layers", "draft_vocab", "start_from"):
+                require(self.layout == "eagle3" or usual, name, "used with `layout` eagle3", value)
             if self.answers == "data" and name in ("answer_tokens", "answer_temperature"):
                 require(usual, name, "left out with `answers` data", value)
+        require(self.layout == "exit" or self.feature == "none", "feature", "left out with `layout` eagle3", self.feature)
+        fits = self.layout == "eagle3" or self.loss != "acceptance"
+        require(fits, "loss", "kl or tv without `layout` eagle3", self.loss)
 
 
 @dataclass(frozen=True)

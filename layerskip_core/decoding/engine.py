@@ -380,7 +380,7 @@ class DecodingLoop:
 
     def _context(self, newest: Tensor, limits: list[int]) -> Context:
         rows = self._active
-        features = None if self._target.exit_cache is None else self._target.exit_cache.features
+        features = {} if self._target.exit_cache is None else self._target.exit_cache.features
         positions = self._next_positions(max(limits) + 1)
         return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
 

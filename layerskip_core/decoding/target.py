@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, joined, states_at
 from ..model.cache import KVCache, TokenRows
-from ..model.exit_blocks import PlacedBlock, target_block
+from ..model.exit_blocks import DraftBlock, target_block
 from .drafters import Draft
 from .graphs import Recorder
 
@@ -52,11 +52,15 @@ class FixedTarget:
         self.head = model.unembed if self._block is None else self._block.head
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting = exits.get(config.strategy, ())
-        blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
+        blocks: dict[int, DraftBlock] = {
+            exit_layer: block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting
+        }
+        if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
+            blocks[0] = model.eagle3
         self.exit_cache = ExitBlockCache(model, blocks) if blocks else None
         self._taps = self.exit_cache.taps if self.exit_cache else ()
         self.writes: Hashable = self._layers, self._block is not None, self._taps
-        self.rerun = int(self.exit_cache is not None and self.exit_cache.needs_finals)
+        self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or blocks or self._block)
 
@@ -65,7 +69,7 @@ class FixedTarget:
 
         The cache already has the KV entries before `positions`.
         """
-        states = self._run({0: self._model.embed(tokens)}, positions, cache)
+        states = self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
         return TargetOutput(self.head(_at(states, last)), self._layers, states=states)
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
@@ -73,7 +77,7 @@ class FixedTarget:
         recorder, stops = self.recorder, tuple(draft.exit_states)
         if recorder is None:
             padded = draft.tokens.numel() - len(draft.counts) > sum(draft.counts)
-            if padded and self._model.ragged and not (self.exit_cache and self.exit_cache.needs_finals):
+            if padded and self._model.ragged and not (self.exit_cache and self.exit_cache.is_fed):
                 return self._ragged_pass(draft, positions, cache)
             return self._pass(draft.tokens, draft.exit_states, positions, cache)
 
@@ -123,17 +127,19 @@ class FixedTarget:
             choices = self._model.chooser(tokens, states.get(start), start, self._layers, positions, cache)
             if choices is not None:
                 return TargetOutput(None, self._layers, choices)
-        hidden = self._run(states or {0: self._model.embed(tokens)}, positions, cache)
+        hidden = self._run(tokens, states or {0: self._model.embed(tokens)}, positions, cache)
         return TargetOutput(self.head(hidden), self._layers)
 
-    def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
-        """The layers after the highest of the `states`, and the exit's block."""
+    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
+        """The layers after the highest of the `states` of tokens (B, T), and the exit's block."""
         start = max(states)
+        if 0 in self._taps and 0 not in states:
+            states = {0: self._model.embed(tokens), **states}
         stops = (*(tap for tap in self._taps if tap > start), self._layers)
         states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
         hidden = states[self._layers]
         if self.exit_cache is not None:
-            self.exit_cache.write([states[tap] for tap in self._taps], hidden, positions, cache)
+            self.exit_cache.write(states, hidden, positions, cache)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden
@@ -216,47 +222,51 @@ def _at(hidden: Tensor, indices: Tensor) -> Tensor:
 
 
 class ExitBlockCache:
-    """The KV entries of exit blocks that draft: after each pass of the target they are written from its own states.
+    """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
-    A pass has stops at `taps` on its way, and one `write` at its end.
+    A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
+    to the next, if any `is_fed`.
     """
 
-    def __init__(self, model: Backend, blocks: Sequence[PlacedBlock]) -> None:
-        self._model = model
-        self._blocks = {block.block.exit_layer: block for block in blocks}
-        self.taps = tuple(sorted(self._blocks))  # the exits
-        self.needs_finals = any(block.join is not None for block in blocks)  # which one pass leaves to the next
-        self.features: Tensor | None = None  # (B, 1, D), the final norm's output for the token before each row's newest
-        self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
+    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock]) -> None:
+        """`blocks`: by the exits at which their drafts start."""
+        self._model, self._blocks = model, blocks
+        self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
+        self.is_fed = any(block.is_fed for block in blocks.values())
+        self.features: dict[int, Tensor] = {}  # by exit, (B, 1, D): of the token before each row's newest
+        self._of_pass: dict[int, Tensor] = {}  # by exit, (B, T, D): of the tokens of the last pass
 
-    def write(self, states: Sequence[Tensor], hidden: Tensor, positions: Tensor, cache: KVCache) -> None:
+    def write(self, states: Mapping[int, Tensor], finals: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Writes the blocks' KV entries of the tokens at `positions` (B, T).
 
-        `states` are those after each of `taps`, `hidden` those after the last layer, (B, T, D). After a cached prefix, the
+        `states` are those after each of `taps`, `finals` those after the last layer, (B, T, D). After a cached prefix, the
         first token is rerun only to get the second token's feature: its own KV entries are there.
         """
-        before = None
-        if self.needs_finals:
-            self._finals = self._model.normed(hidden)
-            if self.features is None and int(positions[0, 0]) > 0:
-                states, positions, before = [reached[:, 1:] for reached in states], positions[:, 1:], self._finals[:, :-1]
-            else:
-                first = torch.zeros_like(self._finals[:, :1]) if self.features is None else self.features
-                before = torch.cat((first, self._finals[:, :-1]), dim=1)
-        for exit_layer, reached in zip(self.taps, states, strict=True):
-            block = self._blocks[exit_layer]
-            self._model.write_kv(block.enter(reached, before), block.layer, block.layer + 1, positions, cache)
+        begins = int(positions[0, 0]) == 0
+        for exit_layer, block in self._blocks.items():
+            own, places, before = {tap: states[tap] for tap in block.taps}, positions, None
+            features = block.features(self._model, states, finals)
+            if features is not None:
+                known = self.features.get(exit_layer)
+                if known is None and begins and not block.starts_later:
+                    known = torch.zeros_like(features[:, :1])
+                if known is None:
+                    own, places = {tap: state[:, 1:] for tap, state in own.items()}, positions[:, 1:]
+                before = features[:, :-1] if known is None else torch.cat((known, features[:, :-1]), dim=1)
+                self._of_pass[exit_layer] = features
+            if places.numel():
+                block.write(self._model, own, before, places, cache)
 
     def go_on(self, last: Sequence[int], rows: Sequence[int]) -> None:
         """Keeps `rows` of the batch. `last`: by row, the index in the pass of the token before its newest."""
-        if self.needs_finals:
-            chosen, where = torch.tensor([list(rows), list(last)]).to(self._finals.device, non_blocking=True)
-            self.features = self._finals[chosen, where][:, None]
+        if self.is_fed:
+            device = next(iter(self._of_pass.values())).device
+            chosen, where = torch.tensor([list(rows), list(last)]).to(device, non_blocking=True)
+            self.features = {exit_layer: found[chosen, where][:, None] for exit_layer, found in self._of_pass.items()}
 
     def join(self, other: "ExitBlockCache") -> None:
         """Adds the rows of another after its own, between two passes."""
-        if self.features is not None and other.features is not None:
-            self.features = torch.cat((self.features, other.features))
+        self.features = {exit_layer: torch.cat((own, other.features[exit_layer])) for exit_layer, own in self.features.items()}
 
 
 Target = FixedTarget | CalmTarget

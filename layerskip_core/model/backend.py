@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.model import Quantization
 from .cache import KVCache
-from .exit_blocks import PlacedBlock
+from .exit_blocks import DraftBlock, PlacedBlock
 from .spec import AnySpec
 from .vocabulary import DraftVocabulary, most_probable
 
@@ -69,12 +69,12 @@ class Submodel:
 
     An exit of the model ends with the draft side's head. Draft & Verify runs further spans of layers, `beyond`, before it. An
     exit block (`block`, one of the draft side's) has a head of its own. `taps`: ascending exits below `exit_layer` whose
-    hidden states are returned too.
+    hidden states are returned too. A block that reads embeddings is at exit 0.
     """
 
     exit_layer: int
     beyond: Spans = ()
-    block: PlacedBlock | None = None
+    block: DraftBlock | None = None
     taps: tuple[int, ...] = ()
 
     @property
@@ -170,8 +170,8 @@ def beyond_exit(
     """
     block = submodel.block
     if block is not None:
-        hidden = side.layers.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
-        return block.head(hidden), None if block.join is None else block.norm(hidden)
+        hidden = block.run(side.layers, states, feature, positions, cache)
+        return block.head(hidden), block.own_feature(hidden)
     return side.unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
 
 
@@ -188,6 +188,7 @@ class Backend(Layers, Protocol):
         recordable: whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves.
         chooser: a kernel for layers, head and choice in one call; None if there is none.
         exit_blocks: the blocks of its exits, by their exits.
+        eagle3: its drafter in the EAGLE-3 layout, if it has one.
         draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
     """
 
@@ -211,6 +212,8 @@ class Backend(Layers, Protocol):
     def chooser(self) -> Chooser | None: ...
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
+    @property
+    def eagle3(self) -> DraftBlock | None: ...
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]: ...
 

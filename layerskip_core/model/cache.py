@@ -83,6 +83,22 @@ class KVCache:
         self.max_positions = max(self.max_positions, other.max_positions)
         self.slots = torch.cat((self.slots, torch.tensor(free)))
 
+    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values (B, kv heads, T, head dim) of a layer that runs on PyTorch's kernels, whatever the others do.
+
+        `positions` (B, T) are on the host. Returns the layer's keys and values at all positions up to the last of them.
+        """
+        stop, (_, heads, _, width) = int(positions.max()) + 1, keys.shape
+        like = keys if self._storage is None else self._storage
+        storage = (self.scattered if self._spares else self.room)(stop, heads, width, like)
+        held, rows = storage[layer], self.slots if self._spares else torch.arange(self.rows)
+        rows, places = rows.to(held.device), positions.to(held.device, non_blocking=True)
+        for part, new in zip(held, (keys, values), strict=True):
+            part[rows[:, None], :, places] = new.transpose(1, 2).to(part.dtype)
+        self.written = max(self.written, stop)
+        own = held[:, rows] if len(rows) > 1 else held[:, int(rows[0]), None]
+        return own[0, ..., :stop, :].to(keys.dtype), own[1, ..., :stop, :].to(keys.dtype)
+
     def fill(self, other: "KVCache", row: int, stop: int) -> None:
         """Copies what a row of another cache has at positions before `stop` into this one, which is empty, of one row."""
         held = other._storage
@@ -228,6 +244,10 @@ class MixedCache(KVCache):
                 part.slots = torch.arange(part.rows)
         self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
         self.max_positions = max(self.max_positions, other.max_positions)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        writer = EntryWriter(self, positions)
+        return writer.put((layer, "keys"), keys), writer.put((layer, "values"), values)
 
     def fill(self, other: KVCache, row: int, stop: int) -> None:
         assert isinstance(other, MixedCache)

@@ -7,16 +7,23 @@ token before (as EAGLE, Li et al., 2024): the target's own for the first draft o
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError
+from .cache import KVCache
+from .eagle3 import Eagle3Weights
 from .spec import AnySpec, ModelSpec, Shapes
+from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
+
+if TYPE_CHECKING:
+    from .backend import Backend, Layers
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,11 @@ class ExitBlock:
 
 @dataclass(frozen=True)
 class ExitBlocks:
-    """The blocks of a model, by ascending exits, and their weights."""
+    """The blocks of a model, by ascending exits, and their weights; and its drafter in the EAGLE-3 layout, if it has one."""
 
     blocks: tuple[ExitBlock, ...]
     take: Take  # by the names of `ExitBlock.shapes`
+    eagle3: Eagle3Weights | None = None
 
     def shapes(self, spec: AnySpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
@@ -59,9 +67,46 @@ class ExitBlocks:
 NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 
+class DraftBlock(Protocol):
+    """A block of a backend that drafts. Hidden states are (B, T, D), `positions` those (B, T) of their tokens, on the host.
+
+    Attributes:
+        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
+        is_fed: whether it reads a feature of the token before, too.
+        starts_later: whether the first token of a text, which has none before it, has no entry.
+        vocabulary: the tokens that its head scores, if they are others than those of its draft side.
+    """
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+    @property
+    def is_fed(self) -> bool: ...
+    @property
+    def starts_later(self) -> bool: ...
+    @property
+    def vocabulary(self) -> DraftVocabulary | None: ...
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """To logits (..., N)."""
+
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
+        """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
+
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
+    ) -> None:
+        """Writes its KV entries, of the target's states by `taps`."""
+
+    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        """The features (B, T, D) of tokens, of the target's states by `taps` and after the last layer."""
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        """The feature of a drafted token, from what `run` gave for the token."""
+
+
 @dataclass(frozen=True)
 class PlacedBlock:
-    """A block of a backend: layer `layer` of its chain of layers.
+    """A DraftBlock: layer `layer` of a backend's chain of layers.
 
     Hidden states are (..., D). `head`: the block's norm and the head, to logits (..., N). `norm`: the block's norm alone.
     `join`: the map W from (..., 2D); None without a feature.
@@ -73,10 +118,34 @@ class PlacedBlock:
     norm: Callable[[Tensor], Tensor]
     join: Callable[[Tensor], Tensor] | None
 
+    starts_later, vocabulary = False, None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return (self.block.exit_layer,)
+
+    @property
+    def is_fed(self) -> bool:
+        return self.join is not None
+
     @property
     def stands_alone(self) -> bool:
         """Whether it reads nothing but the exit's state, so that it can decode without a pass of the whole model."""
         return self.join is None
+
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
+        return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, positions, cache)
+
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
+    ) -> None:
+        model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, positions, cache)
+
+    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        return None if self.join is None else model.normed(finals)
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        return None if self.join is None else self.norm(hidden)
 
     def enter(self, states: Tensor, features: Tensor | None) -> Tensor:
         """The layer's input: from the states of tokens at the exit, and the features (normed final states) before them."""
@@ -115,9 +184,12 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
     return tuple(ExitBlock(*block) for block in sorted(features.items()))
 
 
-def with_blocks(spec: ModelSpec, blocks: Sequence[ExitBlock]) -> ModelSpec:
-    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last."""
-    count, experts = len(blocks), spec.experts
+def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
+    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last.
+
+    The keys and values of a drafter in the EAGLE-3 layout are those of a further layer.
+    """
+    count, experts = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts
     return replace(
         spec,
         experts=experts and replace(experts, layers=experts.layers + experts.layers[-1:] * count),

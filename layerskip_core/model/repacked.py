@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config.model import PackingConfig, Quantization
 from .backend import Chooser, DraftKernel, DraftSide
 from .cache import KVCache
+from .eagle3 import PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
 from .vocabulary import DraftVocabulary
@@ -141,7 +142,7 @@ class RepackedBackend(ABC):
             ConfigError: no kernel does what `packing` asks for.
         """
         packing = packing or PackingConfig()
-        self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks.blocks)
+        self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
@@ -158,6 +159,12 @@ class RepackedBackend(ABC):
             self._layers, self._head = runners[0], chains[0].heads[0]
             self.exit_blocks = {exit_layer: placed[0] for exit_layer, placed in chains[0].blocks.items()}
             self.normed = self._norm(norm)
+            self.eagle3 = None
+            if (drafter := exit_blocks.eagle3) is not None:
+                place, like = self._chain_spec.layers - 1, torch.empty(0, dtype=self._layers.dtype, device=embedding.device)
+                self.eagle3 = PlacedEagle3(
+                    drafter, place, spec.vocab, like, lambda matrix: self._product(matrix.to(embedding), packing.quantize)
+                )
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             head, own = chain.heads[-1], layers is self._layers
@@ -211,6 +218,10 @@ class RepackedBackend(ABC):
 
     @abstractmethod
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
+
+    @abstractmethod
+    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
+        """Rows (..., inputs) by a drafter's matrix (outputs, inputs), which has the precision of the embedding."""
 
     @abstractmethod
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...

@@ -170,6 +170,10 @@ class TorchBackend(RepackedBackend):
         product = linear(weights.of("input.weight"), None, low_bits)
         return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
 
+    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
+        product = linear(matrix, None, low_bits)
+        return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
+
     def _norm(self, weights: Affine) -> Norm:
         return Norm(weights, self.spec.eps)
 

@@ -45,7 +45,7 @@ class TransformersBackend:
 
     implementation = "generic"
     exact = batch_invariant = recordable = ragged = False
-    chooser = None
+    chooser = eagle3 = None
 
     def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
         """A model type that our kernels do not run is tried at once, others when they first run.
@@ -151,6 +151,12 @@ class TransformersBackend:
     def head(self, normed: Tensor) -> Tensor:
         """Logits (..., V) of what a norm gave, in any precision."""
         return self._cut.unembed(normed.to(self.dtype), norm=lambda hidden: hidden)
+
+    @property
+    def norm_weight(self) -> Tensor | None:
+        """The factors (D,) of the norm before the head; None if it has none of that shape."""
+        weight = getattr(self._cut.form.norm, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.shape == (self.spec.hidden,) else None
 
     def block_parts(self) -> tuple[nn.Module, nn.Module]:
         """The layer and the norm of a new exit block: copies of the model's last layer with keys and values, and of its norm.

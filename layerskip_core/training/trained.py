@@ -20,9 +20,10 @@ from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_bloc
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
-from ..checkpoint.locate import adapters_of, downloaded, own_folder
+from ..checkpoint.locate import adapters_of, downloaded, fetched, own_folder
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
+from ..checkpoint.speculators import EAGLE3_FOLDER, default_layers, eagle3_content, read_eagle3
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.decoding import require_exit_layer
 from ..config.model import PackingConfig
@@ -46,6 +47,7 @@ from .data import (
     run_steps,
     token_order,
 )
+from .eagle3 import FrozenEagle3
 from .encoding import Encoder, train_tokenizer
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import Anchor, RecipeModule, adapted_layers, use_fp32_attention, with_lora
@@ -219,10 +221,20 @@ class FrozenModel:
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
-        self.exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
-        there = {block.exit_layer for block in self.kept.blocks} if self.in_place and not (config.overwrite or resume) else ()
+        self.is_eagle3 = config.exit_blocks.layout == "eagle3"
+        if self.is_eagle3:
+            require(
+                config.recipe.exits is None, "exits", "left out with `layout` eagle3, which has `layers`", config.recipe.exits
+            )
+            self.exits = tuple(sorted(config.exit_blocks.layers or default_layers(spec.layers)))
+        else:
+            self.exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
+        keeps = self.in_place and not (config.overwrite or resume)
+        there = {block.exit_layer for block in self.kept.blocks} if keeps and not self.is_eagle3 else ()
+        if keeps and self.is_eagle3 and (Path(source) / EAGLE3_FOLDER).is_dir():
+            raise ConfigError(f"`output` {config.output} already has a drafter; give `overwrite` to replace it")
         for exit_layer in self.exits:
-            require_exit_layer(exit_layer, spec.layers, field="exits")
+            require_exit_layer(exit_layer, spec.layers, field="layers" if self.is_eagle3 else "exits")
             if exit_layer in there:
                 raise ConfigError(
                     f"`output` {config.output} already has a block at exit {exit_layer}; give `overwrite` to replace it"
@@ -248,7 +260,9 @@ class FrozenModel:
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
         lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
-        config = replace(config, lr=lr, max_length=max_length, recipe=RecipeSettings(exits=self.exits))
+        config = replace(
+            config, lr=lr, max_length=max_length, recipe=RecipeSettings(exits=None if self.is_eagle3 else self.exits)
+        )
         self.plan = self._planned(config, device, resume, len(encoded[0]), len(encoded[1]), sum(map(len, given)))
 
     def _planned(
@@ -278,7 +292,7 @@ class FrozenModel:
             notes,
             {"original": self.made_for, "texts": named},
             steps=run_steps(config, rows),
-            phases=len(self.exits),
+            phases=1 if self.is_eagle3 else len(self.exits),
             rows=rows,
             held_out=held_out,
             tokens=tokens,
@@ -289,10 +303,16 @@ class FrozenModel:
         )
         if plan.autocast and device.type == "cpu":
             use_fp32_attention(self.trainable.model)
-        self.module = FrozenExits(self.trainable.backend, [ExitBlock(stop, asked.feature) for stop in self.exits], asked.loss)
+        backend, chosen = self.trainable.backend, self.exits if self.is_eagle3 else self.exits[:1]
+        self.module: FrozenExits | FrozenEagle3
+        if self.is_eagle3:
+            known = None if asked.start_from is None else read_eagle3(fetched(asked.start_from), spec)
+            self.module = FrozenEagle3(backend, self.exits, asked.draft_vocab, asked.loss, config.seed, known)
+        else:
+            self.module = FrozenExits(backend, [ExitBlock(stop, asked.feature) for stop in self.exits], asked.loss)
         example = max(longest, key=lambda text: len(text["input_ids"]))
         shape = (len(example["input_ids"]), spec.hidden)
-        states = {"exits": self.exits[:1], "states": torch.randn(1, *shape), "finals": torch.randn(shape)}
+        states = {"exits": chosen, "states": torch.randn(len(chosen), *shape), "finals": torch.randn(shape)}
         return timed(plan, self.module, [example | states], tokens / len(longest))
 
     def rows(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
@@ -309,9 +329,11 @@ class FrozenModel:
         write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
         states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
+        if isinstance(self.module, FrozenEagle3):
+            self.module.choose_tokens(texts[:trained])
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
         order = ordered(config, lengths, plan.steps)
-        phases = [Subset(states((exit_layer,)), order) for exit_layer in exits]
+        phases = [Subset(states(chosen), order) for chosen in ((exits,) if self.is_eagle3 else zip(exits))]
         held_out = Subset(states(exits), range(trained, len(texts))) if plan.held_out else None
         return ConcatDataset(phases), held_out
 
@@ -319,16 +341,21 @@ class FrozenModel:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
         dtype = stored_dtype(config.model)
-        weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
-        content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)
+        if isinstance(self.module, FrozenEagle3):
+            backend, own = self.trainable.backend, own_folder(config.model)
+            verifier = config.model if own is None else str(Path(config.output).resolve())
+            files = eagle3_content(self.module.stored(dtype), backend.config.to_dict(), verifier, backend.spec.vocab)
+        else:
+            weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
+            content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)
+            files = {EXIT_BLOCKS_FILE: content}
         if self.in_place:
-            save_beside(config.output, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(trained))
+            for name in sorted(files, reverse=True):  # the weights before what says that they are there
+                save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
-            copy_checkpoint(
-                downloaded(config.model), info.with_exit_blocks(trained), config.output, {EXIT_BLOCKS_FILE: content}
-            )
+            copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
         shutil.rmtree(self.states, ignore_errors=True)
         discard_after(checkpoints_folder(config.output), 0)
         return info.with_exit_blocks(trained), []
@@ -349,11 +376,14 @@ class FrozenModel:
             "seed": config.seed,
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
+        if isinstance(self.module, FrozenEagle3):
+            del shared["feature"]
+            shared |= {"layers": self.exits, "draft_vocab": len(self.module.drafter.tokens), "coverage": self.module.coverage}
         return {
-            str(exit_layer): shared
+            "eagle3" if self.is_eagle3 else str(exit_layer): shared
             | {"divergence": history.latest[exit_layer]}
             | ({"agreement": history.agreement[exit_layer]} if exit_layer in history.agreement else {})
-            for exit_layer in self.exits
+            for exit_layer in ((0,) if self.is_eagle3 else self.exits)
         }
 
 

@@ -26,6 +26,7 @@ from ..interruption import Interruption
 from ..losses import IGNORED
 from .checkpoints import LOSSES, checkpoints_folder, newest_first, publish
 from .data import StreamedRows, collate
+from .eagle3 import FrozenEagle3
 from .exit_blocks import FrozenExits
 from .module import RecipeModule
 from .plan import Plan
@@ -53,7 +54,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        module: RecipeModule | FrozenExits,
+        module: RecipeModule | FrozenExits | FrozenEagle3,
         plan: Plan,
         rows: Any,
         held_out: Any,

@@ -31,7 +31,7 @@ class Context:
     newest: Tensor  # (B, 1), the same newest tokens on the model's device
     positions: Tensor  # (B, d+1) on the host, d >= 1: of the newest token, and of the drafts after it
     cache: KVCache  # the target's own
-    features: Tensor | None = None  # (B, 1, D), the final norm's output before each newest token, where a block needs it
+    features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, 1, D): what blocks read of the token before
 
 
 @dataclass(frozen=True)

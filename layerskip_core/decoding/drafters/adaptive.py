@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from ...model.backend import DraftEnds, Submodel
+from ...model.exit_blocks import DraftBlock
 from . import Context, Draft, DrafterSetup
 from .estimates import NO_OTHERS, Acceptance
 from .exit import ExitDrafter, drafter_name
@@ -169,16 +170,20 @@ def _merged(draft: Draft, lookups: Draft) -> Draft:
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, and by low-bit copies with as many layers and with all."""
+    """Drafts by the trained exits, by low-bit copies with as many layers and with all, and in the EAGLE-3 layout."""
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
-    with_blocks = sorted(exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits)
+    blocks: list[DraftBlock] = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits]
+    if model.eagle3 is not None:
+        blocks.append(model.eagle3)
+        drafters["eagle3"] = ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
+    tapped = sorted({tap for block in blocks for tap in block.taps})
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
         if weights is not None and (side.num_layers == model.num_layers or not exits):
             exits.append(side.num_layers)
         for exit_layer in exits:
-            taps = tuple(lower for lower in with_blocks if lower < exit_layer) if side.shares_states else ()
+            taps = tuple(lower for lower in tapped if 0 < lower < exit_layer) if side.shares_states else ()
             name = drafter_name(weights, exit_layer, model.num_layers)
             drafters[name] = ExitDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
     return AdaptiveDrafter(setup, drafters)

@@ -28,18 +28,21 @@ class ExitDrafter:
         side, last = sides[weights], submodel.beyond[-1][1] if submodel.beyond else submodel.exit_layer
         field, needed = ("skip", "a list with all layers after") if config.skip else ("exit_layer", "at most")
         require(last <= side.num_layers, field, f"{needed} the {side.num_layers} layers kept for drafting", last)
-        if not config.skip:
+        if not config.skip and submodel.block is None:
             submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
         self.source, self.weights = source, weights
         self._side, self._sampler, self.submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
+        self._exit = submodel.exit_layer
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
         self._looks = side.layers.device.type == "cpu"
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
         # A draft side with other weights has other states than the target.
-        self._reuses = setup.reuse_exit_states and side.shares_states
+        self._reuses = setup.reuse_exit_states and side.shares_states and self._exit > 0
         block = submodel.block
-        self._is_ragged = setup.model.ragged and not self._reuses and (block is None or block.join is None)
+        self._is_ragged = setup.model.ragged and not self._reuses and (block is None or not block.is_fed)
+        self._kernel = side.kernel if self._exit else None  # it begins with layers of the model
+        self._vocabulary = side.vocabulary if block is None or block.vocabulary is None else block.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident.
@@ -52,13 +55,12 @@ class ExitDrafter:
             narrow = self._is_ragged and self._sampler.is_greedy and not (ends.needs_probs or processes)
             return self._narrowing(context, limits) if narrow else self._step_by_step(context, limits, ends)
         submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
-        if self._side.kernel is not None:
-            tokens, states, probs = self._side.kernel(
-                context.newest, submodel, positions, context.cache, ends, context.features
-            )
+        features = context.features.get(self._exit)
+        if self._kernel is not None:
+            tokens, states, probs = self._kernel(context.newest, submodel, positions, context.cache, ends, features)
             return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, confidence=probs)
         recorder = self._recorder
-        if recorder is None or ends.needs_probs or context.features is not None:
+        if recorder is None or ends.needs_probs or features is not None:
             return self._step_by_step(context, limits, ends)
 
         def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
@@ -92,18 +94,18 @@ class ExitDrafter:
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         side, submodel, cache = self._side, self.submodel, context.cache
-        token, features, rooms = context.newest, context.features, list(limits)
+        token, features, rooms = context.newest, context.features.get(self._exit), list(limits)
         tokens, probs, states = [token], list[Tensor](), list[dict[int, Tensor]]()
         largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row
         unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
         drafted: list[list[int]] = [[] for _ in rooms]  # by row, where logits are processed
-        vocabulary = side.vocabulary
+        vocabulary = self._vocabulary
         while (step := len(states)) < max(rooms):
             positions = context.positions[:, step : step + 1]
             states.append(states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache))
             logits, features = beyond_exit(side, submodel, states[-1][submodel.exit_layer], positions, cache, features)
             if self._sampler.processors:
-                logits = logits if side.vocabulary is None else side.vocabulary.spread(logits, -torch.inf)
+                logits = logits if self._vocabulary is None else self._vocabulary.spread(logits, -torch.inf)
                 logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
                 vocabulary = None
             draft_probs = self._sampler.probs(logits)
@@ -148,8 +150,11 @@ class ExitDrafter:
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
-    """Raises ConfigError as `ExitDrafter` does."""
-    config = setup.config
+    """Raises ConfigError as `ExitDrafter` does, and for a model without a drafter in the EAGLE-3 layout that is to draft."""
+    config, eagle3 = setup.config, setup.model.eagle3
+    if config.strategy == "eagle3":
+        require(eagle3 is not None, "strategy", "used with a model that `finetune --frozen --layout eagle3` trained", "eagle3")
+        return ExitDrafter(setup, None, Submodel(0, block=eagle3), "eagle3")
     assert config.exit_layer is not None
     name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
     return ExitDrafter(setup, config.draft_weights, Submodel(config.exit_layer), name)

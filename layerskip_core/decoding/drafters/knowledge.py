@@ -253,8 +253,10 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
         is_exit = exit_layer < spec.layers
         known = profile.drafts if profile.passes else {}  # without both the units would differ
-        layers = exit_layer + (drafter.submodel.block is not None)
-        part = layers * layer + head
+        block = drafter.submodel.block
+        tokens = None if block is None or block.vocabulary is None else block.vocabulary.ids
+        scored = 1.0 if tokens is None else len(tokens) / spec.vocab
+        part = (exit_layer + (block is not None)) * layer + head * scored
         steps = passes.of_part(known.get(name, part * passes.of(1) * _COPY_COST.get(weights or "", 1.0)), part)
         acceptance, strength = profile.acceptance.get(name), _MEASURED
         if acceptance is None:
@@ -262,8 +264,9 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
             acceptance, strength = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0), STRENGTH
         calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
         share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
+        kernels = weights if exit_layer else name
         known_acceptance = Acceptance(acceptance, acceptance, strength)
-        arms[name] = Arm(name, known_acceptance, steps, paces[weights], share, calibration, tries=0.0 if measures else inf)
+        arms[name] = Arm(name, known_acceptance, steps, paces[kernels], share, calibration, tries=0.0 if measures else inf)
     return Knowledge(passes, arms)
 
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
@@ -84,6 +85,11 @@ class NativeBackend(RepackedBackend):
         form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
         name = f"{block.prefix}input"
         return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
+
+    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> NativeLinear:
+        form = MatrixForm(low_bits or self._unrounded, matrix.shape[1], matrix.shape[0])
+        self._engine.make_room(form.inputs)
+        return NativeLinear(self._engine, self._pack("eagle3", form, lambda: [Affine(matrix, None)]))
 
     def _norm(self, weights: Affine) -> Norm:
         """Of fp32 hidden states."""

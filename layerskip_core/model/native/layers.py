@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backend import DraftEnds, Submodel
 from ..cache import KVCache
+from ..exit_blocks import PlacedBlock
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
 from ..spec import ExpertsSpec, ModelSpec
@@ -54,11 +55,15 @@ class Engine:
         chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
         inside = max(spec.inner, chosen * inner)
         self.widths = (spec.queries + 2 * spec.keys, spec.queries, inside, block_output)  # of rows that threads share
-        # At most what a row takes in the form that the kernel of a matrix reads; a block's map reads two states.
-        self.formed_bytes = 4 * max(2 * spec.hidden, spec.queries, spec.inner, inner) + 64
+        self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
+        self.make_room(max(2 * spec.hidden, spec.queries, spec.inner, inner))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._spec, self._rope_length = spec, 0
         self._rope: list[tuple[Tensor, Tensor]] = []
+
+    def make_room(self, inputs: int) -> None:
+        """For the rows of a matrix with so many inputs."""
+        self.formed_bytes = max(self.formed_bytes, 4 * inputs + 64)
 
     def rope(self, stop: int) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines in fp32 of the positions before `stop`, and of more."""
@@ -266,7 +271,7 @@ def draft(
     exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
     join, joined = None, torch.empty(2, 0)
     if (block := submodel.block) is not None:
-        assert isinstance(block.head, NativeLinear)
+        assert isinstance(block, PlacedBlock) and isinstance(block.head, NativeLinear)
         beyond, head, join = ((block.layer, block.layer + 1),), block.head, block.join
         if join is not None:
             assert isinstance(join, NativeLinear) and feature is not None

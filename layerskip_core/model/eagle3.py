@@ -1,0 +1,219 @@
+"""A drafter in the EAGLE-3 layout (Li et al., NeurIPS 2025), which other engines read too, beside a model that stays as it is.
+
+It is one decoder layer and a head over some of the tokens. Its entry for the token at position t reads that token's embedding e
+and the feature g of the token before, and predicts the token at t+1:
+
+    x = [norm(e_t); norm(g_{t-1})], h = layer(x) with the residual g_{t-1}, logits = head(norm(h))
+
+The feature is a projection of the model's own states after some of its layers, `fc [s_2; s_15; s_27]`, as far as the model has
+run. After the first draft of a round, h of the draft before stands for it. Keys and values of the entry stand at position t-1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import KVCache
+from .rope import llama3_factors
+from .vocabulary import DraftVocabulary
+
+if TYPE_CHECKING:
+    from .backend import Backend, Layers
+
+Product = Callable[[Tensor], Tensor]
+ROPES = "default", "llama3"
+ROPE_VALUES = (
+    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
+
+_FC, _HEAD, _NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
+_LAYER = "layers.0."
+_QKV = tuple(f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkv")
+_OUT = f"{_LAYER}self_attn.o_proj.weight"
+_GATE_UP = tuple(f"{_LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
+_DOWN = f"{_LAYER}mlp.down_proj.weight"
+_NORMS = tuple(f"{_LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"))
+
+
+@dataclass(frozen=True)
+class Eagle3Form:
+    """The sizes of a drafter.
+
+    Attributes:
+        layers: of the target, after which the states are that its feature is made of, ascending.
+        hidden: D, of its target and its own.
+        inner: width of the MLP, whose activation is SiLU.
+        vocab: N tokens that its head scores.
+        rope: `rope_parameters` in transformers' names.
+        norm_before_residual: whether the residual is the normed feature.
+    """
+
+    layers: tuple[int, ...]
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocab: int
+    eps: float
+    rope: Mapping[str, float | str]
+    norm_before_residual: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all weights, as in a checkpoint; the token of each output of the head is `TOKENS`."""
+        queries, keys, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
+        return {
+            _FC: (hidden, len(self.layers) * hidden),
+            **dict(zip(_QKV, ((queries, 2 * hidden), (keys, 2 * hidden), (keys, 2 * hidden)), strict=True)),
+            _OUT: (hidden, queries),
+            **dict.fromkeys(_GATE_UP, (self.inner, hidden)),
+            _DOWN: (hidden, self.inner),
+            **dict.fromkeys((*_NORMS, _NORM), (hidden,)),
+            _HEAD: (self.vocab, hidden),
+        }
+
+
+class Eagle3Layer:
+    """The drafter's arithmetic, for training and for decoding. B rows of T tokens."""
+
+    def __init__(
+        self, form: Eagle3Form, norm_of: Callable[[str], Tensor], product_of: Callable[[Sequence[str]], Product]
+    ) -> None:
+        """`norm_of` gives a norm's weight by name; `product_of` the product by one matrix, or by several side by side."""
+        self.form, self._norm_of = form, norm_of
+        self._fc, self._head = product_of((_FC,)), product_of((_HEAD,))
+        self._qkv, self._out = product_of(_QKV), product_of((_OUT,))
+        self._gate_up, self._down = product_of(_GATE_UP), product_of((_DOWN,))
+        self._frequencies = _frequencies(form.rope, form.head_dim)
+
+    def feature(self, states: Sequence[Tensor]) -> Tensor:
+        """The feature (B, T, D) of tokens, of the target's states (B, T, D) after each of its layers."""
+        return self._fc(torch.cat(tuple(states), dim=-1))
+
+    def begin(self, embedded: Tensor, feature: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual (B, T, D), queries (B, H, T, head dim), and keys and values (B, kv heads, T, head dim) of entries.
+
+        `embedded` (B, T, D): of their tokens. `feature`: of the tokens before. `places` (B or 1, T): where the entries stand.
+        """
+        form = self.form
+        normed = self._normed(_NORMS[1], feature)
+        both = self._qkv(torch.cat((self._normed(_NORMS[0], embedded), normed), dim=-1))
+        heads = both.view(*both.shape[:2], form.heads + 2 * form.kv_heads, form.head_dim).transpose(1, 2)
+        queries, keys, values = torch.split(heads, [form.heads, form.kv_heads, form.kv_heads], dim=1)
+        angles = places.to(both.device)[:, None, :, None] * self._frequencies.to(both.device)
+        cos, sin = angles.cos().to(both.dtype), angles.sin().to(both.dtype)
+        residual = normed if form.norm_before_residual else feature
+        return residual, _rotated(queries, cos, sin), _rotated(keys, cos, sin), values
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """The output h (B, T, D) of the layer, of what attention gave (B, H, T, head dim)."""
+        hidden = residual + self._out(attended.transpose(1, 2).flatten(2))
+        gate, up = self._gate_up(self._normed(_NORMS[2], hidden)).chunk(2, dim=-1)
+        return hidden + self._down(F.silu(gate) * up)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., N) in the order of the head's own tokens, of outputs (..., D)."""
+        return self._head(self._normed(_NORM, hidden))
+
+    def _normed(self, name: str, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, (self.form.hidden,), self._norm_of(name), self.form.eps)
+
+
+class Eagle3(nn.Module):
+    """The weights of a drafter, by their names in a checkpoint. `layer` computes with them."""
+
+    def __init__(self, form: Eagle3Form, tokens: Tensor, seed: int = 0) -> None:
+        """`tokens` (N,): of the target, that the head scores. The matrices are random, by the seed; norms are 1."""
+        super().__init__()
+        self.form, generator = form, torch.Generator().manual_seed(seed)
+        self.weights = nn.ParameterDict()
+        for name, shape in form.shapes.items():
+            parameter = nn.Parameter(torch.ones(shape))
+            if len(shape) == 2:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            self.weights[_key(name)] = parameter
+        self.tokens = nn.Buffer(tokens)
+        self.layer = Eagle3Layer(form, self.weight, self._product)
+
+    def weight(self, name: str) -> Tensor:
+        weight: Tensor = self.weights[_key(name)]
+        return weight
+
+    def _product(self, names: Sequence[str]) -> Product:
+        return lambda rows: torch.cat([F.linear(rows, self.weight(name)) for name in names], dim=-1)
+
+
+def _key(name: str) -> str:
+    """A parameter's key, which may have no dots."""
+    return name.replace(".", "/")
+
+
+def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (B, heads, T, head dim), whose halves are pairs."""
+    first, second = vectors.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _frequencies(rope: Mapping[str, float | str], head_dim: int) -> Tensor:
+    """Radians per position of each pair of a head, (head_dim / 2,)."""
+    frequencies = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if rope.get("rope_type", "default") == "llama3":
+        frequencies = frequencies / llama3_factors(rope, head_dim)
+    return frequencies.float()
+
+
+@dataclass(frozen=True)
+class Eagle3Weights:
+    """A stored drafter: its sizes, the target's tokens (N,) that its head scores, and its weights by name."""
+
+    form: Eagle3Form
+    tokens: Tensor
+    weights: Mapping[str, Tensor]
+
+
+class PlacedEagle3:
+    """A DraftBlock. Its keys and values are those of layer `place` of the target's cache."""
+
+    is_fed = starts_later = True
+
+    def __init__(
+        self, stored: Eagle3Weights, place: int, vocab: int, like: Tensor, product_of: Callable[[Tensor], Product]
+    ) -> None:
+        """`vocab`: tokens of the target. Norms have the precision and device of `like`; `product_of` gives that by a matrix."""
+        norms = {name: weight.to(like) for name, weight in stored.weights.items() if weight.dim() == 1}
+        self._layer = Eagle3Layer(
+            stored.form, norms.__getitem__, lambda names: product_of(torch.cat([stored.weights[name] for name in names]))
+        )
+        self._place, self.taps = place, (0, *stored.form.layers)
+        self.vocabulary = DraftVocabulary(vocab, stored.form.vocab, stored.tokens.tolist())
+        self.head = self._layer.logits
+
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
+        assert before is not None
+        places = positions - 1
+        residual, queries, keys, values = self._layer.begin(states, before, places)
+        keys, values = cache.update(self._place, keys, values, places)
+        order = torch.arange(keys.shape[2])
+        mask = (order <= places[..., None])[:, None].to(queries.device, non_blocking=True)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        return self._layer.finish(residual, attended)
+
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
+    ) -> None:
+        assert before is not None
+        places = positions - 1
+        _, _, keys, values = self._layer.begin(states[0], before, places)
+        cache.update(self._place, keys, values, places)
+
+    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        return self._layer.feature([states[tap] for tap in self.taps[1:]])
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        return hidden

@@ -1,0 +1,206 @@
+"""Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test: Li et al., 2025)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config.training import BlockLoss
+from ..errors import CheckpointError, require
+from ..losses import IGNORED
+from ..model import TransformersBackend
+from ..model.eagle3 import ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
+from .recipe import RunStep
+
+DRAFTS = 3  # that are unrolled
+_SCORED = 256  # tokens at once, by the whole head
+_FILE = "eagle3.safetensors"  # of a run's checkpoint
+
+
+class FrozenEagle3(nn.Module):
+    """The drafter beside a model of which only the embedding and the head run, and nothing is trained."""
+
+    accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+    measured_exits = (0,)
+
+    def __init__(
+        self,
+        backend: TransformersBackend,
+        layers: Sequence[int],
+        vocab: int,
+        loss: BlockLoss = "kl",
+        seed: int = 0,
+        known: Eagle3Weights | None = None,
+    ) -> None:
+        """A drafter that reads the states after `layers` and scores `vocab` tokens, which `choose_tokens` sets.
+
+        It starts as `known`, tokens included, or with the model's own norm and head, and otherwise at random.
+
+        Raises ConfigError for a model whose embedding or logits are scaled or capped, which engines do not do for a drafter.
+        """
+        super().__init__()
+        self.config, self.backend, self._loss, self._is_new = backend.config, backend, loss, known is None
+        form = known.form if known is not None else _form(backend, layers, vocab)
+        tokens = torch.arange(form.vocab) if known is None else known.tokens
+        self.drafter = Eagle3(form, tokens, seed)
+        self.coverage = 1.0  # of the answers' tokens, the share that the drafter can draft
+        if known is not None:
+            self._set(known.weights)
+        elif (norm := backend.norm_weight) is not None:
+            self._set({"norm.weight": norm})
+        self.to(backend.device, torch.float32)
+
+    @property
+    def _head(self) -> Tensor:
+        """(V, D), of the model."""
+        weight: Tensor = self.backend.model.get_output_embeddings().weight
+        return weight
+
+    def choose_tokens(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """The tokens that are most frequent in the answers of some encoded rows, unless the drafter has its own already."""
+        answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
+        counts = answers.bincount(minlength=self.backend.spec.vocab)
+        if self._is_new:
+            tokens = counts.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
+            self.drafter.tokens.copy_(tokens)
+            self._set({"lm_head.weight": self._head[tokens]})
+        self.coverage = float(counts[self.drafter.tokens.cpu()].sum() / counts.sum())
+
+    def stored(self, dtype: torch.dtype) -> Eagle3Weights:
+        """The drafter in this precision."""
+        weights = {name: self.drafter.weight(name).detach().to("cpu", dtype) for name in self.drafter.form.shapes}
+        return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
+
+    def _set(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self.drafter.weight(name).copy_(weight)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
+    ) -> dict[str, Tensor | tuple[int, ...]]:
+        """A batch of rows with states, see `collate`. Sums are over the targets, the tokens with labels after the second.
+
+        The loss is the mean over the drafts of a round, of which each but the first reads the output for the one before.
+
+        Returns `loss`, `per_exit` (1,), the divergence of the first draft, `agreeing` (1,), the number of targets where its
+        best token is full depth's, and `exit_layers`.
+        """
+        layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
+        taught = finals[:, 1:-1][is_target].float()
+        with torch.no_grad():
+            embedded = self.backend.embed(input_ids[:, 1:-1]).float()
+            wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
+        feature = layer.feature([state[:, :-2] for state in states.float()])
+        losses, first = [], torch.empty(0)
+        for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS)):
+            whole = is_target.clone()
+            whole[:, :draft] = False  # the first entries of a row have no output of so many drafts before them
+            logits = layer.logits(hidden[whole])
+            losses.append(divergence(wanted[whole[is_target]], logits.log_softmax(-1), self._loss).sum())
+            first = first if draft else logits.argmax(-1)
+        agreeing = torch.zeros((), device=taught.device)
+        if not self.training:
+            best = [F.linear(part, self._head.float()).argmax(-1) for part in torch.split(taught, _SCORED)]
+            agreeing = (self.drafter.tokens[first] == torch.cat(best)).sum()
+        return {
+            "loss": torch.stack(losses).mean(),
+            "per_exit": losses[0].detach()[None],
+            "agreeing": agreeing[None],
+            "exit_layers": (0,),
+        }
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.stored(torch.float32).weights), folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError for a drafter of other sizes."""
+        weights = load_file(folder / _FILE)
+        if {name: tuple(weight.shape) for name, weight in weights.items()} != self.drafter.form.shapes:
+            raise CheckpointError(f"{folder} has a drafter of other sizes")
+        self._set(weights)
+
+
+def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Eagle3Form:
+    """A layer of the model's own widths, as far as its configuration says them in the usual names.
+
+    Raises ConfigError for a model whose embedding or logits are scaled or capped.
+    """
+    model, spec = backend.model.requires_grad_(False), backend.spec
+    ids, embedding, head = torch.arange(4)[None], model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        states = embedding[:4]
+        plain = torch.allclose(backend.embed(ids.to(backend.device))[0], states)
+        plain = plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
+    require(plain, "layout", "exit for a model that scales or caps its embedding or its logits", "eagle3")
+    config = spec.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or spec.hidden // heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return Eagle3Form(
+        tuple(layers),
+        spec.hidden,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        size,
+        getattr(config, "intermediate_size", None) or 4 * spec.hidden,
+        min(vocab, spec.vocab),
+        getattr(config, "rms_norm_eps", None) or 1e-5,
+        {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in ROPE_VALUES},
+    )
+
+
+def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int) -> list[Tensor]:
+    """The outputs (B, N, D) of N entries as the first, second, ... draft of a round; the k-th has none of its own before k.
+
+    In draft k the entry at i reads the output for i-1 in draft k-1 as its feature. It sees the entries up to i-k as they are in
+    the first draft, and those after them as they are in draft 1, 2, ... k.
+    """
+    count = embedded.shape[1]
+    places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
+    later: list[tuple[Tensor, Tensor]] = []
+    outputs: list[Tensor] = []
+    first: tuple[Tensor, Tensor] | None = None
+    for draft in range(drafts):
+        residual, queries, keys, values = layer.begin(embedded, feature, places)
+        queries = queries * layer.form.head_dim**-0.5
+        groups = layer.form.heads // layer.form.kv_heads
+        keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+        if first is None:
+            first = keys, values
+        else:
+            later.append((keys, values))
+        scores = queries @ first[0].transpose(2, 3)
+        scores = scores.masked_fill(order > order[:, None] - draft, -torch.inf)
+        # The key of draft j that the entry at i sees stands at i - draft + j.
+        own = [(shifted(held, draft - j), shifted(seen, draft - j)) for j, (held, seen) in enumerate(later, start=1)]
+        near = [(queries * held).sum(-1, keepdim=True) for held, _ in own]
+        weights = torch.cat((scores, *near), dim=-1).softmax(-1)
+        attended = weights[..., :count] @ first[1]
+        for number, (_, seen) in enumerate(own):
+            attended = attended + weights[..., count + number, None] * seen
+        outputs.append(layer.finish(residual, attended))
+        feature = torch.cat((feature[:, :1], outputs[-1][:, :-1]), dim=1)
+    return outputs
+
+
+def shifted(entries: Tensor, by: int) -> Tensor:
+    """(B, H, N, head dim) moved to later places; the first ones are repeated where there is nothing."""
+    return entries if not by else torch.cat((entries[:, :, :1].expand(-1, -1, by, -1), entries[:, :, :-by]), dim=2)
+
+
+def divergence(wanted: Tensor, found: Tensor, loss: BlockLoss) -> Tensor:
+    """Of the log-probabilities (M, N) of a drafter from those wanted, by target (M,).
+
+    `kl` is KL(wanted || found). `tv` is the total variation distance, one minus the expected acceptance a = sum(min(p, q));
+    `acceptance` is -log a.
+    """
+    if loss == "kl":
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    accepted = torch.minimum(found, wanted).exp().sum(-1)
+    return 1 - accepted if loss == "tv" else -accepted.log()

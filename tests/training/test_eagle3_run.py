@@ -1,0 +1,124 @@
+"""Runs that train a drafter in the EAGLE-3 layout beside a model that stays as it is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_frozen_run import hashes, train
+from training_runs import Interrupted, stop_at
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.checkpoint.speculators import read_eagle3
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import DataConfig
+from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
+from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
+from layerskip_core.training.run import prepare
+
+EAGLE3 = ExitBlockSettings(frozen=True, layout="eagle3", answer_tokens=8, draft_vocab=64)
+
+
+@pytest.fixture
+def frozen(settings):
+    usual = {"data": DataConfig(limit=40, seed=1), "recipe": RecipeSettings(), "exit_blocks": EAGLE3, "lr": None}
+    return lambda **changes: settings(**{**usual, "max_length": 96, **changes})
+
+
+def stored(folder):
+    return read_eagle3(Path(folder, "eagle3"), for_decoding(folder, "cpu").backend.spec)
+
+
+@pytest.mark.parametrize("loss", ["kl", "tv", "acceptance"])
+def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint, loss):
+    before = hashes(checkpoint)
+    config = frozen(model=checkpoint, steps=40, lr=1e-2, eval_steps=1, exit_blocks=replace(EAGLE3, loss=loss))
+    described, reports, _ = train(config)
+    assert reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
+    assert reports[-1].agreement[0] > reports[1].agreement[0] + 0.2
+    after = hashes(config.output)
+    assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
+    assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
+    assert described["eagle3"]["agreement"] == reports[-1].agreement[0]
+    assert described["eagle3"]["layers"] == [2, 3] or described["eagle3"]["layers"] == (2, 3)
+    assert 0.5 < described["eagle3"]["coverage"] <= 1
+    assert read_info(config.output).draft_profile(6).acceptance == {"eagle3": described["eagle3"]["agreement"]}
+
+
+def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
+    """Acceptance of first drafts while decoding the texts of the training, against the agreement on them."""
+    config = frozen(model=checkpoint, steps=60, lr=1e-2, eval_steps=60, validation="train", validation_samples=40)
+    described, _, _ = train(config)
+    decoder = for_decoding(config.output, "cpu")
+    job = prepare(replace(config, output=config.output + "-again"))
+    tested = accepted = 0
+    for prompt in job.trained.answers.prompts[-40:]:
+        loop = decode(decoder.backend, prompt, DecodingConfig("eagle3", num_draft_tokens=1, max_new_tokens=8), decoder.eos_ids)
+        plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=8), decoder.eos_ids)
+        assert [token for [step] in loop for token in step.ids] == [token for [step] in plain for token in step.ids]
+        tested, accepted = tested + loop.stats.drafted, accepted + loop.stats.accepted
+    assert abs(accepted / tested - described["eagle3"]["agreement"]) < 0.1 and accepted / tested > 0.2
+
+
+def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    _, expected, _ = train(frozen(output=whole, save_steps=2))
+    with pytest.raises(Interrupted):
+        prepare(frozen(output=cut, save_steps=2)).run(stop_at(3))
+    _, reports, stages = train(frozen(output=cut, save_steps=2, resume=True))
+    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
+    assert {stage[1:] for stage in stages} == {(40, 40)}
+    one, other = stored(whole), stored(cut)
+    assert torch.equal(one.tokens, other.tokens)
+    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+def test_a_drafter_is_trained_further(frozen, tmp_path):
+    first = frozen(steps=30, lr=1e-2)
+    _, reports, _ = train(first)
+    start = f"{first.output}/eagle3"
+    again = frozen(output=str(tmp_path / "again"), exit_blocks=replace(EAGLE3, start_from=start, draft_vocab=50), lr=1e-4)
+    _, further, _ = train(again)
+    assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
+    assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
+
+
+def test_the_folder_names_the_target(frozen):
+    config = frozen()
+    train(config)
+    document = json.loads(Path(config.output, "eagle3", "config.json").read_text())
+    assert document["speculators_config"]["verifier"]["name_or_path"] == config.output
+    assert document["draft_vocab_size"] == 64 and document["eagle_aux_hidden_state_layer_ids"] == [1, 2]
+    with pytest.raises(ConfigError, match="already holds a model"):
+        prepare(config)
+    with pytest.raises(ConfigError, match="already has a drafter; give `overwrite` to replace it"):
+        prepare(replace(config, model=config.output))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": RecipeSettings(exits=(2,))}, "`exits` must be left out with `layout` eagle3"),
+        ({"exit_blocks": replace(EAGLE3, layers=(1, 4))}, "`layers` must be in 1..3"),
+        ({"exit_blocks": replace(EAGLE3, start_from="no/where")}, "cannot load model no/where"),
+    ],
+)
+def test_wrong_use_is_one_error(frozen, changes, message):
+    with pytest.raises(Exception, match=message):
+        prepare(frozen(**changes))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frozen": False}, "`layout` must be used with `frozen`"),
+        ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
+        ({"feature": "final"}, "`feature` must be left out with `layout` eagle3"),
+    ],
+)
+def test_settings_that_contradict_each_other(values, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(EAGLE3, **values)
