@@ -50,8 +50,9 @@ _INDEXED = _LATENT | {
     "index_n_heads": 16,
 }  # with fewer, scores are often all 0, and equal
 _SHARED = _SLIDING | {"num_kv_shared_layers": 2}
+_UNLIMITED = {"time_step_min": 0.0}  # elsewhere the kernel of many tokens has a limit that the kernel of one token lacks
 _CHANGES: dict[str, dict[str, object]] = {
-    "bamba": {"mamba_d_head": 16},
+    "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1, 3]},
     "cpmant": {"dim_head": 8},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 24}},
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT),
@@ -61,19 +62,20 @@ _CHANGES: dict[str, dict[str, object]] = {
     "gemma3n_text": _SHARED | {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * LAYERS},
     "gemma4_text": _SHARED | {"global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5, "num_layers": LAYERS, "num_heads": 4},
-    "granitemoehybrid": {"mamba_d_head": 16},
+    "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"] * 2},
     "inkling_text": {"d_rel": 4, "unpadded_vocab_size": VOCABULARY},
-    "kimi_linear": {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": _LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"attention_chunk_size": 5, "intermediate_size_mlp": 48},
     "longcat_flash": _LATENT | {"num_layers": LAYERS, "num_hidden_layers": 2 * LAYERS, "zero_expert_num": 1},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "modernbert-decoder": {"local_attention": 5},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention"] * 2, "n_groups": 2, "mamba_head_dim": 8},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"] * 2, "n_groups": 2, "mamba_head_dim": 8, **_UNLIMITED},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4}
     | {"indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, **_UNLIMITED},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 

@@ -245,6 +245,7 @@ class DecodingLoop:
             searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
             drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched))
         self._drafter = drafter
+        self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self.rows = tuple(self._active)
@@ -348,7 +349,8 @@ class DecodingLoop:
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]
-            self._prefix.keep(row.ids, len(row.ids) - 1 if self._target.decodes_like_prefill else row.prompt_tokens)
+            prefilled = row.prompt_tokens if self._cache.rolls_back else 0
+            self._prefix.keep(row.ids, len(row.ids) - 1 if self._target.decodes_like_prefill else prefilled)
         draft_seconds = seconds_between(*drafting) if drafting else 0.0
         self._seconds["draft_seconds"] += draft_seconds
         self._seconds["prefill_seconds" if newest is None else "verify_seconds"] += verified_at - started - draft_seconds
@@ -367,7 +369,10 @@ class DecodingLoop:
         padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in missing]
         tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
         positions = self._positions[:, start : start + longest].expand(len(lengths), -1)
-        return Draft(tokens[:, :1], (0,) * len(lengths)), self._target.prefill(tokens, last, positions, self._cache)
+        self._cache.ends = [start + length for length in lengths]
+        output = self._target.prefill(tokens, last, positions, self._cache)
+        self._cache.ends = None
+        return Draft(tokens[:, :1], (0,) * len(lengths)), output
 
     def _of_prompt(self, row: Row, output: TargetOutput, index: int) -> list[TokenLogprobs]:
         """Of a row's prompt, from the states of its prefill; the logits of so many places at once."""

@@ -367,6 +367,8 @@ class PrefixCache:
             self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
         most = min(self._count, len(prompt) - 1)
         same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
+        if same < self._count and not self._cache.rolls_back:
+            same = 0
         self.keep(list(prompt), max(same - rerun, 0))
         self._cache.clear(self._count)
         return self._cache, self._count

@@ -157,6 +157,7 @@ def _states(
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)
     positions = torch.tensor(starts)[:, None] + torch.arange(width)
+    cache.ends = [start + len(text) for start, text in zip(starts, texts, strict=True)]
     return states_at_exits(model, ids, positions, cache, exits)
 
 

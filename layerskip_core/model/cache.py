@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ class KVCache:
     """
 
     is_recorded = False  # whether a pass over it is recorded, so that nothing that it reads may move; see WholeCache
+    rolls_back = True  # whether a row can go on from any position, and not only from those that MixedCache keeps states of
+    steps_back = 8  # how far before the end of a call its rows may go on
+    ends: Sequence[int] | None = None  # by row, the position from which it goes on after this call; None: from any within
 
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
         """`max_positions` is the context limit: a token beyond it is refused."""
@@ -205,16 +208,26 @@ class TokenRows(KVCache):
 Entry = tuple[int, str]
 """What a layer writes for each token: the index by which its attention addresses the cache, and what: keys, values, ..."""
 
+State = tuple[int, str, int]
+"""What a recurrent layer keeps of all tokens: the index by which it addresses the cache, what (conv, recurrent), and which."""
+
 
 class MixedCache(KVCache):
     """Entries of any shapes, for layers of transformers: keys as wide as values or not, and other widths in other layers.
 
     Those of one shape lie in one KVCache, in pairs; so each layer's keys and values do where all have one shape.
+
+    No length rolls a recurrent state back. So the states after the last tokens of a call are kept: after each from which a row
+    may go on, by `steps_back` and `ends`, and after the token before the call.
     """
 
-    def __init__(self, shapes: Mapping[Entry, tuple[int, int]], batch_size: int, max_positions: int) -> None:
-        """`shapes`: number and width of the heads of each entry."""
+    def __init__(
+        self, shapes: Mapping[Entry, tuple[int, int]], batch_size: int, max_positions: int, rolls_back: bool = True
+    ) -> None:
+        """`shapes`: number and width of the heads of each entry. `rolls_back`: whether no layer is recurrent."""
         super().__init__(0, batch_size, max_positions)
+        self.rolls_back = rolls_back
+        self.states: dict[State, Tensor] = {}  # (steps_back + 2, B, ...): after position p at p modulo their number
         of_shape = defaultdict[tuple[int, int], list[Entry]](list)
         for entry, shape in shapes.items():
             of_shape[shape].append(entry)
@@ -231,6 +244,7 @@ class MixedCache(KVCache):
 
     def keep_rows(self, rows: list[int]) -> None:
         self.rows = len(rows)
+        self.states = {state: held[:, rows] for state, held in self.states.items()}
         for part in self.parts:
             part.keep_rows(rows)
 
@@ -242,6 +256,7 @@ class MixedCache(KVCache):
             else:  # of layers that an early exit never runs
                 part.rows += added.rows
                 part.slots = torch.arange(part.rows)
+        self.states = {state: torch.cat((held, other.states[state]), dim=1) for state, held in self.states.items()}
         self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
         self.max_positions = max(self.max_positions, other.max_positions)
 
@@ -261,7 +276,7 @@ class MixedCache(KVCache):
 
 
 class EntryWriter:
-    """Where one call writes and reads the entries of tokens at `positions` (B, T), on the host.
+    """Where one call writes and reads the entries of tokens at `positions` (B, T), on the host, and recurrent states.
 
     `row`: the call has this row of the cache alone, with positions (1, T).
     """
@@ -272,6 +287,9 @@ class EntryWriter:
         self._cache, self._positions, self._row = cache, positions, row
         self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
         self._ready = set[int]()  # parts that have room
+        count = positions.shape[1]
+        self.first_kept = count - 1 if cache.ends is not None else max(count - 1 - cache.steps_back, 0)
+        self.begins = not positions[:, 0].any()  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         """Writes (B, heads, T, width); returns what all positions before `stop` have, (B, heads, S, width)."""
@@ -288,6 +306,33 @@ class EntryWriter:
     def get(self, entry: Entry, like: Tensor) -> Tensor:
         """What was written before, for all positions before `stop`."""
         return self._held(entry, like)[:, :, : self.stop]
+
+    def before(self, state: State) -> Tensor | None:
+        """A copy of the state (B, ...) after the tokens before the call; None if there are none, 0 in rows without any."""
+        held = self._cache.states.get(state)
+        if self.begins or held is None:
+            return None
+        begin = self._positions[:, 0] == 0
+        found = self._rows_of(held)[self._places(self._positions[:, 0] - 1)].clone()
+        if begin.any():
+            found[begin.to(found.device)] = 0
+        return found
+
+    def keep(self, state: State, column: int, new: Tensor) -> None:
+        """The state (B, ...) after the tokens in a column of the positions."""
+        held = self._cache.states.get(state)
+        if held is None:
+            shape = self._cache.steps_back + 2, self._cache.rows, *new.shape[1:]
+            held = self._cache.states[state] = new.new_zeros(shape)
+        self._rows_of(held)[self._places(self._positions[:, column])] = new.to(held.dtype)
+
+    def _rows_of(self, held: Tensor) -> Tensor:
+        return held if self._row is None else held[:, self._row : self._row + 1]
+
+    def _places(self, positions: Tensor) -> Any:
+        """The index of the states after positions (B,)."""
+        places = (positions % (self._cache.steps_back + 2)).tolist()
+        return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
         part, shape, index = self._cache.places[entry]

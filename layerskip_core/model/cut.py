@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import pairwise
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Entry, EntryWriter, MixedCache
+from .cache import Entry, EntryWriter, MixedCache, State
 
+_CACHES = ("cache", "past_key_values", "cache_params")  # names of a forward's argument
 _BASE = 256  # of the digits of token ids, which every precision holds exactly
 SHARED = "shared_kv_states"  # through which a layer gives its keys and values to later layers (Gemma 3n and 4)
 
@@ -55,6 +59,9 @@ class Form:
         written: the entries that each layer writes, in order.
         reads_ids: whether later layers read the tokens too, so that states carry them.
         by_position: whether rows at different positions can be in one call.
+        recurrent: the layers that keep states, and in each the modules whose states only they can compute; others keep the
+            inputs of a convolution.
+        continues: whether these modules take several tokens after a state.
     """
 
     layers: nn.ModuleList
@@ -69,6 +76,8 @@ class Form:
     written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)
     reads_ids: bool = False
     by_position: bool = True
+    recurrent: Mapping[int, Sequence[nn.Module]] = field(default_factory=dict)
+    continues: bool = True
 
     @property
     def width(self) -> int:
@@ -118,19 +127,29 @@ class Writer(Protocol):
     def start(self) -> int: ...
     @property
     def stop(self) -> int: ...
+    @property
+    def begins(self) -> bool: ...
+    @property
+    def first_kept(self) -> int: ...
 
     def put(self, entry: Entry, new: Tensor) -> Tensor: ...
     def get(self, entry: Entry, like: Tensor) -> Tensor: ...
+    def before(self, state: State) -> Tensor | None: ...
+    def keep(self, state: State, column: int, new: Tensor) -> None: ...
 
 
 class PositionCache:
-    """The KV cache as transformers' layers address it, for one call. It has no state that a length could not roll back."""
+    """The cache as transformers' layers address it, for one call: keys and values, and recurrent states."""
 
     is_compileable = False
+    is_sliding = is_linear = is_dummy = ()
 
     def __init__(self, writer: Writer, ends: Collection[Entry] = ()) -> None:
         """`ends`: entries after which a layer has written all, and ends."""
         self.writer, self._ends = writer, ends
+        self._states: dict[State, Tensor | None] = {}  # after the tokens so far, of the recurrent module that runs
+        self._column: int | None = None  # the last token of the piece that a recurrent module runs over
+        self._has_past = not writer.begins
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Takes keys and values (B, heads, T, width), and returns those of all positions."""
@@ -139,6 +158,85 @@ class PositionCache:
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         """The same for the keys (B, T, width) of an indexer, which chooses what sparse attention reads."""
         return self._put((layer_idx, "indexer"), keys[:, None])[:, 0]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state((layer_idx, "conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state((layer_idx, "recurrent", state_idx))
+
+    def update_conv_state(
+        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
+    ) -> Tensor:
+        """Takes a convolution's inputs (B, channels, T), and returns them after those that it had before."""
+        state, width = (layer_idx, "conv", state_idx), conv_kernel_size or new.shape[-1]
+        before = self._state(state)
+        inputs = F.pad(new, (width, 0)) if before is None else torch.cat([before, new], dim=-1)
+        if self._column is not None:
+            self._states[state] = inputs[..., -width:]
+        else:
+            for column in range(self.writer.first_kept, new.shape[-1]):
+                self.writer.keep(state, column, inputs[..., column + 1 : column + 1 + width])
+        return new if before is None else inputs
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: object) -> Tensor:
+        if self._column is None:  # in the probe, which asks for the module
+            self.writer.keep((layer_idx, "recurrent", state_idx), 0, new)
+        self._states[layer_idx, "recurrent", state_idx] = new
+        return new
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """As MiniMax asks for the state."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, new: Tensor) -> None:
+        self.update_recurrent_state(new, layer_idx)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Then convolutions give their inputs to `update_conv_state` in calls of one token too."""
+        return True
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self._has_past
+
+    @property
+    def layers(self) -> Any:
+        """By layer, what transformers before 5.24 reads there."""
+        return _Indexed(
+            lambda layer: SimpleNamespace(
+                record_past=True,
+                conv_states=_Indexed(partial(self.get_conv_state, layer)),
+                recurrent_states=_Indexed(partial(self.get_recurrent_state, layer)),
+            )
+        )
+
+    def stepped(self, forward: Forward, whole: bool, /, *args: Any, **keywords: Any) -> Any:
+        """The forward of a module with a recurrent state, over all tokens of the call.
+
+        It runs over the first of them in one piece, and keeps the state after each of the others. `whole`: whether it can do
+        so if there is a state already.
+        """
+        hidden: Tensor = args[0] if args else keywords["hidden_states"]
+        self._states.clear()
+        first = self.writer.first_kept if whole or not self._has_past else 0
+        ends, outputs = range(first + 1, hidden.shape[1] + 1), []
+        for start, stop in pairwise((0, *ends)):
+            self._column, piece = stop - 1, hidden[:, start:stop]
+            outputs.append(forward(piece, *args[1:], **keywords) if args else forward(**{**keywords, "hidden_states": piece}))
+            if self._column >= self.writer.first_kept:
+                for state, new in self._states.items():
+                    assert new is not None
+                    self.writer.keep(state, self._column, new)
+            self._has_past = True
+        self._column, self._has_past = None, not self.writer.begins
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs, dim=1)
+        return torch.cat([hidden for hidden, *_ in outputs], dim=1), *outputs[-1][1:]
+
+    def _state(self, state: State) -> Tensor | None:
+        if state not in self._states:
+            self._states[state] = self.writer.before(state)
+        return self._states[state]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.writer.start
@@ -156,6 +254,14 @@ class PositionCache:
         return written
 
 
+class _Indexed(dict[int, Any]):
+    def __init__(self, get: Callable[[int], Any]) -> None:
+        self._get = get
+
+    def __missing__(self, index: int) -> Any:
+        return self._get(index)
+
+
 class CutModel:
     """A causal language model of transformers whose layers 0..L-1 run in spans. `probe.cut_at_layers` makes it."""
 
@@ -164,9 +270,10 @@ class CutModel:
     def __init__(self, model: Any) -> None:
         self.model, self._lock = model, RLock()  # for threads that share the model
         parameters = inspect.signature(type(model).forward).parameters
-        self._takes_positions = "position_ids" in parameters
+        self.takes_positions = "position_ids" in parameters
+        self._cache_class = _cache_class(model)
         # transformers 5.24 renamed past_key_values; models swallow a wrong keyword in **kwargs without an error.
-        self.cache_keyword = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        self.cache_keyword = next((name for name in _CACHES if name in parameters), None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The states (B, T, D) of tokens before layer 0; the tokens themselves, (B, T, 1), where later layers read them too."""
@@ -191,10 +298,12 @@ class CutModel:
         and writes its entries. `block`: an exit block that runs instead of its original, and its `place_of_block`.
         """
         writer = None if cache is None else EntryWriter(cache, positions)
-        if cache is not None and writer is not None and not writer.contiguous and not self.form.by_position:
+        if cache is not None and writer is not None and self._one_by_one(cache, positions, writer.contiguous):
             rows = []
             for row, places in enumerate(positions):
                 count = len(places.unique_consecutive())  # what follows is padding, at the end of the context
+                if cache.ends is not None:
+                    count = min(count, cache.ends[row] - int(places[0]))
                 own = EntryWriter(cache, places[None, :count], row)
                 part = state[row : row + 1, :count]
                 done = self.run_span(part, start, stop, places[None, :count], own, None, only_writes, block)
@@ -232,7 +341,7 @@ class CutModel:
             assert self.form.attending is not None
             for index, kind in self.form.written[self.form.attending]:
                 shapes[self.place_of_block(block), kind] = self.form.shapes[index, kind]
-        return MixedCache(shapes, batch_size, max_positions)
+        return MixedCache(shapes, batch_size, max_positions, rolls_back=not self.form.recurrent)
 
     def place_of_block(self, block: int) -> int:
         """The `layer_idx` by which the attention of an exit block addresses the cache."""
@@ -254,10 +363,13 @@ class CutModel:
         first = start == 0 and block is None
         ids = state[..., 0] if first and form.reads_ids else form.ids(state)
         inputs = {"inputs_embeds": state} if first and not form.reads_ids else {"input_ids": ids}
-        ends = {form.written[index][-1] for index in range(start, stop) if form.written[index]} if only_writes else set()
+        ends = set[Entry]()
+        if only_writes:  # a layer with a state has to run to its end
+            writing = (index for index in range(start, stop) if form.written[index] and index not in form.recurrent)
+            ends = {form.written[index][-1] for index in writing}
         if block is not None:
             ends = {(block[1], kind) for _, kind in ends}
-        cache = None if writer is None else PositionCache(writer, ends)
+        cache = None if writer is None else self._cache_class(writer, ends)
         given = None if first else form.hidden(state)
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
         with self._lock:
@@ -265,9 +377,19 @@ class CutModel:
             for index in running:
                 forward = layers[index].forward if block is None else block[0]
                 entering, ending = given if index == start else None, index == stop - 1
-                changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending)))
+                changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending, only_writes)))
+            if cache is not None:
+                modules = [module for index in range(start, stop) for module in form.recurrent.get(index, ())]
+                changes += [(module, partial(cache.stepped, module.forward, form.continues)) for module in modules]
             hidden = self.forward(inputs, positions, changes, cache, key_mask)
         return form.state(hidden, ids)
+
+    def _one_by_one(self, cache: MixedCache, positions: Tensor, contiguous: bool) -> bool:
+        """Whether the rows of a call cannot be together: at different positions, or with states before their padding."""
+        if not contiguous and not self.form.by_position:
+            return True
+        stops = (positions[:, -1] + 1).tolist()
+        return not cache.rolls_back and cache.ends is not None and any(map(int.__gt__, stops, cache.ends))
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
         """The forward of a layer that does not run."""
@@ -285,6 +407,7 @@ class CutModel:
         forward: Forward,
         given: Tensor | None,
         ending: bool,
+        only_writes: bool,
         /,
         *args: Any,
         **keywords: Any,
@@ -297,6 +420,8 @@ class CutModel:
         try:
             output = forward(*args, **keywords)
         except _Written:
+            assert only_writes
+        if only_writes:
             output = self._pass(index, cache, *args, **keywords)
         return _reach(hidden_of(output)) if ending else output
 
@@ -322,7 +447,7 @@ class CutModel:
     ) -> Any:
         """The model's forward while modules have other forwards: its output, or what one of them ended it with."""
         keywords: dict[str, Any] = {"use_cache": cache is not None}
-        if positions is not None and self._takes_positions:
+        if positions is not None and self.takes_positions:
             positions = positions.to(next(iter(inputs.values())).device, non_blocking=True)
             keywords["position_ids"] = positions
         if cache is not None and self.cache_keyword is not None:
@@ -340,6 +465,14 @@ class CutModel:
             return reached.wanted
         finally:
             _POSITIONS.reset(token)
+
+
+def _cache_class(model: Any) -> type[PositionCache]:
+    """PositionCache; of a class of the model's own, too, if it takes no other (MiniMax)."""
+    parameters = inspect.signature(type(model.base_model).forward).parameters
+    own = (kind for name in _CACHES if name in parameters for kind in getattr(parameters[name].annotation, "__args__", ()))
+    kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
+    return type("PositionCache", (PositionCache, *kinds), {})
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -1,23 +1,25 @@
 """Learns from forwards where a model can be cut, and checks that the cut model reproduces the logits of the whole one."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from .cache import Entry, EntryWriter, MixedCache
+from .cache import Entry, EntryWriter, MixedCache, State
 from .cut import SHARED, CutModel, Form, Forward, PositionCache, hidden_of, replaced
 
-_TOKENS, _KNOWN, _STARTS = 7, 4, (2, 4)  # of the probe's two rows: tokens, how many are prefilled, and where each goes on
+_TOKENS, _KNOWN = 7, 4  # of the probe's two rows; how many are prefilled
+_STARTS, _AGAIN = (2, 4), (3, 5)  # where each row goes on, and where it does so once more after a recurrent state
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a token's logits, relative to their spread
+_LEAST = 1e-9  # spread: padding, whose embedding is 0, may have none
 _LOW_TOLERANCE = 0.1  # in bf16 and fp16, where two experts may be almost equally likely
-_RECURRENT = "it keeps a state beside its keys and values, which no length rolls back"
 
 
 def cut_at_layers(model: Any) -> CutModel:
@@ -35,11 +37,20 @@ def cut_at_layers(model: Any) -> CutModel:
 
 
 class _Recorder:
-    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all."""
+    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all.
+
+    Attributes:
+        running: modules whose forwards run, the innermost last.
+        recurrent: those that wrote a state; None for one of convolutions.
+    """
+
+    begins, first_kept = True, 0
 
     def __init__(self, count: int) -> None:
         self.start, self.stop = 0, count
         self.kept: dict[Entry, Tensor] = {}
+        self.running: list[nn.Module] = []
+        self.recurrent: list[nn.Module | None] = []
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         self.kept[entry] = new
@@ -48,12 +59,16 @@ class _Recorder:
     def get(self, entry: Entry, like: Tensor) -> Tensor:
         return self.kept[entry]
 
+    def before(self, state: State) -> None:
+        return None
+
+    def keep(self, state: State, column: int, new: Tensor) -> None:
+        self.recurrent.append(None if state[1] == "conv" else self.running[-1])
+
 
 def _check(cut: CutModel) -> None:
     """Learns the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
     model = cut.model
-    if getattr(model, "_is_stateful", False):
-        raise _Different(_RECURRENT)
     if cut.cache_keyword is None:
         raise _Different("it has no KV cache")
     vocab = model.config.get_text_config(decoder=True).vocab_size
@@ -68,43 +83,90 @@ def _check(cut: CutModel) -> None:
             raise different from None
     cut.form = replace(cut.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()})
     cache, prefix = cut.new_cache(2, _TOKENS), torch.arange(_KNOWN).expand(2, -1)
-    for entry, new in kept.items():
-        EntryWriter(cache, prefix).put(entry, new)
+    if cut.form.recurrent:
+        _check_pieces(cut, ids, expected)
+        if any(cut.form.recurrent.values()):
+            expected = _step_by_step(cut, ids)
+        with _reasons():
+            cut.run(cut.embed(ids[:, :_KNOWN]), 0, len(cut.form.layers), prefix, cache)
+    else:
+        for entry, new in kept.items():
+            EntryWriter(cache, prefix).put(entry, new)
     try:
-        _go_on(cut, ids, expected, cache)
+        _go_on(cut, ids, expected, cache, _STARTS)
     except _Different:
         cut.form = replace(cut.form, by_position=False)
-        _go_on(cut, ids, expected, cache)
+        _go_on(cut, ids, expected, cache, _STARTS)
+    if cut.form.recurrent:
+        _go_on(cut, ids, expected, cache, _AGAIN)
+
+
+def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
+    """The model's own logits (2, T, V) for one token at a time, for which recurrent layers have other kernels (Nemotron-H)."""
+    logits, keywords = [], dict[str, Any]()
+    with _reasons():
+        for position, token in enumerate(torch.split(ids, 1, dim=1)):
+            if cut.takes_positions:
+                keywords["position_ids"] = torch.full_like(token, position)
+            output = cut.model(input_ids=token, use_cache=True, **keywords)
+            keywords[str(cut.cache_keyword)] = output[cut.cache_keyword]
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
+    """Learns whether recurrent layers take several tokens after a state."""
+    cache = cut.new_cache(2, _TOKENS)
+    cache.steps_back = 0
+    try:
+        for places in torch.split(torch.arange(_TOKENS).expand(2, -1), _KNOWN, dim=1):
+            with _reasons():
+                logits = cut.unembed(cut.run(cut.embed(ids[:, places[0]]), 0, len(cut.form.layers), places, cache))
+                _compare(logits, expected[:, places[0]], "in pieces")
+    except _Different:
+        cut.form = replace(cut.form, continues=False)
 
 
 def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
     """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
-    positions, recorder, written = (
-        torch.arange(ids.shape[1]).expand(2, -1),
-        _Recorder(ids.shape[1]),
-        dict[int, list[Entry]](),
-    )
-    cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written)
+    positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), _Recorder(ids.shape[1])
+    written, recurrent = dict[int, list[Entry]](), dict[int, list[nn.Module]]()
+    cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
 
     def alone(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
         before = len(recorder.kept)
         hidden = hidden_of(forward(*args, **keywords))
         written[index] = list(recorder.kept)[before:]
+        if recorder.recurrent:
+            recurrent[index] = [module for module in dict.fromkeys(recorder.recurrent) if module is not None]
+            recorder.recurrent.clear()
         return form.returned(hidden)
 
     changes = [(layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)]
-    with _reasons(), replaced(changes):
-        state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
-        if len(changes) > 1:
-            state = cut.run_span(state, 1, len(changes), positions, recorder)
-        _compare(cut.unembed(state), expected, "when each layer runs alone")
+    handles = [
+        handle
+        for module in form.layers.modules()
+        for handle in (
+            module.register_forward_pre_hook(lambda module, _: recorder.running.append(module)),
+            module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True),
+        )
+    ]
+    try:
+        with _reasons(), replaced(changes):
+            state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
+            if len(changes) > 1:
+                state = cut.run_span(state, 1, len(changes), positions, recorder)
+            _compare(cut.unembed(state), expected, "when each layer runs alone")
+    finally:
+        for handle in handles:
+            handle.remove()
     return recorder.kept
 
 
-def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache) -> None:
+def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]) -> None:
     """Drafts of the first layers and their verification, after a prefix of which one row has more than the other."""
     rows, count = torch.arange(2)[:, None], len(cut.form.layers)
-    places = torch.tensor(_STARTS)[:, None] + torch.arange(_TOKENS - max(_STARTS))
+    places = torch.tensor(starts)[:, None] + torch.arange(_TOKENS - max(starts))
     exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
     with _reasons():
         state = cut.embed(ids[rows, places.to(ids.device)])
@@ -189,7 +251,8 @@ def _compare(found: Tensor, expected: Tensor, when: str) -> None:
     counted, precision = expected.isfinite().all(-1), expected.dtype
     found, expected = found[counted].double(), expected[counted].double()
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
-    error = float(((found - expected).norm(dim=-1) / spread).nan_to_num(torch.inf).max()) if len(spread) else 0.0
+    errors = (found - expected).norm(dim=-1) / spread.clamp_min(_LEAST)
+    error = float(errors.nan_to_num(torch.inf).max()) if len(spread) else 0.0
     if error > _TOLERANCE.get(precision, _LOW_TOLERANCE):
         raise _Different(f"its logits differ by {error:.2g} of their spread {when}")
 
@@ -204,7 +267,8 @@ def _reasons() -> Iterator[None]:
     try:
         yield
     except AttributeError as error:
-        more = isinstance(error.obj, PositionCache)
-        raise _Different(f"{_RECURRENT} ({error.name})" if more else first_line(error)) from error
+        more = isinstance(error.obj, PositionCache | SimpleNamespace)
+        reason = f"it needs `{error.name}` of its cache, which has keys, values and recurrent states"
+        raise _Different(reason if more else first_line(error)) from error
     except Exception as error:
         raise _Different(first_line(error)) from error
