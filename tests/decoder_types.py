@@ -50,7 +50,7 @@ _INDEXED = _LATENT | {
     "index_n_heads": 16,
 }  # with fewer, scores are often all 0, and equal
 _SHARED = _SLIDING | {"num_kv_shared_layers": 2}
-_UNLIMITED = {"time_step_min": 0.0}  # elsewhere the kernel of many tokens has a limit that the kernel of one token lacks
+_UNLIMITED = {"time_step_min": 1e-9}  # elsewhere the kernel of many tokens has a limit that the kernel of one token lacks
 _CHANGES: dict[str, dict[str, object]] = {
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1, 3]},
     "cpmant": {"dim_head": 8},

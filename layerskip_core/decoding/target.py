@@ -317,6 +317,7 @@ class SharedPrefixes:
 
     def _best(self, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
         usable = [text for text in self._texts if text.writes == target.writes]
+        usable = [text for text in usable if text.cache.rolls_back or len(text.ids) == _common(text.ids, prompt) < len(prompt)]
         text = max(usable, key=lambda text: _common(text.ids, prompt), default=None)
         if text is None:
             return 0, None

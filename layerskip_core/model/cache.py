@@ -55,7 +55,7 @@ class KVCache:
 
     @property
     def storages(self) -> list[Tensor]:
-        """All that is written, as it is stored; rows stand at dimension 2, positions at dimension 4."""
+        """All that is written, as it is stored; of keys and values, rows stand at dimension 2, positions at dimension 4."""
         return [] if self._storage is None else [self._storage]
 
     @property
@@ -227,7 +227,7 @@ class MixedCache(KVCache):
         """`shapes`: number and width of the heads of each entry. `rolls_back`: whether no layer is recurrent."""
         super().__init__(0, batch_size, max_positions)
         self.rolls_back = rolls_back
-        self.states: dict[State, Tensor] = {}  # (steps_back + 2, B, ...): after position p at p modulo their number
+        self.states: dict[State, Tensor] = {}  # (S, B, ...): after position p at p modulo S
         of_shape = defaultdict[tuple[int, int], list[Entry]](list)
         for entry, shape in shapes.items():
             of_shape[shape].append(entry)
@@ -240,7 +240,7 @@ class MixedCache(KVCache):
 
     @property
     def storages(self) -> list[Tensor]:
-        return [storage for part in self.parts for storage in part.storages]
+        return [*(storage for part in self.parts for storage in part.storages), *self.states.values()]
 
     def keep_rows(self, rows: list[int]) -> None:
         self.rows = len(rows)
@@ -268,6 +268,7 @@ class MixedCache(KVCache):
         assert isinstance(other, MixedCache)
         for part, source in zip(self.parts, other.parts, strict=True):
             part.fill(source, row, stop)
+        self.states = {state: held[(stop - 1) % len(held), row].clone()[None, None] for state, held in other.states.items()}
         self.written = stop
 
     def clear(self, start: int) -> None:
@@ -313,25 +314,24 @@ class EntryWriter:
         if self.begins or held is None:
             return None
         begin = self._positions[:, 0] == 0
-        found = self._rows_of(held)[self._places(self._positions[:, 0] - 1)].clone()
+        found = self._rows_of(held)[self._places(self._positions[:, 0] - 1, len(held))].clone()
         if begin.any():
             found[begin.to(found.device)] = 0
         return found
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
         """The state (B, ...) after the tokens in a column of the positions."""
-        held = self._cache.states.get(state)
-        if held is None:
-            shape = self._cache.steps_back + 2, self._cache.rows, *new.shape[1:]
-            held = self._cache.states[state] = new.new_zeros(shape)
-        self._rows_of(held)[self._places(self._positions[:, column])] = new.to(held.dtype)
+        held, count = self._cache.states.get(state), self._cache.steps_back + 2
+        if held is None or len(held) != count:
+            held = self._cache.states[state] = new.new_zeros(count, self._cache.rows, *new.shape[1:])
+        self._rows_of(held)[self._places(self._positions[:, column], count)] = new.to(held.dtype)
 
     def _rows_of(self, held: Tensor) -> Tensor:
         return held if self._row is None else held[:, self._row : self._row + 1]
 
-    def _places(self, positions: Tensor) -> Any:
-        """The index of the states after positions (B,)."""
-        places = (positions % (self._cache.steps_back + 2)).tolist()
+    def _places(self, positions: Tensor, count: int) -> Any:
+        """The index of the states after positions (B,), among so many of each row."""
+        places = (positions % count).tolist()
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:

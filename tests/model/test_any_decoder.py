@@ -1,5 +1,6 @@
 """Every decoder-only model type of transformers, cut at its layers: against the whole model, and decoding on it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from decodings import ids_of, plainly, prompt_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode, decode_batch
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import TransformersBackend
 
@@ -115,9 +116,8 @@ def check_propagation(backend, ids):
         backend.write_kv(hidden, 1, LAYERS, positions, caches[0])
         for layer in range(1, LAYERS):
             backend.run_layers(hidden, layer, layer + 1, positions, caches[1])
-    written = ([*cache.storages, *cache.states.values()] for cache in caches)
-    for found, expected in zip(*written, strict=True):
-        torch.testing.assert_close(found, expected)
+    for written, expected in zip(*(cache.storages for cache in caches), strict=True):
+        torch.testing.assert_close(written, expected)
 
 
 def check_exit(model, backend, ids):
@@ -130,6 +130,61 @@ def check_exit(model, backend, ids):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.ModuleList(layers[:2]))
         torch.testing.assert_close(early, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", known(RECURRENT))
+def test_recurrent_states_go_on_from_any_position(model_type):
+    backend = TransformersBackend(tiny(model_type))
+    check_rollback(backend)
+    check_turns(backend)
+
+
+def check_rollback(backend):
+    """Two rows go on from positions of their own, again and again, none further than `steps_back` before the end of a call."""
+    ids, cache, generator = (
+        torch.tensor([prompt_of(24), prompt_of(24, 1)]),
+        backend.new_cache(2),
+        torch.Generator().manual_seed(0),
+    )
+    cache.steps_back = 3
+    with torch.inference_mode():
+        expected = backend.unembed(backend.run_layers(backend.embed(ids), 0, LAYERS, torch.arange(24).expand(2, -1)))
+        starts, count = torch.tensor([0, 0]), 9
+        for _ in range(12):
+            positions = starts[:, None] + torch.arange(count)
+            rows, layer = torch.arange(2)[:, None], int(torch.randint(1, LAYERS, (), generator=generator))
+            hidden = backend.run_layers(backend.embed(ids[rows, positions]), 0, layer, positions, cache)
+            logits = backend.unembed(backend.run_layers(hidden, layer, LAYERS, positions, cache))
+            torch.testing.assert_close(logits, expected[rows, positions], rtol=1e-3, atol=1e-4)
+            starts = starts + count - torch.randint(0, min(4, count), (2,), generator=generator)
+            count = min(int(torch.randint(1, 5, (), generator=generator)), 24 - int(starts.max()))
+            if count < 1:
+                break
+    assert starts.min() > 15
+
+
+def check_turns(backend):
+    """A prompt that goes on after all of the text before starts at its end, another at its own beginning."""
+    prefix, text = PrefixCache(), prompt_of(9)
+    adaptive = DecodingConfig("adaptive", exits=(1, 2), num_draft_tokens=3, max_new_tokens=10, lookup=2)
+    for config, reused in ((adaptive, 0), (adaptive, 18), (replace(adaptive, strategy="autoregressive"), 0)):
+        decoding = decode(backend, text, config, prefix=prefix)
+        output = ids_of(decoding)
+        assert output == plainly(backend, text, 10) and decoding.reused_tokens == reused
+        text = [*text, *output, *prompt_of(4)]
+    other = decode(backend, text[:-1], config, prefix=prefix)
+    assert ids_of(other) == plainly(backend, text[:-1], 10) and other.reused_tokens == 46
+    other = decode(backend, text[:20], config, prefix=prefix)
+    assert ids_of(other) == plainly(backend, text[:20], 10) and other.reused_tokens == 0
+
+
+def test_shared_texts_with_recurrent_states():
+    """A prompt that begins with all of another text starts at its end, one that differs before starts anew."""
+    backend, shared = TransformersBackend(tiny("mamba2")), SharedPrefixes(2**24)
+    text, config = prompt_of(80), DecodingConfig("self-speculative", 2, 3, 5)
+    for prompt, reused in ((text, 0), ([*text, 5, 6], 80), ([*text, 7], 80), ([*text[:75], 8, 9], 0)):
+        loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), shared=shared)
+        assert ids_of(loop) == plainly(backend, prompt, 5) and loop.reused_tokens == reused
 
 
 @pytest.mark.parametrize("model_type", known(REFUSED))

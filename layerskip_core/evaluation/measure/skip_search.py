@@ -47,6 +47,7 @@ class Probe:
         tokens = torch.tensor([ids], device=model.device)
         positions = torch.arange(len(ids))[None]
         self._positions, self._cache = positions[:, first:], model.new_cache(1, len(ids))
+        self._cache.steps_back = len(ids) - first
         with torch.inference_mode():
             if first:
                 model.run_layers(model.embed(tokens[:, :first]), 0, model.num_layers, positions[:, :first], self._cache)
