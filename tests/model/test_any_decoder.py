@@ -74,6 +74,9 @@ def test_a_cut_model_is_the_whole_one(model_type):
     check_logits(model, backend, ids)
     check_outputs(backend)
     check_propagation(backend, ids)
+    if model_type in RECURRENT:
+        check_rollback(backend)
+        check_turns(backend)
     check_exit(model, backend, ids)  # the model is less afterwards
 
 
@@ -132,13 +135,6 @@ def check_exit(model, backend, ids):
         torch.testing.assert_close(early, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", known(RECURRENT))
-def test_recurrent_states_go_on_from_any_position(model_type):
-    backend = TransformersBackend(tiny(model_type))
-    check_rollback(backend)
-    check_turns(backend)
-
-
 def check_rollback(backend):
     """Two rows go on from positions of their own, again and again, none further than `steps_back` before the end of a call."""
     ids, cache, generator = (
@@ -180,7 +176,7 @@ def check_turns(backend):
 
 def test_shared_texts_with_recurrent_states():
     """A prompt that begins with all of another text starts at its end, one that differs before starts anew."""
-    backend, shared = TransformersBackend(tiny("mamba2")), SharedPrefixes(2**24)
+    backend, shared = TransformersBackend(tiny.__wrapped__("mamba2")), SharedPrefixes(2**24)
     text, config = prompt_of(80), DecodingConfig("self-speculative", 2, 3, 5)
     for prompt, reused in ((text, 0), ([*text, 5, 6], 80), ([*text, 7], 80), ([*text[:75], 8, 9], 0)):
         loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), shared=shared)
