@@ -48,7 +48,7 @@ REFUSED = {
     "deepseek_v4": "it needs `store_compression_weights` of its cache",  # whose entries stand for several tokens
     "openai-gpt": "it has no KV cache",
     "qwen4_exp_text": "(it needs `indexer_position_ids` of its cache|index out of range)",
-    "recurrent_gemma": "(its logits differ by .* when it goes on from a cache|it needs `get_mask_sizes`)",  # its modules keep it
+    "recurrent_gemma": "(its logits differ by .* when it goes on from a cache|it needs `get_mask_sizes`)",  # in modules
     "rwkv": "it has no KV cache",  # and scales hidden states between layers
     "zaya": "its logits differ by .* when each layer runs alone",  # its routers hand on states of their own
 }
