@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import typer
@@ -13,7 +14,7 @@ from typer.core import TyperCommand
 
 from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, parse_list
 from layerskip_core.errors import ConfigError
-from layerskip_core.files import parse_json
+from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
@@ -123,6 +124,8 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     value, flag = values[field], flag_of(hint)
     if value is None:
         return default
+    if flag is not None and flag.is_file:
+        value = "".join(text_lines(Path(value), field))
     if flag is not None and flag.optional:
         value = value or True
     elif isinstance(value, str) and get_origin(alternatives(hint)[0]) is dict:

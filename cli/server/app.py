@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
+from layerskip_core.config.decoding import DecodingConfig, RequestOptions
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
@@ -128,7 +129,7 @@ class Service:
             request = asked(body, is_chat, self.name, config.decoding, config.token_limit)
             engine.hold(len(request.options) - held)
             held = len(request.options)
-            resolved = [self._decoder.resolve(options, self._packing) for options in request.options]
+            resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
             prompts = [await self.in_encoding(self._encoded, prompt) for prompt in request.prompts]
             jobs = []
             for number, decoding in enumerate(resolved):
@@ -155,6 +156,9 @@ class Service:
 
     def _texts(self, ids: set[int]) -> dict[int, str]:
         return {token: self._decoder.token_text(token) for token in ids}
+
+    def _resolved(self, options: list[RequestOptions]) -> list[DecodingConfig]:
+        return [self._decoder.resolve(each, self._packing) for each in options]
 
     def _echo(self, prompt: Prompt) -> str:
         return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)

@@ -28,14 +28,16 @@ DONE = b"data: [DONE]\n\n"
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
-_NAMES = {"max_new_tokens": "max_tokens"}  # options that have another name in the API
+# Options that have another name in the API.
+_NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"} | {
+    name: f"guided_{name}" for name in ("regex", "grammar", "choice")
+}
 # Keys that would change the answer and that this server does not know, with the value that changes nothing.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
-    **{key: [] for key in ("bad_words", "functions", "guided_choice", "tools")},
-    **dict.fromkeys(("guided_grammar", "guided_regex", "suffix"), ""),
-    **{"guided_json": None, "modalities": ["text"], "response_format": {"type": "text"}},
+    **{key: [] for key in ("bad_words", "functions", "tools")},
+    **{"suffix": "", "modalities": ["text"]},
 }
 
 _ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {True: {"echo": False}, False: {"top_logprobs": 0}}  # of chat, and of completions
@@ -126,7 +128,7 @@ def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_l
     options = {name: document[name] for name in _OPTIONS if name in document}
     usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
     options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
-    options |= _logprobs(given, is_chat)
+    options |= _logprobs(given, is_chat) | _guide(document)
     decoding = cast(RequestOptions, checked(RequestOptions, options))
     if (limit := decoding["max_new_tokens"]) > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
@@ -136,6 +138,27 @@ def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_l
     of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": seed} for seed in seeds]
     include_usage = bool(given.get("stream_options", {}).get("include_usage"))
     return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), include_usage, given.get("echo", False))
+
+
+def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that says what the answer must match. `strict` or not, it does."""
+    made = {name: document[f"guided_{name}"] for name in ("regex", "grammar", "choice") if f"guided_{name}" in document}
+    if "guided_json" in document:
+        given = document["guided_json"]
+        made["schema"] = parse_json(given, "guided_json", DataError) if isinstance(given, str) else given
+    match document.get("response_format"):
+        case None | {"type": "text"}:
+            pass
+        case _ if "schema" in made:
+            raise invalid("response_format and guided_json must not be given both", "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            made["schema"] = schema
+        case {"type": "json_object"}:
+            made["schema"] = {"type": "object"}
+        case _:
+            needed = "response_format must be of the type text, json_object, or json_schema with a json_schema.schema"
+            raise invalid(needed, "response_format")
+    return made
 
 
 def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """How tokens are decoded: options as requested (DecodingOptions), and resolved for a checkpoint (DecodingConfig)."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from msgspec import Meta
 
 from ..errors import refused, require
 from .model import PackingConfig, Quantization
 from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Share, Text, counts_text, hints_of, one_of
+
+if TYPE_CHECKING:
+    from ..decoding.grammar import Guide
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -147,6 +151,14 @@ class RequestOptions(DecodingOptions, total=False):
     min_tokens: Annotated[CountOrNone, Flag("No token ends the answer before it has so many.", default="0", panel="Decoding")]
     ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
     stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
+    schema: Annotated[
+        dict[str, Any],
+        Meta(description="a JSON schema, an object"),
+        Flag("Answer in JSON that matches the JSON schema in this file.", is_file=True),
+    ]
+    regex: Annotated[Text, Flag("Answer with a text that matches this regular expression.")]
+    grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", is_file=True)]
+    choice: Annotated[Sequence[Text], Flag("Answer with this text. Repeated: with one of these.", repeated=True)]
     logprobs: Annotated[
         int,
         Meta(ge=0, le=20),
@@ -159,6 +171,9 @@ _OF_A_REQUEST = (  # what a policy does not set
     *("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed"),
     *(name for name in RequestOptions.__annotations__ if name not in DecodingOptions.__annotations__),
 )
+
+
+GUIDES = ("schema", "regex", "grammar", "choice")
 
 
 class Measured(TypedDict):
@@ -209,7 +224,8 @@ class DecodingConfig:
     """A strategy with all that it needs: DecodingOptions, completed for a checkpoint.
 
     `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `exits`: those that adaptive drafting and
-    `exit_confidence` choose among. `profile`: where adaptive drafting starts. `policy`: the saved one that this is.
+    `exit_confidence` choose among. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`:
+    one of GUIDES and its text, JSON but for a `regex` and a `grammar`; `guide`: this compiled for the checkpoint's tokenizer.
     """
 
     strategy: str = "self-speculative"
@@ -235,6 +251,8 @@ class DecodingConfig:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    guided: tuple[str, str] | None = None
+    guide: "Guide | None" = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
     profile: DraftProfile = field(default=_UNKNOWN, hash=False)
@@ -247,7 +265,7 @@ class DecodingConfig:
     @property
     def changes_logits(self) -> bool:
         """Whether a row's own options change its logits before a token is chosen."""
-        return self.penalises or bool(self.logit_bias or self.min_tokens)
+        return self.penalises or bool(self.logit_bias or self.min_tokens or self.guided)
 
     @property
     def shared(self) -> "DecodingConfig":
@@ -258,7 +276,7 @@ class DecodingConfig:
 _ROWS_OWN = DecodingConfig(max_new_tokens=1)
 _OF_A_ROW = (
     *("max_new_tokens", "stop", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
-    *("min_tokens", "ignore_eos", "stop_token_ids", "logprobs", "prompt_logprobs"),
+    *("min_tokens", "ignore_eos", "stop_token_ids", "guided", "guide", "logprobs", "prompt_logprobs"),
 )
 
 
@@ -312,7 +330,7 @@ def resolve_as(
     The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
     """
     asked = _said(options)
-    completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens}
+    completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
         completed["draft_weights"] = packing.draft_weights[0]
     match strategy:
@@ -338,6 +356,17 @@ def resolve_as(
         case "adaptive":
             completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
     return decoding(strategy, cast(DecodingOptions, completed | asked))
+
+
+def _guided(asked: dict[str, Any]) -> tuple[str, str] | None:
+    """Takes from the options what the answer must match. Raises ConfigError for two such options, and others that forbid it."""
+    given = {name: asked.pop(name) for name in GUIDES if name in asked}
+    if not given:
+        return None
+    (kind, value), *others = given.items()
+    for other in [*dict(others), *(name for name in ("min_tokens", "ignore_eos") if asked.get(name))]:
+        raise refused(other, f"left out with `{kind}`", "both")
+    return kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
@@ -368,7 +397,9 @@ def changed(options: RequestOptions, changes: RequestOptions) -> RequestOptions:
     if "policy" in changes:
         kept = {name: value for name, value in options.items() if name in _OF_A_REQUEST}
     else:
-        kept = {name: value for name, value in options.items() if name != "policy" or not choices(changes)}
+        replaced = {"policy"} if choices(changes) else set()
+        replaced |= set(GUIDES) if changes.keys() & set(GUIDES) else set()
+        kept = {name: value for name, value in options.items() if name not in replaced}
     return cast(RequestOptions, kept | dict(changes))
 
 

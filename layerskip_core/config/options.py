@@ -38,6 +38,7 @@ class Flag:
         panel: the heading; without one the field stands under that of the field before it.
         repeated: the flag can be repeated; a list has one flag otherwise, with commas.
         optional: a value that may follow the flag; without one the field is True.
+        is_file: the flag names a file with the value.
     """
 
     help: str
@@ -46,6 +47,7 @@ class Flag:
     panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None
+    is_file: bool = False
 
 
 class Without(frozenset[str]):

@@ -106,15 +106,17 @@ def decode_batch(
 def drafter_for(setup: DrafterSetup) -> Drafter:
     """The drafter of the config's strategy.
 
-    With a `lookup` in the config it drafts only where nothing is found. A lookup itself and adaptive drafting include that.
+    With a `lookup` in the config it drafts only where nothing is found, with a grammar only where this forces nothing. A lookup
+    itself and adaptive drafting include that.
     Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
     """
     config = setup.config
     fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
     require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
-    apart = config.lookup and config.strategy not in ("lookup", "adaptive")
-    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier) if apart else drafter
+    if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
+        return drafter
+    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
 
 
 def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
@@ -387,7 +389,8 @@ class DecodingLoop:
         rows = self._active
         features = {} if self._target.exit_cache is None else self._target.exit_cache.features
         positions = self._next_positions(max(limits) + 1)
-        return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
+        numbers, ids = [row.number for row in rows], [row.ids for row in rows]
+        return Context(numbers, ids, newest, positions, self._cache, features, self._sampler.processors)
 
     def _next_positions(self, count: int) -> Tensor:
         """(B, count) on the host: positions of each row's newest token and of the tokens after it."""

@@ -1,4 +1,4 @@
-"""A row's own options and its logits: bias, penalties, and tokens that may not come yet.
+"""A row's own options and its logits: bias, penalties, and tokens that may not come.
 
 Each place of a row has its own logits, and they are changed by what the tokens before that place say, drafts included. So a
 draft that the target verifies is judged as the token that would have been chosen in its place.
@@ -18,6 +18,7 @@ class LogitsProcessor:
     def __init__(self, config: DecodingConfig, ids: list[int], prompt_tokens: int, ends: Collection[int]) -> None:
         """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
         self._config, self._ids, self._prompt_tokens, self._ends = config, ids, prompt_tokens, ends
+        self._matcher = None if config.guide is None else config.guide.matcher()
         self._counted = prompt_tokens  # of `ids`
         # How often each token is in the output; with a repetition penalty those of the prompt, too.
         self._counts = dict.fromkeys(ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0)
@@ -25,7 +26,7 @@ class LogitsProcessor:
     def process(self, logits: Tensor, drafts: Sequence[int]) -> None:
         """Changes the logits (T, V) of the last T places after the row's tokens and any of the drafts that follow them.
 
-        In this order: bias, repetition penalty, frequency and presence penalty, tokens that may not come yet.
+        In this order: bias, repetition penalty, frequency and presence penalty, tokens that may not come.
         """
         config = self._config
         first = len(drafts) + 1 - len(logits)  # drafts before the first place
@@ -37,6 +38,23 @@ class LogitsProcessor:
         early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
         if early > 0:
             logits[:early, [token for token in self._ends if token < logits.shape[-1]]] = -torch.inf
+        if self._matcher is not None:
+            for place, scores in enumerate(logits, start=first):
+                forbidden = self._matcher.forbidden(self._output, drafts[:place])
+                if forbidden is not None:
+                    scores.masked_fill_(forbidden[: len(scores)].to(scores.device), -torch.inf)
+
+    def permitted(self, drafts: list[int]) -> list[int]:
+        """The drafts up to the first that the row's grammar forbids."""
+        return drafts if self._matcher is None else drafts[: self._matcher.permitted(self._output, drafts)]
+
+    def forced(self) -> list[int]:
+        """The tokens that the row's grammar lets follow as the only ones."""
+        return [] if self._matcher is None else self._matcher.forced(self._output)
+
+    @property
+    def _output(self) -> list[int]:
+        return self._ids[self._prompt_tokens :]
 
     def _penalise(self, logits: Tensor, drafts: Sequence[int], first: int) -> None:
         """As transformers (Keskar et al., 2019) and OpenAI's API define the penalties."""

@@ -96,6 +96,26 @@ def test_logits_are_changed_and_log_probabilities_told(ask, batch):
     assert "logit_bias must be an object of token ids" in failed["error"]
 
 
+def test_answers_match_a_schema_a_regex_a_grammar_or_a_choice(ask, tmp_path):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    schema = {"type": "object", "properties": {"hour": {"enum": [7, 8]}}, "required": ["hour"], "additionalProperties": False}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "text.lark").write_text('start: "wake " ("me" | "us")\n')
+    row = {"prompt": PROMPT}
+    for flags, found in (
+        (("--schema", str(tmp_path / "schema.json")), {'{"hour": 7}', '{"hour": 8}'}),
+        (("--grammar", str(tmp_path / "text.lark")), {"wake me", "wake us"}),
+        (("--regex", "a[bc]"), {"ab", "ac"}),
+        (("--choice", "play", "--choice", "stop"), {"play", "stop"}),
+    ):
+        assert ask(row, flags=flags)[0]["text"] in found
+        by_row, other = ask({**row, "schema": schema}, {**row, "choice": ["a"]}, flags=(*flags, "--batch-size", "2"))
+        assert json.loads(by_row["text"])["hour"] in (7, 8) and other["text"] == "a"
+    (failed,) = ask({**row, "schema": 5}, code=1)
+    assert "schema must be a JSON schema, an object" in failed["error"]
+    assert "there is no such file" in run("generate", PROMPT, "--schema", "nothing.json").err
+
+
 def test_a_policy_is_its_settings(ask):
     row = {"prompt": PROMPT}
     (early,) = ask(row, flags=("--policy", "fast"))

@@ -4,10 +4,12 @@ import asyncio
 import copy
 import gc
 import json
+import re
 import socket
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ from layerskip_core.prompting import CHAT, PromptTemplate
 from layerskip_core.serving import Engine, Request
 
 NEEDED = "needs the extras dev and serve"
-httpx, openai, uvicorn = (pytest.importorskip(name, reason=NEEDED) for name in ("httpx", "openai", "uvicorn"))
+httpx, openai, uvicorn, pydantic = (
+    pytest.importorskip(name, reason=NEEDED) for name in ("httpx", "openai", "uvicorn", "pydantic")
+)
 Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
 PROMPT = "wake me at 7"
 EXIT = 5  # whose drafts are sometimes right
@@ -190,6 +194,41 @@ def test_log_probabilities_of_a_conversation_whole_and_streamed(client):
         client.chat.completions.create(**{**asked, "logprobs": False})
 
 
+class Alarm(pydantic.BaseModel):
+    """An object whose fields are short, so that a random model ends it."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    kind: Literal["alarm", "reminder"]
+    hour: Annotated[int, pydantic.Field(ge=0, le=24)]
+    at: Literal["am", "pm"]
+
+
+def test_structured_outputs_validate_whole_and_streamed(client):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 90}
+    for temperature in (0, 1):
+        choice = client.chat.completions.parse(**asked, response_format=Alarm, temperature=temperature).choices[0]
+        assert isinstance(choice.message.parsed, Alarm) and choice.finish_reason == "stop"
+    form = {"type": "json_schema", "json_schema": {"name": "alarm", "schema": Alarm.model_json_schema()}}
+    chunks = list(client.chat.completions.create(**asked, response_format=form, stream=True))
+    by_text = {"model": "tiny", "prompt": PROMPT, "max_tokens": 90, "extra_body": {"response_format": form}}
+    whole = client.completions.create(**by_text).choices[0]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.text
+    assert Alarm.model_validate_json(whole.text)
+    cut = client.chat.completions.create(**{**asked, "max_tokens": 4}, response_format=form).choices[0]
+    assert cut.finish_reason == "length" and cut.message.content.startswith("{")
+    free = client.chat.completions.create(**asked, response_format={"type": "json_object"}, seed=1, temperature=1).choices[0]
+    assert free.finish_reason == "length" or isinstance(json.loads(free.message.content), dict)
+    for guided, pattern in (
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_regex": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"guided_grammar": 'start: "x" "y"+'}, "xy.*"),
+        ({"guided_json": '{"enum": [1, 2]}'}, "[12]"),
+    ):
+        answer = client.chat.completions.create(**{**asked, "max_tokens": 8}, extra_body=guided).choices[0]
+        assert re.fullmatch(pattern, answer.message.content)
+
+
 def test_echo_gives_the_prompt_s_log_probabilities(client):
     """As lm-eval's local-completions asks for them: prompts as token ids, and one token more."""
     decoder, prompts = tiny_loaded(), [PROMPT, "play"]
@@ -229,7 +268,13 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
         ({"n": 1000}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"typical_p": 0.3, "stream": True}, "typical_p"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": []}, "response_format"),
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_json": {"type": "strange"}}, "response_format"),
+        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"echo": "yes"}, "echo"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),

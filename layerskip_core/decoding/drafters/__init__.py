@@ -13,6 +13,7 @@ from ...config.decoding import DecodingConfig
 from ...model.backend import Backend
 from ...model.cache import KVCache
 from ..graphs import Recorder
+from ..processing import LogitsProcessor
 from ..sampling import Sampler
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ class Context:
     positions: Tensor  # (B, d+1) on the host, d >= 1: of the newest token, and of the drafts after it
     cache: KVCache  # the target's own
     features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, 1, D): what blocks read of the token before
+    processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
+
+    def permitted(self, index: int, tokens: list[int]) -> list[int]:
+        """Drafts for the row with this index, up to the first that its grammar forbids."""
+        return self.processors[index].permitted(tokens) if self.processors and tokens else tokens
+
+    def forced(self, index: int, most: int) -> list[int]:
+        """At most `most` tokens that must come next in this row, as its grammar has it."""
+        return self.processors[index].forced()[: max(most, 0)] if self.processors else []
 
 
 @dataclass(frozen=True)

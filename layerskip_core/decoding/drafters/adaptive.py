@@ -40,6 +40,7 @@ class AdaptiveDrafter:
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
         # By row: the continuations in its text and in an earlier answer, and how likely they are.
         self._found: dict[int, list[tuple[list[int], Acceptance]]] = {}
+        self._source = "lookup"  # or grammar
         self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
         self._drafted_rows: list[int] = []  # by it
         self._steps = 0  # of it
@@ -63,9 +64,12 @@ class AdaptiveDrafter:
         return draft
 
     def _find(self, context: Context, limits: Sequence[int]) -> None:
+        forced = {row: context.forced(index, limits[index]) for index, row in enumerate(context.rows)}
+        self._source = "grammar" if any(forced.values()) else "lookup"
+        self._found.update((row, [(tokens, self._known.forced)]) for row, tokens in forced.items() if tokens)
         for in_answers, lookups in enumerate((self._lookup.find(context, limits), self._lookup.recall(context, limits))):
             for row, (tokens, evidence) in zip(context.rows, lookups, strict=True):
-                if tokens:  # the target's verdict judges them whether they are used or not
+                if tokens and not forced[row]:  # the target's verdict judges them whether they are used or not
                     acceptance = self._known.acceptance_of_lookup(evidence, bool(in_answers))
                     self._found.setdefault(row, []).append((tokens, acceptance))
 
@@ -91,7 +95,7 @@ class AdaptiveDrafter:
         looked_up, rate, others = self._lookups(context.rows)
         plan = self._plan(rate, max(limits), looked_up, others)
         if plan is None:
-            return copied(context, looked_up)
+            return copied(context, looked_up, self._source)
         self._arm, rows, length, ends = plan
         self._drafted_rows = [context.rows[index] for index in rows]
         within = set(rows)

@@ -108,6 +108,9 @@ class ExitDrafter:
                 logits = logits if self._vocabulary is None else self._vocabulary.spread(logits, -torch.inf)
                 logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
                 vocabulary = None
+                if side.vocabulary is not None:  # which may lack all that a grammar permits
+                    dead = (logits[:, 0].amax(-1) == -torch.inf).tolist()
+                    rooms = [min(room, step) if none else room for none, room in zip(dead, rooms, strict=True)]
             draft_probs = self._sampler.probs(logits)
             if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
                 unread.append((logits.float().softmax(-1) if draft_probs is None else draft_probs).amax(-1))

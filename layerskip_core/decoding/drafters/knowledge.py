@@ -41,6 +41,7 @@ _CALIBRATIONS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
 # The same in earlier answers. A text that follows one of them for 64 tokens repeats it.
 _ANSWER_LOOKUPS = ((0, 0.15, 0.6), (1, 0.4, 0.6), (3, 0.7, 0.6), (8, 0.85, 0.75), (16, 0.95, 0.85), (64, 0.97, 0.97))
+_FORCED = 0.97, 0.99  # what a grammar forces can be spelled by other tokens
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known, and some of the first ones. Not the
 # very first: a short output has few steps, and drafts usually pay.
@@ -116,6 +117,7 @@ class Knowledge:
             [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
             for priors in (_LOOKUPS, _ANSWER_LOOKUPS)
         ]
+        self.forced = Acceptance(*_FORCED, _MEASURED)  # of what a grammar forces
         self._pass_seconds: float | None = None
         self.rest = 0.0  # the time of a step that looks for drafts besides drafts and pass
         self._steps = self._choices = 0

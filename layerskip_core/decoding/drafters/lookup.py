@@ -156,55 +156,64 @@ class LookupDrafter:
         otherwise: Drafter | None = None,
         earlier: EarlierAnswers | None = None,
     ) -> None:
-        """`shortest`: how many tokens must match. `earlier`: answers that are searched too; the better match drafts."""
+        """`shortest`: how many tokens must match; 0: nothing is looked up, and only what a grammar forces is drafted.
+
+        `earlier`: answers that are searched too; the better match drafts.
+        """
         self._shortest, self._eos_ids, self._otherwise, self._earlier = shortest, eos_ids, otherwise, earlier
         self._histories: dict[int, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         found = []
-        for (own, evidence), (answer, of_answer) in zip(self.find(context, limits), self.recall(context, limits), strict=True):
+        forced = [context.forced(index, limit) for index, limit in enumerate(limits)]
+        lookups = zip(forced, self.find(context, limits), self.recall(context, limits), strict=True)
+        for must, (own, evidence), (answer, of_answer) in lookups:
             is_better = of_answer > evidence and of_answer >= max(self._shortest, _OF_ANSWERS)
-            found.append(answer if is_better else own)
+            found.append(must or (answer if is_better else own))
         self._drafted_last = None if any(found) else self._otherwise
-        return copied(context, found) if self._drafted_last is None else self._drafted_last.draft(context, limits)
+        if self._drafted_last is not None:
+            return self._drafted_last.draft(context, limits)
+        return copied(context, found, "grammar" if any(forced) else "lookup")
 
     def find(self, context: Context, limits: Sequence[int]) -> Found:
         """What followed in each row's own text."""
         if len(self._histories) > len(context.rows):  # a loop that others join has ever new rows
             self._histories = {row: self._histories[row] for row in context.rows if row in self._histories}
+        if not self._shortest:
+            return [([], 0)] * len(limits)
         found = Found()
-        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
+        for index, (row, ids, limit) in enumerate(zip(context.rows, context.ids, limits, strict=True)):
             history = self._histories.setdefault(row, History(self._shortest))
-            found.append(self._ended(history.continuation(ids, max(limit, 0))))
+            found.append(self._ended(history.continuation(ids, max(limit, 0)), context, index))
         return found
 
     def recall(self, context: Context, limits: Sequence[int]) -> Found:
         """What followed in earlier answers."""
         if not (earlier := self._earlier):
             return [([], 0)] * len(limits)
-        pairs = zip(context.ids, limits, strict=True)
-        return [self._ended(earlier.continuation(ids, max(limit, 0))) for ids, limit in pairs]
+        rows = enumerate(zip(context.ids, limits, strict=True))
+        return [self._ended(earlier.continuation(ids, max(limit, 0)), context, index) for index, (ids, limit) in rows]
 
-    def _ended(self, found: tuple[list[int], int]) -> tuple[list[int], int]:
+    def _ended(self, found: tuple[list[int], int], context: Context, index: int) -> tuple[list[int], int]:
+        """Up to an EOS, or to where the row's grammar forbids it."""
         tokens, evidence = found
-        if self._eos_ids.isdisjoint(tokens):
-            return found
-        end = next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)
-        return tokens[:end], evidence
+        if not self._eos_ids.isdisjoint(tokens):
+            tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
+        return context.permitted(index, tokens), evidence
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:
             self._drafted_last.observe(row, drafted, verified)
 
 
-def copied(context: Context, drafts: Sequence[list[int]]) -> Draft:
+def copied(context: Context, drafts: Sequence[list[int]], source: str = "lookup") -> Draft:
     """Token lists as a draft, padded to the longest."""
     longest = max(map(len, drafts))
     if longest == 0:
-        return Draft(context.newest, (0,) * len(drafts), source="lookup")
+        return Draft(context.newest, (0,) * len(drafts), source=source)
     rows = [[ids[-1], *tokens, *[0] * (longest - len(tokens))] for ids, tokens in zip(context.ids, drafts, strict=True)]
-    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source="lookup")
+    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source=source)
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:

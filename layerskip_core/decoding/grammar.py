@@ -1,0 +1,139 @@
+"""Constrained decoding: answers that match a JSON schema, a regular expression, a grammar, or one of several texts.
+
+llguidance (the extra `grammar`) says which tokens may come next, and which ones must: those are drafts that cost nothing.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, LayerSkipError, first_line, refused
+from ..prompting import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# JSON as json.dumps writes it: with its white space fixed, all of an object but its values is forced.
+_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Guide:
+    """A grammar, compiled for the tokenizer of a model. Guides of the same grammar and tokenizer are equal."""
+
+    def __init__(self, asked: tuple[str, str], tokenizer: Tokenizer, vocab: int, eos_ids: frozenset[int]) -> None:
+        """`asked`: `schema`, `regex`, `grammar` or `choice`, and its text; see `guided` of DecodingConfig.
+
+        Raises:
+            ConfigError: llguidance cannot compile it, or the model has no EOS token or no tokenizer of the tokenizers library.
+            LayerSkipError: llguidance is not installed.
+        """
+        try:
+            from llguidance import LLMatcher
+        except ModuleNotFoundError:
+            raise LayerSkipError(f"`{asked[0]}` needs the extra `grammar`: pip install 'layerskip[grammar]'") from None
+        (kind, text), self.eos_ids = asked, eos_ids
+        self._key = asked, tokenizer
+        if not eos_ids:
+            raise refused(kind, "used with a model that has an EOS token", "one without")
+        words = _words(tokenizer, vocab, eos_ids)
+        try:
+            if kind == "schema":
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides=_STYLE)
+            elif kind == "regex":
+                grammar = LLMatcher.grammar_from_regex(text)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text if kind == "grammar" else _alternatives(json.loads(text)))
+            self._compiled = LLMatcher(words, grammar, log_level=0)
+            fault = self._compiled.get_error()
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise ConfigError(f"`{kind}` cannot be compiled: {fault.strip().splitlines()[0]:.200}", kind)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guide) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def matcher(self) -> "Matcher":
+        """For a row that begins."""
+        return Matcher(self._compiled.deep_copy(), self.eos_ids)
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """A Lark grammar for one of several texts."""
+    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+
+
+guide = lru_cache(maxsize=64)(Guide)  # of a server many requests have the same
+
+
+@lru_cache(maxsize=4)
+def _words(tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "LLTokenizer":
+    """The texts of the model's tokens, as llguidance holds them."""
+    from llguidance import LLTokenizer
+
+    try:
+        text = tokenizer.backend_tokenizer.to_str()
+        return LLTokenizer(text, n_vocab=max(vocab, len(tokenizer)), eos_token=sorted(eos_ids))
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"llguidance cannot use this model's tokenizer: {first_line(error)}") from None
+
+
+class Matcher:
+    """Where one row's answer stands in its grammar. `output` are the tokens that the row has, `drafts` others after them."""
+
+    def __init__(self, matcher: "LLMatcher", eos_ids: frozenset[int]) -> None:
+        self._matcher, self._eos_ids = matcher, eos_ids
+        self._read: list[int] = []  # by the matcher
+        self._masks: dict[tuple[int, ...], Tensor] = {}  # after drafts, for the same output
+        self._masks_of = -1  # tokens of that output
+
+    def forbidden(self, output: list[int], drafts: Sequence[int]) -> Tensor | None:
+        """(V,) or longer, True for the tokens that may not come after the drafts; None if these end the answer."""
+        if not self._eos_ids.isdisjoint(drafts):
+            return None
+        if self._masks_of != len(output):
+            self._masks, self._masks_of = {}, len(output)
+        key = tuple(drafts)
+        if key not in self._masks:
+            self._go_to([*output, *drafts])
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            self._masks[key] = torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)
+        return self._masks[key]
+
+    def permitted(self, output: list[int], drafts: Sequence[int]) -> int:
+        """How many of the drafts the grammar permits."""
+        size = next((place for place, token in enumerate(drafts) if token in self._eos_ids), len(drafts))
+        self._go_to(output)
+        count = self._matcher.validate_tokens(list(drafts[:size]))
+        if count == size < len(drafts):
+            self._go_to([*output, *drafts[:size]])
+            count += self._matcher.is_accepting()
+        return count
+
+    def forced(self, output: list[int]) -> list[int]:
+        """The tokens of the text that must come, and the EOS, if only that can follow."""
+        self._go_to(output)
+        tokens = list(self._matcher.compute_ff_tokens())
+        if len(self._eos_ids) == 1:
+            self._go_to([*output, *tokens])
+            if self._matcher.is_stopped():
+                tokens += self._eos_ids
+        return tokens
+
+    def _go_to(self, tokens: list[int]) -> None:
+        same = min(len(self._read), len(tokens))
+        while tokens[:same] != self._read[:same]:  # at most the drafts of a round
+            same -= 1
+        if same < len(self._read):
+            self._matcher.rollback(len(self._read) - same)
+        if same < len(tokens):
+            self._matcher.consume_tokens(tokens[same:])
+        self._read = list(tokens)
