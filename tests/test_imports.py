@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "layerskip_core"
 LEVELS = [
     {"errors", "interruption"},
     {"config", "files", "embedded"},
-    {"data", "prompting", "model", "losses"},
+    {"data", "prompting", "grammar", "model", "losses"},
     {"checkpoint"},
     {"decoding"},
     {"training", "evaluation", "calibration", "export", "serving", "language_model"},

@@ -174,7 +174,7 @@ class Decoder:
         vocab, ids = self.backend.spec.vocab, dict(config.logit_bias)
         require(max(ids, default=0) < vocab, "logit_bias", f"of tokens of the model, ids below {vocab}", max(ids, default=0))
         if config.guided is not None:
-            from ..decoding.grammar import guide
+            from ..grammar import guide
 
             config = replace(config, guide=guide(config.guided, self.tokenizer, vocab, self.eos_ids))
         return replace(config, policy=name)

@@ -12,7 +12,7 @@ from .model import PackingConfig, Quantization
 from .options import UNICODE, Count, CountOrNone, Drafts, Flag, Layer, Seed, Share, Text, counts_text, hints_of, one_of
 
 if TYPE_CHECKING:
-    from ..decoding.grammar import Guide
+    from ..grammar import Guide
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {

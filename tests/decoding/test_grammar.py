@@ -22,7 +22,7 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.language_model import LanguageModel
 
 llguidance = pytest.importorskip("llguidance", reason="needs the extra grammar")
-grammar = pytest.importorskip("layerskip_core.decoding.grammar")
+grammar = pytest.importorskip("layerskip_core.grammar")
 
 SCHEMA = {
     "type": "object",

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, LayerSkipError, first_line, refused
-from ..prompting import Tokenizer
+from .errors import ConfigError, LayerSkipError, first_line, refused
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+    from .prompting import Tokenizer
 
 # JSON as json.dumps writes it: with its white space fixed, all of an object but its values is forced.
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -25,7 +26,7 @@ _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 class Guide:
     """A grammar, compiled for the tokenizer of a model. Guides of the same grammar and tokenizer are equal."""
 
-    def __init__(self, asked: tuple[str, str], tokenizer: Tokenizer, vocab: int, eos_ids: frozenset[int]) -> None:
+    def __init__(self, asked: tuple[str, str], tokenizer: "Tokenizer", vocab: int, eos_ids: frozenset[int]) -> None:
         """`asked`: `schema`, `regex`, `grammar` or `choice`, and its text; see `guided` of DecodingConfig.
 
         Raises:
