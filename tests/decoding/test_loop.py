@@ -272,7 +272,7 @@ class TableModel:
     """
 
     num_layers, device, exact, ragged = 2, torch.device("cpu"), False, False
-    chooser, exit_blocks = None, {}
+    chooser, exit_blocks, eagle3 = None, {}, None
     shares_states, vocabulary, kernel = True, None, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
