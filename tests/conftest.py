@@ -45,6 +45,7 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
     **{model_type: {"sliding_window": 5} for model_type in ("mistral", "ministral", "gemma3_text", "olmo3", "starcoder2")},
     **{model_type: {"sliding_window": 5, "sliding_window_pattern": 2} for model_type in ("exaone4", "cohere2")},
     "seed_oss": {"attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
     "granitemoe": {
@@ -69,7 +70,9 @@ ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):
     """A random model of six layers. Its weights are larger than usual, so that logits and exits differ clearly."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **changes})
+    kind = CONFIG_MAPPING[model_type]
+    shape = {name: size for name, size in _SHAPE.items() if not isinstance(getattr(kind, name, None), property)}
+    config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the other one lacks fp64

@@ -96,6 +96,8 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     if spec.experts is not None:
         raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")
+    if spec.architecture.transposed:
+        raise ConfigError(f"calibration needs a `model` that stores weights by outputs, got {spec.model_type}")
     for name in matrix_names(spec):
         width = spec.shapes[name][1]
         require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")

@@ -210,7 +210,8 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
     weights: dict[str, Int4] = {}
     for index in range(backend.num_layers):
         made, low, full = _quantized_layer(backend, index, low, full)
-        weights |= {f"model.layers.{index}.{name}.weight": weight for name, weight in made.items()}
+        prefix = backend.own_spec.layer_prefix(index)
+        weights |= {f"{prefix}{name}.weight": weight for name, weight in made.items()}
         report(index + 1)
     moments = Moments(backend.spec.hidden)
     for hidden, original in zip(low, full, strict=True):

@@ -86,7 +86,7 @@ class PackedFile:
         self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.unpacked)
 
     def unpacked(self, name: str) -> Tensor | None:
-        """The weight of a norm or a router, by its name in a checkpoint."""
+        """A weight that stands in no matrix, by its name in a checkpoint."""
         return self._file.read(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
@@ -152,10 +152,11 @@ class PackedWriter:
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
-    """The names of the weights of norms, and of the routers of experts, among all of a model."""
-    experts = spec.architecture.experts
-    routers = {name for name in shapes if experts is not None and name.endswith(f"{experts.router}.weight")}
-    return [name for name in shapes if name in routers or len(shapes.get(f"{name.rpartition('.')[0]}.weight", ())) == 1]
+    """The names of the weights of norms, activations, learned positions and routers of experts, among all of a model."""
+    experts, whole = spec.architecture.experts, {f"{spec.names.positions}.weight"}
+    whole |= {name for name in shapes if experts is not None and name.endswith(f"{experts.router}.weight")}
+    sizes = {name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape)) for name, shape in shapes.items()}
+    return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 # residual branch.
 Norms = tuple[str | None, str | None, str | None, str | None]
 _BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
+_ONE: Norms = ("input_layernorm", None, "input_layernorm", None)
 _AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _AROUND: Norms = (
     *("input_layernorm", "post_attention_layernorm"),
@@ -49,6 +50,7 @@ class Names:
     mlp: str = "mlp."
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    stored_head: str | None = None  # in files, where it is another than lm_head in memory
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ class Architecture:
     """
 
     names: Names = Names()
-    values: Mapping[str, str | None] = field(default_factory=dict)  # names in config.json by Llama's; None: not read
-    needs: Mapping[str, object] = field(default_factory=dict)  # values of config.json that our kernels cannot do without
+    values: Mapping[str, str | int | None] = field(default_factory=dict)  # by Llama's names: other names, or what is not read
+    needs: Mapping[str, object] = field(default_factory=dict)  # values of config.json without which it is not this
+    otherwise: "Architecture | None" = None  # what it is then; None: nothing that our kernels run
     norms: Norms = _BEFORE
     parallel: str | bool = False  # attention and MLP read the same hidden states
-    parallel_norms: Norms | None = None  # the norms where they do, if others
     norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
     norm_eps: str = "rms_norm_eps"
     query_key_norms: Literal["none", "head", "projection"] = "none"
@@ -97,7 +99,6 @@ class Architecture:
     caps_logits: bool = False  # `final_logit_softcapping`
     scales_logits: bool = False  # `logit_scale`
     head_bias: bool = False
-    drops_embeddings: bool = False  # `embedding_dropout`, in training
 
     @property
     def reads(self) -> set[str]:
@@ -112,7 +113,7 @@ class Architecture:
                 *(("decoder_sparse_step", "mlp_only_layers") if self.experts.on_some_layers else ()),
             }
             switches += [self.experts.inner, self.experts.normalised]
-        named = {self.values.get(name, name) for name in read}
+        named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
 
@@ -127,6 +128,38 @@ _GLM = Architecture(
     own_head_dim=True,
     partial_rope=True,
     interleaved_rope=True,
+)
+_COHERE = Architecture(
+    norms=_ONE,
+    parallel=True,
+    norm="layer_without_bias",
+    norm_eps="layer_norm_eps",
+    interleaved_rope=True,
+    scales_logits=True,
+)
+_STABLELM = Architecture(
+    values={"head_dim": None},
+    norm="layer",
+    norm_eps="layer_norm_eps",
+    query_bias="use_qkv_bias",
+    output_bias=False,
+    partial_rope=True,
+)
+_FALCON = Architecture(
+    names=Names("transformer.word_embeddings", None, "transformer.h", "transformer.ln_f", "self_attention."),
+    values={"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size", "head_dim": None},
+    norms=_ONE,
+    parallel=True,
+    norm="layer",
+    norm_eps="layer_norm_epsilon",
+    attention_projections=("query_key_value", "dense"),
+    mlp_projections=("dense_h_to_4h", "dense_4h_to_h"),
+    fused_by_head=True,
+    query_bias="bias",
+    output_bias="bias",
+    mlp_bias="bias",
+    gated=False,
+    activation="activation",
 )
 
 _EXPERTS = Experts(
@@ -193,7 +226,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated=False,
         default_activation=_GELU,
         windows="all",
-        drops_embeddings=True,
     ),
     "seed_oss": Architecture(output_bias="attention_out_bias", mlp_bias="mlp_bias", own_head_dim=True),
     "ernie4_5": Architecture(
@@ -209,15 +241,112 @@ ARCHITECTURES: dict[str, Architecture] = {
     "exaone4": Architecture(
         norms=_AFTER, query_key_norms="head", query_bias=False, output_bias=False, windows="listed", rope="sliding"
     ),
+    "cohere": replace(_COHERE, needs={"use_qk_norm": False}),
+    "cohere2": replace(_COHERE, windows="listed", rope="sliding"),
+    "stablelm": replace(
+        _STABLELM,
+        needs={"qk_layernorm": False, "use_parallel_residual": False},
+        otherwise=replace(_STABLELM, needs={"qk_layernorm": False, "use_parallel_residual": True}, norms=_ONE, parallel=True),
+    ),
+    "phi": Architecture(
+        names=Names(norm="model.final_layernorm"),
+        needs={"qk_layernorm": False},
+        norms=_ONE,
+        parallel=True,
+        norm="layer",
+        norm_eps="layer_norm_eps",
+        attention_projections=("q_proj", "k_proj", "v_proj", "dense"),
+        mlp_projections=("fc1", "fc2"),
+        query_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        gated=False,
+        partial_rope=True,
+        head_bias=True,
+    ),
+    "nemotron": Architecture(
+        norm="layer_plus_one",
+        norm_eps="norm_eps",
+        mlp_projections=("up_proj", "down_proj"),
+        mlp_bias="mlp_bias",
+        gated=False,
+        partial_rope=True,
+    ),
+    "apertus": Architecture(
+        norms=("attention_layernorm", None, "feedforward_layernorm", None),
+        query_key_norms="head",
+        mlp_projections=("up_proj", "down_proj"),
+        gated=False,
+        default_activation="xielu",
+    ),
+    "falcon": replace(
+        _FALCON,
+        values={**_FALCON.values, "num_key_value_heads": 1},
+        needs={"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
+        otherwise=replace(
+            _FALCON,
+            needs={"alibi": False, "new_decoder_architecture": True, "parallel_attn": True, "num_ln_in_parallel_attn": 2},
+            norms=("ln_attn", None, "ln_mlp", None),
+        ),
+    ),
+    "gpt_neox": Architecture(
+        names=Names(
+            *("gpt_neox.embed_in", None, "gpt_neox.layers", "gpt_neox.final_layer_norm", "attention."),
+            stored_head="embed_out",
+        ),
+        values={"num_key_value_heads": None, "head_dim": None},
+        parallel="use_parallel_residual",
+        norm="layer",
+        norm_eps="layer_norm_eps",
+        attention_projections=("query_key_value", "dense"),
+        mlp_projections=("dense_h_to_4h", "dense_4h_to_h"),
+        fused_by_head=True,
+        mlp_bias=True,
+        gated=False,
+        partial_rope=True,
+    ),
+    "gpt2": Architecture(
+        names=Names("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "attn."),
+        values={
+            **{"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"},
+            **{"num_attention_heads": "n_head", "num_key_value_heads": None, "max_position_embeddings": "n_positions"},
+            "head_dim": None,
+        },
+        needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        norms=("ln_1", None, "ln_2", None),
+        norm="layer",
+        norm_eps="layer_norm_epsilon",
+        attention_projections=("c_attn", "c_proj"),
+        mlp_projections=("c_fc", "c_proj"),
+        transposed=True,
+        query_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        gated=False,
+        activation="activation_function",
+        rope="none",
+    ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
 
 
-def architecture_of(model_type: Any) -> Architecture:
-    """Raises CheckpointError for a model type that is not supported."""
-    if model_type not in SUPPORTED:
-        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {model_type!r:.60}")
-    return ARCHITECTURES[model_type]
+def runs_on_kernels(config: Any) -> bool:
+    """Whether our kernels know the architecture of a configuration."""
+    return _found(config) is not None
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Raises CheckpointError for a configuration that `runs_on_kernels` says no to."""
+    if (found := _found(config)) is None:
+        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
+    return found
+
+
+def _found(config: Any) -> Architecture | None:
+    found = ARCHITECTURES.get(str(config.model_type))
+    while found is not None and any(getattr(config, name, None) != value for name, value in found.needs.items()):
+        found = found.otherwise
+    return found
 
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too
@@ -242,15 +371,9 @@ _READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
 }
 
 
-def runs_on_kernels(config: Any) -> bool:
-    """Whether our kernels know a model, given its configuration object: its type and what it needs."""
-    architecture = ARCHITECTURES.get(config.model_type)
-    return architecture is not None and all(getattr(config, name, None) == value for name, value in architecture.needs.items())
-
-
 def is_complete(config: Mapping[str, Any]) -> bool:
     """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it."""
-    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    architecture = _found(SimpleNamespace(**{"model_type": None, **config}))
     if architecture is None or (architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)):
         return False
-    return config.keys() >= architecture.reads and runs_on_kernels(SimpleNamespace(**config))
+    return config.keys() >= architecture.reads

@@ -62,7 +62,6 @@ class _Values:
     attn_logit_softcapping: _Positive | None
     final_logit_softcapping: _Positive | None
     logit_scale: _Positive | None
-    embedding_dropout: Annotated[float, Meta(ge=0, le=1)] | None
     num_experts: _ExpertCount | None
     num_local_experts: _ExpertCount | None
     num_experts_per_tok: _ExpertCount | None
@@ -228,7 +227,6 @@ class ModelSpec:
     embedding_scale: float
     residual_scale: float  # of what a block adds
     logits_divisor: float
-    embedding_dropout: float  # of training
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
     clip: float | None  # largest magnitude of queries, keys and values
@@ -237,7 +235,7 @@ class ModelSpec:
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
-        architecture = architecture_of(config.model_type)
+        architecture = architecture_of(config)
         names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
         values: _Values = _read(_Values, lambda name: getattr(config, name, None), names=names)
 
@@ -306,7 +304,6 @@ class ModelSpec:
             embedding_scale=embedding_scale,
             residual_scale=residual_scale,
             logits_divisor=logits_divisor,
-            embedding_dropout=values.embedding_dropout or 0.0 if architecture.drops_embeddings else 0.0,
             score_cap=values.attn_logit_softcapping if architecture.caps_scores else None,
             logits_cap=values.final_logit_softcapping if architecture.caps_logits else None,
             clip=values.clip_qkv if architecture.clips_projections else None,
@@ -373,6 +370,8 @@ class ModelSpec:
         A weight without a dimension of experts has one list.
         """
         parts: dict[str, list[list[str]]] = {}
+        if (head := self.names.stored_head) is not None and not self.tied:
+            parts[self.head_name] = [[f"{head}.weight"]]
         if self.experts is None or self.architecture.experts is None:
             return parts
         for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):
@@ -411,8 +410,7 @@ class ModelSpec:
         """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
         names, normed = self.names, self.architecture.query_key_norms != "none"
         own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
-        of = self.architecture
-        return *(of.parallel_norms if self.parallel and of.parallel_norms else of.norms), *own
+        return *self.architecture.norms, *own
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -444,6 +442,8 @@ class ModelSpec:
         sizes = (*(self.hidden,) * 4, *((self.head_dim,) * 2 if per_head else (self.queries, self.keys)))
         for norm, size in zip(self.norm_names, sizes, strict=True):
             shapes |= {} if norm is None else self.norm_shapes(norm, size)
+        if self.activation == "xielu":
+            shapes |= {f"{self.names.mlp}act_fn.alpha_{part}": (1,) for part in "pn"}
         return shapes
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
@@ -479,15 +479,17 @@ def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> 
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
 
 
-def _read(kind: Any, value_of: Callable[[str], Any], where: str = "", names: Mapping[str, str | None] | None = None) -> Any:
-    """An object of `kind`. `names`: of values by field, where they have others; None for one that is not read.
+def _read(
+    kind: Any, value_of: Callable[[str], Any], where: str = "", names: Mapping[str, str | int | None] | None = None
+) -> Any:
+    """An object of `kind`. `names`: of values by field, where they have others; or a value that is not read, None among them.
 
     Raises CheckpointError for the first value of another type or out of range.
     """
     values = {}
     for attribute, hint in hints_of(kind).items():
         name = (names or {}).get(attribute, attribute)
-        values[attribute] = None if name is None else _checked(value_of(name), hint, where + name)
+        values[attribute] = _checked(value_of(name), hint, where + name) if isinstance(name, str) else name
     return kind(**values)
 
 

@@ -13,7 +13,25 @@ from ..config.model import Quantization
 from .cache import LayerSlots, SpanWriter
 from .spec import AnySpec, ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear
-from .weights import Affine, Weights, block_inputs, block_output, expert_inputs, expert_outputs, layer_norms, router, stacked
+from .weights import (
+    Affine,
+    Weights,
+    block_inputs,
+    block_output,
+    expert_inputs,
+    expert_outputs,
+    layer_norms,
+    router,
+    stacked,
+    xielu_factors,
+)
+
+
+def xielu(x: Tensor, *, above: float = 0.8, below: float = 0.8) -> Tensor:
+    """Huang and Schlag, 2024, with beta = 0.5."""
+    negative = x.clamp(max=0)
+    return F.relu(x).square_().mul_(above).add_(negative.expm1() - negative, alpha=below).add_(x, alpha=0.5)
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -22,8 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square_(),
+    "xielu": xielu,
 }
-
 
 # Types of rope whose angles depend on the position only. Those of a dynamic rope or a longrope change where a text outgrows
 # the context that a ModelSpec allows.
@@ -92,6 +110,9 @@ class TorchLayer:
         self._score_cap, self._residual_scale = spec.score_cap, spec.residual_scale
         self._parallel, self._norms_rotated = spec.parallel, spec.architecture.norms_rotated
         self._activation = ACTIVATIONS[spec.activation]
+        if spec.activation == "xielu":
+            above, below = xielu_factors(weights, spec)
+            self._activation = partial(xielu, above=above, below=below)
         qkv = list(block_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
         before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec)

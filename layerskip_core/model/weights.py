@@ -196,6 +196,14 @@ def _affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     return Affine(weight, weights.of(bias) if weights.prefix + bias in weights.shapes else None)
 
 
+def xielu_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
+    """Of what is positive and of what is negative (Huang and Schlag, 2024); 0 where a layer has another activation."""
+    if spec.activation != "xielu":
+        return 0.0, 0.0
+    above, below = (float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float())) for part in "pn")
+    return above, below + 0.5
+
+
 def head_weights(weights: Weights, spec: ModelSpec) -> Affine:
     bias = "lm_head.bias"
     return Affine(weights.of(spec.head_name), weights.of(bias) if bias in weights.shapes else None)

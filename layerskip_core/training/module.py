@@ -175,6 +175,7 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
     With `layers`, only those in so many of the first layers.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
     if layers is not None:
@@ -182,7 +183,8 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
         whole = [name for name in targets if name in modules]
         require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
         if targets == ["all-linear"]:  # which peft does not take together with layers
-            linear = (name for name, part in model.model.layers[0].named_modules() if isinstance(part, nn.Linear))
+            chain: Any = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+            linear = (name for name, part in chain[0].named_modules() if isinstance(part, (nn.Linear, Conv1D)))
             targets = sorted({name.rpartition(".")[2] for name in linear})
     lora = LoraConfig(
         r=config.lora_rank,

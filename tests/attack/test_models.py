@@ -46,24 +46,31 @@ def shapes(draw, architecture):
         "tie_word_embeddings": draw(st.booleans()),
         "pad_token_id": None,
     }
-    if architecture in ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "phi3", "starcoder2"):
+    kind = ARCHITECTURES[architecture]
+    shape[kind.norm_eps] = shape.pop("rms_norm_eps")
+    shape |= {name: draw(st.booleans()) for name in (kind.query_bias, kind.output_bias, kind.mlp_bias) if isinstance(name, str)}
+    if kind.partial_rope:
+        shape["head_dim"] = of(16, 64)
+    if "head_dim" in kind.values:
+        shape["hidden_size"] = heads * shape["head_dim"]
+    if kind.windows in ("all", "listed"):
         shape["sliding_window"] = of(5, 1, 2, 16, 4096)
-    if architecture in ("gemma2", "gemma3_text", "olmo3"):
+    if architecture in ("gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2"):
         shape["layer_types"] = [of("sliding_attention", "full_attention") for _ in range(layers)]
     if architecture == "qwen2":
         shape |= {"use_sliding_window": draw(st.booleans()), "sliding_window": 4, "max_window_layers": layers // 2}
     if architecture == "smollm3":
         shape["no_rope_layers"] = [draw(st.integers(0, 1)) for _ in range(layers)]
-    if architecture in ("llama", "qwen3", "granite", "olmo2", "olmo3", "smollm3"):
-        shape["attention_bias"] = draw(st.booleans())
-    if architecture in ("llama", "granite", "smollm3"):
-        shape["mlp_bias"] = draw(st.booleans())
-    if architecture == "starcoder2":
-        shape |= {"use_bias": draw(st.booleans()), "norm_epsilon": shape.pop("rms_norm_eps")}
+    if architecture in ("gpt_neox", "stablelm"):
+        shape["use_parallel_residual"] = draw(st.booleans())
+    if architecture == "falcon":
+        del shape["head_dim"]
+        shape |= of({}, {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2})
+        shape["num_kv_heads"] = shape.pop("num_key_value_heads")
     if architecture == "granite":
         shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
-    if architecture not in ("gemma3_text", "olmo3", "phi3") and draw(st.booleans()):
-        shape["rope_parameters"] = of(*ROPES)
+    if architecture not in ("gemma3_text", "olmo3", "phi3", "gpt2", "falcon") and draw(st.booleans()):
+        shape["rope_parameters"] = dict(of(*ROPES))
         shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2 where the type is dynamic
     return shape
 

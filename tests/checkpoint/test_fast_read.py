@@ -31,7 +31,8 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_logits_and_ids_equal_transformers(folder, model_type):
-    path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2"))
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if model_type == "apertus" else {}
+    path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2", **rope))
     assert lean_spec(path) is not None
     trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
     expected = decoder_of(trainable)

@@ -122,9 +122,9 @@ def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeyp
         for_decoding(folder)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus"])
 def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
-    """And with a tied head."""
+    """And with a tied head; with learned positions, and numbers in activations."""
     loaded = tiny_loaded(torch.float32)
     widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 300}
     ropes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}

@@ -87,9 +87,10 @@ def test_a_pass_of_more_tokens_reads_more_experts():
     )
 
 
-def test_calibration_refuses_experts(tmp_path):
+@pytest.mark.parametrize(("model_type", "needed"), [("olmoe", "without experts"), ("gpt2", "that stores weights by outputs")])
+def test_calibration_refuses_experts_and_transposed_weights(tmp_path, model_type, needed):
     loaded = tiny_loaded(torch.float32)
     sizes = {"vocab_size": len(loaded.tokenizer), "eos_token_id": loaded.tokenizer.eos_token_id}
-    model = tiny_model("olmoe", torch.float32, **{**WIDE, **CHANGES["olmoe"], **sizes})
+    model = tiny_model(model_type, torch.float32, **{**WIDE, **CHANGES[model_type], **sizes})
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
-    fails("calibration needs a --model without experts, got olmoe", "calibrate", "--model", str(tmp_path / "model"))
+    fails(f"calibration needs a --model {needed}, got {model_type}", "calibrate", "--model", str(tmp_path / "model"))

@@ -61,6 +61,11 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "qwen3_moe": {**CHANGES["qwen3_moe"], "moe_intermediate_size": 32, "norm_topk_prob": False},
     "starcoder2": {},
     "hunyuan_v1_dense": {},
+    "gpt_neox": {"head_dim": 16},
+    "gpt2": {"n_inner": 96},
+    "cohere2": {**CHANGES["cohere2"], "hidden_size": 128},
+    "phi": {},
+    "apertus": {},
 }
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")

@@ -30,6 +30,9 @@ CASES = {
     "smollm3": ("smollm3", {}),
     "gemma3_text": ("gemma3_text", {**CHANGES["gemma3_text"], "layer_types": ["sliding_attention", "full_attention"] * 3}),
     "starcoder2, no biases": ("starcoder2", {"use_bias": False}),
+    "gpt_neox, no parallel": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "falcon, some key heads": ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2, "num_kv_heads": 2}),
 }
 CASES |= {model_type: (model_type, CHANGES.get(model_type, {})) for model_type in SUPPORTED if model_type not in CASES}
 EACH_PART = [
@@ -45,6 +48,8 @@ EACH_PART = [
     "starcoder2",
     "glm4",
     "hunyuan_v1_dense",
+    "gpt_neox",
+    "gpt2",
 ]
 LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 5e-5}  # in standard deviations of what is expected
 BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers

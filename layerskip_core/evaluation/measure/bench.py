@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -208,7 +209,8 @@ def require_early_exit(model: Any) -> None:
     transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
     """
     layers, calls = model.config.num_hidden_layers, []
-    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
+    chain = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in chain]
     try:
         model.config.num_hidden_layers = 1
         model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)

@@ -1,6 +1,7 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
 from functools import partial
+from math import frexp
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class NativeBackend(RepackedBackend):
         assert isinstance(self._layers, NativeLayers)
         if compiled.widens_bf16:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
-        is_plain = spec.logits_divisor == 1 and spec.logits_cap is None  # else rounding may make two logits equal
+        # Rounding may make two logits equal, but not where it divides by a power of two.
+        is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None
 
     def _prepare(self, packing: PackingConfig) -> None:

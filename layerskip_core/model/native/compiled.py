@@ -15,7 +15,7 @@ from ...errors import LayerSkipError, require_choice
 
 KINDS = ("fp32", "bf16", "int8", "int4", "widened")  # of weights, as the C code numbers them
 ACTIVATIONS = {  # as the C code numbers them
-    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4},
+    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5},
 }
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma"}

@@ -15,7 +15,18 @@ from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
 from ..spec import ExpertsSpec, ModelSpec
 from ..vocabulary import DraftVocabulary
-from ..weights import Affine, Weights, block_inputs, block_output, expert_inputs, expert_outputs, layer_norms, router, stacked
+from ..weights import (
+    Affine,
+    Weights,
+    block_inputs,
+    block_output,
+    expert_inputs,
+    expert_outputs,
+    layer_norms,
+    router,
+    stacked,
+    xielu_factors,
+)
 from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
 from .matrix import MatrixForm, NativeMatrix, PackMatrix
 
@@ -159,6 +170,7 @@ class NativeLayer:
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
+            (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
         )
 
 
