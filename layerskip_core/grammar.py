@@ -113,7 +113,7 @@ class Matcher:
         """How many of the drafts the grammar permits."""
         size = next((place for place, token in enumerate(drafts) if token in self._eos_ids), len(drafts))
         self._go_to(output)
-        count = self._matcher.validate_tokens(list(drafts[:size]))
+        count: int = self._matcher.validate_tokens(list(drafts[:size]))
         if count == size < len(drafts):
             self._go_to([*output, *drafts[:size]])
             count += self._matcher.is_accepting()
