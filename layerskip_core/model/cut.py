@@ -334,9 +334,14 @@ class CutModel:
         logits: Tensor = self.forward({"input_ids": ids}, None, [(form.owner, lambda *_, **__: output)]).logits
         return logits.view(*state.shape[:-1], logits.shape[-1])
 
-    def new_cache(self, batch_size: int, max_positions: int, blocks: int = 0) -> MixedCache:
-        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `place_of_block`."""
-        shapes = dict(self.form.shapes)
+    def new_cache(
+        self, batch_size: int, max_positions: int, blocks: int = 0, others: Mapping[Entry, tuple[int, int]] | None = None
+    ) -> MixedCache:
+        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `place_of_block`.
+
+        `others`: number and width of the heads of further entries.
+        """
+        shapes = {**self.form.shapes, **(others or {})}
         for block in range(blocks):
             assert self.form.attending is not None
             for index, kind in self.form.written[self.form.attending]:
@@ -345,7 +350,7 @@ class CutModel:
 
     def place_of_block(self, block: int) -> int:
         """The `layer_idx` by which the attention of an exit block addresses the cache."""
-        last: int = max(index for index, _ in self.form.shapes)
+        last: int = max((index for index, _ in self.form.shapes), default=-1)
         return 1 + last + block
 
     def run_span(

@@ -15,8 +15,9 @@ from ..config.model import Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, runs_on_kernels
 from .backend import DraftSide
-from .cache import KVCache, MixedCache
+from .cache import Entry, KVCache, MixedCache
 from .cut import CutModel, Form, Forward, hidden_of, replaced
+from .eagle3 import PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .probe import cut_at_layers
 from .spec import AnySpec, ModelSpec, TransformersSpec
@@ -45,7 +46,7 @@ class TransformersBackend:
 
     implementation = "generic"
     exact = batch_invariant = recordable = ragged = False
-    chooser = eagle3 = None
+    chooser = None
 
     def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
         """A model type that our kernels do not run is tried at once, others when they first run.
@@ -68,6 +69,13 @@ class TransformersBackend:
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
             self._add_block(block, exit_blocks)
+        self.eagle3, self._entries = None, dict[Entry, tuple[int, int]]()
+        if (drafter := exit_blocks.eagle3) is not None:
+            place, like = self._cut.place_of_block(len(self._blocks)), self.model.get_input_embeddings().weight
+            self._entries = {(place, kind): (drafter.form.kv_heads, drafter.form.head_dim) for kind in ("keys", "values")}
+            self.eagle3 = PlacedEagle3(
+                drafter, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like))
+            )
 
     @property
     def own_spec(self) -> ModelSpec:
@@ -107,7 +115,7 @@ class TransformersBackend:
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> MixedCache:
         positions = min(max_positions or self.spec.context, self.spec.context)
-        return self._cut.new_cache(batch_size, positions, len(self._blocks))
+        return self._cut.new_cache(batch_size, positions, len(self._blocks), self._entries)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)

@@ -12,7 +12,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import TorchBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.training.eagle3 import unrolled
@@ -23,7 +23,7 @@ EAGLE3 = DecodingConfig("eagle3", num_draft_tokens=DRAFTS, max_new_tokens=24)
 
 
 def model_of(kind):
-    return tiny_model("llama", torch.float64 if kind == "packed" else torch.float32, **SHAPE)
+    return tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **SHAPE)
 
 
 @cache
@@ -52,12 +52,14 @@ def stored():
 @cache
 def backend_of(kind, quantize=None):
     packing = PackingConfig(quantize=quantize)
+    if kind == "generic":
+        return TransformersBackend(model_of(kind), stored())
     if kind == "packed":
         return TorchBackend.of(model_of(kind), packing, exit_blocks=stored())
     return native_or_skip(model_of(kind), packing, exit_blocks=stored())
 
 
-@pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None)])
+@pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None), ("generic", None)])
 def test_the_output_is_the_target_s(kind, quantize):
     backend = backend_of(kind, quantize)
     for length in (1, 9):
@@ -67,7 +69,7 @@ def test_the_output_is_the_target_s(kind, quantize):
         assert decoding.stats.drafted > 0
 
 
-@pytest.mark.parametrize("kind", ["native", "packed"])
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 @pytest.mark.parametrize("strategy", ["eagle3", "adaptive"])
 def test_rows_of_a_batch_too(kind, strategy):
     backend, prompts = backend_of(kind), [prompt_of(length) for length in (1, 14, 5)]
@@ -81,7 +83,7 @@ def test_rows_of_a_batch_too(kind, strategy):
         assert [answer.stats.accepted for answer in found] == [decoding.stats.accepted for decoding in alone]
 
 
-@pytest.mark.parametrize("kind", ["native", "packed"])
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_drafts_are_those_of_training(kind):
     """Round by round, at each position of the draft: the features that the loss saw are those that drafts read."""
     backend, model, prompt, rounds = backend_of(kind), model_of(kind), prompt_of(9), []
