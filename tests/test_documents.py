@@ -46,7 +46,7 @@ def test_links_and_commands(document):
         assert not anchor or anchor in anchors(target), link
     for command, rest in re.findall(r"\blayerskip ([a-z][a-z-]*)((?:[^`|>\n]|\\\n)*)", text_of(document)):
         assert command in COMMANDS
-        unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) - flags_of(command)
+        unknown = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)) - flags_of(command)
         assert not unknown, f"layerskip {command} {rest}"
 
 
@@ -61,7 +61,7 @@ def test_what_scripts_import_is_there(script):
 @pytest.mark.parametrize("name", ["README.md", "cli/README.md"])
 def test_flags_in_prose(name):
     known = {"--help", "--debug", "--version"}.union(*map(flags_of, COMMANDS))
-    assert set(re.findall(r"`(--[a-z][a-z-]*)", text_of(ROOT / name))) <= known
+    assert set(re.findall(r"`(--[a-z][a-z0-9-]*)", text_of(ROOT / name))) <= known
 
 
 def test_every_command_has_an_example():
