@@ -167,10 +167,14 @@ def import_checkpoint(
     folder = locate(adapters_of(name)[1]).path
     beside: dict[str, bytes] = {}
     left_out = []
-    for file, read in ((INT4_FILE, read_int4), (EXIT_BLOCKS_FILE, read_exit_blocks)):
+    weight_of = loaded.model.get_parameter
+    for file, read in (
+        (INT4_FILE, lambda: read_int4(folder, loaded.backend.own_spec, weight_of)),
+        (EXIT_BLOCKS_FILE, lambda: read_exit_blocks(folder, loaded.backend.spec, weight_of)),
+    ):
         if (path := Path(folder) / file).is_file():
             try:
-                read(folder, loaded.backend.own_spec, loaded.model.get_parameter)
+                read()
                 beside[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))

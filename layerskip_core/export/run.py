@@ -8,12 +8,12 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
@@ -26,12 +26,13 @@ from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig, PackingConfig
-from ..errors import CheckpointError, ConfigError, require
+from ..errors import CheckpointError, ConfigError, first_line, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import ModelSpec
+from ..model.transformers_backend import attention_for
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import Weights, named_int4
 from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
@@ -39,7 +40,9 @@ from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
 README = "README.md"
 _MOST_TOKENS = 16
 _USUAL_TOKENS = 6
-_BY_LAYER = ("layer_types", "no_rope_layers")  # lists in config.json with an entry for each layer
+_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things than layers, whatever their length
+_PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
+_TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def export(config: ExportConfig) -> Exported:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded, blocks = for_training(config.model, "cpu", "fp32"), NO_BLOCKS
     if (folder := locate(loaded.name).folder) is not None:
-        spec, weight_of = loaded.backend.own_spec, loaded.model.get_parameter
+        spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
@@ -190,45 +193,96 @@ def _write_pair(
         raise CheckpointError(f"cannot write the model to {output}: {error}") from error
 
 
+@torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """The model of exit 1..L, to be written. It is `loaded.model` itself, which loses its other layers.
+    """The model of exit 1..L, to be written. It has the weights of `loaded.model`, which loses its other layers.
 
-    A block becomes the layer after the exit's, of the kind of the model's last layer, and its norm the final one. Raises
-    ConfigError for a block that reads the final states of the whole model.
+    A block becomes the layer after the exit's, of the kind of the layer that it began as, and its norm the final one.
+
+    Raises:
+        ConfigError: the exit has a block that reads the final states of the whole model.
+        CheckpointError: a configuration with fewer layers does not describe the exit, whose logits the new model lacks.
     """
     model: Any = loaded.model
-    spec, layers = loaded.backend.own_spec, loaded.backend.num_layers
-    chain = model.get_submodule(spec.names.layers)
-    kept = list(range(exit_layer))
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
+    if block is not None and block.feature != "none":
+        why = f"its exit block reads the final states of the whole model (feature {block.feature})"
+        raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
+    backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
+    ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
+    expected, layers, kept = _exit_logits(backend, exit_layer, ids), backend.layers, list(range(exit_layer))
     if block is not None:
-        if block.feature != "none":
-            why = f"its exit block reads the final states of the whole model (feature {block.feature})"
-            raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
-        kept.append(layers - 1)
-        weights = blocks.weights(spec, model.get_input_embeddings().weight)
-        norm = model.get_submodule(spec.names.norm)
-        for module, prefix in ((chain[-1], f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
+        originals, weights = backend.block_originals(), blocks.weights(backend.spec, model.get_input_embeddings().weight)
+        kept.append(next(index for index, layer in enumerate(layers) if layer is originals["layer"]))
+        for part, module in originals.items():
             for name, parameter in module.named_parameters():
-                parameter.data = weights.of(prefix + name)
-    model.set_submodule(spec.names.layers, type(chain)([chain[layer] for layer in kept]))
-    model.config = cut_config(model.config, kept)
-    return model
+                parameter.data = weights.of(f"{block.prefix}{part}.{name}")
+    chosen, count = [layers[layer] for layer in kept], len(layers)
+    del layers[len(kept) :]
+    for place, layer in enumerate(chosen):
+        layers[place] = layer
+    try:
+        written = _with_weights(cut_config(model.config, kept), model.state_dict(), count, kept)
+        found = written(input_ids=ids, use_cache=False).logits
+        if not (found - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
+            raise ValueError(f"a {model.config.model_type} with {len(kept)} layers has other logits")
+    except Exception as error:  # which differs by model type
+        raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error
+    return written
+
+
+def _exit_logits(backend: TransformersBackend, exit_layer: int, ids: Tensor) -> Tensor:
+    """(B, T, V), of tokens (B, T)."""
+    positions, cache = torch.arange(ids.shape[1]).expand(ids.shape), backend.new_cache(*ids.shape)
+    hidden = backend.run_layers(backend.embed(ids), 0, exit_layer, positions, cache)
+    if (block := backend.exit_blocks.get(exit_layer)) is None:
+        return backend.unembed(hidden)
+    return block.head(backend.run_layers(hidden, block.layer, block.layer + 1, positions, cache))
+
+
+def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]) -> Any:
+    """A model with these weights, which are not copied. Of one that has a part for each of so many layers, those kept."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config))
+    fitting = {}
+    for name, needed in model.state_dict().items():
+        weight = weights[name]
+        for dimension, size in enumerate(needed.shape):
+            if weight.shape[dimension] != size:
+                parts = weight.view(*weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :]).index_select(
+                    dimension, torch.tensor(kept)
+                )
+                weight = parts.flatten(dimension, dimension + 1)
+        fitting[name] = weight
+    model.load_state_dict(fitting, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """A configuration with some of the layers, by their ascending places in the whole model, counted from 0."""
-    values = config.to_dict()
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
-    for name in _BY_LAYER:
-        if values.get(name) is not None:
-            values[name] = [values[name][layer] for layer in kept]
+    """A configuration with some of the layers, by their ascending places in the whole model, counted from 0.
+
+    A list with an entry for each layer, such as `layer_types`, and entries by the number of a layer lose those of the others.
+    """
+    values, count = config.to_dict(), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = count if count in values else "num_layers"  # LongCat-Flash counts attentions by the other, two in each layer
+    layers, values[count] = values[count], len(kept)
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
+            values[name] = [value[layer] for layer in kept]
+        if isinstance(value, dict) and value and set(value) <= set(map(str, range(layers))):
+            values[name] = {str(place): value[str(layer)] for place, layer in enumerate(kept) if str(layer) in value}
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
     if (dense := values.get("mlp_only_layers")) is not None:  # so have all layers but every `step`-th
         step = values["decoder_sparse_step"]
         values["mlp_only_layers"] = [place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
         values["decoder_sparse_step"] = 1
+    if shared := values.get("num_kv_shared_layers"):  # so many last ones have the keys and values of earlier ones
+        values["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in kept)
     return config.__class__.from_dict(values)
 
 
@@ -257,14 +311,14 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     memory. `layers`: of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
-    assert isinstance(spec, ModelSpec)
     if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
         return info.num_draft_tokens, "recommended by `layerskip sweep-exits`, or with the model"
     acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
     if acceptance is None:
         return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
-    head = prod(spec.shapes[spec.embedding_name])
-    layer = (spec.weights_read(1) - head) / spec.layers
+    head = spec.vocab * spec.hidden
+    read = spec.weights_read(1) if isinstance(spec, ModelSpec) else spec.parameters - head * (not spec.tied)
+    layer = (read - head) / spec.layers
     share = (layers * layer + head) / (spec.layers * layer + head)
     expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}
     tokens = max(expected, key=lambda count: expected[count] / (1 + count * share))

@@ -64,7 +64,7 @@ class TransformersBackend:
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
-            self.spec = TransformersSpec.of(self.model, self.num_layers, self._block_originals())
+            self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
@@ -171,7 +171,7 @@ class TransformersBackend:
 
         Raises CheckpointError for a model that can have no exit blocks.
         """
-        if not (parts := self._block_originals()):
+        if not (parts := self.block_originals()):
             why = "no layer with keys and values, or more before its head than hidden states and a norm"
             raise CheckpointError(f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}")
         layer, norm = map(deepcopy, parts.values())
@@ -195,7 +195,7 @@ class TransformersBackend:
         assert original is not None
         return self._cut.run(state, original, original + 1, positions, cache, only_writes=only_writes, block=block)
 
-    def _block_originals(self) -> dict[str, Any]:
+    def block_originals(self) -> dict[str, Any]:
         """What exit blocks are copies of, by their names in a block; nothing for a model that can have none."""
         form, width = self._cut.form, self.config.get_text_config(decoder=True).hidden_size
         if form.attending is None or form.norm is None or form.width != width:
@@ -327,7 +327,7 @@ class WholeTexts:
             if not each or not value.dim() or value.shape[0] != each * batch:
                 return value
             return value.view(batch, each, *value.shape[1:]).index_select(0, index).flatten(0, 1)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: self._select(name, part, index, batch) for key, part in value.items()}
         return tuple(self._select(name, part, index, batch) for part in value) if isinstance(value, tuple) else value
 
@@ -399,5 +399,5 @@ def _tensors(value: Any) -> list[Tensor]:
     """Those with dimensions in an argument of a layer, which may be nested."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
     return [tensor for part in parts for tensor in _tensors(part)]

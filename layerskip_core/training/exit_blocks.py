@@ -163,9 +163,9 @@ def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]]
     ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
     real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)
     positions = torch.arange(longest)[None].expand(len(texts), -1)
-    hidden, found = backend.embed(ids), []
+    hidden, cache, found = backend.embed(ids), backend.new_cache(len(texts), longest), []
     for start, stop in pairwise((0, *exits, backend.num_layers)):
-        hidden = backend.run_layers(hidden, start, stop, positions)
+        hidden = backend.run_layers(hidden, start, stop, positions, cache)
         state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
         found.append(state[real][:, : backend.spec.hidden].bfloat16())
     return torch.stack(found, dim=1)

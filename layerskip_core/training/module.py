@@ -175,7 +175,7 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
     With `layers`, only those in so many of the first layers.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from transformers.pytorch_utils import Conv1D  # of GPT-2
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
     if layers is not None:
@@ -183,9 +183,8 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
         whole = [name for name in targets if name in modules]
         require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
         if targets == ["all-linear"]:  # which peft does not take together with layers
-            chain: Any = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
-            linear = (name for name, part in chain[0].named_modules() if isinstance(part, (nn.Linear, Conv1D)))
-            targets = sorted({name.rpartition(".")[2] for name in linear})
+            parts = TransformersBackend(model).layers[:layers].named_modules()
+            targets = sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))})
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,

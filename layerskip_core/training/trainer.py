@@ -24,6 +24,7 @@ from ..errors import ConfigError, TrainingError
 from ..files import run_staging
 from ..interruption import Interruption
 from ..losses import IGNORED
+from ..model import ModelSpec
 from .checkpoints import LOSSES, checkpoints_folder, newest_first, publish
 from .data import StreamedRows, collate
 from .eagle3 import FrozenEagle3
@@ -73,7 +74,13 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.learning_rate = self.grad_norm = self.started = 0.0
-        super().__init__(module, _arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
+        super().__init__(
+            module,
+            _arguments(plan, not isinstance(module.backend.spec, ModelSpec)),
+            collate,
+            train_dataset=rows,
+            eval_dataset=held_out,
+        )
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
@@ -263,7 +270,8 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def _arguments(plan: Plan) -> TrainingArguments:
+def _arguments(plan: Plan, some_unused: bool) -> TrainingArguments:
+    """`some_unused`: whether a backward pass may leave weights out, such as experts that no token chose."""
     config = plan.config
     arguments = TrainingArguments(
         output_dir=str(checkpoints_folder(config.output)),
@@ -281,7 +289,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         num_train_epochs=1,  # RunRows makes one epoch of all passes
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # a layer without rows and an exit that is off leave no parameter unused
+        ddp_find_unused_parameters=some_unused,  # a layer without rows and an exit that is off leave no parameter unused
         dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,

@@ -7,12 +7,21 @@ import pytest
 import torch
 from decoder_types import LAYERS, tiny
 from decodings import ids_of, plainly, prompt_of
+from training_runs import recipe_module
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode, decode_batch
 from layerskip_core.errors import CheckpointError
+from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
+from layerskip_core.training.exit_blocks import FrozenExits
+from layerskip_core.training.recipe import RunStep
 
 CUT = (
     *("afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2"),
@@ -54,6 +63,9 @@ REFUSED = {
 }
 
 
+NO_BLOCKS_AT = ("gemma3n_text",)  # its head reads more than a norm of hidden states
+
+
 def known(model_types):
     return [model_type for model_type in model_types if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
@@ -64,7 +76,7 @@ def test_no_type_is_left_out():
 
 
 @pytest.mark.parametrize("model_type", known(CUT + RECURRENT))
-def test_a_cut_model_is_the_whole_one(model_type):
+def test_a_cut_model_is_the_whole_one(model_type, tmp_path):
     model, ids = tiny(model_type), torch.tensor([prompt_of(13), prompt_of(13, 1)])
     with torch.inference_mode():
         start, whole = (model(input_ids=part, use_cache=False).logits for part in (ids[:, :4], ids))
@@ -77,7 +89,9 @@ def test_a_cut_model_is_the_whole_one(model_type):
     if model_type in RECURRENT:
         check_rollback(backend)
         check_turns(backend)
-    check_exit(model, backend, ids)  # the model is less afterwards
+    check_recipe(model, ids)
+    check_exit_block(model, backend, ids)
+    check_exit(model, backend, ids, tmp_path)  # the model is less afterwards
 
 
 def check_logits(model, backend, ids):
@@ -123,16 +137,75 @@ def check_propagation(backend, ids):
         torch.testing.assert_close(written, expected)
 
 
-def check_exit(model, backend, ids):
-    """An exit is the model without its last layers."""
+def check_recipe(model, ids):
+    """Dropped rows, and documents in a row, change nothing for the others; every layer gets a gradient, recomputed too."""
+    module = recipe_module(model, RecipeSettings(p_max=0.5, curriculum="all"))
+    gradients = []
+    for recompute in (False, True):
+        module.recompute = recompute
+        torch.manual_seed(1)
+        module.train()(ids, ids, RunStep(2, 10))["loss"].backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+        module.zero_grad()
+    model.eval()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients[0].values())
+    learning = {weight for name, weight in model.named_parameters() if name in gradients[0] and bool(gradients[0][name].any())}
+    assert all(learning & set(layer.parameters()) for layer in module.backend.layers)
+    documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 13])
+    with torch.no_grad():
+        apart = module.texts.states(ids[:1, 5:], (LAYERS,))[LAYERS][0]
+        dropped = module.texts.states(ids, (2, 3), documents, lambda layer: [1] if layer == 2 else range(2))
+        whole = module.texts.states(ids, (2, LAYERS), documents, lambda layer: range(2) if layer < 2 else [0])
+    torch.testing.assert_close(whole[LAYERS][0, 5:], apart, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dropped[2], whole[2])
+    assert torch.equal(dropped[3][0], dropped[2][0]) and torch.equal(whole[LAYERS][1], whole[2][1])
+
+
+def check_exit_block(model, backend, ids):
+    """A block learns, and gives in training what it gives in decoding."""
+    if model.config.model_type in NO_BLOCKS_AT:
+        with pytest.raises(CheckpointError, match="can have no blocks"):
+            FrozenExits(backend, [ExitBlock(2)])
+        return
+    module, positions, cache = (
+        FrozenExits(backend, [ExitBlock(2, "final")]),
+        torch.arange(13).expand(2, -1),
+        backend.new_cache(2),
+    )
+    with torch.no_grad():
+        states = backend.run_layers(backend.embed(ids), 0, 2, positions, cache)
+        finals = backend.normed(backend.run_layers(states, 2, LAYERS, positions, cache))
+        for weight in module.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    own = states[..., : backend.spec.hidden]
+    module(ids, ids, own[None], finals, torch.tensor([2]))["loss"].backward()
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    assert len(gradients) > 4 and all(bool(gradient.isfinite().all()) for gradient in gradients)
+    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2, "final"),), module.weights().get))
+    block = decoding.exit_blocks[2]
+    with torch.no_grad():
+        entered = block.enter(states, features_of(finals))
+        found = decoding.run_layers(entered, block.layer, block.layer + 1, positions, decoding.new_cache(2))
+        expected = module.exits["2"](own, features_of(finals), ids)
+    torch.testing.assert_close(block.norm(found), expected, rtol=1e-3, atol=1e-3)
+
+
+def check_exit(model, backend, ids, folder):
+    """An exit is the model without its last layers, in memory and as it is exported."""
     positions = torch.arange(13).expand(2, -1)
     with torch.inference_mode():
         early = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions))
-        layers = backend.layers
-        (name,) = (name for name, part in model.named_modules() if part is layers)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, torch.nn.ModuleList(layers[:2]))
+        loaded = Trainable("tiny", model, backend, None, CheckpointInfo())
+        if model.config.model_type == "minicpm3":  # its residual scale depends on the number of layers
+            with pytest.raises(CheckpointError, match=r"exit 2 of tiny is no model of its own: .* has other logits"):
+                cut_to_exit(loaded, 2, NO_BLOCKS)
+            return
+        written = cut_to_exit(loaded, 2, NO_BLOCKS)
         torch.testing.assert_close(early, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+        written.save_pretrained(folder)
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(early, read(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
 
 
 def check_rollback(backend):
