@@ -40,7 +40,11 @@ from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
 README = "README.md"
 _MOST_TOKENS = 16
 _USUAL_TOKENS = 6
-_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things than layers, whatever their length
+_NOT_BY_LAYER = (
+    "token_id",
+    "architectures",
+    "mlp_only_layers",
+)  # lists in config.json of other things than layers, whatever their length
 _PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
 _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
@@ -317,8 +321,7 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     if acceptance is None:
         return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
     head = spec.vocab * spec.hidden
-    read = spec.weights_read(1) if isinstance(spec, ModelSpec) else spec.parameters - head * (not spec.tied)
-    layer = (read - head) / spec.layers
+    layer = (spec.weights_read(1) - head) / spec.layers
     share = (layers * layer + head) / (spec.layers * layer + head)
     expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}
     tokens = max(expected, key=lambda count: expected[count] / (1 + count * share))
