@@ -271,9 +271,11 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
 
     A list with an entry for each layer, such as `layer_types`, and entries by the number of a layer lose those of the others.
     """
-    values, count = config.to_dict(), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    count = count if count in values else "num_layers"  # LongCat-Flash counts attentions by the other, two in each layer
-    layers, values[count] = values[count], len(kept)
+    values, layers = config.to_dict(), config.num_hidden_layers
+    for name in (config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "num_layers"):
+        if name in values:  # Nemotron-H has the list of its layers only, and in each of LongCat-Flash's are two attentions
+            layers, values[name] = values[name], len(kept)
+            break
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
             values[name] = [value[layer] for layer in kept]
