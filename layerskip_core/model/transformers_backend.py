@@ -82,8 +82,8 @@ class TransformersBackend:
         """The spec of a model type that our kernels run. Raises CheckpointError for another."""
         if isinstance(self.spec, ModelSpec):
             return self.spec
-        needed = f"training, calibration and export need a model_type among {', '.join(SUPPORTED)}"
-        raise CheckpointError(f"{needed}, got {self.spec.model_type}, which only decodes")
+        needed = f"GGUF and low-bit weights need a model_type among {', '.join(SUPPORTED)}"
+        raise CheckpointError(f"{needed}, got {self.spec.model_type}")
 
     @cached_property
     def _cut(self) -> CutModel:
