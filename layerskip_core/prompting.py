@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -129,23 +129,34 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
         raise ConfigError("a chat template was asked for, but the model's tokenizer has none")
 
 
-def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
+    """The text of a tokenizer's template for conversations, or for such with tools; None if it has none."""
+    template = tokenizer.chat_template
+    if isinstance(template, list):  # how tokenizer_config.json stores several
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = (template.get("tool_use") if with_tools else None) or template.get("default")
+    return template
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
+) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
+
+    Args:
+        messages: objects with a role and a content, and what else the template knows.
+        tools: functions that the model may call, as OpenAI's API describes them.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
         CheckpointError: its template is damaged or refuses the conversation.
     """
     require_chat_template(tokenizer)
-    template = tokenizer.chat_template
-    if isinstance(template, list):  # how tokenizer_config.json stores several
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
-    values = {**special, "messages": messages, "tools": None, "documents": None}
+    values = {**special, "messages": messages, "tools": tools, "documents": None}
     try:
-        return _compiled(template).render(values, add_generation_prompt=add_generation_prompt)
+        return _compiled(chat_template(tokenizer, bool(tools))).render(values, add_generation_prompt=add_generation_prompt)
     except Exception as error:
         raise CheckpointError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from None
 
@@ -203,7 +214,8 @@ def encode_prompt(
         spoken = [] if template.system is None else [("system", template.system)]
         for earlier, answer in turns:
             spoken += [("user", earlier), ("assistant", answer)]
-        return encode_conversation(tokenizer, [*spoken, ("user", prompt)])
+        messages = [{"role": role, "content": content} for role, content in [*spoken, ("user", prompt)]]
+        return encode_conversation(tokenizer, messages)
     text = prompt if template.text == RAW else template.text.replace(PLACE, prompt)
     special = None if template.text == RAW else special_text(tokenizer, prompt)
     # The prompt may also complete a special token that the template begins.
@@ -216,19 +228,41 @@ def encode_prompt(
     return ids
 
 
-def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of turns (role, text) in the tokenizer's chat template, up to where the assistant's next turn begins.
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+) -> list[int]:
+    """Token ids of messages in the tokenizer's chat template, up to where the assistant's next turn begins.
 
-    Special tokens in the turns stay text. Raises ConfigError if the tokenizer has no chat template, CheckpointError if that or
-    the tokenizer fails.
+    Special tokens in what they and the `tools` say stay text. Both are as in `render_chat`. Raises ConfigError if the tokenizer
+    has no chat template, CheckpointError if that or the tokenizer fails.
     """
-    special = special_text(tokenizer, *(text for _, text in turns))
-    seal = special is not None and any(special.found(text) for _, text in turns)
-    messages = [{"role": role, "content": special.masked(text) if special and seal else text} for role, text in turns]
-    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    said = list(_texts([messages, tools]))
+    special = special_text(tokenizer, *said)
+    seal = special is not None and any(map(special.found, said))
+    if special is not None and seal:
+        messages, tools = _mapped([messages, tools], special.masked)
+    text = render_chat(tokenizer, messages, True, tools)
     if special is not None and seal:
         return list(special.encode(special.sealed(text), add_special_tokens=False).ids)
     return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _texts(each)
+
+
+def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
+    """The same of lists and objects, with their texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _mapped(each, change) for key, each in value.items()}
+    return [_mapped(each, change) for each in value] if isinstance(value, list | tuple) else value
 
 
 def encoded(encode: Callable[[], Result]) -> Result:

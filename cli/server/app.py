@@ -23,12 +23,13 @@ from layerskip_core.config.decoding import DecodingConfig, RequestOptions
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.prompting import CHAT, RAW, encode_conversation
+from layerskip_core.prompting import CHAT, RAW, chat_template, encode_conversation, special_ids
 from layerskip_core.serving import Engine, Update
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
 from .documents import DONE, ApiError, Asked, Document, Prompt, Updates, api_error, asked, event, invalid, usage_of
+from .tools import Calls, Tools, format_of, grammar
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -76,6 +77,8 @@ class Service:
         self._decoder = decoder = replace(decoder, tokenizer=deepcopy(decoder.tokenizer))
         self._raw = decoder if decoder.template.text != CHAT else decoder.with_template(RAW, None)
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
+        template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
+        self._format = format_of(template or "")
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
         self._key = None if key is None else key.encode()
         self._listed = {"id": name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
@@ -129,8 +132,13 @@ class Service:
             request = asked(body, is_chat, self.name, config.decoding, config.token_limit)
             engine.hold(len(request.options) - held)
             held = len(request.options)
+            if request.tools is not None and self._format is None:
+                raise invalid("this model's chat template knows no tools", "tools")
+            if request.tools is not None and request.tools.needed:
+                calls = await self.in_encoding(self._grammar, request.tools)
+                request = request._replace(options=[{**options, "grammar": calls} for options in request.options])
             resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
-            prompts = [await self.in_encoding(self._encoded, prompt) for prompt in request.prompts]
+            prompts = [await self.in_encoding(self._encoded, (prompt, request.tools)) for prompt in request.prompts]
             jobs = []
             for number, decoding in enumerate(resolved):
                 isolated = request.is_seeded and decoding.temperature > 0
@@ -169,21 +177,31 @@ class Service:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
 
-    def _encoded(self, prompt: Prompt) -> list[int]:
+    def calls(self, tools: Tools | None) -> Callable[[], Calls] | None:
+        """Makes what finds the calls of these tools in an answer."""
+        return None if tools is None or self._format is None else partial(Calls, self._format, tools)
+
+    def _grammar(self, tools: Tools) -> str:
+        """That of an answer which must call some of these tools."""
+        assert self._format is not None
+        return grammar(self._format, tools, special_ids(self._decoder.tokenizer))
+
+    def _encoded(self, given: tuple[Prompt, Tools | None]) -> list[int]:
         """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
-        decoder = self._decoder
+        decoder, (prompt, tools) = self._decoder, given
         if isinstance(prompt, list):
             ids = decoder.known_ids(prompt)
         elif isinstance(prompt, str):
             ids = self._raw.encode_prompt(prompt)
         elif decoder.template.text != CHAT:
-            if len(prompt) > 1 or prompt[0][0] != "user":
+            if len(prompt) > 1 or prompt[0]["role"] != "user":
                 raise invalid("this model has no chat template: messages must be one message of the user", "messages")
-            ids = decoder.encode_prompt(prompt[0][1])
+            ids = decoder.encode_prompt(prompt[0]["content"])
         else:
-            system = decoder.template.system
-            turns = prompt if system is None or prompt[0][0] == "system" else (("system", system), *prompt)
-            ids = decoder.known_ids(encode_conversation(decoder.tokenizer, turns))
+            system, described = decoder.template.system, None if tools is None else tools.described
+            spoken = system is None or prompt[0]["role"] == "system"
+            messages = prompt if spoken else ({"role": "system", "content": system}, *prompt)
+            ids = decoder.known_ids(encode_conversation(decoder.tokenizer, messages, described))
         check_prompt(ids, decoder.backend.spec.context)
         return ids
 
@@ -236,7 +254,8 @@ class _Endpoint:
         service.authorize(request)
         asked, jobs, echoes = await service.submit(await service.body(request), self._is_chat, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
-        document, begun, answers = Document(self._is_chat, service.name, jobs, echoes), False, dict[int, Update]()
+        calls = service.calls(asked.tools)
+        document, begun, answers = Document(self._is_chat, service.name, jobs, echoes, calls), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:

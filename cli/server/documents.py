@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
@@ -23,6 +23,7 @@ from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Request, Stopped, Update
 
 from ..console import tell_error
+from .tools import Call, Calls, Tool, Tools, deltas
 
 DONE = b"data: [DONE]\n\n"
 _SEEDS = 2**32
@@ -36,20 +37,22 @@ _NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"} | {
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
-    **{key: [] for key in ("bad_words", "functions", "tools")},
+    **{key: [] for key in ("bad_words", "functions")},
     **{"suffix": "", "modalities": ["text"]},
 }
 
-_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {True: {"echo": False}, False: {"top_logprobs": 0}}  # of chat, and of completions
+_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {  # for conversations, and for completions
+    True: {"echo": False},
+    False: {"top_logprobs": 0, "tools": []},
+}
 # The RequestOptions that a body names as they are.
 _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
 )
 
-Turn = tuple[str, str]
-Prompt = str | list[int] | tuple[Turn, ...]
-"""A text, token ids, or the turns (role, text) of a conversation."""
+Prompt = str | list[int] | tuple[dict[str, Any], ...]
+"""A text, token ids, or the messages of a conversation, as chat templates read them."""
 _Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
 
@@ -59,14 +62,37 @@ class _Part(Struct):
     text: str
 
 
+class _Called(Struct):
+    name: str
+    arguments: str
+
+
+class _ToolCall(Struct):
+    function: _Called
+    id: str = ""
+
+
 class _Message(Struct):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @property
-    def turn(self) -> Turn:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return ("system" if self.role == "developer" else self.role), content
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it: arguments of calls are objects."""
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.content is None and not self.tool_calls:
+            raise invalid(f"messages must have a content, but for an assistant's with tool_calls; {self.role}", "messages")
+        if self.tool_calls:
+            made["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+                for call in self.tool_calls
+                for arguments in [parse_json(call.function.arguments or "{}", "messages: arguments of a call", DataError)]
+            ]
+        return made | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
 
 
 class _Body(TypedDict, total=False):
@@ -84,6 +110,7 @@ class _Body(TypedDict, total=False):
     echo: bool
     logprobs: Annotated[bool | int, Meta(description="true or false in a conversation, a number in 0..20 for completions")]
     top_logprobs: Annotated[int, Meta(ge=0, le=20)]
+    parallel_tool_calls: bool
 
 
 class Asked(NamedTuple):
@@ -96,6 +123,7 @@ class Asked(NamedTuple):
     stream: bool
     include_usage: bool
     echo: bool
+    tools: Tools | None  # of a conversation
 
 
 def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
@@ -137,7 +165,31 @@ def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_l
         seeds = ((given["seed"] + number) % _SEEDS for number in range(n * len(prompts)))
     of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": seed} for seed in seeds]
     include_usage = bool(given.get("stream_options", {}).get("include_usage"))
-    return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), include_usage, given.get("echo", False))
+    shown = (
+        include_usage,
+        given.get("echo", False),
+        _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None,
+    )
+    return Asked(prompts, of_answers, n, "seed" in given, given.get("stream", False), *shown)
+
+
+def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
+    """The tools of a request that may be called."""
+    try:
+        known = msgspec.convert(document.get("tools", []), tuple[Tool, ...])
+    except msgspec.ValidationError as error:
+        raise invalid(f"tools must be a list of functions with their names and parameters: {error}", "tools") from None
+    choice, needed = document.get("tool_choice", "auto"), known
+    match choice:
+        case "none" | "auto":
+            needed = ()
+        case {"type": "function", "function": {"name": str(name)}}:
+            needed = tuple(tool for tool in known if tool.function.name == name)
+        case _ if choice != "required":
+            raise invalid("tool_choice must be none, auto, required, or a function's name in an object", "tool_choice")
+    if choice not in ("none", "auto") and not needed:
+        raise invalid("tool_choice must be used with tools, and name one of them", "tool_choice")
+    return Tools(known, document["tools"], needed, parallel and isinstance(choice, str)) if known and choice != "none" else None
 
 
 def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +230,7 @@ def _conversation(messages: Any) -> tuple[Prompt, ...]:
         turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
     except msgspec.ValidationError as error:
         raise invalid(f"messages must be a list of messages with a role and a text: {error}", "messages") from None
-    return (tuple(message.turn for message in turns),)
+    return (tuple(message.plain for message in turns),)
 
 
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
@@ -261,8 +313,11 @@ class Updates:
 class Document:
     """Makes the document or the chunks of one response."""
 
-    def __init__(self, is_chat: bool, model: str, jobs: Sequence[Request], echoes: Sequence[str]) -> None:
-        """`echoes`: by answer, the text of its prompt if the answer begins with it."""
+    def __init__(
+        self, is_chat: bool, model: str, jobs: Sequence[Request], echoes: Sequence[str], calls: Callable[[], Calls] | None
+    ) -> None:
+        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one."""
+        self._calls = None if calls is None else [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
         prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
@@ -272,20 +327,31 @@ class Document:
         """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
         choices = []
         for number, answer in sorted(answers.items()):
-            message = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-            content = message if self._is_chat else {"text": self._echo(number) + answer.text}
+            said, calls = (answer.text, []) if self._calls is None else self._calls[number].add(answer.text, True)
+            message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+            if calls:
+                message |= {"content": said or None, "tool_calls": calls}
+            content = {"message": message} if self._is_chat else {"text": self._echo(number) + answer.text}
             choices.append(self._choice(number, content, answer, texts))
         return {**self._common, "object": self._object, "choices": choices, "usage": usage}
 
     def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
-        """A server-sent event with the next piece of the answer with this number."""
-        content: dict[str, Any] = {"text": ("" if number in self._begun else self._echo(number)) + update.text}
-        if self._is_chat:
+        """Server-sent events with the next piece of the answer with this number."""
+        if not self._is_chat:
+            contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
+        else:
             role = {} if number in self._begun else {"role": "assistant"}
-            content = {"delta": {**role, "content": update.text} if update.text or role else {}}
-        choice = self._choice(number, content, update, texts)
+            said, first, calls = update.text, 0, list[Call]()
+            if self._calls is not None:
+                first = self._calls[number].count
+                said, calls = self._calls[number].add(update.text, update.is_last)
+            contents = [{"delta": {**role, "content": said} if said or role else {}}]
+            contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
+        # The last one says why the answer ended; log probabilities are those of all.
+        partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
+        choice = self._choice(number, contents[-1], update, texts)
         self._begun.add(number)
-        return self.event([choice])
+        return b"".join(self.event([each]) for each in [*partial, choice])
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         name = "chat.completion.chunk" if self._is_chat else self._object
@@ -296,6 +362,8 @@ class Document:
 
     def _choice(self, number: int, content: dict[str, Any], update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
         reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
+        if reason == "stop" and self._calls is not None and self._calls[number].count:
+            reason = "tool_calls"
         logprobs = None
         if self._jobs[number].config.logprobs is not None:
             logprobs = _of_chat(update, texts) if self._is_chat else self._of_completion(number, update, texts)

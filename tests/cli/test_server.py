@@ -301,7 +301,8 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     ("messages", "message"),
     [
         ([], "a list of messages"),
-        ([{"role": "tool", "content": "x"}], r"\[0\].role"),
+        ([{"role": "tool", "content": "x"}], "this model has no chat template"),
+        ([{"role": "robot", "content": "x"}], r"\[0\].role"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"\[0\].content"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "this model has no chat template"),
     ],

@@ -1,0 +1,156 @@
+"""Tools of a conversation: how a model's chat template has them called, and the calls in its answers.
+
+The formats are those of Hermes (also Qwen), of Llama 3 and of Mistral.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta, Struct, field
+
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes JSON
+_START, _END, _MISTRAL = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
+
+Format = Literal["hermes", "llama", "mistral"]
+Call = dict[str, Any]
+"""As OpenAI's API has a call: `id`, `type` and `function` with `name` and `arguments`, a JSON text."""
+
+
+class Function(Struct):
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+
+
+class Tool(Struct):
+    type: Literal["function"]
+    function: Function
+
+
+class Tools(NamedTuple):
+    """The tools of a request, also as the client describes them.
+
+    `needed`: those of which the answer must call one; none if it may say something else.
+    """
+
+    known: tuple[Tool, ...]
+    described: list[Any]
+    needed: tuple[Tool, ...] = ()
+    parallel: bool = True
+
+
+def format_of(template: str) -> Format | None:
+    """The format in which a chat template has calls written; None if it knows no tools."""
+    if not re.search(r"\btools\b", template):
+        return None
+    return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
+
+
+def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
+    """A Lark grammar, as llguidance reads it, for calls of the tools that are needed.
+
+    `special`: the ids of the model's special tokens.
+    """
+    key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
+    for tool in tools.needed:
+        parameters = dict(tool.function.parameters)
+        shared |= parameters.pop("$defs", {})  # references begin at the root
+        properties = {"name": {"const": tool.function.name}, key: parameters}
+        choices.append({"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False})
+    call: dict[str, Any] = {"anyOf": choices}
+
+    def token(text: str) -> str:
+        return f"<[{special[text]}]>" if text in special else json.dumps(text)
+
+    several = tools.parallel and form != "llama"  # whose template takes one call at once
+    start = "start: call" + (' ("\\n" call)*' if several else "")
+    if form == "mistral":
+        call = {"type": "array", "items": call, "minItems": 1} | ({} if several else {"maxItems": 1})
+        start = f"start: {token(_MISTRAL)} object" if _MISTRAL in special else "start: object"
+    elif form == "llama":
+        start = "start: object"
+    parts = [start, "object: %json " + json.dumps({"$defs": shared, "x-guidance": _STYLE, **call})]
+    if form == "hermes":
+        parts.insert(1, f'call: {token(_START)} "\\n" object "\\n" {token(_END)}')
+    return "\n".join(parts)
+
+
+class Calls:
+    """Parts the text of one answer, as it comes, into what is said and the tools that are called."""
+
+    def __init__(self, form: Format, tools: Tools) -> None:
+        self._form, self._names = form, {tool.function.name for tool in tools.known}
+        self._held = ""  # text that may be of a call
+        self._is_text = False  # so that no call can come any more, where calls are not marked
+        self.count = 0  # of calls so far
+
+    def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
+        """Takes more text; returns what can be told now."""
+        self._held += text
+        said, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
+        self.count += len(calls)
+        return said, calls
+
+    def _marked(self, finished: bool) -> tuple[str, list[Call]]:
+        said, calls = "", list[Call]()
+        while _START in self._held:
+            before, _, rest = self._held.partition(_START)
+            body, closed, after = rest.partition(_END)
+            if not (closed or finished):
+                break
+            found = list(self._read(body))
+            said += before.rstrip() if found else before + _START + body + closed
+            calls, self._held = calls + found, after.lstrip() if found else after
+        else:
+            kept = 0 if finished else self._start_at_end()
+            said, self._held = said + self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return said, calls
+
+    def _start_at_end(self) -> int:
+        """The length of what is held at its end because a call may begin there, white space before it included."""
+        size = next((size for size in range(len(_START) - 1, 0, -1) if self._held.endswith(_START[:size])), 0)
+        before = self._held[: len(self._held) - size]
+        return len(self._held) - len(before.rstrip())
+
+    def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
+        start = self._held.lstrip()
+        named = any(name.startswith(start[: len(name)]) for name in self._names)
+        if not self._is_text and (not start or start[0] in "{[" or (self._form == "mistral" and named)):
+            if not finished:
+                return "", []
+            if calls := list(self._read(start)):
+                self._held = ""
+                return "", calls
+        self._is_text, said, self._held = True, self._held, ""
+        return said, []
+
+    def _read(self, text: str) -> Iterator[Call]:
+        """Calls that stand one after another or in a list; none if anything else is there."""
+        found, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
+        while place < len(text):
+            if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
+                place = gap.end()
+                continue
+            name = re.compile(rf"({named})(\[ARGS\])?\s*(?={{)").match(text, place)  # Mistral's later form
+            try:
+                value, place = json.JSONDecoder().raw_decode(text, name.end() if name else place)
+            except ValueError:
+                return
+            found.append({"name": name[1], "arguments": value} if name else value)
+        calls = [(call.get("name"), call.get("arguments", call.get("parameters"))) for call in found if isinstance(call, dict)]
+        if len(calls) == len(found) and all(name in self._names and given is not None for name, given in calls):
+            for name, given in calls:
+                text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+                # Mistral's templates take ids of nine letters and digits only.
+                yield {"id": secrets.token_hex(5)[:9], "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def deltas(calls: Sequence[Call], first: int) -> Iterator[dict[str, Any]]:
+    """Calls as parts of a stream: a name, then its arguments. `first`: the number of the first call in the answer."""
+    for number, call in enumerate(calls, start=first):
+        arguments = call["function"]["arguments"]
+        yield {"index": number, **call, "function": {**call["function"], "arguments": ""}}
+        yield {"index": number, "function": {"arguments": arguments}}

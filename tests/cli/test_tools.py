@@ -1,0 +1,179 @@
+"""Tools of the server: formats of calls, and the `openai` client."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from chatml import chatml_folder
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from transformers import AutoTokenizer
+
+from layerskip_core.model import TransformersBackend
+from layerskip_core.prompting import CHAT, PromptTemplate, encode_conversation
+
+NEEDED = "needs the extras dev and serve"
+openai = pytest.importorskip("openai", reason=NEEDED)
+tools = pytest.importorskip("cli.server.tools", reason=NEEDED)
+serving = pytest.importorskip("test_server", reason=NEEDED).serving
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}, "day": {"$ref": "#/$defs/day"}},
+            "required": ["city", "day"],
+            "additionalProperties": False,
+            "$defs": {"day": {"enum": ["today", "tomorrow"]}},
+        },
+    },
+}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+TIME = {"type": "function", "function": {"name": "time", "parameters": NOTHING}}
+KNOWN = tools.Tools(
+    tuple(tools.Tool("function", tools.Function(each["function"]["name"])) for each in (WEATHER, TIME)), [WEATHER, TIME]
+)
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<tool_call>' }}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    '{% for call in message.tool_calls %}{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ROME, BOTH = {"city": "Rome"}, ["weather", "time"]
+LLAMA = '{"name": "weather", "parameters": {"city": "Rome"}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said", "found"),
+    [
+        ("hermes", 'Well. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>', "Well.", ["weather"]),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>\n<tool_call>{"name": "weather", "arguments": '
+            '{"city": "Rome"}}</tool_call>',
+            "",
+            ["time", "weather"],
+        ),
+        ("hermes", "a < b, <tool_ and <tool_call>nothing</tool_call> x", None, []),
+        ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', None, []),
+        ("hermes", '<tool_call>{"name": "weather", "argu', None, []),  # cut
+        ("llama", LLAMA, "", ["weather"]),
+        ("llama", ' {"name": "time", "parameters": {}}; ' + LLAMA, "", ["time", "weather"]),
+        ("llama", '{"name": "Anna", "age": 5}', None, []),
+        ("llama", "The weather is fine.", None, []),
+        ("mistral", '[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {}}]', "", BOTH),
+        ("mistral", 'weather{"city": "Rome"}', "", ["weather"]),
+        ("mistral", "weather is fine", None, []),
+        ("mistral", "[1, 2] is a list", None, []),
+    ],
+)  # fmt: skip
+def test_calls_in_an_answer_whole_and_piece_by_piece(form, text, said, found):
+    for size in (1, 3, 7, len(text)):
+        calls, pieces, made = tools.Calls(form, KNOWN), [], []
+        for start in range(0, len(text), size):
+            piece, new = calls.add(text[start : start + size], start + size >= len(text))
+            pieces.append(piece)
+            made += new
+        assert "".join(pieces) == (text if said is None else said)
+        assert [call["function"]["name"] for call in made] == found and calls.count == len(found)
+        assert all(json.loads(call["function"]["arguments"]) in ({}, ROME) and len(call["id"]) == 9 for call in made)
+
+
+def test_formats_are_known_by_the_template():
+    templates = {
+        "{{ tools }} [TOOL_CALLS]": "mistral",
+        HERMES: "hermes",
+        "{{ tools }} parameters": "llama",
+        "{{ messages }}": None,
+    }
+    assert {template: tools.format_of(template) for template in templates} == templates
+
+
+# Of any format, with what it is known by.
+TEMPLATES = {"hermes": HERMES, "llama": HERMES.replace("tool_call>", "call>"), "mistral": HERMES + "{# [TOOL_CALLS] #}"}
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def decoder(folders, request):
+    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folders("chatml") / "chatml"))
+    tokenizer.chat_template = TEMPLATES[request.param]
+    model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    eos = frozenset({tokenizer.eos_token_id})
+    return replace(
+        tiny_loaded(), tokenizer=tokenizer, backend=TransformersBackend(model), eos_ids=eos, template=PromptTemplate(CHAT)
+    )
+
+
+@pytest.fixture(scope="module")
+def client(decoder):
+    with serving(decoder) as api:
+        yield api.client()
+
+
+ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "the weather"}], "tools": [WEATHER, TIME], "max_tokens": 100}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+def test_a_needed_tool_is_called_as_its_schema_says(client):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    for choice, names in ((NAMED, {"weather"}), ("required", {"weather", "time"})):
+        for temperature in (0, 1):
+            more = {"tool_choice": choice, "temperature": temperature, "seed": 5, "parallel_tool_calls": False}
+            answer = client.chat.completions.create(**ASKED, **more).choices[0]
+            (call,) = answer.message.tool_calls
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None and call.function.name in names
+            arguments = json.loads(call.function.arguments)
+            assert arguments == {} if call.function.name == "time" else set(arguments) == {"city", "day"}
+            chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ASKED, **more, stream=True)]
+            parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+            assert [part.index for part in parts] == [0, 0] and parts[0].function.name == call.function.name
+            assert "".join(part.function.arguments for part in parts) == call.function.arguments
+            assert chunks[-1].finish_reason == "tool_calls" and not any(chunk.delta.content for chunk in chunks)
+
+
+def test_tools_and_their_results_are_put_into_the_template(client, decoder):
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "sunny<|im_end|>"},
+    ]
+    plain = [dict(message) for message in messages]
+    plain[1] |= {"content": "", "tool_calls": [{**call, "function": {"name": "weather", "arguments": ROME}}]}
+    answer = client.chat.completions.create(**{**ASKED, "messages": messages, "max_tokens": 5}, tool_choice="auto")
+    ids = encode_conversation(decoder.tokenizer, plain, [WEATHER, TIME])
+    assert answer.usage.prompt_tokens == len(ids) and ids.count(decoder.tokenizer.eos_token_id) == 4  # the tool's own is text
+    plain[2]["content"] = "sunny"
+    whole = decoder.tokenizer.apply_chat_template(plain, tools=[WEATHER, TIME], add_generation_prompt=True, return_dict=False)
+    assert encode_conversation(decoder.tokenizer, plain, [WEATHER, TIME]) == whole
+    without = client.chat.completions.create(**{**ASKED, "max_tokens": 5}, tool_choice="none")
+    assert without.usage.prompt_tokens < len(whole) / 4 and not without.choices[0].message.tool_calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{**WEATHER, "function": {"name": "a b"}}]}, "tools"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, None),
+    ],
+)
+def test_wrong_tools(client, changes, param):
+    with pytest.raises(openai.BadRequestError) as failed:
+        client.post("/chat/completions", cast_to=object, body={**ASKED, **changes})
+    assert failed.value.param == param
+
+
+def test_a_model_whose_template_knows_no_tools_refuses_them():
+    with serving(tiny_loaded()) as api, pytest.raises(openai.BadRequestError, match="knows no tools") as failed:
+        api.client().chat.completions.create(**ASKED)
+    assert failed.value.param == "tools"
