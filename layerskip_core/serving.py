@@ -9,10 +9,14 @@ up those that are being answered.
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
@@ -22,6 +26,8 @@ from .decoding.engine import RowStep
 from .decoding.output import OutputText, TokenLogprobs
 from .decoding.target import target_of
 from .errors import LayerSkipError
+
+Result = TypeVar("Result")
 
 _PREFILLED = 256  # tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels
 
@@ -253,6 +259,20 @@ def _advance(loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
     return done
 
 
+def embedding(decoder: Decoder, ids: list[int], layers: int) -> list[float]:
+    """Of a text: the mean of its tokens' states after so many layers and the final norm, of length 1; (D,).
+
+    Raises ContextError for a text that does not fit.
+    """
+    backend = decoder.backend
+    check_prompt(ids, backend.spec.context, "the input")
+    with torch.inference_mode():
+        cache, positions = backend.new_cache(1, len(ids)), torch.arange(len(ids))[None]
+        hidden = backend.run_layers(backend.embed(torch.tensor([ids], device=backend.device)), 0, layers, positions, cache)
+        vector: list[float] = F.normalize(backend.normed(hidden)[0].float().mean(0), dim=0).tolist()
+    return vector
+
+
 def _failed(requests: Iterable[Request], error: BaseException) -> list[Request]:
     """Tells requests that an error has ended them, and returns them."""
     failed = list(requests)
@@ -310,6 +330,21 @@ class Engine:
             self._require_running()
             for request in requests:
                 self._commands.put(partial(self._scheduler.add, request))
+
+    def call(self, work: Callable[[], Result]) -> "Future[Result]":
+        """Runs this between two steps, in the thread that decodes. Raises Stopped after `stop`."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._lock:
+            self._require_running()
+            self._commands.put(run)
+        return future
 
     def cancel(self, request: Request) -> None:
         """Gives up a request after the step that is being computed; without effect on one that is finished."""

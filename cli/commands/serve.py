@@ -11,9 +11,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from layerskip_core.config.decoding import Remember, RequestOptions
+from layerskip_core.config.decoding import Remember, RequestOptions, require_exit_layer
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
-from layerskip_core.config.options import BatchSize, Count, Flag, ModelName, Text, Without
+from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
@@ -41,6 +41,9 @@ class ServeConfig:
     ] = 256
     token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
+    embedding_layer: Annotated[
+        Layer | None, Flag("Embeddings are the mean of the states after this many layers.", default="all")
+    ] = None
     remember: Remember = 0
     prefix_cache: Annotated[
         int,
@@ -83,6 +86,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
     with _bound(serving.host, serving.port) as listener:
         loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
+        if serving.embedding_layer is not None:
+            require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
         kept = EarlierAnswers(serving.remember), SharedPrefixes(serving.prefix_cache * 2**20)

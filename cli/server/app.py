@@ -24,11 +24,25 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, chat_template, encode_conversation, special_ids
-from layerskip_core.serving import Engine, Update
+from layerskip_core.serving import Engine, Update, embedding
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
-from .documents import DONE, ApiError, Asked, Document, Prompt, Updates, api_error, asked, event, invalid, usage_of
+from .documents import (
+    DONE,
+    ApiError,
+    Asked,
+    Document,
+    Prompt,
+    Updates,
+    api_error,
+    asked,
+    event,
+    invalid,
+    texts,
+    usage_of,
+    vectors,
+)
 from .tools import Calls, Tools, format_of, grammar
 
 Given = TypeVar("Given")
@@ -88,6 +102,8 @@ class Service:
         routes = [
             Route("/v1/completions", _Endpoint(self, is_chat=False), methods=["POST"]),
             Route("/v1/chat/completions", _Endpoint(self, is_chat=True), methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._models),
             Route("/metrics", self._metrics),
@@ -204,6 +220,39 @@ class Service:
             ids = decoder.known_ids(encode_conversation(decoder.tokenizer, messages, described))
         check_prompt(ids, decoder.backend.spec.context)
         return ids
+
+    async def _tokenize(self, request: Request) -> Response:
+        """A prompt's or a conversation's token ids, as it is answered."""
+        self.authorize(request)
+        try:
+            [prompt] = texts(await self.body(request), "prompt", self.name).prompts
+            ids = await self.in_encoding(self._encoded, (prompt, None))
+        except LayerSkipError as error:
+            raise api_error(error) from None
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.spec.context})
+
+    async def _embeddings(self, request: Request) -> Response:
+        """Vectors of texts, each computed between two steps of the answers."""
+        self.authorize(request)
+        layers = self._config.embedding_layer or self._decoder.backend.num_layers
+        found, tokens = list[list[float]](), 0
+        try:
+            asked = texts(await self.body(request), "input", self.name)
+            for prompt in asked.prompts:
+                ids = await self.in_encoding(self._plain_ids, prompt)
+                found.append(await asyncio.wrap_future(self._engine.call(partial(embedding, self._decoder, ids, layers))))
+                tokens += len(ids)
+        except LayerSkipError as error:
+            raise api_error(error) from None
+        return JSONResponse(vectors(self.name, found, asked.as_base64, tokens))
+
+    def _plain_ids(self, prompt: Prompt) -> list[int]:
+        decoder = self._decoder
+        return (
+            decoder.known_ids(prompt)
+            if isinstance(prompt, list)
+            else decoder.with_template(RAW, None).encode_prompt(str(prompt))
+        )
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""

@@ -5,6 +5,8 @@ import json
 import re
 import secrets
 import time
+from array import array
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -113,6 +115,40 @@ class _Body(TypedDict, total=False):
     parallel_tool_calls: bool
 
 
+class Texts(NamedTuple):
+    """What is encoded or embedded, but not answered. `as_base64`: how vectors are written."""
+
+    prompts: tuple[Prompt, ...]
+    as_base64: bool = False
+
+
+def texts(body: bytes, key: str, model: str) -> Texts:
+    """Of a body that has the texts under this key, or one conversation under `messages` unless the key is `input`."""
+    document = _document(body)
+    given = document.get("encoding_format", "float")
+    if given not in ("float", "base64"):
+        raise invalid(f"encoding_format must be float or base64, got {given!r:.50}", "encoding_format")
+    if "dimensions" in document:
+        raise invalid("dimensions is not supported by this server", "dimensions", "unsupported_parameter")
+    _require_model(document.get("model", model), model)
+    if key == "prompt" and "messages" in document:
+        return Texts(_conversation(document["messages"]))
+    prompts = _prompts(document.get(key), key)
+    if len(prompts) > (_MOST_ANSWERS if key == "input" else 1):
+        raise invalid(f"{key} must be at most {_MOST_ANSWERS if key == 'input' else 1} texts, got {len(prompts)}", key)
+    return Texts(prompts, given == "base64")
+
+
+def vectors(model: str, found: Sequence[list[float]], as_base64: bool, tokens: int) -> dict[str, Any]:
+    """OpenAI's document of embeddings."""
+
+    def written(vector: list[float]) -> Any:
+        return b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector
+
+    data = [{"object": "embedding", "index": place, "embedding": written(vector)} for place, vector in enumerate(found)]
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
 class Asked(NamedTuple):
     """One request. Each prompt has `n` answers, each with options of its own."""
 
@@ -131,13 +167,7 @@ def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_l
 
     Raises ApiError, and ConfigError for an option outside its range.
     """
-    try:
-        document = parse_json(body, "the body", DataError)
-    except DataError as error:
-        raise invalid(str(error)) from None
-    if not isinstance(document, dict):
-        raise invalid("the body must be a JSON object")
-    document = {key: value for key, value in document.items() if value is not None}
+    document = _document(body)
     unsupported = _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat]
     for key in document.keys() & unsupported.keys():
         value, harmless = document[key], unsupported[key]
@@ -147,9 +177,7 @@ def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_l
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
     if "model" not in given:
         raise invalid(f"model is missing; this server has {model}", "model")
-    if given["model"] != model:
-        message = f"the model {given['model']!r:.200} does not exist; this server has {model}"
-        raise invalid(message, "model", "model_not_found", 404)
+    _require_model(given["model"], model)
     n = given.get("n", 1)
     if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
         raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
@@ -225,6 +253,23 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
     return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
 
 
+def _document(body: bytes) -> dict[str, Any]:
+    """A body without its nulls. Raises ApiError for one that is no object."""
+    try:
+        document = parse_json(body, "the body", DataError)
+    except DataError as error:
+        raise invalid(str(error)) from None
+    if not isinstance(document, dict):
+        raise invalid("the body must be a JSON object")
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _require_model(named: Any, model: str) -> None:
+    if named != model:
+        message = f"the model {named!r:.200} does not exist; this server has {model}"
+        raise invalid(message, "model", "model_not_found", 404)
+
+
 def _conversation(messages: Any) -> tuple[Prompt, ...]:
     try:
         turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
@@ -233,13 +278,13 @@ def _conversation(messages: Any) -> tuple[Prompt, ...]:
     return (tuple(message.plain for message in turns),)
 
 
-def _prompts(prompt: Any) -> tuple[Prompt, ...]:
+def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
     """One prompt or several, each a text or token ids."""
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     try:
         return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
     except msgspec.ValidationError:
-        raise invalid("prompt must be a text, a list of token ids, or a list of several of these", "prompt") from None
+        raise invalid(f"{key} must be a text, a list of token ids, or a list of several of these", key) from None
 
 
 class ApiError(Exception):

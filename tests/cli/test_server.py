@@ -297,6 +297,37 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     assert (error.status_code, error.param, error.type) == (status, param, "invalid_request_error")
 
 
+def test_texts_are_tokenized_and_embedded(api, client):
+    decoder, inputs = tiny_loaded(), [PROMPT, "play some jazz"]
+    ids = [decoder.encode_prompt(text) for text in inputs]
+    counted = httpx.post(f"{api.url}/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()
+    assert counted == {"tokens": ids[0], "count": len(ids[0]), "max_model_len": 128}
+    talk = {"messages": [{"role": "user", "content": PROMPT}]}
+    assert httpx.post(f"{api.url}/tokenize", json=talk).json()["tokens"] == ids[0]
+    plain = [decoder.tokenizer(text)["input_ids"] for text in inputs]
+    with serving(decoder, embedding_layer=3) as early:
+        for served, layers in ((api, 6), (early, 3)):
+            answer = served.client().embeddings.create(model="tiny", input=inputs)
+            for one, text in zip(answer.data, plain, strict=True):
+                positions = torch.arange(len(text))[None]
+                states = decoder.backend.run_layers(decoder.backend.embed(torch.tensor([text])), 0, layers, positions)
+                mean = decoder.backend.normed(states)[0].mean(0)
+                assert one.embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+            assert answer.usage.prompt_tokens == sum(map(len, plain))
+    exact = client.embeddings.create(model="tiny", input=plain[0], encoding_format="float").data[0].embedding
+    assert exact == pytest.approx(client.embeddings.create(model="tiny", input=PROMPT).data[0].embedding)
+    for wrong, param in (
+        ({"input": []}, "input"),
+        ({"input": "x", "dimensions": 3}, "dimensions"),
+        ({"model": "gpt", "input": "x"}, "model"),
+    ):
+        with pytest.raises(openai.APIStatusError) as failed:
+            client.post("/embeddings", cast_to=object, body={"model": "tiny", **wrong})
+        assert failed.value.param == param
+    with pytest.raises(openai.BadRequestError, match="the input must be at most 127 tokens"):
+        client.embeddings.create(model="tiny", input="wake " * 200)
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
