@@ -20,7 +20,7 @@ DRAFTERS = {
     "self-speculative": "layerskip_core.decoding.drafters.exit",
     "eagle3": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
-    "draft-and-verify": "layerskip_core.decoding.drafters.skipping",
+    "draft-and-verify": "layerskip_core.decoding.drafters.exit",
 }
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said

@@ -13,7 +13,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import DrafterSetup
-from layerskip_core.decoding.drafters.skipping import kept_layers
+from layerskip_core.decoding.drafters.exit import kept_layers
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget

@@ -1,14 +1,20 @@
-"""Drafts by the model's own first layers: self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3)."""
+"""Drafts by a part of the model or a block beside it.
+
+Self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3) drafts with the first layers, Draft & Verify (Zhang et al.,
+ACL 2024) with all layers but some, and a drafter in the EAGLE-3 layout with none of them. The paper of Draft & Verify skips
+attention and MLP blocks one by one; here whole layers are skipped, and the target goes on from the layers before the first one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ...config.model import Quantization
 from ...errors import require
-from ...model.backend import DraftEnds, Submodel, beyond_exit, joined, states_at
+from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, joined, states_at
 from ...model.cache import TokenRows
 from . import Context, Draft, DrafterSetup
 
@@ -38,10 +44,11 @@ class ExitDrafter:
         self._looks = side.layers.device.type == "cpu"
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
         # A draft side with other weights has other states than the target.
-        self._reuses = setup.reuse_exit_states and side.shares_states and self._exit > 0
         block = submodel.block
+        runs_layers = block is None or self._exit > 0
+        self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._is_ragged = setup.model.ragged and not self._reuses and (block is None or not block.is_fed)
-        self._kernel = side.kernel if self._exit else None  # it begins with layers of the model
+        self._kernel = side.kernel if runs_layers else None
         self._vocabulary = side.vocabulary if block is None or block.vocabulary is None else block.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
@@ -154,13 +161,28 @@ class ExitDrafter:
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
     """Raises ConfigError as `ExitDrafter` does, and for a model without a drafter in the EAGLE-3 layout that is to draft."""
-    config, eagle3 = setup.config, setup.model.eagle3
+    config, model, weights = setup.config, setup.model, setup.config.draft_weights
     if config.strategy == "eagle3":
-        require(eagle3 is not None, "strategy", "used with a model that `finetune --frozen --layout eagle3` trained", "eagle3")
-        return ExitDrafter(setup, None, Submodel(0, block=eagle3), "eagle3")
+        needed = "used with a model that `finetune --frozen --layout eagle3` trained"
+        require(model.eagle3 is not None, "strategy", needed, "eagle3")
+        return ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
+    if config.strategy == "draft-and-verify":
+        name = f"{model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
+        return ExitDrafter(
+            setup, weights, Submodel(*kept_layers(config.skip, model.num_layers)), f"{weights or ''} {name}".strip()
+        )
     assert config.exit_layer is not None
-    name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
-    return ExitDrafter(setup, config.draft_weights, Submodel(config.exit_layer), name)
+    return ExitDrafter(setup, weights, Submodel(config.exit_layer), drafter_name(weights, config.exit_layer, model.num_layers))
+
+
+def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
+    """How many layers come before the first skipped one, and the spans of layers that run after it, by index from 0.
+
+    `skip` numbers layers from 1.
+    """
+    ascending = sorted(set(skip))
+    spans = tuple((before, after - 1) for before, after in pairwise([*ascending, num_layers + 1]) if before < after - 1)
+    return ascending[0] - 1, spans
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:

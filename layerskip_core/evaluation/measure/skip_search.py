@@ -16,7 +16,7 @@ from ...config.decoding import DecodingConfig, DecodingOptions
 from ...config.model import Quantization
 from ...data import spread
 from ...decoding import DecodeStats
-from ...decoding.drafters.skipping import kept_layers
+from ...decoding.drafters.exit import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError, require
 from ...model.backend import run_spans
 from ..results import require_outputs
