@@ -9,8 +9,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import ConfigError, LayerSkipError, first_line, refused
 
@@ -93,10 +91,10 @@ class Matcher:
     def __init__(self, matcher: "LLMatcher", eos_ids: frozenset[int]) -> None:
         self._matcher, self._eos_ids = matcher, eos_ids
         self._read: list[int] = []  # by the matcher
-        self._masks: dict[tuple[int, ...], Tensor] = {}  # after drafts, for the same output
+        self._masks: dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.bool_]]] = {}  # after drafts, for the same output
         self._masks_of = -1  # tokens of that output
 
-    def forbidden(self, output: list[int], drafts: Sequence[int]) -> Tensor | None:
+    def forbidden(self, output: list[int], drafts: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """(V,) or longer, True for the tokens that may not come after the drafts; None if these end the answer."""
         if not self._eos_ids.isdisjoint(drafts):
             return None
@@ -106,7 +104,7 @@ class Matcher:
         if key not in self._masks:
             self._go_to([*output, *drafts])
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            self._masks[key] = torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)
+            self._masks[key] = np.unpackbits(bits, bitorder="little") == 0
         return self._masks[key]
 
     def permitted(self, output: list[int], drafts: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ draft that the target verifies is judged as the token that would have been chose
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +42,10 @@ class LogitsProcessor:
         if self._matcher is not None:
             for place, scores in enumerate(logits, start=first):
                 forbidden = self._matcher.forbidden(self._output, drafts[:place])
-                if forbidden is not None:
-                    scores.masked_fill_(forbidden[: len(scores)].to(scores.device), -torch.inf)
+                if forbidden is not None and scores.device.type == "cpu":
+                    np.copyto(scores.numpy(), -np.inf, where=forbidden[: len(scores)])  # by one thread, see Sampler
+                elif forbidden is not None:
+                    scores.masked_fill_(torch.from_numpy(forbidden[: len(scores)]).to(scores.device), -torch.inf)
 
     def permitted(self, drafts: list[int]) -> list[int]:
         """The drafts up to the first that the row's grammar forbids."""

@@ -39,11 +39,12 @@ class Sampler:
     def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
         """The logits (B, T, V), of `rows` as their options leave them. The last place that a row needs follows its drafts.
 
-        Of more than T places it has the last ones; of fewer, the first ones, and the rest is padding.
+        Of more than T places it has the last ones; of fewer, the first ones, and the rest is padding. Those that were given may
+        be overwritten, unless log probabilities are told of them.
         """
         if not self.processors:
             return logits
-        changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=self._config.logprobs is not None)
         for row in rows:
             self.processors[row].process(changed[row, : len(drafts[row]) + 1], drafts[row])
         return changed
@@ -55,7 +56,7 @@ class Sampler:
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         """Token ids (B, T) from logits (B, T, V) and their `probs`. Only `rows` of the batch need one: others may be any id."""
         if self.is_greedy:
-            return most_probable(logits)
+            return self._best(logits)
         probs = probabilities(logits, self._config) if probs is None else probs
         if len(self._generators) == 1:
             return draw(probs, self._generators[0])
@@ -63,6 +64,12 @@ class Sampler:
         for row in rows:
             chosen[row] = draw(probs[row], self._generators[row])
         return chosen
+
+    def _best(self, logits: Tensor) -> Tensor:
+        # NumPy's is as fast as torch's by one thread, and no thread waits for another, which has no core on a busy machine.
+        if self.processors and logits.device.type == "cpu":
+            return torch.from_numpy(logits.numpy().argmax(-1))
+        return most_probable(logits)
 
     def verify(
         self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
@@ -76,7 +83,7 @@ class Sampler:
             drafted = [ids[:count] for ids, count in zip(draft_ids.tolist(), counts, strict=True)]
             logits = self.processed(logits, drafted, range(len(drafted)))
         if self.is_greedy:
-            return accepted_choices(draft_ids, counts, most_probable(logits))
+            return accepted_choices(draft_ids, counts, self._best(logits))
         target_probs = probabilities(logits, self._config)
         if draft_ids.shape[1] == 0:
             pairs = zip(target_probs, self._generators, strict=True)
