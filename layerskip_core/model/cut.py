@@ -59,8 +59,8 @@ class Form:
         written: the entries that each layer writes, in order.
         reads_ids: whether later layers read the tokens too, so that states carry them.
         by_position: whether rows at different positions can be in one call.
-        recurrent: the layers that keep states, and in each the modules whose states only they can compute; others keep the
-            inputs of a convolution.
+        recurrent: the layers that keep states, and in each the modules whose states only they can compute, with the linear
+            layer that gives a module's output. Others keep the inputs of a convolution.
         continues: whether these modules take several tokens after a state.
     """
 
@@ -76,7 +76,7 @@ class Form:
     written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)
     reads_ids: bool = False
     by_position: bool = True
-    recurrent: Mapping[int, Sequence[nn.Module]] = field(default_factory=dict)
+    recurrent: Mapping[int, Mapping[nn.Module, nn.Linear | None]] = field(default_factory=dict)
     continues: bool = True
 
     @property
@@ -210,28 +210,49 @@ class PositionCache:
             )
         )
 
-    def stepped(self, forward: Forward, whole: bool, /, *args: Any, **keywords: Any) -> Any:
-        """The forward of a module with a recurrent state, over all tokens of the call.
+    def stepped(
+        self, module: nn.Module, last: nn.Linear | None, whole: bool, forward: Forward, /, *args: Any, **keywords: Any
+    ) -> Any:
+        """The `forward` of a module with a recurrent state, over all tokens of the call.
 
         It runs over the first of them in one piece, and keeps the state after each of the others. `whole`: whether it can do
-        so if there is a state already.
+        so if there is a state already. Linear layers of its input run once, and so does `last`, which gives its output.
         """
         hidden: Tensor = args[0] if args else keywords["hidden_states"]
         self._states.clear()
         first = self.writer.first_kept if whole or not self._has_past else 0
-        ends, outputs = range(first + 1, hidden.shape[1] + 1), []
-        for start, stop in pairwise((0, *ends)):
-            self._column, piece = stop - 1, hidden[:, start:stop]
-            outputs.append(forward(piece, *args[1:], **keywords) if args else forward(**{**keywords, "hidden_states": piece}))
-            if self._column >= self.writer.first_kept:
-                for state, new in self._states.items():
-                    assert new is not None
-                    self.writer.keep(state, self._column, new)
-            self._has_past = True
+        pieces, outputs, inputs = pairwise((0, *range(first + 1, hidden.shape[1] + 1))), [], list[Tensor]()
+        known: dict[Forward, Tensor] = {}
+        piece, bounds = hidden, slice(None)
+
+        def projected(linear: Forward, given: Tensor) -> Tensor:
+            if given is not piece:
+                return linear(given)
+            if linear not in known:
+                known[linear] = linear(hidden)
+            return known[linear][:, bounds].contiguous()
+
+        def postponed(given: Tensor) -> Tensor:
+            inputs.append(given)
+            return given.new_empty(*given.shape[:-1], 0)
+
+        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        changes = [(part, postponed if part is last else partial(projected, part.forward)) for part in linears]
+        with replaced(changes):
+            for start, stop in pieces:
+                self._column, bounds = stop - 1, slice(start, stop)
+                piece = hidden[:, bounds]
+                outputs.append(
+                    forward(piece, *args[1:], **keywords) if args else forward(**{**keywords, "hidden_states": piece})
+                )
+                if self._column >= self.writer.first_kept:
+                    for state, new in self._states.items():
+                        assert new is not None
+                        self.writer.keep(state, self._column, new)
+                self._has_past = True
         self._column, self._has_past = None, not self.writer.begins
-        if isinstance(outputs[0], Tensor):
-            return torch.cat(outputs, dim=1)
-        return torch.cat([hidden for hidden, *_ in outputs], dim=1), *outputs[-1][1:]
+        output = last(torch.cat(inputs, dim=1)) if last else torch.cat([hidden_of(output) for output in outputs], dim=1)
+        return output if isinstance(outputs[0], Tensor) else (output, *outputs[-1][1:])
 
     def _state(self, state: State) -> Tensor | None:
         if state not in self._states:
@@ -384,8 +405,8 @@ class CutModel:
                 entering, ending = given if index == start else None, index == stop - 1
                 changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending, only_writes)))
             if cache is not None:
-                modules = [module for index in range(start, stop) for module in form.recurrent.get(index, ())]
-                changes += [(module, partial(cache.stepped, module.forward, form.continues)) for module in modules]
+                modules = [pair for index in range(start, stop) for pair in form.recurrent.get(index, {}).items()]
+                changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
             hidden = self.forward(inputs, positions, changes, cache, key_mask)
         return form.state(hidden, ids)
 

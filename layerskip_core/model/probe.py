@@ -41,7 +41,9 @@ class _Recorder:
 
     Attributes:
         running: modules whose forwards run, the innermost last.
-        recurrent: those that wrote a state; None for one of convolutions.
+        linear: the linear layer that ran last, and its output.
+        last: by module, the linear layer that gave its output.
+        recurrent: modules that wrote a state; None for one of convolutions.
     """
 
     begins, first_kept = True, 0
@@ -50,6 +52,8 @@ class _Recorder:
         self.start, self.stop = 0, count
         self.kept: dict[Entry, Tensor] = {}
         self.running: list[nn.Module] = []
+        self.linear: tuple[nn.Linear, Tensor] | None = None
+        self.last: dict[nn.Module, nn.Linear] = {}
         self.recurrent: list[nn.Module | None] = []
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
@@ -58,6 +62,14 @@ class _Recorder:
 
     def get(self, entry: Entry, like: Tensor) -> Tensor:
         return self.kept[entry]
+
+    def ran(self, module: nn.Module, _: Any, output: Any) -> None:
+        """The hook after a module."""
+        self.running.pop()
+        if isinstance(module, nn.Linear):
+            self.linear = module, output
+        elif self.linear is not None and output is not None and hidden_of(output) is self.linear[1]:
+            self.last[module] = self.linear[0]
 
     def before(self, state: State) -> None:
         return None
@@ -130,7 +142,7 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
 def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
     """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
     positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), _Recorder(ids.shape[1])
-    written, recurrent = dict[int, list[Entry]](), dict[int, list[nn.Module]]()
+    written, recurrent = dict[int, list[Entry]](), dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
 
     def alone(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
@@ -138,7 +150,7 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
         hidden = hidden_of(forward(*args, **keywords))
         written[index] = list(recorder.kept)[before:]
         if recorder.recurrent:
-            recurrent[index] = [module for module in dict.fromkeys(recorder.recurrent) if module is not None]
+            recurrent[index] = {module: recorder.last.get(module) for module in recorder.recurrent if module is not None}
             recorder.recurrent.clear()
         return form.returned(hidden)
 
@@ -148,7 +160,7 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
         for module in form.layers.modules()
         for handle in (
             module.register_forward_pre_hook(lambda module, _: recorder.running.append(module)),
-            module.register_forward_hook(lambda *_: recorder.running.pop() and None, always_call=True),
+            module.register_forward_hook(recorder.ran, always_call=True),
         )
     ]
     try:
