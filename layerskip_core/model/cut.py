@@ -222,10 +222,10 @@ class PositionCache:
         self._states.clear()
         first = self.writer.first_kept if whole or not self._has_past else 0
         pieces, outputs, inputs = pairwise((0, *range(first + 1, hidden.shape[1] + 1))), [], list[Tensor]()
-        known: dict[Forward, Tensor] = {}
+        known: dict[Callable[[Tensor], Tensor], Tensor] = {}
         piece, bounds = hidden, slice(None)
 
-        def projected(linear: Forward, given: Tensor) -> Tensor:
+        def projected(linear: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
             if given is not piece:
                 return linear(given)
             if linear not in known:
