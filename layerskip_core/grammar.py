@@ -118,7 +118,9 @@ class Matcher:
         return count
 
     def forced(self, output: list[int]) -> list[int]:
-        """The tokens of the text that must come, and the EOS, if only that can follow."""
+        """The tokens of the text that must come, and the EOS, if only that can follow; none after an EOS."""
+        if output and output[-1] in self._eos_ids:
+            return []
         self._go_to(output)
         tokens = list(self._matcher.compute_ff_tokens())
         if len(self._eos_ids) == 1:

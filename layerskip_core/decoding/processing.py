@@ -51,9 +51,9 @@ class LogitsProcessor:
         """The drafts up to the first that the row's grammar forbids."""
         return drafts if self._matcher is None else drafts[: self._matcher.permitted(self._output, drafts)]
 
-    def forced(self) -> list[int]:
-        """The tokens that the row's grammar lets follow as the only ones."""
-        return [] if self._matcher is None else self._matcher.forced(self._output)
+    def forced(self, drafts: Sequence[int] = ()) -> list[int]:
+        """The tokens that the row's grammar lets follow, after drafts, as the only ones."""
+        return [] if self._matcher is None else self._matcher.forced([*self._output, *drafts])
 
     @property
     def _output(self) -> list[int]:

@@ -123,7 +123,8 @@ def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, 
             found += step.ids
         assert found == expected, strategy
         if strategy != "autoregressive":
-            assert decoding.stats.steps_by_drafter["grammar"] > 0 and decoding.stats.accepted > 0
+            steps = decoding.stats.steps_by_drafter
+            assert decoding.stats.accepted > 0 and (strategy == "adaptive" or steps["grammar"] > 0)
     assert decoding.finish_reason == "eos" and matches(kind, decoder.detokenize(found[:-1]))
 
 

@@ -64,7 +64,9 @@ class AdaptiveDrafter:
         return draft
 
     def _find(self, context: Context, limits: Sequence[int]) -> None:
-        forced = {row: context.forced(index, limits[index]) for index, row in enumerate(context.rows)}
+        # Alone, a row's drafter runs through what is forced, and goes on after it.
+        alone = len(context.rows) == 1 and self._is_greedy and self._on_cpu and bool(self._drafters)
+        forced = {row: [] if alone else context.forced(index, limits[index]) for index, row in enumerate(context.rows)}
         self._source = "grammar" if any(forced.values()) else "lookup"
         self._found.update((row, [(tokens, self._known.forced)]) for row, tokens in forced.items() if tokens)
         for in_answers, lookups in enumerate((self._lookup.find(context, limits), self._lookup.recall(context, limits))):

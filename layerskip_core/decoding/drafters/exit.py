@@ -107,15 +107,29 @@ class ExitDrafter:
         unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
         drafted: list[list[int]] = [[] for _ in rooms]  # by row, where logits are processed
         vocabulary = self._vocabulary
-        while (step := len(states)) < max(rooms):
-            positions = context.positions[:, step : step + 1]
-            states.append(states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache))
-            logits, features = beyond_exit(side, submodel, states[-1][submodel.exit_layer], positions, cache, features)
+        # What a grammar forces is no choice: such tokens of one row run through the layers together.
+        forces = bool(self._sampler.processors) and len(rooms) == 1 and submodel.block is None and self._looks
+        forces = forces and self._sampler.is_greedy
+        while (step := len(tokens) - 1) < max(rooms):
+            if forces:
+                forced = context.processors[0].forced(drafted[0])[: rooms[0] - step - 1]
+                drafted[0] += forced
+                largest[0] += [1.0] * len(forced)
+                tokens += [torch.tensor([[new]], device=token.device) for new in forced]
+                token, step = torch.cat(tokens[step:], dim=1), len(tokens) - 1
+                if not ends.ids.isdisjoint(forced):
+                    rooms = [step]
+                    break
+            positions = context.positions[:, len(states) : step + 1]
+            reached = states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache)
+            logits, features = beyond_exit(side, submodel, reached[submodel.exit_layer], positions, cache, features)
+            logits = logits[:, -1:]
+            states += [{stop: each[:, [place]] for stop, each in reached.items()} for place in range(token.shape[1])]
             if self._sampler.processors:
                 logits = logits if self._vocabulary is None else self._vocabulary.spread(logits, -torch.inf)
                 logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
                 vocabulary = None
-                if side.vocabulary is not None:  # which may lack all that a grammar permits
+                if self._vocabulary is not None:  # which may lack all that a grammar permits
                     dead = (logits[:, 0].amax(-1) == -torch.inf).tolist()
                     rooms = [min(room, step) if none else room for none, room in zip(dead, rooms, strict=True)]
             draft_probs = self._sampler.probs(logits)
