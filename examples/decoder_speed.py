@@ -108,11 +108,8 @@ def decode_batches(loaded: Decoder, prompts: list[list[int]], config: DecodingCo
 
 def weight_bytes(loaded: Decoder, kind: str) -> float:
     """Bytes of weights that a step reads: all layers and the head, in the precision of this kind of weights."""
-    spec = loaded.backend.spec
-    attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
-    count = spec.layers * (attention + 3 * spec.hidden * spec.inner) + spec.hidden * spec.vocab
     bits = {"int8": 8, "int4": 5}.get(kind, 8 * loaded.backend.dtype.itemsize)
-    return count * bits / 8
+    return loaded.backend.spec.weights_read(1) * bits / 8
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
