@@ -35,8 +35,12 @@ class PretrainedModel:
         return read_tokenizer(self._path)
 
     def model(self) -> Any:
-        """The model with its stored weights. Raises CheckpointError for one that lacks some, before any is read in a folder."""
-        from transformers import AutoModelForCausalLM
+        """The model with its stored weights. Raises CheckpointError for one that lacks some, before any is read in a folder.
+
+        Some multimodal types have no class that takes text alone: their whole model is read, and gets no images.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         generation_config(self._path)  # transformers would go on without a damaged one
         files = open_weights(self._path, self.spec)
@@ -45,7 +49,8 @@ class PretrainedModel:
         ):  # otherwise the weights have older names, which transformers knows
             check_stored_weights(files, self.spec)
         kernels = attention_for(self.config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+        model, report = kind.from_pretrained(
             self._path, dtype="auto", attn_implementation=kernels, output_loading_info=True, **_NO_FOREIGN_CODE
         )
         missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))

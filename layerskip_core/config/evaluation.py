@@ -130,6 +130,10 @@ class MeasurementConfig:
         require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
 
 
+# Of every model; one with a drafter in the EAGLE-3 layout has that strategy too.
+USUAL_STRATEGIES = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name not in ("draft-and-verify", "eagle3")))
+
+
 @dataclass(frozen=True)
 class BenchConfig(MeasurementConfig):
     """Strategies and baselines side by side. Layers to skip in `generation` imply the strategy draft-and-verify."""
@@ -138,7 +142,7 @@ class BenchConfig(MeasurementConfig):
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
-    ] = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
+    ] = USUAL_STRATEGIES
     repeats: Annotated[
         int,
         Meta(ge=1, le=1_000),

@@ -242,13 +242,12 @@ class ExitBlockCache:
         `states` are those after each of `taps`, `finals` those after the last layer, (B, T, D). After a cached prefix, the
         first token is rerun only to get the second token's feature: its own KV entries are there.
         """
-        begins = int(positions[0, 0]) == 0
         for exit_layer, block in self._blocks.items():
             own, places, before = {tap: states[tap] for tap in block.taps}, positions, None
             features = block.features(self._model, states, finals)
             if features is not None:
                 known = self.features.get(exit_layer)
-                if known is None and begins and not block.starts_later:
+                if known is None and not block.starts_later and int(positions[0, 0]) == 0:
                     known = torch.zeros_like(features[:, :1])
                 if known is None:
                     own, places = {tap: state[:, 1:] for tap, state in own.items()}, positions[:, 1:]

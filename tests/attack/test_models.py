@@ -67,6 +67,13 @@ def shapes(draw, architecture):
         del shape["head_dim"]
         shape |= of({}, {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2})
         shape["num_kv_heads"] = shape.pop("num_key_value_heads")
+    if kind.experts is not None:  # a type's usual ones take gigabytes
+        count = of(4, 1, 3, 8)
+        names = ("num_local_experts",) if architecture in ("granitemoe", "mixtral") else ("num_experts",)
+        shape |= dict.fromkeys(names, count) | {
+            "num_experts_per_tok": of(*range(1, count + 1)),
+            kind.experts.inner: of(48, 1, 16),
+        }
     if architecture == "granite":
         shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
     if architecture not in ("gemma3_text", "olmo3", "phi3", "gpt2", "falcon") and draw(st.booleans()):
@@ -78,6 +85,8 @@ def shapes(draw, architecture):
 def model_of(architecture, shape, seed, dtype):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**shape), attn_implementation="eager")
+    if model.config.to_dict().get("num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the other one lacks fp64
     model = model.to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: their initial values would hide faults

@@ -124,7 +124,7 @@ class ExitDrafter:
             reached = states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache)
             logits, features = beyond_exit(side, submodel, reached[submodel.exit_layer], positions, cache, features)
             logits = logits[:, -1:]
-            states += [{stop: each[:, [place]] for stop, each in reached.items()} for place in range(token.shape[1])]
+            states += [{stop: each[:, place : place + 1] for stop, each in reached.items()} for place in range(token.shape[1])]
             if self._sampler.processors:
                 logits = logits if self._vocabulary is None else self._vocabulary.spread(logits, -torch.inf)
                 logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])

@@ -23,7 +23,7 @@ from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.open import for_training
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
-from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
+from ...config.evaluation import TRANSFORMERS_BASELINES, USUAL_STRATEGIES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
@@ -93,6 +93,8 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
     Raises ConfigError for an exit outside the model.
     """
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
+    if loaded.backend.eagle3 is not None and config.strategies == USUAL_STRATEGIES:
+        chosen.add("eagle3")
     asked = config.generation
     block = loaded.backend.exit_blocks.get(asked.get("exit_layer", recommended.exit_layer))
     if block is not None and not block.stands_alone:

@@ -131,6 +131,8 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
             for layer, drafts in product(layers, config.specs or _LENGTHS)
         ]
     settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in unpredicted]
+    if loaded.backend.eagle3 is not None:
+        settings += [decoding("eagle3", generation, num_draft_tokens=drafts) for drafts in unpredicted]
     known = loaded.recommended(config.packing)
     if generation.get("skip"):
         skipping = resolve_as("draft-and-verify", generation, known, num_layers, config.packing)

@@ -22,7 +22,8 @@ static float dot(const float *x, const float *y, int n) {
 static void choose_experts(const Shape *s, const Routing *routing, int row) {
     const float *logits = routing->logits + (size_t)row * (size_t)s->experts;
     int32_t *chosen = routing->chosen + (size_t)row * (size_t)s->chosen;
-    float *weights = routing->weights + (size_t)row * (size_t)s->chosen, all = 0, sum = 0, most;
+    float *weights = routing->weights + (size_t)row * (size_t)s->chosen, all = 0, sum = 0, most = 0;
+    float exps[MOST_EXPERTS]; /* threads that make the same choice write nothing but its results */
     uint8_t taken[MOST_EXPERTS] = {0};
     for (int c = 0; c < s->chosen; c++) {
         int best = -1;
@@ -30,10 +31,10 @@ static void choose_experts(const Shape *s, const Routing *routing, int row) {
             if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
         taken[best] = 1, chosen[c] = best;
         if (c == 0) most = logits[best];
-        sum += weights[c] = expf(logits[best] - most);
+        sum += exps[c] = expf(logits[best] - most);
     }
     for (int e = 0; e < s->experts && !s->normalised; e++) all += expf(logits[e] - most);
-    for (int c = 0; c < s->chosen; c++) weights[c] /= s->normalised ? sum : all;
+    for (int c = 0; c < s->chosen; c++) weights[c] = exps[c] / (s->normalised ? sum : all);
 }
 
 /* The slots of all choices. */
