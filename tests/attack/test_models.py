@@ -51,7 +51,7 @@ def shapes(draw, architecture):
     shape |= {name: draw(st.booleans()) for name in (kind.query_bias, kind.output_bias, kind.mlp_bias) if isinstance(name, str)}
     if kind.partial_rope:
         shape["head_dim"] = of(16, 64)
-    if "head_dim" in kind.values:
+    if "head_dim" in kind.values or architecture == "olmoe":  # whose norms of queries are as wide as its states
         shape["hidden_size"] = heads * shape["head_dim"]
     if kind.windows in ("all", "listed"):
         shape["sliding_window"] = of(5, 1, 2, 16, 4096)
@@ -76,7 +76,7 @@ def shapes(draw, architecture):
         }
     if architecture == "granite":
         shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
-    if architecture not in ("gemma3_text", "olmo3", "phi3", "gpt2", "falcon") and draw(st.booleans()):
+    if architecture not in ("gemma3_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon") and draw(st.booleans()):
         shape["rope_parameters"] = dict(of(*ROPES))
         shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2 where the type is dynamic
     return shape

@@ -164,7 +164,7 @@ class ExitDrafter:
             torch.cat(tokens[: longest + 1], dim=1),
             tuple(max(room, 0) for room in rooms),
             torch.cat(probs[:longest], dim=1) if probs[:longest] else None,
-            joined(states[: longest + 1]) if self._reuses else {},
+            joined(states[: longest + 1]) if self._reuses and states else {},  # none where all drafts were forced
             self.source,
             confidence=largest[0][:longest] if len(rooms) == 1 else (),
         )
