@@ -3,7 +3,7 @@
     python examples/json_answers.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 One line per way to decode: plain decoding without a grammar, with one, and adaptive drafts with one, without and with the
-tokens that it forces. Every answer is compared with that of plain decoding under the grammar, and validates.
+tokens that it forces. Every answer is compared with that of plain decoding under the grammar, and parses as JSON.
 """
 
 import argparse

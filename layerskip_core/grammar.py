@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .prompting import Tokenizer
 
 # JSON as json.dumps writes it: with its white space fixed, all of an object but its values is forced.
-_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Guide:
@@ -42,7 +42,7 @@ class Guide:
         words = _words(tokenizer, vocab, eos_ids)
         try:
             if kind == "schema":
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides=_STYLE)
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             else:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct, field
 
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes JSON
+from layerskip_core.grammar import JSON_STYLE
+
 _START, _END, _MISTRAL = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 
 Format = Literal["hermes", "llama", "mistral"]
@@ -72,7 +73,7 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
         start = f"start: {token(_MISTRAL)} object" if _MISTRAL in special else "start: object"
     elif form == "llama":
         start = "start: object"
-    parts = [start, "object: %json " + json.dumps({"$defs": shared, "x-guidance": _STYLE, **call})]
+    parts = [start, "object: %json " + json.dumps({"$defs": shared, "x-guidance": JSON_STYLE, **call})]
     if form == "hermes":
         parts.insert(1, f'call: {token(_START)} "\\n" object "\\n" {token(_END)}')
     return "\n".join(parts)

@@ -181,7 +181,7 @@ def import_checkpoint(
     own = Path(folder) / EAGLE3_FOLDER
     if eagle3 is not None or own.is_dir():
         spec, drafter = loaded.backend.spec, own if eagle3 is None else fetched(eagle3)
-        beside |= eagle3_content(read_eagle3(drafter, spec), spec.config.to_dict(), str(Path(output).resolve()), spec.vocab)
+        beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
     details = {**loaded.info.details, "imported_from": name}
     if EXIT_BLOCKS_FILE not in beside:
         details.pop(EXIT_BLOCKS, None)

@@ -74,13 +74,10 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def eagle3_content(stored: Eagle3Weights, config: Mapping[str, Any], verifier: str, vocab: int) -> dict[str, bytes]:
+def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
     """The files of a drafter's folder by their names beside the model's own.
 
-    Args:
-        config: of the target, as in its config.json.
-        verifier: the folder or the hub id of the target, by which engines find it.
-        vocab: tokens of the target.
+    `spec`: of the target. `verifier`: its folder or hub id, by which engines find it.
     """
     from safetensors.torch import save
 
@@ -97,8 +94,8 @@ def eagle3_content(stored: Eagle3Weights, config: Mapping[str, Any], verifier: s
         "rms_norm_eps": form.eps,
         "rope_parameters": dict(form.rope),
         "rope_theta": form.rope["rope_theta"],
-        "max_position_embeddings": config["max_position_embeddings"],
-        "vocab_size": vocab,
+        "max_position_embeddings": spec.context,
+        "vocab_size": spec.vocab,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -117,12 +114,12 @@ def eagle3_content(stored: Eagle3Weights, config: Mapping[str, Any], verifier: s
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [method],
-            "verifier": {"name_or_path": verifier, "architectures": config.get("architectures")},
+            "verifier": {"name_or_path": verifier, "architectures": getattr(spec.config, "architectures", None)},
         },
         "transformer_layer_config": layer,
     }
     weights = {name.replace("layers.0.", "midlayer."): weight.contiguous() for name, weight in stored.weights.items()}
-    if form.vocab < vocab:  # else vLLM knows no such tensor
+    if form.vocab < spec.vocab:  # else vLLM knows no such tensor
         weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
     text = json.dumps(document, indent=2) + "\n"
     return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))

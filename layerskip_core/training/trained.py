@@ -342,9 +342,8 @@ class FrozenModel:
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
         dtype = stored_dtype(config.model)
         if isinstance(self.module, FrozenEagle3):
-            backend, own = self.trainable.backend, own_folder(config.model)
-            verifier = config.model if own is None else str(Path(config.output).resolve())
-            files = eagle3_content(self.module.stored(dtype), backend.config.to_dict(), verifier, backend.spec.vocab)
+            verifier = config.model if own_folder(config.model) is None else str(Path(config.output).resolve())
+            files = eagle3_content(self.module.stored(dtype), self.trainable.backend.spec, verifier)
         else:
             weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
             content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)

@@ -26,7 +26,7 @@ def folder(tmp_path):
     drafter = Eagle3(form, tokens)
     weights = {name: drafter.weight(name).detach() for name in form.shapes}
     stored = Eagle3Weights(form, tokens, weights)
-    for name, content in eagle3_content(stored, CONFIG.to_dict(), "the-target", SPEC.vocab).items():
+    for name, content in eagle3_content(stored, SPEC, "the-target").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     return tmp_path / "eagle3", stored
@@ -77,7 +77,7 @@ def test_a_drafter_of_all_tokens_has_no_list_of_them(folder):
     form = replace(folder[1].form, vocab=SPEC.vocab)
     stored = replace(folder[1], form=form, tokens=torch.arange(SPEC.vocab))
     stored.weights["lm_head.weight"] = torch.zeros(SPEC.vocab, SPEC.hidden)
-    content = eagle3_content(stored, CONFIG.to_dict(), "the-target", SPEC.vocab)
+    content = eagle3_content(stored, SPEC, "the-target")
     (folder[0] / "config.json").write_bytes(content["eagle3/config.json"])
     (folder[0] / "model.safetensors").write_bytes(content["eagle3/model.safetensors"])
     assert "d2t" not in load_file(folder[0] / "model.safetensors")
