@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -28,21 +29,10 @@ from layerskip_core.serving import Engine, Update, embedding
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
-from .documents import (
-    DONE,
-    ApiError,
-    Asked,
-    Document,
-    Prompt,
-    Updates,
-    api_error,
-    asked,
-    event,
-    invalid,
-    texts,
-    usage_of,
-    vectors,
-)
+from ..console import tell_error
+from .answers import DONE, Document, event, usage_of, vectors
+from .bodies import Asked, Prompt, asked, texts
+from .errors import ApiError, api_error, invalid
 from .tools import Calls, Tools, format_of, grammar
 
 Given = TypeVar("Given")
@@ -270,6 +260,38 @@ class Service:
     async def _health(self, request: Request) -> Response:
         stopped = self._engine.is_stopped
         return JSONResponse({"status": "stopped" if stopped else "ok"}, status_code=503 if stopped else 200)
+
+
+class Updates:
+    """Updates of the engine's thread, as the event loop reads them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
+
+    def deliver(self, number: int, update: Update) -> None:
+        """In the engine's thread; `number` is the answer's."""
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
+
+    def disconnect(self) -> None:
+        """The client went away."""
+        self._queue.put_nowait(None)
+
+    async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
+        """Until `count` answers are finished. Raises ClientDisconnect, and ApiError if one of them fails."""
+        while count:
+            item = await self._queue.get()
+            if item is None:
+                raise ClientDisconnect
+            number, update = item
+            if update.error is not None:
+                refused = api_error(update.error)
+                if refused.status == 500:
+                    tell_error(update.error, debug=True)
+                raise refused
+            count -= update.is_last
+            yield number, update
 
 
 class _Endpoint:

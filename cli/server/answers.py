@@ -1,0 +1,140 @@
+"""What answers look like: completions and conversations, whole and in chunks, and embeddings."""
+
+import json
+import secrets
+import time
+from array import array
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from layerskip_core.decoding import DecodeStats
+from layerskip_core.decoding.output import TokenLogprobs
+from layerskip_core.serving import Request, Update
+
+from .tools import Call, Calls, deltas
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Document:
+    """Makes the document or the chunks of one response."""
+
+    def __init__(
+        self, is_chat: bool, model: str, jobs: Sequence[Request], echoes: Sequence[str], calls: Callable[[], Calls] | None
+    ) -> None:
+        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one."""
+        self._calls = None if calls is None else [calls() for _ in jobs]
+        self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
+        self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
+        prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
+        self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
+        """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
+        choices = []
+        for number, answer in sorted(answers.items()):
+            said, calls = (answer.text, []) if self._calls is None else self._calls[number].add(answer.text, True)
+            message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+            if calls:
+                message |= {"content": said or None, "tool_calls": calls}
+            content = {"message": message} if self._is_chat else {"text": self._echo(number) + answer.text}
+            choices.append(self._choice(number, content, answer, texts))
+        return {**self._common, "object": self._object, "choices": choices, "usage": usage}
+
+    def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
+        """Server-sent events with the next piece of the answer with this number."""
+        if not self._is_chat:
+            contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
+        else:
+            role = {} if number in self._begun else {"role": "assistant"}
+            said, first, calls = update.text, 0, list[Call]()
+            if self._calls is not None:
+                first = self._calls[number].count
+                said, calls = self._calls[number].add(update.text, update.is_last)
+            contents = [{"delta": {**role, "content": said} if said or role else {}}]
+            contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
+        # The last one says why the answer ended; log probabilities are those of all.
+        partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
+        choice = self._choice(number, contents[-1], update, texts)
+        self._begun.add(number)
+        return b"".join(self.event([each]) for each in [*partial, choice])
+
+    def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        name = "chat.completion.chunk" if self._is_chat else self._object
+        return event({**self._common, "object": name, "choices": choices, **more})
+
+    def _echo(self, number: int) -> str:
+        return self._echoes[number] if self._echoes else ""
+
+    def _choice(self, number: int, content: dict[str, Any], update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
+        reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
+        if reason == "stop" and self._calls is not None and self._calls[number].count:
+            reason = "tool_calls"
+        logprobs = None
+        if self._jobs[number].config.logprobs is not None:
+            logprobs = _of_chat(update, texts) if self._is_chat else self._of_completion(number, update, texts)
+        return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
+        """Log probabilities as completions have them; nothing is known of a prompt's first token."""
+        told: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
+        tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
+        job = self._jobs[number]
+        if self._echoes and number not in self._begun:
+            told, tokens = [None, *told], [texts[job.ids[0]], *tokens]
+        ends = list(accumulate(map(len, tokens), initial=self._ends[number]))
+        self._ends[number] = ends[-1]
+        # Of two tokens with one text the more probable is named, and the token itself is always there.
+        tops = [one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in told]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one and one.logprob for one in told],
+            "top_logprobs": tops,
+            "text_offset": ends[:-1],
+        }
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
+
+
+def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
+    """The tokens of `n` answers to each prompt. Drafts are what OpenAI calls predictions."""
+    stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
+    details = {
+        "accepted_prediction_tokens": stats.accepted,
+        "rejected_prediction_tokens": stats.drafted - stats.accepted,
+        "reasoning_tokens": 0,
+        "audio_tokens": 0,
+    }
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": stats.new_tokens,
+        "total_tokens": prompt_tokens + stats.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in jobs[::n]), "audio_tokens": 0},
+        "completion_tokens_details": details,
+    }
+
+
+def _of_chat(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
+    """Log probabilities as conversations have them."""
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        text = texts[token]
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    content = [{**told(one.id, one.logprob), "top_logprobs": [told(*top) for top in one.top]} for one in update.logprobs]
+    return {"content": content, "refusal": None}
+
+
+def vectors(model: str, found: Sequence[list[float]], as_base64: bool, tokens: int) -> dict[str, Any]:
+    """OpenAI's document of embeddings."""
+
+    def written(vector: list[float]) -> Any:
+        return b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector
+
+    data = [{"object": "embedding", "index": place, "embedding": written(vector)} for place, vector in enumerate(found)]
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}

@@ -1,0 +1,255 @@
+"""What requests say: a body's prompts, options and tools. Raises ApiError with the parameter's name for what is wrong."""
+
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
+
+import msgspec
+from msgspec import Meta, Struct
+
+from layerskip_core.config.decoding import MAX_NEW_TOKENS, RequestOptions, changed
+from layerskip_core.config.options import checked
+from layerskip_core.errors import DataError, require
+from layerskip_core.files import parse_json
+
+from .errors import invalid
+from .tools import Tool, Tools
+
+_SEEDS = 2**32
+_MOST_ANSWERS = 128
+_MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
+# Keys that would change the answer and that this server does not know, with the value that changes nothing.
+_UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
+    **{key: [] for key in ("bad_words", "functions")},
+    **{"suffix": "", "modalities": ["text"]},
+}
+
+_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {  # for conversations, and for completions
+    True: {"echo": False},
+    False: {"top_logprobs": 0, "tools": []},
+}
+# The RequestOptions that a body names as they are.
+_OPTIONS = (
+    *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
+)
+
+Prompt = str | list[int] | tuple[dict[str, Any], ...]
+"""A text, token ids, or the messages of a conversation, as chat templates read them."""
+_Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
+_Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
+
+
+class _Part(Struct):
+    type: Literal["text"]
+    text: str
+
+
+class _Called(Struct):
+    name: str
+    arguments: str
+
+
+class _ToolCall(Struct):
+    function: _Called
+    id: str = ""
+
+
+class _Message(Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it: arguments of calls are objects."""
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.content is None and not self.tool_calls:
+            raise invalid(f"messages must have a content, but for an assistant's with tool_calls; {self.role}", "messages")
+        if self.tool_calls:
+            made["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+                for call in self.tool_calls
+                for arguments in [parse_json(call.function.arguments or "{}", "messages: arguments of a call", DataError)]
+            ]
+        return made | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+
+
+class _Body(TypedDict, total=False):
+    """Keys beside the prompt and the RequestOptions; null is the same as nothing."""
+
+    model: str
+    seed: int
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)],
+        Meta(description=f"at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"),
+    ]
+    n: int
+    stream: bool
+    stream_options: Annotated[dict[str, bool | None], Meta(description="an object, such as include_usage: true")]
+    echo: bool
+    logprobs: Annotated[bool | int, Meta(description="true or false in a conversation, a number in 0..20 for completions")]
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)]
+    parallel_tool_calls: bool
+
+
+class Texts(NamedTuple):
+    """What is encoded or embedded, but not answered. `as_base64`: how vectors are written."""
+
+    prompts: tuple[Prompt, ...]
+    as_base64: bool = False
+
+
+def texts(body: bytes, key: str, model: str) -> Texts:
+    """Of a body that has the texts under this key, or one conversation under `messages` unless the key is `input`."""
+    document = _document(body)
+    given = document.get("encoding_format", "float")
+    if given not in ("float", "base64"):
+        raise invalid(f"encoding_format must be float or base64, got {given!r:.50}", "encoding_format")
+    if "dimensions" in document:
+        raise invalid("dimensions is not supported by this server", "dimensions", "unsupported_parameter")
+    _require_model(document.get("model", model), model)
+    if key == "prompt" and "messages" in document:
+        return Texts(_conversation(document["messages"]))
+    prompts = _prompts(document.get(key), key)
+    if len(prompts) > (_MOST_ANSWERS if key == "input" else 1):
+        raise invalid(f"{key} must be at most {_MOST_ANSWERS if key == 'input' else 1} texts, got {len(prompts)}", key)
+    return Texts(prompts, given == "base64")
+
+
+class Asked(NamedTuple):
+    """One request. Each prompt has `n` answers, each with options of its own."""
+
+    prompts: tuple[Prompt, ...]
+    options: list[RequestOptions]  # they differ in their seeds
+    n: int
+    is_seeded: bool  # the request names a seed
+    stream: bool
+    include_usage: bool
+    echo: bool
+    tools: Tools | None  # of a conversation
+
+
+def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
+    """What a body asks the model of this name for; `flags` are for what it does not say.
+
+    Raises ApiError, and ConfigError for an option outside its range.
+    """
+    document = _document(body)
+    unsupported = _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat]
+    for key in document.keys() & unsupported.keys():
+        value, harmless = document[key], unsupported[key]
+        if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
+            raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
+    prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
+    given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
+    if "model" not in given:
+        raise invalid(f"model is missing; this server has {model}", "model")
+    _require_model(given["model"], model)
+    n = given.get("n", 1)
+    if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
+        raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
+    options = {name: document[name] for name in _OPTIONS if name in document}
+    usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
+    options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
+    options |= _logprobs(given, is_chat) | _guide(document)
+    decoding = cast(RequestOptions, checked(RequestOptions, options))
+    limit = decoding["max_new_tokens"]
+    require(limit <= token_limit, "max_new_tokens", f"at most {token_limit}, the limit of this server", limit)
+    seed = given.get("seed")
+    seeds = ((secrets.randbelow(_SEEDS) if seed is None else seed + number) % _SEEDS for number in range(n * len(prompts)))
+    of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": each} for each in seeds]
+    include_usage, stream = bool(given.get("stream_options", {}).get("include_usage")), given.get("stream", False)
+    tools = _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None
+    return Asked(prompts, of_answers, n, seed is not None, stream, include_usage, given.get("echo", False), tools)
+
+
+def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
+    """The tools of a request that may be called."""
+    try:
+        known = msgspec.convert(document.get("tools", []), tuple[Tool, ...])
+    except msgspec.ValidationError as error:
+        raise invalid(f"tools must be a list of functions with their names and parameters: {error}", "tools") from None
+    choice, needed = document.get("tool_choice", "auto"), known
+    match choice:
+        case "none" | "auto":
+            needed = ()
+        case {"type": "function", "function": {"name": str(name)}}:
+            needed = tuple(tool for tool in known if tool.function.name == name)
+        case _ if choice != "required":
+            raise invalid("tool_choice must be none, auto, required, or a function's name in an object", "tool_choice")
+    if choice not in ("none", "auto") and not needed:
+        raise invalid("tool_choice must be used with tools, and name one of them", "tool_choice")
+    return Tools(known, document["tools"], needed, parallel and isinstance(choice, str)) if known and choice != "none" else None
+
+
+def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that says what the answer must match. `strict` or not, it does."""
+    made = {name: document[f"guided_{name}"] for name in ("regex", "grammar", "choice") if f"guided_{name}" in document}
+    if "guided_json" in document:
+        given = document["guided_json"]
+        made["schema"] = parse_json(given, "guided_json", DataError) if isinstance(given, str) else given
+    match document.get("response_format"):
+        case None | {"type": "text"}:
+            pass
+        case _ if "schema" in made:
+            raise invalid("response_format and guided_json must not be given both", "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            made["schema"] = schema
+        case {"type": "json_object"}:
+            made["schema"] = {"type": "object"}
+        case _:
+            needed = "response_format must be of the type text, json_object, or json_schema with a json_schema.schema"
+            raise invalid(needed, "response_format")
+    return made
+
+
+def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
+    """The options that ask for log probabilities. A conversation says whether, and how many in `top_logprobs`."""
+    wanted = given.get("logprobs")
+    if wanted is not None and isinstance(wanted, bool) != is_chat:
+        raise invalid(f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}", "logprobs")
+    if not is_chat:
+        return {} if wanted is None else {"logprobs": wanted, "prompt_logprobs": given.get("echo", False)}
+    if given.get("top_logprobs") and not wanted:
+        raise invalid("top_logprobs must be used with logprobs: true", "top_logprobs")
+    return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    """A body without its nulls. Raises ApiError for one that is no object."""
+    try:
+        document = parse_json(body, "the body", DataError)
+    except DataError as error:
+        raise invalid(str(error)) from None
+    if not isinstance(document, dict):
+        raise invalid("the body must be a JSON object")
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _require_model(named: Any, model: str) -> None:
+    if named != model:
+        message = f"the model {named!r:.200} does not exist; this server has {model}"
+        raise invalid(message, "model", "model_not_found", 404)
+
+
+def _conversation(messages: Any) -> tuple[Prompt, ...]:
+    try:
+        turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
+    except msgspec.ValidationError as error:
+        raise invalid(f"messages must be a list of messages with a role and a text: {error}", "messages") from None
+    return (tuple(message.plain for message in turns),)
+
+
+def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
+    """One prompt or several, each a text or token ids."""
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    try:
+        return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
+    except msgspec.ValidationError:
+        raise invalid(f"{key} must be a text, a list of token ids, or a list of several of these", key) from None
