@@ -159,7 +159,7 @@ class Decoder:
             options, packing = policy_options(policy, options), policy_packing(policy)
         recommended, blocks = self.recommended(packing), self.backend.exit_blocks
         if options.get("exit_confidence"):
-            drafting_only = {exit_layer for exit_layer, block in blocks.items() if not block.stands_alone}
+            drafting_only = {exit_layer for exit_layer, block in blocks.items() if block.is_fed}
             exits = tuple(exit_layer for exit_layer in recommended.exits if exit_layer not in drafting_only)
             recommended = replace(recommended, exits=exits)
         try:

@@ -203,6 +203,7 @@ class FinetuneConfig:
             (scratch, "left out with `regime` scratch, which has no original", [*vars(self.retention)]),
             (self.lora_rank > 0, "left out with `lora_rank`, which needs no copy", ["anchor_weights"]),
             (frozen, "left out with `frozen`, which trains no weight of the model", [*recipe, *whole]),
+            (self.exit_blocks.layout == "eagle3", "left out with `layout` eagle3, which has `layers`", ["exits"]),
         ):
             for name in names if is_so else ():
                 require(not given[name], name, needed, given[name])

@@ -1,17 +1,14 @@
 """Perplexity of references and of plain text through every exit, each from one teacher-forced pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.loaded import Decoder
 from ..data import Example, spread
 from ..losses import summed_losses
-from ..model.backend import Backend
-from ..model.cache import KVCache
+from ..model.backend import Backend, states_at_exits
 from ..prompting import RAW
 from .metrics import Scores
 
@@ -75,17 +72,3 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
         exit_layer: float(summed_losses(head, states[0, first - 1 :], targets, model.spec.vocab)[0])
         for exit_layer, states, head in through
     }
-
-
-def states_at_exits(
-    model: Backend, tokens: Tensor, positions: Tensor, cache: KVCache, exit_layers: Iterable[int]
-) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
-    """(exit, states (B, T, D) for its head, head) of tokens (B, T), in one pass. Exits that only draft are left out."""
-    hidden = model.embed(tokens)
-    for start, stop in pairwise([0, *sorted(set(exit_layers))]):
-        hidden = model.run_layers(hidden, start, stop, positions, cache)
-        block = model.exit_blocks.get(stop)
-        if block is None:
-            yield stop, hidden, model.unembed
-        elif block.stands_alone:
-            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head

@@ -29,6 +29,7 @@ from ..config.model import Engine, ExportConfig, PackingConfig
 from ..errors import CheckpointError, ConfigError, first_line, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
+from ..model.backend import states_at_exits
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import ModelSpec
@@ -214,7 +215,9 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
         raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
-    expected, layers, kept = _exit_logits(backend, exit_layer, ids), backend.layers, list(range(exit_layer))
+    positions, cache = torch.arange(ids.shape[1]).expand(ids.shape), backend.new_cache(*ids.shape)
+    [(_, states, head)] = states_at_exits(backend, ids, positions, cache, [exit_layer])
+    expected, layers, kept = head(states), backend.layers, list(range(exit_layer))
     if block is not None:
         originals, weights = backend.block_originals(), blocks.weights(backend.spec, model.get_input_embeddings().weight)
         kept.append(next(index for index, layer in enumerate(layers) if layer is originals["layer"]))
@@ -233,15 +236,6 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     except Exception as error:  # which differs by model type
         raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error
     return written
-
-
-def _exit_logits(backend: TransformersBackend, exit_layer: int, ids: Tensor) -> Tensor:
-    """(B, T, V), of tokens (B, T)."""
-    positions, cache = torch.arange(ids.shape[1]).expand(ids.shape), backend.new_cache(*ids.shape)
-    hidden = backend.run_layers(backend.embed(ids), 0, exit_layer, positions, cache)
-    if (block := backend.exit_blocks.get(exit_layer)) is None:
-        return backend.unembed(hidden)
-    return block.head(backend.run_layers(hidden, block.layer, block.layer + 1, positions, cache))
 
 
 def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]) -> Any:

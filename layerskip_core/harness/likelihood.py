@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextError
-from ..evaluation.perplexity import states_at_exits
 from ..losses import CHUNK_LOGITS
-from ..model.backend import Backend
+from ..model.backend import Backend, states_at_exits
 from ..model.cache import KVCache
 from ..model.exit_blocks import target_block
 

@@ -43,7 +43,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
     for exit_layer in config.exits:
         require_exit_layer(exit_layer, layers, may_be_last=True, field="exits")
         target_block(blocks, exit_layer)
-    alone = tuple(exit_layer for exit_layer, block in blocks.items() if block.stands_alone)
+    alone = tuple(exit_layer for exit_layer, block in blocks.items() if not block.is_fed)
     exits = tuple(sorted(set(config.exits or alone or default_exits(layers))))
     methods = [decoding("autoregressive", config.generation)]
     methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]

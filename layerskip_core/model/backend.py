@@ -1,7 +1,8 @@
 """The protocols that decoding needs of a model. They are complete: no backend is asked at run time for more."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -232,3 +233,17 @@ class Backend(Layers, Protocol):
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm alone, (..., D)."""
+
+
+def states_at_exits(
+    model: Backend, tokens: Tensor, positions: Tensor, cache: KVCache, exit_layers: Iterable[int]
+) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
+    """(exit, states (B, T, D) for its head, head) of tokens (B, T), in one pass. Exits that only draft are left out."""
+    hidden = model.embed(tokens)
+    for start, stop in pairwise([0, *sorted(set(exit_layers))]):
+        hidden = model.run_layers(hidden, start, stop, positions, cache)
+        block = model.exit_blocks.get(stop)
+        if block is None:
+            yield stop, hidden, model.unembed
+        elif not block.is_fed:
+            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head

@@ -178,7 +178,7 @@ class Eagle3Weights:
 
 
 class PlacedEagle3:
-    """A DraftBlock. Its keys and values are those of layer `place` of the target's cache."""
+    """A drafter of a backend, as a PlacedBlock. Its keys and values are those of layer `place` of the target's cache."""
 
     is_fed = starts_later = True
 

@@ -9,7 +9,7 @@ token before (as EAGLE, Li et al., 2024): the target's own for the first draft o
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch import Tensor
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError
 from .cache import KVCache
-from .eagle3 import Eagle3Weights
+from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes
-from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
@@ -67,49 +66,18 @@ class ExitBlocks:
 NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 
-class DraftBlock(Protocol):
-    """A block of a backend that drafts. Hidden states are (B, T, D), `positions` those (B, T) of their tokens, on the host.
-
-    Attributes:
-        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
-        is_fed: whether it reads a feature of the token before, too.
-        starts_later: whether the first token of a text, which has none before it, has no entry.
-        vocabulary: the tokens that its head scores, if they are others than those of its draft side.
-    """
-
-    @property
-    def taps(self) -> tuple[int, ...]: ...
-    @property
-    def is_fed(self) -> bool: ...
-    @property
-    def starts_later(self) -> bool: ...
-    @property
-    def vocabulary(self) -> DraftVocabulary | None: ...
-    @property
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """To logits (..., N)."""
-
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
-        """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
-
-    def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
-    ) -> None:
-        """Writes its KV entries, of the target's states by `taps`."""
-
-    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
-        """The features (B, T, D) of tokens, of the target's states by `taps` and after the last layer."""
-
-    def own_feature(self, hidden: Tensor) -> Tensor | None:
-        """The feature of a drafted token, from what `run` gave for the token."""
-
-
 @dataclass(frozen=True)
 class PlacedBlock:
-    """A DraftBlock: layer `layer` of a backend's chain of layers.
+    """Layer `layer` of a backend's chain of layers, which drafts. `positions` (B, T) are those of hidden states (B, T, D).
 
-    Hidden states are (..., D). `head`: the block's norm and the head, to logits (..., N). `norm`: the block's norm alone.
-    `join`: the map W from (..., 2D); None without a feature.
+    Attributes:
+        head: the block's norm and the head, to logits (..., N).
+        norm: the block's norm alone.
+        join: the map W from (..., 2D); None without a feature.
+        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
+        is_fed: whether it reads a feature of the token before, too: then it can only draft, after passes of the whole model.
+        starts_later: whether the first token of a text, which has none before it, has no entry.
+        vocabulary: the tokens that its head scores, if they are others than those of its draft side.
     """
 
     block: ExitBlock
@@ -128,23 +96,22 @@ class PlacedBlock:
     def is_fed(self) -> bool:
         return self.join is not None
 
-    @property
-    def stands_alone(self) -> bool:
-        """Whether it reads nothing but the exit's state, so that it can decode without a pass of the whole model."""
-        return self.join is None
-
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
+        """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
         return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, positions, cache)
 
     def write(
         self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
     ) -> None:
+        """Writes its KV entries, of the target's states by `taps`."""
         model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, positions, cache)
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        """The features (B, T, D) of tokens, of the target's states by `taps` and after the last layer."""
         return None if self.join is None else model.normed(finals)
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
+        """The feature of a drafted token, from what `run` gave for the token."""
         return None if self.join is None else self.norm(hidden)
 
     def enter(self, states: Tensor, features: Tensor | None) -> Tensor:
@@ -155,10 +122,13 @@ class PlacedBlock:
         return self.join(torch.cat((states, features.to(states.dtype)), dim=-1))
 
 
+DraftBlock = PlacedBlock | PlacedEagle3
+
+
 def target_block(blocks: Mapping[int, PlacedBlock], exit_layer: int) -> PlacedBlock | None:
     """The block that early exit at this layer runs; None if it has none. Raises ConfigError for one that can only draft."""
     block = blocks.get(exit_layer)
-    if block is not None and not block.stands_alone:
+    if block is not None and block.is_fed:
         raise ConfigError(
             f"`exit_layer` {exit_layer} can only draft, as `strategy` self-speculative or adaptive does: its exit block reads "
             "the final states of the model (feature final), which early exit does not compute",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -109,57 +109,23 @@ class RopeSpec:
         return float(theta * alpha ** (rotary / (rotary - 2)) if alpha else theta)
 
 
-class AnySpec(Protocol):
-    """What is known of every model."""
-
-    @property
-    def model_type(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def context(self) -> int:
-        """Positions."""
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def shapes(self) -> Shapes:
-        """Names and shapes of all weights; a tied head is the embedding and has none."""
-
-    @property
-    def block_shapes(self) -> Shapes:
-        """Names and shapes of an exit block's weights: `layer.*`, and `norm.*`."""
-
-    @property
-    def config(self) -> Any: ...
-    def weights_read(self, rows: int) -> float:
-        """How many weights a pass over so many tokens reads: those of the layers and of the head."""
-
-
 @dataclass(frozen=True)
 class TransformersSpec:
-    """A model that only transformers runs; see AnySpec."""
+    """What is known of a model that only transformers runs."""
 
     model_type: str
     layers: int
     hidden: int
     vocab: int
-    context: int
-    tied: bool
+    context: int  # positions
+    tied: bool  # whether the head is the embedding
     parameters: int
-    shapes: Shapes = field(repr=False)
-    block_shapes: Shapes = field(repr=False)  # none where it can have no exit blocks
-    config: Any = field(repr=False, compare=False)
+    shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
+    block_shapes: Shapes = field(repr=False)  # of an exit block's weights; none where it can have no exit blocks
+    config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
+        """How many weights a pass over so many tokens reads: those of the layers and of the head."""
         return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
@@ -382,7 +348,10 @@ class ModelSpec:
         return parts
 
     def weights_read(self, rows: int) -> float:
-        """Of experts the mean number, if every token chooses any of them with the same probability."""
+        """How many weights a pass over so many tokens reads: those of the layers and of the head.
+
+        Of experts the mean number, if every token chooses any of them with the same probability.
+        """
         read: float = self.parameters - (0 if self.tied else self.vocab * self.hidden)
         if self.experts is not None:
             unread = (1 - self.experts.chosen / self.experts.count) ** rows
@@ -471,6 +440,9 @@ class ModelSpec:
             raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
         for name, shape in self.shapes.items():
             check_shape(name, shape, stored[name])
+
+
+AnySpec = ModelSpec | TransformersSpec
 
 
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test: Li et al., 2025)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config.training import BlockLoss
+from ..checkpoint.locate import fetched
+from ..checkpoint.speculators import default_layers, eagle3_content, read_eagle3
+from ..config.decoding import require_exit_layer
+from ..config.training import BlockLoss, FinetuneConfig
 from ..errors import CheckpointError, require
 from ..losses import IGNORED
 from ..model import TransformersBackend
 from ..model.eagle3 import ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
+from ..model.exit_blocks import ExitBlocks
+from ..model.spec import AnySpec
 from .recipe import RunStep
 
 DRAFTS = 3  # that are unrolled
@@ -22,10 +28,14 @@ _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
 
 class FrozenEagle3(nn.Module):
-    """The drafter beside a model of which only the embedding and the head run, and nothing is trained."""
+    """The drafter beside a model of which only the embedding and the head run, and nothing is trained.
+
+    It has the attributes and methods of `FrozenExits`.
+    """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    measured_exits = (0,)
+    names = {0: "eagle3"}  # noqa: RUF012
+    measured_exits = tuple(names)
 
     def __init__(
         self,
@@ -36,7 +46,7 @@ class FrozenEagle3(nn.Module):
         seed: int = 0,
         known: Eagle3Weights | None = None,
     ) -> None:
-        """A drafter that reads the states after `layers` and scores `vocab` tokens, which `choose_tokens` sets.
+        """A drafter that reads the states after `layers` and scores `vocab` tokens, which `begin` chooses.
 
         It starts as `known`, tokens included, or with the model's own norm and head, and otherwise at random.
 
@@ -54,14 +64,51 @@ class FrozenEagle3(nn.Module):
             self._set({"norm.weight": norm})
         self.to(backend.device, torch.float32)
 
+    @classmethod
+    def resolved(cls, config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
+        """Raises CheckpointError for a drafter to start from that cannot be read, ConfigError for one with other layers."""
+        known, asked = cls._known(config, spec), config.exit_blocks.layers
+        usual = default_layers(spec.layers) if known is None else known.form.layers
+        layers = tuple(sorted(asked or usual))
+        for layer in layers:
+            require_exit_layer(layer, spec.layers, field="layers")
+        require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
+        return replace(config, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
+
+    @staticmethod
+    def replaced(kept: ExitBlocks, layers: Sequence[int]) -> str:
+        return "" if kept.eagle3 is None else "a drafter"
+
+    @classmethod
+    def of(cls, backend: TransformersBackend, config: FinetuneConfig, layers: Sequence[int]) -> "FrozenEagle3":
+        asked, known = config.exit_blocks, cls._known(config, backend.spec)
+        return cls(backend, layers, asked.draft_vocab, asked.loss, config.seed, known)
+
+    @staticmethod
+    def _known(config: FinetuneConfig, spec: AnySpec) -> Eagle3Weights | None:
+        start = config.exit_blocks.start_from
+        return None if start is None else read_eagle3(fetched(start), spec)
+
+    @property
+    def phases(self) -> tuple[tuple[int, ...], ...]:
+        return (self.drafter.form.layers,)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        form = self.drafter.form
+        return {"layers": form.layers, "draft_vocab": form.vocab, "coverage": self.coverage}
+
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
+        return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
+
     @property
     def _head(self) -> Tensor:
         """(V, D), of the model."""
         weight: Tensor = self.backend.model.get_output_embeddings().weight
         return weight
 
-    def choose_tokens(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """The tokens that are most frequent in the answers of some encoded rows, unless the drafter has its own already."""
+    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Chooses the tokens that are most frequent in the answers of some encoded rows, unless the drafter has its own."""
         answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
         counts = answers.bincount(minlength=self.backend.spec.vocab)
         if self._is_new:

@@ -7,6 +7,7 @@ after the final norm, in bf16. The file is written from its start to its end, so
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config.training import BlockLoss
+from ..checkpoint.beside import exit_blocks_content
+from ..checkpoint.folder import EXIT_BLOCKS_FILE
+from ..config.decoding import require_exit_layer
+from ..config.training import BlockLoss, FinetuneConfig, RecipeSettings
 from ..errors import CheckpointError
 from ..files import synchronise
 from ..losses import IGNORED, summed_divergences
 from ..model import Backend, TransformersBackend
-from ..model.exit_blocks import ExitBlock, features_of
+from ..model.exit_blocks import ExitBlock, ExitBlocks, features_of
+from ..model.spec import AnySpec
 from .answers import batches_of
 from .recipe import RunStep
 
@@ -58,7 +63,13 @@ class Block(nn.Module):
 
 
 class FrozenExits(nn.Module):
-    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs."""
+    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
+
+    Attributes:
+        names: by measured exit, of what is trained, as layerskip.json has it.
+        phases: the learning rate rises and falls once in each, over the states after these exits.
+        details: of how all of it was trained.
+    """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
@@ -67,9 +78,48 @@ class FrozenExits(nn.Module):
         model: Any = backend.model
         self.config = model.requires_grad_(False).config
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
-        self.measured_exits = tuple(block.exit_layer for block in blocks)
-        self.backend = backend
+        self.names = {block.exit_layer: str(block.exit_layer) for block in blocks}
+        self.measured_exits = tuple(self.names)
+        self.phases = tuple((exit_layer,) for exit_layer in self.names)
+        self.backend, self._blocks = backend, blocks
         self._total_variation = loss == "tv"
+
+    @staticmethod
+    def resolved(config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
+        """The config with its exits, by default one after a third of the layers; and these, ascending, whose states are read.
+
+        Raises ConfigError for an exit outside the model.
+        """
+        exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
+        for exit_layer in exits:
+            require_exit_layer(exit_layer, spec.layers, field="exits")
+        return replace(config, recipe=RecipeSettings(exits=exits)), exits
+
+    @staticmethod
+    def replaced(kept: ExitBlocks, exits: Sequence[int]) -> str:
+        """What a model already has of these exits, in words; empty for nothing."""
+        there = [block.exit_layer for block in kept.blocks if block.exit_layer in exits]
+        return f"a block at exit {there[0]}" if there else ""
+
+    @classmethod
+    def of(cls, backend: TransformersBackend, config: FinetuneConfig, exits: Sequence[int]) -> "FrozenExits":
+        asked = config.exit_blocks
+        return cls(backend, [ExitBlock(exit_layer, asked.feature) for exit_layer in exits], asked.loss)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"feature": self._blocks[0].feature}
+
+    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Before the training on some encoded rows: blocks score all tokens, whatever the rows have."""
+
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
+        """The files beside the model by their names, with the weights in this precision.
+
+        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
+        """
+        weights = {name: weight.to(dtype) for name, weight in self.weights().items()}
+        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None

@@ -16,22 +16,19 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
+from ..checkpoint.beside import fingerprint, read_exit_blocks
+from ..checkpoint.folder import weight_files
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
-from ..checkpoint.locate import adapters_of, downloaded, fetched, own_folder
+from ..checkpoint.locate import adapters_of, downloaded, own_folder
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
-from ..checkpoint.speculators import EAGLE3_FOLDER, default_layers, eagle3_content, read_eagle3
 from ..checkpoint.transformers_read import stored_dtype
-from ..config.decoding import require_exit_layer
 from ..config.model import PackingConfig
-from ..config.training import FinetuneConfig, RecipeSettings
+from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, DataError, first_line, require
 from ..files import require_disk
 from ..losses import IGNORED
-from ..model.exit_blocks import ExitBlock
 from ..model.vocabulary import ORDER_FILE
 from .answers import Answers, Writing, digest, plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder, discard_after
@@ -221,24 +218,10 @@ class FrozenModel:
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
-        self.is_eagle3 = config.exit_blocks.layout == "eagle3"
-        if self.is_eagle3:
-            require(
-                config.recipe.exits is None, "exits", "left out with `layout` eagle3, which has `layers`", config.recipe.exits
-            )
-            self.exits = tuple(sorted(config.exit_blocks.layers or default_layers(spec.layers)))
-        else:
-            self.exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
-        keeps = self.in_place and not (config.overwrite or resume)
-        there = {block.exit_layer for block in self.kept.blocks} if keeps and not self.is_eagle3 else ()
-        if keeps and self.is_eagle3 and (Path(source) / EAGLE3_FOLDER).is_dir():
-            raise ConfigError(f"`output` {config.output} already has a drafter; give `overwrite` to replace it")
-        for exit_layer in self.exits:
-            require_exit_layer(exit_layer, spec.layers, field="layers" if self.is_eagle3 else "exits")
-            if exit_layer in there:
-                raise ConfigError(
-                    f"`output` {config.output} already has a block at exit {exit_layer}; give `overwrite` to replace it"
-                )
+        kind = FrozenEagle3 if config.exit_blocks.layout == "eagle3" else FrozenExits
+        config, self.exits = kind.resolved(config, spec)
+        if self.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
+            raise ConfigError(f"`output` {config.output} already has {there}; give `overwrite` to replace it")
 
         asked, given = config.exit_blocks, read_rows(config)
         encoder = make_encoder(config, self.trainable, given[0])
@@ -260,15 +243,23 @@ class FrozenModel:
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
         lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
-        config = replace(
-            config, lr=lr, max_length=max_length, recipe=RecipeSettings(exits=None if self.is_eagle3 else self.exits)
-        )
-        self.plan = self._planned(config, device, resume, len(encoded[0]), len(encoded[1]), sum(map(len, given)))
+        config = replace(config, lr=lr, max_length=max_length)
+        counts = len(encoded[0]), len(encoded[1]), sum(map(len, given))
+        plan, longest = self._planned(config, device, resume, *counts)
+        if plan.autocast and device.type == "cpu":
+            use_fp32_attention(self.trainable.model)
+        self.module = kind.of(self.trainable.backend, config, self.exits)
+        chosen, example = self.module.phases[0], max(longest, key=lambda text: len(text["input_ids"]))
+        shape = (len(example["input_ids"]), spec.hidden)
+        states = {"exits": chosen, "states": torch.randn(len(chosen), *shape), "finals": torch.randn(shape)}
+        plan = replace(plan, phases=len(self.module.phases))
+        self.plan = timed(plan, self.module, [example | states], plan.tokens / len(longest))
 
     def _planned(
         self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None, rows: int, held_out: int, given: int
-    ) -> Plan:
-        spec, asked, answers = self.trainable.backend.spec, config.exit_blocks, self.answers
+    ) -> tuple[Plan, list[dict[str, Any]]]:
+        """The plan without times, and all encoded rows as long as they may become."""
+        spec, answers = self.trainable.backend.spec, self.answers
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
         kernels, prompts = self.decoder.backend.implementation, answers.journal.name
         named = digest(self.made_for, prompts, texts, self.exits, config.dtype, kernels)
@@ -292,7 +283,6 @@ class FrozenModel:
             notes,
             {"original": self.made_for, "texts": named},
             steps=run_steps(config, rows),
-            phases=1 if self.is_eagle3 else len(self.exits),
             rows=rows,
             held_out=held_out,
             tokens=tokens,
@@ -301,19 +291,7 @@ class FrozenModel:
             state_seconds=tokens * answers.token_seconds,
             disk_mb=disk / 2**20,
         )
-        if plan.autocast and device.type == "cpu":
-            use_fp32_attention(self.trainable.model)
-        backend, chosen = self.trainable.backend, self.exits if self.is_eagle3 else self.exits[:1]
-        self.module: FrozenExits | FrozenEagle3
-        if self.is_eagle3:
-            known = None if asked.start_from is None else read_eagle3(fetched(asked.start_from), spec)
-            self.module = FrozenEagle3(backend, self.exits, asked.draft_vocab, asked.loss, config.seed, known)
-        else:
-            self.module = FrozenExits(backend, [ExitBlock(stop, asked.feature) for stop in self.exits], asked.loss)
-        example = max(longest, key=lambda text: len(text["input_ids"]))
-        shape = (len(example["input_ids"]), spec.hidden)
-        states = {"exits": chosen, "states": torch.randn(len(chosen), *shape), "finals": torch.randn(shape)}
-        return timed(plan, self.module, [example | states], tokens / len(longest))
+        return plan, longest
 
     def rows(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         """(the states of the rows of the run in their order, those of the held-out rows), written where they are not there.
@@ -329,25 +307,18 @@ class FrozenModel:
         write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
         states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
-        if isinstance(self.module, FrozenEagle3):
-            self.module.choose_tokens(texts[:trained])
+        self.module.begin(texts[:trained])
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
         order = ordered(config, lengths, plan.steps)
-        phases = [Subset(states(chosen), order) for chosen in ((exits,) if self.is_eagle3 else zip(exits))]
+        phases = [Subset(states(chosen), order) for chosen in self.module.phases]
         held_out = Subset(states(exits), range(trained, len(texts))) if plan.held_out else None
         return ConcatDataset(phases), held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
-        dtype = stored_dtype(config.model)
-        if isinstance(self.module, FrozenEagle3):
-            verifier = config.model if own_folder(config.model) is None else str(Path(config.output).resolve())
-            files = eagle3_content(self.module.stored(dtype), self.trainable.backend.spec, verifier)
-        else:
-            weights = {name: weight.to(dtype) for name, weight in self.module.weights().items()}
-            content = exit_blocks_content(self.trainable.backend.spec, weights, self.made_for, self.kept)
-            files = {EXIT_BLOCKS_FILE: content}
+        verifier = config.model if own_folder(config.model) is None else str(Path(config.output).resolve())
+        files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
         if self.in_place:
             for name in sorted(files, reverse=True):  # the weights before what says that they are there
                 save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
@@ -360,10 +331,10 @@ class FrozenModel:
         return info.with_exit_blocks(trained), []
 
     def _described(self, history: LossHistory) -> dict[str, Any]:
-        """How each exit's block was trained, by exit."""
+        """How each exit's block was trained, or the drafter, by name."""
         plan, config, blocks = self.plan, self.plan.config, self.plan.config.exit_blocks
         shared = {
-            "feature": blocks.feature,
+            **self.module.details,
             "loss": blocks.loss,
             "data": config.data.name,
             "answers": blocks.answers,
@@ -375,14 +346,11 @@ class FrozenModel:
             "seed": config.seed,
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
-        if isinstance(self.module, FrozenEagle3):
-            del shared["feature"]
-            shared |= {"layers": self.exits, "draft_vocab": len(self.module.drafter.tokens), "coverage": self.module.coverage}
         return {
-            "eagle3" if self.is_eagle3 else str(exit_layer): shared
+            name: shared
             | {"divergence": history.latest[exit_layer]}
             | ({"agreement": history.agreement[exit_layer]} if exit_layer in history.agreement else {})
-            for exit_layer in ((0,) if self.is_eagle3 else self.exits)
+            for exit_layer, name in self.module.names.items()
         }
 
 

@@ -62,7 +62,7 @@ def models(draw, kind):
 
 def answering_exits(model):
     """The exits that can answer: not those whose blocks read the target's final states."""
-    only_drafting = {exit_layer for exit_layer, block in model.exit_blocks.items() if not block.stands_alone}
+    only_drafting = {exit_layer for exit_layer, block in model.exit_blocks.items() if block.is_fed}
     return [exit_layer for exit_layer in range(1, model.num_layers + 1) if exit_layer not in only_drafting]
 
 

@@ -97,7 +97,7 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
         chosen.add("eagle3")
     asked = config.generation
     block = loaded.backend.exit_blocks.get(asked.get("exit_layer", recommended.exit_layer))
-    if block is not None and not block.stands_alone:
+    if block is not None and block.is_fed:
         chosen.discard("early-exit")  # that exit can only draft
     settings = []
     for name in ("autoregressive", "early-exit", *DRAFTERS):

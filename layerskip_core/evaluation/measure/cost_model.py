@@ -162,7 +162,7 @@ def agreement(
     cache, choices, features = model.new_cache(1, len(ids)), {}, None
     exits = sorted(set(exit_layers))
     blocks = {exit_layer: block for exit_layer, block in drafting.exit_blocks.items() if exit_layer in exits}
-    if not all(block.stands_alone for block in blocks.values()):
+    if any(block.is_fed for block in blocks.values()):
         finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache))
         features = features_of(finals)
     if first:

@@ -117,7 +117,7 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
     generation, num_layers = config.generation, loaded.backend.num_layers
     unpredicted = config.specs or _UNPREDICTED
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
-    only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if not block.stands_alone}
+    only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if block.is_fed}
     alone = [exit_layer for exit_layer in exits if exit_layer not in only_drafting]
     settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in alone]
     candidates = loaded.recommended().exits or exits
