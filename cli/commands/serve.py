@@ -62,7 +62,7 @@ class ServeConfig:
 
 @command
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
-    """Serve one model over an OpenAI-compatible API: /v1/models, /v1/completions and /v1/chat/completions, with streaming.
+    """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
 
     For one machine. The flags about decoding are for what a request does not say itself. LAYERSKIP_API_KEY in the environment
     is the key that clients must send. Needs the extra `serve`: pip install 'layerskip[serve]'.

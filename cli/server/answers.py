@@ -13,20 +13,31 @@ from layerskip_core.decoding import DecodeStats
 from layerskip_core.decoding.output import TokenLogprobs
 from layerskip_core.serving import Request, Update
 
+from .errors import ApiError
 from .tools import Call, Calls, deltas
 
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 
 
 class Document:
     """Makes the document or the chunks of one response."""
 
     def __init__(
-        self, is_chat: bool, model: str, jobs: Sequence[Request], echoes: Sequence[str], calls: Callable[[], Calls] | None
+        self,
+        is_chat: bool,
+        model: str,
+        jobs: Sequence[Request],
+        echoes: Sequence[str],
+        calls: Callable[[], Calls] | None,
+        include_usage: bool,
     ) -> None:
-        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one."""
+        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one.
+
+        `include_usage`: at the end of a stream.
+        """
         self._calls = None if calls is None else [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
+        self._include_usage = include_usage
         self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
         prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -59,9 +70,17 @@ class Document:
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
         choice = self._choice(number, contents[-1], update, texts)
         self._begun.add(number)
-        return b"".join(self.event([each]) for each in [*partial, choice])
+        return b"".join(self._event([each]) for each in [*partial, choice])
 
-    def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    def end(self, usage: dict[str, Any]) -> bytes:
+        """The last events of a stream."""
+        return (self._event([], usage=usage) if self._include_usage else b"") + _DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """Instead of the last event."""
+        return event(error.document)
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         name = "chat.completion.chunk" if self._is_chat else self._object
         return event({**self._common, "object": name, "choices": choices, **more})
 
@@ -74,7 +93,7 @@ class Document:
             reason = "tool_calls"
         logprobs = None
         if self._jobs[number].config.logprobs is not None:
-            logprobs = _of_chat(update, texts) if self._is_chat else self._of_completion(number, update, texts)
+            logprobs = chat_logprobs(update, texts) if self._is_chat else self._of_completion(number, update, texts)
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
@@ -119,7 +138,7 @@ def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
     }
 
 
-def _of_chat(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
+def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
     """Log probabilities as conversations have them."""
 
     def told(token: int, logprob: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -30,11 +30,13 @@ from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
 from ..console import tell_error
-from .answers import DONE, Document, event, usage_of, vectors
-from .bodies import Asked, Prompt, asked, texts
+from .answers import Document, usage_of, vectors
+from .bodies import Asked, Prompt, asked, parsed, texts
 from .errors import ApiError, api_error, invalid
+from .responses import NAMES, ResponseDocument, as_conversation
 from .tools import Calls, Tools, format_of, grammar
 
+Family = Literal["completions", "chat", "responses"]  # of endpoints that answer prompts
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
@@ -90,8 +92,9 @@ class Service:
 
     def app(self) -> Starlette:
         routes = [
-            Route("/v1/completions", _Endpoint(self, is_chat=False), methods=["POST"]),
-            Route("/v1/chat/completions", _Endpoint(self, is_chat=True), methods=["POST"]),
+            Route("/v1/completions", _Endpoint(self, "completions"), methods=["POST"]),
+            Route("/v1/chat/completions", _Endpoint(self, "chat"), methods=["POST"]),
+            Route("/v1/responses", _Endpoint(self, "responses"), methods=["POST"]),
             Route("/v1/embeddings", self._embeddings, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/v1/models", self._models),
@@ -125,17 +128,19 @@ class Service:
         return bytes(body)
 
     async def submit(
-        self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]
-    ) -> tuple[Asked, list[Job], list[str]]:
+        self, body: bytes, family: Family, deliver: Callable[[int, Update], None]
+    ) -> tuple[Asked, list[Job], Document | ResponseDocument]:
         """Hands the engine what a body asks for: one job per answer, whose updates are delivered with its number.
 
-        The answers have places in the queue before any work is done for them. Returns the texts of prompts to echo by answer,
-        too. Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
+        The answers have places in the queue before any work is done for them. Returns what makes documents of them, too.
+        Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
         """
         engine, config, held = self._engine, self._config, 1
         engine.hold(held)
         try:
-            request = asked(body, is_chat, self.name, config.decoding, config.token_limit)
+            given: dict[str, Any] = parsed(body)
+            document = as_conversation(given) if family == "responses" else given
+            request = asked(document, family != "completions", self.name, config.decoding, config.token_limit)
             engine.hold(len(request.options) - held)
             held = len(request.options)
             if request.tools is not None and self._format is None:
@@ -154,7 +159,11 @@ class Service:
         except BaseException:
             engine.release(held)
             raise
-        return request, jobs, [text for text in echoes for _ in range(request.n)]
+        finder = None if request.tools is None or self._format is None else partial(Calls, self._format, request.tools)
+        if family == "responses":
+            return request, jobs, ResponseDocument(self.name, jobs[0], finder, given)
+        echoes = [text for text in echoes for _ in range(request.n)]
+        return request, jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def in_encoding(self, work: Callable[[Given], Result], given: Given) -> Result:
         """Runs this in the one thread that uses the tokenizer of this service."""
@@ -182,10 +191,6 @@ class Service:
         for job in jobs:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
-
-    def calls(self, tools: Tools | None) -> Callable[[], Calls] | None:
-        """Makes what finds the calls of these tools in an answer."""
-        return None if tools is None or self._format is None else partial(Calls, self._format, tools)
 
     def _grammar(self, tools: Tools) -> str:
         """That of an answer which must call some of these tools."""
@@ -297,8 +302,8 @@ class Updates:
 class _Endpoint:
     """Answers prompts: an ASGI application, so that one coroutine has the request from its first byte to its last."""
 
-    def __init__(self, service: Service, is_chat: bool) -> None:
-        self._service, self._is_chat = service, is_chat
+    def __init__(self, service: Service, family: Family) -> None:
+        self._service, self._family = service, family
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = "cancelled"  # also by the server's shutdown
@@ -308,14 +313,14 @@ class _Endpoint:
         except (ClientDisconnect, OSError):
             pass
         except (ApiError, LayerSkipError) as error:
-            refused = api_error(error)
+            refused = api_error(error).renamed(NAMES if self._family == "responses" else {})
             outcome = "refused" if refused.status < 500 else "failed"
             raise refused from None
         except Exception:
             outcome = "failed"
             raise
         finally:
-            self._service.metrics.requests.labels("chat" if self._is_chat else "completions", outcome).inc()
+            self._service.metrics.requests.labels(self._family, outcome).inc()
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
         """As one document, or as server-sent events. Their status is sent with the first token, so that an error before it is
@@ -323,10 +328,8 @@ class _Endpoint:
         """
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
-        asked, jobs, echoes = await service.submit(await service.body(request), self._is_chat, updates.deliver)
-        watch = asyncio.create_task(_watch(receive, updates))
-        calls = service.calls(asked.tools)
-        document, begun, answers = Document(self._is_chat, service.name, jobs, echoes, calls), False, dict[int, Update]()
+        asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
+        watch, begun, answers = asyncio.create_task(_watch(receive, updates)), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
@@ -343,11 +346,11 @@ class _Endpoint:
                 texts = await service.texts(jobs, answers.values())
                 await JSONResponse(document.whole(answers, usage, texts))(request.scope, receive, send)
             else:
-                await _send_part(send, (document.event([], usage=usage) if asked.include_usage else b"") + DONE, is_last=True)
+                await _send_part(send, document.end(usage), is_last=True)
         except ApiError as error:
             if not (begun and asked.stream):
                 raise
-            await _send_part(send, event(error.document), is_last=True)
+            await _send_part(send, document.failure(error), is_last=True)
         finally:
             watch.cancel()
             service.cancel(jobs)

@@ -75,7 +75,7 @@ class _Message(Struct):
             made["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
                 for call in self.tool_calls
-                for arguments in [parse_json(call.function.arguments or "{}", "messages: arguments of a call", DataError)]
+                for arguments in [parse_json(call.function.arguments or "{}", "the arguments of a call", DataError)]
             ]
         return made | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
 
@@ -107,7 +107,7 @@ class Texts(NamedTuple):
 
 def texts(body: bytes, key: str, model: str) -> Texts:
     """Of a body that has the texts under this key, or one conversation under `messages` unless the key is `input`."""
-    document = _document(body)
+    document = parsed(body)
     given = document.get("encoding_format", "float")
     if given not in ("float", "base64"):
         raise invalid(f"encoding_format must be float or base64, got {given!r:.50}", "encoding_format")
@@ -135,17 +135,20 @@ class Asked(NamedTuple):
     tools: Tools | None  # of a conversation
 
 
-def asked(body: bytes, is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
+def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
+    """Raises ApiError for a key with another value than the one that changes nothing."""
+    for key in document.keys() & unsupported.keys():
+        value, harmless = document[key], unsupported[key]
+        if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
+            raise invalid(f"{key} is not supported by this server{why}", key, "unsupported_parameter")
+
+
+def asked(document: Mapping[str, Any], is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
     """What a body asks the model of this name for; `flags` are for what it does not say.
 
     Raises ApiError, and ConfigError for an option outside its range.
     """
-    document = _document(body)
-    unsupported = _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat]
-    for key in document.keys() & unsupported.keys():
-        value, harmless = document[key], unsupported[key]
-        if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
-            raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
+    refuse_unsupported(document, _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat])
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
     if "model" not in given:
@@ -204,7 +207,7 @@ def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
         case {"type": "json_object"}:
             made["schema"] = {"type": "object"}
         case _:
-            needed = "response_format must be of the type text, json_object, or json_schema with a json_schema.schema"
+            needed = "response_format must be of the type text, json_object, or json_schema with its schema"
             raise invalid(needed, "response_format")
     return made
 
@@ -221,7 +224,7 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
     return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
 
 
-def _document(body: bytes) -> dict[str, Any]:
+def parsed(body: bytes) -> dict[str, Any]:
     """A body without its nulls. Raises ApiError for one that is no object."""
     try:
         document = parse_json(body, "the body", DataError)
@@ -241,9 +244,9 @@ def _require_model(named: Any, model: str) -> None:
 def _conversation(messages: Any) -> tuple[Prompt, ...]:
     try:
         turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
-    except msgspec.ValidationError as error:
+        return (tuple(message.plain for message in turns),)
+    except (msgspec.ValidationError, DataError) as error:
         raise invalid(f"messages must be a list of messages with a role and a text: {error}", "messages") from None
-    return (tuple(message.plain for message in turns),)
 
 
 def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:

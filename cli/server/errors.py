@@ -1,6 +1,7 @@
 """Errors in OpenAI's form."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from layerskip_core.errors import ConfigError, ContextError, LayerSkipError
@@ -19,6 +20,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.document: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """Of an endpoint at which the parameter, the message's first word, has another name."""
+        said = self.document["error"]
+        if (name := names.get(param := said["param"])) is not None:
+            said |= {"param": name, "message": said["message"].replace(param, name, 1)}
+        return self
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:

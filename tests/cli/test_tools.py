@@ -98,15 +98,18 @@ def test_formats_are_known_by_the_template():
 TEMPLATES = {"hermes": HERMES, "llama": HERMES.replace("tool_call>", "call>"), "mistral": HERMES + "{# [TOOL_CALLS] #}"}
 
 
+def conversing(folder, template):
+    """The tiny model with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folder))
+    tokenizer.chat_template = template
+    model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    named = {"tokenizer": tokenizer, "eos_ids": frozenset({tokenizer.eos_token_id}), "template": PromptTemplate(CHAT)}
+    return replace(tiny_loaded(), backend=TransformersBackend(model), **named)
+
+
 @pytest.fixture(scope="module", params=TEMPLATES)
 def decoder(folders, request):
-    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folders("chatml") / "chatml"))
-    tokenizer.chat_template = TEMPLATES[request.param]
-    model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    eos = frozenset({tokenizer.eos_token_id})
-    return replace(
-        tiny_loaded(), tokenizer=tokenizer, backend=TransformersBackend(model), eos_ids=eos, template=PromptTemplate(CHAT)
-    )
+    return conversing(folders("chatml") / "chatml", TEMPLATES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +167,7 @@ def test_tools_and_their_results_are_put_into_the_template(client, decoder):
         ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user"}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, None),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages"),
     ],
 )
 def test_wrong_tools(client, changes, param):
