@@ -21,6 +21,7 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx
 VARIANTS = {  # by processor: the flags of each variant
     "x86_64": {
         "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
+        "avx512_fma": [*_AVX512, "-DWIDEN_BF16"],
         "avx512": _AVX512,
         "avx512_vnni": [*_AVX2, "-DEVEX_VNNI"],
         "avx_vnni": [*_AVX2, "-mavxvnni"],

@@ -21,7 +21,7 @@ from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, dra
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
-_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of kernels that widen bf16, on two cores
+_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of AVX2 and NEON, on two cores
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -59,7 +59,7 @@ class NativeBackend(RepackedBackend):
         self._kernels, self._pack = compiled, pack or packed
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
-        if compiled.widens_bf16:  # more cores have more arithmetic, and the memory of two
+        if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
         # Rounding may make two logits equal, but not where it divides by a power of two.
         is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None

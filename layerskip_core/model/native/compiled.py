@@ -20,9 +20,10 @@ ACTIVATIONS = {  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma"}
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-_CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
+_CPU_FLAGS = {  # and vendor that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
     "x86_64": {
         "amx": _AVX512 | {"amx_tile", "amx_bf16"},
+        "avx512_fma": _AVX512 | {"GenuineIntel"},
         "avx512": _AVX512,
         "avx512_vnni": _AVX2 | {"avx512vl", "avx512_vnni"},
         "avx_vnni": _AVX2 | {"avx_vnni"},
@@ -31,6 +32,7 @@ _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by proce
     "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
 }
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
+_CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the memory of two cores for ten rows
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
@@ -116,6 +118,7 @@ class Kernels:
 
         self.variant = variant
         self.widens_bf16 = variant not in _OWN_BF16
+        self.has_cheap_rows = variant in _CHEAP_ROWS
         self.span = function("span", CShape, c_void_p, c_int, CCall, c_int)
         self.write = function("write", CShape, c_void_p, c_int, CCall, c_int)
         self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
@@ -162,12 +165,13 @@ def why_no_kernels() -> str:
 
 
 def _cpu_flags() -> set[str]:
-    """Those that variants need; of a Mac the flags that all of Apple's ARM processors have."""
+    """Those that variants need, with the vendor; of a Mac the flags that all of Apple's ARM processors have."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {"asimddp"} if sys.platform == "darwin" else set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+    found = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features", "vendor_id"))]
+    return {flag for flags in found for flag in flags}
 
 
 def kernels(variant: str | None = None) -> Kernels | None:

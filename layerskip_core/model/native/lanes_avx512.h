@@ -1,4 +1,7 @@
-/* Sixteen lanes in one register of AVX-512, with its VNNI and BF16 instructions: see lanes.h. */
+/* Sixteen lanes in one register of AVX-512, with its VNNI and BF16 instructions: see lanes.h.
+ *
+ * With WIDEN_BF16, for CPUs of Intel, bf16 is multiplied as fp32: VDPBF16PS has half the multiply-adds of VFMADD231PS there.
+ */
 #include <immintrin.h>
 
 typedef __m512 vf;  /* 16 floats */
@@ -39,8 +42,14 @@ INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 
+#ifdef WIDEN_BF16
+#define BF16_PARTS 2
+INLINE vf f_first(vi pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+INLINE vf f_second(vi pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
+#else
 #define BF16_PARTS 1
 INLINE vf dot_bf16(vf acc, vi w, vi x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+#endif
 
 #define LEVEL_OFFSET 128
 #define INT8_PARTS 1
@@ -56,5 +65,9 @@ INLINE void relax(void) { _mm_pause(); }
 INLINE int lanes_supported(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")
+#ifdef WIDEN_BF16
+           && __builtin_cpu_is("intel")
+#endif
+        ;
 }

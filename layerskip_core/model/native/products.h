@@ -8,6 +8,7 @@
 #define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
 #define MOST_TURN 8
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
+#define PAGE 4096
 #define TILES 4 /* of rows that halves of a panel are multiplied by, one after the other */
 
 #include "tiles.h"
@@ -45,17 +46,17 @@ INLINE void put_sums(Sums sums, const Operands *o, const int R, const int P, con
 
 INLINE const char *weights_of(const Operands *o, int p, int unit) { return o->weight + (size_t)(p * o->units + unit) * UNIT; }
 
-/* Asks for weights of `next` before they are needed. Where that is NULL, low-bit weights are those of the panel after: many sums
- * of few bytes keep the CPU from looking far ahead. Wider ones it fetches in time by itself. */
-INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H, const int low_bit) {
+/* Asks for weights before they are needed: those of `next` or, where that is NULL, of the page after, which CPUs do not fetch by
+ * themselves before it is read. */
+INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H) {
     size_t at = (size_t)(p * o->units + unit) * o->share;
     if (H == 1) {
         fetch_line(o->next + at);
     } else if (R >= LEAST_TURN && R <= MOST_TURN && o->next) {
         fetch_line_later(o->next + at);
         if (o->share > 64) fetch_line_later(o->next + at + 64);
-    } else if (low_bit) {
-        const char *after = weights_of(o, p + 1, unit);
+    } else {
+        const char *after = weights_of(o, p, unit) + PAGE;
         fetch_line_later(after), fetch_line_later(after + 64);
     }
 }
@@ -66,7 +67,7 @@ INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H
     for (int k = o->from; k < o->to; k++)
         EACH(p, P) {
             const char *w = weights_of(o, p, k);
-            fetch(o, p, k, R, H, 0);
+            fetch(o, p, k, R, H);
             vf weight[2];
             EACH(h, H) weight[h] = f_load((const float *)(w + 64 * h));
             EACH(r, R) {
@@ -83,7 +84,7 @@ INLINE void panels_bf16(const Operands *o, const int R, const int P, const int H
     for (int pair = o->from; pair < o->to; pair++)
         EACH(p, P) {
             const char *w = weights_of(o, p, pair);
-            fetch(o, p, pair, R, H, 0);
+            fetch(o, p, pair, R, H);
             EACH(part, BF16_PARTS) {
                 Bf16 weight[2];
                 EACH(h, H) weight[h] = bf16_part(i_load(w + 64 * h), part);
@@ -110,7 +111,7 @@ INLINE void panels_int8(const Operands *o, const int R, const int P, const int H
         for (int quad = g * UNITS; quad < (g + 1) * UNITS; quad++)
             EACH(p, P) {
                 const char *w = weights_of(o, p, quad);
-                fetch(o, p, quad, R, H, 1);
+                fetch(o, p, quad, R, H);
                 EACH(part, INT8_PARTS) {
                     vi weight[2];
                     EACH(h, H) weight[h] = int8_part(i_load(w + 64 * h), part);
@@ -141,7 +142,7 @@ INLINE void panels_int4(const Operands *o, const int R, const int P, const int H
         for (int unit = g * UNITS; unit < (g + 1) * UNITS; unit++)
             EACH(p, P) {
                 const char *w = weights_of(o, p, unit);
-                fetch(o, p, unit, R, H, 1);
+                fetch(o, p, unit, R, H);
                 EACH(high, 2) {
                     vi levels[2];
                     EACH(h, H) levels[h] = high ? i_high(i_load(w + 64 * h)) : i_low(i_load(w + 64 * h));

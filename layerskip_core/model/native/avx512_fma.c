@@ -1,0 +1,3 @@
+#define _GNU_SOURCE /* syscall */
+#include "kernels.c"
+#include "pack.c"
