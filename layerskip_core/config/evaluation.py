@@ -235,8 +235,8 @@ class VerifyConfig:
     kernels: Annotated[
         tuple[str, ...],
         Flag(
-            "amx, avx512_fma, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), "
-            "exact (the same with --exact), generic (transformers' layers), or some.",
+            "amx, avx512_fma, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked "
+            "weights), exact (the same with --exact), generic (transformers' layers), or some.",
             default="all that this machine and this model can run",
             panel="Machine",
         ),
