@@ -10,7 +10,6 @@ from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-MARKER = "executed"
 GENERATE = ("generate", "--max-new-tokens", "4", "call mom")
 COMMANDS = (
     *((*GENERATE, "--model", "MODEL"), (*GENERATE, "--strategy", "autoregressive", "--model", "MODEL")),
@@ -110,39 +109,3 @@ def test_a_damaged_model_is_an_answer_or_one_clear_error(name, data, models, tmp
     command = [str(home / "imported") if part == "imported" else part for part in command]
     require_sound(run(*command))
     assert contents(model) == before
-
-
-EVIL = "open({marker!r}, 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda *a, **k: 1)\n"
-MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
-
-
-@pytest.mark.parametrize(
-    ("file", "changes"),
-    [
-        ("tokenizer_config.json", {"auto_map": MAP}),
-        ("tokenizer_config.json", {"auto_map": MAP, "tokenizer_class": "Evil"}),
-        ("config.json", {"auto_map": MAP}),
-        ("config.json", {"auto_map": MAP, "model_type": "evil"}),
-        ("generation_config.json", {"custom_generate": "."}),
-    ],
-)
-def test_code_of_a_model_never_runs(file, changes, base, tmp_path):
-    model, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(base, model)
-    for name in ("evil", "tokenization_evil", "modeling_evil", "configuration_evil", "custom_generate/generate"):
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / f"{name}.py").write_text(EVIL.format(marker=str(marker)))
-    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
-    require_sound(run(*GENERATE, "--model", str(model)))
-    require_sound(run("import", str(model), "--output", str(tmp_path / "imported")))
-    assert not marker.exists()
-
-
-def test_weights_that_are_a_pickle_are_refused(base, tmp_path):
-    model, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(base, model)
-    (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode())
-    result = run(*GENERATE, "--model", str(model))
-    require_sound(result)
-    assert result.code == 1 and not marker.exists()

@@ -21,14 +21,25 @@ from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "adaptive", "lookup", "draft-and-verify")
 KINDS = (
-    *("generic", "packed", "packed mistral", "packed smollm3", "packed qwen2", "native", "native bf16"),
-    *("native int8", "native int4", "native int8 drafts", "native few drafts", "native gemma2", "native gemma3_text"),
+    *("generic", "generic gemma3_text", "packed", "packed mistral", "packed smollm3", "packed qwen2", "packed int8 drafts"),
+    *(
+        "packed int4 few drafts",
+        "native",
+        "native bf16",
+        "native int8",
+        "native int4",
+        "native int8 drafts",
+        "native few drafts",
+        "native gemma2",
+        "native gemma3_text",
+    ),
     *("native granite", "native olmo3", "native phi3", "native starcoder2", "native qwen3", "native smollm3"),
 )
 PACKING = {
     "int8": PackingConfig(quantize="int8"),
     "int4": PackingConfig(quantize="int4"),
     "int8 drafts": PackingConfig(draft_weights=("int8",)),
+    "int4 few drafts": PackingConfig(draft_weights=("int4",), draft_vocab=40),
     "few drafts": PackingConfig(draft_vocab=30),
 }
 COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
@@ -39,16 +50,16 @@ def model_of(kind, exits, feature, scale):
     """A model of six layers, with exit blocks at `exits`."""
     backend, _, rest = kind.partition(" ")
     architecture = rest if rest in ARCHITECTURES else "llama"
-    changes = {"sliding_window": 5} if architecture == "mistral" else {}
+    changes = {"sliding_window": 5} if architecture in ("mistral", "gemma3_text") else {}
     dtype = {"bf16": torch.bfloat16, "int4": torch.bfloat16}.get(rest, torch.float32 if backend == "native" else torch.float64)
-    if backend == "native":
+    if backend == "native" or rest in PACKING:
         changes = {"intermediate_size": 64, "hidden_size": 64}
     model, packing = tiny_model(architecture, dtype, **changes), PACKING.get(rest)
     blocks = random_blocks(model, *(ExitBlock(exit, feature) for exit in exits), scale=scale) if exits else NO_BLOCKS
     if backend == "generic":
         return TransformersBackend(model, blocks)
     if backend == "packed":
-        return TorchBackend.of(model, exit_blocks=blocks)
+        return TorchBackend.of(model, packing, exit_blocks=blocks)
     if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no compiled kernels here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)
@@ -79,7 +90,7 @@ def configs(draw, model, known):
         draw(layers if drafts else st.sampled_from(answering_exits(model))),
         draw(st.integers(1, 9)),
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
-        draw(st.sampled_from([0.0, 0.2, 0.7, 0.99])) if strategy == "self-speculative" else 0.0,
+        draw(st.sampled_from([0.0, 0.2, 0.7, 0.99])) if strategy in ("self-speculative", "draft-and-verify") else 0.0,
         tuple(letters(known[place : place + 2]) for place in places),
         draw(st.sampled_from(list(model.draft_sides))) if strategy in ("self-speculative", "draft-and-verify") else None,
         lookup=draw(st.sampled_from([0, 0, 1, 2, 5])) if drafts else 0,
@@ -93,7 +104,7 @@ def configs(draw, model, known):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@examples(3)
+@examples(4)
 @given(data=st.data())
 def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     model = data.draw(models(kind))
@@ -109,6 +120,7 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
         plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
         for prompt, answer in zip(prompts, single, strict=True):
             assert answer[:2] == answer_of(model, prompt, plain, ends)[:2]
+            assert answer[:2] == answer_of(model, prompt, config, ends, reuse_exit_states=False)[:2]
     require_prefixes_to_change_nothing(model, prompts, config, ends)
     if sampled and drafts:  # the other rows of a batch limit the number of drafts, and so the draws
         return

@@ -37,6 +37,7 @@ HOSTILE_PARTS = {
     "config": {"config.json": {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}},
     "unknown-config": {"config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}},
     "generation": {},
+    "pickle": {},
 }
 
 
@@ -54,6 +55,9 @@ def hostile(checkpoint, tmp_path):
         for name, changes in HOSTILE_PARTS[part].items():
             file = folder / name
             file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        if part == "pickle":
+            (folder / "model.safetensors").unlink()
+            (folder / "pytorch_model.bin").write_bytes(f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode())
         return folder, marker
 
     return make

@@ -92,11 +92,7 @@ def test_early_exit_by_confidence_is_among_the_trained_exits():
 @pytest.mark.parametrize(
     ("asked", "field", "message"),
     [
-        ({"exit_layer": 8}, "exit_layer", "in 1..7, got 8 (model has 8 layers)"),
-        ({"exit_layer": 3, "skip": [2]}, "exit_layer", "used with `strategy` self-speculative or early-exit"),
         ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify, or found by"),
-        ({"skip": [2, 9]}, "skip", "in 1..8, got 9 (model has 8 layers)"),
-        (CONFIDENT, "exit_confidence", "used with a model whose exits were trained"),
         ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
         ({**CONFIDENT, "exit_layer": 3}, "exit_layer", "left out with `exit_confidence`"),
         ({"exits": [2]}, "exits", "used with `exit_confidence`, got none"),

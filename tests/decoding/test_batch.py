@@ -58,35 +58,6 @@ def together(model, prompts, config, eos_ids=frozenset()):
     return [(one.ids, one.finish_reason, *(getattr(one.stats, name) for name in COUNTS)) for _, one in sorted(found.items())]
 
 
-STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    kind=st.sampled_from(KINDS),
-    strategy=st.sampled_from(STRATEGIES),
-    exit_layer=st.integers(1, 5),
-    num_draft_tokens=st.integers(1, 6),
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    max_new_tokens=st.integers(1, 16),
-    eos_place=st.none() | st.integers(0, 12),
-    stop_place=st.none() | st.integers(0, 12),
-)
-def test_each_row_ends_as_it_does_alone(
-    kind, strategy, exit_layer, num_draft_tokens, lengths, max_new_tokens, eos_place, stop_place
-):
-    """EOS and stop string are taken from one row's output, so that rows end at different times."""
-    model, prompts = model_of(kind), [prompt_of(length) for length in lengths]
-    own = drafting(kind)
-    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, 16, **own)
-    free = alone(model, prompts[0], config)[0]
-    eos_ids = frozenset() if eos_place is None else frozenset({66, free[eos_place]})
-    stop = () if stop_place is None else (letters(free[stop_place : stop_place + 2]),)
-    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, max_new_tokens, stop=stop, **own)
-    found = [row[:2] for row in together(model, prompts, config, eos_ids)]
-    assert found == [alone(model, prompt, config, eos_ids)[:2] for prompt in prompts]
-
-
 @pytest.mark.parametrize("confidence", [0.06, 0.08, 0.12, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):

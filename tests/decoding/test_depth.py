@@ -109,19 +109,6 @@ def test_blocks_decide_and_attend_to_tokens_that_left_below_them():
     assert (ids, stats.tokens_by_layers) == (expected, by_layers(exits))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_ends_are_plain_decoding_and_early_exit_at_the_first_exit(backend):
-    """A probability is never above 1, and always above the smallest number."""
-    model, smallest = model_of(backend), 5e-324
-    for prompt in (prompt_of(1), prompt_of(9)):
-        never, stats = dynamic(model, prompt, 1.0)
-        assert never == run(model, prompt, strategy="autoregressive")[0]
-        assert stats.tokens_by_layers == (0, 0, 0, 0, 0, 24) and stats.mean_layers == 6
-        always, stats = dynamic(model, prompt, smallest)
-        assert always == run(model, prompt, strategy="early-exit", exit_layer=EXITS[0])[0] != never
-        assert stats.tokens_by_layers == (24,) and stats.mean_layers == 1
-
-
 def test_sampling_draws_at_the_exits_that_the_probabilities_without_temperature_choose():
     model, hot = model_of(TransformersBackend), {"temperature": 2.0, "seed": 5}
     expected = run(model, prompt_of(9), strategy="autoregressive", **hot)[0]

@@ -6,7 +6,7 @@ from decodings import ids_of, plainly
 from repeating_drafter import RepeatingDrafter
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import DecodeStats, DecodingLoop, decode
 from layerskip_core.model import TransformersBackend
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
@@ -30,16 +30,6 @@ def test_it_is_a_strategy_with_the_tokens_of_autoregressive_decoding(registered,
         assert ids_of(decoding) == plainly(backend, prompt)
         drafted, accepted = drafted + decoding.stats.drafted, accepted + decoding.stats.accepted
     assert 0 < accepted < drafted
-
-
-def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
-    config = DecodingConfig("repeating", 1, 4, 30)
-    together = {output.row: output for output in decode_batch(backend, PROMPTS, config)}
-    for row, prompt in enumerate(PROMPTS):
-        alone = decode(backend, prompt, config)
-        assert together[row].ids == ids_of(alone)
-        for count in ("drafted", "accepted", "rounds"):
-            assert getattr(together[row].stats, count) == getattr(alone.stats, count)
 
 
 def test_it_hears_of_every_verdict(backend):

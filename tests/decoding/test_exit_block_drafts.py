@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
@@ -90,19 +90,6 @@ def test_the_output_is_that_of_plain_decoding(kind, features, exit_layer):
     for eos_ids in (frozenset({plain[3]}), frozenset({plain[12], plain[20]})):
         assert ids_of(decode(backend, prompt, config, eos_ids)) == plainly(backend, prompt, 40, eos_ids)
     assert ids_of(decode(backend, prompt, config, reuse_exit_states=False)) == plain
-
-
-@pytest.mark.parametrize("kind", ["generic", "native"])
-@pytest.mark.parametrize("exit_layer", EXITS)
-def test_rows_that_end_at_different_times_draft_on_their_own_states(kind, exit_layer):
-    backend, prompts = backend_of(kind), [prompt_of(length) for length in (3, 12, 5, 1)]
-    plain = [plainly(backend, prompt, 24) for prompt in prompts]
-    eos_ids = frozenset({plain[0][5], plain[2][11]})
-    expected = [plainly(backend, prompt, 24, eos_ids) for prompt in prompts]
-    assert len({len(ids) for ids in expected}) > 1
-    config = DecodingConfig("self-speculative", exit_layer, 4, max_new_tokens=24)
-    together = sorted((one.row, one.ids) for one in decode_batch(backend, prompts, config, eos_ids))
-    assert together == list(enumerate(expected))
 
 
 class Scheduled(AdaptiveDrafter):

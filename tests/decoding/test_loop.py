@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from functools import cache
 from itertools import count, product
 from types import SimpleNamespace
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from conftest import tiny_model
 from decodings import answer_of, ids_of, letters, prompt_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -44,23 +41,6 @@ def plain(model, prompt, **settings):
 
 
 # --- the same tokens as other ways to the same answer ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["gemma3_text"])  # a Llama below
-def test_self_speculation_equals_autoregressive_decoding(models, model_type):
-    model = TransformersBackend(models[model_type])
-    drafted = accepted = 0
-    for length in (1, 2, 9):
-        prompt = prompt_of(length)
-        expected, _, _ = plain(model, prompt, max_new_tokens=13)
-        for exit_layer, num_draft_tokens, max_new_tokens in product((1, 5), (1, 2, 5), (1, 2, 13)):
-            ids, reason, stats = run(
-                model, prompt, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens
-            )
-            assert (ids, reason) == (expected[:max_new_tokens], "length")
-            assert stats.new_tokens == max_new_tokens
-            drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
-    assert drafted / 20 < accepted < drafted  # both paths were walked
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -101,49 +81,6 @@ def test_in_fp32_every_token_is_the_most_probable_but_for_near_ties():
             chosen = logits.gather(1, tensor(ids)[:, None])[:, 0]
             assert len(ids) == 30
             assert (logits.amax(1) - chosen).max() < 1e-3
-
-
-@cache
-def shared_model():
-    """For hypothesis, which takes no fixture."""
-    return TransformersBackend(tiny_model())
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    exit_layer=st.integers(1, LAYERS - 1),
-    num_draft_tokens=st.integers(1, 7),
-    length=st.integers(1, 12),
-    max_new_tokens=st.integers(1, 20),
-    eos_places=st.sets(st.integers(0, 19), max_size=2),
-    stop_places=st.lists(st.tuples(st.integers(0, 18), st.integers(1, 3)), max_size=2),
-    draft_confidence=st.sampled_from([0.0, 0.3, 0.9]),
-    reuse_exit_states=st.booleans(),
-)
-def test_any_self_speculation_ends_as_autoregressive_decoding_does(
-    exit_layer, num_draft_tokens, length, max_new_tokens, eos_places, stop_places, draft_confidence, reuse_exit_states
-):
-    """EOS ids and stop strings are taken from the output itself, so that they are met."""
-    model, prompt = shared_model(), prompt_of(length)
-    free, _, _ = plain(model, prompt, max_new_tokens=20)
-    ends = {
-        "eos_ids": [free[place] for place in eos_places],
-        "stop": tuple(letters(free[place : place + size]) for place, size in stop_places),
-        "max_new_tokens": max_new_tokens,
-    }
-    expected, reason, _ = plain(model, prompt, **ends)
-    ids, self_reason, stats = run(
-        model,
-        prompt,
-        exit_layer=exit_layer,
-        num_draft_tokens=num_draft_tokens,
-        draft_confidence=draft_confidence,
-        reuse_exit_states=reuse_exit_states,
-        **ends,
-    )
-    assert (ids, self_reason) == (expected, reason)
-    assert expected == free[: len(expected)]
-    assert sum(stats.accepted_by_position) == stats.accepted <= sum(stats.tested_by_position) <= stats.drafted
 
 
 # --- how much is computed ----------------------------------------------------------------------------------------------

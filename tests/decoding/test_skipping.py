@@ -5,13 +5,11 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, context_after, ids_of, native_or_skip, plainly, prompt_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from decodings import WIDE, context_after, ids_of, native_or_skip, plainly
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.drafters.exit import kept_layers
 from layerskip_core.decoding.engine import drafter_for
@@ -57,41 +55,6 @@ def config_of(kind, skip, drafts=4, **changes):
 )
 def test_the_layers_that_are_left(skip, exit_layer, beyond):
     assert kept_layers(skip, LAYERS) == (exit_layer, beyond)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    kind=st.sampled_from(KINDS),
-    skip=st.sets(st.integers(1, LAYERS), min_size=1, max_size=LAYERS - 1),
-    drafts=st.integers(1, 6),
-    length=st.integers(1, 9),
-    new_tokens=st.integers(1, 20),
-    confidence=st.sampled_from([0.0, 0.5, 0.9]),
-    lookup=st.sampled_from([0, 1]),
-    ends=st.booleans(),
-)
-def test_the_output_is_that_of_plain_decoding(kind, skip, drafts, length, new_tokens, confidence, lookup, ends):
-    model, prompt = model_of(kind), prompt_of(length)
-    expected = plainly(model, prompt, new_tokens)
-    eos_ids = frozenset({expected[len(expected) // 2]}) if ends else frozenset()
-    if ends:
-        expected = expected[: expected.index(expected[len(expected) // 2]) + 1]
-    changes = {"max_new_tokens": new_tokens, "draft_confidence": confidence, "lookup": lookup}
-    config = config_of(kind, tuple(sorted(skip)), drafts, **changes)
-    assert ids_of(decode(model, prompt, config, eos_ids)) == expected
-    assert ids_of(decode(model, prompt, config, eos_ids, reuse_exit_states=False)) == expected
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_gives_what_each_prompt_gives_alone(kind):
-    model, prompts = model_of(kind), [prompt_of(length) for length in (1, 9, 4)]
-    config = config_of(kind, (2, 5), max_new_tokens=17)
-    together = {output.row: output for output in decode_batch(model, prompts, config)}
-    for row, prompt in enumerate(prompts):
-        alone = decode(model, prompt, config)
-        assert together[row].ids == ids_of(alone)
-        if "int8" not in kind:  # torch's low-bit kernels round differently by row count
-            assert (together[row].stats.drafted, together[row].stats.accepted) == (alone.stats.drafted, alone.stats.accepted)
 
 
 def draft_of(model, config, reuse=True):

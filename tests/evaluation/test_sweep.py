@@ -191,11 +191,6 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     assert "; not measured because of a lower predicted speed: 3" in record.recommendation.reason
 
 
-def test_exits_outside_the_model_are_refused():
-    with pytest.raises(ConfigError, match=r"`exits` must be in 1..5, got 6 \(model has 6 layers\)"):
-        list(sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 6))))
-
-
 def test_settings_are_checked():
     for settings in ({"exits": (0, 2)}, {"specs": (0, 2)}, {"exit_confidences": (0.5, 1.5)}):
         with pytest.raises(ConfigError, match=f"`{next(iter(settings))}` must be"):

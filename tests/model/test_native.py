@@ -17,7 +17,6 @@ from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
@@ -195,20 +194,6 @@ def test_attention_over_long_texts(variant, case, threads):
     assert torch.equal(whole, logits_of(model, ids, edges))
     expected = logits_of(TransformersBackend(same.float()), ids)
     assert rms(errors([whole], [expected])) < 0.06
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model_type", KINDS)
-def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, model_type, threads):
-    threads(2)
-    model = model_of(precision, model_type, **KINDS[model_type])
-    for seed in range(4 if model_type == "llama" else 1):
-        prompt = ids_of(1, 5 + seed)[0].tolist()
-        plain, drafted = (
-            [token for [step] in decode(model, prompt, config) for token in step.ids]
-            for config in (DecodingConfig("autoregressive", max_new_tokens=40), DecodingConfig("self-speculative", 3, 5, 40))
-        )
-        assert plain == drafted and len(plain) == 40
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

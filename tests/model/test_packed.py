@@ -8,8 +8,6 @@ from evaluating import tiny_loaded
 from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import decode
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend, missing_feature
 from layerskip_core.model import torch_linear as linear
 from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED
@@ -168,21 +166,6 @@ def test_ragged_rows_and_overwritten_positions(pair, case):
             ragged = run(model, torch.stack([ids[0, 5:7], ids[1, 4:6]]), torch.tensor([[5, 6], [4, 5]]), cache)
             torch.testing.assert_close(ragged, torch.stack([expected[0, 5:7], expected[1, 4:6]]))
             torch.testing.assert_close(run(model, ids, positions), expected)
-
-
-@pytest.mark.parametrize("case", ["llama", "qwen2, some windows", "gemma2", "olmo3", "phi3", "starcoder2"])
-def test_self_speculative_output_equals_autoregressive_output(pair, case):
-    generic, fast = pair(case)
-    prompt = ids_of(1, 7)[0].tolist()
-
-    def output(model, **config):
-        return [token for [step] in decode(model, prompt, DecodingConfig(max_new_tokens=24, **config)) for token in step.ids]
-
-    expected = output(generic, strategy="autoregressive")
-    assert output(fast, strategy="autoregressive") == expected
-    for exit_layer, drafts in ((1, 3), (5, 6)):
-        config = {"strategy": "self-speculative", "exit_layer": exit_layer, "num_draft_tokens": drafts}
-        assert output(fast, **config) == expected
 
 
 def test_the_original_weights_are_released():

@@ -88,34 +88,6 @@ def test_quantized_logits_are_near_the_original_ones(model_type, quantize, toler
     assert actual.dtype == torch.float32
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    packing=st.sampled_from(
-        [
-            {},
-            {"draft_weights": ("int8",)},
-            {"draft_weights": ("int4",), "draft_vocab": 40},
-            {"draft_vocab": 20},
-            {"draft_vocab": 99},
-        ]
-    ),
-    exit_layer=st.integers(1, 5),
-    num_draft_tokens=st.integers(1, 7),
-    length=st.integers(1, 12),
-    max_new_tokens=st.integers(1, 20),
-)
-def test_draft_weights_and_vocabularies_change_no_output(packing, exit_layer, num_draft_tokens, length, max_new_tokens):
-    """In fp64, where near-ties do not matter. The low-bit kernels only draft."""
-    model, prompt = packed(torch.float64, **packing), prompt_of(length)
-    settings = {
-        "draft_weights": packing.get("draft_weights", (None,))[0],
-        "exit_layer": exit_layer,
-        "num_draft_tokens": num_draft_tokens,
-        "max_new_tokens": max_new_tokens,
-    }
-    assert output(model, prompt, **settings)[0] == plain(model, prompt, max_new_tokens=max_new_tokens)
-
-
 def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     """The order lists ids 50, 3 and 40; 0 and 1 follow, as all do without an order. Sampling works with such drafts too."""
     for order, first in ((None, [0, 1, 2, 3, 4]), ([50, 3, 40], [50, 3, 40, 0, 1])):
