@@ -265,8 +265,8 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
 
     A list with an entry for each layer, such as `layer_types`, and entries by the number of a layer lose those of the others.
     """
-    values, layers = config.to_dict(), config.num_hidden_layers
-    for name in (config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "num_layers"):
+    values, layers = config.to_dict() | config.to_diff_dict(), config.num_hidden_layers  # parts of DBRX load from the latter
+    for name in ("num_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
         if name in values:  # Nemotron-H has the list of its layers only, and in each of LongCat-Flash's are two attentions
             layers, values[name] = values[name], len(kept)
             break

@@ -251,6 +251,16 @@ def check_turns(backend):
     assert ids_of(other) == plainly(backend, text[:20], 10) and other.reused_tokens == 0
 
 
+@pytest.mark.parametrize("model_type", ["granitemoehybrid", "kimi_linear", "qwen3_5_text"])
+def test_an_exit_before_the_first_attention_is_a_model(model_type):
+    """Transformers' own cache of such a model knows no length."""
+    model = tiny.__wrapped__(model_type)
+    backend = TransformersBackend(model)
+    early = ids_of(decode(backend, prompt_of(9), DecodingConfig("early-exit", 1, max_new_tokens=12)))
+    written = cut_to_exit(Trainable("tiny", model, backend, None, CheckpointInfo()), 1, NO_BLOCKS)
+    assert plainly(TransformersBackend(written), prompt_of(9), 12) == early
+
+
 def test_shared_texts_with_recurrent_states():
     """A prompt that begins with all of another text starts at its end, one that differs before starts anew."""
     backend, shared = TransformersBackend(tiny.__wrapped__("mamba2")), SharedPrefixes(2**24)
