@@ -279,13 +279,14 @@ class MixedCache(KVCache):
 class EntryWriter:
     """Where one call writes and reads the entries of tokens at `positions` (B, T), on the host, and recurrent states.
 
-    `row`: the call has this row of the cache alone, with positions (1, T).
+    `row`: the call has this row of the cache alone, with positions (1, T). `shift`: what is added to the indices by which
+    layers address the cache.
     """
 
-    def __init__(self, cache: MixedCache, positions: Tensor, row: int | None = None) -> None:
+    def __init__(self, cache: MixedCache, positions: Tensor, row: int | None = None, shift: int = 0) -> None:
         span = SpanWriter(cache, positions)
         self.start, self.stop, self.contiguous = span.start, span.stop, span.contiguous
-        self._cache, self._positions, self._row = cache, positions, row
+        self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
         self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
         self._ready = set[int]()  # parts that have room
         count = positions.shape[1]
@@ -310,7 +311,7 @@ class EntryWriter:
 
     def before(self, state: State) -> Tensor | None:
         """A copy of the state (B, ...) after the tokens before the call; None if there are none, 0 in rows without any."""
-        held = self._cache.states.get(state)
+        held = self._cache.states.get(self._shifted(state))
         if self.begins or held is None:
             return None
         begin = self._positions[:, 0] == 0
@@ -321,10 +322,14 @@ class EntryWriter:
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
         """The state (B, ...) after the tokens in a column of the positions."""
-        held, count = self._cache.states.get(state), self._cache.steps_back + 2
+        state, count = self._shifted(state), self._cache.steps_back + 2
+        held = self._cache.states.get(state)
         if held is None or len(held) != count:
             held = self._cache.states[state] = new.new_zeros(count, self._cache.rows, *new.shape[1:])
         self._rows_of(held)[self._places(self._positions[:, column], count)] = new.to(held.dtype)
+
+    def _shifted(self, state: State) -> State:
+        return state[0] + self._shift, *state[1:]
 
     def _rows_of(self, held: Tensor) -> Tensor:
         return held if self._row is None else held[:, self._row : self._row + 1]
@@ -335,7 +340,7 @@ class EntryWriter:
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
-        part, shape, index = self._cache.places[entry]
+        part, shape, index = self._cache.places[entry[0] + self._shift, entry[1]]
         if id(part) not in self._ready:
             part.written = max(part.written, self.stop)
             part.room(self.stop, *shape, like)

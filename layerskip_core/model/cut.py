@@ -316,16 +316,17 @@ class CutModel:
         """Layers start..stop-1 over states (B, T, D) of the tokens at `positions`; see `embed` for those before layer 0.
 
         `key_mask` (B, T), True where a key may be seen, is for calls without a cache. `only_writes`: each layer gets `state`
-        and writes its entries. `block`: an exit block that runs instead of its original, and its `place_of_block`.
+        and writes its entries. `block`: an exit block that runs instead of its original, and its `shift_of_block`.
         """
-        writer = None if cache is None else EntryWriter(cache, positions)
+        shift = 0 if block is None else block[1]
+        writer = None if cache is None else EntryWriter(cache, positions, shift=shift)
         if cache is not None and writer is not None and self._one_by_one(cache, positions, writer.contiguous):
             rows = []
             for row, places in enumerate(positions):
                 count = len(places.unique_consecutive())  # what follows is padding, at the end of the context
                 if cache.ends is not None:
                     count = min(count, cache.ends[row] - int(places[0]))
-                own = EntryWriter(cache, places[None, :count], row)
+                own = EntryWriter(cache, places[None, :count], row, shift)
                 part = state[row : row + 1, :count]
                 done = self.run_span(part, start, stop, places[None, :count], own, None, only_writes, block)
                 rows.append(torch.cat([done, done[:, -1:].expand(-1, len(places) - count, -1)], dim=1))
@@ -358,21 +359,31 @@ class CutModel:
     def new_cache(
         self, batch_size: int, max_positions: int, blocks: int = 0, others: Mapping[Entry, tuple[int, int]] | None = None
     ) -> MixedCache:
-        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `place_of_block`.
+        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `shift_of_block`.
 
         `others`: number and width of the heads of further entries.
         """
         shapes = {**self.form.shapes, **(others or {})}
         for block in range(blocks):
-            assert self.form.attending is not None
-            for index, kind in self.form.written[self.form.attending]:
-                shapes[self.place_of_block(block), kind] = self.form.shapes[index, kind]
+            shift = self.shift_of_block(block)
+            for index, kind in self._of_original:
+                shapes[index + shift, kind] = self.form.shapes[index, kind]
         return MixedCache(shapes, batch_size, max_positions, rolls_back=not self.form.recurrent)
 
     def place_of_block(self, block: int) -> int:
-        """The `layer_idx` by which the attention of an exit block addresses the cache."""
-        last: int = max((index for index, _ in self.form.shapes), default=-1)
-        return 1 + last + block
+        """The first index of the cache for what an exit block writes, after those of layers and earlier blocks."""
+        last = max([len(self.form.layers) - 1, *(index for index, _ in self.form.shapes)])
+        return 1 + last + block * len({index for index, _ in self._of_original})
+
+    def shift_of_block(self, block: int) -> int:
+        """How far after the indices of its original are those of an exit block."""
+        return self.place_of_block(block) - self._of_original[0][0]
+
+    @property
+    def _of_original(self) -> Sequence[Entry]:
+        """The entries that the original of exit blocks writes, at two indices in LongCat-Flash."""
+        attending = self.form.attending
+        return () if attending is None else self.form.written[attending]
 
     def run_span(
         self,
@@ -393,19 +404,20 @@ class CutModel:
         if only_writes:  # a layer with a state has to run to its end
             writing = (index for index in range(start, stop) if form.written[index] and index not in form.recurrent)
             ends = {form.written[index][-1] for index in writing}
-        if block is not None:
-            ends = {(block[1], kind) for _, kind in ends}
         cache = None if writer is None else self._cache_class(writer, ends)
         given = None if first else form.hidden(state)
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
         with self._lock:
-            changes = [(layers[index], partial(self._pass, index, cache)) for index in range(start)]
+            changes = [(layers[index], partial(self._pass, index, None if block else cache)) for index in range(start)]
             for index in running:
                 forward = layers[index].forward if block is None else block[0]
                 entering, ending = given if index == start else None, index == stop - 1
                 changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending, only_writes)))
             if cache is not None:
                 modules = [pair for index in range(start, stop) for pair in form.recurrent.get(index, {}).items()]
+                if block is not None:
+                    copies: Any = dict(zip(layers[start].modules(), block[0].modules(), strict=True))
+                    modules = [(copies[part], copies.get(last)) for part, last in modules]
                 changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
             hidden = self.forward(inputs, positions, changes, cache, key_mask)
         return form.state(hidden, ids)

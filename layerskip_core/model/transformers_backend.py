@@ -209,11 +209,6 @@ class TransformersBackend:
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
                 parameter.requires_grad_(False)
-        place = self._cut.place_of_block(len(self._blocks))
-        parts: list[Any] = list(layer.modules())
-        for part in parts:
-            if hasattr(part, "layer_idx"):  # by which attention addresses the cache
-                part.layer_idx = place
         width = self.spec.hidden  # the tokens that some states carry come after it
         matrix = weights.of(f"{block.prefix}input.weight") if block.feature == "final" else None
         self.exit_blocks[block.exit_layer] = PlacedBlock(
@@ -223,7 +218,7 @@ class TransformersBackend:
             lambda state: norm(state[..., :width]),
             None if matrix is None else partial(_joined, matrix),
         )
-        self._blocks.append((layer.eval(), place))
+        self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
 
 
 class WholeTexts:

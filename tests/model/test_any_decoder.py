@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
@@ -115,10 +115,9 @@ def check_logits(model, backend, ids):
 def check_outputs(backend):
     """Drafts of the first layers and rows at different positions, some of which join later, change no token."""
     prompts = [prompt_of(length) for length in (5, 9, 14)]
-    plain = [plainly(backend, prompt, 12) for prompt in prompts]
-    drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
+    plain = [plainly(backend, prompt, 8) for prompt in prompts]
+    drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=8)
     assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
-    assert {answer.row: answer.ids for answer in decode_batch(backend, prompts, drafting)} == dict(enumerate(plain))
     loop, later = (DecodingLoop(backend, part, drafting) for part in (prompts[:2], prompts[2:]))
     for each in (loop, loop, later):
         next(each)
@@ -167,32 +166,30 @@ def check_recipe(model, ids):
 
 
 def check_exit_block(model, backend, ids):
-    """A block learns, and gives in training what it gives in decoding."""
+    """A block learns, gives in training what it gives in decoding, in pieces, and leaves the cache of the layers as it is."""
     if model.config.model_type in WITHOUT_BLOCKS:
         with pytest.raises(CheckpointError, match="can have no blocks"):
             FrozenExits(backend, [ExitBlock(2)])
         return
-    module, positions, cache = (
-        FrozenExits(backend, [ExitBlock(2, "final")]),
-        torch.arange(13).expand(2, -1),
-        backend.new_cache(2),
-    )
+    module, positions = FrozenExits(backend, [ExitBlock(2, "final")]), torch.arange(13).expand(2, -1)
     with torch.no_grad():
-        states = backend.run_layers(backend.embed(ids), 0, 2, positions, cache)
-        finals = backend.normed(backend.run_layers(states, 2, LAYERS, positions, cache))
         for weight in module.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    own = states[..., : backend.spec.hidden]
+    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2, "final"),), module.weights().get))
+    block, cache = decoding.exit_blocks[2], decoding.new_cache(2)
+    with torch.no_grad():
+        states = decoding.run_layers(decoding.embed(ids), 0, 2, positions, cache)
+        finals = decoding.normed(decoding.run_layers(states, 2, LAYERS, positions, cache))
+        entered, own = block.enter(states, features_of(finals)), states[..., : decoding.spec.hidden]
+        pieces = [(entered[:, start:stop], positions[:, start:stop]) for start, stop in pairwise([0, 7, 8, 11, 13])]
+        found = torch.cat([decoding.run_layers(piece, block.layer, block.layer + 1, at, cache) for piece, at in pieces], dim=1)
+        last = decoding.run_layers(decoding.embed(ids[:, 12:]), 0, LAYERS, positions[:, 12:], cache)
+        expected = module.exits["2"](own, features_of(finals), ids)
+    torch.testing.assert_close(block.norm(found), expected, rtol=1e-4, atol=1e-4)  # a state counts for little in Falcon-H1
+    torch.testing.assert_close(decoding.normed(last), finals[:, 12:], rtol=1e-4, atol=1e-4)
     module(ids, ids, own[None], finals, torch.tensor([2]))["loss"].backward()
     gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
     assert len(gradients) > 4 and all(bool(gradient.isfinite().all()) for gradient in gradients)
-    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2, "final"),), module.weights().get))
-    block = decoding.exit_blocks[2]
-    with torch.no_grad():
-        entered = block.enter(states, features_of(finals))
-        found = decoding.run_layers(entered, block.layer, block.layer + 1, positions, decoding.new_cache(2))
-        expected = module.exits["2"](own, features_of(finals), ids)
-    torch.testing.assert_close(block.norm(found), expected, rtol=1e-3, atol=1e-3)
 
 
 def check_exit(model, backend, ids, folder):
