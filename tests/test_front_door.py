@@ -13,11 +13,10 @@ from chatml import chatml_folder, full_tokenizer
 from conftest import tiny_model
 
 import layerskip_core
-from layerskip_core import Answer, TextStream, load
+from layerskip_core import Answer, load
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingOptions
-from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import checked
 from layerskip_core.errors import ConfigError
 
@@ -69,24 +68,6 @@ def talking(tmp_path_factory):
     made.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
     save_checkpoint(made, tokenizer, CheckpointInfo(exit_layer=3, num_draft_tokens=4), str(folder / "model"), torch.float32)
     return load(str(folder / "model"), device="cpu", dtype="fp32")
-
-
-def test_a_dialogue_sees_its_turns_and_computes_only_what_is_new(talking):
-    talk = talking.dialogue(max_new_tokens=8)
-    first = talk.ask("remind me").finish()
-    stream = talk.ask("start the system")
-    second = "".join(stream)
-    assert talk.turns == (("remind me", first.text), ("start the system", second))
-    ids = talking.decoder.encode_prompt("start the system", [("remind me", first.text)])
-    assert (
-        second
-        == TextStream(talking.decoder, ids, talking.decoder.resolve({"max_new_tokens": 8}, PackingConfig())).finish().text
-    )
-    assert stream.reused_tokens >= len(talking.decoder.encode_prompt("remind me"))
-    talk.forget(1)
-    assert talk.turns == (("start the system", second),)
-    talk.forget()
-    assert (talk.turns, talk.ask("remind me").finish().text) == ((), first.text)
 
 
 def test_what_a_dialogue_says_first(talking, model):

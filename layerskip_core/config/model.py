@@ -12,7 +12,6 @@ DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
 Format = Literal["transformers", "gguf", "packed"]
 Quantization = Literal["int8", "int4"]
-QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.info import INFO_FILE, read_info
 from ..errors import ConfigError, LayerSkipError, refused
 from ..files import parse_json, read_bytes
-from .metrics import is_share, lower_is_better
+from .metrics import NORMAL_QUANTILE, is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
@@ -22,7 +22,6 @@ _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_pe
 _NO_SHARES = (HELD_OUT, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
-_LEVEL = 1.959964  # the 97.5% quantile of the normal distribution
 # The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom.
 _QUANTILES = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448, 2.1314,
@@ -175,7 +174,7 @@ def t_quantile(freedom: int) -> float:
     (Abramowitz and Stegun, 26.7.5)."""
     if freedom <= len(_QUANTILES):
         return _QUANTILES[max(freedom, 1) - 1]
-    z = _LEVEL
+    z = NORMAL_QUANTILE
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 

@@ -9,6 +9,7 @@ import torch
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import decode
+from ..model.backend import states_at
 from ..model.exit_blocks import features_of
 
 
@@ -61,12 +62,11 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     answer = [token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids]
     ids = [*prompt_ids, *answer]
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
-    first, states, by_layer = len(prompt_ids) - 1, {}, []
-    for layer in range(1, model.num_layers + 1):
-        hidden = states[layer] = model.run_layers(hidden, layer - 1, layer, positions, cache)
-        by_layer.append(_most_probable(model.unembed(hidden[0, first:])))
-    features, by_block = features_of(model.normed(hidden)), {}
+    embedded, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
+    states = states_at(model, embedded, range(1, model.num_layers + 1), positions, cache)
+    first = len(prompt_ids) - 1
+    by_layer = [_most_probable(model.unembed(hidden[0, first:])) for hidden in states.values()]
+    features, by_block = features_of(model.normed(states[model.num_layers])), {}
     for exit_layer, block in model.exit_blocks.items():
         entered = block.enter(states[exit_layer], features)
         through = model.run_layers(entered, block.layer, block.layer + 1, positions, cache)

@@ -24,7 +24,7 @@ _HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_
 _RESAMPLES = (200, 1000)  # fewer of many prompts
 _DRAWS = 4_000_000  # that take a moment and 50 MB
 _ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
-_LEVEL = 1.959964  # the 97.5% quantile of the normal distribution
+NORMAL_QUANTILE = 1.959964  # at 97.5%
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
     mean, needed = fmean(values), None
     if mean > 0:
         # The n for which n * mean = z * sqrt(n * variance + the squares of what is added), by the normal approximation.
-        spread, extra = _LEVEL**2 * pvariance(values), _LEVEL**2 * sum(value**2 for value in added)
+        spread, extra = NORMAL_QUANTILE**2 * pvariance(values), NORMAL_QUANTILE**2 * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))
         needed = max(enough, len(values) + 1)
     return Margin(mean, -math.inf if ends is None else ends.low, len(values), needed)

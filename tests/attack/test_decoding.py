@@ -143,6 +143,8 @@ def require_consistent(model, prompt_tokens, config, ids, reason, stats):
     assert len(ids) <= room
     assert (reason in ("length", "context")) == (len(ids) == room and reason not in ("eos", "stop"))
     assert all(0 <= token < model.spec.vocab for token in ids)
+    if config.strategy == "adaptive" and reason == "length":  # a token of the prefill, and one of each step
+        assert sum(stats.steps_by_drafter.values()) + stats.accepted == len(ids) - 1
 
 
 def require_prefixes_to_change_nothing(model, prompts, config, ends):

@@ -33,18 +33,6 @@ def read(loaded, folder=None):
     return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
 
 
-def test_a_block_begins_as_the_last_layer_and_the_final_norm(loaded):
-    model, spec = loaded.model, loaded.backend.spec
-    weights = FrozenExits(loaded.backend, [ExitBlock(2, "final")]).weights()
-    assert weights.keys() == ExitBlock(2, "final").shapes(spec).keys()
-    assert torch.equal(weights["exits.2.norm.weight"], model.model.norm.weight)
-    for name, weight in model.model.layers[-1].named_parameters():
-        assert torch.equal(weights[f"exits.2.layer.{name}"], weight)
-    state, feature = torch.randn(2, spec.hidden)
-    assert torch.equal(weights["exits.2.input.weight"] @ torch.cat([state, feature]), state)
-    assert "exits.2.input.weight" not in ExitBlock(2).shapes(spec)
-
-
 def test_exits_and_features_follow_from_the_names(loaded):
     assert read(loaded) is NO_BLOCKS
     save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))

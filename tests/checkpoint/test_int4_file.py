@@ -83,16 +83,3 @@ def test_damaged_files_are_refused(wide, damage, found):
     (wide / INT4_FILE).write_bytes(int4_content(rows, made_for, {}))
     with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
         logits(wide)
-
-
-def test_cut_and_foreign_files_are_refused(wide):
-    add_int4(wide)
-    whole = (wide / INT4_FILE).read_bytes()
-    for content in (whole[:-9], b""):
-        (wide / INT4_FILE).write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"int4\.safetensors cannot be used"):
-            logits(wide)
-    logits(wide, PackingConfig("int8"))
-    save_file({"lm_head.weight": torch.zeros(3)}, wide / INT4_FILE)
-    with pytest.raises(CheckpointError, match=r"its format must be 1, found None"):
-        logits(wide)

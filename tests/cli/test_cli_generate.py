@@ -129,50 +129,35 @@ def test_lines_are_prompts(generate, expected):
     assert result == Result(0, "".join(expected(prompt) + "\n" for prompt in (PROMPT, "play jazz", "", "set an alarm")), "")
 
 
-def test_a_line_that_fails_leaves_its_place_empty(generate, expected):
-    result = generate("--lines", "--stats", stdin=f"{TOO_LONG}\n{PROMPT}\n")
-    assert (result.code, result.out) == (1, "\n" + expected() + "\n")
-    error, stats = result.err.splitlines()
-    assert error.startswith("error: line 1: ") and LONGER.fullmatch(error.removeprefix("error: line 1: "))
-    assert stats.startswith("20 tokens, ")
-
-
-def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, expected):
-    rows = [
-        json.dumps({"prompt": PROMPT, "id": 7}), "", "{", '["x"]', '{"prompt": 3}', json.dumps({"prompt": TOO_LONG}),
-        r'{"prompt": "\ud83c"}', '{"prompt": "play jazz"}',
-    ]  # fmt: skip
+def test_jsonl_answers_have_their_counts(generate, loaded, expected):
+    rows = [json.dumps({"prompt": PROMPT, "id": 7}), "", '{"prompt": "play jazz"}']
     result = generate("--jsonl", "--exit", "4", "--spec", "5", stdin="\n".join(rows))
-    assert (result.code, result.err) == (1, "")
-    first, *errors, last = map(json.loads, result.out.splitlines())
-    assert (first["text"], last["text"]) == (expected(), expected("play jazz"))
+    assert (result.code, result.err) == (0, "")
+    first, last = map(json.loads, result.out.splitlines())
+    assert (first["text"], last["text"], last["line"]) == (expected(), expected("play jazz"), 3)
     assert (first["finish_reason"], first["new_tokens"]) == ("length", 20)
     assert first["prompt_tokens"] == len(loaded.encode_prompt(PROMPT))
     assert 0 < first["accepted"] < first["drafted"] <= 5 * first["rounds"]
     assert first["acceptance_rate"] == round(first["accepted"] / first["drafted"], 4)
     assert first["steps_by_drafter"]["exit 4"] == first["rounds"]
-    messages = [error.pop("error") for error in errors]
-    assert errors == [{"line": number} for number in range(3, 8)]
-    assert messages[0].startswith("line 3: not valid JSON: ")
-    assert messages[1:3] == [f"line {number}: needed an object with a text `prompt`" for number in (4, 5)]
-    assert LONGER.fullmatch(messages[3].removeprefix("line 6: "))
-    assert messages[4].startswith("line 7: not valid ")
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "3")])
 def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expected, batch):
     good, deep = json.dumps({"prompt": PROMPT}), '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    rows = [good, deep, '{"prompt": ""}', '{"prompt": "a", "x": NaN}', json.dumps({"prompt": TOO_LONG}), good]
+    rows = [good, deep, '{"prompt": ""}', '{"prompt": "a", "x": NaN}', json.dumps({"prompt": TOO_LONG}), good, '["x"]']
+    rows += ['{"prompt": 3}', r'{"prompt": "\ud83c"}']
     stdin = "\n".join(rows).encode() + b'\n{"prompt": "\xff"}\n' + good.encode()
     result = generate("--jsonl", "--raw", *batch, stdin=stdin)
     found = [row.get("error", row.get("text")) for row in map(json.loads, result.out.splitlines())]
     answer = expected(raw=True)
-    assert (result.code, result.err, len(found)) == (1, "", 8)
-    assert [found[place] for place in (0, 5, 7)] == [answer] * 3
+    assert (result.code, result.err, len(found)) == (1, "", 11)
+    assert [found[place] for place in (0, 5, 10)] == [answer] * 3
     assert found[1].startswith("line 2: not valid JSON: ") and found[3].startswith("line 4: not valid JSON: ")
     assert found[2] == "line 3: the prompt must be at least 1 token, got none"
     assert LONGER.fullmatch(found[4].removeprefix("line 5: "))
-    assert found[6].startswith("line 7: not valid JSON: ")
+    assert found[6:8] == [f"line {number}: needed an object with a text `prompt`" for number in (7, 8)]
+    assert found[8].startswith("line 9: not valid ") and found[9].startswith("line 10: not valid JSON: ")
     lines = generate("--lines", "--raw", *batch, stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode())
     assert (lines.code, lines.out) == (1, f"\n{answer}\n\n\n{answer}\n")
     assert [error.split(":")[1] for error in lines.err.splitlines()] == [" line 1", " line 3", " line 4"]

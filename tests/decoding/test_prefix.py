@@ -203,26 +203,6 @@ def test_texts_with_a_common_beginning_compute_it_once(strategy):
     assert reused == [0, 0, 80, 70, 79]
 
 
-@pytest.mark.parametrize("features", [("none", "final"), ("final", "none")])
-def test_exit_blocks_of_shared_texts_go_on_too(features):
-    model = tiny_model("llama", torch.float32, **SHAPE)
-    blocks = random_blocks(model, *map(ExitBlock, (2, 4), features))
-    backend, shared = native_or_skip(model, PackingConfig(), exit_blocks=blocks), SharedPrefixes(1 << 30)
-    for prompt, reused in (([*prompt_of(80), 3], 0), ([*prompt_of(80), 9, 9], 79)):
-        found = decoded(backend, prompt, settings_of("adaptive"), shared)
-        assert ids_of(found) == ids_of(decoded(backend, prompt, settings_of("adaptive")))
-        assert found.reused_tokens == reused
-
-
-@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
-def test_shared_texts_on_pytorchs_kernels(kind):
-    backend, shared = kind(tiny_model("llama", torch.float64, **SHAPE)), SharedPrefixes(1 << 30)
-    for prompt, reused in (([*prompt_of(80), 3], 0), ([*prompt_of(80), 9, 9], 80)):
-        found = decoded(backend, prompt, settings_of("exit"), shared)
-        assert ids_of(found) == ids_of(decoded(backend, prompt, settings_of("exit")))
-        assert found.reused_tokens == reused
-
-
 def test_an_answer_is_part_of_the_next_prompt():
     backend, config, shared, text = native(), settings_of("exit", 80), SharedPrefixes(1 << 30), prompt_of(9)
     text = [*text, *ids_of(decoded(backend, text, config, shared)), 5, 6]

@@ -141,7 +141,6 @@ class Calibration:
         self._rejected = STRENGTH * doubt
         self._doubted = dict.fromkeys((1, 3), STRENGTH)  # by power, sum of (1 - p)^power over the drafts tested
         self._likelihood = {known: 2.0 * (known == power) for known in self._doubted}  # logarithms
-        self._prior = doubt, power
         self.power = power
 
     @property

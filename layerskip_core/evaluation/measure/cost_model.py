@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, chain, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice
 from operator import eq, mul
 from statistics import fmean, median
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from ...config.model import PackingConfig, Quantization
 from ...data import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
-from ...model.backend import Submodel, beyond_exit
+from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.exit_blocks import features_of
 from ...model.vocabulary import most_probable
 from ..results import Output, Result, require_outputs
@@ -166,18 +166,15 @@ def agreement(
         finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache))
         features = features_of(finals)
     if first:
-        hidden = model.embed(tokens[:, :first])
-        for start, stop in pairwise([0, *exits]):
-            hidden = model.run_layers(hidden, start, stop, positions[:, :first], cache)
-            if stop in blocks:
-                block, before = model.exit_blocks[stop], None if features is None else features[:, :first]
-                model.write_kv(block.enter(hidden, before), block.layer, block.layer + 1, positions[:, :first], cache)
-    after = None if features is None else features[:, first:]
-    hidden = drafting.layers.embed(tokens[:, first:])
-    for start, stop in pairwise([0, *exits]):
-        hidden = drafting.layers.run_layers(hidden, start, stop, positions[:, first:], cache)
-        submodel = Submodel(stop, block=blocks.get(stop))
-        logits, _ = beyond_exit(drafting, submodel, hidden, positions[:, first:], cache, after)
+        before, places = None if features is None else features[:, :first], positions[:, :first]
+        states = states_at(model, model.embed(tokens[:, :first]), exits, places, cache)
+        for stop in blocks:
+            block = model.exit_blocks[stop]
+            model.write_kv(block.enter(states[stop], before), block.layer, block.layer + 1, places, cache)
+    after, places = None if features is None else features[:, first:], positions[:, first:]
+    states = states_at(drafting.layers, drafting.layers.embed(tokens[:, first:]), exits, places, cache)
+    for stop, hidden in states.items():
+        logits, _ = beyond_exit(drafting, Submodel(stop, block=blocks.get(stop)), hidden, places, cache, after)
         choices[stop] = drafting.choose(logits)[0].tolist()
     return choices
 
