@@ -51,7 +51,7 @@ _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 def missing_feature(spec: AnySpec) -> str | None:
     """The feature of an architecture that these layers lack; None if they have all."""
     if not isinstance(spec, ModelSpec):
-        return f"layers of the type {spec.model_type}"
+        return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation}"
     if spec.clip is not None:
