@@ -138,6 +138,7 @@ def require_consistent(model, prompt_tokens, config, ids, reason, stats):
     """The counts of one output do not contradict each other."""
     assert (stats.prompt_tokens, stats.new_tokens) == (prompt_tokens, len(ids))
     assert 0 <= stats.accepted <= stats.drafted and stats.accepted < max(1, len(ids))
+    assert sum(count for source, count in stats.steps_by_drafter.items() if source != "plain") == stats.rounds
     assert sum(stats.accepted_by_position) == stats.accepted and stats.rounds <= stats.drafted
     room = min(config.max_new_tokens, model.spec.context - prompt_tokens)
     assert len(ids) <= room

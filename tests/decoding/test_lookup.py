@@ -74,24 +74,6 @@ def test_another_drafter_drafts_where_nothing_is_found():
     assert other.heard == [(0, 1, ["scripted"])]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"strategy": "lookup"}, {"exit_layer": 3, "lookup": 2}, {"exit_layer": 3, "lookup": 1}], ids=str
-)
-@pytest.mark.parametrize("length", [1, 2, 30])
-def test_the_output_is_that_of_plain_decoding(backend, settings, length):
-    """The tiny model soon repeats itself, so that drafts are found and accepted."""
-    prompt = [5, 11, 23] * length
-    plain, config = plainly(backend, prompt, 30), DecodingConfig(max_new_tokens=30, num_draft_tokens=4, **settings)
-    decoding = decode(backend, prompt, config)
-    assert ids_of(decoding) == plain
-    sources = decoding.stats.steps_by_drafter
-    assert sources["lookup"] > 0 and set(sources) <= {"lookup", "plain", "exit 3"}
-    assert sum(count for source, count in sources.items() if source != "plain") == decoding.stats.rounds
-    assert ("exit 3" in sources) == ("exit_layer" in settings)
-    together = [one.ids for one in decode_batch(backend, [prompt, prompt[1:] or prompt], config)]
-    assert plain in together
-
-
 def test_sampled_output_is_reproducible_and_drafts_are_certain(backend):
     config = DecodingConfig("lookup", max_new_tokens=40, temperature=0.3, seed=4, lookup=1)
     first, second = decode(backend, [5, 11, 23] * 3, config), decode(backend, [5, 11, 23] * 3, config)

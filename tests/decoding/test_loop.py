@@ -340,13 +340,6 @@ def test_the_context_ends_the_output(choose):
     assert (ids_of(limited), limited.finish_reason) == ([5, 6, 7, 8, 9], "length")
 
 
-def test_the_last_position_of_a_real_context(backend):
-    prompt = prompt_of(120)
-    expected, reason, _ = plain(backend, prompt, max_new_tokens=50)
-    assert (len(expected), reason) == (8, "context")
-    assert run(backend, prompt, exit_layer=3, num_draft_tokens=5, max_new_tokens=50)[:2] == (expected, "context")
-
-
 def test_seconds_are_counted_where_they_are_spent(monkeypatch):
     """Every look at the clock takes a second: 2 in a plain step, 4 in a round."""
     monkeypatch.setattr(time, "perf_counter", count(0.0).__next__)

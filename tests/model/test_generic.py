@@ -29,38 +29,21 @@ def logits_of(model, ids, edges=(), side=None):
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_spans_equal_the_model_itself(model_type):
-    model = tiny_model(model_type, **CHANGES.get(model_type, {}))
-    backend, ids = TransformersBackend(model), ids_of(2, 11)
-    with torch.no_grad():
-        expected = model(ids).logits
-        early = backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 11, 2))
-        actual = backend.unembed(backend.run_layers(early, 2, 6, positions_of(0, 11, 2)))
-    torch.testing.assert_close(actual, expected)
-    assert expected.std() > 0.1
-
-
-@pytest.mark.parametrize("model_type", SUPPORTED)
-def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
-    """Prefill 7 tokens, then three spans of 1, 3 and 2 tokens."""
+def test_spans_equal_the_model_itself(model_type, monkeypatch):
+    """Two rows without a cache, and 7 tokens, then spans of 1, 3 and 2, through one."""
     if model_type == "gemma2":
         # Its attention, the only eager one, computes the softmax in fp32 even here. Without AVX-512 the last bit of its sum
         # depends on how many masked keys follow the others. In fp64 it is as near as the rest.
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
-    model, ids = tiny_model(model_type, **CHANGES.get(model_type, {})), ids_of(1, 13)
+    model, ids = tiny_model(model_type, **CHANGES.get(model_type, {})), ids_of(2, 13)
+    backend = TransformersBackend(model)
     with torch.no_grad():
         expected = model(ids).logits
-    torch.testing.assert_close(logits_of(TransformersBackend(model), ids, [7, 8, 11]), expected)
-
-
-def test_an_exit_equals_the_truncated_model(llama):
-    backend, ids = TransformersBackend(llama), ids_of(2, 9)
-    truncated = tiny_model(num_hidden_layers=2)
-    truncated.load_state_dict(llama.state_dict(), strict=False)
-    with torch.no_grad():
-        actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 9, 2)))
-        torch.testing.assert_close(actual, truncated(ids).logits)
+        early = backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 13, 2))
+        torch.testing.assert_close(backend.unembed(backend.run_layers(early, 2, 6, positions_of(0, 13, 2))), expected)
+    torch.testing.assert_close(logits_of(backend, ids, [7, 8, 11]), expected)
+    assert expected.std() > 0.1
 
 
 def test_left_padded_rows_equal_unpadded_ones(llama):
