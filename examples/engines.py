@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_prompts
 from layerskip_core.decoding import decode
 
-AT_ONCE = (1, 4, 16)
+AT_ONCE = (1, 4, 16, 64)
+ROWS = 16  # of the server; more requests wait
 PORT = 8078
 
 
@@ -161,48 +163,69 @@ def llama_cpp_server(arguments: argparse.Namespace, target: str, draft: str | No
     return run
 
 
+class Stream(NamedTuple):
+    text: str
+    usage: Any
+    first: float  # seconds to the first token
+    longest: float  # and between two chunks after it
+
+
 def serve(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Without drafts and with the default flags, by the number of requests at once."""
-    print("| | at once | tokens/s | speedup | drafts accepted | as one at a time without drafts |\n|" + "---|" * 6)
+    """Without drafts and with the default flags, by the number of requests at once, whose lengths differ."""
+    prompts = (prompts * max(AT_ONCE))[: max(*AT_ONCE, len(prompts))]
+    print("| | at once | tokens/s | speedup | first token | longest wait | drafts accepted | as alone without drafts |")
+    print("|" + "---|" * 8)
     first: dict[int, float] = {}
     expected: list[str] | None = None
     for name, flags in (("without drafts", ["--strategy", "autoregressive"]), ("default flags", [])):
         with running(arguments, [*flags, "--prefix-cache", "0"]):  # the passes repeat their prompts
             asyncio.run(ask(arguments, prompts, max(AT_ONCE)))
             for most in AT_ONCE:
-                passes = []
+                passes, streams = [], list[Stream]()
                 for _ in range(arguments.repeats):
                     start = time.perf_counter()
-                    choices, usages = zip(*asyncio.run(ask(arguments, prompts, most)), strict=True)
-                    passes.append(sum(usage.completion_tokens for usage in usages) / (time.perf_counter() - start))
-                details = [usage.completion_tokens_details for usage in usages]
+                    streams = asyncio.run(ask(arguments, prompts, most))
+                    tokens = sum(stream.usage.completion_tokens for stream in streams)
+                    passes.append(tokens / (time.perf_counter() - start))
+                choices = [stream.text for stream in streams]
+                details = [stream.usage.completion_tokens_details for stream in streams]
                 accepted = sum(detail.accepted_prediction_tokens for detail in details)
                 drafted = accepted + sum(detail.rejected_prediction_tokens for detail in details)
-                expected = expected or list(choices)
+                expected = expected or choices
                 same = sum(text == other for text, other in zip(choices, expected, strict=True))
-                speed = median(passes)
+                speed, wait = median(passes), 1000 * max(stream.longest for stream in streams)
+                begun = 1000 * median(stream.first for stream in streams)
                 share = f"{accepted / drafted:.1%}" if drafted else ""
                 print(
-                    f"| {name} | {most} | {speed:.0f} | {speed / first.setdefault(most, speed):.2f}x | {share} "
-                    f"| {same} of {len(prompts)} |",
+                    f"| {name} | {most} | {speed:.0f} | {speed / first.setdefault(most, speed):.2f}x "
+                    f"| {begun:.0f} ms | {wait:.0f} ms | {share} | {same} of {len(prompts)} |",
                     flush=True,
                 )
 
 
-async def ask(arguments: argparse.Namespace, prompts: list[str], most: int) -> list[tuple[str, Any]]:
+async def ask(arguments: argparse.Namespace, prompts: list[str], most: int) -> list[Stream]:
+    """The answers to all prompts, `most` at once, of a quarter to all of the tokens."""
     from openai import AsyncOpenAI
 
     free = asyncio.Semaphore(most)
     async with AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600) as client:
 
-        async def one(prompt: str) -> tuple[str, Any]:
+        async def one(place: int, prompt: str) -> Stream:
+            limit = arguments.max_new_tokens * (place % 4 + 1) // 4
+            options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
             async with free:
+                times, pieces = [time.perf_counter()], list[str]()
                 answer = await client.completions.create(
-                    model=Path(arguments.model).name, prompt=prompt, max_tokens=arguments.max_new_tokens, temperature=0
+                    model=Path(arguments.model).name, prompt=prompt, max_tokens=limit, **options
                 )
-            return answer.choices[0].text, answer.usage
+                async for chunk in answer:
+                    if chunk.choices:
+                        times.append(time.perf_counter())
+                    pieces += [choice.text for choice in chunk.choices]
+            gaps = [later - earlier for earlier, later in pairwise(times)]
+            return Stream("".join(pieces), chunk.usage, gaps[0], max(gaps[1:], default=0.0))
 
-        return await asyncio.gather(*map(one, prompts))
+        return await asyncio.gather(*(one(place, prompt) for place, prompt in enumerate(prompts)))
 
 
 def prefix(arguments: argparse.Namespace, prompts: list[str]) -> None:
@@ -241,7 +264,7 @@ def prefix(arguments: argparse.Namespace, prompts: list[str]) -> None:
 
 @contextmanager
 def running(arguments: argparse.Namespace, flags: list[str]) -> Iterator[None]:
-    command = ["layerskip", "serve", "--model", arguments.model, "--port", str(PORT), "--batch-size", str(max(AT_ONCE))]
+    command = ["layerskip", "serve", "--model", arguments.model, "--port", str(PORT), "--batch-size", str(ROWS)]
     process = subprocess.Popen([*command, "--threads", str(arguments.threads), *flags], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

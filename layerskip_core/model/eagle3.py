@@ -37,6 +37,7 @@ _QKV = tuple(f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkv")
 _OUT = f"{_LAYER}self_attn.o_proj.weight"
 _GATE_UP = tuple(f"{_LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
 _DOWN = f"{_LAYER}mlp.down_proj.weight"
+MATRICES = (_FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # of the layer
 _NORMS = tuple(f"{_LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"))
 
 
@@ -146,7 +147,7 @@ class Eagle3(nn.Module):
         return weight
 
     def _product(self, names: Sequence[str]) -> Product:
-        return lambda rows: torch.cat([F.linear(rows, self.weight(name)) for name in names], dim=-1)
+        return lambda rows: F.linear(rows, torch.cat([self.weight(name) for name in names]))
 
 
 def _key(name: str) -> str:

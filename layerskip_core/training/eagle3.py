@@ -17,12 +17,13 @@ from ..config.training import BlockLoss, FinetuneConfig
 from ..errors import CheckpointError, require
 from ..losses import IGNORED
 from ..model import TransformersBackend
-from ..model.eagle3 import ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
+from ..model.eagle3 import MATRICES, ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import AnySpec
 from .recipe import RunStep
 
 DRAFTS = 3  # that are unrolled
+_LR = 0.02
 _SCORED = 256  # tokens at once, by the whole head
 _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
@@ -30,10 +31,12 @@ _FILE = "eagle3.safetensors"  # of a run's checkpoint
 class FrozenEagle3(nn.Module):
     """The drafter beside a model of which only the embedding and the head run, and nothing is trained.
 
-    It has the attributes and methods of `FrozenExits`.
+    Its own norms and head stay as they start, too: its matrices are trained, by Muon (Jordan et al., 2024), which takes a third
+    of the steps of AdamW here. It has the attributes and methods of `FrozenExits`.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+    optimizer = torch.optim.Muon, {"adjust_lr_fn": "original"}  # noqa: RUF012
     names = {0: "eagle3"}  # noqa: RUF012
     measured_exits = tuple(names)
 
@@ -63,6 +66,8 @@ class FrozenEagle3(nn.Module):
         elif (norm := backend.norm_weight) is not None:
             self._set({"norm.weight": norm})
         self.to(backend.device, torch.float32)
+        for name in form.shapes:
+            self.drafter.weight(name).requires_grad_(name in MATRICES)
 
     @classmethod
     def resolved(cls, config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
@@ -73,7 +78,7 @@ class FrozenEagle3(nn.Module):
         for layer in layers:
             require_exit_layer(layer, spec.layers, field="layers")
         require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        return replace(config, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
+        return replace(config, lr=config.lr or _LR, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
 
     @staticmethod
     def replaced(kept: ExitBlocks, layers: Sequence[int]) -> str:
@@ -138,17 +143,22 @@ class FrozenEagle3(nn.Module):
         best token is full depth's, and `exit_layers`.
         """
         layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
+        before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row
+        start = max(0, before - DRAFTS + 1)
         taught = finals[:, 1:-1][is_target].float()
         with torch.no_grad():
             embedded = self.backend.embed(input_ids[:, 1:-1]).float()
-            wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
+            known = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
+            wanted = known.exp()
+            entropy = -_dots(wanted, known)
         feature = layer.feature([state[:, :-2] for state in states.float()])
         losses, first = [], torch.empty(0)
-        for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS)):
+        for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()
             whole[:, :draft] = False  # the first entries of a row have no output of so many drafts before them
-            logits = layer.logits(hidden[whole])
-            losses.append(divergence(wanted[whole[is_target]], logits.log_softmax(-1), self._loss).sum())
+            logits = layer.logits(hidden[whole[:, start:]])
+            rows = whole[is_target]
+            losses.append(divergence(wanted[rows], entropy[rows], logits.log_softmax(-1), self._loss).sum())
             first = first if draft else logits.argmax(-1)
         agreeing = torch.zeros((), device=taught.device)
         if not self.training:
@@ -202,28 +212,30 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
     )
 
 
-def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int) -> list[Tensor]:
-    """The outputs (B, N, D) of N entries as the first, second, ... draft of a round; the k-th has none of its own before k.
+def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0) -> list[Tensor]:
+    """The outputs (B, N - start, D) of N entries from `start` on as the first, second, ... draft of a round.
 
     In draft k the entry at i reads the output for i-1 in draft k-1 as its feature. It sees the entries up to i-k as they are in
-    the first draft, and those after them as they are in draft 1, 2, ... k.
+    the first draft, and those after them as they are in draft 1, 2, ... k. So the first k-1 outputs of draft k mean nothing.
     """
     count = embedded.shape[1]
     places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
+    groups, scale = layer.form.heads // layer.form.kv_heads, layer.form.head_dim**-0.5
     later: list[tuple[Tensor, Tensor]] = []
     outputs: list[Tensor] = []
     first: tuple[Tensor, Tensor] | None = None
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)
-        queries = queries * layer.form.head_dim**-0.5
-        groups = layer.form.heads // layer.form.kv_heads
         keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
         if first is None:
             first = keys, values
+            residual, queries = residual[:, start:], queries[:, :, start:]
+            embedded, feature, places = embedded[:, start:], feature[:, start:], places[:, start:]
         else:
             later.append((keys, values))
+        queries = queries * scale
         scores = queries @ first[0].transpose(2, 3)
-        scores = scores.masked_fill(order > order[:, None] - draft, -torch.inf)
+        scores = scores.masked_fill(order > order[start:, None] - draft, -torch.inf)
         # The key of draft j that the entry at i sees stands at i - draft + j.
         own = [(shifted(held, draft - j), shifted(seen, draft - j)) for j, (held, seen) in enumerate(later, start=1)]
         near = [(queries * held).sum(-1, keepdim=True) for held, _ in own]
@@ -241,13 +253,18 @@ def shifted(entries: Tensor, by: int) -> Tensor:
     return entries if not by else torch.cat((entries[:, :, :1].expand(-1, -1, by, -1), entries[:, :, :-by]), dim=2)
 
 
-def divergence(wanted: Tensor, found: Tensor, loss: BlockLoss) -> Tensor:
-    """Of the log-probabilities (M, N) of a drafter from those wanted, by target (M,).
+def _dots(first: Tensor, second: Tensor) -> Tensor:
+    """The dot products (M,) of rows (M, N), without a matrix of the products."""
+    return (first[:, None] @ second[..., None]).flatten()
+
+
+def divergence(wanted: Tensor, entropy: Tensor, found: Tensor, loss: BlockLoss) -> Tensor:
+    """Of a drafter's log-probabilities (M, N) from the wanted probabilities, whose entropy is (M,), by target (M,).
 
     `kl` is KL(wanted || found). `tv` is the total variation distance, one minus the expected acceptance a = sum(min(p, q));
     `acceptance` is -log a.
     """
     if loss == "kl":
-        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-    accepted = torch.minimum(found, wanted).exp().sum(-1)
+        return -_dots(wanted, found) - entropy
+    accepted = torch.minimum(found.exp(), wanted).sum(-1)
     return 1 - accepted if loss == "tv" else -accepted.log()

@@ -30,6 +30,8 @@ from ..model.spec import AnySpec
 from .answers import batches_of
 from .recipe import RunStep
 
+_SMALL_MODEL = 50_000_000  # parameters
+_LR, _SMALL_LR = 1.5e-3, 2e-3
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
 _FILE = "blocks.safetensors"  # of a run's checkpoint
@@ -67,11 +69,13 @@ class FrozenExits(nn.Module):
 
     Attributes:
         names: by measured exit, of what is trained, as layerskip.json has it.
+        optimizer: its class and settings; None: Trainer's AdamW.
         phases: the learning rate rises and falls once in each, over the states after these exits.
         details: of how all of it was trained.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+    optimizer = None
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()
@@ -86,14 +90,16 @@ class FrozenExits(nn.Module):
 
     @staticmethod
     def resolved(config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
-        """The config with its exits, by default one after a third of the layers; and these, ascending, whose states are read.
+        """The config with its learning rate and exits, by default one after a third of the layers; and these, ascending, whose
+        states are read.
 
         Raises ConfigError for an exit outside the model.
         """
         exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
         for exit_layer in exits:
             require_exit_layer(exit_layer, spec.layers, field="exits")
-        return replace(config, recipe=RecipeSettings(exits=exits)), exits
+        lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
+        return replace(config, lr=lr, recipe=RecipeSettings(exits=exits)), exits
 
     @staticmethod
     def replaced(kept: ExitBlocks, exits: Sequence[int]) -> str:

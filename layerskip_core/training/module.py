@@ -82,6 +82,7 @@ class RecipeModule(nn.Module):
     """A causal language model under the LayerSkip recipe."""
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+    optimizer = None
 
     def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).

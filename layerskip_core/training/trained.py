@@ -55,8 +55,6 @@ from .sharding import gather_whole, world_size
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
-_SMALL_MODEL = 50_000_000  # parameters
-_LR, _SMALL_LR = 1.5e-3, 2e-3
 
 
 class WholeModel:
@@ -242,8 +240,7 @@ class FrozenModel:
         how = Writing(asked.answer_tokens, max_length, heat, config.seed if heat else 0)  # greedy ones need none
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
-        lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
-        config = replace(config, lr=lr, max_length=max_length)
+        config = replace(config, max_length=max_length)
         counts = len(encoded[0]), len(encoded[1]), sum(map(len, given))
         plan, longest = self._planned(config, device, resume, *counts)
         if plan.autocast and device.type == "cpu":

@@ -65,7 +65,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
         self.plan, self.history, self.on_step, self.interruption = plan, history, on_step, interruption
-        layers = module.backend.layers if plan.config.fsdp else ()
+        layers, optimizer = module.backend.layers if plan.config.fsdp else (), module.optimizer
         self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
         self.checkpoints = checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
@@ -80,6 +80,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
+            optimizer_cls_and_kwargs=optimizer and (optimizer[0], {"lr": plan.config.lr, **optimizer[1]}),
         )
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
