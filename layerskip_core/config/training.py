@@ -159,7 +159,7 @@ class FinetuneConfig:
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
     warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("AdamW's weight decay.")] = 0.01
+    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
     max_length: Annotated[
         Annotated[int, Meta(ge=2, le=10_000_000)] | None,
