@@ -36,7 +36,7 @@ class FrozenEagle3(nn.Module):
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    optimizer = torch.optim.Muon, {"adjust_lr_fn": "original"}
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.Muon, {"adjust_lr_fn": "original"}
     names = {0: "eagle3"}  # noqa: RUF012
     measured_exits = tuple(names)
 

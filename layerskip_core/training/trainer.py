@@ -80,7 +80,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
-            optimizer_cls_and_kwargs=optimizer and (optimizer[0], {"lr": plan.config.lr, **optimizer[1]}),
+            optimizer_cls_and_kwargs=None if optimizer is None else (optimizer[0], optimizer[1] | {"lr": plan.config.lr}),
         )
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
