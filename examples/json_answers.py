@@ -14,7 +14,7 @@ from statistics import median
 
 from layerskip_core import load
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.drafters import Context
+from layerskip_core.decoding.processing import LogitsProcessor
 
 TEXT, NUMBER = {"type": "string", "maxLength": 40}, {"type": "integer", "minimum": 0, "maximum": 100}
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--quantize", default=None)
     arguments = parser.parse_args()
     model = load(arguments.model, quantize=arguments.quantize)
-    decoder, honest = model.decoder, Context.forced
+    decoder, honest = model.decoder, LogitsProcessor.forced
     tasks = []
     for what, asked in SCHEMAS.items():
         for text in TEXTS[: arguments.texts]:
@@ -60,7 +60,7 @@ def main() -> None:
     expected: list[list[int]] = []
     print(f"{decoder.name}: {len(tasks)} prompts")
     for name in ("warm up", "plain, no grammar", "plain", "drafts, nothing forced", "drafts"):
-        Context.forced = honest if name == "drafts" else lambda *_: []
+        LogitsProcessor.forced = honest if name == "drafts" else lambda *_: []
         seconds, tokens, passes, longest = [], 0, 0, []
         for number, (ids, config) in enumerate(tasks[:4] if name == "warm up" else tasks):
             if name == "plain, no grammar":

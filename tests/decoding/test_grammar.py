@@ -189,3 +189,28 @@ def test_wrong_grammars(options, field, message):
 def test_a_model_without_eos_cannot_end_such_an_answer():
     with pytest.raises(ConfigError, match="`regex` must be used with a model that has an EOS token"):
         replace(tiny_loaded(), eos_ids=frozenset()).resolve({"regex": "a"})
+
+
+@pytest.mark.parametrize("options", [{"strategy": "lookup"}, {"strategy": "adaptive", "exits": ()}])
+def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
+    """Greedy output repeats itself until the grammar ends the repetition."""
+    decoder = model_of("generic")
+    ids = decoder.encode_prompt("wake me at 7")
+    plain = decoder.resolve({"strategy": "autoregressive", "regex": "[ab]{25}c[ab]{4}", "max_new_tokens": 40})
+    expected = [token for [step] in decode(decoder.backend, ids, plain, decoder.eos_ids) for token in step.ids]
+    looked_up, honest = [], FixedTarget.verify
+
+    def watched(self, draft, positions, cache):
+        if draft.source == "lookup":
+            looked_up.append(draft.tokens[0, 1 : draft.counts[0] + 1].tolist())
+        return honest(self, draft, positions, cache)
+
+    monkeypatch.setattr(FixedTarget, "verify", watched)
+    found, matcher = [], plain.guide.matcher()
+    decoding = decode(decoder.backend, ids, replace(plain, num_draft_tokens=16, **options), decoder.eos_ids)
+    for [step] in decoding:
+        drafts = looked_up.pop() if looked_up else []
+        assert matcher.permitted(found, drafts) == len(drafts)
+        found += step.ids
+    assert found == expected and decoding.finish_reason == "eos"
+    assert decoding.stats.steps_by_drafter["lookup"] > 0 and decoding.stats.accepted > 5
