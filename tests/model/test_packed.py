@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from evaluating import tiny_loaded
 from test_generic import CHANGES, ids_of
@@ -59,6 +60,8 @@ def pair(monkeypatch):
 
     def make(case="llama", dtype=torch.float64, fast=TorchBackend, **changes):
         model_type, fixed = CASES[case]
+        if dtype == torch.float64 and transformers.__version__.startswith("5.17."):
+            pytest.skip("the rotary embedding of transformers 5.17 refuses fp64 positions")
         model = tiny_model(model_type, dtype, **fixed, **changes)
         if dtype == torch.float64:
             compute_in_fp64(model, monkeypatch)
