@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attacking import examples
+from fp64 import compute_in_fp64
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -104,11 +105,14 @@ def test_every_backend_gives_the_logits_of_transformers(architecture, data, seed
     cpu = torch.device("cpu")
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 2e-3)):
         model = model_of(architecture, shape, seed, dtype)
-        with torch.inference_mode():
-            reference = model(ids).logits.double()
-        require_same(TransformersBackend(model), ids, reference, tolerance, data)
-        if not missing_feature(ModelSpec.of(model.config)):
-            require_same(TorchBackend.of(model), ids, reference, tolerance, data)
+        with pytest.MonkeyPatch.context() as patch:
+            if dtype == torch.float64:
+                compute_in_fp64(model, patch)
+            with torch.inference_mode():
+                reference = model(ids).logits.double()
+            require_same(TransformersBackend(model), ids, reference, tolerance, data)
+            if not missing_feature(ModelSpec.of(model.config)):
+                require_same(TorchBackend.of(model), ids, reference, tolerance, data)
         if can_run_native(ModelSpec.of(model.config), dtype, cpu, None):
             native = NativeBackend.of(model_of(architecture, shape, seed, dtype))
             require_same(native, ids, reference, tolerance, data, same_bits=True)

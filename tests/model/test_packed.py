@@ -3,15 +3,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-import transformers
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from fp64 import compute_in_fp64
 from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend, missing_feature
 from layerskip_core.model import torch_linear as linear
-from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -60,8 +60,6 @@ def pair(monkeypatch):
 
     def make(case="llama", dtype=torch.float64, fast=TorchBackend, **changes):
         model_type, fixed = CASES[case]
-        if dtype == torch.float64 and transformers.__version__.startswith("5.17."):
-            pytest.skip("the rotary embedding of transformers 5.17 refuses fp64 positions")
         model = tiny_model(model_type, dtype, **fixed, **changes)
         if dtype == torch.float64:
             compute_in_fp64(model, monkeypatch)
@@ -72,26 +70,6 @@ def pair(monkeypatch):
         return TransformersBackend(deepcopy(model)), fast.of(model)
 
     return make
-
-
-def compute_in_fp64(model, monkeypatch):
-    """transformers' norms, the softmax of eager attention and of routers, and some rotations compute in fp32 even in fp64.
-
-    That would hide any difference under 1e-6.
-    """
-    architecture = ARCHITECTURES[model.config.model_type]
-    offset = 1 if architecture.norm == "rms_plus_one" else 0
-    norm = model.get_submodule(architecture.names.norm)
-    plain = torch.layer_norm if architecture.norm.startswith("layer") else torch.rms_norm
-    if not isinstance(norm, torch.nn.LayerNorm):
-        monkeypatch.setattr(
-            type(norm),
-            "forward",
-            lambda n, x: plain(x, n.weight.shape, n.weight + offset, eps=getattr(n, "variance_epsilon", None) or n.eps),
-        )
-    softmax, rounded = torch.nn.functional.softmax, torch.Tensor.float
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
-    monkeypatch.setattr(torch.Tensor, "float", lambda numbers: numbers if numbers.dtype == torch.float64 else rounded(numbers))
 
 
 def spans(model, ids, edges):
