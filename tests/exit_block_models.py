@@ -1,4 +1,4 @@
-"""Exit blocks with random weights for the tiny models."""
+"""Exit blocks, and drafters in the EAGLE-3 layout, with random weights for the tiny models."""
 
 import torch
 
@@ -6,9 +6,14 @@ from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.speculators import EAGLE3_FOLDER, eagle3_content
 from layerskip_core.model import TransformersBackend
+from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
+from layerskip_core.model.spec import ModelSpec
 from layerskip_core.training.exit_blocks import FrozenExits
+
+_ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
 
 
 def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
@@ -31,3 +36,19 @@ def add_blocks(folder, *blocks: ExitBlock) -> None:
     content = exit_blocks_content(spec, {name: made.take(name) for name in made.shapes(spec)}, trained_for)
     found = {str(block.exit_layer): {"agreement": 0.75} for block in blocks}
     save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(found))
+
+
+def random_eagle3(spec: ModelSpec) -> Eagle3Weights:
+    """Its head scores every second token."""
+    tokens = torch.arange(1, spec.vocab, 2)
+    form = Eagle3Form((1, 3, 5), spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, 64, len(tokens), 1e-5, _ROPE)
+    drafter = Eagle3(form, tokens)
+    return Eagle3Weights(form, tokens, {name: drafter.weight(name).detach() for name in form.shapes})
+
+
+def add_eagle3(folder) -> None:
+    """Saves such a drafter beside the model of a folder."""
+    spec = for_training(str(folder), "cpu", "fp32").backend.spec
+    (folder / EAGLE3_FOLDER).mkdir()
+    for name, content in eagle3_content(random_eagle3(spec), spec, str(folder)).items():
+        (folder / name).write_bytes(content)

@@ -183,3 +183,24 @@ class ExportConfig:
     @property
     def as_gguf(self) -> bool:
         return self.format == "gguf" or self.engine == "llama.cpp"
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Whether to compare a drafter here and in vLLM instead of an export, and on which prompts.
+
+    `python` runs in the environment that has vLLM.
+    """
+
+    check: Annotated[
+        bool,
+        Flag(
+            "Write nothing: run the model's drafter in the EAGLE-3 layout here and in vLLM, and compare what is accepted.",
+            panel="Measurement",
+        ),
+    ] = False
+    samples: Annotated[Count, Flag("Prompts of --check.")] = 16
+    python: Annotated[
+        Text | None, Flag("Python of the environment that has vLLM, for --check.", default="the one that runs layerskip")
+    ] = None
+    data: Annotated[Text, Flag("Prompts of --check: commands, a file or a hub id.", panel="Data")] = "commands"

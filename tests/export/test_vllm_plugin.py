@@ -14,9 +14,8 @@ import pytest
 from command_line import run
 
 from layerskip_core import load
-from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.config.model import CheckConfig
+from layerskip_core.export.check import check_drafter
 
 PROMPTS = ["remind me to call mom at 5", "play some jazz", "set an alarm for 7 am"]
 PROGRAM = """
@@ -55,45 +54,20 @@ print("RESULT", json.dumps({
     "refused": [refused(draft), refused(target), refused(draft, hidden_size=99), refused("/")],
 }))
 """
-
-
-EAGLE3 = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-target, prompts = sys.argv[1], json.loads(sys.argv[2])
-speculative = {"method": "eagle3", "model": target + "/eagle3", "num_speculative_tokens": 4}
-settings = dict(enforce_eager=True, max_model_len=256, max_num_seqs=1, kv_cache_memory_bytes=1 << 24, dtype="float32")
-llm = LLM(target, speculative_config=speculative, disable_log_stats=False, **settings)
-inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)
-metrics = [metric for metric in llm.get_metrics() if "spec_decode" in metric.name]
-counts = {metric.name: getattr(metric, "values", None) or metric.value for metric in metrics}
-print("RESULT", json.dumps({"ids": [list(output.outputs[0].token_ids) for output in outputs], "counts": counts}))
-"""
 ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
-    """Draft for draft: vLLM as it is reads the folder, and its counts by position are ours."""
+    """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round."""
     target = str(tmp_path / "target")
     flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
     assert not run("finetune", "--frozen", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
-    decoder = for_decoding(target, "cpu", "fp32")
-    prompts, stats, ids = [list(decoder.encode_prompt(prompt)) for prompt in PROMPTS], DecodeStats(), []
-    for prompt in prompts:
-        loop = decode(decoder.backend, prompt, DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=48), decoder.eos_ids)
-        ids.append([token for [step] in loop for token in step.ids])
-        stats += loop.stats
-    program = [sys.executable, "-c", EAGLE3, target, json.dumps(prompts)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
-    assert result["ids"] == ids
-    found = result["counts"]["vllm:spec_decode_num_accepted_tokens_per_pos"]
-    assert found == [*stats.accepted_by_position, *[0] * 4][:4] and found[0] > 3
+    done = check_drafter(CheckConfig(samples=3), target)
+    assert done.vllm.answers == done.here.answers and sum(done.here.accepted) > 10
+    shown = run("export", target, "--check", "--samples", "1")
+    assert shown.code == 0 and shown.out.splitlines()[3].startswith("| vLLM 0.")
 
 
 @pytest.mark.slow

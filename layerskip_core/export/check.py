@@ -1,0 +1,121 @@
+"""`layerskip export --check`: whether vLLM accepts as many drafts of a model's drafter as this toolkit does.
+
+Both decode the same prompts greedily in fp32, one at a time. vLLM runs in a process of its own (`vllm_drafts`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..checkpoint.locate import downloaded
+from ..checkpoint.open import for_decoding
+from ..checkpoint.speculators import EAGLE3_FOLDER, PROPOSED
+from ..config.decoding import DecodingConfig
+from ..config.model import CheckConfig, DataConfig
+from ..data import load_prompts
+from ..decoding import decode
+from ..errors import CheckpointError, DataError, refused
+
+TOLERANCE = 0.01  # of the rates of acceptance
+_ANSWER = 64  # tokens
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What an engine decoded: each answer as the token ids of its steps."""
+
+    engine: str
+    answers: list[list[list[int]]]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted drafts of each round, without an answer's last: engines count differently what follows the end."""
+        return [len(step) - 1 for answer in self.answers for step in answer[1:-1]]
+
+    @property
+    def rates(self) -> list[float]:
+        """The share of rounds in which the draft at each position was accepted."""
+        counts = self.accepted
+        return [sum(count > place for count in counts) / max(len(counts), 1) for place in range(PROPOSED)]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [[token for step in answer for token in step] for answer in self.answers]
+
+
+@dataclass(frozen=True)
+class DrafterCheck:
+    """The drafter here, and in vLLM if that is installed."""
+
+    here: Drafted
+    vllm: Drafted | None
+
+    @property
+    def difference(self) -> float:
+        """The largest between the two rates of a position; 0 without vLLM."""
+        other = self.here if self.vllm is None else self.vllm
+        return max(abs(ours - theirs) for ours, theirs in zip(self.here.rates, other.rates, strict=True))
+
+    @property
+    def same(self) -> int:
+        """How many answers are the same."""
+        other = self.here if self.vllm is None else self.vllm
+        return sum(ours == theirs for ours, theirs in zip(self.here.ids, other.ids, strict=True))
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= TOLERANCE and self.same == len(self.here.ids)
+
+    def table(self) -> str:
+        """Markdown, a row for each engine."""
+        places = [f"draft {place + 1}" for place in range(PROPOSED)]
+        rows = [["engine", "rounds", *places, "tokens per round"], ["---"] * (PROPOSED + 3)]
+        for run in filter(None, (self.here, self.vllm)):
+            tokens = f"{1 + sum(run.rates):.2f}"
+            rows.append([run.engine, str(len(run.accepted)), *(f"{rate:.1%}" for rate in run.rates), tokens])
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
+    """Decodes with the drafter of a folder or hub id here, and in vLLM where the environment of `python` has it.
+
+    Raises:
+        ConfigError: the model has no drafter in the EAGLE-3 layout.
+        CheckpointError: the model cannot be read, or vLLM ends with an error.
+        DataError: there are no prompts.
+    """
+    folder = downloaded(model)
+    if not (Path(folder) / EAGLE3_FOLDER).is_dir():
+        raise refused("check", "used with a model that `finetune --frozen --layout eagle3` trained", model)
+    prompts, here = _here(config, folder)
+    python = config.python or sys.executable
+    looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])
+    return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
+
+
+def _here(config: CheckConfig, folder: str) -> tuple[list[list[int]], Drafted]:
+    """The prompts as ids, and what they gave."""
+    decoder = for_decoding(folder, "cpu", "fp32")
+    rows = load_prompts(DataConfig(config.data, "test", limit=config.samples))
+    if not rows:
+        raise DataError(f"`data` {config.data} has no rows")
+    prompts = [decoder.encode_prompt(row.prompt) for row in rows]
+    decoding = DecodingConfig("eagle3", num_draft_tokens=PROPOSED, max_new_tokens=_ANSWER)
+    loops = (decode(decoder.backend, prompt, decoding, decoder.eos_ids) for prompt in prompts)
+    return prompts, Drafted("layerskip", [[list(step.ids) for [step] in loop] for loop in loops])
+
+
+def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:
+    asked = json.dumps({"model": str(Path(folder).resolve()), "prompts": prompts, "drafts": PROPOSED, "tokens": _ANSWER})
+    program = [python, "-c", Path(__file__).with_name("vllm_drafts.py").read_text(encoding="utf-8")]
+    done = subprocess.run(program, input=asked, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise CheckpointError(f"vLLM ended with status {done.returncode}: {told[-1].strip()}")
+    return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Drafted)
