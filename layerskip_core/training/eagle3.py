@@ -20,10 +20,10 @@ from ..model import TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import AnySpec
+from .exit_blocks import MUON, MUON_LR
 from .recipe import RunStep
 
 DRAFTS = 3  # that are unrolled
-_LR = 0.02
 _SCORED = 256  # tokens at once, by the whole head
 _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
@@ -36,7 +36,7 @@ class FrozenEagle3(nn.Module):
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.Muon, {"adjust_lr_fn": "original"}
+    optimizer = MUON
     names = {0: "eagle3"}  # noqa: RUF012
     measured_exits = tuple(names)
 
@@ -70,15 +70,16 @@ class FrozenEagle3(nn.Module):
             self.drafter.weight(name).requires_grad_(name in MATRICES)
 
     @classmethod
-    def resolved(cls, config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
+    def resolved(cls, config: FinetuneConfig, backend: TransformersBackend) -> tuple[FinetuneConfig, tuple[int, ...]]:
         """Raises CheckpointError for a drafter to start from that cannot be read, ConfigError for one with other layers."""
+        spec = backend.spec
         known, asked = cls._known(config, spec), config.exit_blocks.layers
         usual = default_layers(spec.layers) if known is None else known.form.layers
         layers = tuple(sorted(asked or usual))
         for layer in layers:
             require_exit_layer(layer, spec.layers, field="layers")
         require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        return replace(config, lr=config.lr or _LR, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
+        return replace(config, lr=config.lr or MUON_LR, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
 
     @staticmethod
     def replaced(kept: ExitBlocks, layers: Sequence[int]) -> str:

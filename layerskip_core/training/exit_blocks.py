@@ -26,12 +26,13 @@ from ..files import synchronise
 from ..losses import IGNORED, summed_divergences
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import ExitBlock, ExitBlocks, features_of
-from ..model.spec import AnySpec
 from .answers import batches_of
 from .recipe import RunStep
 
 _SMALL_MODEL = 50_000_000  # parameters
-_LR, _SMALL_LR = 1.5e-3, 2e-3
+MUON: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.Muon, {"adjust_lr_fn": "original"}
+MUON_LR = 0.02
+_LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
 _FILE = "blocks.safetensors"  # of a run's checkpoint
@@ -67,6 +68,10 @@ class Block(nn.Module):
 class FrozenExits(nn.Module):
     """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
 
+    Their matrices are trained by Muon (Jordan et al., 2024), and their norms and biases stay as they start: on `embedded-base`
+    300 such steps gave as much agreement as 600 of AdamW on all weights. Muon takes no weights of three dimensions; blocks that
+    have them (experts) are trained by AdamW as a whole.
+
     Attributes:
         names: by measured exit, of what is trained, as layerskip.json has it.
         optimizer: its class and settings; None: Trainer's AdamW.
@@ -75,7 +80,6 @@ class FrozenExits(nn.Module):
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    optimizer = None
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()
@@ -87,19 +91,23 @@ class FrozenExits(nn.Module):
         self.phases = tuple((exit_layer,) for exit_layer in self.names)
         self.backend, self._blocks = backend, blocks
         self._total_variation = loss == "tv"
+        self.optimizer = MUON if _suits_muon(backend) else None
+        for weight in self.parameters():
+            weight.requires_grad_(self.optimizer is None or weight.dim() == 2)
 
     @staticmethod
-    def resolved(config: FinetuneConfig, spec: AnySpec) -> tuple[FinetuneConfig, tuple[int, ...]]:
+    def resolved(config: FinetuneConfig, backend: TransformersBackend) -> tuple[FinetuneConfig, tuple[int, ...]]:
         """The config with its learning rate and exits, by default one after a third of the layers; and these, ascending, whose
         states are read.
 
         Raises ConfigError for an exit outside the model.
         """
+        spec = backend.spec
         exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
         for exit_layer in exits:
             require_exit_layer(exit_layer, spec.layers, field="exits")
-        lr = config.lr or (_SMALL_LR if spec.parameters < _SMALL_MODEL else _LR)
-        return replace(config, lr=lr, recipe=RecipeSettings(exits=exits)), exits
+        usual = MUON_LR if _suits_muon(backend) else _SMALL_LR if spec.parameters < _SMALL_MODEL else _LR
+        return replace(config, lr=config.lr or usual, recipe=RecipeSettings(exits=exits)), exits
 
     @staticmethod
     def replaced(kept: ExitBlocks, exits: Sequence[int]) -> str:
@@ -170,6 +178,11 @@ class FrozenExits(nn.Module):
             self.load_state_dict(load_file(folder / _FILE), strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the exits: {error}") from error
+
+
+def _suits_muon(backend: TransformersBackend) -> bool:
+    """Whether all weights of a new block are matrices, or vectors."""
+    return all(weight.dim() <= 2 for part in backend.block_originals().values() for weight in part.parameters())
 
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:

@@ -217,7 +217,7 @@ class FrozenModel:
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
         kind = FrozenEagle3 if config.exit_blocks.layout == "eagle3" else FrozenExits
-        config, self.exits = kind.resolved(config, spec)
+        config, self.exits = kind.resolved(config, self.trainable.backend)
         if self.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
             raise ConfigError(f"`output` {config.output} already has {there}; give `overwrite` to replace it")
 

@@ -115,9 +115,17 @@ def test_only_the_blocks_of_the_batch_are_trained_and_nothing_of_the_model():
     module = module_of(model, ExitBlock(2), ExitBlock(4))
     module(**batch_of(TransformersBackend(model), (4,)))["loss"].backward()
     trained = {name for name, weight in module.named_parameters() if weight.grad is not None}
-    assert trained == {name for name in module.weights() if name.startswith("exits.4.")}
+    assert trained == {name for name, weight in module.weights().items() if name.startswith("exits.4.") and weight.dim() == 2}
     assert all(weight.grad is None for weight in model.parameters())
     assert len(module.weights()) == 2 * (len(model.model.layers[-1].state_dict()) + 1)
+
+
+def test_a_block_with_experts_is_trained_as_a_whole_by_adamw():
+    matrices = module_of(tiny_model(dtype=torch.float32), ExitBlock(2))
+    experts = module_of(tiny_model("mixtral", dtype=torch.float32), ExitBlock(2))
+    assert matrices.optimizer[0] is torch.optim.Muon and experts.optimizer is None
+    assert {weight.dim() for weight in matrices.parameters() if weight.requires_grad} == {2}
+    assert all(weight.requires_grad for weight in experts.parameters())
 
 
 def test_both_exits_of_a_batch_are_measured():

@@ -60,7 +60,7 @@ def same(one, other):
 
 
 def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
-    trained, reports, stages = train(frozen(model=checkpoint, steps=40, lr=1e-2, eval_steps=1))
+    trained, reports, stages = train(frozen(model=checkpoint, steps=40, lr=0.05, eval_steps=1))
     assert reports[-1].exit_losses[2] < reports[0].exit_losses[2] / 2
     assert reports[-1].agreement[2] > reports[1].agreement[2] + 0.2
     assert trained["2"]["agreement"] == reports[-1].agreement[2] and trained["2"]["divergence"] == reports[-1].exit_losses[2]
@@ -143,7 +143,7 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     assert not (Path(cut) / "config.json").exists()
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
         prepare(frozen(**changes, output=cut))
-    with pytest.raises(ConfigError, match=r"`resume`: lr was 0\.002 in the run to go on with, and is 0\.1 now"):
+    with pytest.raises(ConfigError, match=r"`resume`: lr was 0\.02 in the run to go on with, and is 0\.1 now"):
         prepare(frozen(**changes, output=cut, resume=True, lr=0.1))
     _, reports, stages = train(frozen(**changes, output=cut, resume=True))
     assert [report.step for report in reports] == [7, 8]
