@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerskip_core.training.plan import Plan
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.recipe import Recipe
+    from layerskip_core.training.worth import Worth
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MOST_CURVES = 12  # exits with a line of their own
@@ -178,7 +179,16 @@ def _block_lines(plan: "Plan") -> list[str]:
         f"{writing}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
         f"{plan.steps} {steps} of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}",
+        *(() if plan.worth is None else (_worth_line(plan.worth, config.model),)),
     ]
+
+
+def _worth_line(worth: "Worth", model: str) -> str:
+    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
+    return (
+        f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
+        f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: layerskip bench --model {model}"
+    )
 
 
 def report_text(report: "StepReport", frozen: bool) -> str:

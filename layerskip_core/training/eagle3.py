@@ -16,12 +16,13 @@ from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, FinetuneConfig
 from ..errors import CheckpointError, require
 from ..losses import IGNORED
-from ..model import TransformersBackend
+from ..model import Backend, TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import AnySpec
 from .exit_blocks import MUON, MUON_LR
 from .recipe import RunStep
+from .worth import Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
 _SCORED = 256  # tokens at once, by the whole head
@@ -106,6 +107,9 @@ class FrozenEagle3(nn.Module):
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
+
+    def worth(self, backend: Backend) -> Worth:
+        return worth_of_eagle3(backend, self.stored(backend.dtype))
 
     @property
     def _head(self) -> Tensor:

@@ -28,6 +28,7 @@ from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
 from .recipe import RunStep
+from .worth import Worth, worth_of_block
 
 _SMALL_MODEL = 50_000_000  # parameters
 MUON: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.Muon, {"adjust_lr_fn": "original"}
@@ -123,6 +124,10 @@ class FrozenExits(nn.Module):
     @property
     def details(self) -> dict[str, Any]:
         return {"feature": self._blocks[0].feature}
+
+    def worth(self, backend: Backend) -> Worth:
+        """What drafts by the first block would gain, with the backend that decodes."""
+        return worth_of_block(backend, self._blocks[0].exit_layer)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Before the training on some encoded rows: blocks score all tokens, whatever the rows have."""

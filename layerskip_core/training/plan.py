@@ -22,6 +22,7 @@ from .checkpoints import ResumePoint
 from .data import collate
 from .recipe import Recipe, RunStep
 from .sharding import world_size
+from .worth import Worth
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
@@ -67,6 +68,7 @@ class Plan:
     phases: int = 1
     state_seconds: float = 0.0
     disk_mb: float = 0.0  # of states
+    worth: Worth | None = None  # of the first drafter that is trained
 
     @property
     def dtype(self) -> str:

@@ -249,7 +249,7 @@ class FrozenModel:
         chosen, example = self.module.phases[0], max(longest, key=lambda text: len(text["input_ids"]))
         shape = (len(example["input_ids"]), spec.hidden)
         states = {"exits": chosen, "states": torch.randn(len(chosen), *shape), "finals": torch.randn(shape)}
-        plan = replace(plan, phases=len(self.module.phases))
+        plan = replace(plan, phases=len(self.module.phases), worth=self.module.worth(self.decoder.backend))
         self.plan = timed(plan, self.module, [example | states], plan.tokens / len(longest))
 
     def _planned(

@@ -259,7 +259,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     )
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    what, rows, before, steps, cost, note = planned.err.splitlines()
+    what, rows, before, steps, worth, cost, note = planned.err.splitlines()
     assert what == (
         f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, "
         "feature final, loss kl"
@@ -270,6 +270,10 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         before,
     )
     assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    speeds = ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
+    assert re.match(
+        rf"drafts here would take [\d.]+ of a step \([\d.]+ ms\) each, so by drafts accepted about {speeds} of plain", worth
+    )
     assert cost.startswith("a timed step: ")
     assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")
 

@@ -1,0 +1,27 @@
+"""What a drafter would gain, by the times of passes that a stand-in gives."""
+
+import pytest
+
+from layerskip_core.training import worth
+
+
+class Passes:
+    """Of a model of 8 layers: 1 second per layer and 2 for the head, whatever the number of tokens."""
+
+    num_layers = 8
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def seconds(self, start, stop, tokens=1, head=False):
+        return float(stop - start + 2 * head)
+
+
+@pytest.mark.parametrize(("accepted", "drafts"), [(0.5, 1), (0.8, 2)])
+def test_speed_through_a_block_is_that_of_rounds_of_its_passes(monkeypatch, accepted, drafts):
+    """A round of d drafts takes d + 1 times the 2 layers of the exit, its block and the head, and 6/8 of a pass."""
+    monkeypatch.setattr(worth, "_Passes", Passes)
+    found = worth.worth_of_block(Passes, 2)
+    assert (found.step, found.draft) == (10.0, 0.5)
+    tokens = sum(accepted**number for number in range(drafts + 1))
+    assert found.speeds[accepted] == (pytest.approx(10 * tokens / (5 * (drafts + 1) + 7.5)), drafts)
