@@ -309,14 +309,13 @@ class CutModel:
         positions: Tensor,
         cache: MixedCache | None = None,
         *,
-        key_mask: Tensor | None = None,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
         """Layers start..stop-1 over states (B, T, D) of the tokens at `positions`; see `embed` for those before layer 0.
 
-        `key_mask` (B, T), True where a key may be seen, is for calls without a cache. `only_writes`: each layer gets `state`
-        and writes its entries. `block`: an exit block that runs instead of its original, and its `shift_of_block`.
+        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs instead of its original,
+        and its `shift_of_block`.
         """
         shift = 0 if block is None else block[1]
         writer = None if cache is None else EntryWriter(cache, positions, shift=shift)
@@ -328,10 +327,10 @@ class CutModel:
                     count = min(count, cache.ends[row] - int(places[0]))
                 own = EntryWriter(cache, places[None, :count], row, shift)
                 part = state[row : row + 1, :count]
-                done = self.run_span(part, start, stop, places[None, :count], own, None, only_writes, block)
+                done = self.run_span(part, start, stop, places[None, :count], own, only_writes, block)
                 rows.append(torch.cat([done, done[:, -1:].expand(-1, len(places) - count, -1)], dim=1))
             return torch.cat(rows)
-        return self.run_span(state, start, stop, positions, writer, key_mask, only_writes, block)
+        return self.run_span(state, start, stop, positions, writer, only_writes, block)
 
     def normed(self, state: Tensor) -> Tensor:
         """The owner's output, which the head reads, for the states (..., D) after any layer."""
@@ -392,7 +391,6 @@ class CutModel:
         stop: int,
         positions: Tensor,
         writer: Writer | None,
-        key_mask: Tensor | None = None,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
@@ -419,7 +417,7 @@ class CutModel:
                     copies: Any = dict(zip(layers[start].modules(), block[0].modules(), strict=True))
                     modules = [(copies[part], copies.get(last)) for part, last in modules]
                 changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
-            hidden = self.forward(inputs, positions, changes, cache, key_mask)
+            hidden = self.forward(inputs, positions, changes, cache)
         return form.state(hidden, ids)
 
     def _one_by_one(self, cache: MixedCache, positions: Tensor, contiguous: bool) -> bool:
@@ -481,7 +479,6 @@ class CutModel:
         positions: Tensor | None,
         changes: Sequence[tuple[Any, Forward]],
         cache: PositionCache | None = None,
-        key_mask: Tensor | None = None,
     ) -> Any:
         """The model's forward while modules have other forwards: its output, or what one of them ended it with."""
         keywords: dict[str, Any] = {"use_cache": cache is not None}
@@ -490,8 +487,6 @@ class CutModel:
             keywords["position_ids"] = positions
         if cache is not None and self.cache_keyword is not None:
             keywords[self.cache_keyword] = cache
-        if key_mask is not None:
-            keywords["attention_mask"] = key_mask
         differ = isinstance(cache, PositionCache) and not getattr(cache.writer, "contiguous", True)
         if differ:
             _know_positions(self.model.config.get_text_config(decoder=True)._attn_implementation)

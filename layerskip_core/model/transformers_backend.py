@@ -120,24 +120,13 @@ class TransformersBackend:
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)
 
-    def run_layers(
-        self,
-        hidden: Tensor,
-        start: int,
-        stop: int,
-        positions: Tensor,
-        cache: KVCache | None = None,
-        key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """As `Layers.run_layers`. `positions` (B, T) are on the host, so that no call waits for the device to learn a length.
-
-        `key_mask` (B, T), True where a key may be seen, is for calls without a cache.
-        """
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As `Layers.run_layers`. `positions` (B, T) are on the host: no call waits for the device to learn a length."""
         if start == stop:
             return hidden
         assert cache is None or isinstance(cache, MixedCache)
         if start < self.num_layers:
-            return self._cut.run(hidden, start, stop, positions, cache, key_mask=key_mask)
+            return self._cut.run(hidden, start, stop, positions, cache)
         return self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:

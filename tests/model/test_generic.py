@@ -46,16 +46,6 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
     assert expected.std() > 0.1
 
 
-def test_left_padded_rows_equal_unpadded_ones(llama):
-    backend, ids = TransformersBackend(llama), ids_of(1, 6)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
-    key_mask = torch.tensor([[False] * 3 + [True] * 6])
-    positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5]])
-    with torch.no_grad():
-        actual = backend.unembed(backend.run_layers(backend.embed(padded), 0, 6, positions, key_mask=key_mask))
-        torch.testing.assert_close(actual[:, 3:], llama(ids).logits)
-
-
 def test_the_context_limit_is_an_error(llama):
     backend = TransformersBackend(llama)
     with pytest.raises(ConfigError, match="context limit of 128 tokens"):
