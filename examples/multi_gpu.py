@@ -38,7 +38,7 @@ def flops(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) 
     """Floating-point operations of a step, over all GPUs.
 
     Per token two for each weight in the forward pass and four in the backward pass, of which LoRA needs half, and two more for
-    each weight that is used again there: of layers with gradient checkpointing, of heads whose logits are taken in chunks.
+    each weight that is used again there, of layers with gradient checkpointing.
     Causal attention adds 6 T D per layer. Layer dropout saves layers, and each exit adds a head.
     """
     parameters = sum(weight.numel() for weight in backend.model.parameters())
@@ -47,7 +47,7 @@ def flops(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) 
     kept = 1 - sum(dropout_rates(recipe.p_max, backend.num_layers)) / backend.num_layers
     layers, head = layer_weights(backend) * kept, backend.spec.hidden * backend.spec.vocab * exits
     attention = 6 * LENGTH * backend.spec.heads * backend.spec.head_dim * backend.num_layers * kept
-    per_token = (4 if lora else 6) * (layers + head) + attention + 2 * layers + attention / 3 + 2 * head
+    per_token = (4 if lora else 6) * (layers + head) + attention + 2 * layers + attention / 3
     return batch_size * gpus * LENGTH * per_token
 
 

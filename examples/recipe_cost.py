@@ -105,8 +105,7 @@ def measured(arguments: argparse.Namespace) -> dict:
 
 
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
-    """Multiply-adds of one step: 1x forward and 2x backward; a head with chunked logits 1x more; a head of weight 0 only 1x."""
-    from layerskip_core import losses
+    """Multiply-adds of one step: 1x forward and 2x backward; a head of weight 0 only 1x."""
     from layerskip_core.training.recipe import dropout_rates, exit_weights, kept_rows
 
     backend, recipe = training.backend, training.recipe
@@ -115,9 +114,8 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
     attention = length * backend.spec.queries  # scores and values, causal
     head = backend.spec.hidden * backend.spec.vocab
-    chunked = batch * (length - 1) > losses.CHUNK_LOGITS // backend.spec.vocab
     weights = exit_weights(exits, backend.num_layers, recipe.e_scale, recipe.exit_weights)
-    heads = sum((3 + chunked) if weight > 0 else 1 for weight in weights)
+    heads = sum(3 if weight > 0 else 1 for weight in weights)
     return length * (3.0 * kept * (layer + attention) + batch * heads * head)
 
 

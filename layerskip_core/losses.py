@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a label that takes no part in the loss
 CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
@@ -30,37 +29,54 @@ class Teacher:
 
 def summed_losses(
     unembed: Callable[[Tensor], Tensor],
-    hidden: Tensor,
+    runs: Sequence[Tensor],
     targets: Tensor,
     vocab_size: int,
+    weights: Sequence[tuple[float, float]],
     teacher: Teacher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, KL(teacher || exit)) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted loss, cross-entropies (K,), divergences (K,)) of K exits, summed over N tokens, in fp32.
 
-    The divergence is 0 without a teacher, into which no gradient flows. Above CHUNK_LOGITS logits the tokens are taken in
-    chunks whose logits are recomputed in the backward pass, so that (N, V) never exists as a whole.
+    `runs` are the hidden states (N, D) of the exits, `targets` (N,). `weights` are the factors in the loss of an exit's
+    cross-entropy and of its divergence KL(reference || exit). The reference of the last exit is the `teacher`, that of the
+    others the last exit if any of them has a weight for it; without one the divergence is 0. No gradient flows into a
+    reference; that of the loss reaches the runs and the weights of the head.
+
+    Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
+    and none are computed twice.
     """
-
-    def chunk_losses(part: Tensor, wanted: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = unembed(part).float()
-        cross_entropy = functional.cross_entropy(logits, wanted, reduction="sum")
-        if teacher is None or taught is None:
-            return cross_entropy, cross_entropy.new_zeros(())
+    trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
+    sums = torch.zeros(len(runs), 2, device=targets.device)
+    gradients = {run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained}
+    heads: dict[Tensor, Tensor] = {}  # gradients of the head's weights
+    last, distils = len(runs) - 1, any(share for _, share in weights[:-1])
+    for chunk in _chunks(len(targets), vocab_size):
         with torch.no_grad():
-            aim = teacher.unembed(taught).float().log_softmax(-1)
-        divergence = functional.kl_div(logits.log_softmax(-1), aim, reduction="sum", log_target=True)
-        return cross_entropy, divergence
-
-    rows = max(1, CHUNK_LOGITS // vocab_size)
-    constant = None if teacher is None else teacher.states.detach()
-    if hidden.shape[0] <= rows:
-        return chunk_losses(hidden, targets, constant)
-    wanted = torch.split(targets, rows)
-    taught = [None] * len(wanted) if constant is None else torch.split(constant, rows)
-    parts = zip(torch.split(hidden, rows), wanted, taught, strict=True)
-    losses = [checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts]
-    cross_entropies, divergences = zip(*losses, strict=True)
-    return torch.stack(cross_entropies).sum(), torch.stack(divergences).sum()
+            aim = None if teacher is None else teacher.unembed(teacher.states[chunk])
+        for index in range(last, -1, -1):
+            part = runs[index].detach()[chunk].requires_grad_(trains[index])
+            with torch.set_grad_enabled(trains[index]):
+                logits = unembed(part)
+            found = logits.detach()
+            losses, slope = _losses(found, targets[chunk], aim, weights[index], trains[index])
+            sums[index] += losses
+            if slope is not None:
+                leaves = _leaves(logits)
+                with torch.autocast(found.device.type, enabled=False):  # as a backward pass runs
+                    slopes = torch.autograd.grad(logits, leaves, slope)
+                for leaf, gradient in zip(leaves, slopes, strict=True):
+                    if leaf is part:
+                        gradients[runs[index]][chunk] = gradient
+                        continue
+                    if leaf not in heads:
+                        heads[leaf] = torch.zeros_like(leaf)
+                    heads[leaf] += gradient
+            if index == last:
+                aim = found if distils else None
+    loss = (sums * torch.tensor(weights, device=sums.device)).sum()
+    if gradients:
+        loss = _with_gradients(loss, gradients | heads)
+    return loss, sums[:, 0], sums[:, 1]
 
 
 def summed_divergences(
@@ -80,52 +96,104 @@ def summed_divergences(
     and none are computed twice.
     """
     trains = torch.is_grad_enabled() and any(run.requires_grad for run in runs)
-    rows = max(1, CHUNK_LOGITS // vocab_size)
     sums = torch.zeros(len(runs), device=teacher.device)
     gradients = [torch.zeros_like(run) for run in runs]
     agreeing = torch.zeros((), device=teacher.device)
-    for at in range(0, teacher.shape[0], rows):
-        chunk = slice(at, at + rows)
+    for chunk in _chunks(len(teacher), vocab_size):
         with torch.no_grad():
             aim = unembed(teacher[chunk])
-        parts = [run.detach()[chunk].requires_grad_(trains) for run in runs]
-        with torch.set_grad_enabled(trains):
-            logits = [unembed(part) for part in parts]
-        values, slopes = _divergences(aim, [part.detach() for part in logits], total_variation, trains)
-        sums += values
-        agreeing += (logits[0].argmax(-1) == aim.argmax(-1)).sum()
-        if trains:
-            for gradient, one, part, slope in zip(gradients, logits, parts, slopes, strict=True):
-                gradient[chunk] = torch.autograd.grad(one, part, slope)[0]
+        for index, (run, gradient) in enumerate(zip(runs, gradients, strict=True)):
+            part = run.detach()[chunk].requires_grad_(trains)
+            with torch.set_grad_enabled(trains):
+                logits = unembed(part)
+            losses, slope = _losses(logits.detach(), None, aim, (0.0, 1.0), trains, total_variation)
+            sums[index] += losses[1]
+            if index == 0:
+                agreeing += (logits.argmax(-1) == aim.argmax(-1)).sum()
+            if slope is not None:
+                gradient[chunk] = torch.autograd.grad(logits, part, slope)[0]
     if not trains:
         return list(sums), agreeing
-    linear = [(run * gradient).sum() for run, gradient in zip(runs, gradients, strict=True)]  # has just this gradient
-    return [value + (term - term.detach()) for value, term in zip(sums, linear, strict=True)], agreeing
+    known = zip(sums, runs, gradients, strict=True)
+    return [_with_gradients(value, {run: gradient}) for value, run, gradient in known], agreeing
 
 
-def _divergences(aim: Tensor, found: Sequence[Tensor], total_variation: bool, trains: bool) -> tuple[Tensor, list[Tensor]]:
-    """(the divergence of each of the K `found`, (K,), summed over tokens; its gradients by their logits), of logits (N, V).
+def _chunks(tokens: int, vocab_size: int) -> list[slice]:
+    """Of at most CHUNK_LOGITS logits; at least one, which may be empty, so that every process runs the head (DDP, FSDP2)."""
+    rows = max(1, CHUNK_LOGITS // vocab_size)
+    return [slice(at, at + rows) for at in range(0, max(1, tokens), rows)]
 
-    With p the probabilities of the aim and q those found, the gradient of KL(p || q) is q - p. That of the total variation is
-    q (s - sum(q s)), s = sign(q - p) / 2. On a CPU a few tokens are taken at a time, which stay in its cache.
+
+def _losses(
+    found: Tensor,
+    targets: Tensor | None,
+    aim: Tensor | None,
+    weights: tuple[float, float],
+    trains: bool,
+    total_variation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(cross-entropy and divergence from the `aim`, (2,), summed over tokens; gradient of their weighted sum by `found`).
+
+    `found` and `aim` are logits (N, V). With p the probabilities of the aim and q those found, the gradient of the
+    cross-entropy is q - one_hot(target), that of KL(p || q) q - p, and that of the total variation q (s - sum(q s)),
+    s = sign(q - p) / 2. On a CPU a few tokens are taken at a time, which stay in its cache.
     """
-    sums = torch.zeros(len(found), device=aim.device)
-    slopes = [torch.empty_like(logits) for logits in found] if trains else []
-    rows = max(1, _CACHED_LOGITS // aim.shape[1]) if aim.device.type == "cpu" else aim.shape[0]
-    for at in range(0, aim.shape[0], rows):
+    sums = torch.zeros(2, device=found.device)
+    gradient = torch.empty_like(found) if trains else None
+    rows = max(1, _CACHED_LOGITS // found.shape[1]) if found.device.type == "cpu" else max(1, len(found))
+    hard, soft = weights
+    for at in range(0, len(found), rows):
         block = slice(at, at + rows)
-        wanted = aim[block].float().log_softmax(-1)
-        chances = wanted.exp()
-        for number, logits in enumerate(found):
-            logs = logits[block].float().log_softmax(-1)
-            if total_variation:
-                slope = logs.exp_()
-                signs = (slope - chances).sign_().div_(2)
-                sums[number] += ((slope - chances) * signs).sum()
-                slope.mul_(signs - (slope * signs).sum(-1, keepdim=True))
-            else:
-                sums[number] += torch.dot(chances.flatten(), (wanted - logs).flatten())
-                slope = logs.exp_().sub_(chances)
-            if trains:
-                slopes[number][block] = slope
-    return sums, slopes
+        logs = found[block].float().log_softmax(-1)
+        if targets is not None:
+            wanted = targets[block, None]
+            sums[0] -= logs.gather(1, wanted).sum()
+        if aim is not None:
+            aims = aim[block].float().log_softmax(-1)
+            chances = aims.exp()
+            if not total_variation:
+                sums[1] += torch.dot(chances.flatten(), (aims - logs).flatten())
+        slope = logs.exp_()
+        if total_variation:
+            signs = (slope - chances).sign_().div_(2)
+            sums[1] += ((slope - chances) * signs).sum()
+            slope.mul_(signs - (slope * signs).sum(-1, keepdim=True))
+        elif trains:
+            slope.mul_(hard + soft)
+            if aim is not None:
+                slope.sub_(chances, alpha=soft)
+            if targets is not None:
+                slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -hard))
+        if gradient is not None:
+            gradient[block] = slope
+    return sums, gradient
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that the gradient of an output reaches."""
+    leaves, seen, open_nodes = list[Tensor](), set[Any](), [output.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            open_nodes += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def _with_gradients(value: Tensor, gradients: dict[Tensor, Tensor]) -> Tensor:
+    """A value whose gradients by some tensors, the keys, are known."""
+    found: Tensor = _Known.apply(value, list(gradients.values()), *gradients)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)

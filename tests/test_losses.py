@@ -51,3 +51,46 @@ def test_without_gradients_only_the_values_are_computed():
     with torch.no_grad():
         (value,), agreeing = losses.summed_divergences(lambda part: part, [states], states.detach(), 5)
     assert float(value) == pytest.approx(0, abs=1e-6) and int(agreeing) == 4 and not value.requires_grad
+
+
+@pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 100)])
+def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows, cached):
+    """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 2) after a matrix that trains with the head, behind a cap."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
+    monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
+    torch.manual_seed(0)
+    weight, matrix = torch.randn(VOCABULARY, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    taught, *inputs = torch.randn(4, 7, 5).unbind()
+    targets = torch.randint(VOCABULARY, (7,))
+    weights = [(0.0, 0.0), (0.3, 0.6), (0.5, 2.0)]
+
+    def head(states):
+        return torch.tanh(states @ weight.T) * 4
+
+    def found(loss):
+        return torch.autograd.grad(3 * loss, [weight, matrix], retain_graph=True)
+
+    runs = [states @ matrix for states in inputs]
+    logs = [head(run).log_softmax(-1) for run in runs]
+    hard = [-one.gather(1, targets[:, None]).sum() for one in logs]
+    aims = [None, logs[2].detach(), (head(taught) / 2).log_softmax(-1).detach()]
+    soft = [torch.tensor(0.0), *((aim.exp() * (aim - one)).sum() for aim, one in zip(aims[1:], logs[1:], strict=True))]
+    expected = sum(a * ce + b * kl for (a, b), ce, kl in zip(weights, hard, soft, strict=True))
+
+    teacher = losses.Teacher(taught, lambda states: head(states) / 2)
+    loss, cross_entropies, divergences = losses.summed_losses(head, runs, targets, VOCABULARY, weights, teacher)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(cross_entropies, torch.stack(hard))
+    torch.testing.assert_close(divergences[1:], torch.stack(soft[1:]))
+    for gradient, wanted in zip(found(loss), found(expected), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_a_batch_without_targets_has_a_gradient_of_zero_for_the_head():
+    """Else its process would wait for the others in vain (DDP)."""
+    weight, states = torch.randn(VOCABULARY, 5, requires_grad=True), torch.randn(0, 5, requires_grad=True)
+    loss, *_ = losses.summed_losses(
+        lambda part: part @ weight.T, [states], torch.zeros(0, dtype=torch.long), VOCABULARY, [(1.0, 0.0)]
+    )
+    loss.backward()
+    assert float(loss.detach()) == 0 and not weight.grad.any()

@@ -69,6 +69,6 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
     positions = torch.arange(len(ids) - 1)[None]
     through = states_at_exits(model, tokens, positions, model.new_cache(1, len(ids)), exit_layers)
     return len(targets), {
-        exit_layer: float(summed_losses(head, states[0, first - 1 :], targets, model.spec.vocab)[0])
+        exit_layer: float(summed_losses(head, [states[0, first - 1 :]], targets, model.spec.vocab, [(1.0, 0.0)])[0])
         for exit_layer, states, head in through
     }

@@ -113,27 +113,22 @@ class RecipeModule(nn.Module):
         layers, recipe = self.backend.num_layers, self.recipe
         exits = exits_on(recipe, step.done, step.total, layers) if self.training else self.measured_exits
         states = self._states(input_ids, exits, step, documents)
-        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in states.items()}
+        rows = [target_rows(states[exit_layer], labels) for exit_layer in exits]
         share = recipe.distill if self.training else 0.0
         anchor = self.anchor if self.training else None
-        last_layer = Teacher(rows[layers][0], self.backend.unembed) if share else None
-        original = None if anchor is None else anchor.teacher(input_ids, labels, documents)
-        total = rows[layers][0].new_zeros((), dtype=torch.float32)
-        per_exit = []
-        for weight, exit_layer in zip(exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights), exits, strict=True):
-            teacher = last_layer if exit_layer < layers else original
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
-                cross_entropy, divergence = summed_losses(
-                    self.backend.unembed, *rows[exit_layer], self.backend.spec.vocab, teacher
-                )
-            mixed = (1 - share) * cross_entropy + share * divergence if exit_layer < layers else cross_entropy
-            total = total + weight * mixed
-            per_exit.append(cross_entropy.detach())
-        output: dict[str, Tensor | tuple[int, ...]] = {"per_exit": torch.stack(per_exit), "exit_layers": exits}
-        if anchor is not None:  # the last exit of the loop was the last layer, which is always on
-            total = total + anchor.weight * divergence
-            output["divergence"] = divergence.detach()
-        return output | {"loss": total}
+        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
+        weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
+        weights.append((scales[-1], 0.0 if anchor is None else anchor.weight))
+        loss, per_exit, divergences = summed_losses(
+            self.backend.unembed,
+            [hidden for hidden, _ in rows],
+            rows[-1][1],
+            self.backend.spec.vocab,
+            weights,
+            None if anchor is None else anchor.teacher(input_ids, labels, documents),
+        )
+        output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": per_exit, "exit_layers": exits}
+        return output if anchor is None else output | {"divergence": divergences[-1]}
 
     def save(self, folder: Path) -> None:
         """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
