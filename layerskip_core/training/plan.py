@@ -16,6 +16,7 @@ from torch import nn
 from ..checkpoint.loaded import pick_dtype
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError
+from ..model.native.compiled import multiplies_bf16
 from ..model.spec import AnySpec
 from .answers import Answers
 from .checkpoints import ResumePoint
@@ -101,12 +102,11 @@ def make_plan(
 ) -> Plan:
     """A plan with the `fields` that are given. The config, as it is resolved, and the `facts` are sealed.
 
-    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and also for small models on a CPU with bf16
-    instructions, where it is twice as fast. Raises ConfigError where the checkpoint to resume from was sealed with other
-    settings.
+    `dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`). Raises ConfigError where the
+    checkpoint to resume from was sealed with other settings.
     """
-    quick = config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    autocast = quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
+    chosen = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
+    autocast = multiplies_bf16() if config.dtype == "auto" and device.type == "cpu" else chosen
     fields |= {"parameters": spec.parameters, "num_layers": spec.layers}
     plan = Plan(config, str(device), autocast, **fields, sealed={}, notes=())
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}

@@ -359,6 +359,18 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(
+    ("flags", "faster"),
+    [({"amx_tile", "amx_bf16", "GenuineIntel"}, True), ({"GenuineIntel"}, False), ({"AuthenticAMD"}, True)],
+    ids=["AMX", "Intel without AMX", "AMD"],
+)
+def test_cpus_that_multiply_bf16_faster_than_fp32(monkeypatch, flags, faster):
+    on_processor(monkeypatch, "x86_64", compiled._AVX512 | flags)
+    assert compiled.multiplies_bf16() == faster
+    on_processor(monkeypatch, "x86_64", compiled._AVX2 | flags)
+    assert not compiled.multiplies_bf16()
+
+
 MISSING = "the compiled kernels are missing: decoding uses torch's"
 
 

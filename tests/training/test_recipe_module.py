@@ -12,6 +12,7 @@ from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import module as recipe_modules
+from layerskip_core.training import plan as plans
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.module import use_fp32_attention
@@ -92,7 +93,7 @@ def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
 
 @pytest.mark.parametrize(("bf16", "lora"), [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"])
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
-    """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
+    """The backward pass runs layers again: dropping the same rows, with taps, in the same precision."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
     ids, labels = batch(4)
     recipe = RecipeSettings(p_max=0.8, curriculum="all", distill=0.5)
@@ -280,8 +281,8 @@ def test_a_model_with_another_attention_keeps_it():
 @pytest.mark.parametrize(
     ("multiplies_bf16", "dtype", "attention"), [(True, "bf16 autocast", "sdpa_fp32"), (False, "fp32", "sdpa")]
 )
-def test_auto_is_bf16_where_the_cpu_multiplies_it(settings, monkeypatch, multiplies_bf16, dtype, attention):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_bf16)
+def test_auto_is_bf16_where_the_cpu_is_faster_in_it(settings, monkeypatch, multiplies_bf16, dtype, attention):
+    monkeypatch.setattr(plans, "multiplies_bf16", lambda: multiplies_bf16)
     config = settings(dtype="auto", steps=1)
     job = prepare(config)
     job.run(lambda report: None)

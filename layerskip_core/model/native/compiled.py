@@ -174,6 +174,13 @@ def _cpu_flags() -> set[str]:
     return {flag for flags in found for flag in flags}
 
 
+def multiplies_bf16() -> bool:
+    """Whether PyTorch's products are faster in bf16 than in fp32 on this x86 CPU: with AMX, or with AVX-512 BF16 unless it is
+    Intel's, which has half the multiply-adds of fp32.
+    """
+    return next((name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()), None) in ("amx", "avx512")
+
+
 def kernels(variant: str | None = None) -> Kernels | None:
     """A variant that was built and that this CPU can run: the given one, else the requested one, else the best; else None.
 
