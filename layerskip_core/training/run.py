@@ -136,7 +136,7 @@ def require_device(device: torch.device) -> None:
 def _kept_memory() -> Iterator[None]:
     """glibc keeps the memory that a step frees for the next one.
 
-    Else it returns large blocks to the kernel, which clears every page of the next ones: a tenth of a step on a CPU.
+    Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
