@@ -26,7 +26,7 @@ from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
 from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
-from .speculators import EAGLE3_FOLDER, read_eagle3
+from .speculators import eagle3_beside
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
@@ -101,9 +101,8 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
             _check(file, spec, weight_of, blocks.shapes(spec), FLOATS)
-    if (drafter := Path(folder) / EAGLE3_FOLDER).is_dir():
-        blocks = replace(blocks, eagle3=read_eagle3(drafter, spec))
-    return blocks
+    drafter = eagle3_beside(folder, spec)
+    return blocks if drafter is None else replace(blocks, eagle3=drafter)
 
 
 def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str, str]) -> bytes:

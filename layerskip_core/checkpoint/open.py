@@ -51,7 +51,7 @@ from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, locate, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .speculators import EAGLE3_FOLDER, eagle3_content, read_eagle3
+from .speculators import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3
 from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
@@ -310,7 +310,8 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
             f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab) if packing.draft_vocab else None
-    backend = NativeBackend(spec, file.unpacked, packing, order, None, file.exit_blocks, file.embedding(spec), pack=file.matrix)
+    blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))
+    backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
 

@@ -4,6 +4,10 @@ config.json has what the library `speculators` writes (vLLM reads `speculators_c
 same values at its top, where SGLang and EAGLE's own checkpoints have them. The weights have the names of EAGLE's checkpoints
 (`midlayer.*`), which all three know; `layers.0.*`, of `speculators`, is read too. `d2t` has, for each output of the head, the
 target's token less the number of the output.
+
+vLLM reads `eagle_aux_hidden_state_layer_ids` at the top: after how many layers states are taken. SGLang, and SpecForge, which
+trains for it, read that in `eagle_config`, where a list that begins with 1 has the layers by index: [1, 14, 26] is after 2, 15
+and 27.
 """
 
 import json
@@ -56,6 +60,10 @@ class _Layer(msgspec.Struct):
     rope_theta: float | None = None
 
 
+class _Eagle(msgspec.Struct):
+    eagle_aux_hidden_state_layer_ids: _Ids = msgspec.field(default_factory=list)
+
+
 class _Values(msgspec.Struct):
     draft_vocab_size: _Size
     eagle_aux_hidden_state_layer_ids: _Ids | None = None
@@ -64,7 +72,7 @@ class _Values(msgspec.Struct):
     fc_norm: bool = False
     norm_output: bool = False
     target_hidden_size: int | None = None
-    eagle_config: dict[str, Any] | None = None
+    eagle_config: _Eagle | None = None
     transformer_layer_config: _Layer | None = None
 
 
@@ -107,7 +115,10 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         "draft_vocab_size": form.vocab,
         "norm_before_residual": form.norm_before_residual,
         "eagle_aux_hidden_state_layer_ids": list(form.layers),
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(form.layers), "use_aux_hidden_state": True},
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [layer - (form.layers[0] == 2) for layer in form.layers],
+            "use_aux_hidden_state": True,
+        },
         "dtype": str(next(iter(stored.weights.values())).dtype).removeprefix("torch."),
         "speculators_model_type": "eagle3",
         "speculators_config": {
@@ -123,6 +134,12 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
     text = json.dumps(document, indent=2) + "\n"
     return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
+
+
+def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
+    """The drafter of a model's folder, if it has one. Raises as `read_eagle3` does."""
+    drafter = Path(folder) / EAGLE3_FOLDER
+    return read_eagle3(drafter, spec) if drafter.is_dir() else None
 
 
 def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
@@ -149,8 +166,9 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
 
 def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     """Raises ConfigError for a value that is not supported."""
-    named = (values.eagle_config or {}).get("eagle_aux_hidden_state_layer_ids")
-    layers = values.eagle_aux_hidden_state_layer_ids or named or default_layers(spec.layers)
+    named = values.eagle_config.eagle_aux_hidden_state_layer_ids if values.eagle_config else []
+    by_index = bool(named) and named[0] == 1
+    layers = values.eagle_aux_hidden_state_layer_ids or [layer + by_index for layer in named] or default_layers(spec.layers)
     require(max(layers) < spec.layers, "eagle_aux_hidden_state_layer_ids", f"layers below {spec.layers}", layers)
     require(own.hidden_size == spec.hidden, "hidden_size", f"{spec.hidden}, as the model's", own.hidden_size)
     require(values.target_hidden_size in (None, spec.hidden), "target_hidden_size", "hidden_size", values.target_hidden_size)

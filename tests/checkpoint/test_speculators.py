@@ -71,6 +71,19 @@ def test_the_weights_have_the_names_and_shapes_of_sglang_s_loader(folder):
     document = json.loads((folder[0] / "config.json").read_text())
     assert document["architectures"] == ["LlamaForCausalLMEagle3"] and document["model_type"] == "llama"
     assert document["hidden_size"] == size and document["draft_vocab_size"] == 11 and not document["tie_word_embeddings"]
+    assert "target_hidden_size" not in document and not document["attention_bias"]  # it would have other widths, and biases
+
+
+@pytest.mark.parametrize("layers", [(2, 4, 6), (3, 5, 8)])
+def test_vllm_and_sglang_take_states_after_the_same_layers(folder, layers):
+    """They number them differently. SGLang adds 1 to each number of a list that begins with 1, in older versions to all."""
+    form = replace(folder[1].form, layers=layers)
+    document = json.loads(eagle3_content(replace(folder[1], form=form), SPEC, "the-target")["eagle3/config.json"])
+    of_sglang = document["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert document["eagle_aux_hidden_state_layer_ids"] == list(layers)
+    assert [number + (of_sglang[0] == 1) for number in of_sglang] == list(layers)
+    changed(folder[0], lambda config: (config.update(document), config.pop("eagle_aux_hidden_state_layer_ids")))
+    assert read_eagle3(folder[0], SPEC).form.layers == layers  # as SpecForge writes it
 
 
 def test_a_drafter_of_all_tokens_has_no_list_of_them(folder):
