@@ -1,6 +1,7 @@
 """A model and its draft in llama.cpp, and behind `layerskip serve` with several requests at once or a common beginning.
 
     python examples/engines.py llama.cpp [--model embedded --exit 4 --spec 12] [--formats f16,q8_0,q4_0]
+    python examples/engines.py llama.cpp --model WITH_A_DRAFTER --eagle3 --spec 4
     python examples/engines.py serve [--model embedded]
     python examples/engines.py prefix --model MODEL [--tokens 1500]
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exit", type=int, default=4)
+    parser.add_argument("--eagle3", action="store_true", help="drafts by the model's drafter in the EAGLE-3 layout")
     parser.add_argument("--spec", type=int, default=12)
     parser.add_argument("--formats", default="f16,q8_0,q4_0")
     parser.add_argument("--tokens", type=int, default=1500)
@@ -72,8 +74,9 @@ def llama_cpp(arguments: argparse.Namespace, prompts: list[str]) -> None:
     print("| GGUF | | tokens/s | speedup | drafts accepted | tokens as here | as the same without drafts |\n|" + "---|" * 7)
     for form in arguments.formats.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            flags = ("--exit", arguments.exit, "--engine", "llama.cpp", "--dtype", form, "--output", folder, "--overwrite")
-            subprocess.run(["layerskip", "export", arguments.model, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
+            flags = ["--engine", "llama.cpp", "--dtype", form, "--output", folder, "--overwrite"]
+            flags += [] if arguments.eagle3 else ["--exit", str(arguments.exit)]
+            subprocess.run(["layerskip", "export", arguments.model, *flags], check=True, stdout=subprocess.DEVNULL)
             target, draft = (str(Path(folder) / f"{name}.gguf") for name in ("target", "draft"))
             methods = {
                 **toolkit(arguments),
@@ -128,8 +131,9 @@ def toolkit(arguments: argparse.Namespace) -> dict[str, Method]:
 
         return run
 
-    drafted = method("self-speculative", exit_layer=arguments.exit, num_draft_tokens=arguments.spec)
-    return {"here, autoregressive": method("autoregressive"), "here, self-speculative": drafted}
+    strategy, exits = ("eagle3", {}) if arguments.eagle3 else ("self-speculative", {"exit_layer": arguments.exit})
+    drafted = method(strategy, num_draft_tokens=arguments.spec, **exits)
+    return {"here, autoregressive": method("autoregressive"), f"here, {strategy}": drafted}
 
 
 def llama_cpp_server(arguments: argparse.Namespace, target: str, draft: str | None = None) -> Method:
@@ -142,7 +146,9 @@ def llama_cpp_server(arguments: argparse.Namespace, target: str, draft: str | No
     parts = [settings.cpuparams, settings.cpuparams_batch]
     if draft is not None:
         speculative = settings.speculative
-        speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        types = xllamacpp.common_speculative_type
+        simple, eagle3 = types.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE, types.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3
+        speculative.types = [eagle3 if arguments.eagle3 else simple]
         speculative.draft.mparams.path, speculative.draft.n_max = draft, arguments.spec
         parts += [speculative.draft.cpuparams, speculative.draft.cpuparams_batch]
     for part in parts:

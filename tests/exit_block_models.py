@@ -38,12 +38,12 @@ def add_blocks(folder, *blocks: ExitBlock) -> None:
     save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(found))
 
 
-def random_eagle3(spec: ModelSpec) -> Eagle3Weights:
-    """Its head scores every second token."""
-    tokens = torch.arange(1, spec.vocab, 2)
-    form = Eagle3Form((1, 3, 5), spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, 64, len(tokens), 1e-5, _ROPE)
+def random_eagle3(spec: ModelSpec, tokens: torch.Tensor | None = None) -> Eagle3Weights:
+    """Its head scores `tokens`, or every second one. Its weights are those that f16 holds."""
+    tokens = torch.arange(1, spec.vocab, 2) if tokens is None else tokens
+    form = Eagle3Form((2, 3, 5), spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, 64, len(tokens), 1e-5, _ROPE)
     drafter = Eagle3(form, tokens)
-    return Eagle3Weights(form, tokens, {name: drafter.weight(name).detach() for name in form.shapes})
+    return Eagle3Weights(form, tokens, {name: drafter.weight(name).detach().half().float() for name in form.shapes})
 
 
 def add_eagle3(folder) -> None:

@@ -1,20 +1,30 @@
-"""GGUF files for llama.cpp: a model with its tokenizer."""
+"""GGUF files for llama.cpp: a model with its tokenizer, and a drafter in the EAGLE-3 layout."""
 
 import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..model.eagle3 import TOKENS, Eagle3Form, Eagle3Weights
 from ..model.rope import llama3_factors
 from ..model.spec import ModelSpec, RopeSpec
 
 TARGET, DRAFT = "target.gguf", "draft.gguf"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+_EAGLE3 = "eagle3"
+_TAPPED = ("llama", "mistral", "qwen3")  # whose states llama.cpp hands on; for others it aborts
+_OF_EAGLE3 = {  # llama.cpp's names of weights that other models lack
+    "model.fc.weight": "fc.weight",
+    "model.layers.0.hidden_norm.weight": "blk.0.attn_norm_2.weight",
+    "rope_freqs": "rope_freqs.weight",
+}
 _GEMMA_PERIOD = 6  # llama.cpp gives every sixth layer of Gemma 3 full attention
 _BLOCK = 32  # numbers of a row that share a scale in q8_0 and q4_0
 _ROPES = ("default", "linear", "llama3")
@@ -48,67 +58,94 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
     Raises CheckpointError for a model or tokenizer that llama.cpp would not run alike, and ConfigError if the library `gguf` is
     missing.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("`format` gguf needs the library gguf: pip install 'layerskip[gguf]'", "format") from None
     name = _ARCHITECTURES.get(spec.model_type)
     if name is None:
         raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")
     _check(spec)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), spec.layers)
-    writer = gguf.GGUFWriter(path, name)
+    full = _full_rope(spec)
+    with _writing(path, name, spec, spec, full, tokenizer, kind) as (writer, add):
+        from gguf import RopeScalingType
 
-    def add(stored: str, weight: Tensor, kind: str) -> None:
-        form = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_block_count(spec.layers)
+        if full.type == "linear":
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(full.parameters["factor"]))
+        if spec.window is not None:
+            writer.add_sliding_window(spec.window)
+            writer.add_rope_freq_base_swa(float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"]))
+        if spec.logits_cap is not None:
+            writer.add_final_logit_softcapping(spec.logits_cap)
+        for weight_name in spec.shapes:
+            add(weight_name, _as_stored(weight_name, model.get_parameter(weight_name).detach(), spec))
+
+
+def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
+    """Writes a drafter in the EAGLE-3 layout for the model of `spec`, whose embedding it uses. Else as `write_gguf`.
+
+    Raises CheckpointError for one that llama.cpp does not run with this model, and as `write_gguf` does.
+    """
+    form = drafter.form
+    if spec.model_type not in _TAPPED:
+        needed = f"{', '.join(_TAPPED[:-1])} or {_TAPPED[-1]}"
+        raise CheckpointError(f"llama.cpp runs a drafter of a {needed}, found one of a {spec.model_type}; name an `exit_layer`")
+    if len(form.layers) != 3:
+        raise CheckpointError(f"for GGUF a drafter must read the states after 3 layers, found {list(form.layers)}")
+    with _writing(path, _EAGLE3, form, spec, RopeSpec(form.rope, None), tokenizer, kind) as (writer, add):
+        writer.add_block_count(1)
+        writer.add_array(f"{_EAGLE3}.target_layers", list(form.layers))
+        writer.add_uint32(f"{_EAGLE3}.target_hidden_size", form.hidden)
+        writer.add_bool(f"{_EAGLE3}.norm_before_residual", form.norm_before_residual)
+        if form.vocab < spec.vocab:
+            writer.add_tensor(TOKENS, drafter.tokens.long().numpy())
+        for name, weight in drafter.weights.items():
+            of_model = name if name.startswith("lm_head.") else f"model.{name}"
+            add(of_model, _neighbours(name, weight, form))
+
+
+@contextmanager
+def _writing(
+    path: Path, architecture: str, sizes: ModelSpec | Eagle3Form, spec: ModelSpec, rope: RopeSpec, tokenizer: Any, kind: str
+) -> Iterator[tuple[Any, Callable[[str, Tensor], None]]]:
+    """A GGUFWriter, which has the sizes and the tokenizer, and what adds a weight to it by its name in a checkpoint."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("`format` gguf needs the library gguf: pip install 'layerskip[gguf]'", "format") from None
+    known = getattr(gguf.MODEL_ARCH, _ARCHITECTURES.get(spec.model_type, "llama").upper())
+    names = gguf.get_tensor_name_map(known, spec.layers)
+    writer = gguf.GGUFWriter(path, architecture)
+
+    def add(name: str, weight: Tensor) -> None:
+        stored = _OF_EAGLE3.get(name) or names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        stored_kind = kind if stored.startswith("blk.") or kind != "q4_0" else "q8_0"
+        if weight.dim() == 1:
+            stored_kind = "f32"
+        elif weight.shape[-1] % _BLOCK:
+            stored_kind = "f16"
+        form = gguf.GGMLQuantizationType[stored_kind.upper()]
         writer.add_tensor(stored, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form)
 
+    values: dict[str, Any] = {
+        "context_length": spec.context, "embedding_length": sizes.hidden, "feed_forward_length": sizes.inner,
+        "head_count": sizes.heads, "head_count_kv": sizes.kv_heads, "key_length": sizes.head_dim,
+        "value_length": sizes.head_dim, "layer_norm_rms_eps": sizes.eps, "rope_dimension_count": sizes.head_dim,
+        "vocab_size": spec.vocab, "rope_freq_base": float(rope.parameters["rope_theta"]),
+    }  # fmt: skip
     try:
-        _add_values(writer, spec)
+        for name, value in values.items():
+            getattr(writer, f"add_{name}")(value)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, spec.vocab)
-        for weight_name in spec.shapes:
-            weight = _as_stored(weight_name, model.get_parameter(weight_name).detach(), spec)
-            of_layer = weight_name.startswith("model.layers.")
-            stored_kind = kind if of_layer or kind != "q4_0" else "q8_0"
-            if weight.dim() == 1:
-                stored_kind = "f32"
-            elif weight.shape[-1] % _BLOCK:
-                stored_kind = "f16"
-            stored = names.get_name(weight_name, try_suffixes=(".weight", ".bias"))
-            assert stored is not None, weight_name
-            add(stored, weight, stored_kind)
-        if (rope := _full_rope(spec)).type == "llama3":
-            add("rope_freqs.weight", llama3_factors(rope.parameters, spec.head_dim), "f32")  # which divide the frequencies
+        yield writer, add
+        if rope.type == "llama3":  # which divide the frequencies
+            add("rope_freqs", llama3_factors(rope.parameters, sizes.head_dim))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-
-
-def _add_values(writer: Any, spec: ModelSpec) -> None:
-    from gguf import RopeScalingType
-
-    full = _full_rope(spec)
-    values: dict[str, Any] = {
-        "block_count": spec.layers, "context_length": spec.context, "embedding_length": spec.hidden,
-        "feed_forward_length": spec.inner, "head_count": spec.heads, "head_count_kv": spec.kv_heads,
-        "key_length": spec.head_dim, "value_length": spec.head_dim, "layer_norm_rms_eps": spec.eps,
-        "rope_dimension_count": spec.head_dim, "vocab_size": spec.vocab,
-        "rope_freq_base": float(full.parameters["rope_theta"]),
-    }  # fmt: skip
-    if full.type == "linear":
-        values["rope_scaling_type"] = RopeScalingType.LINEAR
-        values["rope_scaling_factor"] = float(full.parameters["factor"])
-    if spec.window is not None:
-        values["sliding_window"] = spec.window
-        values["rope_freq_base_swa"] = float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"])
-    if spec.logits_cap is not None:
-        values["final_logit_softcapping"] = spec.logits_cap
-    for name, value in values.items():
-        getattr(writer, f"add_{name}")(value)
 
 
 def _check(spec: ModelSpec) -> None:
@@ -135,12 +172,17 @@ def _full_rope(spec: ModelSpec) -> RopeSpec:
 
 def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
     """llama.cpp's form of a weight: it rotates neighbours in a Llama's heads, not halves, and adds no 1 to Gemma's norms."""
-    if _ARCHITECTURES[spec.model_type] == "llama" and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
-        heads = spec.heads if part == "q_proj" else spec.kv_heads
-        return weight.view(heads, 2, spec.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    if _ARCHITECTURES[spec.model_type] == "llama":
+        return _neighbours(name, weight, spec)
     if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight"):
         return weight + 1
     return weight
+
+
+def _neighbours(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
+    """A weight whose queries or keys have the halves of each head's outputs as neighbours; others as they are."""
+    heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
+    return weight if heads is None else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:

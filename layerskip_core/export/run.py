@@ -23,6 +23,7 @@ from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, loca
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
+from ..checkpoint.speculators import EAGLE3_FILES, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig, PackingConfig
@@ -30,17 +31,19 @@ from ..errors import CheckpointError, ConfigError, first_line, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
 from ..model.backend import states_at_exits
+from ..model.eagle3 import Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import ModelSpec
 from ..model.transformers_backend import attention_for
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import Weights, named_int4
-from .gguf import DRAFT, TARGET, refuse_gguf, write_gguf
+from .gguf import DRAFT, TARGET, refuse_gguf, write_eagle3, write_gguf
 
 README = "README.md"
 _MOST_TOKENS = 16
 _USUAL_TOKENS = 6
+_AS_VLLM = "the number that the drafter's folder tells vLLM"
 _NOT_BY_LAYER = (
     "token_id",
     "architectures",
@@ -52,9 +55,12 @@ _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
 @dataclass(frozen=True)
 class Exported:
-    """The written model: exit and layers, whether the exit was trained, and the README's text if an engine was named."""
+    """The written model: exit and layers, whether the exit was trained, and the README's text if an engine was named.
 
-    exit_layer: int
+    `exit_layer` is None for a drafter in the EAGLE-3 layout.
+    """
+
+    exit_layer: int | None
     layers: int
     trained: bool
     readme: str | None
@@ -63,7 +69,8 @@ class Exported:
 def export(config: ExportConfig) -> Exported:
     """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
-    Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it.
+    Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it. In
+    GGUF a model's drafter in the EAGLE-3 layout stands for the exit, if none is named.
 
     Raises:
         CheckpointError: the model cannot be read, or the folder not be written.
@@ -85,17 +92,22 @@ def export(config: ExportConfig) -> Exported:
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
     draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
+    drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
     readme, files = None, {}
     if config.engine is not None:
-        readme = _readme(config, exit_layer, layers, *recommended_length(decoder, exit_layer, draft_layers))
+        length = (PROPOSED, _AS_VLLM) if drafter else recommended_length(decoder, exit_layer, draft_layers)
+        readme = _readme(config, None if drafter else exit_layer, layers, *length)
         files[README] = readme.encode()
     if config.as_gguf:
-        _write_pair(loaded, exit_layer, blocks, config.output, "f16" if config.dtype == "auto" else config.dtype, files)
+        kind = "f16" if config.dtype == "auto" else config.dtype
+        _write_pair(loaded, exit_layer, blocks, drafter, config.output, kind, files)
     else:
         details = {"exported_from": config.model, "exported_exit": exit_layer}
         info = CheckpointInfo(loaded.info.prompt_template, details=details, system=loaded.info.system)
         dtype = written_dtype(loaded, config.dtype)
         save_checkpoint(cut_to_exit(loaded, exit_layer, blocks), loaded.tokenizer, info, config.output, dtype, files)
+    if drafter is not None:
+        return Exported(None, 1, True, readme)
     return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme)
 
 
@@ -128,8 +140,9 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         files, folder = open_model(Location(source)), Path(source)
         files.config.save_pretrained(staging)  # as transformers writes it, so that loading needs no transformers
         files.tokenizer().save_pretrained(staging)
-        for name in (GENERATION_FILE, ORDER_FILE):
+        for name in (GENERATION_FILE, ORDER_FILE, *EAGLE3_FILES):
             if (folder / name).is_file():
+                (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
@@ -140,7 +153,8 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
 def _write_weights(source: Source, path: Path) -> str:
     """Packs the weights that `source` decodes with. Heads are packed whole: loading takes the rows of `draft_vocab`."""
     packing = replace(source.packing, draft_vocab=0)
-    spec, blocks, calibrated = source.spec, source.exit_blocks, source.int4 is not None
+    spec, calibrated = source.spec, source.int4 is not None
+    blocks = replace(source.exit_blocks, eagle3=None)  # which lies beside them as it is
     block_shapes = blocks.shapes(spec)
     content = Content(
         "bf16" if source.dtype == torch.bfloat16 else "fp32",
@@ -169,9 +183,15 @@ def _write_weights(source: Source, path: Path) -> str:
 
 
 def _write_pair(
-    loaded: Trainable, exit_layer: int, blocks: ExitBlocks, output: str, kind: str, files: Mapping[str, bytes]
+    loaded: Trainable,
+    exit_layer: int,
+    blocks: ExitBlocks,
+    drafter: Eagle3Weights | None,
+    output: str,
+    kind: str,
+    files: Mapping[str, bytes],
 ) -> None:
-    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`.
+    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`. The draft is `drafter` if there is one.
 
     `loaded`, in fp32, loses the layers that the draft does not have. If an error is raised, the folder is unchanged, unless the
     last renames fail. The draft goes first and comes last: whenever this is killed, no draft lies beside another's target.
@@ -181,7 +201,9 @@ def _write_pair(
         staging = new_staging(folder)
         try:
             write_gguf(loaded.model, loaded.tokenizer, loaded.backend.own_spec, staging / TARGET, kind)
-            if exit_layer < loaded.backend.num_layers:
+            if drafter is not None:
+                write_eagle3(drafter, loaded.tokenizer, loaded.backend.own_spec, staging / DRAFT, kind)
+            elif exit_layer < loaded.backend.num_layers:
                 draft = cut_to_exit(loaded, exit_layer, blocks)
                 write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
             for name, content in files.items():
@@ -286,13 +308,15 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     return config.__class__.from_dict(values)
 
 
-def _readme(config: ExportConfig, exit_layer: int, layers: int, drafts: int, why: str) -> str:
+def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: int, why: str) -> str:
     """How the engine decodes; first how to write the model itself, if the engine cannot load it as it is."""
     assert config.engine is not None
     output, engine = Path(config.output).resolve(), config.engine
-    parts = [f"# Exit {exit_layer} of {config.model} as a draft model, with {engine}", f"{drafts} draft tokens: {why}."]
+    draft = "The drafter" if exit_layer is None else f"Exit {exit_layer}"
+    parts = [f"# {draft} of {config.model} as a draft model, with {engine}", f"{drafts} draft tokens: {why}."]
     if config.as_gguf:
-        return "\n\n".join([*parts, instructions(engine, str(output / TARGET), str(output / DRAFT), drafts)])
+        method = "eagle3" if exit_layer is None else "simple"
+        return "\n\n".join([*parts, instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method)])
     model, target = config.model if config.model in EMBEDDED else str(Path(config.model).resolve()), f"{output}-target"
     location = None if config.model in EMBEDDED or is_adapter(config.model) else locate(config.model)
     beside = any((Path(config.model) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
@@ -330,7 +354,7 @@ _VLLM = """# With layerskip in the environment of vLLM (pip install --no-deps), 
 vllm serve {target} \\
     --speculative-config {speculative}"""
 _LLAMA_CPP = """llama-server -m {target} \\
-    --spec-type draft-simple -md {draft} --spec-draft-n-max {drafts}"""
+    --spec-type draft-{method} -md {draft} --spec-draft-n-max {drafts}"""
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 target, draft = {target}, {draft}
@@ -346,10 +370,15 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 _RECIPES = {"vllm": ("sh", _VLLM), "llama.cpp": ("sh", _LLAMA_CPP), "transformers": ("python", _TRANSFORMERS)}
 
 
-def instructions(engine: Engine, target: str, draft: str, drafts: int) -> str:
-    """Markdown: commands or a program to copy. `target` and `draft` are folders or hub ids, for llama.cpp GGUF files."""
+def instructions(engine: Engine, target: str, draft: str, drafts: int, method: str = "simple") -> str:
+    """Markdown: commands or a program to copy. `target` and `draft` are folders or hub ids, for llama.cpp GGUF files.
+
+    `method`: of llama.cpp, simple or eagle3.
+    """
     language, recipe = _RECIPES[engine]
     speculative = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": drafts})
     quoted = repr if language == "python" else quote
-    text = recipe.format(target=quoted(target), draft=quoted(draft), drafts=drafts, speculative=quote(speculative))
+    text = recipe.format(
+        target=quoted(target), draft=quoted(draft), drafts=drafts, speculative=quote(speculative), method=method
+    )
     return f"```{language}\n{text}\n```\n"

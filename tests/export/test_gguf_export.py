@@ -1,7 +1,10 @@
 """`layerskip export --format gguf`: read back by transformers, and by llama.cpp where xllamacpp is installed."""
 
 import os
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import gguf
@@ -12,14 +15,19 @@ import transformers
 from command_line import fails, run
 from conftest import CHANGES, tiny_model
 from evaluating import tiny_loaded
+from exit_block_models import add_eagle3, random_eagle3
 from packaging.version import Version
 from text_bpe import TEXTS, text_bpe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from layerskip_core.checkpoint.open import for_training
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
-from layerskip_core.export.gguf import SPLITS, add_tokenizer, write_gguf
+from layerskip_core.export.gguf import SPLITS, add_tokenizer, write_eagle3, write_gguf
+from layerskip_core.model import TransformersBackend
+from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.spec import ModelSpec
 
 LLAMA3 = {
@@ -60,6 +68,33 @@ def test_transformers_reads_the_model_back(model_type, tmp_path):
         torch.testing.assert_close(read.model.get_parameter(name), model.get_parameter(name), rtol=0, atol=1e-6)
     for text in TEXTS:
         assert read.tokenizer(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]
+
+
+def test_a_model_and_its_drafter_in_the_eagle3_layout(checkpoint, tmp_path):
+    folder, output = Path(shutil.copytree(checkpoint, tmp_path / "drafting")), tmp_path / "pair"
+    add_eagle3(folder)
+    done = run("export", str(folder), "--output", str(output), "--engine", "llama.cpp")
+    assert f"--spec-type draft-eagle3 -md {output}/draft.gguf --spec-draft-n-max 4" in done.out
+    assert f"wrote {folder} and its drafter in the EAGLE-3 layout to {output}" in done.err
+    read = gguf.GGUFReader(output / "draft.gguf")
+    values = {name: read.get_field(f"eagle3.{name}").contents() for name in ("target_layers", "block_count", "vocab_size")}
+    assert values == {"target_layers": [2, 3, 5], "block_count": 1, "vocab_size": 300}
+    stored, drafter = (
+        {tensor.name: tensor.data for tensor in read.tensors},
+        random_eagle3(ModelSpec.of(tiny("llama")[0].config)),
+    )
+    assert stored["d2t"].tolist() == drafter.tokens.tolist()
+    for name, place in (("fc.weight", "fc.weight"), ("layers.0.hidden_norm.weight", "blk.0.attn_norm_2.weight")):
+        assert np.array_equal(stored[place], drafter.weights[name].numpy())
+    assert len(stored) == len(drafter.weights) + 1
+    assert run("export", str(folder), "--exit", "2", "--output", str(output), "--format", "gguf", "--overwrite").code == 0
+    assert gguf.GGUFReader(output / "draft.gguf").get_field("llama.block_count").contents() == 2
+    _, spec = tiny("qwen2")
+    with pytest.raises(CheckpointError, match="a drafter of a llama, mistral or qwen3, found one of a qwen2"):
+        write_eagle3(drafter, tiny_loaded().tokenizer, spec, tmp_path / "qwen.gguf", "f16")
+    odd = replace(drafter, form=replace(drafter.form, layers=(2, 5)))
+    with pytest.raises(CheckpointError, match=r"must read the states after 3 layers, found \[2, 5\]"):
+        write_eagle3(odd, tiny_loaded().tokenizer, ModelSpec.of(tiny("llama")[0].config), tmp_path / "odd.gguf", "f16")
 
 
 def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):
@@ -151,6 +186,14 @@ def test_how_text_is_split_before_byte_level_bpe():
         recorded(byte_level(pre_tokenizers.Whitespace()))
 
 
+def settings_of(xllamacpp, path):
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.port = str(path), 128, 0
+    settings.warmup = settings.fit_params = False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = settings.n_parallel = 1
+    return settings
+
+
 @pytest.mark.parametrize("model_type", KINDS)
 def test_llama_cpp_gives_the_same_tokens(model_type, tmp_path):
     """Both encode the text alike, and the best token is the same at every position."""
@@ -158,11 +201,7 @@ def test_llama_cpp_gives_the_same_tokens(model_type, tmp_path):
     tokenizer = text_bpe() if model_type == "gemma3_text" else tiny_loaded().tokenizer
     model, spec = tiny(model_type)
     write_gguf(model, tokenizer, spec, tmp_path / "model.gguf", "f16")
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.port = str(tmp_path / "model.gguf"), 128, 0
-    settings.warmup = settings.fit_params = False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = settings.n_parallel = 1
-    server = xllamacpp.Server(settings)
+    server = xllamacpp.Server(settings_of(xllamacpp, tmp_path / "model.gguf"))
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         request = {"temperature": 0, "max_tokens": 12, "return_tokens": True, "verbose": True, "ignore_eos": True}
@@ -172,3 +211,25 @@ def test_llama_cpp_gives_the_same_tokens(model_type, tmp_path):
         for answer in answers:
             assert answer["__verbose"]["tokens_evaluated"] == len(ids)
             assert answer["__verbose"]["tokens"] == mine
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_llama_cpp_accepts_the_same_drafts(model_type, tmp_path):
+    """Of a random drafter that scores only the tokens of the answer, so that some drafts are right."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    tokenizer, (model, spec) = tiny_loaded().tokenizer, tiny(model_type)
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    plain = decode(TransformersBackend(model), ids, DecodingConfig("autoregressive", max_new_tokens=40))
+    mine = [token for [step] in plain for token in step.ids]
+    drafter = random_eagle3(spec, torch.tensor(sorted(set(mine))))
+    write_gguf(model, tokenizer, spec, tmp_path / "model.gguf", "f16")
+    write_eagle3(drafter, tokenizer, spec, tmp_path / "draft.gguf", "f16")
+    settings = settings_of(xllamacpp, tmp_path / "model.gguf")
+    settings.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
+    settings.speculative.draft.mparams.path, settings.speculative.draft.n_max = str(tmp_path / "draft.gguf"), 4
+    request = {"temperature": 0, "max_tokens": 40, "return_tokens": True, "verbose": True, "ignore_eos": True}
+    found = xllamacpp.Server(settings).handle_completions({"prompt": ids, **request})["__verbose"]
+    backend = TransformersBackend(model, ExitBlocks((), lambda name: None, drafter))
+    drafted = decode(backend, ids, DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=40))
+    assert found["tokens"] == [token for [step] in drafted for token in step.ids] == mine
+    assert found["timings"]["draft_n_accepted"] == drafted.stats.accepted > 1

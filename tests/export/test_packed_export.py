@@ -9,7 +9,7 @@ import torch
 from command_line import fails, run
 from conftest import CHANGES, older, tiny_model
 from evaluating import tiny_loaded
-from exit_block_models import add_blocks
+from exit_block_models import add_blocks, add_eagle3
 from int4_models import add_int4
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +55,8 @@ def states(backend):
         for layer in range(backend.num_layers):
             hidden = backend.run_layers(hidden, layer, layer + 1, places)
             found.append(hidden)
+        if backend.eagle3 is not None:
+            found.append(backend.eagle3.head(backend.eagle3.features(backend, dict.fromkeys(range(1, 6), hidden), hidden)))
         return [*found, backend.unembed(hidden)]
 
 
@@ -63,6 +65,7 @@ def assert_same(packed, plain):
     assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
+    assert (packed.backend.eagle3 is None) == (plain.backend.eagle3 is None)
     ours, theirs = states(packed.backend), states(plain.backend)
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
     assert (packed.eos_ids, packed.template, packed.info.strategy) == (plain.eos_ids, plain.template, plain.info.strategy)
@@ -89,8 +92,8 @@ def add_experts(folder):
 
 @pytest.mark.parametrize(
     "prepare",
-    [None, add_int4, add_two_blocks, older, add_experts],
-    ids=["plain", "calibrated", "blocks", "older", "experts"],
+    [None, add_int4, add_two_blocks, add_eagle3, older, add_experts],
+    ids=["plain", "calibrated", "blocks", "eagle3", "older", "experts"],
 )
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting, prepare):

@@ -56,7 +56,7 @@ class NativeBackend(RepackedBackend):
         compiled = kernels()
         assert compiled is not None
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
-        self._kernels, self._pack = compiled, pack or packed
+        self._kernels, self._packed, self._pack = compiled, packed, pack or packed
         super().__init__(spec, take, *arguments, **options)
         assert isinstance(self._layers, NativeLayers)
         if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
@@ -91,7 +91,7 @@ class NativeBackend(RepackedBackend):
     def _product(self, matrix: Tensor, low_bits: Quantization | None) -> NativeLinear:
         form = MatrixForm(low_bits or self._unrounded, matrix.shape[1], matrix.shape[0])
         self._engine.make_room(form.inputs)
-        return NativeLinear(self._engine, self._pack("eagle3", form, lambda: [Affine(matrix, None)]))
+        return NativeLinear(self._engine, self._packed("eagle3", form, lambda: [Affine(matrix, None)]))
 
     def _norm(self, weights: Affine) -> Norm:
         """Of fp32 hidden states."""
