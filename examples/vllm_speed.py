@@ -1,6 +1,7 @@
 """Speed of vLLM alone, with a draft model, and with drafts of the target's own weights: offline and by its OpenAI server.
 
     python examples/vllm_speed.py offline TARGET PROMPTS RESULT [--draft FOLDER --spec N] [--load-format layerskip]
+    python examples/vllm_speed.py offline TARGET PROMPTS RESULT --draft TARGET/eagle3 --method eagle3 --spec N
     python examples/vllm_speed.py server TARGET PROMPTS RESULT [the same]
     python examples/vllm_speed.py table NAME=RESULT NAME=RESULT ...     # the first is what the others are compared with
 
@@ -39,9 +40,8 @@ def main() -> None:
         print(table({name: json.loads(Path(path).read_text()) for name, path in map(named, arguments.results)}))
         return
     os.environ.update({"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"})
-    template = json.loads((Path(arguments.target) / "layerskip.json").read_text())["prompt_template"] or "{prompt}"
     rows = [json.loads(line) for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines()]
-    prompts = [template.replace("{prompt}", row["prompt"]) for row in rows]
+    prompts = [templated(arguments.target, row["prompt"]) for row in rows]
     with (offline if arguments.way == "offline" else server)(arguments) as (decode, counts, memory, cache):
         decode(prompts[:8], 4)
         result: dict[str, Any] = {"tokens": {}, "texts": {}, "seconds": {}, "drafts": {}}
@@ -69,6 +69,8 @@ def parsed() -> argparse.Namespace:
             one.add_argument(name)
         one.add_argument("--draft")
         one.add_argument("--spec", type=int, default=6)
+        one.add_argument("--method", default="draft_model")
+        one.add_argument("--dtype", default="auto")
         one.add_argument("--load-format", default="auto")
         one.add_argument("--max-new-tokens", type=int, default=96)
         one.add_argument("--repeats", type=int, default=3)
@@ -77,11 +79,25 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def templated(target: str, prompt: str) -> str:
+    """In the checkpoint's template, else in the tokenizer's chat template if it has one."""
+    if template := json.loads((Path(target) / "layerskip.json").read_text())["prompt_template"]:
+        return str(template.replace("{prompt}", prompt))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """vLLM's engine arguments. Prompts come again in every pass, so their keys and values are not kept."""
-    drafts = {"method": "draft_model", "model": arguments.draft, "num_speculative_tokens": arguments.spec}
+    drafts = {"method": arguments.method, "model": arguments.draft, "num_speculative_tokens": arguments.spec}
     return {
         "load_format": arguments.load_format,
+        "dtype": arguments.dtype,
         "max_model_len": 1024,
         "max_num_seqs": max(AT_ONCE),
         "kv_cache_memory_bytes": 1 << 28,
