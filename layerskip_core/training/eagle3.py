@@ -25,6 +25,7 @@ from .recipe import RunStep
 from .worth import Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
+_ALIKE = 0.9  # cosine of a head's rows and those of the model's
 _SCORED = 256  # tokens at once, by the whole head
 _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
@@ -52,15 +53,17 @@ class FrozenEagle3(nn.Module):
     ) -> None:
         """A drafter that reads the states after `layers` and scores `vocab` tokens, which `begin` chooses.
 
-        It starts as `known`, tokens included, or with the model's own norm and head, and otherwise at random.
+        It starts as `known`, or with the model's own norm and head, and otherwise at random. If the head of `known` is the
+        model's, or was before another training, its tokens are chosen anew, too: another task has other ones.
 
         Raises ConfigError for a model whose embedding or logits are scaled or capped, which engines do not do for a drafter.
         """
         super().__init__()
-        self.config, self.backend, self._loss, self._is_new = backend.config, backend, loss, known is None
+        self.config, self.backend, self._loss = backend.config, backend, loss
         form = known.form if known is not None else _form(backend, layers, vocab)
         tokens = torch.arange(form.vocab) if known is None else known.tokens
         self.drafter = Eagle3(form, tokens, seed)
+        self._has_own_head = known is not None and not _alike(known.weights["lm_head.weight"], self._head[known.tokens])
         self.coverage = 1.0  # of the answers' tokens, the share that the drafter can draft
         if known is not None:
             self._set(known.weights)
@@ -118,11 +121,15 @@ class FrozenEagle3(nn.Module):
         return weight
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Chooses the tokens that are most frequent in the answers of some encoded rows, unless the drafter has its own."""
+        """Chooses the most frequent tokens of the answers of some encoded rows, unless the drafter has a head of its own.
+
+        Where these are too few, the drafter keeps those that it has.
+        """
         answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
         counts = answers.bincount(minlength=self.backend.spec.vocab)
-        if self._is_new:
-            tokens = counts.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
+        if not self._has_own_head:
+            preferred = counts.float().index_add(0, self.drafter.tokens.cpu(), torch.full((self.drafter.form.vocab,), 0.5))
+            tokens = preferred.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
             self.drafter.tokens.copy_(tokens)
             self._set({"lm_head.weight": self._head[tokens]})
         self.coverage = float(counts[self.drafter.tokens.cpu()].sum() / counts.sum())
@@ -215,6 +222,11 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
         getattr(config, "rms_norm_eps", None) or 1e-5,
         {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in ROPE_VALUES},
     )
+
+
+def _alike(head: Tensor, original: Tensor) -> bool:
+    """Whether the rows (N, D) of two heads have nearly the same directions."""
+    return float(F.cosine_similarity(head.float(), original.to(head.device).float()).mean()) > _ALIKE
 
 
 def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0) -> list[Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_frozen_run import hashes, train
 from training_runs import Interrupted, stop_at
 
@@ -17,6 +18,9 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
+from layerskip_core.losses import IGNORED
+from layerskip_core.model import TransformersBackend
+from layerskip_core.training.eagle3 import FrozenEagle3
 from layerskip_core.training.run import prepare
 
 EAGLE3 = ExitBlockSettings(frozen=True, layout="eagle3", answer_tokens=8, draft_vocab=64)
@@ -84,6 +88,24 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     _, further, _ = train(again)
     assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
+
+
+def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
+    backend = TransformersBackend(tiny_model(dtype=torch.float32))
+    first = FrozenEagle3(backend, (1, 2), 8)
+    first.begin([{"labels": [IGNORED, 50, 51, 52]}])
+    known, rows = first.stored(torch.float32), [{"labels": [IGNORED, 30, 30, 31]}]
+    assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
+    again = FrozenEagle3(backend, (1, 2), 8, known=known)
+    again.begin(rows)
+    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.coverage == 1
+    head = "lm_head.weight"
+    assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
+    weights = {**known.weights, head: torch.randn_like(known.weights[head])}
+    other = FrozenEagle3(backend, (1, 2), 8, known=replace(known, weights=weights))
+    other.begin(rows)
+    assert torch.equal(other.drafter.tokens, known.tokens) and other.coverage == 0
+    assert torch.equal(other.stored(torch.float32).weights[head], weights[head])
 
 
 def test_the_folder_names_the_target(frozen):
