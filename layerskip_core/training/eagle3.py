@@ -61,7 +61,7 @@ class FrozenEagle3(nn.Module):
         super().__init__()
         self.config, self.backend, self._loss = backend.config, backend, loss
         form = known.form if known is not None else _form(backend, layers, vocab)
-        tokens = torch.arange(form.vocab) if known is None else known.tokens
+        tokens = torch.arange(form.vocab) if known is None else known.tokens.clone()
         self.drafter = Eagle3(form, tokens, seed)
         self._has_own_head = known is not None and not _alike(known.weights["lm_head.weight"], self._head[known.tokens])
         self.coverage = 1.0  # of the answers' tokens, the share that the drafter can draft
