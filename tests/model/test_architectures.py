@@ -54,7 +54,8 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
     torch.testing.assert_close(output["per_exit"][-1] / tokens, expected.detach(), check_dtype=False)
     (output["loss"] / tokens).backward()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
+        close = {"rtol": 1e-6, "atol": 1e-6}  # the losses are taken in fp32
+        torch.testing.assert_close(weight.grad, gradients[name], **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_embedding_dropout_acts_in_training():
