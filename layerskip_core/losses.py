@@ -142,14 +142,15 @@ def _losses(
     gradient = torch.empty_like(found) if trains else None
     rows = max(1, _CACHED_LOGITS // found.shape[1]) if found.device.type == "cpu" else max(1, len(found))
     hard, soft = weights
+    wide = torch.promote_types(found.dtype, torch.float32)
     for at in range(0, len(found), rows):
         block = slice(at, at + rows)
-        logs = found[block].float().log_softmax(-1)
+        logs = found[block].log_softmax(-1, dtype=wide)
         if targets is not None:
             wanted = targets[block, None]
             sums[0] -= logs.gather(1, wanted).sum()
         if aim is not None:
-            aims = aim[block].float().log_softmax(-1)
+            aims = aim[block].log_softmax(-1, dtype=wide)
             chances = aims.exp()
             if not total_variation:
                 sums[1] += torch.dot(chances.flatten(), (aims - logs).flatten())

@@ -184,10 +184,11 @@ def _block_lines(plan: "Plan") -> list[str]:
 
 
 def _worth_line(worth: "Worth", model: str) -> str:
-    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
+    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, speed in worth.speeds.items())
     return (
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
-        f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: layerskip bench --model {model}"
+        f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
+        f"layerskip bench --model {shlex.quote(model)}"
     )
 
 

@@ -86,16 +86,19 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
     """Decodes with the drafter of a folder or hub id here, and in vLLM where the environment of `python` has it.
 
     Raises:
-        ConfigError: the model has no drafter in the EAGLE-3 layout.
+        ConfigError: the model has no drafter in the EAGLE-3 layout, or `python` cannot be run.
         CheckpointError: the model cannot be read, or vLLM ends with an error.
         DataError: there are no prompts.
     """
     folder = downloaded(model)
     if not (Path(folder) / EAGLE3_FOLDER).is_dir():
         raise refused("check", "used with a model that `finetune --frozen --layout eagle3` trained", model)
-    prompts, here = _here(config, folder)
     python = config.python or sys.executable
-    looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])
+    try:
+        looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])
+    except OSError as error:
+        raise refused("python", "the Python of an environment", python) from error
+    prompts, here = _here(config, folder)
     return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
 
 

@@ -70,8 +70,8 @@ class FrozenExits(nn.Module):
     """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
 
     Their matrices are trained by Muon (Jordan et al., 2024), and their norms and biases stay as they start: on `embedded-base`
-    300 such steps gave as much agreement as 600 of AdamW on all weights. Muon takes no weights of three dimensions; blocks that
-    have them (experts) are trained by AdamW as a whole.
+    300 such steps gave 94.2% agreement, 600 of AdamW on all weights 94.7%. Muon takes no weights of three dimensions; blocks
+    that have them (experts) are trained by AdamW as a whole.
 
     Attributes:
         names: by measured exit, of what is trained, as layerskip.json has it.

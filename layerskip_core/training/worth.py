@@ -22,21 +22,20 @@ _MOST = 8  # drafts of a round
 @dataclass(frozen=True)
 class Worth:
     """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speeds`: the speed over plain decoding with the best
-    number of drafts, and this number, by the share of drafts that are accepted after accepted ones.
+    number of drafts, by the share of drafts that are accepted after accepted ones.
     """
 
     step: float
     draft: float
-    speeds: Mapping[float, tuple[float, int]]
+    speeds: Mapping[float, float]
 
 
 @torch.inference_mode()
 def worth_of_block(backend: Backend, exit_layer: int) -> Worth:
     """Of drafts through an exit and its block, a copy of the last layer. The target goes on from the exit's states."""
-    layers, run, draft = backend.num_layers, _Passes(backend), 0.0
-    for start, stop in ((0, exit_layer), (layers - 1, layers)):
-        draft += run.seconds(start, stop)
-    return _worth(run, draft + run.seconds(layers, layers, head=True), exit_layer / layers)
+    layers, run = backend.num_layers, _Passes(backend)
+    draft = run.seconds(0, exit_layer) + run.seconds(layers - 1, layers, head=True)
+    return _worth(run, draft, exit_layer / layers)
 
 
 @torch.inference_mode()
@@ -74,7 +73,7 @@ class _Passes:
 
     def seconds(self, start: int, stop: int, tokens: int = 1, head: bool = False) -> float:
         def run(hidden: Tensor, positions: Tensor) -> Tensor:
-            hidden = self.backend.run_layers(hidden, start, stop, positions, self._cache) if stop > start else hidden
+            hidden = self.backend.run_layers(hidden, start, stop, positions, self._cache)
             return self.backend.unembed(hidden) if head else hidden
 
         return self.timed(run, tokens)
@@ -85,5 +84,5 @@ def _worth(run: _Passes, draft: float, shared: float) -> Worth:
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=True) for tokens in range(1, _LONGEST + 1)]
     passes, step = PassTimes(known[0], 0.0, known), known[0]
-    best = {share: best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared) for share in _ACCEPTED}
-    return Worth(step, draft / step, {share: (rate * step, drafts) for share, (rate, drafts) in best.items()})
+    rates = {share: best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)[0] for share in _ACCEPTED}
+    return Worth(step, draft / step, {share: rate * step for share, rate in rates.items()})

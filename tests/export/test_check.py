@@ -57,3 +57,4 @@ def test_what_cannot_be_compared_is_one_line(drafting, checkpoint, tmp_path):
     fails(f"{message} {checkpoint}"[: len(message) + 61], "export", checkpoint, "--check")
     flags = ("export", str(drafting), "--check", "--samples", "1")
     fails("vLLM ended with status 1: no memory", *flags, "--python", python_printing(tmp_path / "python", "no memory", 1))
+    fails("--python must be the Python of an environment, got no/where", *flags, "--python", "no/where")
