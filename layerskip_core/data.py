@@ -257,6 +257,16 @@ def load_prompts(config: DataConfig) -> list[Example]:
     return spread(prompts, config.limit)
 
 
+def has_prompts(config: DataConfig) -> bool:
+    """Whether `load_prompts` can read the data, by its first row, or should say why not: the prompts' column was named.
+
+    Raises DataError for data that cannot be read.
+    """
+    column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
+    named = is_parsing(config) or column not in (TEXT_COLUMN, DataConfig.prompt_column)
+    return named or column in next(load_records(config, streaming=True)).fields
+
+
 def stream_rows(config: DataConfig) -> Iterator[Row]:
     """The rows of a file or a hub data set, read lazily. Raises DataError like `load_examples`."""
     if is_parsing(config):

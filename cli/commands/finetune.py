@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerskip_core.training.plan import Plan
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.recipe import Recipe
+    from layerskip_core.training.run import Job
     from layerskip_core.training.worth import Worth
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -78,40 +79,47 @@ def finetune(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint by the LayerSkip recipe: layer dropout and early-exit loss through one shared head.
+    """Train a checkpoint for a task, and then a drafter beside it, which costs it nothing.
 
-    With --frozen the checkpoint stays as it is, and blocks that draft for it are trained at its exits.
+    With --pmax, --regime or another flag of the LayerSkip recipe it learns to exit early itself: layer dropout, early-exit loss
+    through one shared head. With --frozen the checkpoint stays as it is, and only what drafts for it is trained.
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
     use_free_threads(threads)
     from layerskip_core.training.run import prepare, run_lock
 
-    frozen, drawn = settings.exit_blocks.frozen, Curves()
     with nullcontext() if dry_run else run_lock(settings.output):
-        job = prepare(settings)
-        narrate(plan_text(job.plan))
-        if dry_run:
-            return
-        with stage_bars({"training": drawn.picture} if curves else {}) as show:
-
-            def report_step(report: "StepReport") -> None:
-                if curves:
-                    drawn.add(report.exit_losses)
-                show("training", report.step, report.total_steps, report_text(report, frozen))
-
-            try:
-                info = job.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
-            except TrainingInterrupted as interrupted:
-                again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-                where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
-                narrate(f"{interrupted}; continue with: {again}{where}")
-                raise typer.Exit(128 + interrupted.signal) from None
-        if curves:
-            show_picture(drawn.picture)
-    narrate(result_text(info, job.plan))
-    following = "bench" if frozen else "sweep-exits"
+        job: Job | None = prepare(settings)
+        while job is not None:
+            narrate(plan_text(job.plan))
+            if dry_run:
+                return
+            _run(job, curves)
+            plan, job = job.plan, job.following()
+    following = "bench" if plan.recipe is None else "sweep-exits" if settings.trains_exits else "finetune --frozen"
     narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")
+
+
+def _run(job: "Job", curves: bool) -> None:
+    drawn, plan = Curves(), job.plan
+    with stage_bars({"training": drawn.picture} if curves else {}) as show:
+
+        def report_step(report: "StepReport") -> None:
+            if curves:
+                drawn.add(report.exit_losses)
+            show("training", report.step, report.total_steps, report_text(report, plan.recipe is None))
+
+        try:
+            info = job.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
+        except TrainingInterrupted as interrupted:
+            again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+            where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
+            narrate(f"{interrupted}; continue with: {again}{where}")
+            raise typer.Exit(128 + interrupted.signal) from None
+    if curves:
+        show_picture(drawn.picture)
+    narrate(result_text(info, plan))
 
 
 def plan_text(plan: "Plan") -> str:
@@ -146,14 +154,20 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
     adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
     sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
     shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
+    lines = [
+        f"{config.regime or 'finetune'} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
+        f"on {config.data.name}: {rows}",
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{adapted}{plan.dtype} on {plan.device}{shared}",
+    ]
+    if not config.trains_exits:
+        then = "; then a drafter beside the result" if config.drafter and processes == 1 else ""
+        return [*lines, f"trained at full depth alone, as any model{then}"]
     dropout = f"p_max {recipe.p_max}{' constant over depth' if recipe.dropout_profile == 'constant' else ''}"
     named = f" over {','.join(map(str, recipe.exits))}" if recipe.exits else ""
     rotation = f" R={recipe.rotation}" if recipe.rotation else ""
     return [
-        f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {rows}",
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{adapted}{plan.dtype} on {plan.device}{shared}",
+        *lines,
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}{named}{rotation}, "
         f"{plan.exits_per_step:.1f} exits per step",
     ]

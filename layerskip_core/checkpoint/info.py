@@ -19,6 +19,7 @@ from ..prompting import PromptTemplate
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
+AWAITS_DRAFTER = "awaits_drafter"  # the key of a run that is not over before it has trained one
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _PLAIN = PackingConfig()
 _TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
@@ -132,6 +133,7 @@ class CheckpointInfo:
         if profile is not None:
             profile = replace(profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts))
         details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
+        details.pop(AWAITS_DRAFTER, None)
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 

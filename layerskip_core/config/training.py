@@ -1,6 +1,6 @@
 """A training run and its recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -20,6 +20,7 @@ BlockLayout = Literal["exit", "eagle3"]
 AnchorWeights = Literal["bf16", "int8"]
 LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
+_DRAFTER_ROWS, _DRAFTER_BATCH = 2_000, 8  # of a drafter's run after a task's
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ class ExitBlockSettings:
         Feature,
         Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
     ] = "none"
-    answers: Annotated[Answers, Flag("Who writes the answers to the prompts of --data: model or data.")] = "model"
+    answers: Annotated[
+        Answers | None,
+        Flag("Who writes the answers to the prompts of --data: model or data.", default="model, if it has prompts"),
+    ] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
     loss: Annotated[
@@ -136,11 +140,22 @@ class ExitBlockSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run, as requested. None: the preset of the regime decides, or the data."""
+    """One training run, as requested. None: the preset of the regime decides, or the data.
+
+    Exits of the model are trained if anything of the recipe is given, or a regime. Else it is trained at full depth alone, and
+    a second run (`drafter`) trains what drafts for the result, unless it is `frozen` from the beginning.
+    """
 
     model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model")] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
-    regime: Annotated[Regime, Flag("Preset: finetune, continual, scratch or code.", panel="Recipe")] = "finetune"
+    regime: Annotated[
+        Regime | None,
+        Flag(
+            "Preset of the recipe: finetune, continual, scratch or code.",
+            default="finetune with a flag of the recipe; without any the task alone, then a drafter beside the result",
+            panel="Recipe",
+        ),
+    ] = None
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
@@ -208,7 +223,7 @@ class FinetuneConfig:
             for name in names if is_so else ():
                 require(not given[name], name, needed, given[name])
         unfit = "left out with `frozen`, which trains no weight of the model"
-        require(not frozen or self.regime == "finetune", "regime", unfit, self.regime)
+        require(not frozen or self.regime is None, "regime", unfit, self.regime)
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
         endless = self.data.name == "commands" and not self.data.limit and self.steps is None
@@ -217,3 +232,32 @@ class FinetuneConfig:
         usual = {"lora_targets": "all-linear", "lora_layers": "all", "lora_keep": False}
         for name, value in usual.items():
             require(given[name] == value or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
+
+    @property
+    def trains_exits(self) -> bool:
+        return self.regime is not None or self.recipe != RecipeSettings()
+
+    @property
+    def drafter(self) -> "FinetuneConfig | None":
+        """The run that follows in the same folder, on some of the rows. None after the recipe or a drafter, for an adapter
+        alone, and for rows that are read as they come.
+        """
+        if self.trains_exits or self.exit_blocks.frozen or self.lora_keep or self.streaming:
+            return None
+        seen = self.steps and self.steps * self.batch_size * self.accumulation
+        rows = min(limit for limit in (self.data.limit, seen, _DRAFTER_ROWS) if limit)
+        return FinetuneConfig(
+            model=self.output,
+            data=replace(self.data, limit=rows),
+            exit_blocks=ExitBlockSettings(frozen=True),
+            prompting=self.prompting,
+            batch_size=_DRAFTER_BATCH,
+            max_length=self.max_length,
+            dtype=self.dtype,
+            device=self.device,
+            output=self.output,
+            seed=self.seed,
+            save_steps=self.save_steps,
+            resume=self.resume,
+            report_to=self.report_to,
+        )

@@ -112,8 +112,9 @@ def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Ro
     Documents are packed by default for plain text, without prompts, in a regime for language-model data.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
-    pack = config.regime != "finetune" and plain if config.pack is None else config.pack
-    max_length = sequence_length(config.max_length, config.regime, trainable.backend.spec.context)
+    regime = config.regime or "finetune"
+    pack = regime != "finetune" and plain if config.pack is None else config.pack
+    max_length = sequence_length(config.max_length, regime, trainable.backend.spec.context)
     return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, pack)
 
 

@@ -36,6 +36,9 @@ class Recipe:
     distill: float = 0.0
 
 
+NO_EXITS = Recipe(p_max=0.0, e_scale=0.0, curriculum="none")
+
+
 @dataclass(frozen=True)
 class RunStep:
     """Where in the run a forward pass is: everything random or scheduled in the recipe is a function of it."""

@@ -1,6 +1,7 @@
 """Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
 
-What is trained (trained.py) is a choice: a whole model under the recipe, or exit blocks of a frozen one.
+What is trained (trained.py) is a choice: a whole model, under the recipe or without it, or exit blocks of a frozen one. A model
+that is trained without the recipe gets its drafter by a second job, `following` the first.
 """
 
 import ctypes
@@ -10,14 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo, read_info
 from ..checkpoint.loaded import pick_device
+from ..checkpoint.save import settle
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
 from ..files import hold, run_staging
@@ -26,7 +28,7 @@ from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after,
 from .plan import Plan
 from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
-from .trained import FrozenModel, WholeModel
+from .trained import FrozenModel, WholeModel, following
 from .trainer import RunTrainer, trackers
 
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
@@ -78,6 +80,11 @@ class Job:
             warnings.warn(fault, stacklevel=2)
         return info
 
+    def following(self) -> "Job | None":
+        """The job that comes after this one, which has run, in the same folder. Raises as `prepare` does."""
+        config = following(self.plan.config)
+        return None if config is None else prepare(_anew(config))
+
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
         folder, resume, steps = checkpoints_folder(self.plan.config.output), self.resume, self.plan.total_steps
@@ -106,9 +113,33 @@ def prepare(config: FinetuneConfig) -> Job:
     device = pick_device(config.device)
     require_device(device)
     trackers(config.report_to)
-    config = resolve_sharding(config, device)
+    config = resolve_sharding(_not_done(config), device)
     resume = _resume_point(config)
     return Job((FrozenModel if config.exit_blocks.frozen else WholeModel)(config, device, resume), resume)
+
+
+def _not_done(config: FinetuneConfig) -> FinetuneConfig:
+    """The run of the two that `resume` goes on with. Without it, raises ConfigError for a model that waits for its drafter."""
+    settle(config.output)
+    waits, drafter = AWAITS_DRAFTER in read_info(config.output).details, following(config)
+    if not waits or drafter is None:
+        return config
+    if not config.resume:
+        if config.overwrite:
+            return config
+        raise ConfigError(
+            f"`output` {config.output} has a model that waits for its drafter; give `resume` to go on, or `overwrite` to start "
+            "anew"
+        )
+    folder = checkpoints_folder(config.output)
+    if not newest_first(folder) or newest_whole(folder).settings["frozen"]:
+        return drafter
+    return config if config.overwrite else _anew(drafter)  # the model is to be replaced, or has just been trained
+
+
+def _anew(drafter: FinetuneConfig) -> FinetuneConfig:
+    """Its run from the beginning, whatever checkpoints the model's own run has left."""
+    return replace(drafter, resume=False, overwrite=True)
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..checkpoint.beside import fingerprint, read_exit_blocks
 from ..checkpoint.folder import weight_files
-from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo
 from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of, downloaded, own_folder
 from ..checkpoint.open import blank, for_decoding, for_training
@@ -26,6 +26,7 @@ from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.model import PackingConfig
 from ..config.training import FinetuneConfig
+from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, first_line, require
 from ..files import require_disk
 from ..losses import IGNORED
@@ -50,7 +51,7 @@ from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import Anchor, RecipeModule, adapted_layers, use_fp32_attention, with_lora
 from .plan import Plan, make_plan, timed
 from .progress import LossHistory, loss_plot
-from .recipe import learning_rate, mean_exits, resolve_recipe
+from .recipe import NO_EXITS, learning_rate, mean_exits, resolve_recipe
 from .sharding import gather_whole, world_size
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
@@ -89,8 +90,11 @@ class WholeModel:
 
     def _planned(self, config: FinetuneConfig, device: torch.device, encoder: Encoder, resume: ResumePoint | None) -> Plan:
         spec, data, kept, replay = self.trainable.backend.spec, self.data, config.retention, None
-        recipe = resolve_recipe(config.recipe, config.regime, spec.parameters, spec.layers, spec.vocab)
-        steps, lr = run_steps(config, len(data.seen)), config.lr or learning_rate(config.regime, spec.parameters)
+        regime = config.regime or "finetune"
+        recipe = (
+            resolve_recipe(config.recipe, regime, spec.parameters, spec.layers, spec.vocab) if config.trains_exits else NO_EXITS
+        )
+        steps, lr = run_steps(config, len(data.seen)), config.lr or learning_rate(regime, spec.parameters)
         config = replace(config, lr=lr, max_length=encoder.max_length)
         facts = asdict(recipe) | {"original": None, "tokens": data.tokens, "data_digest": data.digest}
         if kept.anchor or kept.replay or config.lora_rank:
@@ -145,6 +149,7 @@ class WholeModel:
         if config.fsdp:
             gather_whole(self.module, keep=first)
         details = {
+            **({AWAITS_DRAFTER: True} if following(config) is not None else {}),
             "base_model": config.model,
             # As they are read back from JSON.
             "config": json.loads(json.dumps(asdict(config) | {"recipe": asdict(plan.recipe), "epochs": epochs(config)})),
@@ -169,6 +174,11 @@ class WholeModel:
                 warnings.append(f"losses.png was not drawn: {first_line(error)}")
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.dtype, files)
         return info, warnings
+
+
+def following(config: FinetuneConfig) -> FinetuneConfig | None:
+    """The run for a drafter after this one, if there is one: it takes one process."""
+    return config.drafter if world_size() == 1 else None
 
 
 def _module(plan: Plan, trainable: Trainable) -> RecipeModule:
@@ -212,6 +222,10 @@ class FrozenModel:
             )
         self.in_place = own is not None and Path(config.output).resolve() == Path(own).resolve()  # the model gets the blocks
         refuse_overwrite(config.output, config.overwrite or self.in_place)
+        asked = config.exit_blocks
+        if asked.answers is None:
+            asked = replace(asked, answers="model" if has_prompts(config.data) else "data")
+        config = replace(config, exit_blocks=asked)
         # The same model twice: of transformers, whose parts the blocks are made of, and on the kernels of decoding.
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
@@ -221,7 +235,7 @@ class FrozenModel:
         if self.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
             raise ConfigError(f"`output` {config.output} already has {there}; give `overwrite` to replace it")
 
-        asked, given = config.exit_blocks, read_rows(config)
+        given = read_rows(config)
         encoder = make_encoder(config, self.trainable, given[0])
         self.template, max_length = encoder.template, encoder.max_length
         prompts: list[list[int]] = []  # for the model to answer

@@ -105,6 +105,16 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
 
 
+def test_without_the_recipe_a_drafter_follows(finetune):
+    result = run(*finetune("--steps", "1"))
+    assert (result.code, result.out) == (0, "")
+    assert "\ntrained at full depth alone, as any model; then a drafter beside the result\n" in result.err
+    assert result.err.index("loss by exit: 6: ") < result.err.index("which stays as it is")
+    assert result.err.endswith("saved out; next: layerskip bench --model out\n")
+    alone = run(*finetune("--steps", "1", "--streaming", "--output", "streamed"))
+    assert alone.err.endswith("saved streamed; next: layerskip finetune --frozen --model streamed\n")
+
+
 def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, finetune):
     shutil.copytree(checkpoint, "base")
     Path("base", "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}")

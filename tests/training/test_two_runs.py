@@ -1,0 +1,89 @@
+"""`finetune` without the recipe: a run for the task, then one for what drafts beside its result."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training_runs import Interrupted, same_weights, stop_at, train, weights
+
+from layerskip_core.checkpoint.info import AWAITS_DRAFTER
+from layerskip_core.config.training import RecipeSettings
+from layerskip_core.data import has_prompts
+from layerskip_core.errors import ConfigError
+from layerskip_core.training.run import prepare
+
+
+@pytest.fixture
+def settings(settings):
+    return lambda **changes: settings(**{"recipe": RecipeSettings(), **changes})
+
+
+def details(folder):
+    return json.loads((Path(folder) / "layerskip.json").read_text())
+
+
+def silent(report):
+    pass
+
+
+def test_the_drafter_costs_the_model_nothing(settings, tmp_path):
+    """It is, bit for bit, what the same steps without any exit make of it."""
+    control, out = tmp_path / "control", tmp_path / "out"
+    train(settings(recipe=RecipeSettings(p_max=0.0, e_scale=0.0, curriculum="none"), output=str(control)))
+    job = prepare(settings())
+    job.run(silent)
+    assert AWAITS_DRAFTER in details(out)
+    second = job.following()
+    assert second.plan.recipe is None and second.plan.rows + second.plan.held_out == 16  # as many as the first run saw
+    second.run(silent)
+    assert same_weights(out, control)
+    assert details(out)["exit_blocks"] and AWAITS_DRAFTER not in details(out)
+    assert second.following() is None
+
+
+def test_resuming_goes_on_with_the_run_that_is_not_over(settings, tmp_path):
+    config, out = settings(save_steps=2), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        prepare(config).run(stop_at(3))
+    job = prepare(replace(config, resume=True))
+    assert job.plan.recipe is not None and job.resume.step == 2
+    job.run(silent)
+    with pytest.raises(ConfigError, match=r"has a model that waits for its drafter; give `resume`"):
+        prepare(config)
+    trained, config = weights(out), replace(config, resume=True)
+    with pytest.raises(Interrupted):
+        prepare(config).run(stop_at(3))
+    job = prepare(config)
+    assert job.plan.recipe is None and job.resume.step == 2
+    job.run(silent)
+    assert all((weights(out)[name] == weight).all() for name, weight in trained.items())
+    assert details(out)["exit_blocks"]
+
+
+def test_a_run_that_replaces_a_waiting_model_is_resumed_itself(settings):
+    prepare(settings()).run(silent)
+    with pytest.raises(Interrupted):
+        prepare(settings(overwrite=True, save_steps=2, seed=1)).run(stop_at(3))
+    job = prepare(settings(overwrite=True, save_steps=2, seed=1, resume=True))
+    assert job.plan.recipe is not None and job.resume.step == 2
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 2, "lora_keep": True}, {"regime": "finetune"}], ids=str)
+def test_what_gets_no_drafter(settings, tmp_path, changes):
+    job = prepare(settings(**changes))
+    job.run(silent)
+    assert AWAITS_DRAFTER not in details(tmp_path / "out") and job.following() is None
+
+
+def test_rows_without_prompts_are_their_own_answers(settings, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
+    data = replace(settings().data, name=str(rows), limit=0)
+    assert not has_prompts(data)
+    job = prepare(settings(data=data))
+    job.run(silent)
+    second = job.following()
+    assert second.plan.config.exit_blocks.answers == "data"
+    second.run(silent)
+    assert details(tmp_path / "out")["exit_blocks"]
