@@ -175,6 +175,8 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     require(own.num_hidden_layers == 1, "num_hidden_layers", "1", own.num_hidden_layers)
     require(own.hidden_act == "silu", "hidden_act", "silu", own.hidden_act)
     heads, size = own.num_key_value_heads or own.num_attention_heads, own.head_dim or own.hidden_size // own.num_attention_heads
+    needed = f"a multiple of num_key_value_heads, {heads}"
+    require(own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads)
     if isinstance(spec, ModelSpec):  # whose cache has entries of one shape
         needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
         fits = (heads, size) == (spec.kv_heads, spec.head_dim)

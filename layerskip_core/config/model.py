@@ -35,7 +35,7 @@ class PackingConfig:
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
     agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
     token_order.json, else the tokenizer's first. `adaptive`: the model gets a low-bit copy of all layers where nothing else was
-    asked for and a kernel is there.
+    asked for and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
     """
 
     quantize: Annotated[Quantization | None, Flag("int8 or int4 weights (CPU only).", default="none", panel="Weights")] = None
@@ -50,6 +50,7 @@ class PackingConfig:
     draft_vocab: Annotated[CountOrNone, Flag("Draft among the N most frequent tokens only; 0: among all.")] = 0
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
+    rounds_drafter: bool = True
 
     def __post_init__(self) -> None:
         used = self.draft_head is None or bool(self.draft_weights)
@@ -64,6 +65,15 @@ class PackingConfig:
     def is_plain(self) -> bool:
         """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
         return self.quantize is None and not self.drafts_apart and not self.exact
+
+    @property
+    def drafter(self) -> tuple[Quantization | None, Quantization | None]:
+        """The precision of the layer and of the head of a drafter in the EAGLE-3 layout, on the compiled kernels.
+
+        That of what else drafts in low bits, else the model's, else int8: its drafts are accepted as often as unrounded ones.
+        """
+        usual: Quantization | None = "int8" if self.rounds_drafter else None
+        return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
 
     @property
     def drafting(self) -> str:

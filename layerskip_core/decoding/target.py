@@ -62,7 +62,7 @@ class FixedTarget:
         self.writes: Hashable = self._layers, self._block is not None, self._taps
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
-        self._only_chooses = not (reads_logits or blocks or self._block)
+        self._only_chooses = not (reads_logits or self._block)
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
@@ -123,23 +123,37 @@ class FixedTarget:
         """One pass over tokens (B, T), from their exit states on; the last token may lack its state."""
         states = self._completed(tokens, states, positions, cache)
         if self._only_chooses and self._model.chooser is not None:
+            states = self._with_embedding(tokens, states)
             start = max(states, default=0)
-            choices = self._model.chooser(tokens, states.get(start), start, self._layers, positions, cache)
-            if choices is not None:
+            found = self._model.chooser(
+                tokens, states.get(start), start, self._layers, self._stops_after(start), positions, cache
+            )
+            if found is not None:
+                choices, reached = found
+                self._write({**states, **reached}, positions, cache)
                 return TargetOutput(None, self._layers, choices)
         hidden = self._run(tokens, states or {0: self._model.embed(tokens)}, positions, cache)
         return TargetOutput(self.head(hidden), self._layers)
 
+    def _with_embedding(self, tokens: Tensor, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """The states, with the embedding if a drafter reads it."""
+        return {0: self._model.embed(tokens), **states} if 0 in self._taps and 0 not in states else states
+
+    def _stops_after(self, start: int) -> tuple[int, ...]:
+        """After which layers above `start` blocks read states."""
+        return (*(tap for tap in self._taps if tap > start), self._layers) if self.exit_cache else ()
+
+    def _write(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> None:
+        if self.exit_cache is not None:
+            self.exit_cache.write(states, states[self._layers], positions, cache)
+
     def _run(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states` of tokens (B, T), and the exit's block."""
-        start = max(states)
-        if 0 in self._taps and 0 not in states:
-            states = {0: self._model.embed(tokens), **states}
-        stops = (*(tap for tap in self._taps if tap > start), self._layers)
+        start, states = max(states), self._with_embedding(tokens, states)
+        stops = self._stops_after(start) or (self._layers,)
         states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
         hidden = states[self._layers]
-        if self.exit_cache is not None:
-            self.exit_cache.write(states, hidden, positions, cache)
+        self._write(states, positions, cache)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden
@@ -259,9 +273,10 @@ class ExitBlockCache:
     def go_on(self, last: Sequence[int], rows: Sequence[int]) -> None:
         """Keeps `rows` of the batch. `last`: by row, the index in the pass of the token before its newest."""
         if self.is_fed:
-            device = next(iter(self._of_pass.values())).device
-            chosen, where = torch.tensor([list(rows), list(last)]).to(device, non_blocking=True)
-            self.features = {exit_layer: found[chosen, where][:, None] for exit_layer, found in self._of_pass.items()}
+            self.features = {
+                exit_layer: torch.stack([found[row, place] for row, place in zip(rows, last, strict=True)])[:, None]
+                for exit_layer, found in self._of_pass.items()
+            }
 
     def join(self, other: "ExitBlockCache") -> None:
         """Adds the rows of another after its own, between two passes."""

@@ -16,7 +16,7 @@ from ..checkpoint.locate import downloaded
 from ..checkpoint.open import for_decoding
 from ..checkpoint.speculators import EAGLE3_FOLDER, PROPOSED
 from ..config.decoding import DecodingConfig
-from ..config.model import CheckConfig, DataConfig
+from ..config.model import CheckConfig, DataConfig, PackingConfig
 from ..data import load_prompts
 from ..decoding import decode
 from ..errors import CheckpointError, DataError, refused
@@ -104,7 +104,7 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
 
 def _here(config: CheckConfig, folder: str) -> tuple[list[list[int]], Drafted]:
     """The prompts as ids, and what they gave."""
-    decoder = for_decoding(folder, "cpu", "fp32")
+    decoder = for_decoding(folder, "cpu", "fp32", PackingConfig(rounds_drafter=False))
     rows = load_prompts(DataConfig(config.data, "test", limit=config.samples))
     if not rows:
         raise DataError(f"`data` {config.data} has no rows")

@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.model import Quantization
+from ..config.model import PackingConfig, Quantization
 from .cache import KVCache
+from .eagle3 import Eagle3Weights
 from .exit_blocks import DraftBlock, PlacedBlock
 from .spec import AnySpec
 from .vocabulary import DraftVocabulary, most_probable
@@ -75,7 +76,7 @@ class Submodel:
 
     exit_layer: int
     beyond: Spans = ()
-    block: DraftBlock | None = None
+    block: "DraftBlock | None" = None
     taps: tuple[int, ...] = ()
 
     @property
@@ -116,10 +117,12 @@ class DraftEnds(NamedTuple):
         return most
 
 
-Chooser = Callable[[Tensor, Tensor | None, int, int, Tensor, KVCache], Tensor | None]
-"""Takes tokens (B, T), their states (B, T, D) after `start` layers or None for 0, and what follows `hidden` in `run_layers`.
+Chooser = Callable[[Tensor, Tensor | None, int, int, Sequence[int], Tensor, KVCache], tuple[Tensor, dict[int, Tensor]] | None]
+"""Takes tokens (B, T), their states (B, T, D) after `start` layers or None for 0, `start`, `stop`, counts of layers above
+`start`, ascending, after which states are kept, and what follows `stop` in `run_layers`.
 
-Returns the tokens (B, T) with the largest of the logits after `stop` layers; None if they are too many for one call.
+Returns the tokens (B, T) with the largest of the logits after `stop` layers, and the states that were kept, by these counts;
+None if they are too many for one call.
 """
 
 
@@ -214,7 +217,7 @@ class Backend(Layers, Protocol):
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
     @property
-    def eagle3(self) -> DraftBlock | None: ...
+    def eagle3(self) -> "DraftBlock | None": ...
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]: ...
 
@@ -227,6 +230,9 @@ class Backend(Layers, Protocol):
         For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3). Arguments
         as for `run_layers`.
         """
+
+    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> "DraftBlock":
+        """A drafter in the EAGLE-3 layout, whose keys and values are those of layer `place` of the cache."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""

@@ -31,14 +31,16 @@ ROPE_VALUES = (
     "original_max_position_embeddings",
 )
 
-_FC, _HEAD, _NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
-_LAYER = "layers.0."
-_QKV = tuple(f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkv")
-_OUT = f"{_LAYER}self_attn.o_proj.weight"
-_GATE_UP = tuple(f"{_LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
-_DOWN = f"{_LAYER}mlp.down_proj.weight"
-MATRICES = (_FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # of the layer
-_NORMS = tuple(f"{_LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"))
+FC, HEAD, NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
+LAYER = "layers.0."
+_QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")
+_OUT = f"{LAYER}self_attn.o_proj.weight"
+_GATE_UP = tuple(f"{LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
+_DOWN = f"{LAYER}mlp.down_proj.weight"
+MATRICES = (FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # of the layer
+_INPUT_NORM, HIDDEN_NORM, _MLP_NORM = (
+    f"{LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class Eagle3Form:
         """Names and shapes of all weights, as in a checkpoint; the token of each output of the head is `TOKENS`."""
         queries, keys, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         return {
-            _FC: (hidden, len(self.layers) * hidden),
+            FC: (hidden, len(self.layers) * hidden),
             **dict(zip(_QKV, ((queries, 2 * hidden), (keys, 2 * hidden), (keys, 2 * hidden)), strict=True)),
             _OUT: (hidden, queries),
             **dict.fromkeys(_GATE_UP, (self.inner, hidden)),
             _DOWN: (hidden, self.inner),
-            **dict.fromkeys((*_NORMS, _NORM), (hidden,)),
-            _HEAD: (self.vocab, hidden),
+            **dict.fromkeys((_INPUT_NORM, HIDDEN_NORM, _MLP_NORM, NORM), (hidden,)),
+            HEAD: (self.vocab, hidden),
         }
 
 
@@ -88,10 +90,10 @@ class Eagle3Layer:
     ) -> None:
         """`norm_of` gives a norm's weight by name; `product_of` the product by one matrix, or by several side by side."""
         self.form, self._norm_of = form, norm_of
-        self._fc, self._head = product_of((_FC,)), product_of((_HEAD,))
+        self._fc, self._head = product_of((FC,)), product_of((HEAD,))
         self._qkv, self._out = product_of(_QKV), product_of((_OUT,))
         self._gate_up, self._down = product_of(_GATE_UP), product_of((_DOWN,))
-        self._frequencies = _frequencies(form.rope, form.head_dim)
+        self._frequencies = frequencies(form)
 
     def feature(self, states: Sequence[Tensor]) -> Tensor:
         """The feature (B, T, D) of tokens, of the target's states (B, T, D) after each of its layers."""
@@ -103,8 +105,8 @@ class Eagle3Layer:
         `embedded` (B, T, D): of their tokens. `feature`: of the tokens before. `places` (B or 1, T): where the entries stand.
         """
         form = self.form
-        normed = self._normed(_NORMS[1], feature)
-        both = self._qkv(torch.cat((self._normed(_NORMS[0], embedded), normed), dim=-1))
+        normed = self._normed(HIDDEN_NORM, feature)
+        both = self._qkv(torch.cat((self._normed(_INPUT_NORM, embedded), normed), dim=-1))
         heads = both.view(*both.shape[:2], form.heads + 2 * form.kv_heads, form.head_dim).transpose(1, 2)
         queries, keys, values = torch.split(heads, [form.heads, form.kv_heads, form.kv_heads], dim=1)
         angles = places.to(both.device)[:, None, :, None] * self._frequencies.to(both.device)
@@ -115,12 +117,12 @@ class Eagle3Layer:
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """The output h (B, T, D) of the layer, of what attention gave (B, H, T, head dim)."""
         hidden = residual + self._out(attended.transpose(1, 2).flatten(2))
-        gate, up = self._gate_up(self._normed(_NORMS[2], hidden)).chunk(2, dim=-1)
+        gate, up = self._gate_up(self._normed(_MLP_NORM, hidden)).chunk(2, dim=-1)
         return hidden + self._down(F.silu(gate) * up)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., N) in the order of the head's own tokens, of outputs (..., D)."""
-        return self._head(self._normed(_NORM, hidden))
+        return self._head(self._normed(NORM, hidden))
 
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, (self.form.hidden,), self._norm_of(name), self.form.eps)
@@ -161,12 +163,13 @@ def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _frequencies(rope: Mapping[str, float | str], head_dim: int) -> Tensor:
-    """Radians per position of each pair of a head, (head_dim / 2,)."""
-    frequencies = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def frequencies(form: Eagle3Form) -> Tensor:
+    """Radians per position of each pair of a head, (head dim / 2,)."""
+    rope, size = form.rope, form.head_dim
+    found = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     if rope.get("rope_type", "default") == "llama3":
-        frequencies = frequencies / llama3_factors(rope, head_dim)
-    return frequencies.float()
+        found = found / llama3_factors(rope, size)
+    return found.float()
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class PlacedEagle3:
     """A drafter of a backend, as a PlacedBlock. Its keys and values are those of layer `place` of the target's cache."""
 
     is_fed = starts_later = True
+    kernel = None
 
     def __init__(
         self, stored: Eagle3Weights, place: int, vocab: int, like: Tensor, product_of: Callable[[Tensor], Product]

@@ -9,7 +9,7 @@ token before (as EAGLE, Li et al., 2024): the target's own for the first draft o
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
     from .backend import Backend, Layers
+    from .native.eagle3 import NativeEagle3
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class PlacedBlock:
         is_fed: whether it reads a feature of the token before, too: then it can only draft, after passes of the whole model.
         starts_later: whether the first token of a text, which has none before it, has no entry.
         vocabulary: the tokens that its head scores, if they are others than those of its draft side.
+        kernel: makes a whole greedy draft in one call, where its drafts start at the embedding; None: its draft side's does.
     """
 
     block: ExitBlock
@@ -86,7 +88,7 @@ class PlacedBlock:
     norm: Callable[[Tensor], Tensor]
     join: Callable[[Tensor], Tensor] | None
 
-    starts_later, vocabulary = False, None
+    starts_later, vocabulary, kernel = False, None, None
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -122,7 +124,7 @@ class PlacedBlock:
         return self.join(torch.cat((states, features.to(states.dtype)), dim=-1))
 
 
-DraftBlock = PlacedBlock | PlacedEagle3
+DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3"
 
 
 def target_block(blocks: Mapping[int, PlacedBlock], exit_layer: int) -> PlacedBlock | None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..config.model import PackingConfig, Quantization
 from .backend import Chooser, DraftKernel, DraftSide
 from .cache import KVCache
-from .eagle3 import PlacedEagle3
-from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
+from .eagle3 import Eagle3Weights
+from .exit_blocks import NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
 from .vocabulary import DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
@@ -159,12 +159,8 @@ class RepackedBackend(ABC):
             self._layers, self._head = runners[0], chains[0].heads[0]
             self.exit_blocks = {exit_layer: placed[0] for exit_layer, placed in chains[0].blocks.items()}
             self.normed = self._norm(norm)
-            self.eagle3 = None
-            if (drafter := exit_blocks.eagle3) is not None:
-                place, like = self._chain_spec.layers - 1, torch.empty(0, dtype=self._layers.dtype, device=embedding.device)
-                self.eagle3 = PlacedEagle3(
-                    drafter, place, spec.vocab, like, lambda matrix: self._product(matrix.to(embedding), packing.quantize)
-                )
+            drafter, place = exit_blocks.eagle3, self._chain_spec.layers - 1
+            self.eagle3 = None if drafter is None else self.placed_eagle3(drafter, place, packing)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             head, own = chain.heads[-1], layers is self._layers
@@ -220,8 +216,7 @@ class RepackedBackend(ABC):
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
 
     @abstractmethod
-    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
-        """Rows (..., inputs) by a drafter's matrix (outputs, inputs), which has the precision of the embedding."""
+    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
 
     @abstractmethod
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
 from .cache import KVCache, SpanWriter
+from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import ExitBlock
 from .repacked import CHUNK, RepackedBackend, RepackedLayers
 from .rope import Rope
@@ -170,9 +171,12 @@ class TorchBackend(RepackedBackend):
         product = linear(weights.of("input.weight"), None, low_bits)
         return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
 
-    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
-        product = linear(matrix, None, low_bits)
-        return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
+    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
+        def product_of(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+            product = linear(matrix.to(self._embedding), None, packing.quantize)
+            return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
+
+        return PlacedEagle3(stored, place, self.spec.vocab, self._embedding, product_of)
 
     def _norm(self, weights: Affine) -> Norm:
         return Norm(weights, self.spec.eps)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.model import Quantization
+from ..config.model import PackingConfig, Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, runs_on_kernels
 from .backend import DraftSide
 from .cache import Entry, KVCache, MixedCache
 from .cut import CutModel, Form, Forward, hidden_of, replaced
-from .eagle3 import PlacedEagle3
+from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .probe import cut_at_layers
 from .spec import AnySpec, ModelSpec, TransformersSpec
@@ -71,11 +71,13 @@ class TransformersBackend:
             self._add_block(block, exit_blocks)
         self.eagle3, self._entries = None, dict[Entry, tuple[int, int]]()
         if (drafter := exit_blocks.eagle3) is not None:
-            place, like = self._cut.place_of_block(len(self._blocks)), self.model.get_input_embeddings().weight
+            place = self._cut.place_of_block(len(self._blocks))
             self._entries = {(place, kind): (drafter.form.kv_heads, drafter.form.head_dim) for kind in ("keys", "values")}
-            self.eagle3 = PlacedEagle3(
-                drafter, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like))
-            )
+            self.eagle3 = self.placed_eagle3(drafter, place, PackingConfig())
+
+    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
+        like = self.model.get_input_embeddings().weight
+        return PlacedEagle3(stored, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like)))
 
     @property
     def own_spec(self) -> ModelSpec:

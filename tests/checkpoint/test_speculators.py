@@ -129,6 +129,11 @@ def test_other_trainers_folders_are_read(folder):
     [
         ({"draft_vocab_size": 12}, {}, r"d2t must be I64 or I32 \[12\], found I64 \[11\]"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, {}, "layers below 9"),
+        (
+            {"transformer_layer_config": None, "num_attention_heads": 5},
+            {},
+            "`num_attention_heads` must be a multiple of num_key_value_heads, 2, got 5",
+        ),
         ({"norm_output": True}, {}, "`norm_output` must be false, got true"),
         ({"target_hidden_size": 64}, {}, "`target_hidden_size` must be hidden_size, got 64"),
         ({}, {"fc.weight": torch.zeros(2, 2)}, r"fc.weight must be F32 or BF16 or F16 \["),

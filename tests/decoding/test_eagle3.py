@@ -1,20 +1,23 @@
 """Drafts in the EAGLE-3 layout: the output is the target's own, and drafts are those of the training's forward."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, draft_of, ids_of, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
 from layerskip_core.model.exit_blocks import ExitBlocks
+from layerskip_core.model.native import compiled
+from layerskip_core.model.native.eagle3 import NativeEagle3
 from layerskip_core.training.eagle3 import unrolled
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -51,7 +54,7 @@ def stored():
 
 @cache
 def backend_of(kind, quantize=None):
-    packing = PackingConfig(quantize=quantize)
+    packing = PackingConfig(quantize=quantize, rounds_drafter=False)
     if kind == "generic":
         return TransformersBackend(model_of(kind), stored())
     if kind == "packed":
@@ -107,6 +110,102 @@ def test_drafts_are_those_of_training(kind):
             outputs = unrolled(layer, states[0][:, 1:].float(), feature, len(drafts))
         for number, (token, output) in enumerate(zip(drafts, outputs, strict=False)):
             assert int(tokens[layer.logits(output[0, known - 2 + number]).argmax()]) == token
+
+
+class OnKernels:
+    """A drafter of random weights on a variant's kernels, with its entries of two rows of 9 tokens, and the same on torch."""
+
+    FORMS = {  # noqa: RUF012
+        "as the target": {},
+        "imported": {
+            **{"heads": 6, "inner": 51, "eps": 1e-3, "norm_before_residual": True},
+            "rope": {
+                **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            },
+        },
+    }
+    PRECISIONS = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}  # noqa: RUF012
+
+    def __init__(self, variant, form, precision):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        form = replace(drafter().form, **self.FORMS[form])
+        weights = {name: (3 * torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for name, shape in form.shapes.items()}
+        stored = Eagle3Weights(form, drafter().tokens, weights)
+        packing = PackingConfig(rounds_drafter=precision == "int8")
+        with compiled.requesting(variant):
+            model = tiny_model("llama", dtype, **SHAPE)
+            self.backend = native_or_skip(model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored))
+        like, vocab = torch.zeros(0, dtype=torch.float64), self.backend.spec.vocab
+        self.torch = PlacedEagle3(stored, 6, vocab, like, lambda matrix: partial(F.linear, weight=matrix.double()))
+        self.states, self.before = torch.randn(2, 9, form.hidden), torch.randn(2, 9, form.hidden)
+        self.positions = 1 + torch.arange(9).expand(2, -1)
+
+    def run(self, drafter, dtype, first=0, cache=None, rows=slice(None)):
+        """The head's logits of the entries from the `first` on."""
+        states, before, positions = (part[rows, first:] for part in (self.states, self.before, self.positions))
+        cache = cache or self.backend.new_cache(len(positions))
+        return drafter.head(drafter.run(None, states.to(dtype), before.to(dtype), positions, cache))
+
+
+@pytest.fixture(params=[name for name in compiled.VARIANTS if compiled.kernels(name) is not None])
+def variant(request):
+    return request.param
+
+
+@pytest.mark.parametrize("precision", OnKernels.PRECISIONS)
+@pytest.mark.parametrize("form", OnKernels.FORMS)
+def test_the_kernels_compute_what_torch_does(variant, form, precision):
+    """Entries of several tokens and rows have the bits that each has alone, whether earlier ones were written or run."""
+    of = OnKernels(variant, form, precision)
+    ours, right = of.run(of.backend.eagle3, torch.float32), of.run(of.torch, torch.float64)
+    assert float((ours - right).norm() / right.norm()) < OnKernels.PRECISIONS[precision]
+    for row in (0, 1):
+        cache, rows = of.backend.new_cache(1), slice(row, row + 1)
+        of.backend.eagle3.write(None, {0: of.states[rows, :8]}, of.before[rows, :8], of.positions[rows, :8], cache)
+        assert torch.equal(of.run(of.backend.eagle3, torch.float32, 8, cache, rows), ours[rows, 8:])
+
+
+@pytest.mark.parametrize("precision", OnKernels.PRECISIONS)
+@pytest.mark.parametrize("form", OnKernels.FORMS)
+def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, monkeypatch):
+    """Up to their largest number, an end token, a token that is too uncertain, and drafts that probably fail."""
+    of, ids = OnKernels(variant, form, precision), torch.tensor([prompt_of(10)])
+    block, cache, positions = of.backend.eagle3, of.backend.new_cache(), torch.arange(9, 18)[None]
+    block.write(None, {0: of.states[:1]}, of.before[:1], of.positions[:1], cache)
+
+    def drafted(**ends):
+        return draft_of(of.backend, None, Submodel(0, block=block), ids, positions, cache, of.before[:1, :1], **ends)
+
+    whole = drafted(survival=1e-9)
+    probs = sorted(whole.confidence)
+    ends = [{}, {"survival": 1e-9}, {"eos_ids": {int(whole.tokens[0, 3])}}, {"draft_confidence": (probs[2] + probs[3]) / 2}]
+    ends.append({"survival": 0.9 * whole.confidence[0] * whole.confidence[1]})
+    found = [drafted(**end) for end in ends]
+    monkeypatch.setattr(NativeEagle3, "kernel", None)
+    for ours, end in zip(found, ends, strict=True):
+        right = drafted(**end)
+        assert torch.equal(ours.tokens, right.tokens) and ours.counts == right.counts
+        assert list(ours.confidence) == pytest.approx(list(right.confidence), rel=1e-4)
+    assert found[0].counts == (8,) and 0 < found[2].counts[0] <= 3 and found[3].counts[0] < 8
+    assert len(set(whole.tokens[0].tolist())) > 2
+
+
+@pytest.mark.parametrize(
+    ("packing", "kinds"),
+    [
+        ({}, ("int8", "int8")),
+        ({"draft_weights": ("int4",)}, ("int4", "int8")),
+        ({"draft_weights": ("int8",), "draft_head": "int4"}, ("int8", "int4")),
+        ({"quantize": "int4"}, ("int4", "int8")),
+        ({"rounds_drafter": False}, ("fp32", "fp32")),
+    ],
+)
+def test_its_precision_is_that_of_what_else_drafts(packing, kinds):
+    block = native_or_skip(model_of("native"), PackingConfig(**packing), exit_blocks=stored()).eagle3
+    assert (block._fc.matrix.form.kind, block.head.matrix.form.kind) == kinds
+    assert {matrix.form.kind for matrix in block._layers.layers[-1].matrices} == {kinds[0]}
 
 
 def test_penalties_and_seeds_keep_the_output():

@@ -154,8 +154,8 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
         original(self, hidden, start, stop - 1, positions, cache)
         raise KeyboardInterrupt
 
-    def interrupted_choice(tokens, hidden, start, stop, positions, cache):
-        chooser(tokens, hidden, start, stop - 1, positions, cache)
+    def interrupted_choice(tokens, hidden, start, stop, kept, positions, cache):
+        chooser(tokens, hidden, start, stop - 1, kept, positions, cache)
         raise KeyboardInterrupt
 
     for prompt, steps in ((second, 0), (first, 1)):

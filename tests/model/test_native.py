@@ -33,6 +33,7 @@ from layerskip_core.model import (
     native,
     repacked,
 )
+from layerskip_core.model.backend import states_at
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 
@@ -262,11 +263,14 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
             cache.keep_rows([0, 2, 3])
             states = model.run_layers(model.embed(tokens), 0, exit_layer or 0, positions, cache)
             if exit_layer is None:
-                found.append(most_probable(model.unembed(model.run_layers(states, 0, 6, positions, cache))))
+                reached = states_at(model, states, (4, 5, 6), positions, cache)
+                found.append(most_probable(model.unembed(reached[6])))
             else:
-                start = states.clone()
-                found.append(model.chooser(tokens, states if exit_layer else None, exit_layer, 6, positions, cache))
-                assert torch.equal(start, states)
+                start, given = states.clone(), states if exit_layer else None
+                chosen, kept = model.chooser(tokens, given, exit_layer, 6, (4, 6), positions, cache)
+                assert torch.equal(start, states) and list(kept) == [4, 6]
+                assert torch.equal(kept[4], reached[4]) and torch.equal(kept[6], reached[6])
+                found.append(chosen)
             caches.append(cache.room(1, 1, 1, states))
     for chosen, cache in zip(found, caches, strict=True):
         assert torch.equal(chosen, found[0]) and torch.equal(cache, caches[0])
@@ -280,7 +284,7 @@ def test_where_no_choice_is_one_call():
     assert model_of("fp32", "gemma2", **KINDS["gemma2"]).chooser is None
     model = model_of("fp32")
     many, places = ids_of(5, 13), torch.arange(13).expand(5, -1)
-    assert model.chooser(many, None, 0, 6, places, model.new_cache(5)) is None
+    assert model.chooser(many, None, 0, 6, (), places, model.new_cache(5)) is None
 
 
 @pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])

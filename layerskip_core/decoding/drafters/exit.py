@@ -48,7 +48,7 @@ class ExitDrafter:
         runs_layers = block is None or self._exit > 0
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._is_ragged = setup.model.ragged and not self._reuses and (block is None or not block.is_fed)
-        self._kernel = side.kernel if runs_layers else None
+        self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._vocabulary = side.vocabulary if block is None or block.vocabulary is None else block.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:

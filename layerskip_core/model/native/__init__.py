@@ -5,10 +5,10 @@ from math import frexp
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
+from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
@@ -17,6 +17,7 @@ from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
 from .compiled import MOST_ROPES, kernels
+from .eagle3 import NativeEagle3
 from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
@@ -88,10 +89,8 @@ class NativeBackend(RepackedBackend):
         name = f"{block.prefix}input"
         return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
 
-    def _product(self, matrix: Tensor, low_bits: Quantization | None) -> NativeLinear:
-        form = MatrixForm(low_bits or self._unrounded, matrix.shape[1], matrix.shape[0])
-        self._engine.make_room(form.inputs)
-        return NativeLinear(self._engine, self._packed("eagle3", form, lambda: [Affine(matrix, None)]))
+    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
+        return NativeEagle3(self._kernels, self._packed, stored, self._chain_spec, self._embedding, place, packing.drafter)
 
     def _norm(self, weights: Affine) -> Norm:
         """Of fp32 hidden states."""

@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 17  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 18  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -61,7 +61,7 @@ class CLayer(Structure):
     _fields_ = [
         *_fields(CMatrix, "qkv output up down"),
         *_fields(c_void_p, "router"),
-        *_fields(CNorm, "before_attention after_attention before_mlp after_mlp query key"),
+        *_fields(CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"),
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
     ]
@@ -71,7 +71,7 @@ class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
         *_fields(c_int32, "experts chosen normalised"),
-        *_fields(c_int32, "norms_rotated parallel"),
+        *_fields(c_int32, "norms_rotated parallel norms_residual"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 
@@ -83,7 +83,7 @@ class CCall(Structure):
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
         *_fields(c_void_p, "cache row_slots starts"),
         *_fields(c_int64, "places slots"),
-        *_fields(c_void_p, "hidden qkv mixed inside block"),
+        *_fields(c_void_p, "hidden qkv mixed inside entries block"),
         *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
         *_fields(c_int64, "scratch_bytes"),
     ]
@@ -100,7 +100,10 @@ class CDraft(Structure):
 
 
 class CChoice(Structure):
-    _fields_ = _fields(c_void_p, "embedding tokens logits chosen")
+    _fields_ = [
+        *_fields(c_void_p, "embedding tokens stops states logits chosen"),
+        *_fields(c_int32, "stop_count"),
+    ]
 
 
 STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice)  # as layerskip_size_of in kernels.c numbers them

@@ -34,6 +34,7 @@ typedef struct {
     Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts */
     const float *router;          /* (expert, hidden); NULL: the layer has an MLP */
     Norm before_attention, after_attention, before_mlp, after_mlp;
+    Norm embedding;       /* of a drafter's layer, see enter; else no norm */
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
     float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
@@ -47,6 +48,7 @@ typedef struct {
     int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
     int32_t norms_rotated; /* queries and keys are normed after their rotation */
     int32_t parallel;      /* the MLP reads what the attention reads */
+    int32_t norms_residual; /* of a drafter's layer, see enter */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 } Shape;
@@ -69,6 +71,7 @@ typedef struct {
     const int32_t *starts;                /* by sequence, of which the rows follow one another, its first row; then `rows` */
     int64_t places, slots;                /* that the cache holds */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
+    float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
     Routing routing;
     char *scratch;                        /* one part of scratch_bytes for each thread */
@@ -93,7 +96,8 @@ typedef struct {
     float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
     float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
     const Matrix *join;        /* from (exit's state, feature) to the input of the layers beyond it; NULL: that is the state */
-    float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given */
+    float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given; NULL: there is none.
+                                * Without `join` it is the entry of a drafter's layer, whose output is the next feature */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
@@ -103,8 +107,11 @@ typedef struct {
 typedef struct {
     const void *embedding; /* as a Draft's */
     const int64_t *tokens; /* by row, whose embeddings are the hidden states; NULL: these are given */
+    const int32_t *stops;  /* (stop_count): how many layers run before states are kept, ascending */
+    float *states;         /* (stop_count, row, hidden) */
     float *logits;         /* (row, outputs) */
     int64_t *chosen;       /* by row: the output with the largest logit */
+    int32_t stop_count;
 } Choice;
 
 #include "threads.h"
@@ -406,6 +413,22 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
 
 #include "experts.h"
 
+/* The input of a drafter's layer in the EAGLE-3 layout: an entry is an embedding and a feature. Both are normed, and the feature
+ * is the residual, before its norm or after. */
+static void enter(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    size_t n = (size_t)s->hidden;
+    for (int r = share(call->rows, thread, threads); r < share(call->rows, thread + 1, threads); r++) {
+        float *entry = call->entries + 2 * n * (size_t)r, *feature = entry + n, *hidden = call->hidden + n * (size_t)r;
+        if (!s->norms_residual) memcpy(hidden, feature, sizeof(float) * n);
+        normed(entry, &l->embedding, s->hidden, s->eps, entry);
+        normed(feature, &l->before_attention, s->hidden, s->eps, feature);
+        if (s->norms_residual) memcpy(hidden, feature, sizeof(float) * n);
+    }
+    meet(&work->team, threads);
+}
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
@@ -415,6 +438,7 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         int index = work->order ? work->order[i] : i;
         const Layer *l = work->layers + index;
         Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
+        if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
         Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
         multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
         meet(&work->team, threads);
@@ -548,12 +572,12 @@ static void leave_exit(Work *work, int thread, int threads) {
     const Shape *s = work->shape;
     Draft *draft = work->draft;
     size_t n = (size_t)s->hidden;
-    if (thread == 0) memcpy(draft->join ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
+    if (thread == 0) memcpy(draft->joined ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
     if (draft->join) {
         meet(&work->team, threads);
         multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
     }
-    if (thread == 0) work->call->hidden = draft->beyond;
+    if (thread == 0) work->call->hidden = draft->beyond, work->call->entries = draft->joined;
     meet(&work->team, threads);
 }
 
@@ -582,6 +606,7 @@ static void draft(Work *work, int thread, int threads) {
         if (thread == 0) {
             const Shape *s = work->shape;
             if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
+            else if (draft->joined) memcpy(draft->joined + s->hidden, draft->beyond, sizeof(float) * (size_t)s->hidden);
             int before = draft->drafted;
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
@@ -591,17 +616,24 @@ static void draft(Work *work, int thread, int threads) {
     }
 }
 
-/* All layers, the head, and each row's largest logit. */
+/* All layers, the head, and each row's largest logit. At the stops, where a span has met all threads, states are copied. */
 static void choose_all(Work *work, int thread, int threads) {
     const Choice *choice = work->choice;
     const Call *call = work->call;
     int outputs = work->head->outputs, first = share(call->rows, thread, threads), last = share(call->rows, thread + 1, threads);
+    size_t n = (size_t)work->shape->hidden;
     if (choice->tokens) {
         for (int r = first; r < last; r++)
-            embed(work->shape, choice->embedding, choice->tokens[r], call->hidden + (size_t)r * (size_t)work->shape->hidden);
+            embed(work->shape, choice->embedding, choice->tokens[r], call->hidden + (size_t)r * n);
         meet(&work->team, threads);
     }
-    span(work, 0, work->count, thread, threads);
+    int from = 0;
+    for (int stop = 0; stop < choice->stop_count; from = choice->stops[stop++]) {
+        span(work, from, choice->stops[stop], thread, threads);
+        for (int r = first; r < last; r++)
+            memcpy(choice->states + n * (size_t)(stop * call->rows + r), call->hidden + n * (size_t)r, sizeof(float) * n);
+    }
+    span(work, from, work->count, thread, threads);
     score(work, thread, threads);
     meet(&work->team, threads);
     for (int r = first; r < last; r++) choice->chosen[r] = largest_of(choice->logits + (size_t)r * (size_t)outputs, outputs);
@@ -638,7 +670,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 17; }
+int layerskip_interface(void) { return 18; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

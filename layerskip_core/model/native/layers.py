@@ -1,7 +1,7 @@
 """A chain of layers and a head as the C kernels read them: a span, a whole draft or a greedy verification is one call."""
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -34,11 +34,15 @@ _KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
 _KEPT = 16  # row counts whose buffers are kept
 
 
+Ropes = Callable[[int], list[tuple[Tensor, Tensor]]]
+"""Cosines and sines in fp32 of so many first positions, each (positions, rotary / 2), by rotary embedding."""
+
+
 class Engine:
     """The kernels, a model's sizes as they read them, and the buffers of its calls."""
 
-    def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype) -> None:
-        """`dtype`: of the embedding and the cache."""
+    def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype, ropes: Ropes | None = None) -> None:
+        """`dtype`: of the embedding and the cache. `ropes`: None for those of `spec`."""
         self.kernels = kernels
         self.shape = CShape(
             hidden=spec.hidden,
@@ -69,7 +73,8 @@ class Engine:
         self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
         self.make_room(max(2 * spec.hidden, spec.queries, spec.inner, inner))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
-        self._spec, self._rope_length = spec, 0
+        self._experts, self._rope_length = spec.experts, 0
+        self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
         self._rope: list[tuple[Tensor, Tensor]] = []
 
     def make_room(self, inputs: int) -> None:
@@ -80,13 +85,13 @@ class Engine:
         """Cosines and sines in fp32 of the positions before `stop`, and of more."""
         if self._rope_length < stop:
             self._rope_length = 2 * stop
-            self._rope = cosines_and_sines(self._spec, self._rope_length, torch.empty(0))
+            self._rope = self._ropes(self._rope_length)
         return self._rope
 
     def buffers(self, rows: int) -> "Buffers":
         """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
         make = self._kept if rows <= _KEPT_ROWS else Buffers
-        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._spec.experts)
+        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._experts)
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
@@ -143,9 +148,16 @@ class NativeNorm:
 class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
-    def __init__(self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
-        """`weights`: of this layer; only the matrices that `pack` asks for are read."""
-        qkv = MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=spec.query_bias)
+    def __init__(
+        self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, feature_norm: Affine | None = None
+    ) -> None:
+        """`weights`: of this layer; only the matrices that `pack` asks for are read.
+
+        `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
+        """
+        is_fed, norms = feature_norm is not None, layer_norms(weights, spec)
+        before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
+        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), spec.queries + 2 * spec.keys, biased=spec.query_bias)
         output = MatrixForm(kind, spec.queries, spec.hidden, biased=spec.output_bias)
         up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
@@ -162,7 +174,7 @@ class NativeLayer:
             pack(f"layers.{index}.down", down, read_down),
         ]
         self._router = None if experts is None else router(weights, spec).float().contiguous()
-        self._norms = [NativeNorm(norm) for norm in layer_norms(weights, spec)]
+        self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrix.structure for matrix in self.matrices),
@@ -195,7 +207,11 @@ class NativeLayers(RepackedLayers):
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        buffers, kernels = self.call_at(positions, cache, start, stop), self.engine.kernels
+        return self.called(rows, start, stop, self.call_at(positions, cache, start, stop), only_kv)
+
+    def called(self, rows: Tensor, start: int, stop: int, buffers: "Buffers", only_kv: bool) -> Tensor:
+        """Layers over the hidden states `rows` (B, T, D), in place."""
+        kernels = self.engine.kernels
         buffers.call.hidden = rows.data_ptr()
         kernel = kernels.write if only_kv else kernels.span
         kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
@@ -228,6 +244,16 @@ class NativeLayers(RepackedLayers):
         call.row_slots, call.starts = (part.data_ptr() for part in buffers.sequences)
         call.slots, call.places = slots, places
         return buffers
+
+
+class EntryLayers(NativeLayers):
+    """A layer of a drafter in the EAGLE-3 layout, whose input is [embedding; feature], (B, T, 2D): it may be changed."""
+
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
+        entries = hidden.to(torch.float32).contiguous()
+        buffers = self.call_at(positions, cache, start, stop)
+        buffers.call.entries = entries.data_ptr()
+        return self.called(torch.empty(*positions.shape, self.spec.hidden), start, stop, buffers, only_kv)
 
 
 class NativeLinear:
@@ -281,13 +307,10 @@ def draft(
     them, is not run: they are those of K tokens.
     """
     exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
-    join, joined = None, torch.empty(2, 0)
+    join, joined = None, None if feature is None else torch.cat((feature, feature), dim=1).to(torch.float32)
     if (block := submodel.block) is not None:
         assert isinstance(block, PlacedBlock) and isinstance(block.head, NativeLinear)
         beyond, head, join = ((block.layer, block.layer + 1),), block.head, block.join
-        if join is not None:
-            assert isinstance(join, NativeLinear) and feature is not None
-            joined = torch.cat((feature, feature), dim=1).to(torch.float32)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
@@ -323,7 +346,7 @@ def draft(
         survival=ends.survival,
         doubt=ends.doubt,
         join=ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
-        joined=joined.data_ptr(),
+        joined=None if joined is None else joined.data_ptr(),
         tokens=tokens.data_ptr(),
         states=states.data_ptr(),
         beyond=after_exit.data_ptr(),
@@ -344,9 +367,10 @@ def choose(
     hidden: Tensor | None,
     start: int,
     stop: int,
+    kept: Sequence[int],
     positions: Tensor,
     cache: KVCache,
-) -> Tensor | None:
+) -> tuple[Tensor, dict[int, Tensor]] | None:
     """A `Chooser`, after the layers and the head."""
     batch, count = tokens.shape
     if batch * count > _KEPT_ROWS or not layers.has(range(start, stop)) or cache.rows != batch:
@@ -362,13 +386,19 @@ def choose(
     buffers.call.hidden = rows.data_ptr()
     chosen = torch.empty(batch, count, dtype=torch.long)
     choice = CChoice(
-        layers.embedding.data_ptr(),
-        tokens.data_ptr() if hidden is None else None,
-        buffers.logits(head.matrix.outputs).data_ptr(),
-        chosen.data_ptr(),
+        embedding=layers.embedding.data_ptr(),
+        tokens=tokens.data_ptr() if hidden is None else None,
+        logits=buffers.logits(head.matrix.outputs).data_ptr(),
+        chosen=chosen.data_ptr(),
+        stop_count=len(kept),
     )
+    reached: dict[int, Tensor] = {}
+    if kept:
+        stops, states = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept)), rows.new_empty(len(kept), *rows.shape)
+        choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
+        reached = dict(zip(kept, states.unbind(), strict=True))
     engine.kernels.choose(
         *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
         *(buffers.call, choice, buffers.threads),
     )
-    return chosen
+    return chosen, reached
