@@ -140,7 +140,11 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
 def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypatch):
     """The other exit's block gets its states too. Only the last draft may still need the layers before the exit."""
     backend, spans = backend_of(kind, features), []
-    run_layers = backend.run_layers
+    run_layers, chooser = backend.run_layers, backend.chooser
+
+    def choose(tokens, hidden, start, stop, kept, positions, cache):
+        spans.extend((layer, tokens.shape[1]) for layer in (start, *kept[:-1]))
+        return chooser(tokens, hidden, start, stop, kept, positions, cache)
 
     def record(hidden, start, stop, positions, cache=None):
         spans.append((start, hidden.shape[1]))
@@ -149,6 +153,8 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypat
     loop = scheduled(backend, [prompt_of(7)], [(1, 4), (2, 4)] * 3, 40)
     next(loop)
     monkeypatch.setattr(backend, "run_layers", record)
+    if chooser is not None:
+        monkeypatch.setattr(backend, "chooser", choose)
     for exit_layer, starts in ((2, {2, 4}), (4, {4})) * 3:
         spans.clear()
         next(loop)
