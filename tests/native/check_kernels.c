@@ -162,6 +162,21 @@ static void check_layers(const Model *m, int style, int layers, int first, int r
     expect(same, "%s layers of style %d: two texts differ", name, style);
 }
 
+static void embedding_of(const Model *m, int64_t token, float *out) {
+    const Shape *s = &m->shape;
+    for (int d = 0; d < s->hidden; d++) {
+        size_t at = (size_t)(token * s->hidden + d);
+        float stored = s->bf16_cache ? of_bf16(((uint16_t *)m->embedding)[at]) : ((float *)m->embedding)[at];
+        out[d] = stored * s->embedding_scale;
+    }
+}
+
+static int best_of(const float *logits) {
+    int best = 0;
+    for (int v = 0; v < VOCAB; v++) best = logits[v] > logits[best] ? v : best;
+    return best;
+}
+
 /* Drafts by the first two layers, one of them before the exit, against the same calls one by one. */
 static void check_draft(const Model *m) {
     const Shape *s = &m->shape;
@@ -183,11 +198,7 @@ static void check_draft(const Model *m) {
     layerskip_draft(s, m->layers, &m->final, &m->head, &call, &draft, 1 + below(THREADS));
     expect(draft.drafted == MOST_DRAFTS, "%s: %d drafts", name, draft.drafted);
     for (int i = 0; i <= MOST_DRAFTS; i++) {
-        for (int d = 0; d < n; d++) {
-            size_t at = (size_t)(token * n + d);
-            float stored = s->bf16_cache ? of_bf16(((uint16_t *)m->embedding)[at]) : ((float *)m->embedding)[at];
-            state[d] = stored * s->embedding_scale;
-        }
+        embedding_of(m, token, state);
         run_span(m, 0, 1, prompt + i, 1, 1, state, copy, 1);
         expect(!memcmp(state, states + i * n, 4 * (size_t)n), "%s: state %d of a draft differs", name, i);
         if (i == MOST_DRAFTS) break;
@@ -195,14 +206,65 @@ static void check_draft(const Model *m) {
         Call last = rows_of(m, 0, 1, 1, state, NULL);
         layerskip_score(s, &m->final, &m->head, &last, logits, 1);
         double total = 0;
-        int best = 0;
-        for (int v = 0; v < VOCAB; v++) best = logits[v] > logits[best] ? v : best;
+        int best = best_of(logits);
         for (int v = 0; v < VOCAB; v++) total += exp(logits[v] - logits[best]);
         token = best;
         int same = tokens[i + 1] == best && fabs(probs[i] * total - 1) < 1e-5;
         expect(same, "%s: draft %d is %d at %g", name, i, (int)tokens[i + 1], probs[i]);
     }
     expect(!memcmp(cache, copy, cached), "%s: caches of a draft differ", name);
+}
+
+/* A call over entries of a drafter's layer, which has wider rows than others. */
+static Call entries_of(const Model *m, int first, int rows, float *hidden, float *entries, char *cache) {
+    Call call = rows_of(m, first, rows, 1, hidden, cache), wide = call_of(&m->shape, rows, 1, NULL, 2 * m->shape.hidden);
+    if (call.scratch_bytes < wide.scratch_bytes) call.scratch = wide.scratch, call.scratch_bytes = wide.scratch_bytes;
+    call.entries = entries;
+    return call;
+}
+
+/* A drafter's layer in the EAGLE-3 layout: its norms and its residual against plain C, and its drafts against calls one by one. */
+static void check_drafter(Model m) {
+    Shape *s = &m.shape;
+    Layer *l = m.layers;
+    Plain plain;
+    const char *name = PRECISIONS[m.precision].name;
+    int n = s->hidden, rows = 1 + below(20);
+    l->qkv = matrix_of(m.precision, 2 * n, (s->heads + 2 * s->kv_heads) * s->head_dim, 1, 0, (Plain *[]){&plain});
+    l->embedding = norm_of(n, 1, 0), l->before_attention = norm_of(n, 1, 0), s->norms_residual = below(2);
+    size_t cached = cache_bytes(&m, 1, 1), bytes = 4 * (size_t)(rows * n);
+    char *cache = room(cached), *copy;
+    float *given = numbers_of((size_t)(2 * rows * n), 1, 0), *entries = memcpy(room(2 * bytes), given, 2 * bytes), *hidden = room(bytes);
+    Call call = entries_of(&m, 0, rows, hidden, entries, cache);
+    layerskip_write(s, l, 1, &call, 1 + below(THREADS));
+    for (int half = 0; half < 2 * rows; half++) {
+        double x[3 * 32], normal[3 * 32];
+        for (int d = 0; d < n; d++) x[d] = given[half * n + d];
+        plain_norm(half % 2 ? &l->before_attention : &l->embedding, x, n, s->eps, normal);
+        for (int d = 0; d < n; d++) {
+            double residual = half % 2 == 0 ? 0 : (s->norms_residual ? normal[d] : x[d]) - hidden[half / 2 * n + d];
+            expect(fabs(entries[half * n + d] - normal[d]) + fabs(residual) < 1e-5, "%s: entry %d", name, half);
+        }
+    }
+    copy = memcpy(room(cached), cache, cached);
+    int32_t order[] = {0}, stops[] = {0};
+    int64_t tokens[1 + MOST_DRAFTS] = {below(VOCAB)}, token = tokens[0];
+    float *feature = numbers_of((size_t)n, 1, 0), *joined = room(8 * (size_t)n), *entry = room(8 * (size_t)n), *logits = room(4 * VOCAB);
+    memcpy(joined + n, feature, 4 * (size_t)n);
+    Draft draft = {.embedding = m.embedding, .order = order, .stops = stops, .layer_count = 1, .stop_count = 1};
+    draft.most = MOST_DRAFTS, draft.tokens = tokens, draft.joined = joined;
+    draft.states = room(4 * (size_t)((1 + MOST_DRAFTS) * n)), draft.beyond = room(4 * (size_t)n), draft.logits = logits;
+    call = entries_of(&m, rows, 1, NULL, NULL, cache);
+    layerskip_draft(s, l, &m.final, &m.head, &call, &draft, 1 + below(THREADS));
+    for (int i = 0; i < MOST_DRAFTS; i++) {
+        embedding_of(&m, token, entry), memcpy(entry + n, feature, 4 * (size_t)n);
+        Call step = entries_of(&m, rows + i, 1, feature, entry, copy);
+        layerskip_span(s, l, 1, &step, 1);
+        layerskip_score(s, &m.final, &m.head, &step, logits, 1);
+        token = best_of(logits);
+        expect(tokens[i + 1] == token, "%s: a drafter's draft %d is %d", name, i, (int)tokens[i + 1]);
+    }
+    expect(!memcmp(cache, copy, cached), "%s: caches of a drafter differ", name);
 }
 
 /* Tokens of two texts, and what follows the first layer of one, through layers, head and choice at once and one by one. */
@@ -215,26 +277,27 @@ static void check_choice(const Model *m) {
     int64_t tokens[2 * 12], chosen[2 * 12], again[2 * 12];
     for (int r = 0; r < 2 * rows; r++) {
         tokens[r] = below(VOCAB);
-        for (int d = 0; d < n; d++) {
-            size_t at = (size_t)(tokens[r] * n + d);
-            float stored = s->bf16_cache ? of_bf16(((uint16_t *)m->embedding)[at]) : ((float *)m->embedding)[at];
-            given[r * n + d] = stored * s->embedding_scale;
-        }
+        embedding_of(m, tokens[r], given + r * n);
     }
+    int32_t stops[] = {0, 1, LAYERS};
+    float *states = room(3 * 4 * numbers);
     Choice choice = {.embedding = m->embedding, .tokens = tokens, .logits = logits, .chosen = chosen};
+    choice.stops = stops, choice.stop_count = 3, choice.states = states;
     Call call = rows_of(m, 0, rows, 2, hidden, cache);
     layerskip_choose(s, m->layers, LAYERS, &m->final, &m->head, &call, &choice, 1 + below(THREADS));
     Call first = rows_of(m, 0, rows, 2, given, copy);
+    int kept = !memcmp(states, given, 4 * numbers);
     layerskip_span(s, m->layers, 1, &first, 1);
+    kept &= !memcmp(states + numbers, given, 4 * numbers);
     Call rest = rows_of(m, 0, rows, 2, memcpy(hidden, given, 4 * numbers), copy + cache_bytes(m, 1, 2));
     Choice other = {.logits = logits, .chosen = again};
     layerskip_choose(s, m->layers + 1, LAYERS - 1, &m->final, &m->head, &rest, &other, 1 + below(THREADS));
     run_span(m, 1, LAYERS, 0, rows, 2, given, copy, 1);
+    expect(kept && !memcmp(states + 2 * numbers, given, 4 * numbers), "%s: states of a choice", PRECISIONS[m->precision].name);
     Call last = rows_of(m, 0, 2 * rows, 1, given, NULL);
     layerskip_score(s, &m->final, &m->head, &last, logits, 1);
     for (int r = 0; r < 2 * rows; r++) {
-        int best = 0;
-        for (int v = 0; v < VOCAB; v++) best = logits[r * VOCAB + v] > logits[r * VOCAB + best] ? v : best;
+        int best = best_of(logits + r * VOCAB);
         expect(chosen[r] == best && again[r] == best, "%s: choice %d is %d", PRECISIONS[m->precision].name, r, (int)chosen[r]);
     }
     expect(!memcmp(cache, copy, cached), "%s: caches of a choice differ", PRECISIONS[m->precision].name);
@@ -261,6 +324,7 @@ int main(int count, char **arguments) {
                 check_layers(&model, style, LAYERS, 0, 1 + below(24));
                 check_draft(&model);
                 check_choice(&model);
+                if (style == 0) check_drafter(model);
             }
             if (low_bit) continue;
             used = 0;
