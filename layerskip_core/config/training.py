@@ -102,9 +102,12 @@ class ExitBlockSettings:
         bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
     ] = False
     layout: Annotated[
-        BlockLayout,
-        Flag("exit: a block at each of --exits; eagle3: one drafter that vLLM, SGLang and llama.cpp read too."),
-    ] = "exit"
+        BlockLayout | None,
+        Flag(
+            "exit: a block at each of --exits; eagle3: one drafter that vLLM, SGLang and llama.cpp read too.",
+            default="that of the other flags, else eagle3 where these engines run the model, else exit",
+        ),
+    ] = None
     layers: Annotated[
         tuple[Layer, ...] | None,
         Flag("Layers after which a drafter of the layout eagle3 reads states.", default="2, a half of all, and all but 3"),
@@ -126,16 +129,16 @@ class ExitBlockSettings:
     ] = "kl"
 
     def __post_init__(self) -> None:
+        at_exits = self.layout == "exit" or (self.layout is None and self.feature != "none")
         for name, value in vars(self).items():
             usual = value == getattr(type(self), name)
             require(self.frozen or usual, name, "used with `frozen`", value)
             if name in ("layers", "draft_vocab", "start_from"):
-                require(self.layout == "eagle3" or usual, name, "used with `layout` eagle3", value)
+                require(not at_exits or usual, name, "used with `layout` eagle3", value)
             if self.answers == "data" and name in ("answer_tokens", "answer_temperature"):
                 require(usual, name, "left out with `answers` data", value)
-        require(self.layout == "exit" or self.feature == "none", "feature", "left out with `layout` eagle3", self.feature)
-        fits = self.layout == "eagle3" or self.loss != "acceptance"
-        require(fits, "loss", "kl or tv without `layout` eagle3", self.loss)
+        require(self.layout != "eagle3" or self.feature == "none", "feature", "left out with `layout` eagle3", self.feature)
+        require(not at_exits or self.loss != "acceptance", "loss", "kl or tv without `layout` eagle3", self.loss)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ class FinetuneConfig:
         ):
             for name in names if is_so else ():
                 require(not given[name], name, needed, given[name])
+        if frozen and self.recipe.exits:
+            replace(self.exit_blocks, layout=self.exit_blocks.layout or "exit")  # what fits no block is refused
         unfit = "left out with `frozen`, which trains no weight of the model"
         require(not frozen or self.regime is None, "regime", unfit, self.regime)
         counted = not self.streaming or self.steps is not None

@@ -17,7 +17,7 @@ from ..config.training import BlockLoss, FinetuneConfig
 from ..errors import CheckpointError, require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
-from ..model.eagle3 import MATRICES, ROPE_VALUES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
+from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import AnySpec
 from .exit_blocks import MUON, MUON_LR
@@ -195,22 +195,30 @@ class FrozenEagle3(nn.Module):
         self._set(weights)
 
 
+def suits_engines(backend: TransformersBackend) -> bool:
+    """Whether a model has attention, and neither scales nor caps its embedding or logits, as no engine does for a drafter."""
+    if not hasattr(backend.spec.config.get_text_config(decoder=True), "num_attention_heads"):
+        return False
+    model, ids = backend.model.requires_grad_(False), torch.arange(4)[None]
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        states = embedding[:4]
+        plain = torch.allclose(backend.embed(ids.to(backend.device))[0], states)
+        return plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
+
+
 def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Eagle3Form:
     """A layer of the model's own widths, as far as its configuration says them in the usual names.
 
     Raises ConfigError for a model whose embedding or logits are scaled or capped.
     """
-    model, spec = backend.model.requires_grad_(False), backend.spec
-    ids, embedding, head = torch.arange(4)[None], model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    with torch.no_grad():
-        states = embedding[:4]
-        plain = torch.allclose(backend.embed(ids.to(backend.device))[0], states)
-        plain = plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
-    require(plain, "layout", "exit for a model that scales or caps its embedding or its logits", "eagle3")
+    spec, needed = backend.spec, "exit for a model without attention, or that scales or caps its embedding or its logits"
+    require(suits_engines(backend), "layout", needed, "eagle3")
     config = spec.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or spec.hidden // heads
     rope = getattr(config, "rope_parameters", None) or {}
+    kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
     return Eagle3Form(
         tuple(layers),
         spec.hidden,
@@ -220,7 +228,7 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
         getattr(config, "intermediate_size", None) or 4 * spec.hidden,
         min(vocab, spec.vocab),
         getattr(config, "rms_norm_eps", None) or 1e-5,
-        {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in ROPE_VALUES},
+        {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in kept},
     )
 
 

@@ -25,11 +25,12 @@ from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.model import PackingConfig
-from ..config.training import FinetuneConfig
+from ..config.training import BlockLayout, ExitBlockSettings, FinetuneConfig
 from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, first_line, require
 from ..files import require_disk
 from ..losses import IGNORED
+from ..model import TransformersBackend
 from ..model.vocabulary import ORDER_FILE
 from .answers import Answers, Writing, digest, plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder, discard_after
@@ -45,7 +46,7 @@ from .data import (
     run_steps,
     token_order,
 )
-from .eagle3 import FrozenEagle3
+from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import Encoder, train_tokenizer
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import Anchor, RecipeModule, adapted_layers, use_fp32_attention, with_lora
@@ -230,6 +231,7 @@ class FrozenModel:
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
+        config = replace(config, exit_blocks=replace(asked, layout=_layout(config, self.trainable.backend)))
         kind = FrozenEagle3 if config.exit_blocks.layout == "eagle3" else FrozenExits
         config, self.exits = kind.resolved(config, self.trainable.backend)
         if self.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
@@ -363,6 +365,17 @@ class FrozenModel:
             | ({"agreement": history.agreement[exit_layer]} if exit_layer in history.agreement else {})
             for exit_layer, name in self.module.names.items()
         }
+
+
+def _layout(config: FinetuneConfig, backend: TransformersBackend) -> BlockLayout:
+    """The layout that was asked for, or that the other settings belong to, else the one that drafts fastest."""
+    asked, usual = config.exit_blocks, ExitBlockSettings()
+    if asked.layout is not None:
+        return asked.layout
+    if config.recipe.exits or asked.feature != usual.feature:
+        return "exit"
+    of_eagle3 = (asked.layers, asked.draft_vocab, asked.start_from) != (None, usual.draft_vocab, None)
+    return "eagle3" if of_eagle3 or asked.loss == "acceptance" or suits_engines(backend) else "exit"
 
 
 def _text(prompt: list[int], answer: list[int]) -> dict[str, Any]:
