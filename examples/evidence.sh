@@ -73,7 +73,7 @@ report() { # compare's arguments, the first of them PATTERN of the trainings who
 }
 
 from_base() { # NAME FLAGS...: from embedded-base on `commands`
-    train "$1" --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" "${@:2}"
+    train "$1" --regime finetune --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" "${@:2}"
 }
 
 from_scratch() { # NAME FLAGS...: fresh weights in the shape of embedded-base, with held-out losses of every exit
@@ -101,7 +101,7 @@ parts() {
 }
 
 on_topv2() {
-    train "$1" --model "$BASE" --data "$TOPV2" --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" "${@:2}"
+    train "$1" --regime finetune --model "$BASE" --data "$TOPV2" --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" "${@:2}"
 }
 
 parts_topv2() {
@@ -181,7 +181,7 @@ scratch() {
 }
 
 cost_of() { # FLAGS...: what a step costs, relative to one without the recipe
-    layerskip finetune --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --dry-run --output "$runs/none" --overwrite \
+    layerskip finetune --regime finetune --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --dry-run --output "$runs/none" --overwrite \
         --threads 1 "$@" 2>&1 | sed -n 's/.*a step costs \([0-9.]*\)x.*/\1/p'
 }
 

@@ -57,14 +57,14 @@ stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
     layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
         sed "s/^/    batch size $size: /"
 done' - $((3 * samples)) "$model" "$device"
-stage 'Training by the recipe' bash -c 'layerskip finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+stage 'Training by the recipe' bash -c 'layerskip finetune --regime finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|loss by exit|MB|recipe:" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
 for dtype in fp32 bf16; do
     stage "A step of it in $dtype: time and memory" python "$here/examples/recipe_cost.py" "$base" "${on[@]}" --dtype "$dtype" \
         --batch 16 --length 128 --rotation 8
 done
 stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
-stage 'Training of an exit block' bash -c 'layerskip finetune --frozen --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+stage 'Training of a drafter' bash -c 'layerskip finetune --frozen --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/frozen"
 stage 'What it trained' layerskip bench --model "$out/frozen" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
 stage 'The trained model keeps its promises' layerskip verify "$out/frozen" "${on[@]}" --precisions bf16 \
