@@ -19,7 +19,7 @@ from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
-from ..model.spec import AnySpec
+from ..model.spec import AnySpec, ModelSpec
 from .exit_blocks import MUON, MUON_LR
 from .recipe import RunStep
 from .worth import Worth, worth_of_eagle3
@@ -217,13 +217,16 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
     config = spec.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or spec.hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if isinstance(spec, ModelSpec):  # whose cache has entries of one shape
+        heads, kv_heads, size = spec.heads, spec.kv_heads, spec.head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
     return Eagle3Form(
         tuple(layers),
         spec.hidden,
         heads,
-        getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads,
         size,
         getattr(config, "intermediate_size", None) or 4 * spec.hidden,
         min(vocab, spec.vocab),
