@@ -202,8 +202,8 @@ def suits_engines(backend: TransformersBackend) -> bool:
     model, ids = backend.model.requires_grad_(False), torch.arange(4)[None]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with torch.no_grad():
-        states = embedding[:4]
-        plain = torch.allclose(backend.embed(ids.to(backend.device))[0], states)
+        states, own = embedding[:4], backend.embed(ids.to(backend.device))[0]
+        plain = own.dtype == states.dtype and own.shape == states.shape and torch.allclose(own, states)
         return plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
 
 
