@@ -368,7 +368,7 @@ class FrozenModel:
 
 
 def _layout(config: FinetuneConfig, backend: TransformersBackend) -> BlockLayout:
-    """The layout that was asked for, or that the other settings belong to, else the one that drafts fastest."""
+    """The layout that was asked for, or that the other settings belong to, else eagle3 where engines run the model."""
     asked, usual = config.exit_blocks, ExitBlockSettings()
     if asked.layout is not None:
         return asked.layout

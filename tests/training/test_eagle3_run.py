@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from decoder_types import tiny
 from test_frozen_run import hashes, train
 from training_runs import Interrupted, stop_at
 
@@ -20,7 +21,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training.eagle3 import FrozenEagle3
+from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
 from layerskip_core.training.run import prepare
 
 EAGLE3 = ExitBlockSettings(frozen=True, layout="eagle3", answer_tokens=8, draft_vocab=64)
@@ -131,6 +132,18 @@ def test_the_folder_names_the_target(frozen):
 def test_wrong_use_is_one_error(frozen, changes, message):
     with pytest.raises(Exception, match=message):
         prepare(frozen(**changes))
+
+
+@pytest.mark.parametrize(("kind", "suits"), [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)])
+def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
+    """Not of models without attention, or with an embedding of another kind, scales or caps."""
+    assert suits_engines(TransformersBackend(tiny(kind))) == suits
+
+
+def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0}
+    backend = TransformersBackend(tiny_model(rope_parameters=rope))
+    assert FrozenEagle3(backend, (1, 2), 32).drafter.form.rope == {"rope_theta": 5000.0}
 
 
 @pytest.mark.parametrize(
