@@ -29,7 +29,7 @@ from ..model import (
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
-from ..model.vocabulary import token_order
+from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from ..prompting import resolve_template
 from .beside import read_exit_blocks, read_int4
@@ -156,11 +156,11 @@ def import_checkpoint(
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name, and
-    `change` is made to layerskip.json. `eagle3`: a drafter in the EAGLE-3 layout that the model gets, a folder or a hub id; the
-    model's own goes with it without that.
-    `dtype` is fp32, bf16, or auto: as `written_dtype` says. Returns the precision, and for each file beside the weights that
-    was left out the reason. Raises CheckpointError if anything fails.
+    Calibrated int4 weights and exit blocks go with the weights that they were made for, as does the order of tokens for
+    `draft_vocab`; `files` are written too, by name, and `change` is made to layerskip.json. `eagle3`: a drafter in the EAGLE-3
+    layout that the model gets, a folder or a hub id; the model's own goes with it without that. `dtype` is fp32, bf16, or auto:
+    as `written_dtype` says. Returns the precision, and for each file beside the weights that was left out the reason. Raises
+    CheckpointError if anything fails.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -182,10 +182,15 @@ def import_checkpoint(
     if eagle3 is not None or own.is_dir():
         spec, drafter = loaded.backend.spec, own if eagle3 is None else fetched(eagle3)
         beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
+    if (order := Path(locate(name).path) / ORDER_FILE).is_file():
+        beside[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
-    if EXIT_BLOCKS_FILE not in beside:
-        details.pop(EXIT_BLOCKS, None)
-    info = change(replace(loaded.info, details=details))
+    described = {
+        drafter: how
+        for drafter, how in details.pop(EXIT_BLOCKS, {}).items()
+        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in beside)
+    }
+    info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
     return precision, left_out
 

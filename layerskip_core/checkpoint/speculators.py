@@ -184,7 +184,8 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     for name in ("norm_before_fc", "fc_norm", "norm_output"):
         require(not getattr(values, name), name, "false", "true")
     require(not own.attention_bias, "attention_bias", "false", "true")
-    rope = own.rope_parameters or msgspec.convert({"rope_theta": own.rope_theta, **(own.rope_scaling or {})}, _Rope)
+    theta = {} if own.rope_theta is None else {"rope_theta": own.rope_theta}
+    rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
     require(rope.rope_type in ROPES, "rope_type", " or ".join(ROPES), rope.rope_type)
     before = values.norm_before_residual
     if before is None:  # `speculators` has another default than EAGLE's own checkpoints

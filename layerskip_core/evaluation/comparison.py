@@ -71,7 +71,7 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     seen = [Path(path).absolute() for _, path in named]
     if twice := [run for run in seen if seen.count(run) > 1]:
         raise ConfigError(f"RUNS must name every run once, found {twice[0]} twice")
-    folders = {path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else path) for _, path in named}
+    folders = {path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else Path(path)) for _, path in named}
     stems = {path: _SEED.sub("", folder) or folder for path, folder in folders.items()}
     unlabelled = dict.fromkeys(stems[path] for label, path in named if not label)
     names = [Path(stem).absolute().name for stem in unlabelled]

@@ -47,7 +47,7 @@ class Output:
 
 
 class Bounds(NamedTuple):
-    """The ends of a figure's 95% interval over the prompts, see bootstrap.py."""
+    """The ends of a figure's 95% interval over the prompts, see metrics.py."""
 
     low: float
     high: float

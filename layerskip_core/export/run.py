@@ -77,8 +77,7 @@ def export(config: ExportConfig) -> Exported:
         ConfigError: the folder is the model's own, or holds another model or a README.md of someone else; the exit is not one
             of the model's, or needs the whole model.
     """
-    own = Path(config.output).resolve() == Path(config.model).resolve()
-    require(not own, "output", "another folder than the model's", config.output)
+    _refuse_own_folder(config)
     if config.as_gguf:
         refuse_gguf(config.output, config.overwrite, README)
     else:
@@ -121,6 +120,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
         ConfigError: the folder is the model's own or holds another model, or the model is no folder of safetensors.
     """
+    _refuse_own_folder(config)
     source = downloaded(config.model)
     refuse_overwrite(config.output, config.overwrite)
     asked = PackingConfig(quantize=config.quantize, adaptive=True)
@@ -148,6 +148,12 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
 
     save_files(write, info, config.output)
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
+
+
+def _refuse_own_folder(config: ExportConfig) -> None:
+    """Raises ConfigError if the output would take the place of the model's own weights."""
+    own = Path(config.output).resolve() == Path(config.model).resolve()
+    require(not own, "output", "another folder than the model's", config.output)
 
 
 def _write_weights(source: Source, path: Path) -> str:

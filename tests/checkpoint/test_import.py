@@ -6,15 +6,17 @@ import shutil
 import pytest
 import torch
 from command_line import fails, run
-from exit_block_models import add_blocks
+from exit_block_models import add_blocks, add_eagle3
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.vocabulary import ORDER_FILE, token_order
 
 
 def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
@@ -50,6 +52,18 @@ def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks,
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
     assert run("import", str(output), "--output", str(output), "--overwrite").code == 0  # onto itself
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
+
+
+def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(checkpoint, tmp_path):
+    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), tmp_path / "imported"
+    add_eagle3(folder)
+    save_beside(str(folder), ORDER_FILE, b"[7,3]", lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}))
+    assert run("import", str(folder), "--output", str(output)).code == 0
+    assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
+    assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files
+    another = ("--eagle3", str(folder / "eagle3"))
+    assert run("import", str(output), "--output", str(output), "--overwrite", *another).code == 0
+    assert "exit_blocks" not in read_info(output).details  # the agreement was another's
 
 
 def retrained(folder):

@@ -122,6 +122,8 @@ def test_other_trainers_folders_are_read(folder):
     found = read_eagle3(path, SPEC)
     assert found.form.layers == default_layers(SPEC.layers) and not found.form.norm_before_residual
     assert found.form.rope == {"rope_theta": 50_000.0, "rope_type": "default"}
+    changed(path, lambda document: document.pop("rope_theta"))  # as of Vicuna
+    assert read_eagle3(path, SPEC).form.rope == {"rope_theta": 10_000.0, "rope_type": "default"}
 
 
 @pytest.mark.parametrize(

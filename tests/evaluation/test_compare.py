@@ -72,8 +72,8 @@ def groups_of(*folders, **labels):
     [
         (["a=x,y", "b=z"], {"a": ["x", "y"], "b": ["z"]}),
         (["b=z", "a=x", "b=y"], {"b": ["z", "y"], "a": ["x"]}),
-        (["runs/none-seed1", "runs/none-seed2", "runs/both-seed1"], {
-            "none": ["runs/none-seed1", "runs/none-seed2"], "both": ["runs/both-seed1"]}),
+        (["runs/none-seed1", "runs/none-seed2/", "runs/both-seed1"], {
+            "none": ["runs/none-seed1", "runs/none-seed2/"], "both": ["runs/both-seed1"]}),
         (["r/none/seed_1/results.json", "r/none/seed_2"], {"none": ["r/none/seed_1/results.json", "r/none/seed_2"]}),
         (["before/sweep", "after/sweep"], {"before/sweep": ["before/sweep"], "after/sweep": ["after/sweep"]}),
         (["epoch-1,epoch-2"], {"epoch-1": ["epoch-1"], "epoch-2": ["epoch-2"]}),

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
 from layerskip_core.config.model import ExportConfig, PackingConfig
-from layerskip_core.errors import CheckpointError
+from layerskip_core.errors import CheckpointError, shown
 from layerskip_core.export.run import export_packed
 from layerskip_core.model import NativeBackend, native
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -197,6 +197,8 @@ def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     fails("--quantize must be used with --format packed, got int4", *export, "--quantize", "int4")
     export = (*export, "--format", "packed")
     fails("--exit must be left out with --format packed, which has all layers, got 2", *export, "--exit", "2")
+    own = ("export", str(wide), "--format", "packed", "--output", str(wide), "--overwrite")
+    fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
 
 
 def test_machines_without_kernels_are_told_so(wide, packed, tmp_path, monkeypatch):

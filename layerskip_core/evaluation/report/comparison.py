@@ -69,7 +69,7 @@ def _note(comparison: Comparison) -> str:
 def plots(comparison: Comparison) -> dict[str, bytes]:
     """PNG files by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
     with style():
-        drawn = {line.figure: _by_exit(comparison, line.figure) for line in comparison.lines}
+        drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
         drawn[OVER_STEPS] = _over_steps(comparison)
     found = {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
     return {re.sub(r"\W", "_", name) + ".png": image for name, image in found.items()}
