@@ -63,7 +63,7 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
 def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind: Any = Any) -> Any:
     """The value of a JSON text, of the type `kind`. Raises `error`, whose message begins with `where`, for all else."""
     try:
-        content = text.encode() if isinstance(text, str) else text
+        content = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         return msgspec.json.decode(content.removeprefix(_BYTE_ORDER_MARK), type=kind)
     except (ValueError, RecursionError) as reason:
         raise error(f"{where}: not valid JSON: {reason}") from None

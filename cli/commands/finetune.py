@@ -1,4 +1,4 @@
-"""Train a checkpoint with layer dropout and early-exit loss."""
+"""Train a checkpoint and what drafts for it."""
 
 import math
 import os

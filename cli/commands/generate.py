@@ -63,6 +63,7 @@ def generate(
     for wrong, told in (
         (several and prompt is not None, "--lines and --jsonl read standard input; give no PROMPT with them"),
         (lines and jsonl, "give --lines or --jsonl, not both"),
+        ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
         (several and not streams.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
         (

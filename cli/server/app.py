@@ -1,6 +1,7 @@
 """The web application: routes, the API key, limits, and the life of a request."""
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -20,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import DecodingConfig, RequestOptions
+from layerskip_core.config.decoding import DecodingConfig, RequestOptions, changed
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
@@ -86,7 +87,7 @@ class Service:
         template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
         self._format = format_of(template or "")
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
-        self._key = None if key is None else key.encode()
+        self._key = None if key is None else os.fsencode(key)
         self._listed = {"id": name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
         self.metrics = Metrics(engine)
 
@@ -147,7 +148,7 @@ class Service:
                 raise invalid("this model's chat template knows no tools", "tools")
             if request.tools is not None and request.tools.needed:
                 calls = await self.in_encoding(self._grammar, request.tools)
-                request = request._replace(options=[{**options, "grammar": calls} for options in request.options])
+                request = request._replace(options=[changed(options, {"grammar": calls}) for options in request.options])
             resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
             prompts = [await self.in_encoding(self._encoded, (prompt, request.tools)) for prompt in request.prompts]
             jobs = []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from layerskip_core.config.decoding import MAX_NEW_TOKENS, RequestOptions, changed
+from layerskip_core.config.decoding import GUIDES, MAX_NEW_TOKENS, RequestOptions, changed
 from layerskip_core.config.options import checked
 from layerskip_core.errors import DataError, require
 from layerskip_core.files import parse_json
@@ -70,7 +70,7 @@ class _Message(Struct):
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.content is None and not self.tool_calls:
-            raise invalid(f"messages must have a content, but for an assistant's with tool_calls; {self.role}", "messages")
+            raise invalid(f"messages must have a content or tool_calls; one of the role {self.role} has neither", "messages")
         if self.tool_calls:
             made["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
@@ -169,6 +169,8 @@ def asked(document: Mapping[str, Any], is_chat: bool, model: str, flags: Request
     of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": each} for each in seeds]
     include_usage, stream = bool(given.get("stream_options", {}).get("include_usage")), given.get("stream", False)
     tools = _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None
+    if tools is not None and tools.needed and decoding.keys() & set(GUIDES):
+        raise invalid("tool_choice must be none or auto with response_format or a guided_ key", "tool_choice")
     return Asked(prompts, of_answers, n, seed is not None, stream, include_usage, given.get("echo", False), tools)
 
 

@@ -158,7 +158,11 @@ class RequestOptions(DecodingOptions, total=False):
     ]
     regex: Annotated[Text, Flag("Answer with a text that matches this regular expression.")]
     grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", is_file=True)]
-    choice: Annotated[Sequence[Text], Flag("Answer with this text. Repeated: with one of these.", repeated=True)]
+    choice: Annotated[
+        Sequence[Text],
+        Meta(min_length=1, description="a list of texts, at least one"),
+        Flag("Answer with this text. Repeated: with one of these.", repeated=True),
+    ]
     logprobs: Annotated[
         int,
         Meta(ge=0, le=20),

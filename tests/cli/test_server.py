@@ -271,6 +271,7 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
         ({"guided_json": []}, "response_format"),
         ({"guided_regex": "(a"}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_choice": []}, "guided_choice"),
         ({"guided_json": {"type": "strange"}}, "response_format"),
         ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -362,12 +363,12 @@ def test_what_is_no_request_at_all(api):
 
 
 def test_an_api_key_keeps_others_out_and_a_stopped_engine_is_not_healthy():
-    with serving(tiny_loaded(), key="sésame") as api:
+    with serving(tiny_loaded(), key="sésame\udcff") as api:
         for key in ("wrong", "none"):
             with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
                 api.client(api_key=key).models.list()
         assert httpx.post(f"{api.url}/v1/completions", json={}).status_code == 401
-        right = {"authorization": "Bearer sésame".encode()}
+        right = {"authorization": "Bearer sésame".encode() + b"\xff"}  # as in the environment: any bytes
         assert httpx.get(f"{api.url}/v1/models", headers=right).status_code == 200
         assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
         api.engine.stop()

@@ -139,6 +139,13 @@ def test_a_needed_tool_is_called_as_its_schema_says(client):
             assert chunks[-1].finish_reason == "tool_calls" and not any(chunk.delta.content for chunk in chunks)
 
 
+def test_a_needed_tool_is_called_where_the_server_s_own_flags_guide_answers(folders):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    with serving(conversing(folders("chatml") / "chatml", HERMES), decoding={"regex": "x+"}) as api:
+        answer = api.client().chat.completions.create(**ASKED, tool_choice=NAMED).choices[0]
+    assert answer.finish_reason == "tool_calls"
+
+
 def test_tools_and_their_results_are_put_into_the_template(client, decoder):
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     messages = [
@@ -166,6 +173,7 @@ def test_tools_and_their_results_are_put_into_the_template(client, decoder):
         ({"tool_choice": "always"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages"),
     ],
