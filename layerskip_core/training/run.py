@@ -93,6 +93,7 @@ class Job:
             discard_after(folder, 0 if resume is None else resume.step)
         try:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+            trainer.accelerator.wait_for_everyone()  # each looks into the staging folder at its end
         except LayerSkipError:
             raise
         except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file

@@ -4,6 +4,7 @@ Batches of one process by accumulation, one batch of all rows, and processes of 
 """
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from training_runs import in_processes, loss_rows, run_quietly, same_weights, se
 
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
+from layerskip_core.files import run_staging
+from layerskip_core.training.trainer import RunTrainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
 DROPPING = RecipeSettings(p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2)
@@ -44,6 +47,24 @@ def test_accumulation_one_batch_and_eight_processes_train_the_same(base, tmp_pat
             assert step["exits"] == pytest.approx(other["exits"], rel=1e-5)
         for key, weight in weights(tmp_path / name / "out").items():
             torch.testing.assert_close(weight, reference[key], rtol=1e-4, atol=2e-5)
+
+
+def train_while_one_is_late(rank, base, folder):
+    log = RunTrainer.log
+
+    def late(trainer, logs, *rest):
+        if rank == 1 and "train_loss" in logs:  # of the whole run, before Trainer looks into the staging folder
+            time.sleep(0.5)
+            assert run_staging(trainer.checkpoints).is_dir()
+        log(trainer, logs, *rest)
+
+    RunTrainer.log = late
+    run_quietly(settings_on(base, Path(folder))(steps=1, batch_size=1, save_steps=1))
+
+
+def test_the_staging_folder_is_there_until_all_processes_have_trained(base, tmp_path):
+    in_processes(train_while_one_is_late, 2, tmp_path, base, str(tmp_path))
+    assert not run_staging(tmp_path / "out" / "checkpoints").exists()
 
 
 @pytest.mark.slow
