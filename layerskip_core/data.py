@@ -244,7 +244,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 def load_prompts(config: DataConfig) -> list[Example]:
     """The prompts of a data set, whose rows need no completion; the lines of a text file are prompts.
 
-    Raises DataError like `load_examples`.
+    Rows with an empty prompt are left out. Raises DataError like `load_examples`, and if all are.
     """
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
@@ -253,7 +253,10 @@ def load_prompts(config: DataConfig) -> list[Example]:
     for record in load_records(config):
         if MESSAGES in record.fields and column not in record.fields:
             raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
-        prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
+        if _holds_text(record.value(column, "prompt_column")):
+            prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
+    if not prompts:
+        raise DataError(f"no row of {config.name} has a prompt in the column {column!r} (`prompt_column`)")
     return spread(prompts, config.limit)
 
 
@@ -264,7 +267,11 @@ def has_prompts(config: DataConfig) -> bool:
     """
     column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
     named = is_parsing(config) or column not in (TEXT_COLUMN, DataConfig.prompt_column)
-    return named or column in next(load_records(config, streaming=True)).fields
+    return named or _holds_text(next(load_records(config, streaming=True)).fields.get(column))
+
+
+def _holds_text(prompt: Any) -> bool:
+    return prompt is not None and (not isinstance(prompt, str) or bool(prompt.strip()))
 
 
 def stream_rows(config: DataConfig) -> Iterator[Row]:

@@ -78,8 +78,8 @@ def run_quietly(config):
 def saved_base(folder, **changes):
     """A small untrained model of four layers, 300 tokens."""
     tokenizer = train_tokenizer(load_examples(DataConfig(limit=300)), 300)
-    shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256}
-    model = tiny_model(dtype=torch.float32, **shape, **changes)
+    shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256, **changes}
+    model = tiny_model(dtype=torch.float32, **shape)
     model.apply(model._init_weights)  # the usual small random weights: these are to be trained
     save_checkpoint(model, tokenizer, CheckpointInfo(), str(folder), torch.float32)
     return str(folder)

@@ -87,7 +87,7 @@ def finetune(
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
     use_free_threads(threads)
-    from layerskip_core.training.run import prepare, run_lock
+    from layerskip_core.training.run import prepare, prepare_following, run_lock
 
     with nullcontext() if dry_run else run_lock(settings.output):
         job: Job | None = prepare(settings)
@@ -96,8 +96,10 @@ def finetune(
             if dry_run:
                 return
             _run(job, curves)
-            plan, job = job.plan, job.following()
+            plan, job = job.plan, None  # the second job needs the memory of the first
+            job = prepare_following(plan)
     following = "bench" if plan.recipe is None else "sweep-exits" if settings.trains_exits else "finetune --frozen"
+    following = "generate" if plan.num_layers == 1 else following  # which has no exit to measure
     narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")
 
 
@@ -161,7 +163,7 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
         f"{adapted}{plan.dtype} on {plan.device}{shared}",
     ]
     if not config.trains_exits:
-        then = "; then a drafter beside the result" if config.drafter and processes == 1 else ""
+        then = "; then a drafter beside the result" if plan.following else ""
         return [*lines, f"trained at full depth alone, as any model{then}"]
     dropout = f"p_max {recipe.p_max}{' constant over depth' if recipe.dropout_profile == 'constant' else ''}"
     named = f" over {','.join(map(str, recipe.exits))}" if recipe.exits else ""

@@ -53,7 +53,7 @@ def checkpoints_folder(output: str) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """A run's checkpoints by their names; their files are not checked."""
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch(r".*-[0-9]{1,18}", path.name)), key=_step)[::-1]
+    return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
 def require_own(folder: Path) -> None:

@@ -19,6 +19,7 @@ from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
 from ..config.training import FinetuneConfig
 from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
+from ..embedded.commands import SPLITS
 from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
@@ -98,7 +99,8 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     if config.validation is None:
         return rows[:count], rows[count:]
     name = config.validation
-    other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    other = named and name not in SPLITS
     if not other and Path(data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples

@@ -39,6 +39,7 @@ class FrozenEagle3(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
     optimizer = MUON
+    first_target = 2  # by the embedding of the token before, and the states of the one before that
     names = {0: "eagle3"}  # noqa: RUF012
     measured_exits = tuple(names)
 
@@ -117,7 +118,7 @@ class FrozenEagle3(nn.Module):
     @property
     def _head(self) -> Tensor:
         """(V, D), of the model."""
-        weight: Tensor = self.backend.model.get_output_embeddings().weight
+        weight: Tensor = self.backend.model.get_output_embeddings().weight.detach()
         return weight
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:

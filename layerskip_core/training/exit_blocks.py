@@ -78,9 +78,11 @@ class FrozenExits(nn.Module):
         optimizer: its class and settings; None: Trainer's AdamW.
         phases: the learning rate rises and falls once in each, over the states after these exits.
         details: of how all of it was trained.
+        first_target: the index of the first token of a row that is predicted.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+    first_target = 1
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()

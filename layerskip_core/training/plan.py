@@ -1,7 +1,6 @@
 """A run with all defaults resolved, and its time and memory on this machine."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -84,11 +84,21 @@ class Plan:
         """Steps between validations; 0: none."""
         return (self.config.eval_steps or max(1, self.total_steps // _VALIDATIONS)) if self.held_out else 0
 
+    @property
+    def following(self) -> FinetuneConfig | None:
+        """The run for a drafter after this one, if there is one: it takes one process, and a model of several layers."""
+        return following(self.config) if self.num_layers > 1 else None
+
     def lr_share(self, step: int) -> float:
         """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
         warmup = round(self.config.warmup * self.steps)
         index = step % self.steps if step < self.total_steps else self.steps
         return index / warmup if index < warmup else (1 + cos(pi * (index - warmup) / max(1, self.steps - warmup))) / 2
+
+
+def following(config: FinetuneConfig) -> FinetuneConfig | None:
+    """The run for a drafter after another one, for a model of several layers."""
+    return config.drafter if world_size() == 1 else None
 
 
 def make_plan(
@@ -149,9 +159,15 @@ def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_to
         module.zero_grad(set_to_none=True)
         if seconds > _BRIEF:
             break
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_memory()
     share = plan.config.batch_size * plan.config.accumulation * mean_tokens / measured
     return replace(plan, trained=trained, step_seconds=seconds * share, memory_mb=(peak + 8 * trained) / 2**20)
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process had in memory at once."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

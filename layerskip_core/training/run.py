@@ -1,10 +1,11 @@
 """Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
 
 What is trained (trained.py) is a choice: a whole model, under the recipe or without it, or exit blocks of a frozen one. A model
-that is trained without the recipe gets its drafter by a second job, `following` the first.
+that is trained without the recipe gets its drafter by a second job, that of `prepare_following`.
 """
 
 import ctypes
+import gc
 import os
 import shutil
 import sys
@@ -19,16 +20,17 @@ import torch
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo, read_info
 from ..checkpoint.loaded import pick_device
+from ..checkpoint.locate import EMBEDDED
 from ..checkpoint.save import settle
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
 from ..files import hold, run_staging
 from ..interruption import Interruption
 from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
-from .plan import Plan
+from .plan import Plan, following
 from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
-from .trained import FrozenModel, WholeModel, following
+from .trained import FrozenModel, WholeModel
 from .trainer import RunTrainer, trackers
 
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
@@ -76,14 +78,12 @@ class Job:
             trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history, on_step, interruption)
             self._train(trainer, interruption)
             info, faults = trained.save(history, trainer.is_world_process_zero())
+            if interruption.signal is not None and plan.following is not None:
+                waits = f"interrupted before the drafter is trained; saved {plan.config.output}"
+                raise TrainingInterrupted(waits, interruption.signal, plan.total_steps)
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
         return info
-
-    def following(self) -> "Job | None":
-        """The job that comes after this one, which has run, in the same folder. Raises as `prepare` does."""
-        config = following(self.plan.config)
-        return None if config is None else prepare(_anew(config))
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
@@ -111,12 +111,22 @@ class Job:
 
 def prepare(config: FinetuneConfig) -> Job:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
+    require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = pick_device(config.device)
     require_device(device)
     trackers(config.report_to)
     config = resolve_sharding(_not_done(config), device)
     resume = _resume_point(config)
     return Job((FrozenModel if config.exit_blocks.frozen else WholeModel)(config, device, resume), resume)
+
+
+def prepare_following(plan: Plan) -> Job | None:
+    """The job that comes after one that has run by a plan, in the same folder. Raises as `prepare` does.
+
+    Nothing should refer to the job that has run: it keeps its model in memory.
+    """
+    gc.collect()  # Trainer and its callbacks refer to each other, and to the model and the optimizer's moments
+    return None if plan.following is None else prepare(_anew(plan.following))
 
 
 def _not_done(config: FinetuneConfig) -> FinetuneConfig:

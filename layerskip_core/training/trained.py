@@ -57,6 +57,7 @@ from .sharding import gather_whole, world_size
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
+_SHALLOW = "a model of one layer has no place for exits or a drafter"
 
 
 class WholeModel:
@@ -109,7 +110,7 @@ class WholeModel:
             device,
             spec,
             resume,
-            (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming,
+            (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1),
             facts,
             steps=steps,
             rows=None if config.streaming else len(data.seen),
@@ -150,7 +151,7 @@ class WholeModel:
         if config.fsdp:
             gather_whole(self.module, keep=first)
         details = {
-            **({AWAITS_DRAFTER: True} if following(config) is not None else {}),
+            **({AWAITS_DRAFTER: True} if plan.following is not None else {}),
             "base_model": config.model,
             # As they are read back from JSON.
             "config": json.loads(json.dumps(asdict(config) | {"recipe": asdict(plan.recipe), "epochs": epochs(config)})),
@@ -175,11 +176,6 @@ class WholeModel:
                 warnings.append(f"losses.png was not drawn: {first_line(error)}")
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.dtype, files)
         return info, warnings
-
-
-def following(config: FinetuneConfig) -> FinetuneConfig | None:
-    """The run for a drafter after this one, if there is one: it takes one process."""
-    return config.drafter if world_size() == 1 else None
 
 
 def _module(plan: Plan, trainable: Trainable) -> RecipeModule:
@@ -230,6 +226,7 @@ class FrozenModel:
         # The same model twice: of transformers, whose parts the blocks are made of, and on the kernels of decoding.
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
+        require(spec.layers > 1, "frozen", "used with a model of at least 2 layers", spec.layers)
         self.kept = read_exit_blocks(source, spec, weight_of)  # that the model has already
         config = replace(config, exit_blocks=replace(asked, layout=_layout(config, self.trainable.backend)))
         kind = FrozenEagle3 if config.exit_blocks.layout == "eagle3" else FrozenExits
@@ -244,13 +241,15 @@ class FrozenModel:
         self.texts: list[dict[str, Any]] = []  # encoded rows: prompts with their answers, once these are written
         encoded: list[list[Any]]
         if asked.answers == "data":
-            encoded = [list(filter(has_target, encoder.rows(rows))) for rows in given]
+            masked = (map(partial(_from, kind.first_target), encoder.rows(rows)) for rows in given)
+            encoded = [list(filter(has_target, rows)) for rows in masked]
             self.texts = encoded[0] + encoded[1]
         else:
-            encoded = [[ids for ids in encoder.prompts(rows) if 0 < len(ids) < max_length] for rows in given]
+            encoded = [[ids for ids in encoder.prompts(rows) if kind.first_target <= len(ids) < max_length] for rows in given]
             prompts = encoded[0] + encoded[1]
         if not encoded[0]:
-            raise DataError(f"no row has room for an answer within `max_length` {max_length}: every prompt is longer")
+            needed = f"{kind.first_target} tokens before an answer, and room for it within `max_length` {max_length}"
+            raise DataError(f"no row has at least {needed}")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
         self.made_for, heat = fingerprint(spec, weight_of), asked.answer_temperature
         how = Writing(asked.answer_tokens, max_length, heat, config.seed if heat else 0)  # greedy ones need none
@@ -376,6 +375,11 @@ def _layout(config: FinetuneConfig, backend: TransformersBackend) -> BlockLayout
         return "exit"
     of_eagle3 = (asked.layers, asked.draft_vocab, asked.start_from) != (None, usual.draft_vocab, None)
     return "eagle3" if of_eagle3 or asked.loss == "acceptance" or suits_engines(backend) else "exit"
+
+
+def _from(first: int, text: dict[str, Any]) -> dict[str, Any]:
+    """An encoded row without labels before the token of index `first`."""
+    return text | {"labels": [IGNORED if at < first else label for at, label in enumerate(text["labels"])]}
 
 
 def _text(prompt: list[int], answer: list[int]) -> dict[str, Any]:

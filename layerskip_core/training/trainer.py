@@ -287,7 +287,7 @@ def _arguments(plan: Plan, some_unused: bool) -> TrainingArguments:
         seed=config.seed,
         bf16=plan.autocast,
         use_cpu=plan.device == "cpu",
-        num_train_epochs=1,  # RunRows makes one epoch of all passes
+        num_train_epochs=1,  # the rows of the run have all passes
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=some_unused,  # a layer without rows and an exit that is off leave no parameter unused

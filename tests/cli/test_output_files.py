@@ -135,6 +135,7 @@ def test_checkpoints_of_others_are_in_the_way(base, tmp_path):
     theirs = tmp_path / "checkpoints" / "checkpoint-7"
     theirs.mkdir(parents=True)
     (theirs / "model.safetensors").write_text("mine")
+    (theirs.parent / "checkpoint-best-7").mkdir()  # whose name no checkpoint of ours can have
     told = f"--output: {theirs} is in the way: not written by layerskip; move it away, or give another folder"
     for flag in ("--overwrite", "--resume"):
         fails(told, "finetune", "--model", "no/model", "--output", str(tmp_path), flag)

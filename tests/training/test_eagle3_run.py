@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.speculators import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import DataConfig
+from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
@@ -79,6 +79,19 @@ def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
     one, other = stored(whole), stored(cut)
     assert torch.equal(one.tokens, other.tokens)
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+@pytest.mark.parametrize("answers", ["data", "model"])
+def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
+    """Lines of one letter are left out: as a prompt, and as a text with its end."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a\nb\nplay some jazz\n" * 8)
+    asked = replace(EAGLE3, answers=answers, answer_tokens=1 if answers == "model" else ExitBlockSettings.answer_tokens)
+    data, raw = DataConfig(name=str(lines)), PromptingConfig(raw=True)
+    job = prepare(frozen(data=data, prompting=raw, exit_blocks=asked, batch_size=2, steps=2))
+    assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
+    job.run(lambda report: None)
+    assert all(text["labels"][:2] == [IGNORED] * 2 for text in job.trained.texts)
 
 
 def test_a_drafter_is_trained_further(frozen, tmp_path):

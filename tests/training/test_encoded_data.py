@@ -188,6 +188,12 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     assert info.details["validation_rows"] == job.trained.held_out.digest != job.trained.data.digest
 
 
+def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, monkeypatch):
+    (tmp_path / "test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert prepare(settings(validation="test", validation_samples=2)).plan.held_out == 2
+
+
 def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, monkeypatch):
     """At the end too, where Trainer asks again when the epoch is over."""
     plain, done, evaluate = train(settings(steps=5, output=str(tmp_path / "plain"))), [], RunTrainer.evaluate

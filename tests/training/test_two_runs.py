@@ -1,17 +1,21 @@
 """`finetune` without the recipe: a run for the task, then one for what drafts beside its result."""
 
+import gc
 import json
+import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_runs import Interrupted, same_weights, stop_at, train, weights
+from training_runs import Interrupted, same_weights, saved_base, stop_at, train, weights
 
 from layerskip_core.checkpoint.info import AWAITS_DRAFTER
-from layerskip_core.config.training import RecipeSettings
-from layerskip_core.data import has_prompts
-from layerskip_core.errors import ConfigError
-from layerskip_core.training.run import prepare
+from layerskip_core.config.model import DataConfig
+from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
+from layerskip_core.data import has_prompts, load_prompts
+from layerskip_core.errors import ConfigError, TrainingInterrupted
+from layerskip_core.training.run import prepare, prepare_following
 
 
 @pytest.fixture
@@ -34,12 +38,12 @@ def test_the_drafter_costs_the_model_nothing(settings, tmp_path):
     job = prepare(settings())
     job.run(silent)
     assert AWAITS_DRAFTER in details(out)
-    second = job.following()
+    second = prepare_following(job.plan)
     assert second.plan.recipe is None and second.plan.rows + second.plan.held_out == 16  # as many as the first run saw
     second.run(silent)
     assert same_weights(out, control)
     assert details(out)["exit_blocks"] and AWAITS_DRAFTER not in details(out)
-    assert second.following() is None
+    assert second.plan.following is None
 
 
 def test_resuming_goes_on_with_the_run_that_is_not_over(settings, tmp_path):
@@ -73,7 +77,56 @@ def test_a_run_that_replaces_a_waiting_model_is_resumed_itself(settings):
 def test_what_gets_no_drafter(settings, tmp_path, changes):
     job = prepare(settings(**changes))
     job.run(silent)
-    assert AWAITS_DRAFTER not in details(tmp_path / "out") and job.following() is None
+    assert AWAITS_DRAFTER not in details(tmp_path / "out") and job.plan.following is None
+
+
+def test_a_model_of_one_layer_gets_no_drafter(settings, tmp_path):
+    model = saved_base(tmp_path / "shallow", num_hidden_layers=1)
+    job = prepare(settings(model=model))
+    assert job.plan.notes == ("a model of one layer has no place for exits or a drafter",)
+    job.run(silent)
+    assert AWAITS_DRAFTER not in details(tmp_path / "out") and prepare_following(job.plan) is None
+    with pytest.raises(ConfigError, match="`frozen` must be used with a model of at least 2 layers, got 1"):
+        prepare(settings(model=model, exit_blocks=ExitBlockSettings(frozen=True), overwrite=True))
+
+
+def test_a_signal_after_the_last_step_is_not_lost(settings, tmp_path):
+    job = prepare(settings())
+    with pytest.raises(TrainingInterrupted, match=r"interrupted before the drafter is trained; saved .*out"):
+        job.run(lambda report: report.step == 4 and signal.raise_signal(signal.SIGTERM))
+    assert AWAITS_DRAFTER in details(tmp_path / "out")
+    assert prepare(settings(resume=True)).plan.recipe is None
+
+
+def test_the_second_run_has_the_memory_of_the_first(settings):
+    job = prepare(settings(steps=1))
+    job.run(silent)
+    plan, module = job.plan, weakref.ref(job.trained.module)
+    del job
+    gc.disable()
+    try:
+        prepare_following(plan)
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_the_output_has_no_name_of_an_embedded_model(settings):
+    """Which a second run would take for the first one's result."""
+    with pytest.raises(ConfigError, match="`output` must be a name that no embedded model has, got embedded"):
+        prepare(settings(output="embedded"))
+
+
+def test_rows_with_an_empty_prompt_are_left_out(settings, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in ["a b", "", None, " ", "c d"])
+    )
+    data = DataConfig(name=str(rows))
+    assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
+    job = prepare(settings(data=data))
+    job.run(silent)
+    assert (job.plan.rows, prepare_following(job.plan).plan.rows) == (5, 2)
 
 
 def test_rows_without_prompts_are_their_own_answers(settings, tmp_path):
@@ -83,7 +136,7 @@ def test_rows_without_prompts_are_their_own_answers(settings, tmp_path):
     assert not has_prompts(data)
     job = prepare(settings(data=data))
     job.run(silent)
-    second = job.following()
+    second = prepare_following(job.plan)
     assert second.plan.config.exit_blocks.answers == "data"
     second.run(silent)
     assert details(tmp_path / "out")["exit_blocks"]
