@@ -170,11 +170,6 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
     assert left_by_a_run(model) == [".jsonl"]
 
 
-def test_a_folder_of_an_embedded_name_gets_the_whole_model(frozen):
-    Path("embedded-base").mkdir()
-    assert not prepare(frozen(model="embedded-base", output="embedded-base", data=DataConfig(limit=4))).trained.in_place
-
-
 def test_a_signal_before_the_training_keeps_what_is_done(frozen):
     job = prepare(frozen())
 

@@ -112,7 +112,7 @@ def test_the_second_run_has_the_memory_of_the_first(settings):
 
 
 def test_the_output_has_no_name_of_an_embedded_model(settings):
-    """Which a second run would take for the first one's result."""
+    """By which every later command, and a second run, would find the embedded model instead of the result."""
     with pytest.raises(ConfigError, match="`output` must be a name that no embedded model has, got embedded"):
         prepare(settings(output="embedded"))
 
