@@ -28,7 +28,6 @@ from .output import (
     StopReason,
     StopScanner,
     TokenLogprobs,
-    foretold_counts,
     step_counts,
 )
 from .processing import LogitsProcessor
@@ -174,9 +173,7 @@ class Row:
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count, source, layers)
-        if survival:
-            step += foretold_counts(survival, len(verified) - 1)
+        step = step_counts(drafted, len(verified) - 1, count, source, layers, survival)
         self.steps.append(step)
         told: list[TokenLogprobs] = []
         if self.config.logprobs is not None and logits is not None:

@@ -84,12 +84,24 @@ class DecodeStats:
 
 
 def step_counts(
-    drafted: int, accepted: int, new_tokens: int, drafter: str | None = None, layers: int | None = None
+    drafted: int,
+    accepted: int,
+    new_tokens: int,
+    drafter: str | None = None,
+    layers: int | None = None,
+    survival: Sequence[float] = (),
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
     `drafter`: what drafted, or would have; None where nothing could. `layers`: of the target; None where they are unknown.
+    `survival`: the chances that were foretold for the drafts, if any were.
     """
+    foretold, were_accepted, sums = ([0.0] * (10 if survival else 0) for _ in range(3))
+    for index, chance in enumerate(survival):
+        tenth = min(int(10 * chance), 9)
+        foretold[tenth] += 1
+        were_accepted[tenth] += index < accepted
+        sums[tenth] += chance
     accepted = min(accepted, new_tokens)
     return DecodeStats(
         new_tokens=new_tokens,
@@ -100,17 +112,10 @@ def step_counts(
         accepted_by_position=(1,) * accepted,
         tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
         steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
+        foretold=tuple(map(int, foretold)),
+        foretold_accepted=tuple(map(int, were_accepted)),
+        foretold_sum=tuple(sums),
     )
-
-
-def foretold_counts(survival: Sequence[float], accepted: int) -> DecodeStats:
-    """The counts of a draft whose tokens had these chances, when the first `accepted` of them agreed with the target."""
-    bins = [[0.0, 0.0, 0.0] for _ in range(10)]
-    for index, chance in enumerate(survival):
-        for place, value in enumerate((1, index < accepted, chance)):
-            bins[min(int(10 * chance), 9)][place] += value
-    counts, were_accepted, sums = zip(*bins, strict=True)
-    return DecodeStats(foretold=tuple(map(int, counts)), foretold_accepted=tuple(map(int, were_accepted)), foretold_sum=sums)
 
 
 def _ratio(part: float, whole: float) -> float:
