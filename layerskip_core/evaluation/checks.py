@@ -220,6 +220,8 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
         settings[f"exit {exit_layer}, confidence 0.6"] = setting("self-speculative", exit_layer, draft_confidence=0.6)
         settings[f"lookup, then exit {exit_layer}"] = setting("self-speculative", exit_layer, lookup=1)
     settings["lookup"] = setting("lookup", lookup=1)
+    if backend.eagle3 is not None:
+        settings["drafter in the EAGLE-3 layout"] = setting("eagle3")
     if layers > 2:
         skip = tuple(range(2, layers, 3))
         settings[f"skipping {plural(len(skip), 'layer')}"] = setting("draft-and-verify", skip=skip)

@@ -1,12 +1,14 @@
 """The sweep: Pareto marks and recommendations from known tables, and a run on the tiny model."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, own_answers, tiny_loaded
+from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import default_exits
@@ -183,6 +185,15 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     assert rows["early-exit", 5, None].perplexity is not None
     assert record.prediction_error.settings == 1
     assert "; not measured because of a lower predicted speed: 3" in record.recommendation.reason
+
+
+def test_a_quick_sweep_measures_one_length_of_each_drafter_without_predictions(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
+    add_eagle3(folder)
+    config = SweepConfig("tiny", exits=(2,), specs=(2, 4, 6), exit_confidences=(), quick=True)
+    *_, record = sweep(for_decoding(str(folder), "cpu"), own_answers(1), config)
+    measured = [(result.strategy, result.num_draft_tokens) for result in record.results if result.metrics]
+    assert [row for row in measured if row[0] in ("lookup", "eagle3")] == [("lookup", 4), ("eagle3", 4)]
 
 
 def test_the_confidence_of_a_sweep_is_one_of_several():

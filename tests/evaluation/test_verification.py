@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import run
 from evaluating import tiny_loaded
+from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.evaluation import VerifyConfig
@@ -40,11 +42,12 @@ needs_kernels = pytest.mark.skipif(VARIANT is None, reason="no kernels were buil
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Six layers of widths that every kernel runs."""
+    """Six layers of widths that every kernel runs, and a drafter."""
     loaded = tiny_loaded(torch.float32, hidden_size=64, intermediate_size=96)
     folder = str(tmp_path_factory.mktemp("verified") / "model")
     info = replace(loaded.info, exit_layer=2, num_draft_tokens=4)
     save_checkpoint(loaded.backend.model, loaded.tokenizer, info, folder, torch.float32)
+    add_eagle3(Path(folder))
     return folder
 
 
@@ -83,7 +86,8 @@ def test_every_check_ran_on_our_own_kernels(whole):
     promised = {result.promise for result in own if result.check in (ROWS, DRAFTS)}
     assert promised == ({"bits", "tokens"} if VARIANT else {"near-ties"})
     drafted = [result.setting for result in own if result.check == DRAFTS]
-    assert {"exit 2, 3 drafts", "lookup", "int8 copy, 6 layers", "int4 copy, 6 layers", "adaptive"} <= set(drafted)
+    of_all = {"exit 2, 3 drafts", "drafter in the EAGLE-3 layout", "lookup", "adaptive"}
+    assert of_all | {"int8 copy, 6 layers", "int4 copy, 6 layers"} <= set(drafted)
     assert all(result.tokens > 0 and result.prompts > 0 for result in own)
 
 

@@ -159,13 +159,14 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[Decoding
     """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
     best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
-    lookups = [setting for setting in settings if setting.strategy == "lookup"]
+    unpredicted = ("lookup", "eagle3", "draft-and-verify", "adaptive")
+    by_length = [[setting for setting in settings if setting.strategy == name] for name in unpredicted]
+    middle = [alike[len(alike) // 2] for alike in by_length if alike]
     return [
         setting
         for setting in settings
         if setting in best
-        or setting == lookups[len(lookups) // 2]
-        or setting.strategy in ("adaptive", "draft-and-verify")
+        or setting in middle
         or setting.exit_confidence
         or (setting.strategy == "early-exit" and setting.exit_layer in exits)
     ]
