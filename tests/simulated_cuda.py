@@ -116,6 +116,8 @@ class SimulatedGpu:
 
     def _check(self, operation, args, tensors) -> None:
         (_, _, is_mutable, is_pointwise, waits), indexes = _facts(operation), operation in _INDEXING
+        if operation is _aten.native_layer_norm.default and len({tensor.dtype for tensor in tensors}) > 1:
+            raise RuntimeError(f"expected scalar type {tensors[0].dtype} but found {tensors[1].dtype}")
         for tensor in tensors:
             if isinstance(tensor, GpuTensor):
                 if indexes and tensor is not args[0] and tensor.dtype in (torch.bool, torch.uint8):

@@ -116,6 +116,20 @@ def test_decoding_gives_the_tokens_of_the_cpu_and_waits_once_a_step(kind, monkey
     assert kind != "packed" or found["to an end"] != found["self-speculative"]
 
 
+def test_norms_whose_weights_are_wider_than_the_states():
+    """In fp32 where 1 is added to weights in bf16: a GPU has no kernel for two precisions."""
+    ids = torch.tensor([PROMPTS[0]])
+
+    def logits(device):
+        model = TorchBackend.of(tiny_model("nemotron", torch.bfloat16).to(device))
+        hidden = model.run_layers(model.embed(ids.to(device)), 0, model.num_layers, torch.arange(ids.shape[1])[None])
+        return model.unembed(hidden).cpu().float()
+
+    with simulated_cuda():
+        found = logits("cuda")
+    torch.testing.assert_close(found, logits("cpu"), rtol=0.05, atol=0.5)
+
+
 def test_low_bit_weights_are_refused():
     with simulated_cuda():
         for packing in (PackingConfig(quantize="int8"), PackingConfig(draft_weights=("int4",))):

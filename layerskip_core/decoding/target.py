@@ -59,7 +59,7 @@ class FixedTarget:
             blocks[0] = model.eagle3
         self.exit_cache = ExitBlockCache(model, blocks) if blocks else None
         self._taps = self.exit_cache.taps if self.exit_cache else ()
-        self.writes: Hashable = self._layers, self._block is not None, self._taps
+        self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
@@ -86,8 +86,7 @@ class FixedTarget:
             assert logits is not None  # backends whose passes are recorded have no chooser
             return (logits,)
 
-        name = "pass", self._layers, self._block is not None, self._taps, stops
-        (logits,) = recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
+        (logits,) = recorder.run(("pass", self.writes, stops), work, draft.tokens, positions, *draft.exit_states.values())
         return TargetOutput(logits, self._layers)
 
     def _ragged_pass(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
@@ -330,9 +329,13 @@ class SharedPrefixes:
             del self._texts[0], sizes[0]
 
     def _best(self, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
-        usable = [text for text in self._texts if text.writes == target.writes]
-        usable = [text for text in usable if text.cache.rolls_back or len(text.ids) == _common(text.ids, prompt) < len(prompt)]
-        text = max(usable, key=lambda text: _common(text.ids, prompt), default=None)
+        def is_usable(text: _KeptText) -> bool:
+            if text.writes != target.writes or text.cache.rolls_back:
+                return text.writes == target.writes
+            # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
+            return not target.rerun and len(text.ids) == _common(text.ids, prompt) < len(prompt)
+
+        text = max(filter(is_usable, self._texts), key=lambda text: _common(text.ids, prompt), default=None)
         if text is None:
             return 0, None
         known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
@@ -374,15 +377,15 @@ class PrefixCache:
     def begin(self, model: Backend, config: DecodingConfig, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
         """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
 
-        `rerun`: as a target's. What another model computed, or other settings, is
-        forgotten: they decide which layers have KV entries.
+        `rerun`: as a target's. What another model computed, or other settings, is forgotten: they decide which layers have KV
+        entries.
         """
         made_for = model, replace(config.shared, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         if self._cache is None or self._made_for != made_for or model.exact:
             self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
         most = min(self._count, len(prompt) - 1)
         same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
-        if same < self._count and not self._cache.rolls_back:
+        if not self._cache.rolls_back and (rerun or same < self._count):  # a recurrent state is the one after the last token
             same = 0
         self.keep(list(prompt), max(same - rerun, 0))
         self._cache.clear(self._count)

@@ -201,10 +201,11 @@ class Norm:
             # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
             length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return hidden / length.hypot_(self._floor)
+        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)  # elsewhere kernels take one precision
         if self._bias is not None:
-            return F.layer_norm(hidden, self._weight.shape, self._weight, self._bias, self._eps)
+            return F.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(hidden.dtype)
         if not self._on_cpu:
-            return torch.rms_norm(hidden, self._weight.shape, self._weight, self._eps).to(hidden.dtype)
+            return torch.rms_norm(wide, self._weight.shape, self._weight, self._eps).to(hidden.dtype)
         both: Tensor = torch.layer_norm(torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps)
         return both[..., : self._weight.numel()].contiguous()
 

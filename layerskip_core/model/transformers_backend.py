@@ -76,6 +76,11 @@ class TransformersBackend:
             self.eagle3 = self.placed_eagle3(drafter, place, PackingConfig())
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
+        """Raises CheckpointError for a model whose later layers read tokens, and not only states."""
+        if self._cut.form.reads_ids:
+            raise CheckpointError(
+                f"no drafter in the EAGLE-3 layout suits model_type {self.spec.model_type}: its layers read tokens"
+            )
         like = self.model.get_input_embeddings().weight
         return PlacedEagle3(stored, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like)))
 

@@ -33,6 +33,8 @@ def backend():
         (2, [1, 2], 3, ([], 0)),
         (2, [1], 3, ([], 0)),
         (2, [1, 2, 3, 1, 2], 0, ([], 2)),
+        (20, [9, *range(30), 9, *range(20)], 2, ([20, 21], 20)),
+        (20, [8, *range(30), 9, *range(19)], 2, ([], 0)),
     ],
 )
 def test_what_followed_the_longest_match_is_copied(shortest, ids, most, expected):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from decoder_types import LAYERS, tiny
 from decodings import ids_of, plainly, prompt_of
+from exit_block_models import random_blocks
 from training_runs import recipe_module
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -14,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode
+from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode, target
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
@@ -265,6 +267,25 @@ def test_shared_texts_with_recurrent_states():
     for prompt, reused in ((text, 0), ([*text, 5, 6], 80), ([*text, 7], 80), ([*text[:75], 8, 9], 0)):
         loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), shared=shared)
         assert ids_of(loop) == plainly(backend, prompt, 5) and loop.reused_tokens == reused
+
+
+def test_drafts_on_final_states_compute_recurrent_texts_anew(monkeypatch):
+    """They would need the state before a text's last token, which nobody keeps."""
+    monkeypatch.setattr(target, "_WORTHWHILE", 8)
+    model = tiny.__wrapped__("qwen3_5_text")
+    backend = TransformersBackend(model, random_blocks(model, ExitBlock(2, "final")))
+    prefix, shared, text = PrefixCache(), SharedPrefixes(2**24), prompt_of(30)
+    for count in (1, 5, 5):
+        config = DecodingConfig("self-speculative", 2, 3, count)
+        loops = [DecodingLoop(backend, [text], config, **kept) for kept in ({"prefix": prefix}, {"shared": shared})]
+        output = plainly(backend, text, count)
+        assert [ids_of(loop) for loop in loops] == [output, output]
+        text = [*text, *output, 7]
+
+
+def test_layers_that_read_tokens_have_no_eagle3_drafter():
+    with pytest.raises(CheckpointError, match="EAGLE-3 layout suits model_type gemma4_text: its layers read tokens"):
+        TransformersBackend(tiny("gemma4_text")).placed_eagle3(None, 0, PackingConfig())
 
 
 @pytest.mark.parametrize("model_type", known(REFUSED))

@@ -43,7 +43,7 @@ class History:
             self._ends.setdefault(run, []).append(stop)
         self._indexed = max(self._indexed, end - 1)
         latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
-        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size, _LONGEST)
+        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size, max(size, _LONGEST))
         period = end - start
         return [ids[start + index % period] for index in range(most if latest else 0)], evidence
 
