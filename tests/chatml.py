@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import torch
+from conftest import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
+
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.save import save_checkpoint
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -40,3 +45,14 @@ def chatml_folder(folder: Path) -> Path:
 
 def full_tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(str(folder))
+
+
+def talking_model(folder, context):
+    """A random model with a chat template, which never ends an answer."""
+    tokenizer = full_tokenizer(chatml_folder(folder / "tokenizer"))
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    model = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=context, **ids)
+    model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
+    info = CheckpointInfo(exit_layer=3, num_draft_tokens=4)
+    save_checkpoint(model, tokenizer, info, str(folder / "model"), torch.float32)
+    return str(folder / "model")

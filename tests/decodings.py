@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, can_run_native
+from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TransformersBackend, can_run_native
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
@@ -54,6 +55,16 @@ def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eo
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
     """The ids of autoregressive decoding."""
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+
+
+def silent_layers(*layers, **changes):
+    """The tiny model, in which these layers (by number) add nothing."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
+    return TransformersBackend(model)
 
 
 def native_or_skip(model, packing=None, **options):

@@ -8,14 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from chatml import chatml_folder, full_tokenizer
-from conftest import tiny_model
+from chatml import talking_model
 
 import layerskip_core
 from layerskip_core import Answer, load
-from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.options import checked
 from layerskip_core.errors import ConfigError
@@ -61,13 +57,7 @@ def test_a_stream_gives_the_answer_in_pieces(model):
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
     """A random model with a chat template that never ends an answer."""
-    folder = tmp_path_factory.mktemp("talking")
-    tokenizer = full_tokenizer(chatml_folder(folder / "tokenizer"))
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    made = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), **ids)
-    made.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    save_checkpoint(made, tokenizer, CheckpointInfo(exit_layer=3, num_draft_tokens=4), str(folder / "model"), torch.float32)
-    return load(str(folder / "model"), device="cpu", dtype="fp32")
+    return load(talking_model(tmp_path_factory.mktemp("talking"), 128), device="cpu", dtype="fp32")
 
 
 def test_what_a_dialogue_says_first(talking, model):

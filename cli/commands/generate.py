@@ -13,7 +13,7 @@ import typer
 
 from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, Remember, RequestOptions, changed
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
-from layerskip_core.errors import DataError, LayerSkipError, require
+from layerskip_core.errors import DataError, LayerSkipError
 from layerskip_core.files import parse_json
 
 from .. import streams
@@ -73,8 +73,6 @@ def generate(
     ):
         if wrong:
             raise typer.BadParameter(told)
-    single = batch_size == 1 or not flags.decoding.get("exit_confidence")
-    require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = streams.PromptLines()
     if several:

@@ -82,7 +82,8 @@ class Service:
         """`name`: of the model in the API. `key`: the API key; None if none is needed."""
         # A tokenizer is not for two threads at once: the engine decodes with one, and this copy encodes in a thread of its own.
         self._decoder = decoder = replace(decoder, tokenizer=deepcopy(decoder.tokenizer))
-        self._raw = decoder if decoder.template.text != CHAT else decoder.with_template(RAW, None)
+        self._plain = decoder.with_template(RAW, None)
+        self._raw = self._plain if decoder.template.text == CHAT else decoder
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
         self._format = format_of(template or "")
@@ -201,10 +202,8 @@ class Service:
     def _encoded(self, given: tuple[Prompt, Tools | None]) -> list[int]:
         """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
         decoder, (prompt, tools) = self._decoder, given
-        if isinstance(prompt, list):
-            ids = decoder.known_ids(prompt)
-        elif isinstance(prompt, str):
-            ids = self._raw.encode_prompt(prompt)
+        if isinstance(prompt, str | list):
+            ids = _ids(self._raw, prompt)
         elif decoder.template.text != CHAT:
             if len(prompt) > 1 or prompt[0]["role"] != "user":
                 raise invalid("this model has no chat template: messages must be one message of the user", "messages")
@@ -235,20 +234,12 @@ class Service:
         try:
             asked = texts(await self.body(request), "input", self.name)
             for prompt in asked.prompts:
-                ids = await self.in_encoding(self._plain_ids, prompt)
+                ids = await self.in_encoding(partial(_ids, self._plain), prompt)
                 found.append(await asyncio.wrap_future(self._engine.call(partial(embedding, self._decoder, ids, layers))))
                 tokens += len(ids)
         except LayerSkipError as error:
             raise api_error(error) from None
         return JSONResponse(vectors(self.name, found, asked.as_base64, tokens))
-
-    def _plain_ids(self, prompt: Prompt) -> list[int]:
-        decoder = self._decoder
-        return (
-            decoder.known_ids(prompt)
-            if isinstance(prompt, list)
-            else decoder.with_template(RAW, None).encode_prompt(str(prompt))
-        )
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""
@@ -266,6 +257,11 @@ class Service:
     async def _health(self, request: Request) -> Response:
         stopped = self._engine.is_stopped
         return JSONResponse({"status": "stopped" if stopped else "ok"}, status_code=503 if stopped else 200)
+
+
+def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
+    """Of a text, or of token ids that a request names."""
+    return decoder.known_ids(prompt) if isinstance(prompt, list) else decoder.encode_prompt(str(prompt))
 
 
 class Updates:

@@ -90,7 +90,7 @@ def configs(draw, model, known):
         draw(layers if drafts else st.sampled_from(answering_exits(model))),
         draw(st.integers(1, 9)),
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
-        draw(st.sampled_from([0.0, 0.2, 0.7, 0.99])) if strategy in ("self-speculative", "draft-and-verify") else 0.0,
+        draw(st.sampled_from([0.0, 0.07, 0.12, 0.99])) if strategy in ("self-speculative", "draft-and-verify") else 0.0,
         tuple(letters(known[place : place + 2]) for place in places),
         draw(st.sampled_from(list(model.draft_sides))) if strategy in ("self-speculative", "draft-and-verify") else None,
         lookup=draw(st.sampled_from([0, 0, 1, 2, 5])) if drafts else 0,

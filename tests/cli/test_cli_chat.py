@@ -9,15 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from chatml import chatml_folder, full_tokenizer
+from chatml import talking_model
 from command_line import Result, fails, finish, run, start
-from conftest import tiny_model
 
 from cli import streams
-from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import Dialogue, TextStream
 from layerskip_core.errors import ConfigError, ContextError
@@ -28,20 +24,9 @@ CONTEXT = 512
 LONG = "word " * 200
 
 
-def saved(folder, context):
-    """A random model with a chat template, which never ends an answer."""
-    tokenizer = full_tokenizer(chatml_folder(folder / "tokenizer"))
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=context, **ids)
-    model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    info = CheckpointInfo(exit_layer=3, num_draft_tokens=4)
-    save_checkpoint(model, tokenizer, info, str(folder / "model"), torch.float32)
-    return str(folder / "model")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("chat"), CONTEXT)
+    return talking_model(tmp_path_factory.mktemp("chat"), CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +230,7 @@ class Terminal:
 
 def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch):
     """Of 100,000 tokens, so that Ctrl-C always comes in time."""
-    model = saved(tmp_path_factory.mktemp("long"), 200_000)
+    model = talking_model(tmp_path_factory.mktemp("long"), 200_000)
     terminal = Terminal("chat", "--model", model, "--show-drafts", "--max-new-tokens", "100000", "--threads", "1")
     greeting = terminal.read_until("> ")
     assert "accepted drafts are green\r\n" in greeting and "prompt template: chat\r\n" in greeting

@@ -235,9 +235,10 @@ def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
     assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
-def test_lines_of_a_policy_by_confidence_are_decoded_singly_in_a_batch(generate):
-    one, two = (generate("--lines", "--policy", "confident", *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
-    assert one == two and one.code == 0
+def test_lines_by_confidence_are_decoded_singly_in_a_batch(generate):
+    for flags in (("--policy", "confident"), ("--exit-confidence", "0.05", "--exits", "2,3")):
+        one, two = (generate("--lines", *flags, *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
+        assert one == two and one.code == 0
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])

@@ -48,18 +48,6 @@ def test_the_space_before_a_word_survives_ids_without_text():
     assert stream([[1], [SPECIAL], [SPECIAL], [1], [2]], pieces_to_text) == ["a", "a", "a", "a a", "a ab", "a ab"]
 
 
-CHARACTERS = st.lists(st.sampled_from(["é".encode(), "€".encode(), "🏠".encode(), b"a", b"\xff", b"\xe2"]))
-
-
-@given(CHARACTERS.map(b"".join), st.data())
-def test_byte_streams_add_up_and_never_end_in_half_a_character(content, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
-    chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
-    *shown, whole = stream(chunks, bytes_to_text)
-    assert whole == bytes_to_text(content)
-    assert all(whole.startswith(part) and not part.endswith("\ufffd") for part in shown)
-
-
 @given(st.lists(st.lists(st.integers(SPECIAL, len(WORDS) - 1))))
 def test_word_streams_add_up(chunks):
     shown = stream(chunks, pieces_to_text)
@@ -89,9 +77,12 @@ def test_bytes_of_half_a_character_leave_the_text_before_them(byte_fallback):
 def test_the_text_does_not_depend_on_how_tokens_come(byte_fallback, content, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
     chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
-    shown = stream(chunks, byte_fallback)
-    assert shown[-1] == stream([content], byte_fallback)[-1]
-    assert all(after.startswith(before) for before, after in pairwise(shown))
+    for detokenize in (byte_fallback, bytes_to_text):
+        *shown, whole = stream(chunks, detokenize)
+        assert whole == stream([content], detokenize)[-1]
+        assert all(after.startswith(before) for before, after in pairwise([*shown, whole]))
+        assert detokenize is byte_fallback or not any(part.endswith("\ufffd") for part in shown)
+    assert whole == bytes_to_text(content)
 
 
 # --- where an output ends ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, context_after, ids_of, native_or_skip, plainly
+from decodings import WIDE, context_after, ids_of, native_or_skip, plainly, silent_layers
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -132,18 +132,8 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9 if numbers[0].dtype == torch.float64 else 0)
 
 
-def silenced(*layers):
-    """The tiny model, in which these layers (by number) add nothing."""
-    model = tiny_model()
-    with torch.no_grad():
-        for layer in layers:
-            model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
-            model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
-    return TransformersBackend(model)
-
-
 def test_drafts_without_layers_that_add_nothing_are_always_accepted():
-    decoding = decode(silenced(2, 5), PROMPT, config_of("generic", (2, 5), drafts=3, max_new_tokens=17))
+    decoding = decode(silent_layers(2, 5), PROMPT, config_of("generic", (2, 5), drafts=3, max_new_tokens=17))
     assert len(ids_of(decoding)) == 17
     assert (decoding.stats.drafted, decoding.stats.accepted, decoding.stats.rounds) == (12, 12, 4)
 

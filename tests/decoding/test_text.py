@@ -43,24 +43,6 @@ def scripted(monkeypatch, chunks, reason, stop):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "reason", "stop", "pieces"),
-    [
-        ([b"ab", b"c", [*b"d", EOS]], "eos", (), ["ab", "c", "d"]),
-        ([b"ab", [EOS]], "eos", (), ["ab"]),  # no empty piece
-        ([b"a", "é".encode()[:1], "é".encode()[1:]], "length", (), ["a", "é"]),
-        ([b"a", "é".encode()[:1]], "length", (), ["a", "\ufffd"]),
-        ([b"one\n", b"\ntwo"], "stop", ("\n\n",), ["one"]),
-        ([b"one\n", b"x", b"\n"], "length", ("\n\n",), ["one", "\nx", "\n"]),  # it could have been a stop string
-        ([b"a#", b"b;c"], "stop", (";", "#"), ["a"]),
-    ],
-)
-def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
-    answer = scripted(monkeypatch, chunks, reason, stop)
-    assert list(answer) == pieces
-    assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
-
-
-@pytest.mark.parametrize(
     ("chunks", "reason", "stop", "runs"),
     [
         ([b"ab", b"c", [*b"de", EOS]], "eos", (), [[("a", True), ("b", False)], [("c", False)], [("de", True)]]),
@@ -68,15 +50,19 @@ def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
         ([b"a\xc3", b"\xa9bc"], "length", (), [[("a", True)], [("\xe9b", True), ("c", False)]]),
         ([b"xa\xc3", b"\xa9"], "length", (), [[("xa", True)], [("\xe9", False)]]),  # the target's token completes it
         ([b"x\xc3"], "length", (), [[("x", True), ("\ufffd", False)]]),
+        ([b"a", b"\xc3", b"\xa9"], "length", (), [[("a", False)], [], [("\xe9", False)]]),
+        ([b"one\n", b"x", b"\n"], "length", ("\n\n",), [[("one", True)], [("\nx", False)], [("\n", False)]]),
         ([b"one\n", b"x\n", b"\n"], "stop", ("\n\n",), [[("one", True)], [("\n", False), ("x", True)], []]),
         ([b"on\n", b"xyz"], "length", ("\nxa",), [[("on", True)], [("\n", False), ("xy", True), ("z", False)]]),
         ([b"a#b", b";c"], "stop", (";", "#"), [[("a", True)], []]),
     ],
 )
-def test_runs_say_what_was_drafted(monkeypatch, chunks, reason, stop, runs):
+def test_pieces_of_an_answer_and_what_of_them_was_drafted(monkeypatch, chunks, reason, stop, runs):
     answer = scripted(monkeypatch, chunks, reason, stop)
     assert [[tuple(run) for run in step] for step in answer.segments()] == runs
-    assert answer.text == "".join(run for step in runs for run, _ in step)
+    pieces = ["".join(run for run, _ in step) for step in runs]
+    assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
+    assert list(scripted(monkeypatch, chunks, reason, stop)) == [piece for piece in pieces if piece]  # no empty one
 
 
 @pytest.fixture(scope="module")

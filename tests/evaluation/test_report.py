@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from command_line import run
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
@@ -208,28 +207,3 @@ def test_the_output_folder_is_checked_before_the_run(tmp_path, monkeypatch):
             monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
         with pytest.raises(LayerSkipError, match=reason), output_folder(str(tmp_path / name), "test"):
             pytest.fail("began")
-
-
-SHORT = ("--samples", "2", "--max-new-tokens", "6", "--threads", "1")
-COMMANDS = {
-    "sweep-exits": ("--exits", "2,4", "--specs", "2,3"),
-    "bench": ("--repeats", "1", "--baselines", "no-reuse"),
-}
-
-
-@pytest.fixture(scope="module", params=COMMANDS)
-def saved(request, checkpoint, tmp_path_factory):
-    """A command, the folder of its report, and its table."""
-    folder = tmp_path_factory.mktemp(request.param)
-    arguments = ("--model", checkpoint, *SHORT, *COMMANDS[request.param], "--format", "markdown", "--output", str(folder))
-    result = run(request.param, *arguments)
-    assert result.code == 0, result.err
-    return request.param, folder, result.out
-
-
-def test_a_saved_record_gives_the_same_report(saved, tmp_path):
-    command, folder, table = saved
-    result = run(command, "--from", str(folder / "results.json"), "--format", "markdown", "--output", str(tmp_path))
-    assert (result.code, result.out) == (0, table), result.err
-    for name in ("results.json", "results.csv", "answers.jsonl"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import tiny_model
+from decodings import WIDE, native_or_skip, silent_layers
 from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
@@ -31,7 +32,7 @@ from layerskip_core.evaluation.report import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.model import TorchBackend, TransformersBackend
 
 PROMPT = [5, 11, 23, 42, 8]
 GENERATION = {"max_new_tokens": NEW_TOKENS}
@@ -39,25 +40,14 @@ GENERATION = {"max_new_tokens": NEW_TOKENS}
 
 def silenced(*layers, **changes):
     """The tiny model of `evaluating`, in which these layers (by number) add nothing."""
-    model = tiny_model(**{"vocab_size": 300} | changes)
-    with torch.no_grad():
-        for layer in layers:
-            model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
-            model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
-    return replace(tiny_loaded(), backend=TransformersBackend(model))
+    return replace(tiny_loaded(), backend=silent_layers(*layers, vocab_size=300, **changes))
 
 
 def on_backend(kind):
     """The tiny model on this backend; `native int8` with copies that draft."""
-    if kind == "generic":
-        return TransformersBackend(tiny_model())
-    if kind == "packed":
-        return TorchBackend.of(tiny_model())
-    model = tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=64, head_dim=16)
-    packing = PackingConfig(draft_weights=("int8",))
-    if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here")
-    return NativeBackend.of(model, packing)
+    if kind == "native int8":
+        return native_or_skip(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
+    return (TransformersBackend if kind == "generic" else TorchBackend.of)(tiny_model())
 
 
 def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):

@@ -7,7 +7,6 @@ import pickle
 import re
 import resource
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,29 +47,6 @@ RESUMED = {
 def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
     base = saved_base(tmp_path / "base", tie_word_embeddings=tied)
     require_exact_resumption(settings, tmp_path, **changes, model=base)
-
-
-def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_path, forks):
-    """kill -9, a checkpoint cut short, and a second run to the end: bit for bit."""
-    shared = ("finetune", "--model", base, "--samples", "16", "--steps", "30", "--batch-size", "4", "--max-length", "64",
-              "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--save-steps", "3", "--output")  # fmt: skip
-    home, cut, whole = tmp_path / "home", tmp_path / "home" / "cut", tmp_path / "home" / "whole"
-    home.mkdir()
-    pid, deadline = forks.start(home, *shared, "cut"), time.monotonic() + 100
-    while not checkpoint(cut, 6).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    assert forks.wait(home, pid).code == -signal.SIGKILL
-    last = max(steps_saved(cut))
-    assert 6 <= last < 30
-    os.truncate(checkpoint(cut, last) / "optimizer.pt", 1000)
-    ended = forks.run(home, *shared, "cut", "--resume")
-    assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt missing or damaged; it is not used" in ended.err
-    assert f"going on from {checkpoint('cut', last - 3)}" in ended.err
-    assert forks.run(home, *shared, "whole").code == 0
-    assert same_weights(cut, whole)
-    assert (cut / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
 
 
 def signal_in_step(monkeypatch, at, number):
