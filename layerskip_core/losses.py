@@ -30,27 +30,33 @@ class Teacher:
 def summed_losses(
     unembed: Callable[[Tensor], Tensor],
     runs: Sequence[Tensor],
-    targets: Tensor,
+    targets: Tensor | None,
     vocab_size: int,
     weights: Sequence[tuple[float, float]],
     teacher: Teacher | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted loss, cross-entropies (K,), divergences (K,)) of K exits, summed over N tokens, in fp32.
+    teaches_all: bool = False,
+    total_variation: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
 
     `runs` are the hidden states (N, D) of the exits, `targets` (N,). `weights` are the factors in the loss of an exit's
     cross-entropy and of its divergence KL(reference || exit). The reference of the last exit is the `teacher`, that of the
-    others the last exit if any of them has a weight for it; without one the divergence is 0. No gradient flows into a
-    reference; that of the loss reaches the runs and the weights of the head.
+    others the teacher too if it `teaches_all`, else the last exit if any of them has a weight for it; without one the
+    divergence is 0. No gradient flows into a reference; that of the loss reaches the runs and the weights of the head.
+    Agreement counts the tokens whose best one is the reference's, where no gradients are needed.
+
+    With `total_variation`, for which there are no targets, the divergence is half the L1 distance of the probabilities: one
+    minus the expected acceptance.
 
     Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
     and none are computed twice.
     """
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
-    sums = torch.zeros(len(runs), 2, device=targets.device)
+    sums = torch.zeros(len(runs), 3, device=runs[0].device)
     gradients = {run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained}
     heads: dict[Tensor, Tensor] = {}  # gradients of the head's weights
     last, distils = len(runs) - 1, any(share for _, share in weights[:-1])
-    for chunk in _chunks(len(targets), vocab_size):
+    for chunk in _chunks(len(runs[0]), vocab_size):
         with torch.no_grad():
             aim = None if teacher is None else teacher.unembed(teacher.states[chunk])
         for index in range(last, -1, -1):
@@ -58,8 +64,11 @@ def summed_losses(
             with torch.set_grad_enabled(trains[index]):
                 logits = unembed(part)
             found = logits.detach()
-            losses, slope = _losses(found, targets[chunk], aim, weights[index], trains[index])
-            sums[index] += losses
+            wanted = None if targets is None else targets[chunk]
+            losses, slope = _losses(found, wanted, aim, weights[index], trains[index], total_variation)
+            sums[index, :2] += losses
+            if aim is not None and not torch.is_grad_enabled():
+                sums[index, 2] += (found.argmax(-1) == aim.argmax(-1)).sum()
             if slope is not None:
                 leaves = _leaves(logits)
                 with torch.autocast(found.device.type, enabled=False):  # as a backward pass runs
@@ -71,51 +80,12 @@ def summed_losses(
                     if leaf not in heads:
                         heads[leaf] = torch.zeros_like(leaf)
                     heads[leaf] += gradient
-            if index == last:
+            if index == last and not teaches_all:
                 aim = found if distils else None
-    loss = (sums * torch.tensor(weights, device=sums.device)).sum()
+    loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
-        loss = _with_gradients(loss, gradients | heads)
-    return loss, sums[:, 0], sums[:, 1]
-
-
-def summed_divergences(
-    unembed: Callable[[Tensor], Tensor],
-    runs: Sequence[Tensor],
-    teacher: Tensor,
-    vocab_size: int,
-    total_variation: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """(divergence of each run from the teacher, agreement of the first), each summed over N tokens, in fp32.
-
-    `runs` are hidden states (N, D) of which a loss can be taken, `teacher` (N, D) those that they should equal; `unembed`
-    gives logits (N, V) of both, by weights that are not trained. The divergence is KL(teacher || run), or half the L1 distance
-    of the probabilities (one minus the expected acceptance). Agreement counts the tokens with the same best token.
-
-    Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
-    and none are computed twice.
-    """
-    trains = torch.is_grad_enabled() and any(run.requires_grad for run in runs)
-    sums = torch.zeros(len(runs), device=teacher.device)
-    gradients = [torch.zeros_like(run) for run in runs]
-    agreeing = torch.zeros((), device=teacher.device)
-    for chunk in _chunks(len(teacher), vocab_size):
-        with torch.no_grad():
-            aim = unembed(teacher[chunk])
-        for index, (run, gradient) in enumerate(zip(runs, gradients, strict=True)):
-            part = run.detach()[chunk].requires_grad_(trains)
-            with torch.set_grad_enabled(trains):
-                logits = unembed(part)
-            losses, slope = _losses(logits.detach(), None, aim, (0.0, 1.0), trains, total_variation)
-            sums[index] += losses[1]
-            if index == 0:
-                agreeing += (logits.argmax(-1) == aim.argmax(-1)).sum()
-            if slope is not None:
-                gradient[chunk] = torch.autograd.grad(logits, part, slope)[0]
-    if not trains:
-        return list(sums), agreeing
-    known = zip(sums, runs, gradients, strict=True)
-    return [_with_gradients(value, {run: gradient}) for value, run, gradient in known], agreeing
+        loss = _Known.apply(loss, list((gradients | heads).values()), *gradients, *heads)  # type: ignore[no-untyped-call]
+    return loss, sums
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:
@@ -130,7 +100,7 @@ def _losses(
     aim: Tensor | None,
     weights: tuple[float, float],
     trains: bool,
-    total_variation: bool = False,
+    total_variation: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(cross-entropy and divergence from the `aim`, (2,), summed over tokens; gradient of their weighted sum by `found`).
 
@@ -158,7 +128,8 @@ def _losses(
         if total_variation:
             signs = (slope - chances).sign_().div_(2)
             sums[1] += ((slope - chances) * signs).sum()
-            slope.mul_(signs - (slope * signs).sum(-1, keepdim=True))
+            if trains:
+                slope.mul_(signs.sub_((slope * signs).sum(-1, keepdim=True)).mul_(soft))
         elif trains:
             slope.mul_(hard + soft)
             if aim is not None:
@@ -183,13 +154,9 @@ def _leaves(output: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _with_gradients(value: Tensor, gradients: dict[Tensor, Tensor]) -> Tensor:
-    """A value whose gradients by some tensors, the keys, are known."""
-    found: Tensor = _Known.apply(value, list(gradients.values()), *gradients)  # type: ignore[no-untyped-call]
-    return found
-
-
 class _Known(torch.autograd.Function):
+    """A value whose gradients by some tensors are known."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)

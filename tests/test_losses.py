@@ -22,35 +22,27 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, to
     monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
     torch.manual_seed(0)
     weight = torch.randn(VOCABULARY, 5)
-    teacher, *inputs = torch.randn(3, 7, 5).unbind()
+    taught, *inputs = torch.randn(3, 7, 5).unbind()
 
     def head(states):
         return torch.tanh(states @ weight.T) * 4  # a cap, whose derivative counts too
 
-    results = []
-    for divergence in (losses.summed_divergences, None):
-        runs = [(2 * states.clone().requires_grad_()) for states in inputs]
-        for run in runs:
-            run.retain_grad()
-        if divergence is None:
-            sums = [naive(head, run, teacher, total_variation) for run in runs]
-            agreeing = (head(runs[0]).argmax(-1) == head(teacher).argmax(-1)).sum()
-        else:
-            sums, agreeing = divergence(head, runs, teacher, VOCABULARY, total_variation)
-        (sums[0] + 3 * sums[1]).backward()
-        results.append((sums, agreeing, [run.grad for run in runs]))
-    (sums, agreeing, gradients), (expected_sums, expected_agreeing, expected_gradients) = results
-    torch.testing.assert_close(torch.stack(sums), torch.stack(expected_sums))
-    assert int(agreeing) == int(expected_agreeing)
-    for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected)
+    runs = [(2 * states.clone().requires_grad_()) for states in inputs]
+    expected = [naive(head, run, taught, total_variation) for run in runs]
+    weights, teacher = [(0.0, 0.5), (0.0, 3.0)], losses.Teacher(taught, head)
+    loss, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, teacher, True, total_variation)
+    torch.testing.assert_close(sums[:, 1], torch.stack(expected))
+    wanted = 0.5 * expected[0] + 3 * expected[1]
+    torch.testing.assert_close(loss, wanted)
+    for gradient, known in zip(torch.autograd.grad(loss, runs), torch.autograd.grad(wanted, runs), strict=True):
+        torch.testing.assert_close(gradient, known)
 
-
-def test_without_gradients_only_the_values_are_computed():
-    states = torch.randn(4, 5, requires_grad=True)
     with torch.no_grad():
-        (value,), agreeing = losses.summed_divergences(lambda part: part, [states], states.detach(), 5)
-    assert float(value) == pytest.approx(0, abs=1e-6) and int(agreeing) == 4 and not value.requires_grad
+        value, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, teacher, True, total_variation)
+        assert [int(agreeing) for agreeing in sums[:, 2]] == [
+            int((head(run).argmax(-1) == head(taught).argmax(-1)).sum()) for run in runs
+        ]
+    assert torch.equal(value, loss) and not value.requires_grad
 
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 100)])
@@ -78,10 +70,10 @@ def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows,
     expected = sum(a * ce + b * kl for (a, b), ce, kl in zip(weights, hard, soft, strict=True))
 
     teacher = losses.Teacher(taught, lambda states: head(states) / 2)
-    loss, cross_entropies, divergences = losses.summed_losses(head, runs, targets, VOCABULARY, weights, teacher)
+    loss, sums = losses.summed_losses(head, runs, targets, VOCABULARY, weights, teacher)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(cross_entropies, torch.stack(hard))
-    torch.testing.assert_close(divergences[1:], torch.stack(soft[1:]))
+    torch.testing.assert_close(sums[:, 0], torch.stack(hard))
+    torch.testing.assert_close(sums[1:, 1], torch.stack(soft[1:]))
     for gradient, wanted in zip(found(loss), found(expected), strict=True):
         torch.testing.assert_close(gradient, wanted)
 

@@ -7,6 +7,7 @@ Settings that our own code makes are not checked.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -59,7 +60,7 @@ class Without(frozenset[str]):
 
 def one_of(*names: str) -> Meta:
     """The constraint of a text that names one of a few things."""
-    return Meta(pattern=f"^({'|'.join(names)})$", description=f"one of {', '.join(names)}")
+    return Meta(pattern=rf"\A({'|'.join(map(re.escape, names))})\Z", description=f"one of {', '.join(names)}")
 
 
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.

@@ -152,8 +152,8 @@ class FrozenEagle3(nn.Module):
 
         The loss is the mean over the drafts of a round, of which each but the first reads the output for the one before.
 
-        Returns `loss`, `per_exit` (1,), the divergence of the first draft, `agreeing` (1,), the number of targets where its
-        best token is full depth's, and `exit_layers`.
+        Returns `loss`, `per_exit` (1,), the divergence of the first draft, `agreeing` (1,), in evaluation the number of targets
+        where its best token is full depth's, and `exit_layers`.
         """
         layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
         before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row

@@ -23,7 +23,7 @@ from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, FinetuneConfig, RecipeSettings
 from ..errors import CheckpointError
 from ..files import synchronise
-from ..losses import IGNORED, summed_divergences
+from ..losses import IGNORED, Teacher, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
@@ -150,13 +150,13 @@ class FrozenExits(nn.Module):
         With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of a
         round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both.
 
-        Returns `loss`, `per_exit` (exits,), the divergence of the first run, `agreeing` (exits,), the number of targets
-        where its best token is full depth's, and `exit_layers`.
+        Returns `loss`, `per_exit` (exits,), the divergence of the first run, `agreeing` (exits,), without gradients the number
+        of targets where its best token is full depth's, and `exit_layers`.
         """
         is_target = labels[:, 1:] != IGNORED
         finals = finals.float()
-        teacher = finals[:, :-1][is_target]
-        exit_layers = tuple(exits.tolist())
+        head, vocab, exit_layers = self.backend.head, self.backend.spec.vocab, tuple(exits.tolist())
+        teacher = Teacher(finals[:, :-1][is_target], head)
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
             block = self.exits[str(exit_layer)]
@@ -164,11 +164,12 @@ class FrozenExits(nn.Module):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            results.append(summed_divergences(self.backend.head, runs, teacher, self.backend.spec.vocab, self._total_variation))
+            mean = [(0.0, 1 / len(runs))] * len(runs)
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher, True, self._total_variation))
         return {
-            "loss": torch.stack([torch.stack(losses).mean() for losses, _ in results]).sum(),
-            "per_exit": torch.stack([losses[0].detach() for losses, _ in results]),
-            "agreeing": torch.stack([agreeing for _, agreeing in results]),
+            "loss": torch.stack([loss for loss, _ in results]).sum(),
+            "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
+            "agreeing": torch.stack([sums[0, 2] for _, sums in results]),
             "exit_layers": exit_layers,
         }
 

@@ -119,7 +119,7 @@ class RecipeModule(nn.Module):
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
         weights.append((scales[-1], 0.0 if anchor is None else anchor.weight))
-        loss, per_exit, divergences = summed_losses(
+        loss, sums = summed_losses(
             self.backend.unembed,
             [hidden for hidden, _ in rows],
             rows[-1][1],
@@ -127,8 +127,8 @@ class RecipeModule(nn.Module):
             weights,
             None if anchor is None else anchor.teacher(input_ids, labels, documents),
         )
-        output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": per_exit, "exit_layers": exits}
-        return output if anchor is None else output | {"divergence": divergences[-1]}
+        output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": sums[:, 0], "exit_layers": exits}
+        return output if anchor is None else output | {"divergence": sums[-1, 1]}
 
     def save(self, folder: Path) -> None:
         """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""

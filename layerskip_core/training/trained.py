@@ -317,6 +317,7 @@ class FrozenModel:
             if other != self.states:  # of an earlier run with other rows or settings
                 shutil.rmtree(other, ignore_errors=True)
         write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
+        del self.decoder  # frees its weights
         states = partial(States, texts, self.states, backend.spec.hidden, exits)
         trained = len(texts) - plan.held_out
         self.module.begin(texts[:trained])

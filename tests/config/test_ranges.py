@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-from layerskip_core.config.options import parse_counts
+from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.options import checked, parse_counts
 from layerskip_core.errors import ConfigError
 
 HOSTILE = ("-1", "2147483648", str(2**70), "-1e308", "inf", "nan", "", "x", "1e-50", "٣", "9" * 5000)
@@ -71,3 +72,10 @@ def test_counts_are_bounded_before_they_are_built():
     for text in (*huge, "", "a", "3,", "1.5", "3,8:6", "1:2:3:4", ":", "1:", "1:5:0", "1:5:-1", "5:3"):
         with pytest.raises(ConfigError, match="`exits` must be a list such as 3,6,8 or a range"):
             parse_counts(text, "exits")
+
+
+@pytest.mark.parametrize("name", ["llama-cpp", "llama.cpp\n", "no"])
+def test_a_choice_is_one_of_the_names_to_the_letter(name):
+    assert checked(BenchConfig, {"baselines": ["llama.cpp"]}) == {"baselines": ("llama.cpp",)}
+    with pytest.raises(ConfigError, match="`baselines` must be a list, each one of transformers, "):
+        checked(BenchConfig, {"baselines": [name]})

@@ -63,6 +63,8 @@ def test_a_block_computes_what_the_plain_model_with_it_computes(model_type):
     aim, found = full.log_softmax(-1), exit_logits.log_softmax(-1)
     assert float(output["loss"].detach()) == pytest.approx(float((aim.exp() * (aim - found)).sum()), rel=1e-4)
     assert torch.equal(output["per_exit"], output["loss"][None].detach())
+    with torch.no_grad():
+        output = module(**batch_of(TransformersBackend(model), (EXIT,)))
     assert int(output["agreeing"]) == int((full.argmax(-1) == exit_logits.argmax(-1)).sum())
     assert output["exit_layers"] == (EXIT,)
 
