@@ -32,6 +32,7 @@ for content in (b"first\\n", b"second\\n"):
         (folder / f".layerskip-writing-00000000-{os.getpid()}-0").touch()
         write_file(folder / "file", content, LayerSkipError)
 assert (folder / "file").read_bytes() == b"second\\n"
+import layerskip_core.evaluation.tasks.code
 import layerskip_core.training.plan
 
 print(load("embedded", device="cpu").generate("play some jazz").text)

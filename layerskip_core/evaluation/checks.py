@@ -134,7 +134,7 @@ class Subject:
         """`before`: the tokens that both tokens follow."""
         gap = None
         if wanted is not None and found is not None:
-            scores = logits(self.backend, torch.tensor([before]), last=1)[0, -1].double()
+            scores = logits(self.backend, torch.tensor([before]), last=1)[0, -1].cpu().double()  # mps has no fp64
             gap = float(scores[wanted] - scores[found])
         return Mismatch(number, position, wanted, found, gap, gap is not None and abs(gap) <= self._near)
 

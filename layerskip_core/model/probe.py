@@ -263,7 +263,7 @@ def _equals(output: Any, normed: Any) -> bool:
 def _compare(found: Tensor, expected: Tensor, when: str) -> None:
     """Raises _Different for logits (B, T, V) of which a token's differ. Those that are not finite are not compared."""
     counted, precision = expected.isfinite().all(-1), expected.dtype
-    found, expected = found[counted].double(), expected[counted].double()
+    found, expected = found[counted].cpu().double(), expected[counted].cpu().double()  # mps has no fp64
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
     errors = (found - expected).norm(dim=-1) / spread.clamp_min(_LEAST)
     error = float(errors.nan_to_num(torch.inf).max()) if len(spread) else 0.0

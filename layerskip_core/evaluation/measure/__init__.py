@@ -278,7 +278,8 @@ def differences(
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            best, second = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].double().topk(2).values.tolist()
+            found = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()  # mps has no fp64
+            best, second = found.topk(2).values.tolist()
             differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 
