@@ -211,13 +211,18 @@ def _worth_line(worth: "Worth", model: str) -> str:
 def report_text(report: "StepReport", frozen: bool) -> str:
     """How a step is shown; `frozen`: of a run that trains exit blocks."""
     speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    exits = " ".join(f"{layer}:{loss:.{3 if frozen else 2}f}" for layer, loss in spread(report.exit_losses))
+    exits = _by_exit(report.exit_losses, ".3f" if frozen else ".2f")
     if frozen:
-        agreement = " ".join(f"{layer}:{share:.1%}" for layer, share in spread(report.agreement))
+        agreement = _by_exit(report.agreement, ".1%")
         return f"divergence {exits} {f'first drafts agree {agreement} ' if agreement else ''}{speed}"
     held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
     anchor = "" if report.divergence is None else f"divergence {report.divergence:.3f} "
     return f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{anchor}{speed}"
+
+
+def _by_exit(values: dict[int, float], form: str) -> str:
+    """A few of the exits; a drafter in the EAGLE-3 layout, whose key is 0, stands at none."""
+    return " ".join(f"{layer}:{value:{form}}" if layer else f"{value:{form}}" for layer, value in spread(values))
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan") -> str:
@@ -281,7 +286,8 @@ class Curves:
         means = [_mean(steps[start : start + together]) for start in range(0, len(steps), together)]
         seen = [math.log(max(loss, _LEAST)) for point in means for loss in point.values()]
         for layer in layers[(len(layers) - 1) % apart :: apart]:
-            text.append(f"exit {layer:>3} {self._first[layer]:>6.3f} ")
+            name = f"exit {layer:>3}" if layer else "drafter "
+            text.append(f"{name} {self._first[layer]:>6.3f} ")
             bars = (_bar(point[layer], min(seen), max(seen)) if layer in point else " " for point in means)
             text.append("".join(bars), style="bold" if layer == layers[-1] else "green")
             text.append(f" {self._latest[layer]:.3f}\n")

@@ -211,7 +211,16 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         given = vars(self.recipe) | vars(self.retention) | vars(self) | {"limit": self.data.limit}
         frozen, scratch, validates = self.exit_blocks.frozen, self.regime == "scratch", self.validation is not None
-        whole = ("lora_rank", "gradient_checkpointing", "streaming", "pack", "vocab_size", "fsdp", *vars(self.retention))
+        whole = (
+            "regime",
+            "lora_rank",
+            "gradient_checkpointing",
+            "streaming",
+            "pack",
+            "vocab_size",
+            "fsdp",
+            *vars(self.retention),
+        )
         recipe = [name for name in vars(self.recipe) if name != "exits"]
         for is_so, needed, names in (
             (not validates and not frozen, "used with `validation`", ["eval_steps"]),  # frozen holds rows out
@@ -227,8 +236,6 @@ class FinetuneConfig:
                 require(not given[name], name, needed, given[name])
         if frozen and self.recipe.exits:
             replace(self.exit_blocks, layout=self.exit_blocks.layout or "exit")  # what fits no block is refused
-        unfit = "left out with `frozen`, which trains no weight of the model"
-        require(not frozen or self.regime is None, "regime", unfit, self.regime)
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
         endless = self.data.name == "commands" and not self.data.limit and self.steps is None

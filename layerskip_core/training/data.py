@@ -109,9 +109,9 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
 
 
 def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
-    """Encodes both the rows to train on, of which `rows` are an example, and those to validate on.
+    """The encoder of a run, for validation too, chosen by its training `rows`, or the first of them.
 
-    Documents are packed by default for plain text, without prompts, in a regime for language-model data.
+    Plain text without prompts is packed by default in the regimes for language-model data.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     regime = config.regime or "finetune"

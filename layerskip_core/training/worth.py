@@ -14,9 +14,9 @@ from ..model.backend import Backend, DraftEnds, Submodel
 from ..model.eagle3 import Eagle3Weights
 
 _ACCEPTED = (0.5, 0.6, 0.7, 0.8)
-_LONGEST = 4  # tokens of a pass that is timed, and drafts of a round
+_LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
-_MOST = 8  # drafts of a round
+_MOST = 8  # drafts of a round at most
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,10 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
 
 
 def test_without_the_recipe_a_drafter_follows(finetune):
-    result = run(*finetune("--steps", "1"))
+    result = run(*finetune("--steps", "1", "--curves"))
     assert (result.code, result.out) == (0, "")
+    assert re.search(r"^training 1/1 divergence \d\.\d{3} lr ", result.err, re.MULTILINE)
+    assert re.search(r"^drafter  +\d\.\d{3} ", result.err, re.MULTILINE)
     assert "\ntrained at full depth alone, as any model; then a drafter beside the result\n" in result.err
     assert result.err.index("loss by exit: 6: ") < result.err.index("which stays as it is")
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
