@@ -2,7 +2,6 @@
 
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,11 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from layerskip_core.checkpoint.folder import quiet_transformers
-from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
+from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import blank, for_decoding, for_training
-from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
+from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.decoding import Recommended
 from layerskip_core.config.model import PackingConfig
@@ -71,14 +68,6 @@ def test_a_model_with_capped_attention_scores_uses_eager_attention(tmp_path, tok
     shape = {"vocab_size": 300, "attn_logit_softcapping": 2.0}
     save_checkpoint(tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32)
     assert for_training(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
-
-
-def test_a_truncated_file_is_an_error_of_one_line(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: ") as error:
-        for_training(str(folder))
-    assert "\n" not in str(error.value)
 
 
 def test_devices_and_precisions():
@@ -157,14 +146,6 @@ def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     assert loaded.model.config.pad_token_id == 0
 
 
-def test_quiet_restores_the_previous_state():
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), quiet_transformers():
-        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
-        raise KeyError
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_with_trained_exits_gets_a_copy_for_adaptive_drafting(dtype):
     backend = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True)).backend
@@ -231,43 +212,9 @@ def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
     assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
-def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypatch):
-    model = model_of()
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(model, tokenizer, INFO, str(tmp_path), torch.float32)
-    assert not holds_model(tmp_path)
-    monkeypatch.undo()
-    save_checkpoint(model, tokenizer, INFO, str(tmp_path), torch.float32)  # what the interrupt left is no obstacle
-    assert holds_model(tmp_path) and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_model_is_not_overwritten_without_the_flag(folder, tmp_path):
-    with pytest.raises(ConfigError, match=f"`output` {folder} already holds a model; give `overwrite`"):
-        refuse_overwrite(str(folder), overwrite=False)
-    refuse_overwrite(str(folder), overwrite=True)
-    refuse_overwrite(str(tmp_path / "new"), overwrite=False)
-
-
 def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "unexpected": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     loaded = for_training(str(folder))
     save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
     assert capfd.readouterr() == ("", "")
-
-
-def test_overwriting_leaves_no_file_of_the_older_model(folder, tokenizer):
-    stale = ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja")
-    for name in stale:
-        (folder / name).write_text("{}")
-    (folder / "notes.md").write_text("a user's")
-    write_info(str(folder), replace(read_info(folder), files=(*read_info(folder).files, *stale)))
-    save_checkpoint(model_of(), tokenizer, INFO, str(folder), torch.float32)
-    assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
-    assert not (folder / "chat_template.jinja").exists()
-    assert (folder / "notes.md").read_text() == "a user's"

@@ -281,19 +281,30 @@ def first_only(place, token):
     return token + 1 if place == 0 else token + 2
 
 
-def test_always_accepted_drafts():
-    decoding = scripted_decoding(always)
-    assert written(decoding) == [[5], [-6, -7, -8, 9], [-10, -11, -12, 13]]
-    assert counts(decoding.stats) == (2, 6, 6, (2, 2, 2), (2, 2, 2))
-    assert (decoding.stats.acceptance_rate, decoding.stats.mean_accepted_tokens) == (1.0, 3.0)
+ROUNDS = {
+    "always accepted": (always, {}, [[5], [-6, -7, -8, 9], [-10, -11, -12, 13]], (2, 6, 6, (2, 2, 2), (2, 2, 2)), "length"),
+    # With 4, 3, 2 tokens of room after it, the round drafts 3, 2, 1; the last token has no room for a draft.
+    "never accepted": (never, {"max_new_tokens": 5}, [[5], [6], [7], [8], [9]], (3, 6, 0, (3,), ()), "length"),
+    "sometimes accepted": (
+        *(first_only, {}, [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]]),
+        *((4, 3 + 3 + 3 + 1, 4, (4, 3), (4,)), "length"),
+    ),
+    "drafts behind an EOS": (always, {"eos_ids": [30, 7]}, [[5], [-6, -7]], (1, 3, 2, (1, 1), (1, 1)), "eos"),
+    "a stop string inside drafts": (
+        *(always, {"stop": (letters([7, 8]), letters([40])), "max_new_tokens": 20}, [[5], [-6, -7, -8]]),
+        *((1, 3, 3, (1, 1, 1), (1, 1, 1)), "stop"),
+    ),
+    "an EOS first": (always, {"eos_ids": [5]}, [[5]], (0, 0, 0, (), ()), "eos"),
+}
 
 
-def test_never_accepted_drafts():
-    """With 4, 3, 2 tokens of room after it, the round drafts 3, 2, 1; the last token has no room for a draft."""
-    decoding = scripted_decoding(never, max_new_tokens=5)
-    assert written(decoding) == [[5], [6], [7], [8], [9]]
-    assert counts(decoding.stats) == (3, 6, 0, (3,), ())
-    assert (decoding.stats.acceptance_rate, decoding.stats.mean_accepted_tokens) == (0.0, 0.0)
+@pytest.mark.parametrize(("choose", "settings", "rounds", "counted", "reason"), ROUNDS.values(), ids=ROUNDS)
+def test_rounds_of_scripted_drafts(choose, settings, rounds, counted, reason):
+    decoding = scripted_decoding(choose, **settings)
+    assert written(decoding) == rounds and list(decoding) == []
+    stats, (number, drafted, accepted, *_) = decoding.stats, counted
+    assert (counts(stats), decoding.finish_reason, stats.new_tokens) == (counted, reason, sum(map(len, rounds)))
+    assert (stats.acceptance_rate, stats.mean_accepted_tokens) == (accepted / max(drafted, 1), accepted / max(number, 1))
 
 
 def test_a_drafter_hears_of_its_own_drafts_only():
@@ -301,34 +312,6 @@ def test_a_drafter_hears_of_its_own_drafts_only():
     drafter = Scripted(never)
     list(DecodingLoop(counting_model(), [[3, 4]], DecodingConfig(num_draft_tokens=3, max_new_tokens=5), drafter=drafter))
     assert drafter.calls == [(call, count) for count in (3, 2, 1) for call in ("draft", "observe")]
-
-
-def test_sometimes_accepted_drafts():
-    decoding = scripted_decoding(first_only)
-    assert written(decoding) == [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]]
-    assert counts(decoding.stats) == (4, 3 + 3 + 3 + 1, 4, (4, 3), (4,))
-    assert decoding.stats.acceptance_rate == 0.4
-
-
-def test_drafts_behind_an_eos_are_drafted_but_not_accepted():
-    decoding = scripted_decoding(always, eos_ids=[30, 7])
-    assert written(decoding) == [[5], [-6, -7]]
-    assert decoding.finish_reason == "eos"
-    assert counts(decoding.stats) == (1, 3, 2, (1, 1), (1, 1))
-
-
-def test_a_stop_string_inside_accepted_drafts_cuts_them():
-    decoding = scripted_decoding(always, stop=(letters([7, 8]), letters([40])), max_new_tokens=20)
-    assert written(decoding) == [[5], [-6, -7, -8]]
-    assert decoding.finish_reason == "stop"
-    assert decoding.stats.new_tokens == 4
-
-
-def test_the_first_token_can_end_the_output():
-    decoding = scripted_decoding(always, eos_ids=[5])
-    assert written(decoding) == [[5]]
-    assert (decoding.finish_reason, decoding.stats.new_tokens, decoding.stats.rounds) == ("eos", 1, 0)
-    assert list(decoding) == []
 
 
 @pytest.mark.parametrize("choose", [always, never, first_only])
