@@ -201,9 +201,7 @@ def forks():
     """Runs commands in forks, for the attacks."""
     from forks import Forks
 
-    made = Forks()
-    yield made
-    made.close()
+    return Forks()
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Runs of a few steps on a small untrained model, for the tests of training."""
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from forks import import_once
 from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo
@@ -56,7 +56,7 @@ def in_processes(function, processes, folder, *arguments):
     if processes == 1:
         function(0, *arguments)
         return
-    multiprocessing.set_forkserver_preload(["layerskip_core.training.run", "datasets", "peft"])  # imported once for all
+    import_once()
     torch.multiprocessing.start_processes(
         _connected, (processes, str(folder), function, arguments), processes, start_method="forkserver"
     )

@@ -98,11 +98,11 @@ class World:
         home = self.home(scenario)
         old = self.ask(home, scenario).out if scenario.over else None
         before = contents(home / "out") if scenario.over else {}
-        pid = self.start(home, scenario)
-        ended = self.forks.wait(home, pid)
+        process = self.start(home, scenario)
+        ended = self.forks.wait(home, process)
         assert ended.code == 0, ended.err
         answers = {old, self.ask(home, scenario).out if scenario.checked else None}
-        return self.forks.changes(home, pid), before, contents(home / "out"), answers
+        return self.forks.changes(home, process), before, contents(home / "out"), answers
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +164,10 @@ def test_a_killed_command_loses_nothing_and_can_be_given_again(name, world, data
 def test_one_of_two_writers_leaves_a_whole_result(pair, world, delay):
     first, second = (WRITERS[name] for name in pair)
     home = world.home(first)
-    pids = [world.start(home, first)]
+    processes = [world.start(home, first)]
     time.sleep(delay)
-    pids.append(world.start(home, second))
-    ended = [world.forks.wait(home, pid) for pid in pids]
+    processes.append(world.start(home, second))
+    ended = [world.forks.wait(home, process) for process in processes]
     for one in ended:
         require_sound(one)
     done = [writer for writer, one in zip((first, second), ended, strict=True) if one.code == 0]
