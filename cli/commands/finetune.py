@@ -98,8 +98,13 @@ def finetune(
             _run(job, curves)
             plan, job = job.plan, None  # the second job needs the memory of the first
             job = prepare_following(plan)
-    following = "bench" if plan.recipe is None else "sweep-exits" if settings.trains_exits else "finetune --frozen"
-    following = "generate" if plan.num_layers == 1 else following  # which has no exit to measure
+    following = "bench"
+    if plan.num_layers == 1:
+        following = "generate"  # there is no exit to measure
+    elif plan.recipe is not None and settings.trains_exits:
+        following = "sweep-exits"
+    elif plan.recipe is not None and not settings.lora_keep:  # blocks stand beside whole weights
+        following = "finetune --frozen"
     narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")
 
 

@@ -112,8 +112,7 @@ class Job:
 def prepare(config: FinetuneConfig) -> Job:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
-    device = pick_device(config.device)
-    require_device(device)
+    device = own_device(pick_device(config.device))
     trackers(config.report_to)
     config = resolve_sharding(_not_done(config), device)
     resume = _resume_point(config)
@@ -158,8 +157,8 @@ def run_lock(output: str) -> AbstractContextManager[None]:
     return hold(output, "layerskip finetune") if process_index() == 0 else nullcontext()
 
 
-def require_device(device: torch.device) -> None:
-    """Makes `cuda` mean the GPU of this process, of those that torchrun started.
+def own_device(device: torch.device) -> torch.device:
+    """The device without its number: `cuda` is made the GPU of this process, of those that torchrun started.
 
     Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
     """
@@ -172,6 +171,7 @@ def require_device(device: torch.device) -> None:
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
         torch.cuda.set_device(number)
+    return torch.device(device.type)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..checkpoint.beside import fingerprint, read_exit_blocks
 from ..checkpoint.folder import weight_files
 from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo
 from ..checkpoint.loaded import Trainable
-from ..checkpoint.locate import adapters_of, downloaded, own_folder
+from ..checkpoint.locate import adapters_of, downloaded, locate, own_folder
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
 from ..checkpoint.transformers_read import stored_dtype
@@ -330,7 +330,7 @@ class FrozenModel:
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
-        verifier = config.model if own_folder(config.model) is None else str(Path(config.output).resolve())
+        verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
         files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
         if self.in_place:
             for name in sorted(files, reverse=True):  # the weights before what says that they are there

@@ -115,6 +115,8 @@ def test_without_the_recipe_a_drafter_follows(finetune):
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
     alone = run(*finetune("--steps", "1", "--streaming", "--output", "streamed"))
     assert alone.err.endswith("saved streamed; next: layerskip finetune --frozen --model streamed\n")
+    adapter = run(*finetune("--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
+    assert adapter.err.endswith("saved adapter; next: layerskip bench --model adapter\n")
 
 
 def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, finetune):

@@ -23,7 +23,7 @@ from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
 from layerskip_core.training import trainer
-from layerskip_core.training.run import prepare, require_device
+from layerskip_core.training.run import own_device, prepare
 
 WHOLE = {
     "batch_size": 2,
@@ -134,8 +134,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    require_device(torch.device("cuda"))
+    assert own_device(torch.device("cuda:0")) == torch.device("cuda")
     assert taken == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match=r"`device` must be cuda with at least 3 GPUs here, one per process .*, got 2"):
-        require_device(torch.device("cuda"))
+        own_device(torch.device("cuda"))
