@@ -234,7 +234,7 @@ def _trainable(name: str, location: Location, device: torch.device, dtype: str) 
 def _with_policies(
     packing: PackingConfig, info: CheckpointInfo, names: Collection[str] | None, device: torch.device
 ) -> PackingConfig:
-    """`packing` with what these of the saved policies draft with: whole low-bit copies, which need the CPU, and a head."""
+    """`packing` with the low-bit copies (whole ones, on the CPU alone) and the head that these saved policies draft with."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
     used = [policy for policy in used if device.type == "cpu" or not policy_packing(policy).draft_weights]
     if used and names is not None:  # a policy says how to decode

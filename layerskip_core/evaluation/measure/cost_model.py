@@ -63,9 +63,9 @@ Part = tuple[list[int], int]
 
 
 def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS) -> Part:
-    """A whole answer, or one from where so many steps are its middle.
+    """The whole answer, or a long one from where `steps` steps are its middle.
 
-    From its prefill on, because the first steps after one take longer: they find caches that another pass has filled. There is
+    Steps are timed from a prefill on. The first ones take longer, because another pass has filled the CPU's caches. There is
     room for one token more than the answer has, so that its last token can be a draft.
     """
     start = max(0, (len(output_ids) - steps) // 2)

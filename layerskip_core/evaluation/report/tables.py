@@ -327,7 +327,7 @@ def _short(metric: str) -> str:
 
 def _perplexity(value: float | None) -> str:
     """Three significant digits, with short exponents: 12.3, 1.2e4."""
-    return number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return number(value, ".3g") if value is None or value < 999.5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 @dataclass(frozen=True)
