@@ -94,10 +94,6 @@ class TextStream:
             yield segments
 
 
-Turn = tuple[str, str]
-"""A message and its answer so far."""
-
-
 class Dialogue:
     """Asks a model one message after another. It sees all turns, whole, or refuses the message: nothing is left out silently.
 
@@ -106,7 +102,7 @@ class Dialogue:
 
     def __init__(self, loaded: Decoder, config: DecodingConfig) -> None:
         self._loaded, self._config = loaded, config
-        self._turns: tuple[Turn, ...] = ()  # without the last
+        self._turns: tuple[tuple[str, str], ...] = ()  # without the last
         self._asked: tuple[str, TextStream] | None = None  # the last
         self._prefix = PrefixCache()
 
@@ -116,8 +112,11 @@ class Dialogue:
         return self._loaded.template.text == CHAT
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns before the next message. A turn without any answer, as after an interruption, is left out."""
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """The turns before the next message, each a message and its answer so far.
+
+        A turn without any answer, as after an interruption, is left out.
+        """
         if self._asked is not None and self.has_turns:
             message, stream = self._asked
             if stream.text or stream.finish_reason is not None:

@@ -5,6 +5,7 @@ go through the loop together get the tokens that each gets alone.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ from .sampling import Sampler, accepted_choices, logprobs_of
 from .target import FixedTarget, PrefixCache, SharedPrefixes, TargetOutput, target_of
 
 _SCORED = 64  # tokens of a prompt whose logits are in memory at once
-_SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "total_seconds")  # of DecodeStats
 
 
 def decode(
@@ -56,7 +56,7 @@ def decode(
     Args:
         detokenize: ids to text; needed for stop strings only.
         reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-        prefix: what the decoding before left; that one must not go on.
+        prefix: the KV entries of the decoding before, which must not go on.
         earlier: answers that lookups search too, if rows are greedy and drafts change no bit; this one is added to them.
 
     Raises:
@@ -249,7 +249,7 @@ class DecodingLoop:
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self.rows = tuple(self._active)
         self._numbered = len(self._active)  # rows that have had a number
-        self._seconds: dict[str, Any] = dict.fromkeys(_SECONDS, 0.0)
+        self._seconds = defaultdict[str, Any](float)  # of DecodeStats
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self

@@ -17,15 +17,14 @@ _INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come 
 class DecodeStats:
     """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties.
 
-    `drafted` counts the drafts that the target verified. `accepted` counts those that it accepted and that are part of the
-    output: a draft after an EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the
-    passes that verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before
-    it were accepted and none of them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted.
-    Steps without drafts count in `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a
-    strategy that drafts, by what drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens
-    were chosen after j+1 layers. `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that
-    they and all before them in the round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of
-    the chances.
+    `drafted` counts the drafts that the target verified. `accepted` counts the accepted drafts in the output: a draft after an
+    EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the passes that verified drafts.
+    `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before it were accepted and none of
+    them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted. Steps without drafts count in
+    `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a strategy that drafts, by what
+    drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens were chosen after j+1 layers.
+    `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that they and all before them in the
+    round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of the chances.
     """
 
     sequences: int = 0

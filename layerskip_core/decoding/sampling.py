@@ -37,10 +37,10 @@ class Sampler:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-        """The logits (B, T, V), of `rows` as their options leave them. The last place that a row needs follows its drafts.
+        """The logits (B, T, V) after each row's options, for `rows` of the batch. A row's last place follows its drafts.
 
-        Of more than T places it has the last ones; of fewer, the first ones, and the rest is padding. Those that were given may
-        be overwritten, unless log probabilities are told of them.
+        A row with more than T places has the last T; one with fewer has padding after them. The given logits may be
+        overwritten, unless their log probabilities are reported.
         """
         if not self.processors:
             return logits

@@ -383,8 +383,7 @@ class PrefixCache:
         made_for = model, replace(config.shared, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         if self._cache is None or self._made_for != made_for or model.exact:
             self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
-        most = min(self._count, len(prompt) - 1)
-        same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
+        same = min(_common(self._ids, prompt), self._count, len(prompt) - 1)
         if not self._cache.rolls_back and (rerun or same < self._count):  # a recurrent state is the one after the last token
             same = 0
         self.keep(list(prompt), max(same - rerun, 0))

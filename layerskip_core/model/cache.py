@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .spec import ModelSpec
 
 _BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates; a multiple of the kernels' tiles
 
@@ -47,11 +46,6 @@ class KVCache:
         self.reserved = 0  # positions that get room at once, so that the storage does not move before there are more
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
         self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
-
-    @classmethod
-    def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
-        """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
-        return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
 
     @property
     def storages(self) -> list[Tensor]:
@@ -206,16 +200,16 @@ class TokenRows(KVCache):
 
 
 Entry = tuple[int, str]
-"""What a layer writes for each token: the index by which its attention addresses the cache, and what: keys, values, ..."""
+"""Of a layer, for each token: the index by which its attention addresses the cache, and `keys`, `values` or another kind."""
 
 State = tuple[int, str, int]
-"""What a recurrent layer keeps of all tokens: the index by which it addresses the cache, what (conv, recurrent), and which."""
+"""Of a recurrent layer, for all tokens: the index by which it addresses the cache, `conv` or `recurrent`, and a number."""
 
 
 class MixedCache(KVCache):
     """Entries of any shapes, for layers of transformers: keys as wide as values or not, and other widths in other layers.
 
-    Those of one shape lie in one KVCache, in pairs; so each layer's keys and values do where all have one shape.
+    Entries of one shape lie in one KVCache, in pairs: a layer's keys and values, where all have one shape.
 
     No length rolls a recurrent state back. So the states after the last tokens of a call are kept: after each from which a row
     may go on, by `steps_back` and `ends`, and after the token before the call.

@@ -29,8 +29,7 @@ def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
 class RepackedLayers(ABC):
     """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
 
-    The activations of a part of a call take about 256 MB at most, or those of 256 tokens or of one token of each row, if that
-    is more.
+    A call is split into parts whose activations take about 256 MB, and which have 256 tokens or one of each row at least.
     """
 
     def __init__(
@@ -177,7 +176,8 @@ class RepackedBackend(ABC):
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        return KVCache.of(self._chain_spec, batch_size, max_positions)
+        context = self.spec.context
+        return KVCache(self._chain_spec.layers, batch_size, min(max_positions or context, context))
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._layers.embed(ids)

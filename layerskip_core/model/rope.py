@@ -14,8 +14,8 @@ from .spec import ModelSpec, RopeSpec
 class Rope:
     """Rotations by position as complex numbers, for the slots of a key head: its G queries, the key and the value.
 
-    Those of the queries have the length that attention scales scores by; those of values are 1, and so are those of the part
-    of a head that does not rotate. There is one table for each of `spec.ropes`; it grows with the text.
+    Queries also get the scale of attention. Values stay as they are, and so does the part of a head that does not rotate. There
+    is one table for each of `spec.ropes`; it grows with the text.
     """
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:

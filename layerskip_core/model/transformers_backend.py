@@ -129,20 +129,20 @@ class TransformersBackend:
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """As `Layers.run_layers`. `positions` (B, T) are on the host: no call waits for the device to learn a length."""
-        if start == stop:
-            return hidden
-        assert cache is None or isinstance(cache, MixedCache)
-        if start < self.num_layers:
-            return self._cut.run(hidden, start, stop, positions, cache)
-        return self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache)
+        return hidden if start == stop else self._run(hidden, start, stop, positions, cache)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
-        assert isinstance(cache, MixedCache)
+        self._run(hidden, start, stop, positions, cache, only_writes=True)
+
+    def _run(
+        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None, only_writes: bool = False
+    ) -> Tensor:
+        """Some of the model's own layers, or the exit block that is layer `start` of the chain."""
+        assert cache is None or isinstance(cache, MixedCache)
         if start < self.num_layers:
-            self._cut.run(hidden, start, stop, positions, cache, only_writes=True)
-            return
-        self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache, only_writes=True)
+            return self._cut.run(hidden, start, stop, positions, cache, only_writes=only_writes)
+        return self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache, only_writes)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""

@@ -41,7 +41,7 @@ class Context:
 
     def forced(self, index: int, most: int) -> list[int]:
         """At most `most` tokens that must come next in this row, as its grammar has it."""
-        return self.processors[index].forced()[: max(most, 0)] if self.processors else []
+        return self.processors[index].forced()[:most] if self.processors else []
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ class AdaptiveDrafter:
     """Drafts by lookups, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
 
     A pass may verify looked-up tokens of some rows and another drafter's of the others. The times of passes are measured while
-    decoding, unless that could change the output, which then would depend on more than its seed: without that they are those
-    that were known before.
+    decoding where they cannot change the output; elsewhere they are the profile's, so that a sample depends on its seed alone.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter]) -> None:
@@ -131,9 +130,9 @@ class AdaptiveDrafter:
         return arm, rows, length, DraftEnds()
 
     def _lookups(self, rows: Sequence[int]) -> tuple[list[list[int]], float, tuple[float, int]]:
-        """By row, of the continuation that was found as much as pays; the tokens per unit of time that this promises.
+        """By row, as much of the continuation found as pays; the tokens per unit of time that this promises.
 
-        And of the rows that look up: the tokens that they are expected to get, and those that the pass has of them.
+        And, of the rows that look up, how many tokens they are expected to get, and how many the pass verifies.
         """
         passes, rest, batch = self._known.passes, self._known.rest, len(rows)
         survivals: list[tuple[float, int]] = []

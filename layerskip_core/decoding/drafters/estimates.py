@@ -134,7 +134,7 @@ def _nearness(n: int) -> list[float]:
 class Calibration:
     """How far to trust a drafter's own probability p: its draft is rejected with probability doubt * (1 - p)^power.
 
-    The power is that under which what was seen is most probable.
+    The power is the most likely one.
     """
 
     def __init__(self, doubt: float, power: int) -> None:
@@ -185,8 +185,8 @@ def best_length(
 
     A round of d drafts takes d + `ahead` steps of the drafter, and the target's `share` of a pass over d + 1 tokens of each
     row. It gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section
-    3.1), a and a' being the `chances` of `Acceptance`. `others`: the tokens that other rows of the pass are expected to get,
-    and those that the pass has of them. `near`: where the search begins. `rest`: the time of a round besides drafts and pass.
+    3.1), a and a' being the `chances` of `Acceptance`. `others`: how many tokens other rows of the pass are expected to get,
+    and how many it verifies of them. `near`: where the search begins. `rest`: the time of a round besides drafts and pass.
     """
     first, later = chances
     lengths = _lengths(most)

@@ -162,7 +162,7 @@ class ExitDrafter:
         longest = max(rooms)
         return Draft(
             torch.cat(tokens[: longest + 1], dim=1),
-            tuple(max(room, 0) for room in rooms),
+            tuple(rooms),
             torch.cat(probs[:longest], dim=1) if probs[:longest] else None,
             joined(states[: longest + 1]) if self._reuses and states else {},  # none where all drafts were forced
             self.source,

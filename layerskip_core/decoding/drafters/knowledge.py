@@ -89,7 +89,7 @@ class Arm:
             self.steps.fade(rounds)
 
     def step(self, rows: int, pace: float) -> float:
-        """The time of a step, which is that of arms with the same kernels as far as this one was not tried.
+        """The time of a step; as far as this arm was not tried, by the times of arms with the same kernels.
 
         `pace`: of the target's passes, if none of them was tried.
         """

@@ -185,7 +185,7 @@ class LookupDrafter:
         found = Found()
         for index, (row, ids, limit) in enumerate(zip(context.rows, context.ids, limits, strict=True)):
             history = self._histories.setdefault(row, History(self._shortest))
-            found.append(self._ended(history.continuation(ids, max(limit, 0)), context, index))
+            found.append(self._ended(history.continuation(ids, limit), context, index))
         return found
 
     def recall(self, context: Context, limits: Sequence[int]) -> Found:
@@ -193,7 +193,7 @@ class LookupDrafter:
         if not (earlier := self._earlier):
             return [([], 0)] * len(limits)
         rows = enumerate(zip(context.ids, limits, strict=True))
-        return [self._ended(earlier.continuation(ids, max(limit, 0)), context, index) for index, (ids, limit) in rows]
+        return [self._ended(earlier.continuation(ids, limit), context, index) for index, (ids, limit) in rows]
 
     def _ended(self, found: tuple[list[int], int], context: Context, index: int) -> tuple[list[int], int]:
         """Up to an EOS, or to where the row's grammar forbids it."""
