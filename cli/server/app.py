@@ -142,7 +142,7 @@ class Service:
         try:
             given: dict[str, Any] = parsed(body)
             document = as_conversation(given) if family == "responses" else given
-            request = asked(document, family != "completions", self.name, config.decoding, config.token_limit)
+            request = asked(document, family != "completions", self.name, config)
             engine.hold(len(request.options) - held)
             held = len(request.options)
             if request.tools is not None and self._format is None:

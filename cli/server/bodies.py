@@ -12,6 +12,7 @@ from layerskip_core.config.options import checked
 from layerskip_core.errors import DataError, require
 from layerskip_core.files import parse_json
 
+from ..commands.serve import ServeConfig
 from .errors import invalid
 from .tools import Tool, Tools
 
@@ -143,8 +144,8 @@ def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, An
             raise invalid(f"{key} is not supported by this server{why}", key, "unsupported_parameter")
 
 
-def asked(document: Mapping[str, Any], is_chat: bool, model: str, flags: RequestOptions, token_limit: int) -> Asked:
-    """What a body asks the model of this name for; `flags` are for what it does not say.
+def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeConfig) -> Asked:
+    """What a body asks the model of this name for; the options of `config` are for what it does not say.
 
     Raises ApiError, and ConfigError for an option outside its range.
     """
@@ -154,10 +155,11 @@ def asked(document: Mapping[str, Any], is_chat: bool, model: str, flags: Request
     if "model" not in given:
         raise invalid(f"model is missing; this server has {model}", "model")
     _require_model(given["model"], model)
-    n = given.get("n", 1)
-    if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
-        raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
+    n, most = given.get("n", 1), min(_MOST_ANSWERS, config.batch_size + config.queue_size)
+    if not 1 <= n * len(prompts) <= most:
+        raise invalid(f"n times the number of prompts must be in 1..{most}, got {n * len(prompts)}", "n")
     options = {name: document[name] for name in _OPTIONS if name in document}
+    flags, token_limit = config.decoding, config.token_limit
     usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
     options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
     options |= _logprobs(given, is_chat) | _guide(document)

@@ -417,7 +417,11 @@ def test_a_full_queue_refuses_before_any_work():
     users, decoder = watched()
     with serving(decoder, batch_size=1, queue_size=1) as api:
         users.clear()
+        api.engine.hold(1)
         with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):
+            api.client().completions.create(model="tiny", prompt=["a", "b"])
+        api.engine.release(1)
+        with pytest.raises(openai.BadRequestError, match=r"must be in 1\.\.2, got 3"):  # it would never fit
             api.client().completions.create(model="tiny", prompt=["a", "b", "c"])
         assert not users
         for wrong in ({"top_p": 0}, {"prompt": "wake " * 200}):
