@@ -9,7 +9,8 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TransformersBackend, can_run_native
+from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.model.exit_blocks import NO_BLOCKS
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
@@ -55,6 +56,17 @@ def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eo
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
     """The ids of autoregressive decoding."""
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+
+
+def backend_on(kind, packing=None, model_type="llama", blocks_of=lambda model: NO_BLOCKS, **changes):
+    """The tiny model on transformers' layers (`generic`) or torch's kernels (`packed`), in fp64, or on ours (`native`).
+
+    `blocks_of`: makes its exit blocks.
+    """
+    model = tiny_model(model_type, torch.float32 if kind == "native" else torch.float64, **changes)
+    if kind == "generic":
+        return TransformersBackend(model, blocks_of(model))
+    return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, exit_blocks=blocks_of(model))
 
 
 def silent_layers(*layers, **changes):

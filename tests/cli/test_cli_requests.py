@@ -292,6 +292,15 @@ def test_whoever_waits_for_answers_gets_them(model):
         assert process.wait(60) == 1
 
 
+@pytest.fixture
+def pipe(monkeypatch):
+    """What is written to it is standard input."""
+    source, sink = os.pipe()
+    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(streams, "_taken", stream)
+        yield pipe
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -302,30 +311,24 @@ def test_whoever_waits_for_answers_gets_them(model):
         (b"x" * 200_000 + b"\nb\n", ["x" * 200_000, "b"]),
     ],
 )
-def test_lines_of_a_pipe(data, expected, monkeypatch):
+def test_lines_of_a_pipe(data, expected, pipe):
     """As they come: all that has been written is ready, and what has not is not."""
-    source, sink = os.pipe()
-    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(streams, "_taken", stream)
-        lines = streams.PromptLines()
-        assert not lines.is_ready()
-        writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
-        writer.start()
-        assert list(lines) == expected and lines.is_ready()
-        writer.join()
+    lines = streams.PromptLines()
+    assert not lines.is_ready()
+    writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
+    writer.start()
+    assert list(lines) == expected and lines.is_ready()
+    writer.join()
 
 
-def test_lines_that_are_ready(monkeypatch):
-    source, sink = os.pipe()
-    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(streams, "_taken", stream)
-        lines = streams.PromptLines()
-        pipe.write(b"one\ntwo\nthr")
-        assert lines.is_ready() and next(lines) == "one"
-        assert lines.is_ready() and next(lines) == "two"
-        assert not lines.is_ready()
-        pipe.write(b"ee\n")
-        assert lines.is_ready() and next(lines) == "three"
+def test_lines_that_are_ready(pipe):
+    lines = streams.PromptLines()
+    pipe.write(b"one\ntwo\nthr")
+    assert lines.is_ready() and next(lines) == "one"
+    assert lines.is_ready() and next(lines) == "two"
+    assert not lines.is_ready()
+    pipe.write(b"ee\n")
+    assert lines.is_ready() and next(lines) == "three"
 
 
 def test_policies_from_python(model, ask):

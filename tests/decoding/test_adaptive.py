@@ -5,8 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_model
-from decodings import WIDE, context_after, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, backend_on, context_after, ids_of, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
@@ -17,19 +16,14 @@ from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.drafters.knowledge import knowledge_of
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model import Submodel
 
 EXITS = (2, 4)
 
 
 @cache
 def backend_of(kind):
-    if kind == "generic":
-        return TransformersBackend(tiny_model())
-    packing = PackingConfig(draft_weights=("int8",))
-    if kind == "packed":
-        return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), packing)
-    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), packing)
+    return backend_on(kind, PackingConfig(draft_weights=("int8",)), **WIDE)
 
 
 # --- the output ----------------------------------------------------------------------------------------------------------
@@ -233,11 +227,17 @@ def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are
     assert known.passes.of(10_000) == known.passes.of(1) == pytest.approx(1.0)
 
 
-def test_what_was_not_tried_is_as_fast_as_what_has_the_same_kernels():
+def untried_arms():
+    """What is known after a plain step of a second, and arms of exits 2 and 4."""
     known = knowing(backend_of("generic"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.05))._known
     tried, other = known.arms["exit 2"], known.arms["exit 4"]
     tried.tries = other.tries = 0.0
     known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    return known, tried, other
+
+
+def test_what_was_not_tried_is_as_fast_as_what_has_the_same_kernels():
+    known, tried, other = untried_arms()
     assert other.step(1, 0.5) == pytest.approx(0.2)  # as fast as passes became
     for _ in range(50):
         known.observe_round(tried, 1, 4, 5, 5 * 0.1, 0.7)  # a step takes half as long as expected
@@ -248,10 +248,7 @@ def test_what_was_not_tried_is_as_fast_as_what_has_the_same_kernels():
 
 
 def test_a_draft_takes_time_besides_its_steps():
-    known = knowing(backend_of("generic"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.05))._known
-    tried, other = known.arms["exit 2"], known.arms["exit 4"]
-    tried.tries = other.tries = 0.0
-    known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    known, tried, other = untried_arms()
     for number in range(200):
         drafted = (2, 9)[number % 2]
         known.observe_round(tried, 1, drafted, drafted + 1, 0.5 + (drafted + 1) * 0.1, 0.7)
@@ -264,10 +261,7 @@ def test_a_draft_takes_time_besides_its_steps():
 
 
 def test_a_slow_first_draft_makes_no_steps_free():
-    known = knowing(backend_of("generic"), drafts={"exit 2": 0.2, "exit 4": 0.4}, passes=(1.0, 1.05))._known
-    tried, other = known.arms["exit 2"], known.arms["exit 4"]
-    tried.tries = other.tries = 0.0
-    known.observe_round(None, 0, 0, 1, 0.0, 1.0)
+    known, tried, other = untried_arms()
     known.observe_round(tried, 1, 1, 2, 4.0, 0.7)  # ten times as long as expected
     known.observe_round(tried, 1, 4, 5, 1.0, 0.7)
     assert tried.pace.each > 0 and tried.step(1, 1.0) > 0.05 and other.step(1, 1.0) > 0.1

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, draft_of, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, backend_on, draft_of, ids_of, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model import Submodel
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.native import compiled
@@ -55,11 +55,7 @@ def stored():
 @cache
 def backend_of(kind, quantize=None):
     packing = PackingConfig(quantize=quantize, rounds_drafter=False)
-    if kind == "generic":
-        return TransformersBackend(model_of(kind), stored())
-    if kind == "packed":
-        return TorchBackend.of(model_of(kind), packing, exit_blocks=stored())
-    return native_or_skip(model_of(kind), packing, exit_blocks=stored())
+    return backend_on(kind, packing, blocks_of=lambda model: stored(), **SHAPE)
 
 
 @pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None), ("generic", None)])

@@ -103,12 +103,6 @@ def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strat
     assert 0 < reused[1] < reused[2]
 
 
-def test_exact_weights_reuse_nothing():
-    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True))
-    outputs, reused, _ = conversation(backend, settings_of("exit"), PrefixCache())
-    assert outputs == conversation(backend, settings_of("exit"), None)[0] and reused == [0, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("prompt", "reused"),
     [
@@ -238,11 +232,12 @@ def test_shared_texts_of_other_layers_are_not_found():
     assert decoded(backend, prompt, settings_of("adaptive"), shared).reused_tokens == 79  # drafts do not matter
 
 
-def test_exact_weights_share_nothing():
-    backend, shared = (
-        TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True)),
-        SharedPrefixes(1 << 30),
-    )
+def test_exact_weights_reuse_and_share_nothing():
+    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True))
+    config = settings_of("exit")
+    outputs, reused, _ = conversation(backend, config, PrefixCache())
+    assert outputs == conversation(backend, config, None)[0] and reused == [0, 0, 0]
+    shared = SharedPrefixes(1 << 30)
     for _ in range(2):
-        decoding = decoded(backend, prompt_of(80), settings_of("exit"), shared)
+        decoding = decoded(backend, prompt_of(80), config, shared)
         assert ids_of(decoding) and decoding.reused_tokens == 0

@@ -5,8 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, backend_on, ids_of, prompt_of
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -15,7 +14,6 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.processing import LogitsProcessor
 from layerskip_core.decoding.sampling import probabilities
-from layerskip_core.model import TransformersBackend
 
 PROMPT = prompt_of(9)
 ALL = {
@@ -31,10 +29,7 @@ DRAFTING = {
 
 @cache
 def model_of(kind):
-    if kind == "generic":
-        return TransformersBackend(tiny_model("llama", torch.float64))
-    packing = PackingConfig(draft_weights=("int8",), draft_vocab=40)
-    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), packing)
+    return backend_on(kind, PackingConfig(draft_weights=("int8",), draft_vocab=40), **WIDE)
 
 
 def reference(model, prompt, config, eos=()):

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import tiny_model
-from decodings import WIDE, native_or_skip, silent_layers
+from decodings import WIDE, backend_on, silent_layers
 from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
@@ -32,7 +31,6 @@ from layerskip_core.evaluation.report import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.model import TorchBackend, TransformersBackend
 
 PROMPT = [5, 11, 23, 42, 8]
 GENERATION = {"max_new_tokens": NEW_TOKENS}
@@ -45,9 +43,7 @@ def silenced(*layers, **changes):
 
 def on_backend(kind):
     """The tiny model on this backend; `native int8` with copies that draft."""
-    if kind == "native int8":
-        return native_or_skip(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
-    return (TransformersBackend if kind == "generic" else TorchBackend.of)(tiny_model())
+    return backend_on("native", PackingConfig(draft_weights=("int8",)), **WIDE) if "int8" in kind else backend_on(kind)
 
 
 def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):

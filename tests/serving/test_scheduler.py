@@ -6,8 +6,6 @@ from random import Random
 
 import decodings
 import pytest
-import torch
-from conftest import tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
@@ -18,7 +16,6 @@ from layerskip_core.decoding import DecodingLoop, SharedPrefixes, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
-from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
 
@@ -32,15 +29,9 @@ prompt_of = partial(decodings.prompt_of, vocabulary=300)
 @cache
 def decoder_of(kind):
     """The tiny model with blocks at its exits 2 and 4, of which one reads the final states."""
-    model = tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **SHAPE)
-    blocks = random_blocks(model, ExitBlock(2, "final"), ExitBlock(4, "none"))
+    blocks = (ExitBlock(2, "final"), ExitBlock(4, "none"))
     packing = PackingConfig(draft_weights=("int8",))
-    if kind == "generic":
-        backend = TransformersBackend(model, blocks)
-    elif kind == "packed":
-        backend = TorchBackend.of(model, packing, exit_blocks=blocks)
-    else:
-        backend = decodings.native_or_skip(model, packing, exit_blocks=blocks)
+    backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE)
     return replace(tiny_loaded(), backend=backend)
 
 
