@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.beside import fingerprint, int4_content, matrix_names
-from ..checkpoint.folder import INT4_FILE
+from ..checkpoint.folder import INT4_FILE, refuse_packed
 from ..checkpoint.loaded import Decoder
-from ..checkpoint.locate import own_folder
+from ..checkpoint.locate import own_folder, reading
 from ..checkpoint.open import for_decoding, for_training, import_checkpoint
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
 from ..config.decoding import DecodingConfig
@@ -54,6 +54,8 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         DataError: the data is not there or too small.
     """
     folder, own = output_folder(config), own_folder(config.model)
+    if own is not None:
+        reading(own, lambda: refuse_packed(own))  # before texts are written, which takes long
     copied = own is None or Path(folder).resolve() != Path(own).resolve()
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))

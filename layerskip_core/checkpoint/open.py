@@ -164,23 +164,21 @@ def import_checkpoint(
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
-    folder = locate(adapters_of(name)[1]).path
+    folder, spec, weight_of = locate(adapters_of(name)[1]).folder, loaded.backend.spec, loaded.model.get_parameter
     beside: dict[str, bytes] = {}
     left_out = []
-    weight_of = loaded.model.get_parameter
     for file, read in (
-        (INT4_FILE, lambda: read_int4(folder, loaded.backend.own_spec, weight_of)),
-        (EXIT_BLOCKS_FILE, lambda: read_exit_blocks(folder, loaded.backend.spec, weight_of)),
+        (INT4_FILE, lambda: read_int4(str(folder), loaded.backend.own_spec, weight_of)),
+        (EXIT_BLOCKS_FILE, lambda: read_exit_blocks(str(folder), spec, weight_of)),
     ):
-        if (path := Path(folder) / file).is_file():
+        if folder is not None and (path := Path(folder) / file).is_file():
             try:
                 read()
                 beside[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
-    own = Path(folder) / EAGLE3_FOLDER
-    if eagle3 is not None or own.is_dir():
-        spec, drafter = loaded.backend.spec, own if eagle3 is None else fetched(eagle3)
+    drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
+    if drafter is not None and Path(drafter).is_dir():
         beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
     if (order := Path(locate(name).path) / ORDER_FILE).is_file():
         beside[ORDER_FILE] = order.read_bytes()

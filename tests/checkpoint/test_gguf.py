@@ -137,6 +137,7 @@ def test_the_precision_that_is_written(kind, exact_in, asked, expected, tmp_path
         parameter.data = parameter.data.to(exact_in).float()
     path, output = tmp_path / "model.gguf", tmp_path / "imported"
     write_gguf(model, tiny_loaded().tokenizer, ModelSpec.of(model.config), path, kind)
+    (tmp_path / "eagle3").mkdir()  # beside the file, but not of its model
     assert run("import", str(path), "--output", str(output), "--dtype", asked).code == 0
     stored, read = load_file(output / "model.safetensors"), GgufFile(path).weights()
     assert {weight.dtype for weight in stored.values()} == {expected}

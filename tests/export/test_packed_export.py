@@ -177,6 +177,7 @@ def test_commands_decode_with_it_and_training_refuses_it(checkpoint, tmp_path):
         "give the model that it was packed from"
     )
     fails(refused, "finetune", "--model", output, "--output", str(tmp_path / "trained"))
+    fails(refused, "calibrate", "--model", output)
     fails(refused, "export", output, "--format", "packed", "--output", str(tmp_path / "again"))
     assert run("export", checkpoint, "--exit", "2", "--output", output, "--overwrite").code == 0
     assert not (tmp_path / "packed" / PACKED_FILE).exists()
