@@ -43,7 +43,7 @@ def summed_losses(
     cross-entropy and of its divergence KL(reference || exit). The reference of the last exit is the `teacher`, that of the
     others the teacher too if it `teaches_all`, else the last exit if any of them has a weight for it; without one the
     divergence is 0. No gradient flows into a reference; that of the loss reaches the runs and the weights of the head.
-    Agreement counts the tokens whose best one is the reference's, where no gradients are needed.
+    Agreement, which is counted without gradients alone, is the number of tokens where the best one is the reference's.
 
     With `total_variation`, for which there are no targets, the divergence is half the L1 distance of the probabilities: one
     minus the expected acceptance.

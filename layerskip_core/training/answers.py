@@ -154,8 +154,8 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
     """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    They begin as those of a calibration: half with a random token, half with what the prompt template puts before a prompt, so
-    that the model writes the prompt, too. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
+    As in a calibration, half of them begin with a random token, half with the template's text before a prompt, so that the
+    model writes the prompt, too. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
     or all of them.
     """
     decoder = for_decoding(config.model, device, config.dtype)

@@ -142,8 +142,8 @@ def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row])
 class EncodedData:
     """Encoded rows that have a target: input_ids, labels, whether they were truncated, and for packed rows documents.
 
-    `seen` are all of them, or the first ones of a stream; `left_out` counts the rows among these whose prompts leave no room
-    for a target. `digest` is of all tokens and labels in order.
+    `seen` are all of them, or the first ones of a stream; beside these, `left_out` rows have prompts that leave no room for a
+    target. `digest` is of all tokens and labels in order.
     """
 
     rows: "list[dict[str, Any]] | StreamedRows"

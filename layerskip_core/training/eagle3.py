@@ -31,7 +31,7 @@ _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
 
 class FrozenEagle3(nn.Module):
-    """The drafter beside a model of which only the embedding and the head run, and nothing is trained.
+    """The drafter beside a model that stays as it is: only the model's embedding and head run.
 
     Its own norms and head stay as they start, too: its matrices are trained, by Muon (Jordan et al., 2024). On SmolLM2 57 such
     steps gave more agreement than 122 of AdamW on all weights. It has the attributes and methods of `FrozenExits`.
@@ -57,7 +57,7 @@ class FrozenEagle3(nn.Module):
         It starts as `known`, or with the model's own norm and head, and otherwise at random. If the head of `known` is the
         model's, or was before another training, its tokens are chosen anew, too: another task has other ones.
 
-        Raises ConfigError for a model whose embedding or logits are scaled or capped, which engines do not do for a drafter.
+        Raises ConfigError for a model that scales or caps its embedding or logits, which engines do not do for a drafter.
         """
         super().__init__()
         self.config, self.backend, self._loss = backend.config, backend, loss
@@ -124,7 +124,7 @@ class FrozenEagle3(nn.Module):
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Chooses the most frequent tokens of the answers of some encoded rows, unless the drafter has a head of its own.
 
-        Where these are too few, the drafter keeps those that it has.
+        If these are too few, the drafter keeps tokens of its own.
         """
         answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
         counts = answers.bincount(minlength=self.backend.spec.vocab)
@@ -150,7 +150,7 @@ class FrozenEagle3(nn.Module):
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """A batch of rows with states, see `collate`. Sums are over the targets, the tokens with labels after the second.
 
-        The loss is the mean over the drafts of a round, of which each but the first reads the output for the one before.
+        The loss is the mean over the drafts of a round. Each draft but the first reads the output for the one before.
 
         Returns `loss`, `per_exit` (1,), the divergence of the first draft, `agreeing` (1,), in evaluation the number of targets
         where its best token is full depth's, and `exit_layers`.

@@ -100,8 +100,8 @@ class FrozenExits(nn.Module):
 
     @staticmethod
     def resolved(config: FinetuneConfig, backend: TransformersBackend) -> tuple[FinetuneConfig, tuple[int, ...]]:
-        """The config with its learning rate and exits, by default one after a third of the layers; and these, ascending, whose
-        states are read.
+        """The config with its learning rate and exits (by default one, after a third of the layers); and the exits, ascending,
+        whose states are read.
 
         Raises ConfigError for an exit outside the model.
         """
@@ -207,7 +207,7 @@ def write_states(
     folder: Path,
     report: Callable[[int], None],
 ) -> None:
-    """Writes the states of all texts (encoded rows), in the order of `_batches`, after those that are there.
+    """Writes the states of all texts (encoded rows), in the order of `_batches`, after the states already there.
 
     `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
     raise to end it.

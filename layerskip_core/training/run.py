@@ -158,7 +158,7 @@ def run_lock(output: str) -> AbstractContextManager[None]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device without its number: `cuda` is made the GPU of this process, of those that torchrun started.
+    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's.
 
     Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
     """

@@ -37,8 +37,8 @@ def process_index() -> int:
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
     """The config with `fsdp` on where a config of `accelerate launch` turns it on.
 
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for what that config asks of FSDP and the run
-    would do otherwise.
+    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for a setting of that config that the run
+    would not follow.
     """
     given = {name: value.lower() for name, value in os.environ.items()}
     launched = given.get("ACCELERATE_USE_FSDP") in _TRUE

@@ -223,7 +223,7 @@ class FrozenModel:
         if asked.answers is None:
             asked = replace(asked, answers="model" if has_prompts(config.data) else "data")
         config = replace(config, exit_blocks=asked)
-        # The same model twice: of transformers, whose parts the blocks are made of, and on the kernels of decoding.
+        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding.
         self.trainable = for_training(config.model, str(device), config.dtype)
         spec, weight_of = self.trainable.backend.spec, self.trainable.model.get_parameter
         require(spec.layers > 1, "frozen", "used with a model of at least 2 layers", spec.layers)
@@ -333,7 +333,7 @@ class FrozenModel:
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
         files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
         if self.in_place:
-            for name in sorted(files, reverse=True):  # the weights before what says that they are there
+            for name in sorted(files, reverse=True):  # the weights before their config.json
                 save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
