@@ -1,6 +1,7 @@
 """All that runs on a GPU, on a simulated one: no tensor is left on the CPU, results are the CPU's, and waits are few."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import tiny_model
 from decodings import ids_of
 from evaluating import own_answers
-from exit_block_models import random_blocks
+from exit_block_models import random_blocks, random_eagle3
 from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
 
@@ -22,8 +23,8 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification import verify
 from layerskip_core.harness.likelihood import likelihoods
-from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 from layerskip_core.training import trained as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
@@ -36,6 +37,7 @@ SETTINGS = {
     "early exit": {"strategy": "early-exit", "exit_layer": 4},
     "exits by confidence": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
     "lookup": {"strategy": "lookup"},
+    "eagle3": {"strategy": "eagle3", "num_draft_tokens": 4},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
     "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
     "sampled": {**DRAFTED, **SAMPLED},
@@ -50,22 +52,32 @@ ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("final", "none")}  # of the exits that SETTINGS name
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
-    "packed": tuple(SETTINGS),
+    "packed": tuple(name for name in SETTINGS if name != "eagle3"),
+    "drafter": ("eagle3",),
+    "generic drafter": ("eagle3",),
     "packed without graphs": ("self-speculative", "sampled", "layers left out"),
     "windows": ("autoregressive", "self-speculative"),
     "few tokens": ("self-speculative", "sampled", "exits by confidence"),
     "blocks": ("self-speculative", "adaptive", "early exit"),
     "blocks on final states": ("self-speculative", "confident drafts", "sampled"),
 }
-WITHOUT_GRAPHS = ("generic", "packed without graphs", "blocks on final states")  # of the last a pass leaves states to the next
+WITHOUT_GRAPHS = (
+    "generic",
+    "packed without graphs",
+    "blocks on final states",
+    "drafter",
+    "generic drafter",
+)  # of the last three a pass leaves states to the next
 
 
 def backend_on(device, kind):
     """`kind`: the layers and what drafts. In fp64, so that the kernels of both devices give the same tokens."""
     model = tiny_model("gemma3_text", sliding_window=5) if kind == "windows" else tiny_model()
     blocks = random_blocks(model, *map(ExitBlock, (3, 4), BLOCKS[kind])) if kind in BLOCKS else None
+    if kind.endswith("drafter"):
+        blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
     model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
-    if kind == "generic":
+    if kind.startswith("generic"):
         return TransformersBackend(model, **keywords)
     packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None
     return TorchBackend.of(model, packing, ORDER, **keywords)

@@ -89,11 +89,12 @@ class KVCache:
         like = keys if self._storage is None else self._storage
         storage = (self.scattered if self._spares else self.room)(stop, heads, width, like)
         held, rows = storage[layer], self.slots if self._spares else torch.arange(self.rows)
-        rows, places = rows.to(held.device), positions.to(held.device, non_blocking=True)
+        first = int(rows[0])
+        rows, places = (part.to(held.device, non_blocking=True) for part in (rows, positions))
         for part, new in zip(held, (keys, values), strict=True):
             part[rows[:, None], :, places] = new.transpose(1, 2).to(part.dtype)
         self.written = max(self.written, stop)
-        own = held[:, rows] if len(rows) > 1 else held[:, int(rows[0]), None]
+        own = held[:, rows] if len(rows) > 1 else held[:, first, None]
         return own[0, ..., :stop, :].to(keys.dtype), own[1, ..., :stop, :].to(keys.dtype)
 
     def fill(self, other: "KVCache", row: int, stop: int) -> None:

@@ -109,7 +109,8 @@ class Eagle3Layer:
         both = self._qkv(torch.cat((self._normed(_INPUT_NORM, embedded), normed), dim=-1))
         heads = both.view(*both.shape[:2], form.heads + 2 * form.kv_heads, form.head_dim).transpose(1, 2)
         queries, keys, values = torch.split(heads, [form.heads, form.kv_heads, form.kv_heads], dim=1)
-        angles = places.to(both.device)[:, None, :, None] * self._frequencies.to(both.device)
+        places, frequencies = (part.to(both.device, non_blocking=True) for part in (places, self._frequencies))
+        angles = places[:, None, :, None] * frequencies
         cos, sin = angles.cos().to(both.dtype), angles.sin().to(both.dtype)
         residual = normed if form.norm_before_residual else feature
         return residual, _rotated(queries, cos, sin), _rotated(keys, cos, sin), values
