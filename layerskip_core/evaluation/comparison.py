@@ -93,18 +93,13 @@ def read_run(path: str) -> Run:
         if file.suffix != ".jsonl":
             add_record(run, read_record(str(file), named="RUNS"))
             continue
-        agreement: dict[int, float] = {}
         for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
             step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, dict[str, Any])
             if validation := step.get("validation"):
                 run.held_out[step["step"]] = {int(layer): loss for layer, loss in validation.items()}
-                agreement = {int(layer): share for layer, share in step.get("agreement", {}).items()}
         if run.held_out:  # those of the last validation are figures too
             *_, last = run.held_out.values()
-            perplexities = {layer: math.exp(loss) for layer, loss in last.items()}
-            for name, by_exit in ((HELD_OUT, perplexities), ("agreement", agreement)):
-                if by_exit:
-                    run.figures[name] = {Setting(f"exit {layer} alone", layer): value for layer, value in by_exit.items()}
+            run.figures[HELD_OUT] = {Setting(f"exit {layer} alone", layer): math.exp(loss) for layer, loss in last.items()}
             if (file.parent / INFO_FILE).is_file():
                 run.rows[LOSSES] = read_info(file.parent).details.get("validation_rows")
     if not run.figures:
