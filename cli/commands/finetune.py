@@ -97,6 +97,8 @@ def finetune(
                 return
             _run(job, curves)
             plan, job = job.plan, None  # the second job needs the memory of the first
+            if plan.following is not None:
+                narrate(f"{settings.output} has the trained model; now the drafter beside it")
             job = prepare_following(plan)
     following = "bench"
     if plan.num_layers == 1:

@@ -134,6 +134,11 @@ class DataConfig:
     seed: Annotated[Seed, Flag("Seed of generated rows.")] = 0
     setting: str = "data"
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether the rows are drawn by a generator: a run draws as many as it will see, so that none repeats."""
+        return self.name == "commands" and not self.limit
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:

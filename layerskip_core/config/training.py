@@ -238,7 +238,7 @@ class FinetuneConfig:
             replace(self.exit_blocks, layout=self.exit_blocks.layout or "exit")  # what fits no block is refused
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
-        endless = self.data.name == "commands" and not self.data.limit and self.steps is None
+        endless = self.data.is_endless and self.steps is None
         require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         usual = {"lora_targets": "all-linear", "lora_layers": "all", "lora_keep": False}

@@ -58,16 +58,11 @@ def data_rows(config: FinetuneConfig) -> int:
     return rows_per_step(config) - replayed_rows(config)
 
 
-def is_endless(data: DataConfig) -> bool:
-    """Whether the rows are drawn by a generator: a run draws as many as it will see, so that none repeats."""
-    return data.name == "commands" and not data.limit
-
-
 def run_steps(config: FinetuneConfig, rows: int) -> int:
     """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is not None:
         return config.steps
-    if is_endless(config.data):
+    if config.data.is_endless:
         return _FROZEN_COMMANDS_STEPS if config.exit_blocks.frozen else _COMMANDS_STEPS
     return max(1, math.ceil(rows / data_rows(config) * epochs(config)))
 
@@ -90,7 +85,7 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     apart = _HELD_OUT if frozen and config.validation is None else 0
     if config.streaming:
         rows = list(itertools.islice(stream_rows(data), 1))
-    elif is_endless(data):
+    elif data.is_endless:
         seen = run_steps(config, 0) * data_rows(config) / (epochs(config) if frozen else 1.0)
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
