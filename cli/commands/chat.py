@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.options import Flag
+from layerskip_core.config.options import Flag, Without
 from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
 
@@ -35,7 +35,7 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 
 @command
 def chat(
-    flags: DecoderFlags,
+    flags: Annotated[DecoderFlags, Without("logprobs", "prompt_logprobs")],
     show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
     stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
 ) -> None:

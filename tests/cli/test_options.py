@@ -36,6 +36,7 @@ def test_every_command_that_decodes_has_the_flags_of_decoding(command):
 def test_flags_that_a_command_does_not_have():
     """They would say what the command says itself."""
     assert "--dtype" not in names_of("verify") and "--seed" not in names_of("serve")
+    assert names_of("generate") - names_of("chat") >= {"--logprobs", "--prompt-logprobs"}
     assert not names_of("sweep-exits") & {"--exit", "--spec", "--strategy"} and "--exits" not in names_of("bench")
 
 
