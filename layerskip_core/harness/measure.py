@@ -13,13 +13,14 @@ from operator import add
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from ..config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer
+from ..config.decoding import DecodingConfig, decoding, require_exit_layer
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data import Example
 from ..errors import require
 from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import must_search, strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
+from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
 from ..evaluation.tasks import Task
 from ..model.exit_blocks import target_block
@@ -43,8 +44,8 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
     for exit_layer in config.exits:
         require_exit_layer(exit_layer, layers, may_be_last=True, field="exits")
         target_block(blocks, exit_layer)
-    alone = tuple(exit_layer for exit_layer, block in blocks.items() if not block.is_fed)
-    exits = tuple(sorted(set(config.exits or alone or default_exits(layers))))
+    only_drafting = {exit_layer for exit_layer, block in blocks.items() if block.is_fed}
+    exits = tuple(sorted(set(config.exits or usual_exits(loaded)) - only_drafting))
     methods = [decoding("autoregressive", config.generation)]
     methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)

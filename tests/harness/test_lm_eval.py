@@ -19,6 +19,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval_tasks import write_tasks
 from transformers import AutoTokenizer
 
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.model import ExportConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.run import export
@@ -121,6 +123,24 @@ def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp
     again = run("sweep-exits", "--from", str(output / "results.json"), "--format", "markdown")
     assert f"| answer | exact_match | 10 | {accuracy:.3f}±.133 |" in again.out
     assert "exit 2 | exit 5 |" in again.out.splitlines()[0]
+
+
+def train_exits(folder):
+    details = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
+    write_info(str(folder), replace(read_info(folder), details=details))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "exits"),
+    [(train_exits, [2, 4]), (lambda folder: add_blocks(folder, ExitBlock(2, "final"), ExitBlock(3)), [3])],
+)
+def test_by_default_trained_exits_that_can_answer_are_swept(checkpoint, tasks, tmp_path, prepare, exits):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    prepare(folder)
+    arguments = ("--include-path", str(tasks), "--samples", "2", "--task", "lm-eval:choice", "--format", "json")
+    done = run("sweep-exits", "--model", str(folder), *arguments)
+    assert done.code == 0, done.err
+    assert [result["exit_layer"] for result in json.loads(done.out)["results"]] == [None, *exits]
 
 
 def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated(checkpoint, tasks):

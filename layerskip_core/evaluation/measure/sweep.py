@@ -98,14 +98,19 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
     elif confidences is None and known.exits and config.batch_size == 1 and not config.quick:
         confidences = _CONFIDENCES
     worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative" or task.text is not None
-    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(num_layers), num_layers)
-    usual = trained or default_exits(num_layers)
-    exits = config.exits or (usual if worthwhile else ())
+    exits = config.exits or (usual_exits(loaded) if worthwhile else ())
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, bool(copies), field="exits")
     # All layers of the copies too, unless the exits were given.
     drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
     return replace(config, exits=drafting, exit_confidences=confidences or ())
+
+
+def usual_exits(loaded: Decoder) -> tuple[int, ...]:
+    """Those with a block, else those that were trained, at most six, else `default_exits`."""
+    layers = loaded.backend.num_layers
+    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(layers), layers)
+    return trained or default_exits(layers)
 
 
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
