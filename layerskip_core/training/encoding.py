@@ -142,13 +142,11 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    # The trainer allocates memory for all entries at once; each merge needs at least one character of text.
-    most = len(_SPECIAL) + 256 + sum(len(text.encode()) for text in _texts(rows))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, most),
+        vocab_size=vocab_size,
         special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
