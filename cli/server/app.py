@@ -220,7 +220,7 @@ class Service:
         """A prompt's or a conversation's token ids, as it is answered."""
         self.authorize(request)
         try:
-            [prompt] = texts(await self.body(request), "prompt", self.name).prompts
+            [prompt], _ = texts(await self.body(request), "prompt", self.name)
             ids = await self.in_encoding(self._encoded, (prompt, None))
         except LayerSkipError as error:
             raise api_error(error) from None
@@ -232,14 +232,14 @@ class Service:
         layers = self._config.embedding_layer or self._decoder.backend.num_layers
         found, tokens = list[list[float]](), 0
         try:
-            asked = texts(await self.body(request), "input", self.name)
-            for prompt in asked.prompts:
+            prompts, as_base64 = texts(await self.body(request), "input", self.name)
+            for prompt in prompts:
                 ids = await self.in_encoding(partial(_ids, self._plain), prompt)
                 found.append(await asyncio.wrap_future(self._engine.call(partial(embedding, self._decoder, ids, layers))))
                 tokens += len(ids)
         except LayerSkipError as error:
             raise api_error(error) from None
-        return JSONResponse(vectors(self.name, found, asked.as_base64, tokens))
+        return JSONResponse(vectors(self.name, found, as_base64, tokens))
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""

@@ -99,15 +99,11 @@ class _Body(TypedDict, total=False):
     parallel_tool_calls: bool
 
 
-class Texts(NamedTuple):
-    """What is encoded or embedded, but not answered. `as_base64`: how vectors are written."""
+def texts(body: bytes, key: str, model: str) -> tuple[tuple[Prompt, ...], bool]:
+    """What is encoded or embedded, but not answered, and whether vectors are written in base64.
 
-    prompts: tuple[Prompt, ...]
-    as_base64: bool = False
-
-
-def texts(body: bytes, key: str, model: str) -> Texts:
-    """Of a body that has the texts under this key, or one conversation under `messages` unless the key is `input`."""
+    A body has the texts under this key, or one conversation under `messages` unless the key is `input`.
+    """
     document = parsed(body)
     given = document.get("encoding_format", "float")
     if given not in ("float", "base64"):
@@ -116,11 +112,11 @@ def texts(body: bytes, key: str, model: str) -> Texts:
         raise invalid("dimensions is not supported by this server", "dimensions", "unsupported_parameter")
     _require_model(document.get("model", model), model)
     if key == "prompt" and "messages" in document:
-        return Texts(_conversation(document["messages"]))
+        return _conversation(document["messages"]), False
     prompts = _prompts(document.get(key), key)
     if len(prompts) > (_MOST_ANSWERS if key == "input" else 1):
         raise invalid(f"{key} must be at most {_MOST_ANSWERS if key == 'input' else 1} texts, got {len(prompts)}", key)
-    return Texts(prompts, given == "base64")
+    return prompts, given == "base64"
 
 
 class Asked(NamedTuple):
