@@ -87,18 +87,13 @@ class Plan:
     @property
     def following(self) -> FinetuneConfig | None:
         """The run for a drafter after this one, if there is one: it takes one process, and a model of several layers."""
-        return following(self.config) if self.num_layers > 1 else None
+        return self.config.drafter if world_size() == 1 and self.num_layers > 1 else None
 
     def lr_share(self, step: int) -> float:
         """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
         warmup = round(self.config.warmup * self.steps)
         index = step % self.steps if step < self.total_steps else self.steps
         return index / warmup if index < warmup else (1 + cos(pi * (index - warmup) / max(1, self.steps - warmup))) / 2
-
-
-def following(config: FinetuneConfig) -> FinetuneConfig | None:
-    """The run for a drafter after another one, for a model of several layers."""
-    return config.drafter if world_size() == 1 else None
 
 
 def make_plan(

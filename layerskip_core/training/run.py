@@ -27,9 +27,9 @@ from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInter
 from ..files import hold, run_staging
 from ..interruption import Interruption
 from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
-from .plan import Plan, following
+from .plan import Plan
 from .progress import LossHistory, StepReport
-from .sharding import process_index, resolve_sharding
+from .sharding import process_index, resolve_sharding, world_size
 from .trained import FrozenModel, WholeModel
 from .trainer import RunTrainer, trackers
 
@@ -131,8 +131,8 @@ def prepare_following(plan: Plan) -> Job | None:
 def _not_done(config: FinetuneConfig) -> FinetuneConfig:
     """The run of the two that `resume` goes on with. Without it, raises ConfigError for a model that waits for its drafter."""
     settle(config.output)
-    waits, drafter = AWAITS_DRAFTER in read_info(config.output).details, following(config)
-    if not waits or drafter is None:
+    waits, drafter = AWAITS_DRAFTER in read_info(config.output).details, config.drafter
+    if not waits or drafter is None or world_size() > 1:
         return config
     if not config.resume:
         if config.overwrite:
