@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_core.errors import LayerSkipError
+from layerskip_core.errors import LayerSkipError, plural
 
 from .console import ResultsConsole, narrate, stage_bars
 from .loading import load_model
@@ -60,14 +60,17 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
 
 
 def deliver_report(record: "RunRecord", form: str, folder: "Path | None", picture: Callable[[int], Text] | None = None) -> None:
-    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr."""
+    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike."""
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import tables_of
+    from layerskip_core.evaluation.results import result_name
 
-    tables = tables_of(record)
-    if failures := record.results[0].failures:
-        first = failures[0]
-        narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first.sample}: {first.error}")
+    tables, told = tables_of(record), []
+    for result in record.results:
+        if result.failures and result.failures not in told:
+            told.append(result.failures)
+            count, first = plural(len(result.failures), "prompt"), result.failures[0]
+            narrate(f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, tables[0])
     deliver(record, tables, form, to_csv(record), folder, files, picture)
 

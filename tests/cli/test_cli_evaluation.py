@@ -275,7 +275,15 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
     result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     results = json.loads(result.out)["results"]
     assert [[failure["sample"] for failure in one["failures"]] for one in results] == [[0]] * len(results)
-    assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.err
+    (told,) = [line for line in result.err.splitlines() if "failed" in line]  # though every strategy did
+    assert told.startswith("autoregressive: 1 prompt failed, counted as wrong; sample 0: the prompt must be at most 127 tokens")
+
+
+def test_what_fails_with_one_baseline_alone_is_told(monkeypatch, model):
+    monkeypatch.setattr("transformers.GenerationMixin.generate", lambda *_, **__: 1 / 0)
+    arguments = ("bench", "--model", model, "--samples", "1", "--repeats", "1", "--max-new-tokens", "2")
+    result = run(*arguments, "--baselines", "transformers")
+    assert "transformers: 1 prompt failed, counted as wrong; sample 0: transformers (transformers): division by" in result.err
 
 
 @pytest.fixture
@@ -333,6 +341,7 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
         (("sweep-exits", "--problem-samples", "5"), "--temperature must be above 0"),
         (("bench", "--baselines", "magic"), "--baselines must be a list, each one of transformers, "),
         (("bench", "--strategies", "lookup"), "--strategies must be a list with autoregressive"),
+        (("bench", "--strategies", "autoregressive,eagle3"), "--strategies must be a list without eagle3"),
         (("bench", "--gguf", "x.gguf"), "--gguf must be given with the baseline llama.cpp"),
         (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
         (("sweep-exits", "--specs", "0,2"), "--specs must be a list, each a whole number in 1..10000, got 0,2"),

@@ -25,7 +25,7 @@ from ...checkpoint.open import for_training
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import TRANSFORMERS_BASELINES, USUAL_STRATEGIES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
-from ...errors import ConfigError, LayerSkipError
+from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
 from ..perplexity import scores_by_exit
 from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
@@ -90,10 +90,12 @@ def bench(
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
     """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
 
-    Raises ConfigError for an exit outside the model.
+    Raises ConfigError for an exit outside the model, and for `eagle3` without such a drafter.
     """
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
-    if loaded.backend.eagle3 is not None and config.strategies == USUAL_STRATEGIES:
+    if loaded.backend.eagle3 is None:
+        require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
+    elif config.strategies == USUAL_STRATEGIES:
         chosen.add("eagle3")
     asked = config.generation
     block = loaded.backend.exit_blocks.get(asked.get("exit_layer", recommended.exit_layer))
