@@ -40,14 +40,16 @@ SETTINGS = {
     "eagle3": {"strategy": "eagle3", "num_draft_tokens": 4},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
     "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
+    "penalties": {**DRAFTED, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": ((3, 2.0),), "min_tokens": 4},
     "sampled": {**DRAFTED, **SAMPLED},
     "sampled by top-p": {**DRAFTED, "temperature": 0.8, "top_p": 0.9, "seed": 3, "draft_confidence": 0.05},
     "sampled plainly": {"strategy": "autoregressive", **SAMPLED},
     "to an end": DRAFTED,
 }
-ENDS = {"to an end": frozenset(range(3, 67, 3))}
-# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is probable enough before.
-WAITS = {"confident drafts": 2, "sampled by top-p": 2}
+ENDS = {"to an end": frozenset(range(3, 67, 3)), "penalties": frozenset({2})}
+# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is probable enough before, and
+# each draft where logits depend on the tokens before them.
+WAITS = {"confident drafts": 2, "sampled by top-p": 2, "penalties": 6}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("final", "none")}  # of the exits that SETTINGS name
 KINDS = {  # and what is decoded on them; blocks draft

@@ -33,19 +33,21 @@ class LogitsProcessor:
         first = len(drafts) + 1 - len(logits)  # drafts before the first place
         if config.logit_bias:
             ids, bias = zip(*config.logit_bias, strict=True)
-            logits[:, list(ids)] += torch.tensor(bias, dtype=logits.dtype, device=logits.device)
+            logits[:, _beside(logits, ids)] += _beside(logits, bias, logits.dtype)
         if config.penalises:
             self._penalise(logits, drafts, first)
         early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
         if early > 0:
-            logits[:early, [token for token in self._ends if token < logits.shape[-1]]] = -torch.inf
+            ends = [token for token in self._ends if token < logits.shape[-1]]
+            logits[:early].index_fill_(1, _beside(logits, ends), -torch.inf)
         if self._matcher is not None:
             for place, scores in enumerate(logits, start=first):
                 forbidden = self._matcher.forbidden(self._output, drafts[:place])
                 if forbidden is not None and scores.device.type == "cpu":
                     np.copyto(scores.numpy(), -np.inf, where=forbidden[: len(scores)])  # by one thread, see Sampler
                 elif forbidden is not None:
-                    scores.masked_fill_(torch.from_numpy(forbidden[: len(scores)]).to(scores.device), -torch.inf)
+                    hidden = torch.from_numpy(forbidden[: len(scores)]).to(scores.device, non_blocking=True)
+                    scores.masked_fill_(hidden, -torch.inf)
 
     def permitted(self, drafts: list[int]) -> list[int]:
         """The drafts up to the first that the row's grammar forbids."""
@@ -71,11 +73,16 @@ class LogitsProcessor:
         counts[:, : len(self._counts)] = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
         for place, token in enumerate(drafts):
             counts[max(place + 1 - first, 0) :, columns[token]] += 1
-        counts = counts.to(logits.device)
-        found, scores = counts > 0, logits[:, ids]
+        counts, places = counts.to(logits.device, non_blocking=True), _beside(logits, ids)
+        found, scores = counts > 0, logits[:, places]
         if config.repetition_penalty != 1:
             seen = found.clone()
             seen[:, : len(self._counts)] = True
             penalised = torch.where(scores > 0, scores / config.repetition_penalty, scores * config.repetition_penalty)
             scores = torch.where(seen, penalised, scores)
-        logits[:, ids] = scores - config.frequency_penalty * counts - config.presence_penalty * found
+        logits[:, places] = scores - config.frequency_penalty * counts - config.presence_penalty * found
+
+
+def _beside(logits: Tensor, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers on the device of the logits, for which nobody waits."""
+    return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
