@@ -121,6 +121,11 @@ class Decoder:
         before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         return str(self.tokenizer.decode([*before, token]))[len(str(self.tokenizer.decode(before))) :]
 
+    @property
+    def only_drafting(self) -> frozenset[int]:
+        """The exits that can only draft: their blocks read the final states of the model."""
+        return frozenset(exit_layer for exit_layer, block in self.backend.exit_blocks.items() if block.is_fed)
+
     def recommended(self, packing: PackingConfig = _PLAIN) -> Recommended:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
 
@@ -159,8 +164,7 @@ class Decoder:
             options, packing = policy_options(policy, options), policy_packing(policy)
         recommended, blocks = self.recommended(packing), self.backend.exit_blocks
         if options.get("exit_confidence"):
-            drafting_only = {exit_layer for exit_layer, block in blocks.items() if block.is_fed}
-            exits = tuple(exit_layer for exit_layer in recommended.exits if exit_layer not in drafting_only)
+            exits = tuple(exit_layer for exit_layer in recommended.exits if exit_layer not in self.only_drafting)
             recommended = replace(recommended, exits=exits)
         try:
             config = resolve(options, recommended, self.backend.num_layers, packing)

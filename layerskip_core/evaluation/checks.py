@@ -240,8 +240,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))
     for exit_layer in subject.middle:
-        block = subject.backend.exit_blocks.get(exit_layer)
-        if block is None or not block.is_fed:
+        if exit_layer not in subject.loaded.only_drafting:
             early = subject.setting("early-exit", exit_layer)
             yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
     yield subject.compared(BATCH, "adaptive", subject.together(drafting(subject)["adaptive"]))

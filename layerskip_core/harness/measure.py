@@ -40,12 +40,10 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
     for name in ("specs", "quick", "search_skips", "exit_confidences"):
         given = getattr(config, name)
         require(given == getattr(usual, name), name, f"{_HERE}, which measures exits alone", given)
-    layers, blocks = loaded.backend.num_layers, loaded.backend.exit_blocks
     for exit_layer in config.exits:
-        require_exit_layer(exit_layer, layers, may_be_last=True, field="exits")
-        target_block(blocks, exit_layer)
-    only_drafting = {exit_layer for exit_layer, block in blocks.items() if block.is_fed}
-    exits = tuple(sorted(set(config.exits or usual_exits(loaded)) - only_drafting))
+        require_exit_layer(exit_layer, loaded.backend.num_layers, may_be_last=True, field="exits")
+        target_block(loaded.backend.exit_blocks, exit_layer)
+    exits = tuple(sorted(set(config.exits or usual_exits(loaded)) - loaded.only_drafting))
     methods = [decoding("autoregressive", config.generation)]
     methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)

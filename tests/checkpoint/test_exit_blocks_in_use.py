@@ -147,6 +147,10 @@ def test_bench_and_sweep_measure_blocks(folder):
     assert all(result.identical_outputs == 1 for result in record.results)
     *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
     assert isinstance(record, RunRecord)
+    by_confidence = BenchConfig(generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1)
+    *_, benched = bench(replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence)
+    assert isinstance(benched, RunRecord)
+    assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2,), ())]
     rows = {(result.strategy, result.exit_layer) for result in record.results}
     assert {("early-exit", 2), ("self-speculative", 2), ("self-speculative", 4)} <= rows
     assert ("early-exit", 4) not in rows

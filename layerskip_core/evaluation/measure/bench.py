@@ -97,14 +97,15 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
         require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
     elif config.strategies == USUAL_STRATEGIES:
         chosen.add("eagle3")
-    asked = config.generation
-    block = loaded.backend.exit_blocks.get(asked.get("exit_layer", recommended.exit_layer))
-    if block is not None and block.is_fed:
-        chosen.discard("early-exit")  # that exit can only draft
+    asked, only_drafting = config.generation, loaded.only_drafting
+    if asked.get("exit_layer", recommended.exit_layer) in only_drafting and not asked.get("exit_confidence"):
+        chosen.discard("early-exit")
+    alone = replace(recommended, exits=tuple(each for each in recommended.exits if each not in only_drafting))
     settings = []
     for name in ("autoregressive", "early-exit", *DRAFTERS):
         if name in chosen:
-            setting = resolve_as(name, asked, recommended, loaded.backend.num_layers, config.packing)
+            known = alone if name == "early-exit" else recommended
+            setting = resolve_as(name, asked, known, loaded.backend.num_layers, config.packing)
             copies = dict.fromkeys(config.packing.draft_weights) if name == "self-speculative" else {}
             settings += [replace(setting, draft_weights=weights) for weights in copies] or [setting]
     return settings

@@ -122,11 +122,10 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
     generation, num_layers = config.generation, loaded.backend.num_layers
     unpredicted = config.specs or _UNPREDICTED
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
-    only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if block.is_fed}
-    alone = [exit_layer for exit_layer in exits if exit_layer not in only_drafting]
+    alone = [exit_layer for exit_layer in exits if exit_layer not in loaded.only_drafting]
     settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in alone]
     candidates = loaded.recommended().exits or exits
-    chosen = spread_exits(tuple(each for each in candidates if each not in only_drafting), num_layers)
+    chosen = spread_exits(tuple(each for each in candidates if each not in loaded.only_drafting), num_layers)
     for confidence in config.exit_confidences or () if chosen else ():
         settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
     for weights in dict.fromkeys((None, *copies)):
