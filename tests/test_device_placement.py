@@ -144,6 +144,14 @@ def test_norms_whose_weights_are_wider_than_the_states():
     torch.testing.assert_close(found, logits("cpu"), rtol=0.05, atol=0.5)
 
 
+@pytest.mark.parametrize(("device", "measured"), [("cpu", True), ("cuda", False)])
+def test_adaptive_drafting_measures_no_work_that_the_host_only_starts(device, measured):
+    with simulated_cuda():
+        model = TorchBackend.of(tiny_model().to(device), PackingConfig(exact=True))
+        loop = decode(model, PROMPTS[0], DecodingConfig("adaptive", exits=(2, 4)))
+    assert loop._drafter._by_clock == measured
+
+
 def test_low_bit_weights_are_refused():
     with simulated_cuda():
         for packing in (PackingConfig(quantize="int8"), PackingConfig(draft_weights=("int4",))):

@@ -33,7 +33,8 @@ class AdaptiveDrafter:
         """`drafters`: by their names in reports."""
         self._drafters, self._is_greedy, self._is_ragged = drafters, setup.sampler.is_greedy, setup.model.ragged
         self._on_cpu = setup.model.device.type == "cpu"
-        self._by_clock = self._is_greedy and setup.model.batch_invariant
+        # Elsewhere drafts are still running on the device when the host has started them all.
+        self._by_clock = self._is_greedy and setup.model.batch_invariant and self._on_cpu
         kind = "processed" if setup.sampler.processors else "plain"  # whose drafts are single calls of a kernel
         self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock, kind=kind)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
