@@ -151,7 +151,7 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """layerskip.json of a folder; an empty one if there is none (a hub model, a plain checkpoint).
+    """layerskip.json of a folder; an empty one if there is none, as in a plain checkpoint.
 
     Raises CheckpointError if it holds anything that `to_json` would not write.
     """

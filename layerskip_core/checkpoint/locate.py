@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LockedError, first_line
 from ..files import read_json
-from .folder import refuse_packed
+from .folder import is_packed, refuse_packed, weight_files
 from .info import ADAPTER_FILE, holds_model
 from .save import settle
 
@@ -25,6 +25,7 @@ PUBLISHED = {
     "facebook/layerskip-codellama-34B": (8, 12),
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]  # the same weights in other forms, and those of steps
 _RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
 
 Result = TypeVar("Result")
@@ -62,6 +63,18 @@ def locate(name: str) -> Location:
     raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
 
 
+def present(name: str) -> Location:
+    """As `locate`, but for a hub id the folder of its files, fetched if need be.
+
+    A hub id stays one where it has no safetensors; transformers may know what to read. Raises CheckpointError.
+    """
+    location = locate(name)
+    if Path(location.path).is_dir():
+        return location
+    folder = fetched(name)
+    return Location(folder) if weight_files(folder) or is_packed(folder) else location
+
+
 def own_folder(name: str) -> str | None:
     """The folder of a whole model, where files can be added; None for all else, and for an embedded model."""
     return None if name in EMBEDDED else locate(name).folder
@@ -84,7 +97,7 @@ def fetched(name: str) -> str:
         return name
     from huggingface_hub import snapshot_download
 
-    folder: str = reading(name, lambda: snapshot_download(name, allow_patterns=_HUB_FILES))
+    folder: str = reading(name, lambda: snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_OURS))
     return folder
 
 

@@ -48,7 +48,7 @@ from .folder import (
 )
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_dtype
-from .locate import Location, adapters_of, fetched, locate, reading
+from .locate import Location, adapters_of, fetched, locate, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
 from .speculators import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3
@@ -99,7 +99,7 @@ def for_decoding(
         ConfigError: the device is absent, `packing` asks for something that this architecture or device cannot do, or the
             environment variable that chooses kernels has an unknown value.
     """
-    target, location = pick_device(device), locate(name)
+    target, location = pick_device(device), present(name)
     requested_variant()
 
     def read() -> Decoder:
@@ -141,7 +141,7 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
 
     Args and errors are those of `for_decoding`.
     """
-    target, location = pick_device(device), locate(name)
+    target, location = pick_device(device), present(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
 
@@ -164,7 +164,7 @@ def import_checkpoint(
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
-    folder, spec, weight_of = locate(adapters_of(name)[1]).folder, loaded.backend.spec, loaded.model.get_parameter
+    folder, spec, weight_of = present(adapters_of(name)[1]).folder, loaded.backend.spec, loaded.model.get_parameter
     beside: dict[str, bytes] = {}
     left_out = []
     for file, read in (
@@ -180,7 +180,7 @@ def import_checkpoint(
     drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
     if drafter is not None and Path(drafter).is_dir():
         beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
-    if (order := Path(locate(name).path) / ORDER_FILE).is_file():
+    if (order := Path(present(name).path) / ORDER_FILE).is_file():
         beside[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
     described = {

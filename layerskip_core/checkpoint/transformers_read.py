@@ -14,7 +14,7 @@ from .folder import check_stored_weights, check_tokenizer, generation_config, op
 from .gguf import GgufFile
 from .info import read_info
 from .loaded import Trainable, pick_dtype
-from .locate import Location, adapters_of, is_adapter, locate, reading
+from .locate import Location, adapters_of, is_adapter, locate, present, reading
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
@@ -115,7 +115,7 @@ def read_tokenizer(path: str) -> Any:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision that a checkpoint's config gives for its weights, fp32 if it gives none, as a GGUF file does."""
-    location = locate(adapters_of(name)[1])
+    location = present(adapters_of(name)[1])
     if location.gguf_file is not None:
         return torch.float32
     dtype = getattr(reading(name, lambda: open_model(location)).config, "dtype", None)

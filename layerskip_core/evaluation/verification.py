@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.loaded import Decoder, decoder_of
-from ..checkpoint.locate import own_folder
+from ..checkpoint.locate import present
 from ..checkpoint.open import for_decoding, for_training
 from ..config.evaluation import VerifyConfig
 from ..config.model import DataConfig, PackingConfig
@@ -91,7 +91,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
         if quantize is not None:
             raise LayerSkipError("transformers' layers have no low-bit weights")
         trainable = for_training(config.model, device, precision)
-        generic, folder = decoder_of(trainable), own_folder(config.model)
+        generic, folder = decoder_of(trainable), present(config.model).folder
         if folder is None:
             return generic
         blocks = read_exit_blocks(folder, generic.backend.spec, trainable.model.get_parameter)

@@ -19,7 +19,7 @@ from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
-from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, locate, reading
+from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
@@ -83,7 +83,7 @@ def export(config: ExportConfig) -> Exported:
     else:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded, blocks = for_training(config.model, "cpu", "fp32"), NO_BLOCKS
-    if (folder := locate(loaded.name).folder) is not None:
+    if (folder := present(loaded.name).folder) is not None:
         spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
@@ -323,14 +323,15 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
     if config.as_gguf:
         method = "eagle3" if exit_layer is None else "simple"
         return "\n\n".join([*parts, instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method)])
-    model, target = config.model if config.model in EMBEDDED else str(Path(config.model).resolve()), f"{output}-target"
-    location = None if config.model in EMBEDDED or is_adapter(config.model) else locate(config.model)
-    beside = any((Path(config.model) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
-    if location is not None and location.gguf_file is None and not beside:
-        target = config.model if location.folder is None else model  # a hub id, or a folder
-    else:
+    is_path = config.model not in EMBEDDED and Path(config.model).exists()
+    model, target = str(Path(config.model).resolve()) if is_path else config.model, f"{output}-target"
+    location = present(config.model)
+    beside = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
+    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or beside:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")
+    else:
+        target = model
     return "\n\n".join([*parts, instructions(engine, target, str(output), drafts)])
 
 
