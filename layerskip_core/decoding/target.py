@@ -318,7 +318,7 @@ class SharedPrefixes:
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth a copy."""
         common = {text: _common(text.ids, ids) for text in self._texts if text.writes == target.writes}
-        if model.exact or len(ids) - max(common.values(), default=0) < _WORTHWHILE:
+        if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < _WORTHWHILE:
             return
         kept = _KeptText(target.writes, list(ids), model.new_cache(1))
         kept.cache.fill(cache, row, len(ids))

@@ -23,7 +23,7 @@ from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, pres
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.speculators import EAGLE3_FILES, PROPOSED
+from ..checkpoint.speculators import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig, PackingConfig
@@ -86,6 +86,11 @@ def export(config: ExportConfig) -> Exported:
     if (folder := present(loaded.name).folder) is not None:
         spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
+    if config.engine == "vllm" and blocks.eagle3 is not None:  # the exits of such a model are seldom trained
+        needed = (
+            f"given: this model has a drafter that vLLM reads as it is, by `vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
+        )
+        require(config.exit_layer is not None, "exit_layer", needed, "none")
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer

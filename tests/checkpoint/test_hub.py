@@ -36,6 +36,8 @@ def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_pat
     assert for_training("team/model", "cpu").info == decoder.info
     assert run("import", "team/model", "--output", str(tmp_path / "imported")).code == 0
     assert for_decoding(str(tmp_path / "imported"), "cpu").backend.eagle3 is not None
+    told = run("export", "team/model", "--exit", "1", "--engine", "vllm", "--output", str(tmp_path / "draft"))
+    assert "vllm serve team/model " in told.out
 
 
 def test_a_model_without_safetensors_is_left_to_transformers(snapshot):

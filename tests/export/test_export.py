@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import ATTENTION, CHANGES, tiny_model
-from exit_block_models import add_blocks, random_blocks
+from exit_block_models import add_blocks, add_eagle3, random_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,6 +79,14 @@ def test_a_plain_folder_is_its_own_target(checkpoint, tmp_path):
     done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
     assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
     assert '"num_speculative_tokens": 6' in done.out
+
+
+def test_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
+    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "draft")
+    add_eagle3(folder)
+    told = f"--exit must be given: this model has a drafter that vLLM reads as it is, by `vllm serve {folder}/eagle3`, got none"
+    fails(told, "export", str(folder), "--output", output, "--engine", "vllm")
+    assert run("export", str(folder), "--output", output, "--engine", "vllm", "--exit", "2").code == 0
 
 
 def test_wrong_input_is_one_error(checkpoint, tmp_path):
