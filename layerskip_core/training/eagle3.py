@@ -61,6 +61,7 @@ class FrozenEagle3(nn.Module):
         """
         super().__init__()
         self.config, self.backend, self._loss = backend.config, backend, loss
+        backend.model.requires_grad_(False)
         form = known.form if known is not None else _form(backend, layers, vocab)
         tokens = torch.arange(form.vocab) if known is None else known.tokens.clone()
         self.drafter = Eagle3(form, tokens, seed)
@@ -200,7 +201,7 @@ def suits_engines(backend: TransformersBackend) -> bool:
     """Whether a model has attention, and neither scales nor caps its embedding or logits, as no engine does for a drafter."""
     if not hasattr(backend.spec.config.get_text_config(decoder=True), "num_attention_heads"):
         return False
-    model, ids = backend.model.requires_grad_(False), torch.arange(4)[None]
+    model, ids = backend.model, torch.arange(4)[None]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with torch.no_grad():
         states, own = embedding[:4], backend.embed(ids.to(backend.device))[0]

@@ -158,7 +158,9 @@ def test_wrong_use_is_one_error(frozen, changes, message):
 @pytest.mark.parametrize(("kind", "suits"), [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)])
 def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     """Not of models without attention, or with an embedding of another kind, scales or caps."""
-    assert suits_engines(TransformersBackend(tiny(kind))) == suits
+    model = tiny(kind)
+    assert suits_engines(TransformersBackend(model)) == suits
+    assert all(weight.requires_grad for weight in model.parameters())  # a question changes nothing
 
 
 def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
