@@ -164,8 +164,8 @@ class FrozenExits(nn.Module):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            mean = [(0.0, 1 / len(runs))] * len(runs)
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher, True, self._total_variation))
+            mean, how = [(0.0, 1 / len(runs))] * len(runs), {"teaches_all": True, "total_variation": self._total_variation}
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher, **how))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),

@@ -113,8 +113,14 @@ class Buffers:
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
         if experts is not None:
             choices, most = rows * experts.chosen, experts.count + 1
-            sizes = {"choice_slots": choices, "chosen": choices, "slot_rows": choices, "experts": most, "first_slots": most}
-            sizes["used"] = 1
+            sizes = {
+                "choice_slots": choices,
+                "chosen": choices,
+                "slot_rows": choices,
+                "experts": most,
+                "first_slots": most,
+                "used": 1,
+            }
             self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
             sizes = {"logits": rows * experts.count, "weights": choices, "products": choices * hidden}
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
