@@ -387,7 +387,8 @@ class DecodingLoop:
         features = {} if self._target.exit_cache is None else self._target.exit_cache.features
         positions = self._next_positions(max(limits) + 1)
         numbers, ids = [row.number for row in rows], [row.ids for row in rows]
-        return Context(numbers, ids, newest, positions, self._cache, features, self._sampler.processors)
+        seconds = self._seconds["total_seconds"]
+        return Context(numbers, ids, newest, positions, self._cache, features, self._sampler.processors, seconds)
 
     def _next_positions(self, count: int) -> Tensor:
         """(B, count) on the host: positions of each row's newest token and of the tokens after it."""

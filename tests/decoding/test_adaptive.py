@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from decodings import WIDE, backend_on, context_after, ids_of, prompt_of
+from conftest import tiny_model
+from decodings import WIDE, backend_on, context_after, ids_of, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
@@ -355,6 +356,34 @@ def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():
     generic = backend_of("generic")  # its outputs could depend on what drafts, so that they must not depend on the clock
     others = [adaptive(generic, ()) for _ in range(2)]
     assert others[0]._known is not others[1]._known and not others[0]._by_clock
+
+
+def test_a_pause_of_the_caller_changes_no_later_choice(monkeypatch):
+    """A clock moves by 1/1024 s whenever it is read, and by 3 s between two steps of the eleventh answer."""
+    config, now = DecodingConfig("adaptive", max_new_tokens=60, exits=EXITS), 0.0
+
+    def clock():
+        nonlocal now
+        now += 1 / 1024
+        return now
+
+    def chosen(pause):
+        nonlocal now
+        model, drafters = tiny_model(dtype=torch.float32, **WIDE), []
+        with torch.no_grad():
+            for layer in model.model.layers[2:]:  # adds nothing, so that exit 2 is right
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+        backend = native_or_skip(model)
+        for answer in range(20):
+            decoding = decode(backend, prompt_of(9, answer), config)
+            for step, _ in enumerate(decoding):
+                now += pause if (answer, step) == (10, 3) else 0.0
+            drafters.append(decoding.stats.steps_by_drafter)
+        return drafters
+
+    monkeypatch.setattr("time.perf_counter", clock)
+    assert chosen(pause=3.0) == chosen(pause=0.0)
 
 
 def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit():

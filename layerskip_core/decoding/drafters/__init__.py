@@ -34,6 +34,7 @@ class Context:
     cache: KVCache  # the target's own
     features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, 1, D): what blocks read of the token before
     processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
+    seconds: float = 0.0  # that the steps before took, without the caller's time between them
 
     def permitted(self, index: int, tokens: list[int]) -> list[int]:
         """Drafts for the row with this index, up to the first that its grammar forbids."""

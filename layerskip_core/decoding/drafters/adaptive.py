@@ -47,15 +47,15 @@ class AdaptiveDrafter:
         self._draft: Draft | None = None  # of the round
         self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
         self._is_timed = self._looks = False
-        self._began = self._in_passes = 0.0  # when the last step began, and the seconds of its drafts and its pass
+        self._began = self._in_passes = 0.0  # the loop's seconds before the last step, and those of its drafts and its pass
         self._got = 0  # tokens that it gave
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         self._arm, self._drafted_rows = None, []
-        draft, rows, now = Draft(context.newest, (0,) * len(limits)), len(limits), time.perf_counter()
+        draft, rows = Draft(context.newest, (0,) * len(limits)), len(limits)
         if self._by_clock and self._draft is not None and len(self._draft.counts) == rows:
-            self._known.observe_period(rows, self._looks, self._got, now - self._began, self._in_passes)
-        self._began, self._got = now, 0
+            self._known.observe_period(rows, self._looks, self._got, context.seconds - self._began, self._in_passes)
+        self._began, self._got = context.seconds, 0
         self._looks = not (self._by_clock and self._known.wants_plain_step(rows))
         if self._looks:
             self._find(context, limits)

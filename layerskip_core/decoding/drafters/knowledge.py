@@ -144,7 +144,7 @@ class Knowledge:
         return step % every == at or step in _PLAIN_FIRST
 
     def observe_period(self, rows: int, looks: bool, tokens: int, seconds: float, in_passes: float = 0.0) -> None:
-        """From one step of so many rows to the next, all included. `looks`: whether the step looked for drafts.
+        """The whole of a step of so many rows. `looks`: whether the step looked for drafts.
 
         `in_passes`: the seconds of its drafts and of the target's pass.
         """
