@@ -6,10 +6,10 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from ..model import (
     missing_feature,
     suits_kernels,
 )
+from ..model.cache import available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
@@ -54,7 +55,7 @@ from .save import NO_FILES, read_whole, save_checkpoint
 from .speculators import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3
 from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, written_dtype
 
-_MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
+_MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
 
 
@@ -113,7 +114,7 @@ def for_decoding(
         source = _lean_source(folder, target, dtype, used)
         if source is None:
             return _repacked(_trainable(name, location, target, dtype), location, used)
-        return _decoder(name, folder, info, *_backend(_with_files_beside(source, folder), folder))
+        return _decoder(name, folder, info, *_backend(_with_files_beside(source, folder, available_memory()), folder))
 
     return reading(name, lambda: read_whole(location.path, read))
 
@@ -131,7 +132,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
             weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
-        return _with_files_beside(source, folder)
+        return _with_files_beside(source, folder, inf)  # weights are packed one by one
 
     return reading(folder, read)
 
@@ -269,8 +270,9 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     )
 
 
-def _with_files_beside(source: Source, folder: str | None) -> Source:
-    """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory; and with the files of `folder`.
+def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
+    """With a low-bit copy for adaptive drafting, if it is fast here and fits in `memory` (bytes) beside the weights; and with
+    the files of `folder`.
 
     The copy is int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
@@ -278,7 +280,7 @@ def _with_files_beside(source: Source, folder: str | None) -> Source:
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
         calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
         copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
-        fits = spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * psutil.virtual_memory().total
+        fits = spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * memory
         if fits and can_run_native(spec, source.dtype, source.device, copied):
             packing = copied
     if folder is None:
@@ -333,7 +335,9 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) 
     generic, spec = decoder_of(trainable), trainable.backend.spec
     missing = missing_feature(spec)
     if missing is None:
-        backend, notes = _backend(_with_files_beside(_model_source(trainable, packing), folder), location.path)
+        source = _model_source(trainable, packing)
+        memory = available_memory() + spec.parameters * source.dtype.itemsize  # of the weights, which are in memory already
+        backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:
         raise ConfigError(

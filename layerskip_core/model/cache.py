@@ -1,10 +1,14 @@
 """A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -394,3 +398,28 @@ class LayerSlots(NamedTuple):
         else:
             rows, columns = self.indices
             self.slots[:, rows, :, columns] = new.permute(1, 3, 0, 2, 4).to(self.slots.dtype)
+
+
+_CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1): limit, use, prefix of names in memory.stat
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine's memory, and within the limits of its cgroups (of a container).
+
+    Cached files count as free, because Linux evicts them.
+    """
+    available, listed = int(psutil.virtual_memory().available), root / "proc/self/cgroup"
+    for line in listed.read_text().splitlines() if listed.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in _CGROUP_FILES:
+            *files, prefix = _CGROUP_FILES[controllers]
+            own = root / "sys/fs/cgroup" / controllers / path.strip("/")
+            for group in (own, *own.parents):  # a container may see only its own group, mounted in place of the machine's root
+                with suppress(OSError, ValueError):  # no such file; no limit ("max")
+                    limit, used = (int((group / file).read_text()) for file in files)
+                    cached = re.findall(rf"\b{prefix}(?:in)?active_file (\d+)", (group / "memory.stat").read_text())
+                    available = min(available, limit - used + sum(map(int, cached)))
+    return available

@@ -11,6 +11,7 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layerskip_core.checkpoint import open as opening
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import blank, for_decoding, for_training
@@ -146,12 +147,23 @@ def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     assert loaded.model.config.pad_token_id == 0
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_model_with_trained_exits_gets_a_copy_for_adaptive_drafting(dtype):
-    backend = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True)).backend
-    if not isinstance(backend, NativeBackend):
-        pytest.skip("no kernels were built here")
-    assert list(backend.draft_sides) == [None, "int8"]
+@pytest.mark.parametrize("by_transformers", [False, True], ids=["lean", "transformers"])
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype, itemsize, by_transformers, monkeypatch):
+    """0.8 of the memory takes the weights, of which transformers has read its own already, and a byte for each of the copy."""
+    if by_transformers:
+        monkeypatch.setattr(opening, "_lean_source", lambda *_: None)
+
+    def sides(available):
+        monkeypatch.setattr(opening, "available_memory", lambda: available)
+        backend = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True)).backend
+        if not isinstance(backend, NativeBackend):
+            pytest.skip("no kernels were built here")
+        return list(backend.draft_sides), backend.spec.parameters
+
+    _, parameters = sides(0)
+    needed = parameters * (itemsize + 1) / 0.8 - by_transformers * parameters * itemsize
+    assert sides(0.999 * needed) == ([None], parameters) and sides(1.001 * needed) == ([None, "int8"], parameters)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

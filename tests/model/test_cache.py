@@ -1,11 +1,12 @@
 """The cache keeps each row's keys and values, whoever leaves, joins or grows."""
 
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from layerskip_core.model.cache import KVCache
+from layerskip_core.model.cache import KVCache, available_memory
 
 LAYERS, HEADS, SIZE, CONTEXT = 2, 2, 4, 512
 LIKE = torch.empty(0)
@@ -75,3 +76,37 @@ def test_what_copies_nothing():
     cache.join(filled(random, [33], scatters=True)[0])
     assert cache.scattered(1, HEADS, SIZE, LIKE) is storage
     assert cache.slots.tolist() == [0, 2, 1]
+
+
+V1, V2 = ("limit_in_bytes", "usage_in_bytes", "total_"), ("max", "current", "")
+
+
+@pytest.mark.parametrize(
+    ("listed", "folder", "names", "limit", "expected"),
+    [
+        (None, "", V2, 500, 1000),  # another system
+        ("0::/user/run", "user/run", V2, 500, 340),
+        ("0::/user/run", "user", V2, 500, 340),  # a limit on a group above
+        ("0::/", "", V2, 500, 340),
+        ("0::/docker/4f", "", V2, 500, 340),  # a container that sees its own group alone
+        ("0::/", "", V2, "max", 1000),
+        ("0::/", "", V2, 5000, 1000),  # no more than the machine has
+        ("9:cpu:/\n4:memory:/docker/4f\n0::/", "memory/docker/4f", V1, 500, 340),
+        ("4:memory:/docker/4f", "memory", V1, 500, 340),
+        ("4:memory:/", "memory", V1, 2**63 - 4096, 1000),
+    ],
+)
+def test_the_memory_available_is_the_machines_within_the_limits_of_cgroups(
+    tmp_path, monkeypatch, listed, folder, names, limit, expected
+):
+    """200 bytes are used, of which 40 by cached files."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=9000, available=1000))
+    group, (limited, used, prefix) = tmp_path / "sys/fs/cgroup" / folder, names
+    group.mkdir(parents=True)
+    (group / f"memory.{limited}").write_text(f"{limit}\n")
+    (group / f"memory.{used}").write_text("200\n")
+    (group / "memory.stat").write_text(f"anon 160\n{prefix}inactive_file 30\n{prefix}active_file 10\nslab 7\n")
+    if listed is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")
+    assert available_memory(tmp_path) == expected
