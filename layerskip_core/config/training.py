@@ -1,5 +1,6 @@
 """A training run and its recipe."""
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -248,6 +249,11 @@ class FinetuneConfig:
     @property
     def trains_exits(self) -> bool:
         return self.regime is not None or self.recipe != RecipeSettings()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the model that stays as it is gets its drafter in its own folder."""
+        return self.exit_blocks.frozen and os.path.realpath(self.output) == os.path.realpath(self.model)
 
     @property
     def drafter(self) -> "FinetuneConfig | None":

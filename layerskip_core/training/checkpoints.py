@@ -94,15 +94,17 @@ def newest_whole(folder: Path) -> ResumePoint:
             damaged.append(str(fault))
     if damaged:
         raise CheckpointError(f"`resume`: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
-    raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run writes them with `save_steps` N")
+    raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run with `save_steps` N has them until it ends")
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps than the one that a run resumes from, and staging folders."""
+    """Removes checkpoints of later steps than this one, staging folders, and the folder if nothing else is there."""
     remove_leftovers(folder)
     for checkpoint in newest_first(folder):
         if _step(checkpoint) > step:
             discard_folder(checkpoint)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo, read_info
+from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo, holds_model, read_info
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED
 from ..checkpoint.save import settle
@@ -77,7 +77,10 @@ class Job:
             history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
             trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history, on_step, interruption)
             self._train(trainer, interruption)
-            info, faults = trained.save(history, trainer.is_world_process_zero())
+            first = trainer.is_world_process_zero()
+            info, faults = trained.save(history, first)
+            if first:
+                discard_after(checkpoints_folder(plan.config.output), 0)
             if interruption.signal is not None and plan.following is not None:
                 waits = f"interrupted before the drafter is trained; saved {plan.config.output}"
                 raise TrainingInterrupted(waits, interruption.signal, plan.total_steps)
@@ -142,13 +145,15 @@ def _not_done(config: FinetuneConfig) -> FinetuneConfig:
             "anew"
         )
     folder = checkpoints_folder(config.output)
-    if not newest_first(folder) or newest_whole(folder).settings["frozen"]:
+    there = newest_whole(folder) if newest_first(folder) else None
+    if there is None or there.settings["frozen"]:
         return drafter
-    return config if config.overwrite else _anew(drafter)  # the model is to be replaced, or has just been trained
+    has_ended = there.step == there.settings["steps"]  # and was killed before it removed its checkpoints
+    return _anew(drafter) if has_ended and not config.overwrite else config
 
 
 def _anew(drafter: FinetuneConfig) -> FinetuneConfig:
-    """Its run from the beginning, whatever checkpoints the model's own run has left."""
+    """Its run from the beginning."""
     return replace(drafter, resume=False, overwrite=True)
 
 
@@ -206,8 +211,10 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
         texts = config.exit_blocks.frozen or (config.retention.replay and any(folder.glob("replay-*.jsonl")))
         return None if texts and not there else newest_whole(folder)
     if there and not config.overwrite:
+        replaces = holds_model(config.output) and not config.in_place
+        held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
         raise ConfigError(
-            f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+            f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"
         )
     return None
 

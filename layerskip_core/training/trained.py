@@ -20,7 +20,7 @@ from ..checkpoint.beside import fingerprint, read_exit_blocks
 from ..checkpoint.folder import weight_files
 from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo
 from ..checkpoint.loaded import Trainable
-from ..checkpoint.locate import adapters_of, downloaded, locate, own_folder
+from ..checkpoint.locate import adapters_of, downloaded, locate
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
 from ..checkpoint.transformers_read import stored_dtype
@@ -33,7 +33,7 @@ from ..losses import IGNORED
 from ..model import TransformersBackend
 from ..model.vocabulary import ORDER_FILE
 from .answers import Answers, Writing, digest, plan_replay
-from .checkpoints import KEPT, ResumePoint, checkpoints_folder, discard_after
+from .checkpoints import KEPT, ResumePoint, checkpoints_folder
 from .data import (
     StreamedRows,
     encode_rows,
@@ -212,13 +212,12 @@ class FrozenModel:
 
     def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
         require(world_size() == 1, "frozen", "used in one process", f"{world_size()} by torchrun")
-        source, own = downloaded(config.model), own_folder(config.model)
+        source = downloaded(config.model)
         if not weight_files(source):
             raise CheckpointError(
                 f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
             )
-        self.in_place = own is not None and Path(config.output).resolve() == Path(own).resolve()  # the model gets the blocks
-        refuse_overwrite(config.output, config.overwrite or self.in_place)
+        refuse_overwrite(config.output, config.overwrite or config.in_place)
         asked = config.exit_blocks
         if asked.answers is None:
             asked = replace(asked, answers="model" if has_prompts(config.data) else "data")
@@ -231,7 +230,7 @@ class FrozenModel:
         config = replace(config, exit_blocks=replace(asked, layout=_layout(config, self.trainable.backend)))
         kind = FrozenEagle3 if config.exit_blocks.layout == "eagle3" else FrozenExits
         config, self.exits = kind.resolved(config, self.trainable.backend)
-        if self.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
+        if config.in_place and not (config.overwrite or resume) and (there := kind.replaced(self.kept, self.exits)):
             raise ConfigError(f"`output` {config.output} already has {there}; give `overwrite` to replace it")
 
         given = read_rows(config)
@@ -332,7 +331,7 @@ class FrozenModel:
         config, info, trained = self.plan.config, self.trainable.info, self._described(history)
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
         files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
-        if self.in_place:
+        if config.in_place:
             for name in sorted(files, reverse=True):  # the weights before their config.json
                 save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:
@@ -340,7 +339,6 @@ class FrozenModel:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
             copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
         shutil.rmtree(self.states, ignore_errors=True)
-        discard_after(checkpoints_folder(config.output), 0)
         return info.with_exit_blocks(trained), []
 
     def _described(self, history: LossHistory) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def test_settings_that_cannot_be(finetune):
         (["--frozen", "--answers", "data", "--answer-tokens", "3"], "--answer-tokens must be left out with --answers data"),
         (["--frozen", "--regime", "code"], "--regime must be left out with --frozen"),
         (["--feature", "final"], "--feature must be used with --frozen, got final"),
-        (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run writes them with --save-steps N"),
+        (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends"),
     ):
         result = run(*finetune("--threads", "1", *arguments))
         assert (result.code, result.out, result.err.count("\n")) == (1, "", 1), arguments

@@ -156,11 +156,12 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
     model = str(shutil.copytree(base, tmp_path / "model"))
     config = frozen(model=model, output=model, save_steps=2)
 
-    def killed(folder, step):
+    def killed(model, *arguments, save=trained.FrozenModel.save):
+        save(model, *arguments)
         raise Interrupted
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(trained, "discard_after", killed)
+        patched.setattr(trained.FrozenModel, "save", killed)
         prepare(config).run(lambda report: None)
     written = hashes(model)
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):

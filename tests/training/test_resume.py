@@ -245,8 +245,26 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
 
 
 def test_a_resumed_run_saves_as_often_as_now_asked(settings, two_checkpoints):
-    train(settings(save_steps=3, resume=True))
-    assert steps_saved(two_checkpoints) == [3, 4]
+    seen = {}
+    prepare(settings(save_steps=3, resume=True)).run(lambda report: seen.update({report.step: steps_saved(two_checkpoints)}))
+    assert seen == {3: [1, 2], 4: [2, 3]}
+
+
+def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_path):
+    """A model; a model and a run that would replace it; each with what leads on."""
+    config, folder = settings(save_steps=1), tmp_path / "out" / "checkpoints"
+    train(config)
+    assert not folder.exists()
+    with pytest.raises(ConfigError, match=r"`output` .*out already holds a model; give `overwrite` to replace it"):
+        prepare(config)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*; a run with `save_steps` N has them until it ends"):
+        prepare(replace(config, resume=True))
+    with pytest.raises(Interrupted):
+        prepare(replace(config, overwrite=True, seed=1)).run(stop_at(2))
+    with pytest.raises(ConfigError, match=r"holds a model and an unfinished run; give `resume` with `overwrite` to go on, or"):
+        prepare(replace(config, seed=1))
+    assert train(replace(config, overwrite=True, resume=True, seed=1))[0].step == 2
+    assert not folder.exists()
 
 
 def adapted():

@@ -22,6 +22,7 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
+from layerskip_core.training import run as running
 from layerskip_core.training import trainer
 from layerskip_core.training.run import own_device, prepare
 
@@ -42,6 +43,7 @@ ADAPTERS = WHOLE | {"lora_rank": 2, "lora_layers": "below-exit", "validation": N
 def sharded_runs(rank, base, folder):
     settings = settings_on(base, Path(folder))
     run_quietly(settings(**WHOLE, fsdp=True, output=f"{folder}/whole"))
+    running.discard_after = lambda *_: None  # the last checkpoints are looked at
     resumed = {**WHOLE, "fsdp": True, "output": f"{folder}/resumed", "save_steps": 2}
     try:
         prepare(settings(**resumed)).run(stop_at(3))

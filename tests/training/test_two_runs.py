@@ -16,6 +16,7 @@ from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
 from layerskip_core.data import has_prompts, load_prompts
 from layerskip_core.errors import ConfigError, TrainingInterrupted
 from layerskip_core.training.run import prepare, prepare_following
+from layerskip_core.training.trained import WholeModel
 
 
 @pytest.fixture
@@ -69,8 +70,21 @@ def test_a_run_that_replaces_a_waiting_model_is_resumed_itself(settings):
     prepare(settings()).run(silent)
     with pytest.raises(Interrupted):
         prepare(settings(overwrite=True, save_steps=2, seed=1)).run(stop_at(3))
+    with pytest.raises(ConfigError, match="already holds a model; give `overwrite`"):
+        prepare(settings(save_steps=2, seed=1, resume=True))
     job = prepare(settings(overwrite=True, save_steps=2, seed=1, resume=True))
     assert job.plan.recipe is not None and job.resume.step == 2
+
+
+def test_a_run_that_was_killed_before_it_removed_its_checkpoints_is_over(settings, monkeypatch):
+    def killed(model, *arguments, save=WholeModel.save):
+        save(model, *arguments)
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(WholeModel, "save", killed)
+        prepare(settings(save_steps=2)).run(silent)
+    assert prepare(settings(save_steps=2, resume=True)).plan.recipe is None
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2, "lora_keep": True}, {"regime": "finetune"}], ids=str)
