@@ -74,7 +74,7 @@ class TaskConfig:
         bool | Literal["unsandboxed"],
         Meta(description=f"given without a value, or {UNSANDBOXED}"),
         Flag(
-            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
+            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where it cannot protect files.",
             optional=UNSANDBOXED,
         ),
     ] = False

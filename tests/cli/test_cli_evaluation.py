@@ -307,11 +307,12 @@ def test_code_is_judged_with_the_flag_alone(problem):
         assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
 
 
-def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_unsandboxed(problem, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_layers", lambda: ("privileges",))
+def test_where_the_sandbox_protects_no_files_code_runs_only_if_the_flag_says_unsandboxed(problem, monkeypatch):
     arguments = (*problem, "--strategies", "autoregressive", "--format", "json")
-    for flag in (["--allow-code-execution"], ["--allow-code-execution", "--max-new-tokens", "4"]):
-        refused("--allow-code-execution needs a sandbox, and none works on this machine", *arguments, *flag)
+    for standing in (("network", "system calls", "privileges"), ("privileges",)):
+        monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_layers", lambda standing=standing: standing)
+        message = "--allow-code-execution needs a sandbox that protects files, and this machine has none"
+        refused(message, *arguments, "--allow-code-execution")
     result = run(*arguments, "--allow-code-execution", "unsandboxed", "--max-new-tokens", "4")
     assert json.loads(result.out)["results"][0]["metrics"]["pass@1"] == 0.0
     assert "the sandbox does not restrict: files, file names, network" in result.err

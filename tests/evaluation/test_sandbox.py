@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 from hostile_programs import ASKED, ATTEMPTS, PROGRAMS, making
 
-from layerskip_core.errors import LayerSkipError
+from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation import sandbox
 from layerskip_core.evaluation.sandbox import Limits, run_tests, standing_layers
 
@@ -327,12 +327,15 @@ def start_with(patch):
     )
 
 
+NO_LANDLOCK, NO_NAMESPACES = "layers._allow_files_only = lambda *all: 0", "layers.enter_namespaces = fail"
+
+
 @pytest.mark.parametrize(
     ("patch", "missing"),
     [
-        ("layers.enter_namespaces = fail", {"file names", "processes"}),
+        (NO_NAMESPACES, {"file names", "processes"}),
         ("layers._enter_small_tree = fail", {"file names", "processes"}),
-        ("layers._allow_files_only = lambda *all: 0", {"files"}),
+        (NO_LANDLOCK, {"files"}),
         ("seccomp.filter_calls = lambda *all: False", {"system calls"}),
     ],
 )
@@ -343,6 +346,27 @@ def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(monkey
     assert set(sandbox.standing_layers()) == before - missing
     assert not run_tests("import math", "assert math.pi > 3")
     assert none_is_left(marker)
+
+
+@needs("files")
+@needs("file names")
+@pytest.mark.parametrize(
+    ("patch", "protects"), [(NO_LANDLOCK, True), (NO_NAMESPACES, True), (f"{NO_LANDLOCK}; {NO_NAMESPACES}", False)]
+)
+def test_a_program_that_could_remove_files_is_not_run(monkeypatch, patch, protects):
+    from layerskip_core.config.evaluation import TaskConfig  # not above: the plain user's Python may have no packages
+    from layerskip_core.evaluation.tasks import code
+
+    monkeypatch.setattr(sandbox, "_START", start_with(patch))
+    monkeypatch.setattr(sandbox, "standing_layers", standing_layers.__wrapped__)
+    monkeypatch.setattr(code, "standing_layers", standing_layers.__wrapped__)
+    with tempfile.TemporaryDirectory() as home:  # which every user can reach and write
+        os.chmod(home, 0o777)
+        Path(home, "kept").touch()
+        run_tests(f"import os; os.unlink('{home}/kept')", "")
+        assert os.listdir(home) == ["kept"] * protects
+    with nullcontext() if protects else pytest.raises(ConfigError, match="needs a sandbox that protects files"):
+        code._notes(TaskConfig(allow_code_execution=True))
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monkeypatch):

@@ -116,11 +116,11 @@ def _notes(config: TaskConfig) -> tuple[str, ...]:
     if not config.allow_code_execution:
         return (_NEEDS_FLAG,)
     standing = standing_layers()
-    if not set(standing) - {"privileges"} and config.allow_code_execution != UNSANDBOXED:
+    if not {"files", "file names"} & set(standing) and config.allow_code_execution != UNSANDBOXED:
         raise ConfigError(
-            f"`allow_code_execution` needs a sandbox, and none works on this machine (no Landlock, seccomp or namespaces): the "
-            f"programs that the model writes could read and change your files; `allow_code_execution` {UNSANDBOXED} runs them "
-            "all the same"
+            "`allow_code_execution` needs a sandbox that protects files, and this machine has none (neither Landlock nor "
+            "namespaces): the programs that the model writes could read, change and remove your files; "
+            f"`allow_code_execution` {UNSANDBOXED} runs them all the same"
         )
     missing = [layer for layer in LAYERS if layer not in standing]
     return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
