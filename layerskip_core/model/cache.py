@@ -62,19 +62,25 @@ class KVCache:
         return 0 if self._storage is None else self._storage.shape[4]
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied."""
+        """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied.
+
+        The storage shrinks when at most a quarter of its slots are left in use, so rows that come and go seldom move it.
+        """
         self.rows, self.slots = len(rows), self.slots[rows]
-        if self._storage is not None and len(set(rows)) < len(rows):
-            self._move(self._storage, self.rows, self.capacity)
+        held = self._storage
+        if held is not None and (len(set(rows)) < len(rows) or 4 * self.rows <= held.shape[2]):
+            self._move(held, self.rows, self.capacity)
 
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own. Both have keys and values."""
         held, added = self._storage, other._storage
         assert held is not None and added is not None
-        rows = self.rows + other.rows
+        rows, slots = self.rows + other.rows, held.shape[2]
         capacity = max(held.shape[4], added.shape[4])
-        if held.shape[2] < rows or held.shape[4] < capacity:
-            held = self._move(held, max(rows, 2 * held.shape[2]) if self._spares else rows, capacity)
+        if slots < rows:
+            slots = max(rows, 2 * slots) if self._spares else rows
+        if held.shape[2] < slots or held.shape[4] < capacity:
+            held = self._move(held, slots, capacity)
         used = set(self.slots.tolist())
         free = [slot for slot in range(held.shape[2]) if slot not in used][: other.rows]
         for slot, source in zip(free, other.slots.tolist(), strict=True):

@@ -110,3 +110,25 @@ def test_the_memory_available_is_the_machines_within_the_limits_of_cgroups(
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")
     assert available_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize("scatters", [True, False])
+def test_slots_are_as_many_as_rows_need(scatters):
+    """Longer and longer rows that come and go beside one get no more of them; after many rows at once they shrink."""
+    random = Random(2)
+    cache, [numbers] = filled(random, [20], scatters)
+
+    def join_and_leave(*lengths):
+        other, added = filled(random, lengths, scatters)
+        cache.join(other)
+        part = reader_of(cache, scatters, max(lengths))
+        for row, each in enumerate((numbers, *added)):
+            assert torch.equal(part(row)[..., : each.shape[3], :], each)
+        slots = cache.storages[0].shape[2]
+        cache.keep_rows([0])
+        reader_of(cache, scatters, 1)
+        return slots
+
+    assert {join_and_leave(length) for length in range(70, 512, 64)} == {2}
+    assert 9 <= join_and_leave(*[30] * 8) <= 18
+    assert cache.storages[0].shape[2] == 1 and join_and_leave(30) == 2

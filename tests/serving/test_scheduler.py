@@ -27,11 +27,11 @@ prompt_of = partial(decodings.prompt_of, vocabulary=300)
 
 
 @cache
-def decoder_of(kind):
+def decoder_of(kind, **changes):
     """The tiny model with blocks at its exits 2 and 4, of which one reads the final states."""
     blocks = (ExitBlock(2, "final"), ExitBlock(4, "none"))
     packing = PackingConfig(draft_weights=("int8",))
-    backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE)
+    backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE, **changes)
     return replace(tiny_loaded(), backend=backend)
 
 
@@ -262,6 +262,25 @@ def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
             most = max(most, len(loop._drafter._lookup._histories), loop._cache.rows)
     assert len(loops) < 10  # each of many requests
     assert most <= 6  # rows that were there in the last step, and those that came since
+
+
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
+def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind):
+    decoder = decoder_of(kind, max_position_embeddings=640)
+    scheduler, slots = Scheduler(decoder, batch_size=3), []
+    clients = [Client(prompt_of(length), replace(ADAPTIVE, max_new_tokens=3)) for length in range(70, 600, 64)]
+    clients.append(Client(prompt_of(4), replace(ADAPTIVE, max_new_tokens=200, ignore_eos=True)))
+    scheduler.add(clients[-1].request)
+    for client in clients[:-1]:
+        scheduler.add(client.request)
+        for _ in range(2):
+            scheduler.step()
+            [(loop, _)] = scheduler._groups.values()
+            slots += [storage.shape[2] for part in getattr(loop._cache, "parts", [loop._cache]) for storage in part.storages]
+    assert len(slots) >= 18 and max(slots) <= 2 * 3
+    run(scheduler, [])
+    for client in clients:
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
 
 
 def test_requests_that_join_find_the_answers_of_those_that_finished():
