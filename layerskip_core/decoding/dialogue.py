@@ -126,7 +126,7 @@ class Dialogue:
     def ask(self, message: str) -> TextStream:
         """The answer to a message, as it comes: iterate over its pieces, or `finish()` it.
 
-        It can be left at any point; then its turn has the text so far. No earlier answer can go on.
+        It can be left at any point; then its turn has the text so far. An earlier answer that goes on raises RuntimeError.
 
         Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
         CheckpointError for a chat template that refuses them. The turns are then as before.

@@ -56,7 +56,7 @@ def decode(
     Args:
         detokenize: ids to text; needed for stop strings only.
         reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-        prefix: the KV entries of the decoding before, which must not go on.
+        prefix: the KV entries of the decoding before, whose next step then raises RuntimeError.
         earlier: answers that lookups search too, if rows are greedy and drafts change no bit; this one is added to them.
 
     Raises:
@@ -231,6 +231,7 @@ class DecodingLoop:
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
         self._cache: KVCache
         if prefix is not None:
+            prefix.owner = self._active[0]
             self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
         elif shared is not None and len(prompts) == 1:
             self._cache, self.reused_tokens = shared.begin(model, self._target, prompts[0], end)
@@ -257,6 +258,8 @@ class DecodingLoop:
     def __next__(self) -> list[RowStep]:
         if not self._active:
             raise StopIteration
+        if self._prefix is not None and self._prefix.owner is not self.rows[0]:
+            raise RuntimeError("this answer cannot go on: a later one has taken over its KV cache")
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
             with torch.inference_mode():

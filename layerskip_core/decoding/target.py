@@ -373,6 +373,7 @@ class PrefixCache:
         self._cache: KVCache | None = None
         self._ids: list[int] = []  # of the last text
         self._count = 0  # of its first tokens have KV entries
+        self.owner: object = None  # the only Row whose decoding may go on
 
     def begin(self, model: Backend, config: DecodingConfig, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
         """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.

@@ -280,11 +280,17 @@ def test_an_answer_that_was_left_is_a_turn_as_far_as_it_came(loaded):
     dialogue.ask("never begun")
     assert dialogue.turns == ()
     stream = dialogue.ask("go")
-    piece = next(iter(stream))
+    left = iter(stream)
+    piece = next(left)
     assert dialogue.turns == (("go", piece),)
     following = dialogue.ask("on")
+    pieces = iter(following)
+    first = next(pieces)
+    for old in (left, stream, stream.segments()):
+        with pytest.raises(RuntimeError, match="this answer cannot go on: a later one"):
+            next(iter(old))
     expected = TextStream(loaded, loaded.encode_prompt("on", [("go", piece)]), PLAIN)
-    assert "".join(following) == "".join(expected)
+    assert first + "".join(pieces) == "".join(expected)
     assert following.reused_tokens >= len(loaded.encode_prompt("go"))
     with pytest.raises(ContextError):
         dialogue.ask(LONG)
