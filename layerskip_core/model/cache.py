@@ -15,7 +15,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-_BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates; a multiple of the kernels' tiles
+_BLOCK = 64  # positions that are added together, and read together: a multiple of the kernels' tiles
+_AHEAD = 256  # positions that get room before they are needed, at least, unless the text ends earlier
+
+
+def _in_blocks(count: int) -> int:
+    return -(-count // _BLOCK) * _BLOCK
 
 
 @lru_cache(256)
@@ -39,12 +44,12 @@ class KVCache:
     ends: Sequence[int] | None = None  # by row, the position from which it goes on after this call; None: from any within
 
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
-        """`max_positions` is the context limit: a token beyond it is refused."""
+        """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.max_positions = max_positions
         self.rows = batch_size
         self.slots = torch.arange(batch_size)
         self.written = 0  # nothing was ever written from this position on
-        self.matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # by layer, the first three of LayerSlots
+        self._matrices: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # for so many places
         self.halves: Sequence[Tensor] = ()  # (slots, kv heads, capacity, head dim): the keys of layer 0, its values, ...
         self._num_layers = num_layers
         self.reserved = 0  # positions that get room at once, so that the storage does not move before there are more
@@ -69,25 +74,25 @@ class KVCache:
         self.rows, self.slots = len(rows), self.slots[rows]
         held = self._storage
         if held is not None and (len(set(rows)) < len(rows) or 4 * self.rows <= held.shape[2]):
-            self._move(held, self.rows, self.capacity)
+            self._move(held, self.rows)
 
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own. Both have keys and values."""
         held, added = self._storage, other._storage
         assert held is not None and added is not None
         rows, slots = self.rows + other.rows, held.shape[2]
-        capacity = max(held.shape[4], added.shape[4])
+        places = min(_in_blocks(other.written), added.shape[4])
+        self.max_positions = max(self.max_positions, other.max_positions)
         if slots < rows:
             slots = max(rows, 2 * slots) if self._spares else rows
-        if held.shape[2] < slots or held.shape[4] < capacity:
-            held = self._move(held, slots, capacity)
+        if held.shape[2] < slots or held.shape[4] < places:
+            held = self._move(held, slots, places)
         used = set(self.slots.tolist())
         free = [slot for slot in range(held.shape[2]) if slot not in used][: other.rows]
         for slot, source in zip(free, other.slots.tolist(), strict=True):
-            held[:, :, slot, :, : added.shape[4]] = added[:, :, source]
-            held[:, :, slot, :, added.shape[4] : self.written] = 0
+            held[:, :, slot, :, :places] = added[:, :, source, :, :places]
+            held[:, :, slot, :, places : self.written] = 0
         self.rows, self.written = rows, max(self.written, other.written)
-        self.max_positions = max(self.max_positions, other.max_positions)
         self.slots = torch.cat((self.slots, torch.tensor(free)))
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +116,8 @@ class KVCache:
         """Copies what a row of another cache has at positions before `stop` into this one, which is empty, of one row."""
         held = other._storage
         if held is not None:
-            places = min(-(-stop // _BLOCK) * _BLOCK, held.shape[4])
-            self._move(held[:, :, int(other.slots[row]), None, :, :places], 1, places)
-            self._spares, self.written = other._spares, places
+            self._spares, self.written = other._spares, min(_in_blocks(stop), held.shape[4])
+            self._move(held[:, :, int(other.slots[row]), None, :, : self.written], 1)
             self.clear(stop)
 
     def clear(self, start: int) -> None:
@@ -136,39 +140,57 @@ class KVCache:
         blocks, the last of them partly filled, so that kernels can read all and mask the rest. Within a block, a head's numbers
         may stand in an order of the backend's own.
         """
-        held, rows = self._storage, self.rows
-        if held is not None and (held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows))):
-            self._move(held, rows, held.shape[4])
-        return self._reaching(stop, kv_heads, head_dim, like)
+        held, rows = self._begun(kv_heads, head_dim, like), self.rows
+        if held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows)):
+            return self._move(held, rows, stop)
+        return self.reach(stop)
 
     def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         """The same, for a reader that finds each row at its slot: (L, 2, slots, kv heads, capacity >= stop, head dim)."""
         self._spares = True
-        return self._reaching(stop, kv_heads, head_dim, like)
+        self._begun(kv_heads, head_dim, like)
+        return self.reach(stop)
+
+    def reach(self, stop: int) -> Tensor:
+        """The storage, which has begun; it moves if it has too little room for positions before `stop`."""
+        held = self._storage
+        assert held is not None
+        return held if held.shape[4] >= stop else self._move(held, held.shape[2], stop)
+
+    def matrices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """By layer, the first three of LayerSlots; of keys and values the blocks that were written."""
+        held, places = self._storage, _in_blocks(self.written)
+        assert held is not None
+        if places not in self._matrices:
+            keys, values = held[..., :places, :].flatten(2, 3).unbind(1)
+            self._matrices = {places: list(zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True))}
+        return self._matrices[places]
 
     def sequences(self, count: int) -> tuple[Tensor, Tensor]:
         """For a call of `count` tokens of each row: the slot of each token, and where each row's tokens begin, and end."""
         return self.slots if count == 1 else self.slots.repeat_interleave(count), _starts(self.rows, count)
 
-    def _reaching(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        held = self._storage
-        if held is not None and held.shape[4] >= stop:
-            return held
-        capacity = -(-max(stop, self.reserved) // _BLOCK) * _BLOCK
-        if held is None:
-            held = like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim)
+    def _begun(self, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+        if self._storage is None:
+            self._storage = like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim)
             self.slots = torch.arange(self.rows)
-        return self._move(held, held.shape[2], capacity)
+        return self._storage
 
-    def _move(self, held: Tensor, slots: int, capacity: int) -> Tensor:
-        """Moves the rows to the first slots of another storage."""
+    def _move(self, held: Tensor, slots: int, stop: int = 0) -> Tensor:
+        """Moves the rows to the first slots of another storage, with room for positions before `stop`.
+
+        If the room grows, then by half at least or to the end: a text of n tokens moves O(log n) times and copies O(n) tokens.
+        """
+        capacity = held.shape[4]
+        if stop > capacity:
+            ahead = min(self.max_positions, stop + max(_AHEAD, stop // 2))
+            capacity = _in_blocks(max(ahead, self.reserved))
         moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
+        places = min(_in_blocks(self.written), held.shape[4])
         for row, slot in enumerate(self.slots.tolist()):
-            moved[:, :, row, :, : held.shape[4]] = held[:, :, slot]
+            moved[:, :, row, :, :places] = held[:, :, slot, :, :places]
         self.slots, self._storage, self.halves = torch.arange(self.rows), moved, moved.flatten(0, 1).unbind()
-        of_heads = moved.flatten(2, 3)
-        keys, values = of_heads[:, 0].transpose(2, 3), of_heads[:, 1]
-        self.matrices = list(zip(moved.unbind(), keys.unbind(), values.unbind(), strict=True))
+        self._matrices = {}
         return moved
 
 
@@ -380,15 +402,16 @@ class SpanWriter:
         else:
             rows = torch.arange(self._positions.shape[0], device=like.device)[:, None]
             slots, indices = held.unbind(), (rows, self._positions.to(like.device, non_blocking=True))
-        return [LayerSlots(*views, into, indices) for views, into in zip(self._cache.matrices[start:stop], slots, strict=True)]
+        views = self._cache.matrices()[start:stop]
+        return [LayerSlots(*of_layer, into, indices) for of_layer, into in zip(views, slots, strict=True)]
 
 
 class LayerSlots(NamedTuple):
     """One layer's part of the cache in one call."""
 
     all: Tensor  # (2, B, kv heads, capacity, head dim)
-    keys: Tensor  # (B * kv heads, head dim, capacity), to be read after `write`
-    values: Tensor  # (B * kv heads, capacity, head dim)
+    keys: Tensor  # (B * kv heads, head dim, places), to be read after `write`
+    values: Tensor  # (B * kv heads, places, head dim)
     slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
     indices: tuple[Tensor, Tensor] | None  # rows and columns of all tokens, (B, 1) and (B, T)
 

@@ -19,7 +19,7 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
-from layerskip_core.model.cache import TokenRows
+from layerskip_core.model.cache import KVCache, TokenRows
 from layerskip_core.model.native.compiled import kernels
 
 KINDS = ["generic", "packed", "windows", *(["native"] if kernels() else [])]
@@ -51,6 +51,20 @@ def alone(model, prompt, config, eos_ids=frozenset()):
 def together(model, prompts, config, eos_ids=frozenset()):
     found = {one.row: one for one in decode_batch(model, prompts, config, eos_ids, letters)}
     return [(one.ids, one.finish_reason, *(getattr(one.stats, name) for name in COUNTS)) for _, one in sorted(found.items())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_has_room_from_the_start(kind, monkeypatch):
+    """Its end is near: no keys and values are ever copied elsewhere."""
+    model, filled, move = model_of(kind), [], KVCache._move
+
+    def noted(cache, held, *arguments):
+        filled.append(held.shape[4])
+        return move(cache, held, *arguments)
+
+    monkeypatch.setattr(KVCache, "_move", noted)
+    assert len(alone(model, prompt_of(5), DecodingConfig(exit_layer=3, max_new_tokens=120))[0]) == 120
+    assert {*filled} == {0}
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)

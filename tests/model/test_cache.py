@@ -13,7 +13,8 @@ LIKE = torch.empty(0)
 
 
 def reader_of(cache, scatters, stop):
-    """A function from a row to its part of the storage, (L, 2, kv heads, capacity, head dim)."""
+    """A function from a row to its part of the storage, (L, 2, kv heads, capacity, head dim), to be written before `stop`."""
+    stop = cache.writer(torch.tensor([[stop - 1]])).stop
     if scatters:
         storage = cache.scattered(stop, HEADS, SIZE, LIKE)
         return lambda row: storage[:, :, cache.slots[row]]
@@ -110,6 +111,26 @@ def test_the_memory_available_is_the_machines_within_the_limits_of_cgroups(
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")
     assert available_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize("scatters", [True, False])
+@pytest.mark.parametrize(("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)])
+def test_a_text_that_grows_moves_seldom(monkeypatch, scatters, prompt, end, moves):
+    """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to the end."""
+    copied, move = [], KVCache._move
+
+    def counted(cache, held, *arguments):
+        copied.append(held.shape[4])
+        return move(cache, held, *arguments)
+
+    monkeypatch.setattr(KVCache, "_move", counted)
+    cache = KVCache(LAYERS, 1, end)
+    for stop in range(prompt, min(end, 3000) + 1):
+        reader_of(cache, scatters, stop)
+        assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
+        _, keys, values = cache.matrices()[-1]  # read as a whole
+        assert stop <= keys.shape[2] == values.shape[1] <= stop + 63
+    assert len(copied) == moves and sum(copied) <= 2 * cache.capacity
 
 
 @pytest.mark.parametrize("scatters", [True, False])
