@@ -13,12 +13,14 @@ from exit_block_models import random_blocks, random_eagle3
 from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
 
+from cli.commands.generate import stats_text
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.decoding import DecodingLoop, PrefixCache, decode
+from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification import verify
@@ -192,6 +194,14 @@ def test_benchmarks(on_gpu, checkpoint):
     *_, record = bench(on_gpu, own_answers(1), config)
     assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
     assert record.environment["device_name"] == "simulated" and record.environment["implementation"] == "packed, CUDA graphs"
+
+
+def test_stats_say_what_ran(on_gpu):
+    """`generate` replays passes, and `chat`, whose texts share keys and values, does not."""
+    config = DecodingConfig("autoregressive", max_new_tokens=12, ignore_eos=True)
+    for prefix, kernels in ((None, "packed, CUDA graphs"), (PrefixCache(), "packed")):
+        stats = TextStream(on_gpu, PROMPTS[0], config, prefix).finish().stats
+        assert f"; layers: {kernels}, float32 on cuda:0; " in stats_text(stats, on_gpu, None)
 
 
 def test_log_likelihoods(on_gpu):

@@ -247,7 +247,7 @@ def _write(text: str) -> None:
 
 def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
     """Counts and speed of one answer or of many, and how they were decoded."""
-    backend = loaded.backend
+    backend, graphs = loaded.backend, ", CUDA graphs" if stats.replayed else ""
     steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
     exits = ""
     if sum(stats.tokens_by_layers[: backend.num_layers - 1]):  # some tokens left early
@@ -258,6 +258,6 @@ def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> s
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
         f"{f'steps by {steps}; ' if steps else ''}"
         f"{f'calibration error {stats.calibration_error:.1%}; ' if stats.foretold else ''}"
-        f"layers: {backend.implementation}, {str(backend.dtype).removeprefix('torch.')} on "
+        f"layers: {backend.implementation}{graphs}, {str(backend.dtype).removeprefix('torch.')} on "
         f"{backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
     )

@@ -236,7 +236,7 @@ class DecodingLoop:
         elif shared is not None and len(prompts) == 1:
             self._cache, self.reused_tokens = shared.begin(model, self._target, prompts[0], end)
         elif isolated and model.recordable and not rerun and isinstance(self._target, FixedTarget):
-            self._target.recorder = recorder = Recorder.of(model, end)
+            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
             self._cache = recorder.cache
         else:
             self._cache = model.new_cache(len(prompts), end)
@@ -250,7 +250,7 @@ class DecodingLoop:
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self.rows = tuple(self._active)
         self._numbered = len(self._active)  # rows that have had a number
-        self._seconds = defaultdict[str, Any](float)  # of DecodeStats
+        self._seconds = defaultdict[str, Any](int) if recorder is None else recorder.counts  # of DecodeStats
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -317,6 +317,8 @@ class DecodingLoop:
         else:
             limits = [] if self._drafter is None else [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
             drafter = self._drafter if max(limits, default=0) > 0 else None
+            if self._target.recorder is not None:
+                self._target.recorder.reach(len(rows[0].ids) + max(limits, default=0))
             draft = Draft(newest, (0,) * len(rows))
             if drafter is not None:
                 first = instant(self._model.device)

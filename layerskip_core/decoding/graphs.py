@@ -1,8 +1,8 @@
 """Passes of decoding that are recorded once and replayed: CUDA graphs, for one prompt on repacked weights.
 
 On a GPU the host needs longer to start the many kernels of a small pass than the GPU needs to run them. A recorded pass is one
-call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places of a cache
-that does not move, and reads its positions from the device (`model.cache.WholeCache`).
+call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places that the cache
+has now, and reads its positions from the device. When the text outgrows the cache, passes are recorded anew.
 
 Recorded are the target's pass over K drafts (K = 0 in plain decoding) and a whole greedy draft. Everything else runs as usual
 on the same cache: prompts, sampled drafts, and drafts that end where they are uncertain.
@@ -10,7 +10,7 @@ on the same cache: prompts, sampled drafts, and drafts that end where they are u
 
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..model.backend import Backend
-from ..model.cache import WholeCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
-_LEAST_PLACES = 256
+_WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next text, too, however short it is
 
 _IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # of decodings that are over
 
@@ -33,32 +32,44 @@ Tensors = tuple[Tensor, ...]
 class Recorder:
     """The recorded passes of one decoding after another, each of one row. They share a cache."""
 
-    def __init__(self, model: Backend, end: int) -> None:
-        """`end`: positions of the first text; there is often room for the next, too."""
-        self._device = model.device
-        self.places = min(max(_LEAST_PLACES, 1 << (end - 1).bit_length()), model.spec.context)
-        self.cache = model.new_cache(1, self.places)
-        self.cache.reserved = self.places
-        self.whole = WholeCache(self.cache)
+    counts: dict[str, Any]  # of the present decoding, by names of DecodeStats
+
+    def __init__(self, model: Backend) -> None:
+        self.cache, self._device = model.new_cache(), model.device
+        self._storage: Tensor | None = None  # of the cache, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
         self._pool: Any = None  # memory of all recordings
         self._records = True
 
     @classmethod
-    def of(cls, model: Backend, end: int) -> "Recorder":
-        """That of the model's last decoding, if it is over and there is room for `end` positions; else a new one."""
-        last = _IDLE.pop(model, None)
-        return last if last is not None and last.places >= end else cls(model, end)
+    def of(cls, model: Backend, length: int, end: int) -> "Recorder":
+        """That of the model's last decoding, if it is over and not much too large for a prompt of this length; else a new one.
+
+        `end`: after the last position of the text.
+        """
+        recorder = _IDLE.pop(model, None)
+        if recorder is None or recorder.cache.capacity > max(_WORTH_KEEPING, 4 * length):
+            recorder = cls(model)
+        recorder.cache.max_positions, recorder.counts = end, defaultdict(int)
+        return recorder
 
     def give_back(self, model: Backend) -> None:
         """The decoding is over."""
         _IDLE[model] = self
 
+    def reach(self, stop: int) -> None:
+        """Makes room for passes before position `stop`. Recordings are of one storage: if it moved, they are forgotten."""
+        storage = self.cache.reach(stop)
+        if storage is not self._storage:
+            self._storage, self._pool = storage, None
+            self._runs.clear()
+            self._recordings.clear()
+
     def run(self, name: Hashable, work: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
         """What `work` makes of the inputs on the device; it is replayed if it was recorded for inputs of these shapes.
 
-        `name` is equal for work that differs in nothing but its inputs. It runs over `whole` and never waits for the device.
+        `name` is equal for work that differs in nothing but its inputs. It runs over `cache` and never waits for the device.
         """
         key = name, tuple(tensor.shape for tensor in inputs)
         self._runs[key] += 1
@@ -74,6 +85,7 @@ class Recorder:
         for tensor, given in zip(held, inputs, strict=True):
             tensor.copy_(given, non_blocking=True)
         replay()
+        self.counts["replayed"] += 1
         return tuple(output.clone() for output in outputs)  # the next replay may write there
 
     def _recorded(self, work: Callable[..., Tensors], inputs: Tensors) -> tuple[Tensors, Callable[[], None], Tensors]:

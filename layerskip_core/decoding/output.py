@@ -25,6 +25,7 @@ class DecodeStats:
     drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens were chosen after j+1 layers.
     `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that they and all before them in the
     round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of the chances.
+    `replayed`: passes that ran as CUDA graphs.
     """
 
     sequences: int = 0
@@ -44,6 +45,7 @@ class DecodeStats:
     foretold: tuple[int, ...] = ()
     foretold_accepted: tuple[int, ...] = ()
     foretold_sum: tuple[float, ...] = ()
+    replayed: int = 0
 
     @property
     def calibration_error(self) -> float:

@@ -82,7 +82,7 @@ class FixedTarget:
             return self._pass(draft.tokens, draft.exit_states, positions, cache)
 
         def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            logits = self._pass(tokens, dict(zip(stops, states, strict=True)), places, recorder.whole).logits
+            logits = self._pass(tokens, dict(zip(stops, states, strict=True)), places, cache).logits
             assert logits is not None  # backends whose passes are recorded have no chooser
             return (logits,)
 

@@ -189,7 +189,7 @@ class Backend(Layers, Protocol):
         batch_invariant: whether a token has the same bits alone as among others, so that drafts change no greedy output.
         ragged: whether it takes TokenRows, so that the rows of a pass have as many tokens as each needs.
         row_cost: about how long a token's arithmetic takes, over the time in which memory gives all weights.
-        recordable: whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves.
+        recordable: whether passes can be recorded as CUDA graphs: no weight ever moves.
         chooser: a kernel for layers, head and choice in one call; None if there is none.
         exit_blocks: the blocks of its exits, by their exits.
         eagle3: its drafter in the EAGLE-3 layout, if it has one.

@@ -38,7 +38,6 @@ class KVCache:
     the storage of `scattered`. Other readers ask for `room`, where the rows stand next to each other.
     """
 
-    is_recorded = False  # whether a pass over it is recorded, so that nothing that it reads may move; see WholeCache
     rolls_back = True  # whether a row can go on from any position, and not only from those that MixedCache keeps states of
     steps_back = 8  # how far before the end of a call its rows may go on
     ends: Sequence[int] | None = None  # by row, the position from which it goes on after this call; None: from any within
@@ -52,7 +51,6 @@ class KVCache:
         self._matrices: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # for so many places
         self.halves: Sequence[Tensor] = ()  # (slots, kv heads, capacity, head dim): the keys of layer 0, its values, ...
         self._num_layers = num_layers
-        self.reserved = 0  # positions that get room at once, so that the storage does not move before there are more
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
         self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
 
@@ -130,7 +128,10 @@ class KVCache:
                 self._storage[..., start : self.written, :] = 0
 
     def writer(self, positions: Tensor) -> "SpanWriter":
-        """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
+        """Where a span of layers writes its keys and values, for tokens at `positions` (B, T).
+
+        On the device they are those of a pass that is recorded: it attends to the whole capacity, under masks, and finds room.
+        """
         return SpanWriter(self, positions)
 
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
@@ -177,14 +178,10 @@ class KVCache:
         return self._storage
 
     def _move(self, held: Tensor, slots: int, stop: int = 0) -> Tensor:
-        """Moves the rows to the first slots of another storage, with room for positions before `stop`.
-
-        If the room grows, then by half at least or to the end: a text of n tokens moves O(log n) times and copies O(n) tokens.
-        """
+        """Moves the rows to the first slots of another storage. For positions before `stop` it grows by half, or to the end."""
         capacity = held.shape[4]
         if stop > capacity:
-            ahead = min(self.max_positions, stop + max(_AHEAD, stop // 2))
-            capacity = _in_blocks(max(ahead, self.reserved))
+            capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
         moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
         places = min(_in_blocks(self.written), held.shape[4])
         for row, slot in enumerate(self.slots.tolist()):
@@ -192,22 +189,6 @@ class KVCache:
         self.slots, self._storage, self.halves = torch.arange(self.rows), moved, moved.flatten(0, 1).unbind()
         self._matrices = {}
         return moved
-
-
-class WholeCache(KVCache):
-    """Another cache, for recorded passes, whose shapes and addresses are fixed: they attend to its whole capacity, under masks.
-
-    Positions stay on the device. The other cache must have room for them.
-    """
-
-    is_recorded = True
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__(cache._num_layers, cache.rows, cache.max_positions)
-        self._cache = cache
-
-    def writer(self, positions: Tensor) -> "SpanWriter":
-        return SpanWriter(self._cache, positions, whole=True)
 
 
 class TokenRows(KVCache):
@@ -379,10 +360,9 @@ class EntryWriter:
 class SpanWriter:
     """Where a call writes its tokens."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, whole: bool = False) -> None:
-        """`whole`: the call attends to all places, and its positions are on the device."""
+    def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self._cache, self._positions = cache, positions
-        if whole:
+        if positions.device.type != "cpu":
             self.start, self.stop, self.contiguous = 0, cache.capacity, False
         else:
             rows: list[list[int]] = positions.tolist()

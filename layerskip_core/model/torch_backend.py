@@ -60,8 +60,8 @@ class TorchLayers(RepackedLayers):
         assert len(layers) == stop - start
         writer = cache.writer(positions)
         batch, count = positions.shape
-        # A pass that is recorded has buffers of its own.
-        keeps = batch * count <= _KEPT_ROWS and not cache.is_recorded
+        # A pass that is recorded, which has positions on the device, has buffers of its own.
+        keeps = batch * count <= _KEPT_ROWS and positions.device.type == "cpu"
         space = (self._kept if keeps else self._workspace)(batch, count)
         slots = writer.layers(start, stop, self.spec.kv_heads, self.spec.head_dim, hidden)
         step, rows = self._step(writer, positions, slots[0].values.shape[1]), hidden.reshape(space.rows, -1).clone()
@@ -150,7 +150,7 @@ class TorchBackend(RepackedBackend):
         assert first is not None
         prepacked = any(isinstance(part, KernelLinear) for part in (self._head.linear, *first.linears))
         kernels = f"packed ({packing.quantize or 'oneDNN'})" if prepacked else "packed"
-        return kernels + packing.drafting + (", exact" if packing.exact else "") + (", CUDA graphs" if self.recordable else "")
+        return kernels + packing.drafting + (", exact" if packing.exact else "")
 
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> TorchLayer:
         return TorchLayer(weights, self._chain_spec, index, low_bits, exact)

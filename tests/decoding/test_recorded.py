@@ -1,20 +1,22 @@
 """Recorded passes, on a simulated GPU: what is recorded, for how long, and what happens where it cannot be."""
 
 import warnings
+from collections import Counter
+from dataclasses import replace
 from itertools import zip_longest
 
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import ids_of
+from decodings import answer_of, ids_of
 from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, graphs
+from layerskip_core.decoding import PrefixCache, decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import TorchBackend
+from layerskip_core.model import TorchBackend, cache
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
 DRAFTED = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=24)
@@ -46,8 +48,9 @@ def recordings(monkeypatch):
     return made
 
 
-def on_gpu(**packing):
-    return TorchBackend.of(tiny_model(num_hidden_layers=3).to("cuda"), PackingConfig(**packing))
+def on_gpu(context=128, **packing):
+    model = tiny_model(num_hidden_layers=3, max_position_embeddings=context)
+    return TorchBackend.of(model.to("cuda"), PackingConfig(**packing))
 
 
 def on_cpu(prompt, config=PLAIN):
@@ -77,19 +80,37 @@ def test_two_decodings_at_once_keep_apart(model):
     assert found == [on_cpu(PROMPT), on_cpu(OTHER)]
 
 
-def test_a_text_that_needs_more_room_gets_a_larger_cache(model, monkeypatch):
-    monkeypatch.setattr(graphs, "_LEAST_PLACES", 8)
-    made, usual = [], Recorder.__init__
+@pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
+def test_a_text_that_outgrows_the_cache_is_recorded_anew(gpu, model, recordings, monkeypatch, config):
+    """A later text goes on with the recordings, but for a short one after a long one: that would attend to many places."""
+    monkeypatch.setattr(cache, "_BLOCK", 16)
+    monkeypatch.setattr(cache, "_AHEAD", 8)
+    monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
+    long = replace(config, max_new_tokens=40)
+    for settings, rooms in ((config, [16, 32]), (config, [32]), (long, [32, 48]), (config, [16, 32])):
+        loop, seen, found = decode(model, PROMPT, settings), [], []
+        for [step] in loop:
+            seen.append(loop._cache.capacity)
+            found += step.ids
+        assert sorted({*seen}) == rooms and loop.stats.replayed > 0
+        assert found == on_cpu(PROMPT, replace(PLAIN, max_new_tokens=settings.max_new_tokens))
+        assert max(Counter(recordings).values(), default=0) == len(rooms) - (rooms[0] == 32)  # known from the text before
+        recordings.clear()
 
-    def noted(self, *arguments):
-        usual(self, *arguments)
-        made.append(self.places)
 
-    monkeypatch.setattr(Recorder, "__init__", noted)
-    for count, places in ((3, [8]), (9, [8, 16]), (8, [8, 16]), (20, [8, 16, 32])):
-        config = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=count)
-        assert ids_of(decode(model, PROMPT, config)) == on_cpu(PROMPT, DecodingConfig("autoregressive", max_new_tokens=count))
-        assert made == places
+def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
+    model = on_gpu(40_000)
+    for prompt, count, room in ((PROMPT, 30_000, 320), (1000 * [7], 30_000, 1536), (PROMPT, 30_000, 320), (PROMPT, 24, 320)):
+        loop = decode(model, prompt, replace(PLAIN, max_new_tokens=count))
+        next(loop), next(loop)
+        assert loop._cache.capacity == room
+        loop._target.recorder.give_back(model)
+
+
+def test_only_what_was_replayed_is_counted(model):
+    passes = 24 - 1  # after the prefill
+    for prefix, replayed in ((None, passes - 2), (None, passes), (PrefixCache(), 0)):
+        assert answer_of(model, PROMPT, PLAIN, prefix=prefix)[2].replayed == replayed
 
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
@@ -110,10 +131,10 @@ def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
 
 
 def test_what_the_environment_asks_for(gpu, monkeypatch):
-    assert on_gpu().recordable and on_gpu().implementation == "packed, CUDA graphs"
+    assert on_gpu().recordable and on_gpu().implementation == "packed"
     assert not on_gpu(exact=True).recordable and not TorchBackend.of(tiny_model(num_hidden_layers=3)).recordable
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off")
-    assert not on_gpu().recordable and on_gpu().implementation == "packed"
+    assert not on_gpu().recordable
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "yes")
     with pytest.raises(ConfigError, match="LAYERSKIP_CUDA_GRAPHS"):
         on_gpu()
@@ -121,14 +142,14 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
 
 def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
-    recorder = Recorder(model, 64)
+    recorder = Recorder(model)
     tokens, places = torch.tensor([PROMPT]), torch.arange(9)[None]
     with torch.inference_mode():
         model.run_layers(model.embed(tokens.to("cuda")), 0, 3, places[:, :5], recorder.cache)
         newest = torch.tensor([[8, 9, 10, 11]]).to("cuda")
 
         def run():
-            hidden = model.run_layers(model.embed(newest), 0, 3, places[:, 5:].to("cuda"), recorder.whole)
+            hidden = model.run_layers(model.embed(newest), 0, 3, places[:, 5:].to("cuda"), recorder.cache)
             return model.unembed(hidden).cpu()
 
         expected = run()

@@ -71,8 +71,7 @@ class ExitDrafter:
             return self._step_by_step(context, limits, ends)
 
         def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-            recorded = replace(context, newest=token, positions=places, cache=recorder.whole)
-            draft = self._step_by_step(recorded, limits, ends)
+            draft = self._step_by_step(replace(context, newest=token, positions=places), limits, ends)
             return (draft.tokens, *draft.exit_states.values())
 
         name = "draft", self.weights, submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses

@@ -128,7 +128,7 @@ def environment(loaded: Decoder) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(loaded.backend.dtype).removeprefix("torch."),
-        "implementation": loaded.backend.implementation,
+        "implementation": loaded.backend.implementation + ", CUDA graphs" * loaded.backend.recordable,
         "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         **({"exit_blocks": {str(exit_layer): placed.block.feature for exit_layer, placed in blocks.items()}} if blocks else {}),
