@@ -9,7 +9,6 @@ up those that are being answered.
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
@@ -26,10 +26,12 @@ from .decoding.engine import RowStep
 from .decoding.output import OutputText, TokenLogprobs
 from .decoding.target import target_of
 from .errors import LayerSkipError
+from .model import Backend, KVCache
 
-Result = TypeVar("Result")
+Held = TypeVar("Held", bound="Request | Embedding")
 
-_PREFILLED = 256  # tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels
+# Tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels. Of embeddings too.
+_PREFILLED = 256
 
 
 class QueueFull(LayerSkipError):
@@ -41,17 +43,18 @@ class Stopped(LayerSkipError):
 
 
 class Update(NamedTuple):
-    """The next piece of an answer. `finish_reason` or `error` is set with the last one."""
+    """The next piece of an answer. `finish_reason`, `error` or `vector` is set with the last one."""
 
     text: str  # what can be shown now and could not before
     finish_reason: StopReason | None = None
     error: BaseException | None = None
     logprobs: Sequence[TokenLogprobs] = ()  # of new tokens, if they were asked for
     prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first update
+    vector: Sequence[float] = ()  # of an Embedding
 
     @property
     def is_last(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        return self.finish_reason is not None or self.error is not None or bool(self.vector)
 
 
 @dataclass(eq=False)
@@ -96,8 +99,43 @@ class Request:
         return Update(self._text.add(ids, finished), step.finish_reason, None, logprobs, of_prompt)
 
 
+@dataclass(eq=False)
+class Embedding:
+    """A text whose vector (D,) is the mean of its tokens' states after `layers` layers and the final norm, of length 1.
+
+    `deliver` is as in Request, for one update: an error is a ContextError for a text that does not fit. `stats`: tokens so far.
+    """
+
+    ids: list[int]
+    layers: int
+    deliver: Callable[[Update], None]
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    reused: int = 0
+    _cache: KVCache | None = None  # once it is being read
+    _sum: Tensor | float = 0.0  # (D,) of the states so far
+
+    def read(self, backend: Backend) -> Update:
+        """A pass over the next `_PREFILLED` tokens. The last one has the vector."""
+        check_prompt(self.ids, backend.spec.context, "the input")
+        start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
+        cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
+        cache.ends = [stop]
+        with torch.inference_mode():
+            hidden = backend.embed(torch.tensor([self.ids[start:stop]], device=backend.device))
+            hidden = backend.run_layers(hidden, 0, self.layers, torch.arange(start, stop)[None], cache)
+            self._sum = self._sum + backend.normed(hidden)[0].float().sum(0)
+            self.stats = DecodeStats(prompt_tokens=stop)
+            if stop < len(self.ids):
+                return Update("")
+            self._cache = None
+            return Update("", vector=F.normalize(self._sum, dim=0).tolist())
+
+
 class Scheduler:
-    """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread."""
+    """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
+
+    Embeddings need no place among them: each step has one pass of the first one that waits.
+    """
 
     def __init__(
         self,
@@ -112,6 +150,7 @@ class Scheduler:
         """
         self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
         self._waiting: deque[Request] = deque()
+        self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
 
     @property
@@ -121,16 +160,16 @@ class Scheduler:
 
     @property
     def held(self) -> int:
-        """How many requests wait or are being decoded."""
-        return len(self._waiting) + self.running
+        """How many requests wait or are being decoded, embeddings included."""
+        return len(self._waiting) + len(self._embeddings) + self.running
 
-    def add(self, request: Request) -> None:
-        self._waiting.append(request)
+    def add(self, request: Request | Embedding) -> None:
+        self._queue(request).append(request)
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, request: Request | Embedding) -> bool:
         """Gives up a request; it gets no further update. Returns False if it is not here any more."""
-        if request in self._waiting:
-            self._waiting.remove(request)
+        if request in self._queue(request):
+            self._queue(request).remove(request)
             return True
         for loop, rows in self._groups.values():
             for row in [row for row, running in rows.items() if running is request]:
@@ -140,12 +179,12 @@ class Scheduler:
                 return True
         return False
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[Request | Embedding]:
         """Takes in requests that wait, and adds a step to every answer. Returns the requests that are finished.
 
         An exception of a pass ends the requests that were in it, which are told, and no others.
         """
-        done: list[Request] = []
+        done = self._embed() if self._embeddings else []
         room = _PREFILLED
         while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
             room -= len(requests) * max(map(self._missing, requests))
@@ -155,12 +194,29 @@ class Scheduler:
         self._forget_empty_groups()
         return done
 
-    def fail_all(self, error: BaseException) -> list[Request]:
+    def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        requests = [*self._waiting, *(request for _, rows in self._groups.values() for request in rows.values())]
+        decoding = (request for _, rows in self._groups.values() for request in rows.values())
+        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
         self._waiting.clear()
+        self._embeddings.clear()
         self._groups.clear()
         return _failed(requests, error)
+
+    def _queue(self, request: Request | Embedding) -> deque[Any]:
+        return self._embeddings if isinstance(request, Embedding) else self._waiting
+
+    def _embed(self) -> list[Request | Embedding]:
+        """A pass of the first embedding. Returns it if that was the last."""
+        first = self._embeddings[0]
+        try:
+            update = first.read(self._decoder.backend)
+        except BaseException as error:
+            update = Update("", error=error)
+        if not update.is_last:
+            return []
+        first.deliver(update)
+        return [self._embeddings.popleft()]
 
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
@@ -259,21 +315,7 @@ def _advance(loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
     return done
 
 
-def embedding(decoder: Decoder, ids: list[int], layers: int) -> list[float]:
-    """Of a text: the mean of its tokens' states after so many layers and the final norm, of length 1; (D,).
-
-    Raises ContextError for a text that does not fit.
-    """
-    backend = decoder.backend
-    check_prompt(ids, backend.spec.context, "the input")
-    with torch.inference_mode():
-        cache, positions = backend.new_cache(1, len(ids)), torch.arange(len(ids))[None]
-        hidden = backend.run_layers(backend.embed(torch.tensor([ids], device=backend.device)), 0, layers, positions, cache)
-        vector: list[float] = F.normalize(backend.normed(hidden)[0].float().mean(0), dim=0).tolist()
-    return vector
-
-
-def _failed(requests: Iterable[Request], error: BaseException) -> list[Request]:
+def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:
     """Tells requests that an error has ended them, and returns them."""
     failed = list(requests)
     for request in failed:
@@ -324,31 +366,14 @@ class Engine:
         with self._lock:
             self.held -= requests
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: Request | Embedding) -> None:
         """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
         with self._lock:
             self._require_running()
             for request in requests:
                 self._commands.put(partial(self._scheduler.add, request))
 
-    def call(self, work: Callable[[], Result]) -> "Future[Result]":
-        """Runs this between two steps, in the thread that decodes. Raises Stopped after `stop`."""
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
-        with self._lock:
-            self._require_running()
-            self._commands.put(run)
-        return future
-
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request | Embedding) -> None:
         """Gives up a request after the step that is being computed; without effect on one that is finished."""
         self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
 

@@ -37,7 +37,7 @@ class ServeConfig:
     queue_size: Annotated[
         int,
         Meta(ge=0, le=1_000_000),
-        Flag("Answers that may wait besides; a request beyond gets status 429.", "--queue"),
+        Flag("Answers and embeddings that may wait besides; a request beyond gets status 429.", "--queue"),
     ] = 256
     token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20

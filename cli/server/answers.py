@@ -11,7 +11,7 @@ from typing import Any
 
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.decoding.output import TokenLogprobs
-from layerskip_core.serving import Request, Update
+from layerskip_core.serving import Embedding, Request, Update
 
 from .errors import ApiError
 from .tools import Call, Calls, deltas
@@ -120,7 +120,7 @@ def event(document: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
 
 
-def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
+def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
     """The tokens of `n` answers to each prompt. Drafts are what OpenAI calls predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
     details = {
@@ -149,11 +149,19 @@ def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def vectors(model: str, found: Sequence[list[float]], as_base64: bool, tokens: int) -> dict[str, Any]:
-    """OpenAI's document of embeddings."""
+class Vectors:
+    """Makes OpenAI's document of embeddings."""
 
-    def written(vector: list[float]) -> Any:
-        return b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector
+    def __init__(self, model: str, as_base64: bool) -> None:
+        self._model, self._as_base64 = model, as_base64
 
-    data = [{"object": "embedding", "index": place, "embedding": written(vector)} for place, vector in enumerate(found)]
-    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
+        """As `Document.whole`, of updates that have vectors."""
+
+        def written(vector: Sequence[float]) -> Any:
+            return b64encode(array("f", vector).tobytes()).decode() if self._as_base64 else vector
+
+        found = [(number, written(update.vector)) for number, update in sorted(answers.items())]
+        data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in found]
+        counts = {key: usage["prompt_tokens"] for key in ("prompt_tokens", "total_tokens")}
+        return {"object": "list", "model": self._model, "data": data, "usage": counts}

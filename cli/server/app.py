@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -26,18 +26,18 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, chat_template, encode_conversation, special_ids
-from layerskip_core.serving import Engine, Update, embedding
+from layerskip_core.serving import Embedding, Engine, Update
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
 from ..console import tell_error
-from .answers import Document, usage_of, vectors
-from .bodies import Asked, Prompt, asked, parsed, texts
+from .answers import Document, Vectors, usage_of
+from .bodies import Asked, Prompt, asked, embedded, parsed, text_of
 from .errors import ApiError, api_error, invalid
 from .responses import NAMES, ResponseDocument, as_conversation
 from .tools import Calls, Tools, format_of, grammar
 
-Family = Literal["completions", "chat", "responses"]  # of endpoints that answer prompts
+Family = Literal["completions", "chat", "responses", "embeddings"]  # of endpoints whose work is queued
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
@@ -97,7 +97,7 @@ class Service:
             Route("/v1/completions", _Endpoint(self, "completions"), methods=["POST"]),
             Route("/v1/chat/completions", _Endpoint(self, "chat"), methods=["POST"]),
             Route("/v1/responses", _Endpoint(self, "responses"), methods=["POST"]),
-            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/v1/embeddings", _Endpoint(self, "embeddings"), methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._models),
@@ -131,47 +131,61 @@ class Service:
 
     async def submit(
         self, body: bytes, family: Family, deliver: Callable[[int, Update], None]
-    ) -> tuple[Asked, list[Job], Document | ResponseDocument]:
-        """Hands the engine what a body asks for: one job per answer, whose updates are delivered with its number.
+    ) -> tuple[Asked, Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
+        """Hands the engine what a body asks for: one job per answer or vector, whose updates are delivered with its number.
 
-        The answers have places in the queue before any work is done for them. Returns what makes documents of them, too.
+        They have places in the queue before any work is done for them. Returns what makes documents of them, too.
         Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
         """
-        engine, config, held = self._engine, self._config, 1
+        engine, held = self._engine, 1
         engine.hold(held)
         try:
-            given: dict[str, Any] = parsed(body)
-            document = as_conversation(given) if family == "responses" else given
-            request = asked(document, family != "completions", self.name, config)
+            given = parsed(body)
+            if family == "embeddings":
+                request = embedded(given, self.name, self._config)
+            else:
+                document = as_conversation(given) if family == "responses" else given
+                request = asked(document, family != "completions", self.name, self._config)
             engine.hold(len(request.options) - held)
             held = len(request.options)
-            if request.tools is not None and self._format is None:
-                raise invalid("this model's chat template knows no tools", "tools")
-            if request.tools is not None and request.tools.needed:
-                calls = await self.in_encoding(self._grammar, request.tools)
-                request = request._replace(options=[changed(options, {"grammar": calls}) for options in request.options])
-            resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
-            prompts = [await self.in_encoding(self._encoded, (prompt, request.tools)) for prompt in request.prompts]
-            jobs = []
-            for number, decoding in enumerate(resolved):
-                isolated = request.is_seeded and decoding.temperature > 0
-                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
-            echoes = [await self.in_encoding(self._echo, prompt) for prompt in request.prompts] if request.echo else []
+            jobs, made = await self._made(request, family, given, deliver)
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)
             raise
+        return request, jobs, made
+
+    async def _made(
+        self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
+    ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
+        if family == "embeddings":
+            layers = self._config.embedding_layer or self._decoder.backend.num_layers
+            texts = [await self.in_encoding(partial(_ids, self._plain), prompt) for prompt in request.prompts]
+            embeddings = [Embedding(ids, layers, partial(deliver, number)) for number, ids in enumerate(texts)]
+            return embeddings, Vectors(self.name, body.get("encoding_format") == "base64")
+        if request.tools is not None and self._format is None:
+            raise invalid("this model's chat template knows no tools", "tools")
+        if request.tools is not None and request.tools.needed:
+            calls = await self.in_encoding(self._grammar, request.tools)
+            request = request._replace(options=[changed(options, {"grammar": calls}) for options in request.options])
+        resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
+        prompts = [await self.in_encoding(self._encoded, (prompt, request.tools)) for prompt in request.prompts]
+        jobs = []
+        for number, decoding in enumerate(resolved):
+            isolated = request.is_seeded and decoding.temperature > 0
+            jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
+        echoes = [await self.in_encoding(self._echo, prompt) for prompt in request.prompts] if request.echo else []
         finder = None if request.tools is None or self._format is None else partial(Calls, self._format, request.tools)
         if family == "responses":
-            return request, jobs, ResponseDocument(self.name, jobs[0], finder, given)
+            return jobs, ResponseDocument(self.name, jobs[0], finder, body)
         echoes = [text for text in echoes for _ in range(request.n)]
-        return request, jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
+        return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def in_encoding(self, work: Callable[[Given], Result], given: Given) -> Result:
         """Runs this in the one thread that uses the tokenizer of this service."""
         return await asyncio.get_running_loop().run_in_executor(self._encoding, work, given)
 
-    async def texts(self, jobs: list[Job], updates: Iterable[Update]) -> dict[int, str]:
+    async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
         """The texts of the tokens whose log probabilities are told."""
         told = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
         ids = {token for one in told for token in (one.id, *(top for top, _ in one.top))}
@@ -188,7 +202,7 @@ class Service:
     def _echo(self, prompt: Prompt) -> str:
         return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
 
-    def cancel(self, jobs: list[Job]) -> None:
+    def cancel(self, jobs: Sequence[Job | Embedding]) -> None:
         """Finished ones stay as they are."""
         for job in jobs:
             self._engine.cancel(job)
@@ -220,26 +234,10 @@ class Service:
         """A prompt's or a conversation's token ids, as it is answered."""
         self.authorize(request)
         try:
-            [prompt], _ = texts(await self.body(request), "prompt", self.name)
-            ids = await self.in_encoding(self._encoded, (prompt, None))
+            ids = await self.in_encoding(self._encoded, (text_of(parsed(await self.body(request)), self.name), None))
         except LayerSkipError as error:
             raise api_error(error) from None
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.spec.context})
-
-    async def _embeddings(self, request: Request) -> Response:
-        """Vectors of texts, each computed between two steps of the answers."""
-        self.authorize(request)
-        layers = self._config.embedding_layer or self._decoder.backend.num_layers
-        found, tokens = list[list[float]](), 0
-        try:
-            prompts, as_base64 = texts(await self.body(request), "input", self.name)
-            for prompt in prompts:
-                ids = await self.in_encoding(partial(_ids, self._plain), prompt)
-                found.append(await asyncio.wrap_future(self._engine.call(partial(embedding, self._decoder, ids, layers))))
-                tokens += len(ids)
-        except LayerSkipError as error:
-            raise api_error(error) from None
-        return JSONResponse(vectors(self.name, found, as_base64, tokens))
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""
@@ -297,7 +295,7 @@ class Updates:
 
 
 class _Endpoint:
-    """Answers prompts: an ASGI application, so that one coroutine has the request from its first byte to its last."""
+    """Answers prompts or embeds texts: an ASGI application, so that one coroutine has the request from first byte to last."""
 
     def __init__(self, service: Service, family: Family) -> None:
         self._service, self._family = service, family
@@ -326,32 +324,37 @@ class _Endpoint:
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
+        streamed = None if isinstance(document, Vectors) or not asked.stream else document
         watch, begun, answers = asyncio.create_task(_watch(receive, updates)), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
                     begun = True
-                    service.metrics.first_token.observe(time.monotonic() - started)
-                    if asked.stream:
+                    self._observe(service.metrics.first_token, started)
+                    if streamed is not None:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                if not asked.stream:
+                if streamed is None:
                     answers[number] = update  # the last one has all of the text
                 elif update.text or update.is_last or update.logprobs:
-                    await _send_part(send, document.chunk(number, update, await service.texts(jobs, [update])))
+                    await _send_part(send, streamed.chunk(number, update, await service.texts(jobs, [update])))
             usage = usage_of(jobs, asked.n)
-            if not asked.stream:
+            if streamed is None:
                 texts = await service.texts(jobs, answers.values())
                 await JSONResponse(document.whole(answers, usage, texts))(request.scope, receive, send)
             else:
-                await _send_part(send, document.end(usage), is_last=True)
+                await _send_part(send, streamed.end(usage), is_last=True)
         except ApiError as error:
-            if not (begun and asked.stream):
+            if streamed is None or not begun:
                 raise
-            await _send_part(send, document.failure(error), is_last=True)
+            await _send_part(send, streamed.failure(error), is_last=True)
         finally:
             watch.cancel()
             service.cancel(jobs)
-        service.metrics.seconds.observe(time.monotonic() - started)
+        self._observe(service.metrics.seconds, started)
+
+    def _observe(self, histogram: Histogram, started: float) -> None:
+        if self._family != "embeddings":  # which have no tokens
+            histogram.observe(time.monotonic() - started)
 
 
 async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:

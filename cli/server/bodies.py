@@ -99,24 +99,13 @@ class _Body(TypedDict, total=False):
     parallel_tool_calls: bool
 
 
-def texts(body: bytes, key: str, model: str) -> tuple[tuple[Prompt, ...], bool]:
-    """What is encoded or embedded, but not answered, and whether vectors are written in base64.
-
-    A body has the texts under this key, or one conversation under `messages` unless the key is `input`.
-    """
-    document = parsed(body)
-    given = document.get("encoding_format", "float")
-    if given not in ("float", "base64"):
-        raise invalid(f"encoding_format must be float or base64, got {given!r:.50}", "encoding_format")
-    if "dimensions" in document:
-        raise invalid("dimensions is not supported by this server", "dimensions", "unsupported_parameter")
+def text_of(document: Mapping[str, Any], model: str) -> Prompt:
+    """What is encoded but not answered: a text or a conversation."""
     _require_model(document.get("model", model), model)
-    if key == "prompt" and "messages" in document:
-        return _conversation(document["messages"]), False
-    prompts = _prompts(document.get(key), key)
-    if len(prompts) > (_MOST_ANSWERS if key == "input" else 1):
-        raise invalid(f"{key} must be at most {_MOST_ANSWERS if key == 'input' else 1} texts, got {len(prompts)}", key)
-    return prompts, given == "base64"
+    prompts = _conversation(document["messages"]) if "messages" in document else _prompts(document.get("prompt"))
+    if len(prompts) > 1:
+        raise invalid(f"prompt must be one text, got {len(prompts)}", "prompt")
+    return prompts[0]
 
 
 class Asked(NamedTuple):
@@ -140,6 +129,24 @@ def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, An
             raise invalid(f"{key} is not supported by this server{why}", key, "unsupported_parameter")
 
 
+def embedded(document: Mapping[str, Any], model: str, config: ServeConfig) -> Asked:
+    """The texts of which a body asks for vectors. Raises ApiError."""
+    form = document.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise invalid(f"encoding_format must be float or base64, got {form!r:.50}", "encoding_format")
+    refuse_unsupported(document, {"dimensions": None})
+    _require_model(document.get("model", model), model)
+    prompts, most = _prompts(document.get("input"), "input"), _most(config)
+    if len(prompts) > most:
+        raise invalid(f"input must be at most {most} texts, got {len(prompts)}", "input")
+    return Asked(prompts, [{} for _ in prompts], 1, False, False, False, False, None)
+
+
+def _most(config: ServeConfig) -> int:
+    """Answers or texts of one request, which the queue has to take whole."""
+    return min(_MOST_ANSWERS, config.batch_size + config.queue_size)
+
+
 def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeConfig) -> Asked:
     """What a body asks the model of this name for; the options of `config` are for what it does not say.
 
@@ -151,7 +158,7 @@ def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeC
     if "model" not in given:
         raise invalid(f"model is missing; this server has {model}", "model")
     _require_model(given["model"], model)
-    n, most = given.get("n", 1), min(_MOST_ANSWERS, config.batch_size + config.queue_size)
+    n, most = given.get("n", 1), _most(config)
     if not 1 <= n * len(prompts) <= most:
         raise invalid(f"n times the number of prompts must be in 1..{most}, got {n * len(prompts)}", "n")
     options = {name: document[name] for name in _OPTIONS if name in document}

@@ -92,16 +92,6 @@ def test_what_is_given_up_makes_room(engine):
     assert submitted(engine, Client("play jazz")).text
 
 
-def test_work_whose_caller_is_gone_is_left_out(engine):
-    begun, free = threading.Event(), threading.Event()
-    engine.call(lambda: begun.set() or free.wait(60))
-    assert begun.wait(60)
-    work = engine.call(lambda: None)
-    assert work.cancel()
-    free.set()
-    settle(engine)
-
-
 def test_at_the_end_everyone_is_told():
     engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(3)]

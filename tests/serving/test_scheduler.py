@@ -6,6 +6,7 @@ from random import Random
 
 import decodings
 import pytest
+import torch
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
@@ -17,7 +18,7 @@ from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import Embedding, Request, Scheduler
 
 SHAPE = {**decodings.WIDE, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
@@ -143,6 +144,35 @@ def test_prefills_do_not_hold_up_those_that_are_being_decoded():
         assert len(run_step()) == 2
         assert len(stream.updates) == heard + step
     assert scheduler.running == scheduler.held == 1 and all(client.answer[1] == "length" for client in short)
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
+    monkeypatch.setattr(serving, "_PREFILLED", 32)
+    backend, ids, heard = decoder_of(kind).backend, prompt_of(100), []
+    hidden = backend.run_layers(backend.embed(torch.tensor([ids])), 0, 3, torch.arange(100)[None], backend.new_cache())
+    mean = backend.normed(hidden)[0].float().mean(0)
+    scheduler, running = (
+        Scheduler(decoder_of(kind), batch_size=1),
+        Client(prompt_of(3), replace(SPECULATIVE, max_new_tokens=60)),
+    )
+    embeddings = [Embedding(text, 3, heard.append) for text in (ids, ids[:40], ids[:999], prompt_of(999), ids[:5])]
+    run_layers, passes = backend.run_layers, []
+    monkeypatch.setattr(backend, "run_layers", lambda *given: passes.append(given[0].shape[1]) or run_layers(*given))
+    scheduler.add(running.request)
+    for embedding in embeddings:
+        scheduler.add(embedding)
+    for step in range(1, 6):
+        passes.clear()
+        scheduler.step()
+        assert passes[0] == (32, 32, 32, 4, 32)[step - 1]  # alone, and then a step of the answer
+        assert len(running.updates) == step + 1 and [len(update.vector) for update in heard] == [len(mean)] * (step >= 4)
+    assert heard[0].vector == pytest.approx((mean / mean.norm()).tolist(), abs=1e-6)
+    assert scheduler.cancel(embeddings[1]) and scheduler.cancel(embeddings[2]) and not scheduler.cancel(embeddings[0])
+    done = run(scheduler, [])
+    assert [update.is_last for update in heard] == [True] * 3 and isinstance(heard[1].error, ContextError)
+    assert {*map(id, done)} == {*map(id, (running.request, *embeddings[3:]))} and scheduler.held == 0
+    assert [embedding._cache for embedding in embeddings[::4]] == [None, None]
 
 
 def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
