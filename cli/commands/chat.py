@@ -3,12 +3,13 @@
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import UNLIMITED, DecodingConfig
 from layerskip_core.config.options import Flag, Without
 from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
@@ -46,7 +47,7 @@ def chat(
 
     Example: layerskip chat --show-drafts
     """
-    loaded, config = load_to_decode(flags)
+    loaded, config = load_to_decode(replace(flags, decoding={"max_new_tokens": UNLIMITED, **flags.decoding}))
     chat = _Chat(loaded, config, show_drafts, stats)
     if streams.is_terminal():
         chat.on_terminal()

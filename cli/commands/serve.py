@@ -14,7 +14,7 @@ from msgspec import Meta
 from layerskip_core.config.decoding import Remember, RequestOptions, require_exit_layer
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
-from layerskip_core.errors import LayerSkipError, refused, require
+from layerskip_core.errors import LayerSkipError, refused
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode
@@ -39,8 +39,11 @@ class ServeConfig:
         Meta(ge=0, le=1_000_000),
         Flag("Answers and embeddings that may wait besides; a request beyond gets status 429.", "--queue"),
     ] = 256
-    token_limit: Annotated[Count, Flag("Most tokens that a request may ask for.")] = 4096
+    token_limit: Annotated[
+        Count | None, Flag("Most tokens of an answer, whatever its request asks for.", default="what the context has room for")
+    ] = None
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
+    api_key: Annotated[Text | None, Flag("Key that clients must send.", default=f"{KEY} in the environment, else none")] = None
     embedding_layer: Annotated[
         Layer | None, Flag("Embeddings are the mean of the states after this many layers.", default="all")
     ] = None
@@ -54,22 +57,17 @@ class ServeConfig:
         default_factory=lambda: RequestOptions()
     )
 
-    def __post_init__(self) -> None:
-        asked = self.decoding.get("max_new_tokens")
-        fits = asked is None or asked <= self.token_limit
-        require(fits, "max_new_tokens", f"at most `token_limit`, {self.token_limit}", asked)
-
 
 @command
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
     """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
 
-    For one machine. The flags about decoding are for what a request does not say itself. LAYERSKIP_API_KEY in the environment
-    is the key that clients must send. Needs the extra `serve`: pip install 'layerskip[serve]'.
+    For one machine. The flags about decoding are for what a request does not say itself. Needs the extra `serve`:
+    pip install 'layerskip[serve]'.
 
     Example: layerskip serve --port 8000
     """
-    key = os.environ.get(KEY)
+    key = serving.api_key or os.environ.get(KEY)
     if key == "":
         raise refused(KEY, "a text that is not empty", "an empty one")
     try:
@@ -101,10 +99,10 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             address = f"[{host}]" if ":" in host else host
             with _until_a_signal():
                 listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
-                with_key = "" if key is None else f", with the key of {KEY}"
+                with_key = "" if key is None else f", with the key of {'`api_key`' if serving.api_key else KEY}"
                 narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
                 if key is None and serving.host not in _LOOPBACK:
-                    narrate(f"warning: without {KEY} everyone who reaches this address can use the model")
+                    narrate("warning: without `api_key` everyone who reaches this address can use the model")
                 uvicorn.Server(config).run([listener])
         finally:
             engine.stop()

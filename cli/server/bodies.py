@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from layerskip_core.config.decoding import GUIDES, MAX_NEW_TOKENS, RequestOptions, changed
+from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, changed
 from layerskip_core.config.options import checked
-from layerskip_core.errors import DataError, require
+from layerskip_core.errors import DataError
 from layerskip_core.files import parse_json
 
 from ..commands.serve import ServeConfig
@@ -162,13 +162,12 @@ def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeC
     if not 1 <= n * len(prompts) <= most:
         raise invalid(f"n times the number of prompts must be in 1..{most}, got {n * len(prompts)}", "n")
     options = {name: document[name] for name in _OPTIONS if name in document}
-    flags, token_limit = config.decoding, config.token_limit
-    usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
+    flags, limit = config.decoding, config.token_limit or UNLIMITED
+    usual = flags.get("max_new_tokens", UNLIMITED)
     options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
     options |= _logprobs(given, is_chat) | _guide(document)
     decoding = cast(RequestOptions, checked(RequestOptions, options))
-    limit = decoding["max_new_tokens"]
-    require(limit <= token_limit, "max_new_tokens", f"at most {token_limit}, the limit of this server", limit)
+    decoding["max_new_tokens"] = min(decoding["max_new_tokens"], limit)
     seed = given.get("seed")
     seeds = ((secrets.randbelow(_SEEDS) if seed is None else seed + number) % _SEEDS for number in range(n * len(prompts)))
     of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": each} for each in seeds]

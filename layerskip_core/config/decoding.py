@@ -26,6 +26,7 @@ STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 MAX_NEW_TOKENS = 256
+UNLIMITED = 10_000_000  # new tokens: an answer may take all that is left of the context
 REMEMBERED = 131_072
 
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
@@ -70,7 +71,9 @@ class DecodingOptions(TypedDict, total=False):
         Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
     ]
     num_draft_tokens: Annotated[Drafts, UsedBy(DRAFTERS), Flag("Most draft tokens per round.", "--spec", "the checkpoint's")]
-    max_new_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer.", default="256")]
+    max_new_tokens: Annotated[
+        Count, Flag("Maximum number of tokens in an answer.", default="256; in chat and serve what the context has room for")
+    ]
     draft_confidence: Annotated[
         float,
         Meta(ge=0, lt=1),

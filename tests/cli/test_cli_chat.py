@@ -112,10 +112,10 @@ def test_without_a_chat_template_every_message_is_a_prompt_of_its_own(checkpoint
     assert (result.code, result.err) == (0, r"'{prompt}\n' is no chat template: every message is a prompt of its own" + "\n")
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_left_out(chat, conversation):
-    """The answer before fills the context, so the next message finds no room until the oldest turn is given up."""
+def test_what_does_not_fit_is_refused_and_nothing_is_left_out(model, chat, conversation):
+    """The answer before has no limit and fills the context: no room for the next message until the oldest turn is left out."""
     one, two, _ = MESSAGES
-    result = chat("--max-new-tokens", "600", stdin=lines(one, two, "/reset", two))
+    result = run("chat", "--model", model, "--dtype", "fp32", stdin=lines(one, two, "/reset", two))
     assert result.code == 1
     full, refused, reset, again = result.err.splitlines()
     room = "; /forget leaves out the oldest turn, /reset all turns"

@@ -137,6 +137,15 @@ def test_stop_and_limits_end_an_answer(client):
     messages = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
     answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3)
     assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (expected(PROMPT, 3)[0], 3)
+    limited = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9_999)
+    assert (limited.choices[0].text, limited.usage.completion_tokens) == (expected(PROMPT, 100)[0], 100)  # the server's limit
+
+
+def test_without_limits_an_answer_goes_on_to_the_end_of_the_context():
+    with serving(tiny_loaded(), token_limit=None, decoding={"strategy": "autoregressive"}) as api:
+        by_chat = api.client().chat.completions.create(model="tiny", messages=[{"role": "user", "content": PROMPT}])
+        for answer in (api.client().completions.create(model="tiny", prompt=PROMPT), by_chat):
+            assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (128, "length")
 
 
 def test_sampling_follows_its_seed(client):
@@ -261,7 +270,6 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_completion_tokens": 101}, "max_tokens"),  # the server's limit is 100
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 257}, "stop"),
         ({"stop": [""]}, "stop"),
