@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import EXACT, DecodingConfig, RequestOptions, choices, implied_strategy
+from layerskip_core.config.decoding import EXACT, UNLIMITED, DecodingConfig, RequestOptions, choices, implied_strategy
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 
@@ -63,6 +63,14 @@ def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[De
     policies = None if all_policies else () if policy is None else (policy,)
     loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting)
     return loaded, loaded.resolve(decoding, packing)
+
+
+def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
+    """The flags of `chat` and `serve`. Where they say nothing, answers have no limit and the sampling of the model's maker."""
+    if own := loaded.own_sampling:
+        listed = ", ".join(f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float))
+        narrate(f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy")
+    return {"max_new_tokens": UNLIMITED, **own, **flags}
 
 
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:

@@ -3,20 +3,19 @@
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from layerskip_core.config.decoding import UNLIMITED, DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.options import Flag, Without
 from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
 
 from .. import streams
 from ..console import ResultsConsole, narrate, one_line
-from ..loading import DecoderFlags, load_to_decode
+from ..loading import DecoderFlags, load_to_decode, of_answers
 from ..options import command
 from .generate import stats_text
 
@@ -47,7 +46,8 @@ def chat(
 
     Example: layerskip chat --show-drafts
     """
-    loaded, config = load_to_decode(replace(flags, decoding={"max_new_tokens": UNLIMITED, **flags.decoding}))
+    loaded, _ = load_to_decode(flags)
+    config = loaded.resolve(of_answers(loaded, flags.decoding), flags.packing)
     chat = _Chat(loaded, config, show_drafts, stats)
     if streams.is_terminal():
         chat.on_terminal()

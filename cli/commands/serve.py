@@ -5,7 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelNa
 from layerskip_core.errors import LayerSkipError, refused
 
 from ..console import narrate
-from ..loading import DecoderFlags, load_to_decode
+from ..loading import DecoderFlags, load_to_decode, of_answers
 from ..options import command
 
 KEY = "LAYERSKIP_API_KEY"
@@ -84,6 +84,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
     with _bound(serving.host, serving.port) as listener:
         loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
+        serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
         if serving.embedding_layer is not None:
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from ..config.decoding import (
     DecodingOptions,
     Policy,
     Recommended,
+    RequestOptions,
     choices,
     policy_named,
     policy_options,
@@ -20,6 +21,7 @@ from ..config.decoding import (
     resolve,
 )
 from ..config.model import DTYPES, PackingConfig, Quantization
+from ..config.options import checked
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import target_block
@@ -65,7 +67,10 @@ _PLAIN = PackingConfig()
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model that generates text. `notes` are messages for the user, such as that the compiled kernels are missing."""
+    """A model that generates text. `notes` are messages for the user, such as that the compiled kernels are missing.
+
+    `generation`: the settings of generation_config.json, as attributes.
+    """
 
     name: str
     backend: Backend
@@ -74,6 +79,7 @@ class Decoder:
     eos_ids: frozenset[int]
     template: PromptTemplate
     notes: tuple[str, ...] = ()
+    generation: object = None
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
         """The same model with the template that `template` and `system` mean for it; see `resolve_template`."""
@@ -120,6 +126,20 @@ class Decoder:
         """The text of one token within a text, special ones included."""
         before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         return str(self.tokenizer.decode([*before, token]))[len(str(self.tokenizer.decode(before))) :]
+
+    @property
+    def own_sampling(self) -> RequestOptions:
+        """How the model's maker has it sampled: as in transformers, greedily unless generation_config.json has `do_sample`.
+
+        Raises CheckpointError for a value of the wrong type or out of its range.
+        """
+        names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+        is_sampled = getattr(self.generation, "do_sample", None) is True
+        own = {name: getattr(self.generation, name, None) for name in (names if is_sampled else names[:1])}
+        try:
+            return cast(RequestOptions, ({"temperature": 1.0} if is_sampled else {}) | checked(RequestOptions, own))
+        except ConfigError as error:
+            raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
 
     @property
     def only_drafting(self) -> frozenset[int]:
@@ -201,10 +221,10 @@ class Trainable:
 
 def decoder_of(trainable: Trainable) -> Decoder:
     """Decodes with transformers' own layers and shares the weights, so that training can go on."""
-    model = trainable.model
-    eos_ids = end_ids(model.generation_config, model.config, trainable.tokenizer)
-    template = resolve_template(None, None, trainable.info.template, trainable.tokenizer)
-    return Decoder(trainable.name, trainable.backend, trainable.tokenizer, trainable.info, eos_ids, template)
+    model, tokenizer, info = trainable.model, trainable.tokenizer, trainable.info
+    eos_ids = end_ids(model.generation_config, model.config, tokenizer)
+    template = resolve_template(None, None, info.template, tokenizer)
+    return Decoder(trainable.name, trainable.backend, tokenizer, info, eos_ids, template, (), model.generation_config)
 
 
 def end_ids(*sources: object) -> frozenset[int]:

@@ -325,8 +325,9 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, not
     """With the template and the end tokens that the folder's files name."""
     tokenizer = lean_tokenizer(folder) or read_tokenizer(folder)
     check_tokenizer(tokenizer, backend.spec.vocab)
-    eos_ids = end_ids(generation_config(folder), backend.spec.config, tokenizer)
-    return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
+    generation, template = generation_config(folder), resolve_template(None, None, info.template, tokenizer)
+    eos_ids = end_ids(generation, backend.spec.config, tokenizer)
+    return Decoder(name, backend, tokenizer, info, eos_ids, template, notes, generation)
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:

@@ -120,7 +120,15 @@ class DecodingOptions(TypedDict, total=False):
         UsedBy(("early-exit", "adaptive")),  # which takes the trained ones
         Flag("Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.", default="the trained ones, at most six"),
     ]
-    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag("Temperature; 0 is greedy.", default="0", panel="Sampling")]
+    temperature: Annotated[
+        float,
+        Meta(ge=0, le=1_000),
+        Flag(
+            "Temperature; 0 is greedy.",
+            default="0; chat and serve sample and penalise as the model's generation_config.json says",
+            panel="Sampling",
+        ),
+    ]
     top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")]
     top_p: Annotated[Share, Flag("Sample from the most probable tokens that add up to this probability.", default="1")]
     seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]

@@ -268,6 +268,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
             raise ValueError(f"a {model.config.model_type} with {len(kept)} layers has other logits")
     except Exception as error:  # which differs by model type
         raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error
+    written.generation_config = model.generation_config
     return written
 
 

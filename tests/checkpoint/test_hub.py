@@ -8,6 +8,7 @@ import subprocess
 import huggingface_hub
 import pytest
 from command_line import COMMAND, run
+from conftest import edit_json
 from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.locate import present
@@ -30,7 +31,9 @@ def snapshot(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_path):
+    edit_json(snapshot / "generation_config.json", do_sample=True, temperature=0.5)
     decoder = for_decoding("team/model", "cpu")
+    assert decoder.own_sampling == {"temperature": 0.5}
     assert decoder.name == "team/model" and decoder.template.text == TEMPLATE
     assert decoder.backend.eagle3 is not None and decoder.info.exit_layer == 1
     assert for_training("team/model", "cpu").info == decoder.info

@@ -6,6 +6,7 @@ from math import nan
 
 import pytest
 import torch
+from command_line import fails, run
 from conftest import edit_json, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
+from layerskip_core.model.native.compiled import kernels
 
 
 @pytest.fixture
@@ -63,6 +65,49 @@ def test_an_invalid_token_that_ends_answers(folder, name):
     edit_json(folder / name, eos_token_id="</s>")
     with pytest.raises(CheckpointError, match=r"eos_token_id must be .*, got '?</s>"):
         for_decoding(str(folder), "cpu")
+
+
+SAMPLING = {"temperature": 0.6, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("stored", "followed"),
+    [
+        ({"do_sample": True, **SAMPLING}, SAMPLING),
+        ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
+        (SAMPLING, {"repetition_penalty": 1.1}),  # greedy, as in transformers
+        ({"do_sample": False, "temperature": 0.6}, {}),
+    ],
+)
+def test_sampling_is_that_of_generation_config(folder, stored, followed):
+    edit_json(folder / "generation_config.json", **stored)
+    assert for_decoding(str(folder), "cpu").own_sampling == followed
+    assert decoder_of(for_training(str(folder), "cpu")).own_sampling == followed
+
+
+def test_a_wrong_value_of_sampling(folder):
+    edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
+    message = f"generation_config.json of {folder}: --top-p must be a number in (0, 1], got 1.5"
+    fails(message, "chat", "--model", str(folder))
+    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0  # which is greedy
+
+
+def test_sampling_stays_with_a_model(wide, tmp_path):
+    edit_json(wide / "generation_config.json", do_sample=True, **SAMPLING)
+    lora = ("--lora-rank", "2", "--lora-keep")
+    for number, command in enumerate(
+        (
+            ("import", str(wide)),
+            ("export", str(wide), "--exit", "2"),
+            *([("export", str(wide), "--format", "packed")] if kernels() else []),
+            ("calibrate", "--model", str(wide), "--samples", "2", "--length", "8", "--steps", "0"),
+            ("finetune", "--model", str(wide), "--steps", "1", "--samples", "2", "--batch-size", "1", *lora),
+        )
+    ):
+        output = str(tmp_path / str(number))
+        done = run(*command, "--output", output)
+        assert done.code == 0, done.err
+        assert for_decoding(output, "cpu").own_sampling == SAMPLING, command
 
 
 @pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str)

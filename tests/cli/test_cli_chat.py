@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from chatml import talking_model
 from command_line import Result, fails, finish, run, start
+from conftest import edit_json
 
 from cli import streams
 from layerskip_core.checkpoint.open import for_decoding
@@ -80,6 +82,27 @@ def test_reset_forget_and_exit(chat, loaded, conversation):
     forgotten = chat(stdin=lines(one, two, "/forget", three, "/exit", one))
     after = "".join(TextStream(loaded, loaded.encode_prompt(three, [(two, pair[1])]), PLAIN))
     assert forgotten == Result(0, lines(*pair, after), "1 turn left\n")
+
+
+def test_it_samples_as_the_model_s_maker_says(loaded, tmp_path, model, conversation):
+    """Flags win one by one; `generate` is greedy."""
+    folder = shutil.copytree(model, tmp_path / "sampled")
+    edit_json(folder / "generation_config.json", do_sample=True, temperature=2.0, top_k=9, repetition_penalty=1.5)
+    flags = ("--model", str(folder), "--max-new-tokens", "20", "--dtype", "fp32", "--strategy", "autoregressive")
+    ids = loaded.encode_prompt(MESSAGES[0])
+    for more, changes in (
+        ((), {"temperature": 2.0, "top_k": 9}),
+        (("--top-k", "3", "--seed", "4"), {"temperature": 2.0, "top_k": 3, "seed": 4}),
+        (("--temperature", "0"), {}),
+    ):
+        said = run("chat", *flags, *more, stdin=lines(MESSAGES[0]))
+        sampled = TextStream(loaded, ids, replace(PLAIN, repetition_penalty=1.5, **changes))
+        assert (said.out, said.err) == (
+            lines(sampled.finish().text),
+            "generation_config.json: temperature 2, repetition_penalty 1.5, top_k 9, "
+            "unless a flag or a request says otherwise; --temperature 0 is greedy\n",
+        )
+    assert run("generate", *flags, stdin=MESSAGES[0]) == Result(0, conversation(MESSAGES[0])[0] + "\n", "")
 
 
 def test_a_slash_begins_a_command_and_two_a_message(chat, conversation):

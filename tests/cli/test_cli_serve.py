@@ -1,13 +1,16 @@
 """`layerskip serve` as a command: it starts with the embedded model, and ends cleanly."""
 
 import re
+import shutil
 import signal
 import socket
 import sys
 
 import pytest
-from command_line import ENVIRONMENT, fails, finish, start
+from command_line import ENVIRONMENT, fails, finish, run, start
+from conftest import edit_json
 
+from layerskip_core.config.decoding import UNLIMITED
 from layerskip_core.errors import LayerSkipError
 
 NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
@@ -68,6 +71,19 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
 
     monkeypatch.setattr("layerskip_core.serving.Engine", engine)
     fails("far enough", "serve", "--port", "0", *flags)
+
+
+def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(extras, monkeypatch, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "sampled")
+    edit_json(folder / "generation_config.json", do_sample=True, temperature=0.6, top_k=40)
+
+    def service(decoder, packing, config, *_):
+        assert config.decoding == {"temperature": 0.6, "top_k": 3, "max_new_tokens": UNLIMITED}
+        raise LayerSkipError("far enough")
+
+    monkeypatch.setattr("cli.server.app.Service", service)
+    said = run("serve", "--port", "0", "--model", str(folder), "--top-k", "3").err
+    assert said.startswith("generation_config.json: temperature 0.6, top_k 40, ") and said.endswith("error: far enough\n")
 
 
 def test_without_the_extra_it_names_it(monkeypatch):
