@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,24 +21,23 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import DecodingConfig, RequestOptions, changed
+from layerskip_core.config.decoding import GUIDES, changed
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
-from layerskip_core.errors import LayerSkipError
-from layerskip_core.prompting import CHAT, RAW, chat_template, encode_conversation, special_ids
+from layerskip_core.errors import CheckpointError, LayerSkipError
+from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids
 from layerskip_core.serving import Embedding, Engine, Update
 from layerskip_core.serving import Request as Job
 
 from ..commands.serve import ServeConfig
-from ..console import tell_error
+from ..console import narrate, tell_error
 from .answers import Document, Vectors, usage_of
 from .bodies import Asked, Prompt, asked, embedded, parsed, text_of
 from .errors import ApiError, api_error, invalid
 from .responses import NAMES, ResponseDocument, as_conversation
-from .tools import Calls, Tools, format_of, grammar
+from .tools import Calls, Tools, as_texts, format_of, grammar
 
 Family = Literal["completions", "chat", "responses", "embeddings"]  # of endpoints whose work is queued
-Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 _BODY_SECONDS = 30.0  # for a body to arrive
@@ -86,7 +85,10 @@ class Service:
         self._raw = self._plain if decoder.template.text == CHAT else decoder
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
-        self._format = format_of(template or "")
+        known = format_of(template or "")
+        self._is_generic = template is not None and known is None  # tools are told, called and answered in texts
+        self._format = "hermes" if self._is_generic else known
+        self._teller, self._narrate_once = _teller(decoder.tokenizer) if self._is_generic else "system", cache(narrate)
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
         self._key = None if key is None else os.fsencode(key)
         self._listed = {"id": name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
@@ -148,42 +150,46 @@ class Service:
                 request = asked(document, family != "completions", self.name, self._config)
             engine.hold(len(request.options) - held)
             held = len(request.options)
-            jobs, made = await self._made(request, family, given, deliver)
+            jobs, made = await self.in_encoding(self._made, request, family, given, deliver)
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)
             raise
         return request, jobs, made
 
-    async def _made(
+    async def in_encoding(self, work: Callable[..., Result], *given: Any) -> Result:
+        """Runs this in the one thread that uses the tokenizer of this service."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *given)
+
+    def _made(
         self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
     ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
+        """For `in_encoding`: what the engine is handed, and what makes documents of it."""
+        decoder, tools, options, finder = self._decoder, request.tools, request.options, None
         if family == "embeddings":
-            layers = self._config.embedding_layer or self._decoder.backend.num_layers
-            texts = [await self.in_encoding(partial(_ids, self._plain), prompt) for prompt in request.prompts]
+            layers = self._config.embedding_layer or decoder.backend.num_layers
+            texts = [_ids(self._plain, prompt) for prompt in request.prompts]
             embeddings = [Embedding(ids, layers, partial(deliver, number)) for number, ids in enumerate(texts)]
             return embeddings, Vectors(self.name, body.get("encoding_format") == "base64")
-        if request.tools is not None and self._format is None:
-            raise invalid("this model's chat template knows no tools", "tools")
-        if request.tools is not None and request.tools.needed:
-            calls = await self.in_encoding(self._grammar, request.tools)
-            request = request._replace(options=[changed(options, {"grammar": calls}) for options in request.options])
-        resolved = await self.in_encoding(self._resolved, request.options)  # where a grammar is compiled
-        prompts = [await self.in_encoding(self._encoded, (prompt, request.tools)) for prompt in request.prompts]
-        jobs = []
-        for number, decoding in enumerate(resolved):
-            isolated = request.is_seeded and decoding.temperature > 0
-            jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated, request.stream))
-        echoes = [await self.in_encoding(self._echo, prompt) for prompt in request.prompts] if request.echo else []
-        finder = None if request.tools is None or self._format is None else partial(Calls, self._format, request.tools)
+        if tools is not None:
+            if self._format is None:
+                raise invalid("tools need a chat template, and this model has none", "tools")
+            if self._is_generic:
+                self._narrate_once("the chat template knows no tools: texts describe them, and a grammar makes the calls")
+            if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
+                calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
+                options = [changed(each, {"grammar": calls}) for each in options]
+            finder = partial(Calls, self._format, tools)
+        prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
+        jobs = list[Job]()
+        for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):
+            config = decoder.resolve(each, self._packing)  # where a grammar is compiled
+            isolated = request.is_seeded and config.temperature > 0
+            jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
         if family == "responses":
             return jobs, ResponseDocument(self.name, jobs[0], finder, body)
-        echoes = [text for text in echoes for _ in range(request.n)]
+        echoes = [self._echo(prompt) for prompt in request.prompts for _ in range(request.n)] if request.echo else []
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
-
-    async def in_encoding(self, work: Callable[[Given], Result], given: Given) -> Result:
-        """Runs this in the one thread that uses the tokenizer of this service."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, work, given)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
         """The texts of the tokens whose log probabilities are told."""
@@ -196,9 +202,6 @@ class Service:
     def _texts(self, ids: set[int]) -> dict[int, str]:
         return {token: self._decoder.token_text(token) for token in ids}
 
-    def _resolved(self, options: list[RequestOptions]) -> list[DecodingConfig]:
-        return [self._decoder.resolve(each, self._packing) for each in options]
-
     def _echo(self, prompt: Prompt) -> str:
         return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
 
@@ -208,14 +211,9 @@ class Service:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
 
-    def _grammar(self, tools: Tools) -> str:
-        """That of an answer which must call some of these tools."""
-        assert self._format is not None
-        return grammar(self._format, tools, special_ids(self._decoder.tokenizer))
-
-    def _encoded(self, given: tuple[Prompt, Tools | None]) -> list[int]:
+    def _encoded(self, prompt: Prompt, tools: Tools | None) -> list[int]:
         """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
-        decoder, (prompt, tools) = self._decoder, given
+        decoder = self._decoder
         if isinstance(prompt, str | list):
             ids = _ids(self._raw, prompt)
         elif decoder.template.text != CHAT:
@@ -225,7 +223,9 @@ class Service:
         else:
             system, described = decoder.template.system, None if tools is None else tools.described
             spoken = system is None or prompt[0]["role"] == "system"
-            messages = prompt if spoken else ({"role": "system", "content": system}, *prompt)
+            messages: Sequence[Any] = prompt if spoken else ({"role": "system", "content": system}, *prompt)
+            if self._is_generic and (tools or any(one["role"] == "tool" or "tool_calls" in one for one in messages)):
+                messages, described = as_texts(messages, tools, self._teller), None
             ids = decoder.known_ids(encode_conversation(decoder.tokenizer, messages, described))
         check_prompt(ids, decoder.backend.spec.context)
         return ids
@@ -234,7 +234,7 @@ class Service:
         """A prompt's or a conversation's token ids, as it is answered."""
         self.authorize(request)
         try:
-            ids = await self.in_encoding(self._encoded, (text_of(parsed(await self.body(request)), self.name), None))
+            ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
         except LayerSkipError as error:
             raise api_error(error) from None
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.spec.context})
@@ -260,6 +260,14 @@ class Service:
 def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
     """Of a text, or of token ids that a request names."""
     return decoder.known_ids(prompt) if isinstance(prompt, list) else decoder.encode_prompt(str(prompt))
+
+
+def _teller(tokenizer: Tokenizer) -> str:
+    """The role whose messages a chat template shows first: many refuse or drop those of the system."""
+    with suppress(CheckpointError):
+        if "?!" in render_chat(tokenizer, [{"role": "system", "content": "?!"}, {"role": "user", "content": "a"}], True):
+            return "system"
+    return "user"
 
 
 class Updates:

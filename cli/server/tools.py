@@ -1,12 +1,13 @@
 """Tools of a conversation: how a model's chat template has them called, and the calls in its answers.
 
-The formats are those of Hermes (also Qwen), of Llama 3 and of Mistral.
+The formats are those of Hermes (also Qwen), of Llama 3 and of Mistral. Where the template knows no tools, Hermes's are texts.
 """
 
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct, field
@@ -14,6 +15,15 @@ from msgspec import Meta, Struct, field
 from layerskip_core.grammar import JSON_STYLE
 
 _START, _END, _MISTRAL = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
+_TOLD = """\
+You may call functions to answer the user. Here they are in JSON, with the schemas of their parameters:
+<tools>
+{}
+</tools>
+For each call write the name and the arguments in JSON between these tags, and nothing after the last call:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
 
 Format = Literal["hermes", "llama", "mistral"]
 Call = dict[str, Any]
@@ -50,13 +60,32 @@ def format_of(template: str) -> Format | None:
     return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
 
 
+def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str) -> list[dict[str, Any]]:
+    """A conversation without tools that says the same: calls, their results and, in the role `teller`, the tools.
+
+    Messages of one role that follow each other are one: many templates want roles in turn.
+    """
+    said = list[tuple[str, str]]()
+    if tools is not None:
+        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
+        place = int(messages[0]["role"] == "system")
+        messages = [*messages[:place], {"role": teller, "content": _TOLD.format(listed)}, *messages[place:]]
+    for message in messages:
+        calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
+        content = "\n".join([message["content"], *(f"{_START}\n{call}\n{_END}" for call in calls)]).strip()
+        is_result = message["role"] == "tool"
+        said.append(("user", f"<tool_response>\n{content}\n</tool_response>") if is_result else (message["role"], content))
+    groups = groupby(said, key=lambda turn: turn[0])
+    return [{"role": role, "content": "\n\n".join(content for _, content in group)} for role, group in groups]
+
+
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar, as llguidance reads it, for calls of the tools that are needed.
+    """A Lark grammar, as llguidance reads it, for calls of the tools that are needed. If none is: for a text, calls or both.
 
     `special`: the ids of the model's special tokens.
     """
     key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
-    for tool in tools.needed:
+    for tool in tools.needed or tools.known:
         parameters = dict(tool.function.parameters)
         shared |= parameters.pop("$defs", {})  # references begin at the root
         properties = {"name": {"const": tool.function.name}, key: parameters}
@@ -75,7 +104,10 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
         start = "start: object"
     parts = [start, "object: %json " + json.dumps({"$defs": shared, "x-guidance": JSON_STYLE, **call})]
     if form == "hermes":
-        parts.insert(1, f'call: {token(_START)} "\\n" object "\\n" {token(_END)}')
+        parts += [f"call: {token(_START)} body", f'body: "\\n" object "\\n" {token(_END)}']
+    if not tools.needed:
+        text = [f"TEXT: /(?s:.+)/ & ~/(?s:.*){_START}(?s:.*)/", f'first[suffix="{_START}"]: /(?s:.*)/']
+        parts = [start.replace("call", "TEXT? | first body", 1), *parts[1:], *text]
     return "\n".join(parts)
 
 

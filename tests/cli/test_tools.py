@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from chatml import chatml_folder
@@ -10,6 +11,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
+from layerskip_core.grammar import Guide
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate, encode_conversation
 
@@ -184,7 +186,85 @@ def test_wrong_tools(client, changes, param):
     assert failed.value.param == param
 
 
-def test_a_model_whose_template_knows_no_tools_refuses_them():
-    with serving(tiny_loaded()) as api, pytest.raises(openai.BadRequestError, match="knows no tools") as failed:
+def test_a_model_without_a_chat_template_refuses_tools():
+    with serving(tiny_loaded()) as api, pytest.raises(openai.BadRequestError, match="tools need a chat template") as failed:
         api.client().chat.completions.create(**ASKED)
     assert failed.value.param == "tools"
+
+
+# Of templates that know no tools: one with a system message, and one that refuses it and wants roles in turn, as Gemma's.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IN_TURN = (
+    "{% for message in messages %}{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('roles must be in turn') }}{% endif %}{% endfor %}" + CHATML
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "day": "today"}}\n</tool_call>'
+CALLED = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": ROME}}
+TALK = (
+    {"role": "user", "content": "the weather"},
+    {"role": "assistant", "content": "", "tool_calls": [CALLED, CALLED]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "sunny"},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+)
+
+
+def test_a_conversation_with_tools_as_texts():
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    answers = "<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\nrain\n</tool_response>"
+    later = [{"role": "assistant", "content": f"{call}\n{call}"}, {"role": "user", "content": answers}]
+    assert tools.as_texts(TALK, None, "system") == [TALK[0], *later]
+    brief = {"role": "system", "content": "Be brief."}
+    told, asked, *rest = tools.as_texts([brief, *TALK], KNOWN, "system")
+    assert told["role"] == "system" and told["content"].startswith("Be brief.\n\n") and rest == later
+    assert json.dumps(WEATHER) in told["content"] and json.dumps(TIME) in told["content"] and asked == TALK[0]
+    first, *rest = tools.as_texts(TALK, KNOWN, "user")
+    assert first["content"] == told["content"].removeprefix("Be brief.\n\n") + "\n\nthe weather" and rest == later
+
+
+@pytest.mark.parametrize(
+    ("text", "is_permitted"),
+    [
+        ("Well, a < b <tool_", True),
+        (CALL, True),
+        (f"Well.\n\n{CALL}\n{CALL}", True),
+        (f"{CALL}\nWell.", False),
+        ("<tool_call>nothing", False),
+        (CALL.replace("Rome", "Pisa"), False),
+    ],
+)
+def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folders("chatml") / "chatml"))
+    known = tools.Tools(tuple(msgspec.convert([WEATHER, TIME], list[tools.Tool])), [WEATHER, TIME])
+    lark, ends = tools.grammar("hermes", known, {}), frozenset({tokenizer.eos_token_id})
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    permitted = Guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    assert (permitted == len(ids)) == is_permitted
+    alone = tools.grammar("hermes", known._replace(parallel=False), {})
+    permitted = Guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    assert (permitted == len(ids)) == (is_permitted and text.count(CALL) < 2)
+
+
+@pytest.mark.parametrize(("template", "teller"), [(CHATML, "system"), (IN_TURN, "user")])
+def test_a_template_that_knows_no_tools_gets_them_as_texts(folders, template, teller, capsys):
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    decoder = conversing(folders("chatml") / "chatml", template)
+    talk = [TALK[0], {**TALK[1], "tool_calls": [{**CALLED, "function": {"name": "weather", "arguments": json.dumps(ROME)}}]}]
+    with serving(decoder) as api:
+        client = api.client()
+        for choice, names in ((NAMED, {"weather"}), ("required", {"weather", "time"})):
+            answer = client.chat.completions.create(**ASKED, tool_choice=choice, parallel_tool_calls=False).choices[0]
+            (call,) = answer.message.tool_calls
+            assert (answer.finish_reason, answer.message.content) == ("tool_calls", None) and call.function.name in names
+            assert set(json.loads(call.function.arguments)) in (set(), {"city", "day"})
+        for choice, described in (("auto", KNOWN), ("none", None)):
+            asked = {**ASKED, "messages": [*talk, TALK[2]], "max_tokens": 9, "tool_choice": choice}
+            answer, chunks = client.chat.completions.create(**asked), client.chat.completions.create(**asked, stream=True)
+            plain = [TALK[0], {**TALK[1], "tool_calls": [CALLED]}, TALK[2]]
+            ids = encode_conversation(decoder.tokenizer, tools.as_texts(plain, described, teller))
+            assert answer.usage.prompt_tokens == len(ids)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    assert capsys.readouterr().err.count("the chat template knows no tools: texts describe them") == 1
