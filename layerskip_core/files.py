@@ -101,7 +101,8 @@ def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
     Raises `error` if it fails; the file is then unchanged.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".layerskip-writing-{target.name}")  # of a killed process it is written over
+    # A killed process leaves it, and the next one writes over it. Its end is not that of any file of a model.
+    temporary = target.with_name(f".layerskip-writing-{target.name}.part")
     try:
         if target.exists() and not target.is_file():
             target.write_bytes(content)

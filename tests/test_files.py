@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import fails, run
 
+from layerskip_core.checkpoint.save import _usual
 from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
 from layerskip_core.files import (
     append_lines,
@@ -91,13 +92,20 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     (new_staging(tmp_path) / "half").write_text("x")
-    (tmp_path / ".layerskip-writing-a").write_text("x")
+    (tmp_path / ".layerskip-writing-a.part").write_text("x")
     (tmp_path / "folder").mkdir()
     remove_leftovers(tmp_path)
     write_file(tmp_path / "a", b"whole", LayerSkipError)
     assert names(tmp_path) == ["a", "folder"]
     discard_folder(tmp_path / "folder")
     assert names(tmp_path) == ["a"]
+
+
+def test_half_a_file_is_not_taken_for_part_of_a_model(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(os, "replace", lambda *_: found.append((names(tmp_path), _usual(tmp_path))))
+    write_file(tmp_path / "int4.safetensors", b"new", LayerSkipError)
+    assert found == [([".layerskip-writing-int4.safetensors.part"], set())]
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):
