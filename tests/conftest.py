@@ -5,10 +5,12 @@ import json
 import os
 import re
 import sys
+import time
 from contextlib import chdir
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count, repeat, starmap
 from pathlib import Path
+from random import Random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +20,11 @@ import torch
 from hypothesis import settings as hypothesis_settings
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+OTHER_CPU = int(os.environ.get("LAYERSKIP_TEST_CPU", 0))  # not 0: rounding and times of another one, see machines.md
+if OTHER_CPU:
+    _clock, _delays = time.perf_counter, accumulate(starmap(Random(OTHER_CPU).expovariate, repeat((1e3,))))  # of 1 ms
+    time.perf_counter = lambda: _clock() + next(_delays)
 
 hypothesis_settings.register_profile("layerskip", database=None)  # no test depends on the runs before
 hypothesis_settings.load_profile("layerskip")
@@ -80,6 +87,15 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
+    return as_on_this_cpu(model)
+
+
+def as_on_this_cpu(model):
+    """The model, with the rounding of another CPU in its weights if LAYERSKIP_TEST_CPU says so."""
+    if OTHER_CPU:
+        rounding = torch.Generator().manual_seed(OTHER_CPU)
+        for parameter in model.parameters():
+            parameter.data.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=rounding, dtype=torch.float64))
     return model
 
 
@@ -104,6 +120,28 @@ def pytest_runtest_setup():
         gc.collect()
         gc.freeze()
         _frozen = len(sys.modules)
+
+
+class Progress:
+    """A line every ten seconds instead of a dot for each test: how many are done, and the newest one's name."""
+
+    def __init__(self, session, reporter):
+        self.session, self.reporter, self.done, self.told = session, reporter, 0, time.monotonic()
+
+    def pytest_report_teststatus(self, report):
+        if report.passed:
+            return "passed" if report.when == "call" else "", "", ""
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.done += 1
+        if time.monotonic() > self.told + 10 or self.done == self.session.testscollected:
+            self.told = time.monotonic()
+            self.reporter.write_line(f"{self.done} of {self.session.testscollected}: {nodeid}"[:130])
+
+
+def pytest_sessionstart(session):
+    if getattr(session.config.option, "dist", "no") != "no":  # the process that hands tests to others
+        session.config.pluginmanager.register(Progress(session, session.config.pluginmanager.get_plugin("terminalreporter")))
 
 
 os.fsync = lambda _: None  # what tests write need not outlive this machine, and each call takes 10 ms

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import as_on_this_cpu, tiny_model
 from forks import import_once
 from safetensors.torch import load_file
 
@@ -81,7 +81,7 @@ def saved_base(folder, **changes):
     shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256, **changes}
     model = tiny_model(dtype=torch.float32, **shape)
     model.apply(model._init_weights)  # the usual small random weights: these are to be trained
-    save_checkpoint(model, tokenizer, CheckpointInfo(), str(folder), torch.float32)
+    save_checkpoint(as_on_this_cpu(model), tokenizer, CheckpointInfo(), str(folder), torch.float32)
     return str(folder)
 
 

@@ -39,11 +39,13 @@ def stored(folder):
 
 @pytest.mark.parametrize("loss", ["kl", "tv", "acceptance"])
 def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint, loss):
+    """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
-    config = frozen(model=checkpoint, steps=60, lr=0.05, eval_steps=1, exit_blocks=replace(EAGLE3, loss=loss))
+    rows = {"validation": "train", "validation_samples": 40}
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=1, exit_blocks=replace(EAGLE3, loss=loss), **rows)
     described, reports, _ = train(config)
-    assert reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
-    assert reports[-1].agreement[0] > reports[1].agreement[0] + 0.2
+    assert reports[-1].exit_losses[0] < 0.75 * reports[0].exit_losses[0]
+    assert reports[-1].agreement[0] > 10 / 64 > 2 * reports[1].agreement[0]
     after = hashes(config.output)
     assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
     assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
@@ -159,6 +161,7 @@ def test_wrong_use_is_one_error(frozen, changes, message):
 def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     """Not of models without attention, or with an embedding of another kind, scales or caps."""
     model = tiny(kind)
+    model.requires_grad_()  # tests share it
     assert suits_engines(TransformersBackend(model)) == suits
     assert all(weight.requires_grad for weight in model.parameters())  # a question changes nothing
 
