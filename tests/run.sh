@@ -2,6 +2,7 @@
 # Sets up an environment, then runs lint, types, the wheel in an empty environment, and the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+echo 'About 10 minutes on two cores: an environment, lint, types, 4,900 tests, the wheel in an empty environment, the plugin for vLLM.'
 . examples/environment.sh '[dev,gguf,llama-cpp,lm-eval]'
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
@@ -92,6 +93,7 @@ files_of_the_checkout >"$scratch/before"
 OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
 files_of_the_checkout | diff "$scratch/before" - >&2 || { echo 'error: the tests changed files of the checkout' >&2; exit 1; }
 
+echo 'Tests done; waiting for types, the wheel and the plugin.'
 wait "$types_check" || { cat "$scratch/types.log" >&2; echo 'error: mypy' >&2; exit 1; }
 wait "$wheel_check" || { tail -n 50 "$scratch/wheel.log" >&2; echo 'error: the wheel failed in an empty environment' >&2; exit 1; }
 wait "$vllm_check" || { tail -n 50 "$scratch/vllm.log" >&2; echo 'error: the plugin failed in vLLM' >&2; exit 1; }
