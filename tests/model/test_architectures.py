@@ -55,8 +55,8 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
     tokens = 2 * 10
     torch.testing.assert_close(output["per_exit"][-1] / tokens, expected.detach(), check_dtype=False)
     (output["loss"] / tokens).backward()
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
+    for name, weight in model.named_parameters():  # ours are of a loss in fp32: rounded by 6e-8, and then summed
+        assert (weight.grad - gradients[name]).abs().max() < 1e-5 * gradients[name].abs().max(), name
 
 
 def test_embedding_dropout_acts_in_training():

@@ -42,14 +42,13 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
     """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
     rows = {"validation": "train", "validation_samples": 40}
-    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=1, exit_blocks=replace(EAGLE3, loss=loss), **rows)
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, exit_blocks=replace(EAGLE3, loss=loss), **rows)
     described, reports, _ = train(config)
-    assert reports[-1].exit_losses[0] < 0.75 * reports[0].exit_losses[0]
-    assert reports[-1].agreement[0] > 10 / 64 > 2 * reports[1].agreement[0]
+    assert described["eagle3"]["divergence"] < 0.75 * reports[0].exit_losses[0]
+    assert described["eagle3"]["agreement"] > 10 / 64
     after = hashes(config.output)
     assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
     assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
-    assert described["eagle3"]["agreement"] == reports[-1].agreement[0]
     assert described["eagle3"]["layers"] == [2, 3] or described["eagle3"]["layers"] == (2, 3)
     assert 0.5 < described["eagle3"]["coverage"] <= 1
     assert read_info(config.output).draft_profile(6).acceptance == {"eagle3": described["eagle3"]["agreement"]}

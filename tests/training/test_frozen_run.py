@@ -62,10 +62,9 @@ def same(one, other):
 def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
     """On the tokens that it learns."""
     rows = {"validation": "train", "validation_samples": 40}
-    trained, reports, stages = train(frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=1, **rows))
-    assert reports[-1].exit_losses[2] < reports[0].exit_losses[2] / 2
-    assert reports[-1].agreement[2] > 2 * reports[1].agreement[2]
-    assert trained["2"]["agreement"] == reports[-1].agreement[2] and trained["2"]["divergence"] == reports[-1].exit_losses[2]
+    trained, reports, stages = train(frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=20, **rows))
+    assert trained["2"]["divergence"] < reports[0].exit_losses[2] / 2
+    assert trained["2"]["agreement"] > next(report.agreement[2] for report in reports if report.agreement)
     assert stages[0][0] == "answers" and stages[-1] == ("states", 80, 80)
 
 

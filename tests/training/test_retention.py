@@ -12,7 +12,17 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div
-from training_runs import RECIPE, batch, loss_rows, recipe_module, require_exact_resumption, saved_base, train
+from training_runs import (
+    RECIPE,
+    Interrupted,
+    batch,
+    loss_rows,
+    recipe_module,
+    require_exact_resumption,
+    saved_base,
+    stop_at,
+    train,
+)
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.model import DataConfig, PromptingConfig
@@ -132,9 +142,10 @@ def test_a_strong_anchor_keeps_the_model_near_the_original(settings, tmp_path, c
 
 def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
     other = saved_base(tmp_path / "other", initializer_range=0.05)
-    train(settings(**anchored(1.0, save_steps=2, steps=4), model=other))
+    with pytest.raises(Interrupted):
+        prepare(settings(**anchored(1.0, save_steps=2, steps=4), model=other)).run(stop_at(3))
     with pytest.raises(ConfigError, match=r"`resume`: original was .* in the run to go on with"):
-        prepare(settings(**anchored(1.0, steps=4), resume=True, overwrite=True))
+        prepare(settings(**anchored(1.0, steps=4), resume=True))
 
 
 QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
