@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -15,8 +16,6 @@ from .console import ResultsConsole, narrate, stage_bars
 from .loading import load_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import MeasurementConfig
     from layerskip_core.evaluation.measure import Progress
@@ -59,11 +58,20 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
     raise RuntimeError("a measurement ended without its record")
 
 
-def deliver_report(record: "RunRecord", form: str, folder: "Path | None", picture: Callable[[int], Text] | None = None) -> None:
-    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike."""
+def deliver_report(
+    record: "RunRecord",
+    form: str,
+    folder: Path | None,
+    saved: str | None,
+    picture: Callable[[int], Text] | None = None,
+) -> None:
+    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike.
+
+    `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
+    """
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import tables_of
-    from layerskip_core.evaluation.results import result_name
+    from layerskip_core.evaluation.results import OUTPUTS, result_name
 
     tables, told = tables_of(record), []
     for result in record.results:
@@ -72,6 +80,8 @@ def deliver_report(record: "RunRecord", form: str, folder: "Path | None", pictur
             count, first = plural(len(result.failures), "prompt"), result.failures[0]
             narrate(f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, tables[0])
+    if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
+        files[OUTPUTS] = None
     deliver(record, tables, form, to_csv(record), folder, files, picture)
 
 
@@ -80,18 +90,24 @@ def deliver(
     tables: "Sequence[TextTable]",
     form: str,
     rows: str,
-    folder: "Path | None",
-    files: Mapping[str, bytes],
+    folder: Path | None,
+    files: Mapping[str, bytes | None],
     picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON."""
+    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
+
+    A file without content is removed: an earlier result left it.
+    """
     from layerskip_core.evaluation.report import to_json, to_markdown
     from layerskip_core.files import write_file
 
     if folder is not None:
-        for name, content in files.items():
+        written = {name: content for name, content in files.items() if content is not None}
+        for name, content in written.items():
             write_file(folder / name, content, LayerSkipError)
-        narrate(f"wrote {', '.join(files)} to {folder}")
+        for name in files.keys() - written.keys():
+            (folder / name).unlink(missing_ok=True)
+        narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
         for table in tables:
             _print_table(table, picture)

@@ -26,6 +26,7 @@ Format = Annotated[
 ReportFolder = Annotated[
     Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
 ]
+Overwrite = Annotated[bool, Flag("Replace an earlier result in --output.", panel="Output")]
 SavedReport = Annotated[Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")]
 ModelArgument = Annotated[
     Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")

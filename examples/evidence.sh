@@ -64,7 +64,7 @@ of_seeds() { # LABEL PREFIX: LABEL=the runs of all seeds
 report() { # compare's arguments, the first of them PATTERN of the trainings whose costs are shown
     echo "## $stage"
     echo
-    layerskip compare "${@:2}" --format markdown --output "$runs/$stage"
+    layerskip compare "${@:2}" --format markdown --output "$runs/$stage" --overwrite
     echo
     echo "| training | seconds | processor seconds |"
     echo "|---|---|---|"

@@ -70,6 +70,12 @@ def require_choice(value: str, field: str, choices: Sequence[str]) -> None:
     require(value in choices, field, f"one of {', '.join(choices)}", value)
 
 
+def require_overwrite(output: str, held: str, overwrite: bool) -> None:
+    """Raises ConfigError if `output` holds something (`held`; empty: nothing) that may not be replaced."""
+    if held and not overwrite:
+        raise ConfigError(f"`output` {output} already holds {held}; give `overwrite` to replace it, or another folder")
+
+
 def refused(field: str, needed: str, got: str) -> ConfigError:
     """The error `field must be needed, got got`. What is no field ("the prompt") is named as it stands."""
     known = field.isidentifier() and field.islower()  # an environment variable is named as it stands

@@ -7,7 +7,7 @@ from layerskip_core.config.options import Flag
 from layerskip_core.errors import require
 
 from .. import console, evaluation
-from ..options import Format, ReportFolder, SavedReport, command
+from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "
@@ -20,6 +20,7 @@ def bench(
     config: BenchConfig,
     format: Format = "table",
     output: ReportFolder = None,
+    overwrite: Overwrite = False,
     saved: SavedReport = None,
     resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
@@ -32,10 +33,10 @@ def bench(
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
-    from layerskip_core.evaluation.report import output_folder, with_answers
+    from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
     from layerskip_core.evaluation.results import close_journal, read_record
 
-    with output_folder(output, "layerskip bench") as folder:
+    with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:
         if saved is not None:
             record = with_answers(read_record(saved, "bench"), saved)
         else:
@@ -48,6 +49,6 @@ def bench(
                 if must_search(loaded, config):
                     console.narrate(_SEARCHING)
                 record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
-        evaluation.deliver_report(record, format, folder)
+        evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:
             close_journal(folder)

@@ -9,7 +9,7 @@ from layerskip_core.errors import refused, require_choice
 
 from .. import evaluation
 from ..console import narrate
-from ..options import Format, command
+from ..options import Format, Overwrite, command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.comparison import Run
@@ -35,6 +35,7 @@ def compare(
     exits: Annotated[tuple[Layer, ...], Flag("Exits to compare: 3,6,8 or A:B:STEP.", panel="Measurement")] = (),
     format: Format = "table",
     output: Annotated[Text | None, Flag("Folder for comparison.md, .json and .csv, and plots.", panel="Output")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.
 
@@ -42,10 +43,10 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.report import output_folder, table_files
-    from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
+    from layerskip_core.evaluation.report import output_folder, table_names
+    from layerskip_core.evaluation.report.comparison import compare_table, comparison_files, to_csv
 
-    with output_folder(output, "layerskip compare") as folder:
+    with output_folder(output, "layerskip compare", table_names("comparison"), overwrite) as folder:
         if runs:
             groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
         else:
@@ -59,9 +60,9 @@ def compare(
             raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
-        shown, rows = [compare_table(comparison)], to_csv(comparison)
-        files = {} if folder is None else table_files("comparison", comparison, shown, rows) | plots(comparison)
-        evaluation.deliver(comparison, shown, format, rows, folder, files)
+        shown, rows = compare_table(comparison), to_csv(comparison)
+        files = {} if folder is None else comparison_files(comparison, shown, rows, folder)
+        evaluation.deliver(comparison, [shown], format, rows, folder, files)
 
 
 def _measured(model: str) -> "Run":

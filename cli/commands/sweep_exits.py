@@ -17,7 +17,7 @@ from layerskip_core.errors import ConfigError, require
 
 from .. import evaluation
 from ..console import narrate
-from ..options import Format, ReportFolder, SavedReport, command
+from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.report.tables import Points
@@ -34,6 +34,7 @@ def sweep_exits(
     config: SweepConfig,
     format: Format = "table",
     output: ReportFolder = None,
+    overwrite: Overwrite = False,
     saved: SavedReport = None,
     save: Annotated[
         bool, Flag("Write the recommendation and the policies exact and fast into the model's layerskip.json.", panel="Output")
@@ -44,7 +45,7 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.report import output_folder, with_answers
+    from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
     from layerskip_core.evaluation.report.tables import has_scores, points_of
     from layerskip_core.evaluation.results import read_record
 
@@ -52,7 +53,8 @@ def sweep_exits(
     scored = bool(config.task.harness_tasks) if record is None else has_scores(record)
     require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
     model = config.model if record is None else str(record.config["model"])
-    with _model_folder(model) if save else nullcontext(), output_folder(output, "layerskip sweep-exits") as folder:
+    holding = output_folder(output, "layerskip sweep-exits", REPORT, overwrite)
+    with _model_folder(model) if save else nullcontext(), holding as folder:
         if record is None:
             loaded, rows = evaluation.load(config)
             if scored:
@@ -64,7 +66,7 @@ def sweep_exits(
         if save:  # first: the reader of stdout may go away
             _save(model, record)
         points = points_of(record)
-        evaluation.deliver_report(record, format, folder, None if points is None else partial(front, points))
+        evaluation.deliver_report(record, format, folder, saved, None if points is None else partial(front, points))
 
 
 @contextmanager

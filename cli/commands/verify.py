@@ -10,7 +10,7 @@ from layerskip_core.config.options import Flag, Text
 
 from .. import evaluation
 from ..loading import load_model
-from ..options import Format, ModelArgument, command
+from ..options import Format, ModelArgument, Overwrite, command
 
 
 @command
@@ -20,6 +20,7 @@ def verify(
     config: VerifyConfig,
     format: Format = "table",
     output: Annotated[Text | None, Flag("Folder for verification.md, .json and .csv.", panel="Output")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Check that batching, drafting and resuming do not change outputs on this machine.
 
@@ -29,11 +30,11 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    from layerskip_core.evaluation.report import output_folder, table_files
+    from layerskip_core.evaluation.report import output_folder, table_files, table_names
     from layerskip_core.evaluation.verification import tables, to_csv
     from layerskip_core.evaluation.verification import verify as run_verify
 
-    with output_folder(output, "layerskip verify") as folder:
+    with output_folder(output, "layerskip verify", table_names("verification"), overwrite) as folder:
         load_model(model, config.machine)  # for its notes and threads; freed before the checks, which load their own
         record = evaluation.watch(run_verify(replace(config, model=model)))
         shown, rows = tables(record), to_csv(record)

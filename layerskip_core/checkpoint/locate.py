@@ -1,5 +1,6 @@
 """From a model's name to its files: an embedded model, a folder, a GGUF file or a hub id."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -10,7 +11,7 @@ from ..errors import CheckpointError, ConfigError, LockedError, first_line
 from ..files import read_json
 from .folder import is_packed, refuse_packed, weight_files
 from .info import ADAPTER_FILE, holds_model
-from .save import settle
+from .save import model_files, settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
@@ -116,6 +117,18 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
         known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
         absent = "" if known else "there is no such folder, and as a hub id: "
         raise CheckpointError(f"cannot load model {name}: {absent}{first_line(error)}") from error
+
+
+def files_digest(name: str) -> str:
+    """A digest of all files of a model, and of those of an adapter's base."""
+    digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
+    for each in (*adapters, base):
+        location = present(each)
+        folder = Path(fetched(location.path))
+        for file in sorted(model_files(folder)) if location.gguf_file is None else [location.gguf_file]:
+            with (folder / file).open("rb") as content:
+                digest.update(file.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def is_adapter(folder: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
 from .folder import quiet_transformers, read_settings
@@ -63,8 +63,7 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
     `written` are names of files that will be written with the model. An interrupted save in the folder is finished first.
     """
     settle(output)
-    if holds_model(output) and not overwrite:
-        raise ConfigError(f"`output` {output} already holds a model; give `overwrite` to replace it, or another folder")
+    require_overwrite(output, "a model" if holds_model(output) else "", overwrite)
     _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 

@@ -11,7 +11,7 @@ import msgspec
 from ..config.decoding import EXACT, DecodingOptions, DraftProfile, Policy
 from ..config.model import Quantization
 from ..decoding import DecodeStats, StopReason
-from ..errors import LayerSkipError, plural
+from ..errors import LayerSkipError, plural, shown
 from ..files import append_lines, parse_json, read_bytes, require_writable, whole_lines, write_file
 
 JOURNAL = "unfinished.jsonl"
@@ -278,25 +278,35 @@ class Journal:
         """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
 
         An incomplete last line, left by an interruption, is dropped; its prompt is measured again. Raises LayerSkipError when
-        the journal belongs to other settings, when another line is damaged, or when the file cannot be written.
+        the journal belongs to other settings (the message names them), when another line is damaged, or when the file cannot be
+        written.
         """
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()
-        lines = whole_lines(self._path, LayerSkipError) if resume else []
+        lines, anew = whole_lines(self._path, LayerSkipError) if resume else [], "give `overwrite` instead to start anew"
         if lines and lines[0].strip() != head:
-            raise LayerSkipError(
-                f"`resume`: {self._path} belongs to a run with other settings or rows; leave out `resume` to start again"
-            )
+            old, new = (_by_name(parse_json(line, f"`resume`: {self._path}", LayerSkipError)) for line in (lines[0], head))
+            changed = (name for name in (old | new) if old.get(name) != new.get(name))
+            differing = ", ".join(f"{name} {shown(old.get(name))} then, {shown(new.get(name))} now" for name in changed)
+            raise LayerSkipError(f"`resume`: {self._path} belongs to another run ({differing}); {anew}")
         try:
             rows = [msgspec.json.decode(line, type=_Row) for line in lines[1:]]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; leave out `resume` to start again") from None
+            raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; {anew}") from None
         self.known = {(row.repeat, row.sample): row.outputs for row in rows}
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
         line = {"repeat": repeat, "sample": sample, "outputs": [asdict(output) for output in outputs]}
         append_lines(self._path, [line], LayerSkipError)
+
+
+def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings under their own names, as messages show them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}
+    return flat
 
 
 def found_skip(folder: Path) -> DecodingOptions | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require_overwrite
 from ..model.eagle3 import TOKENS, Eagle3Form, Eagle3Weights
 from ..model.rope import llama3_factors
 from ..model.spec import ModelSpec, RopeSpec
@@ -44,8 +44,7 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
     """Raises ConfigError if `output` holds such files that may not be replaced, or a readme without them."""
     folder = Path(output)
     ours = [name for name in (TARGET, DRAFT) if os.path.lexists(folder / name)]
-    if ours and not overwrite:
-        raise ConfigError(f"`output` {output} already holds {ours[0]}; give `overwrite` to replace it, or another folder")
+    require_overwrite(output, "".join(ours[:1]), overwrite)
     if not ours and os.path.lexists(folder / readme):
         raise ConfigError(f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder")
 

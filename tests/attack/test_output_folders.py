@@ -49,7 +49,7 @@ ALL = (RESUME, (), OVERWRITE)
 KILLED = {
     "import over a model": Scenario(IMPORT),
     "finetune over a model": Scenario(("finetune", "--model", "NEW", *FEW, "--output", "out", *OVERWRITE), again=ALL),
-    "bench": Scenario(BENCH, over=None, again=(RESUME, ()), checked=()),
+    "bench": Scenario(BENCH, over=None, again=ALL, checked=()),
     "sweep --save": Scenario(SWEEP, kept=KEPT),
     "calibrate beside a model": Scenario(
         (*CALIBRATE, "--model", "out"), checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")

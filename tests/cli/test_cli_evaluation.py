@@ -269,6 +269,43 @@ def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):
     assert not (tmp_path / "out" / "unfinished.jsonl").exists()
 
 
+def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, monkeypatch):
+    out, told = tmp_path / "out", "holds an unfinished run; give --resume to go on, or --overwrite to start anew"
+    arguments = ("bench", "--model", model, "--samples", "2", "--repeats", "1", "--max-new-tokens", "2", "--output", str(out))
+    with monkeypatch.context() as patch:
+        patch.setattr("layerskip_core.evaluation.measure.figures.result_of", lambda *_: 1 / 0)
+        patch.setattr("layerskip_core.evaluation.measure.bench.result_of", lambda *_: 1 / 0)
+        assert command_line.run(*arguments).code == 1
+    left = (out / "unfinished.jsonl").read_bytes()
+    refused(f"--output {out} {told}", *arguments)
+    assert (out / "unfinished.jsonl").read_bytes() == left and left.count(b"\n") == 3
+    run(*arguments, "--resume")
+    assert (out / "outputs.jsonl").read_bytes() == left
+    refused(f"--output {out} already holds results.json; give --overwrite to replace it", *arguments, "--resume")
+
+
+def test_an_earlier_result_is_replaced_whole_and_only_if_asked(tmp_path, model):
+    out, again = tmp_path / "out", ("--from", str(tmp_path / "out" / "results.json"), "--output", str(tmp_path / "out"))
+    flags = ("--model", model, "--samples", "1", "--max-new-tokens", "2", "--output", str(out))
+    swept = ("sweep-exits", *flags, "--exits", "2,5", "--specs", "2")
+    benched = ("bench", *flags, "--repeats", "1", "--strategies", "autoregressive,early-exit")
+    run(*swept)
+    (out / "mine.png").write_text("of the user")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert "acceptance_by_exit.png" in before
+    for command in (swept, benched, ("sweep-exits", *again)):
+        told = f"--output {out} already holds results.json; give --overwrite to replace it, or another folder"
+        refused(told, *command)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    run(*benched, "--overwrite")
+    reported = {"report.html", "results.json", "results.csv", "answers.html", "answers.jsonl", "pareto.png", "time_split.png"}
+    assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}
+    run("bench", *again, "--overwrite")  # the outputs are those of this result
+    assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}
+    run(*swept, "--overwrite")
+    assert {file.name for file in out.iterdir()} == before.keys()
+
+
 def test_bench_tells_failures_and_goes_on(tmp_path, model):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')

@@ -1,6 +1,7 @@
 """The benchmark: figures from known times, and a run on the tiny model."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -225,18 +226,34 @@ def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):
     assert Journal(tmp_path, {"a": 1}, False).known == {}
 
 
-def test_a_run_of_other_rows_is_not_resumed(tmp_path):
-    loaded, task = tiny_loaded(), own_answers()
-    running = bench(loaded, task, CONFIG, tmp_path)
+def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_resumed(tmp_path, checkpoint, monkeypatch):
+    model, out, task = tmp_path / "model", tmp_path / "out", own_answers()
+    shutil.copytree(checkpoint, model)
+    loaded, other = replace(tiny_loaded(), name=str(model)), replace(task, examples=task.examples[::-1])
+    running = bench(loaded, task, CONFIG, out)
+    out.mkdir()
     next(running)
     running.close()
-    other = replace(task, examples=(*task.examples[1:], task.examples[0]))
-    with pytest.raises(LayerSkipError, match="belongs to a run with other settings or rows"):
-        next(bench(loaded, other, CONFIG, tmp_path, resume=True))
+
+    def refused(told, task=task, config=CONFIG):
+        with pytest.raises(LayerSkipError, match=rf"unfinished.jsonl belongs to another run \({told}\); give `overwrite`"):
+            next(bench(loaded, task, config, out, resume=True))
+
+    digests = "[0-9a-f]{16} then, [0-9a-f]{16} now"
+    refused(f"`rows` {digests}", task=other)
+    refused("`repeats` 2 then, 3 now", config=replace(CONFIG, repeats=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(loaded.backend), "implementation", "native (amx)")
+        patch.setattr("torch.__version__", "9.9")
+        refused("`implementation` generic then, native \\(amx\\) now, `torch` .* then, 9.9 now")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    refused(f"`model_files` {digests}")
 
 
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
-    loaded, task = tiny_loaded(), own_answers()
+    loaded, task = replace(tiny_loaded(), name="embedded"), own_answers()
     *_, whole = bench(loaded, task, CONFIG)
     running = bench(loaded, task, CONFIG, tmp_path)
     for _ in range(4):  # of 6: one repeat of 3 prompts, and the first of the other

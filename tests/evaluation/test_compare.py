@@ -199,6 +199,13 @@ def test_documents_and_plots(tmp_path):
     assert {f"{name}.png" for name in pictures} | {"comparison.md", "comparison.json", "comparison.csv"} <= written
     assert "acceptance_rate.png" not in written  # of one exit only
     assert (tmp_path / "out" / "exact_match.png").read_bytes().startswith(b"\x89PNG")
+    fewer = ("compare", *folders, "--only", "perplexity", "--output", str(tmp_path / "out"))
+    fails(
+        f"--output {tmp_path / 'out'} already holds comparison.json; give --overwrite to replace it, or another folder", *fewer
+    )
+    assert run(*fewer, "--overwrite").code == 0
+    left = {path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png"}
+    assert left == {"perplexity.png", "held_out_perplexity_over_steps.png"}
 
 
 @pytest.mark.parametrize(("name", "text"), [("results.json", "{}"), ("losses.jsonl", '{"step": 1}'), ("x", "")])

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from ...checkpoint.folder import quiet_transformers
 from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
+from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import TRANSFORMERS_BASELINES, USUAL_STRATEGIES, BenchConfig
@@ -41,7 +42,8 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
+    """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`
+    by the same model files, kernels and versions.
 
     With a batch size above 1, all prompts are answered in batches for quality, and `timed` of them are timed one by one.
 
@@ -67,8 +69,10 @@ def bench(
     journal = None
     if folder is not None:
         rows = [*((example.prompt, example.completion) for example in task.examples), task.text]
-        head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {})
-        journal = Journal(folder, head | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}, resume)
+        made = {name: machine[name] for name in ("versions", "device_name", "threads", "dtype", "implementation")}
+        digests = {"model_files": files_digest(loaded.name), "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+        head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {}) | digests
+        journal = Journal(folder, head | {"machine": made}, resume)
     depths = [depth_of(setting, layers) or layers for setting in settings]
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
     settings += [replace(speculative, strategy=name) for name in baselines]

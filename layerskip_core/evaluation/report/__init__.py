@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
@@ -20,15 +20,16 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ...errors import LayerSkipError, visible
+from ...errors import ConfigError, LayerSkipError, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
 from .tables import FIGURES, PARETO_NOTE, Row, TextTable, cell, flat_rows, form_of
 
 ANSWERS_FILE = "answers.jsonl"
-_REPORT_BYTES = 1 << 20  # more than any report takes
 ANSWERS_PAGE = "answers.html"
+REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, OUTPUTS, JOURNAL)
+_REPORT_BYTES = 1 << 20  # more than any report takes
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
 _HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
 
@@ -45,8 +46,12 @@ def to_markdown(tables: Sequence[TextTable]) -> str:
 
 def table_files(name: str, record: Any, tables: Sequence[TextTable], rows: str) -> dict[str, bytes]:
     """NAME.md of tables, NAME.json of the record and NAME.csv of the rows."""
-    texts = {"md": to_markdown(tables), "json": to_json(record), "csv": rows}
-    return {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
+    texts = to_json(record), to_markdown(tables), rows
+    return {file: text.encode() for file, text in zip(table_names(name), texts, strict=True)}
+
+
+def table_names(name: str) -> list[str]:
+    return [f"{name}.{ending}" for ending in ("json", "md", "csv")]
 
 
 def to_csv(record: RunRecord) -> str:
@@ -87,9 +92,9 @@ def with_answers(record: RunRecord, saved: str) -> RunRecord:
     return replace(record, answered=tuple(answered))
 
 
-def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
-    """All report files, by name."""
-    from .plots import figures, to_png, to_svg  # matplotlib takes a while to import
+def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
+    """All report files by name; None for those that an earlier report may have left, and this one lacks."""
+    from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
@@ -101,15 +106,25 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
     }
     if record.answered:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
-    files = {name: text.encode() for name, text in texts.items()}
-    return files | {f"{name}.png": to_png(figure) for name, figure in drawn.items()}
+    files = {name: text.encode() for name, text in texts.items()} | {
+        f"{name}.png": to_png(figure) for name, figure in drawn.items()
+    }
+    return files | without(files, [ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in FIGURES)])
+
+
+def without(files: Mapping[str, bytes], earlier: Iterable[str]) -> dict[str, None]:
+    """None for the names that `earlier` files may have and these lack, so that nothing stale stays beside them."""
+    return {name: None for name in earlier if name not in files}
 
 
 @contextmanager
-def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
-    """The folder for a report, created and locked by `command`; None if `folder` is None.
+def output_folder(
+    folder: str | None, command: str, names: Sequence[str] = REPORT, overwrite: bool = False, resume: bool = False
+) -> Iterator[Path | None]:
+    """The folder for files of these `names`, created and locked by `command`; None if `folder` is None.
 
-    Raises LayerSkipError if the folder, or a file of a report in it, cannot be written, and as `hold` does.
+    Raises ConfigError if the first of them is there or a journal is, unless it may be replaced or gone on with; LayerSkipError
+    if one cannot be written; and as `hold` does.
     """
     if folder is None:
         yield None
@@ -118,8 +133,15 @@ def output_folder(folder: str | None, command: str) -> Iterator[Path | None]:
     with hold(path, command):
         if shutil.disk_usage(path).free < _REPORT_BYTES:
             raise LayerSkipError(f"`output` {folder} is on a disk without space")
-        for name in ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, JOURNAL, OUTPUTS):
+        for name in names:
             require_writable(path / name, LayerSkipError)
+        unfinished = JOURNAL in names and (path / JOURNAL).exists()
+        if unfinished and not (resume or overwrite):
+            told = "holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+            raise ConfigError(f"`output` {folder} {told}")
+        require_overwrite(folder, names[0] if (path / names[0]).exists() else "", overwrite or unfinished)
+        if unfinished and not resume:
+            (path / JOURNAL).unlink()
         yield path
 
 

@@ -3,11 +3,15 @@
 import re
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 
+import msgspec
 from matplotlib.figure import Figure
 
+from ...errors import LayerSkipError
+from ...files import read_json
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
-from . import csv_text
+from . import csv_text, table_files, without
 from .plots import SIZE, legend_above, logarithmic, new_figure, style, to_png
 from .tables import TextTable
 
@@ -66,13 +70,33 @@ def _note(comparison: Comparison) -> str:
     return "\n".join((*lines, *comparison.notes))
 
 
+class _Line(msgspec.Struct):
+    figure: str
+
+
+class _Written(msgspec.Struct):
+    lines: list[_Line]
+
+
+def comparison_files(comparison: Comparison, table: TextTable, rows: str, folder: Path) -> dict[str, bytes | None]:
+    """All files by name; None for the plots that an earlier comparison left in the folder, and this one lacks."""
+    earlier, names = folder / "comparison.json", [OVER_STEPS]
+    if earlier.exists():
+        names += [line.figure for line in read_json(earlier, LayerSkipError, _Written).lines]
+    files = table_files("comparison", comparison, [table], rows) | plots(comparison)
+    return files | without(files, map(_file, names))
+
+
+def _file(figure: str) -> str:
+    return re.sub(r"\W", "_", figure) + ".png"
+
+
 def plots(comparison: Comparison) -> dict[str, bytes]:
     """PNG files by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
     with style():
         drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    found = {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
-    return {re.sub(r"\W", "_", name) + ".png": image for name, image in found.items()}
+    return {_file(name): to_png(figure) for name, figure in drawn.items() if figure is not None}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:

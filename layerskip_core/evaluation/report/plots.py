@@ -3,8 +3,9 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -103,17 +104,7 @@ def to_svg(figure: Figure) -> str:
 def figures(record: RunRecord) -> dict[str, Figure]:
     """The figures that the record has data for, by name; the last one can be tall."""
     with style():
-        drawn = {
-            "scores_by_exit": _scores_by_exit(record, "Scores by exit", lower=False),
-            "lower_scores_by_exit": _scores_by_exit(record, "Perplexities by exit", lower=True),
-            "pareto": _pareto(record),
-            "acceptance_by_exit": _acceptance_by_exit(record),
-            "acceptance_by_position": _acceptance_by_position(record),
-            "perplexity": _perplexity(record),
-            "prediction": _prediction(record),
-            "speed_within_an_answer": _speed_within_an_answer(record),
-            "time_split": _time_split(record),
-        }
+        drawn = {name: draw(record) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -312,3 +303,16 @@ def _label_points(figure: Figure, axes: Any, found: Points) -> None:
                 taken.append(area)
                 break
             label.remove()
+
+
+FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
+    "scores_by_exit": partial(_scores_by_exit, title="Scores by exit", lower=False),
+    "lower_scores_by_exit": partial(_scores_by_exit, title="Perplexities by exit", lower=True),
+    "pareto": _pareto,
+    "acceptance_by_exit": _acceptance_by_exit,
+    "acceptance_by_position": _acceptance_by_position,
+    "perplexity": _perplexity,
+    "prediction": _prediction,
+    "speed_within_an_answer": _speed_within_an_answer,
+    "time_split": _time_split,
+}
