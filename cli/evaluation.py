@@ -33,9 +33,9 @@ def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
 
         rows: Any = load_tasks(config.task)
     else:
-        from layerskip_core.evaluation.tasks import load_task
+        from layerskip_core.evaluation.tasks.texts import load_trained
 
-        rows = load_task(config.task)
+        rows = load_trained(config.task, config.model)
     for note in rows.notes:
         narrate(note)
     # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.

@@ -9,9 +9,9 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python "$here/lm_eval_tasks.py" "$folder/tasks"
 layerskip sweep-exits --task lm-eval:commands_choice,commands_parse --include-path "$folder/tasks" --samples 200 \
-    --batch-size 16 --dtype fp32 --output "$folder/embedded"
+    --batch-size 16 --dtype fp32 --output "$folder/embedded" --overwrite
 layerskip sweep-exits --model "$model" --task lm-eval:facts_choice,facts_answer --include-path "$folder/tasks" \
-    --exits 5,10,15,20,25,28 --samples 200 --batch-size 16 --timed 2 --dtype fp32 --output "$folder/curves"
+    --exits 5,10,15,20,25,28 --samples 200 --batch-size 16 --timed 2 --dtype fp32 --output "$folder/curves" --overwrite
 
 layerskip export "$model" --exit "$exit" --output "$folder/exit" --overwrite
 python "$here/lm_eval_agreement.py" "$folder/tasks" 40 "layerskip:$model:fp32" "hf:$model:fp32" > "$folder/full-depth.md"

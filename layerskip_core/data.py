@@ -297,6 +297,22 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
     raise DataError(f"`{config.setting}` {listed([config.name])} is none of: commands, topv2, {kinds}")
 
 
+def is_data(name: str) -> bool:
+    """Whether `validation` names data of its own, not a split of the training's."""
+    named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    return named and name not in commands.SPLITS
+
+
+def first_turn(record: Record) -> tuple[str, str]:
+    """The first message of a conversation's user, and the assistant's answer to it. Raises DataError if it has none."""
+    messages = iter(_conversation(record).messages)
+    asked = next((content for role, content in messages if role == "user"), "")
+    answer = next((content for role, content in messages if role == "assistant"), "")
+    if not asked.strip() or not answer.strip():
+        raise record.fault("messages must have one of the role 'user', and an answer to it", record.fields[MESSAGES])
+    return asked, answer
+
+
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
     prompt, completion = config.prompt_column, config.completion_column
     if is_parsing(config):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.text import Text
 
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
@@ -21,7 +22,7 @@ from layerskip_core.files import read_bytes
 
 from ..console import narrate, show_picture, stage_bars
 from ..loading import use_free_threads
-from ..options import command
+from ..options import FLAGS, command
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
@@ -107,7 +108,13 @@ def finetune(
         following = "sweep-exits"
     elif plan.recipe is not None and not settings.lora_keep:  # blocks stand beside whole weights
         following = "finetune --frozen"
-    narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")
+    after = [*following.split(), "--model", settings.output]
+    if "--frozen" in after:  # the others find the data in layerskip.json
+        after += ["--output", settings.output]
+        for name in ("name", "split", "prompt_column", "completion_column"):
+            if (value := getattr(settings.data, name)) != getattr(DataConfig, name):
+                after += [FLAGS[name], value]
+    narrate(f"saved {settings.output}; next: layerskip {shlex.join(after)}")
 
 
 def _run(job: "Job", curves: bool) -> None:

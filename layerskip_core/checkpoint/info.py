@@ -30,12 +30,25 @@ class _Recipe(msgspec.Struct, frozen=True):
     exits: tuple[int, ...] = ()
 
 
+class TrainedOn(msgspec.Struct, frozen=True):
+    """The data of a training: its name, split and columns."""
+
+    name: str
+    split: str = "train"
+    prompt_column: str | None = None
+    completion_column: str | None = None
+
+
 class _Config(msgspec.Struct, frozen=True):
     recipe: _Recipe | None = None
+    data: TrainedOn | None = None
+    validation: str | None = None
 
 
 class _Block(msgspec.Struct, frozen=True):
     agreement: float | None = None
+    data: TrainedOn | str | None = None  # older versions wrote the name alone
+    validation: str | None = None
 
 
 class _Training(msgspec.Struct, frozen=True):
@@ -93,6 +106,14 @@ class CheckpointInfo:
         if recipe.curriculum == "none":
             return ()
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
+
+    @property
+    def trained_on(self) -> tuple[TrainedOn | None, str | None]:
+        """The data of the latest training, and what held-out losses were measured on: other data, or one of its splits."""
+        for block in reversed(self._training.exit_blocks.values()):
+            if isinstance(block.data, TrainedOn):
+                return block.data, block.validation
+        return self._training.config.data, self._training.config.validation
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.

@@ -44,7 +44,7 @@ class TaskConfig:
         Text | None,
         Flag(
             f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
-            default="by --data, else commands",
+            default="by --data, else what the model was trained on, else commands",
             panel="Task",
         ),
     ] = None

@@ -18,8 +18,7 @@ from torch.utils.data import IterableDataset
 from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
 from ..config.training import FinetuneConfig
-from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
-from ..embedded.commands import SPLITS
+from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_data, is_parsing, load_prompts, load_rows, stream_rows
 from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
@@ -94,8 +93,7 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     if config.validation is None:
         return rows[:count], rows[count:]
     name = config.validation
-    named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
-    other = named and name not in SPLITS
+    other = is_data(name)
     if not other and Path(data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples

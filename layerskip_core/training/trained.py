@@ -347,7 +347,8 @@ class FrozenModel:
         shared = {
             **self.module.details,
             "loss": blocks.loss,
-            "data": config.data.name,
+            "data": asdict(config.data),
+            "validation": config.validation,
             "answers": blocks.answers,
             "rows": plan.rows,
             "target_tokens": sum(label != IGNORED for text in self.texts[: plan.rows] for label in text["labels"][1:]),

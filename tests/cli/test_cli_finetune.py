@@ -114,8 +114,14 @@ def test_without_the_recipe_a_drafter_follows(finetune):
     parts = ("loss by exit: 6: ", "\nout has the trained model; now the drafter beside it\n", "which stays as it is")
     assert sorted(parts, key=result.err.index) == list(parts)
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
+    rows = str(Path("../rows.jsonl").resolve())
+    measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
+    assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
+    assert f"rows: {rows}, split train, which the model was trained on; --data gives others\n" in measured.err
     alone = run(*finetune("--steps", "1", "--streaming", "--output", "streamed"))
-    assert alone.err.endswith("saved streamed; next: layerskip finetune --frozen --model streamed\n")
+    following = f"finetune --frozen --model streamed --output streamed --data {rows}"
+    assert alone.err.endswith(f"saved streamed; next: layerskip {following}\n")
+    assert run(*following.split(), *SHORT, "--answers", "data", "--steps", "1").code == 0
     adapter = run(*finetune("--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
     assert adapter.err.endswith("saved adapter; next: layerskip bench --model adapter\n")
 

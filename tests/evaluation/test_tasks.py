@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -11,12 +12,14 @@ import pytest
 from command_line import run
 from evaluating import score, tiny_loaded
 
+from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.evaluation import TASKS, TaskConfig
 from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.texts import load_trained
 from layerskip_core.prompting import PromptTemplate
 
 
@@ -343,3 +346,51 @@ def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):
     page = (folder / "report.html").read_text()
     assert "<button>digits</button>" in page
     assert "Quality: digits (%)</text>" in page
+
+
+USUAL = TaskConfig()
+
+
+def trained(folder, data, exit_blocks=None, **config):
+    """A model's folder, as far as its training is read."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    details = {"config": {"data": data, **config}} | ({} if exit_blocks is None else {"exit_blocks": exit_blocks})
+    (folder / "layerskip.json").write_text(CheckpointInfo(details=details).to_json())
+    return str(folder)
+
+
+def test_a_trained_model_is_measured_on_rows_of_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"ask": "one", "say": "two"}\n')
+    Path("other.jsonl").write_text('{"ask": "three", "say": "four"}\n')
+    columns = {"prompt_column": "ask", "completion_column": "say"}
+
+    def loaded(data, asked=USUAL, **config):
+        task = load_trained(asked, trained(tmp_path / "model", data, **config))
+        return [(row.prompt, row.completion) for row in task.examples], task.config.task, next(iter(task.notes), "")
+
+    rows = {"name": "rows.jsonl", "split": "train", **columns}
+    seen = "rows: rows.jsonl, split train, which the model was trained on; `data` gives others"
+    assert loaded(rows) == ([("one", "two")], "rows.jsonl", seen)
+    other = "rows: other.jsonl, split validation, which the model was not trained on"
+    assert loaded(rows, validation="other.jsonl") == ([("three", "four")], "other.jsonl", other)
+    assert loaded(rows, validation="gone.jsonl")[0] == [("one", "two")]
+    # The latest training counts; older versions wrote the name of its data alone.
+    blocks = {"exit 2": {"data": "gone.jsonl"}, "eagle3": {"data": {"name": "other.jsonl", **columns}}}
+    assert loaded(rows, exit_blocks=blocks)[0] == [("three", "four")]
+    assert loaded(rows, TaskConfig("commands", samples=1))[1:] == ("commands", "")
+    assert loaded({"name": "commands"}, TaskConfig(samples=1))[1:] == ("commands", "")
+    Path("folder").mkdir()
+    for split, utterance in (("train", "a"), ("eval", "b")):
+        Path(f"folder/alarm_{split}.tsv").write_text(f"domain\tutterance\tsemantic_parse\nalarm\t{utterance}\t[X ]\n")
+    told = "rows: folder, split validation, which the model was not trained on"
+    assert loaded({"name": "folder", "prompt_column": "prompt"}) == ([("b", "[X ]")], "folder", told)
+    Path("rows.jsonl").write_text('{"say": "a text without a prompt"}\n')
+    assert loaded(rows)[1] == "lm"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    Path("rows.jsonl").write_text(json.dumps({"messages": messages}))
+    assert loaded(rows)[0] == [("u", "a")]
+    Path("rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"was trained for: `data` rows.jsonl: there is no such file; give `data` or `task`"):
+        loaded(rows)

@@ -9,15 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...checkpoint.info import read_info
+from ...checkpoint.locate import present
 from ...config.evaluation import TaskConfig
 from ...config.model import DataConfig
 from ...data import (
     FILE_ENDINGS,
+    MESSAGES,
     Example,
     Record,
     file_ending,
-    file_records,
+    first_turn,
     hub_records,
+    is_data,
     is_parsing,
     load_examples,
     load_records,
@@ -27,10 +31,10 @@ from ...errors import DataError, require
 from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
-from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, rows_of, shots_and_rest
+from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, rows_of, shots_and_rest
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
-_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)
+_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS, MESSAGES)
 _CATEGORY = "category"
 _REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
 _CNN_DM, _XSUM, _SCITLDR = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "allenai/scitldr"
@@ -50,6 +54,47 @@ _UNANSWERED = (
     f"the data has no references (one of the columns {', '.join(_REFERENCE_COLUMNS)}, or the one that `completion_column` "
     "names): answers are scored against the model's own at full depth"
 )
+
+
+def load_trained(asked: TaskConfig, model: str) -> Task:
+    """As `load_task`, but where neither `task` nor `data` is given, on data that the model was trained on, if it says which.
+
+    Other rows than the training's come first: the data of `validation`, then the split that was asked for, then `validation`.
+    Raises as `load_task` does, and DataError if the data cannot be read any more.
+    """
+    data, validation = (None, None) if asked.task or asked.data else read_info(present(model).path).trained_on
+    if data is None or data.name == "commands":
+        return load_task(asked)
+    choices, fault = [(validation, "validation")] if validation and is_data(validation) else [], None
+    if is_parsing(DataConfig(data.name)) or file_ending(Path(data.name)) not in FILE_ENDINGS:  # a file has no splits
+        choices += [(data.name, split) for split in dict.fromkeys((asked.split, "validation"))]
+    for name, split in dict.fromkeys([*choices, (data.name, data.split)]):
+        seen = (name, split) == (data.name, data.split)
+        how = "which the model was trained on; `data` gives others" if seen else "which the model was not trained on"
+        try:
+            config = _like_training(replace(asked, data=name, split=split), data.prompt_column, data.completion_column)
+            task = load_task(config)
+            return replace(task, notes=(f"rows: {name}, split {split}, {how}", *task.notes))
+        except DataError as error:
+            fault = error
+    raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
+
+
+def _like_training(config: TaskConfig, prompt: str | None, completion: str | None) -> TaskConfig:
+    """With the columns of a training as far as the data has them, or with the task `lm` for text without prompts."""
+    name = str(config.data)
+    if is_parsing(DataConfig(name)):
+        return config
+    if file_ending(Path(name)) == _PLAIN:
+        return replace(config, task="lm")
+    fields = next(load_records(DataConfig(name, config.split), streaming=True)).fields
+    plain = completion in fields and not fields.keys() & {prompt, *_PROMPT_COLUMNS}
+    return replace(
+        config,
+        task="lm" if plain else None,
+        prompt_column=config.prompt_column or (prompt if prompt in fields else None),
+        completion_column=config.completion_column or (completion if completion in fields else None),
+    )
 
 
 def parsing(config: TaskConfig) -> Task:
@@ -140,8 +185,12 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     asked = config.prompt_column or first.first_column(_PROMPT_COLUMNS)
     pairs = []
     for row in rows:
-        prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
         references = row.texts(answer, "completion_column") if answer is not None else []
+        if asked == MESSAGES:
+            prompt, reply = first_turn(row)
+            references = references or [reply]
+        else:
+            prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
         category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
         pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, category))
     return pairs, replace(config, prompt_column=asked, completion_column=answer or _REFERENCE_COLUMNS[0])
@@ -192,8 +241,8 @@ def language_modelling(config: TaskConfig) -> Task:
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
-    elif file_ending(path) in FILE_ENDINGS and file_ending(path) != _PLAIN:
-        rows = list(file_records(path))
+    elif file_ending(path) != _PLAIN and (file_ending(path) in FILE_ENDINGS or not path.exists()):
+        rows = list(load_records(DataConfig(str(config.data), config.split)))
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
         text = "\n\n".join(row.text(column, "completion_column") for row in rows)
     else:
