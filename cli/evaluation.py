@@ -39,7 +39,7 @@ def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
     for note in rows.notes:
         narrate(note)
     # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.
-    packing = replace(config.packing, adaptive="adaptive" in getattr(config, "strategies", ("adaptive",)))
+    packing = replace(config.packing, adaptive="adaptive" in (getattr(config, "strategies", ()) or ("adaptive",)))
     loaded = load_model(config.model, config.machine, packing)
     if not harness:
         rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt
@@ -70,19 +70,19 @@ def deliver_report(
     `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
     """
     from layerskip_core.evaluation.report import report_files, to_csv
-    from layerskip_core.evaluation.report.tables import tables_of
+    from layerskip_core.evaluation.report.tables import table_of
     from layerskip_core.evaluation.results import OUTPUTS, result_name
 
-    tables, told = tables_of(record), []
+    table, told = table_of(record), []
     for result in record.results:
         if result.failures and result.failures not in told:
             told.append(result.failures)
             count, first = plural(len(result.failures), "prompt"), result.failures[0]
             narrate(f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}")
-    files = {} if folder is None else report_files(record, tables[0])
+    files = {} if folder is None else report_files(record, table)
     if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
         files[OUTPUTS] = None
-    deliver(record, tables, form, to_csv(record), folder, files, picture)
+    deliver(record, [table], form, to_csv(record), folder, files, picture)
 
 
 def deliver(
@@ -119,7 +119,8 @@ def deliver(
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
     """At most as wide as the terminal: columns that do not fit follow in another table."""
     console = ResultsConsole()
-    for places in table.column_blocks(console.width):
+    blocks = table.column_blocks(console.width)
+    for places in blocks:
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for place in places:
             grid.add_column(Text(table.headers[place]), justify="left" if place == 0 else "right", overflow="fold")
@@ -129,4 +130,6 @@ def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> N
         console.print()
     if picture is not None and console.is_terminal:
         console.print(picture(console.width))
-    console.print(table.note, markup=False)
+    if hidden := [name for place, name in enumerate(table.headers) if not any(place in places for places in blocks)]:
+        console.print(f"Not shown, for lack of width: {', '.join(hidden)}.", markup=False)
+    console.print(table.text, markup=False)

@@ -13,6 +13,7 @@ _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "
     "`layerskip sweep-exits --search-skips --save`"
 )
+_NO_EXITS = "no exit was trained, so exits are left out; `exit_layer` or `strategies` asks for them"
 
 
 @command
@@ -32,7 +33,7 @@ def bench(
     require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
-    from layerskip_core.evaluation.measure.bench import must_search
+    from layerskip_core.evaluation.measure.bench import must_search, suiting_strategies
     from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
     from layerskip_core.evaluation.results import close_journal, read_record
 
@@ -41,6 +42,8 @@ def bench(
             record = with_answers(read_record(saved, "bench"), saved)
         else:
             loaded, rows = evaluation.load(config)
+            if not config.strategies and "early-exit" not in suiting_strategies(loaded, config):
+                console.narrate(_NO_EXITS)
             if scored:
                 from layerskip_core.harness.measure import bench_scores
 

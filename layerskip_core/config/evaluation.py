@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ..errors import require
-from .decoding import DRAFTERS, REMEMBERED, STRATEGIES, DecodingOptions, Remember
+from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
 from .model import MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 
@@ -130,19 +130,18 @@ class MeasurementConfig:
         require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
 
 
-# Of every model; one with a drafter in the EAGLE-3 layout has that strategy too.
-USUAL_STRATEGIES = ("autoregressive", "early-exit", *(name for name in DRAFTERS if name not in ("draft-and-verify", "eagle3")))
-
-
 @dataclass(frozen=True)
 class BenchConfig(MeasurementConfig):
-    """Strategies and baselines side by side. Layers to skip in `generation` imply the strategy draft-and-verify."""
+    """Strategies and baselines side by side. Without `strategies` those that suit the model, see `suiting_strategies`; layers
+    to skip in `generation` imply draft-and-verify.
+    """
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     remember: Remember = REMEMBERED
     strategies: Annotated[
-        tuple[Annotated[str, one_of(*STRATEGIES)], ...], Flag("The strategies to run; autoregressive is required.")
-    ] = USUAL_STRATEGIES
+        tuple[Annotated[str, one_of(*STRATEGIES)], ...],
+        Flag(f"Of {','.join(STRATEGIES)}; the first is required.", default="those that the model was trained or converted for"),
+    ] = ()
     repeats: Annotated[
         int,
         Meta(ge=1, le=1_000),
@@ -162,7 +161,7 @@ class BenchConfig(MeasurementConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        compared = "autoregressive" in self.strategies
+        compared = not self.strategies or "autoregressive" in self.strategies
         listed = ",".join(self.strategies)
         require(compared, "strategies", "a list with autoregressive, which the others are compared with", listed)
         temperature = self.generation.get("temperature", 0.0)

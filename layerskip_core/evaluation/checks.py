@@ -19,7 +19,8 @@ from ..config.model import Quantization
 from ..decoding import DecodingLoop, PrefixCache, decode, decode_batch
 from ..decoding.sampling import probabilities
 from ..errors import plural
-from .measure import NEAR_TIE, first_difference, logits
+from .measure import first_difference, logits
+from .results import NEAR_TIE
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
 # the same distribution of sampled tokens.

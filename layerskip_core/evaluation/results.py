@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import torch
 
 from ..config.decoding import EXACT, DecodingOptions, DraftProfile, Policy
 from ..config.model import Quantization
@@ -17,6 +18,10 @@ from ..files import append_lines, parse_json, read_bytes, require_writable, whol
 JOURNAL = "unfinished.jsonl"
 FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
+
+# A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
+# logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
+NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
 class Step(NamedTuple):

@@ -57,6 +57,7 @@ def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> I
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
     require(not must_search(loaded, config), "skip", f"the layers that draft-and-verify skips, for `task` {HARNESS}...", None)
     methods = strategies_of(loaded, config, loaded.recommended(config.packing))
+    config = replace(config, strategies=tuple(dict.fromkeys(method.strategy for method in methods)))
     yield from _run(loaded, tasks, methods, config, config.repeats)
 
 

@@ -18,7 +18,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
-from layerskip_core.evaluation.report.tables import bench_table
+from layerskip_core.evaluation.report.tables import results_table
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -202,7 +202,7 @@ def test_the_baseline_stands_beside_our_own_decoding(package, file):
     assert (other.strategy, other.exit_layer, other.num_draft_tokens, other.acceptance_rate) == ("llama.cpp", None, None, None)
     assert other.identical_outputs == 1.0 and other.metrics == own.metrics
     assert other.tokens_per_second > 0 and other.ttft_ms == pytest.approx(0.5)
-    note = " ".join(bench_table(record).note.split())
+    note = " ".join(results_table(record).note.split())
     assert f"llama.cpp: xllamacpp 1.2 (SSE3 AVX2), on {file}." in note
     assert all(request["temperature"] == 0 and not request["cache_prompt"] for request in Server.asked)
 

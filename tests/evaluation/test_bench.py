@@ -18,11 +18,11 @@ from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation import measure as measurement
 from layerskip_core.evaluation.measure import Measured, Progress, measure_prompt
-from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.bench import bench, strategies_of
 from layerskip_core.evaluation.measure.figures import result_of
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.report import to_json
-from layerskip_core.evaluation.report.tables import bench_table
+from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import JOURNAL, Difference, Failure, Journal, Output, Result, Step
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import TorchBackend
@@ -159,7 +159,7 @@ def test_every_low_bit_copy_drafts():
     settings = {"strategies": ("autoregressive", "self-speculative"), "repeats": 1, "packing": packing}
     *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
     assert [(result.draft_weights, result.exit_layer) for result in record.results] == [(None, None), ("int8", 6), ("int4", 6)]
-    assert bench_table(record).headers == ("", "autoregressive", "int8 drafts", "int4 drafts")
+    assert [row[0] for row in results_table(record).rows] == ["autoregressive", "int8 drafts", "int4 drafts"]
     _, int8, int4 = record.results
     assert int8.identical_outputs == int4.identical_outputs == 1.0
     assert int8.acceptance_rate > int4.acceptance_rate > 0
@@ -177,6 +177,26 @@ def test_early_exit_by_confidence():
     stats = sum((measure_prompt(trained, example.prompt, setting).stats for example in task.examples), DecodeStats())
     assert 2 < early.mean_layers == stats.mean_layers < 6
     assert plain.speedup == 1.0
+
+
+def test_strategies_that_the_model_was_not_made_for_are_left_out_unless_asked_for():
+    usual = {"autoregressive", "lookup", "adaptive"}
+    exits = {*usual, "early-exit", "self-speculative"}
+    untrained = tiny_loaded()
+    saved = replace(untrained, info=CheckpointInfo(PARSING_TEMPLATE, exit_layer=3))
+    copies = PackingConfig(draft_weights=("int8",))
+    for model, settings, names in (
+        (untrained, {}, usual),
+        (untrained, {"generation": {"exit_layer": 2}}, exits),
+        (untrained, {"packing": copies}, {*usual, "self-speculative"}),
+        (untrained, {"strategies": STRATEGIES[:2]}, set(STRATEGIES[:2])),
+        (replace(untrained, info=TRAINED), {}, exits),
+        (saved, {}, exits),
+    ):
+        config = BenchConfig("tiny", **settings)
+        assert {each.strategy for each in strategies_of(model, config, model.recommended(config.packing))} == names
+    record = record_of(own_answers(1), BenchConfig("tiny", repeats=1))
+    assert {result.strategy for result in record.results} == set(record.config["strategies"]) == usual
 
 
 def test_the_document_has_the_documented_names():

@@ -15,8 +15,9 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report import answers_page, report_page, to_jsonl, with_answers
+from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_jsonl, with_answers
 from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
+from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step
 
 FULL = replace(
@@ -92,25 +93,34 @@ def test_no_text_of_a_record_becomes_markup():
     assert parsed.tags["script"] == parsed.tags["pre"] == parsed.tags["title"] == 1
     assert parsed.tags["img"] == 0
     assert "{{ 1 + 1 }}" in text  # shown, not evaluated
-    (row,) = parsed.rows[1:]
-    assert row[0] == HOSTILE
+    assert [row[0] for row in parsed.rows[1::2]] == [HOSTILE] * 2
 
 
-def test_the_table_of_the_page():
+def test_the_page_has_the_columns_of_the_terminal_and_every_figure_folded():
     text, tables = (report_page(record, {}, []) for record in (FULL, TABLES))
-    rows = Page(text).rows
-    head, plain, early, drafted = rows
-    assert head[:6] == ["strategy", "exit layer", "draft tokens", "exact match", "perplexity", "acceptance rate"]
+    page, folded = text.split("<details><summary>Every figure")
+    head, plain, early, drafted = Page(page.split("</style>")[1].split("</head>")[1]).rows
+    assert head == ["strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "pred", "same"]
     assert plain[:6] == ["autoregressive", "-", "-", "87.5%", "1.25", "-"]
-    assert early[1:5] == ["12", "-", "50.0%", "1.235e+04"]
-    assert drafted[head.index("predicted speedup")] == "1.90"
+    assert early[1:5] == ["12", "-", "50.0%", "1.2e4"]
+    assert page.count('class="mark"') == 2
+    head, *_, drafted = Page("<details><summary>" + folded.split("</body>")[0]).rows
     assert drafted[head.index("pass times verify (ms)")] == "5"
     assert drafted[head.index("speedup")] == "1.82 (1.70-1.95)"
-    assert len({len(row) for row in rows}) == 1
-    assert text.count('class="mark"') == 2
     assert "rows&lt;.jsonl" in tables
-    *_, poem, summed = Page(tables).rows
-    assert (poem[:2], summed[:2]) == (["self-speculative", "poem"], ["self-speculative", "sum"])
+    page, folded = tables.split("<details><summary>Every figure")
+    *_, head, poem, summed = Page(page.split("</head>")[1]).rows
+    assert head[:5] == ["strategy", "category", "R2", "EM", "accept"]
+    assert (poem[:3], summed[:3]) == (["self-speculative", "poem", "50%"], ["self-speculative", "sum", "25%"])
+
+
+def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out():
+    text = report_files(FULL, results_table(FULL))["report.html"].decode()
+    told = re.findall(r"<p(?: class=.lead.)?>(.*?)</p>", text)
+    assert told == [
+        "Recommended: it is the only one.", "Policy exact: lookup with 4 draft tokens.",
+        "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.",
+    ]  # fmt: skip
 
 
 def test_only_figures_with_data():

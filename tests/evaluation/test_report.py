@@ -10,7 +10,7 @@ import pytest
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
-from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
+from layerskip_core.evaluation.report.tables import TextTable, results_table
 from layerskip_core.evaluation.results import (
     Bounds,
     Difference,
@@ -98,18 +98,18 @@ def test_a_csv_file_has_a_column_for_every_figure():
 
 
 def test_the_table_of_a_sweep():
-    table = sweep_table(SWEEP)
+    table = results_table(SWEEP)
     assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     assert table.rows == (
         ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "-", "100%", ""),
         ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "1900", "19.00", "-", "44%", "*"),
         ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82±.12", "1.90", "100%", "*"),
     )
-    assert table.note == (
+    assert table.text == (
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
         "±: half-width of the 95% bootstrap interval over prompts.\n"
         "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
-        "Recommended: it is the only one.\nPolicy exact: lookup with 4 draft tokens.\nPolicy fast: none."
+        "Policy fast: none.\nPolicy exact: lookup with 4 draft tokens.\nRecommended: it is the only one."
     )
     assert len(table.column_blocks(80)) == 1
 
@@ -117,60 +117,73 @@ def test_the_table_of_a_sweep():
 def test_tables_show_how_a_metric_differs_from_full_depth():
     ends = {"intervals": {"exact_match": Bounds(0.25, 0.75)}, "changes": {"exact_match": Bounds(-0.625, 0.0)}}
     config = SWEEP.config | {"quality_metric": "exact_match"}
-    table = sweep_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
+    table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
-    results = (BENCH.results[0], replace(BENCH.results[1], metrics={"exact_match": 0.5, "rouge2": 0.4}, **ends))
-    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=results)).rows}
-    assert rows["exact match"] == ["0.0%", "50.0% (25-75)"]
-    assert rows["exact match, change"] == ["-", "+50.0% (-62 to +0)"]
 
 
 def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
     low = replace(SWEEP.results[2], exit_layer=30, draft_weights="int8", steps_by_drafter={"int8": 7, "plain": 1})
     lookup = replace(low, strategy="lookup", exit_layer=None, draft_weights=None)
-    table = sweep_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
+    table = results_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
     assert [row[:3] for row in table.rows[3:]] == [("int8 drafts", "30", "12"), ("lookup", "-", "12")]
     assert len(table.column_blocks(80)) == 1
 
 
 def test_exits_by_confidence_show_their_mean_layers():
     by_confidence = replace(SWEEP.results[1], exit_layer=None, exit_confidence=0.95, exits=(4, 8), mean_layers=6.25)
-    table = sweep_table(replace(SWEEP, results=(*SWEEP.results, by_confidence)))
+    table = results_table(replace(SWEEP, results=(*SWEEP.results, by_confidence)))
     assert table.rows[-1][:3] == ("exits at 0.95", "6.2", "-")
     assert "exits at P: each token leaves at the first exit with a probability above P" in table.note
-    early = replace(BENCH.results[0], strategy="early-exit", exit_confidence=0.95, mean_layers=6.25)
-    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=(*BENCH.results, early))).rows}
-    assert (rows["exit confidence"], rows["mean layers"]) == (["-", "-", "0.95"], ["-", "-", "6.2"])
 
 
-def test_the_table_of_a_benchmark_says_what_drafted():
-    low = replace(BENCH.results[1], draft_weights="int8", steps_by_drafter={"plain": 2, "int8": 8})
-    steps = {"plain": 1, "lookup": 4, "int8": 15}
-    adaptive = replace(low, strategy="adaptive", draft_weights=None, steps_by_drafter=steps)
-    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=(*BENCH.results, low, adaptive))).rows}
-    assert rows["draft weights"] == ["-", "-", "int8", "-"]
-    assert rows["drafted by"] == ["-", "-", "int8 80%, plain 20%", "int8 75%, lookup 20%, plain 5%"]
-    assert not {"draft weights", "drafted by"} & {name for name, *_ in bench_table(BENCH).rows}
-
-
-def test_a_table_by_category():
-    (table,) = category_tables(BENCH)
-    assert table.headers == ("strategy", "category", "n", "R2", "EM", "same", "accept", "mean", "tok/s", "speed")
+def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
+    table = results_table(BENCH)
+    assert table.headers == (
+        "strategy", "exit", "spec", "R2", "EM", "accept", "mean", "tok/s", "speed", "same", "first", "MB"
+    )  # fmt: skip
     assert table.rows == (
-        ("self-speculative", "poem", "4", "50.0%", "0.0%", "100%", "80.0%", "4.8", "320", "2.12"),
-        ("self-speculative", "sum", "6", "25.0%", "0.0%", "50%", "61±3%", "3.5±.4", "280", "1.88±.38"),
+        ("autoregressive", "-", "-", "40%", "0%", "-", "-", "150", "1.00", "100%", "12.0", "512"),
+        ("self-speculative", "8", "6", "40%", "0%", "70.0%", "4.2", "300", "2.00±.08", "95%", "12.5", "-"),
+        ("  poem (4)", "8", "6", "50%", "0%", "80.0%", "4.8", "320", "2.12", "100%", "-", "-"),
+        ("  sum (6)", "8", "6", "25%", "0%", "61.3%", "3.5", "280", "1.88±.38", "50%", "-", "-"),
     )
-    assert len(table.column_blocks(80)) == 1
-    assert category_tables(replace(BENCH, results=BENCH.results[:1])) == []
+    (places,) = table.column_blocks(70)
+    assert [table.headers[place] for place in places][-3:] == ["tok/s", "speed", "same"]
+    lines = table.markdown().splitlines()
+    assert lines[2] == "| autoregressive | - | - | 40% | 0% | - | - | 150 | 1.00 | 100% | 12.0 | 512 |"
+    assert "Medians of 3 repeats; float32 on a CPU, 2 threads." in lines
+    verdict = "exit 8, 6 drafts, 2.00x autoregressive (95% interval 1.94 to 2.10)"
+    assert lines[-1] == f"Fastest with the same outputs: {verdict}."
 
 
-def test_markdown_is_a_table_and_a_note():
-    lines = bench_table(BENCH).markdown().splitlines()
-    assert lines[:3] == ["|  | autoregressive | self-speculative |", "| --- | --- | --- |", "| exit layer | - | 8 |"]
-    shown = {"| token p95 (ms) | 7.25 | - |", "| rouge2 | 40.0% | 40.0% |", "| speedup | 1.00 | 2.00 (1.94-2.10) |"}
-    assert shown <= set(lines)
-    assert lines[-3:-1] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        (
+            {"intervals": {"speedup": Bounds(0.98, 2.1)}},
+            "Nothing was certainly faster with the same outputs; best: exit 8",
+        ),
+        ({"differences": (Difference(0, 3, 1e-4),)}, "(95% interval 1.94 to 2.10); 1 output differed at a near-tie."),
+        ({"differences": (Difference(0, 3, 1.0),)}, "No other strategy had the same outputs as autoregressive decoding."),
+        ({"failures": (Failure(1, "x"),)}, "No other strategy had the same outputs as autoregressive decoding."),
+        ({"strategy": "early-exit"}, "No other strategy had the same outputs as autoregressive decoding."),
+        ({"speedup": None}, "Medians of 3 repeats; float32 on a CPU, 2 threads."),
+    ],
+)
+def test_the_verdict_counts_outputs_that_are_the_same_up_to_near_ties(changes, verdict):
+    record = replace(BENCH, results=(BENCHED, replace(FASTER, categories={}, **changes)))
+    assert verdict in results_table(record).text.splitlines()[-1]
+    sampled = replace(record, config=record.config | {"generation": {"temperature": 1.0}})
+    if "differences" in changes:
+        assert results_table(sampled).findings[-1].startswith("Fastest with outputs of the same distribution: exit 8, 6 drafts")
+
+
+def test_a_benchmark_says_what_drafted_adaptively():
+    steps = {"plain": 1, "lookup": 4, "int8": 15}
+    adaptive = replace(FASTER, strategy="adaptive", steps_by_drafter=steps, categories={})
+    found = results_table(replace(BENCH, results=(BENCHED, adaptive))).findings
+    assert found[0] == "Steps of adaptive decoding: int8 75%, lookup 20%, plain 5%."
 
 
 def test_columns_without_room_go_into_another_table():
@@ -179,6 +192,7 @@ def test_columns_without_room_go_into_another_table():
     assert table.column_blocks(20) == [[0, 1, 2, 3]]
     assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
     assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
+    assert replace(table, spare=("two", "one")).column_blocks(14) == [[0, 1, 3]]
     assert TextTable(("a|b",), (("c\nd",),), "").markdown().splitlines() == ["| a\\|b |", "| --- |", "| c d |", "", ""]
     assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 

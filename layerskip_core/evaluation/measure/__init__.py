@@ -27,10 +27,6 @@ from ..tasks import Task
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
 """Answers the ids of a prompt in place of our own decoding. The setting's strategy is the baseline's name."""
 
-# A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
-# logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
-NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
-
 _WARM_UP_TOKENS = 16
 _BATCHES = -1  # the journal's repeat number of answers from batches
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

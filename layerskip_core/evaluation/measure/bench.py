@@ -24,7 +24,7 @@ from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
-from ...config.evaluation import TRANSFORMERS_BASELINES, USUAL_STRATEGIES, BenchConfig
+from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
@@ -87,7 +87,12 @@ def bench(
                 found = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
                 by_category[name] = replace(found, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
-    resolved = asdict(config) | own | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    used = tuple(dict.fromkeys(setting.strategy for setting in settings if setting.strategy not in baselines))
+    resolved = (
+        asdict(config)
+        | own
+        | {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    )
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))
 
 
@@ -96,11 +101,9 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
 
     Raises ConfigError for an exit outside the model, and for `eagle3` without such a drafter.
     """
-    chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
+    chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
     if loaded.backend.eagle3 is None:
         require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
-    elif config.strategies == USUAL_STRATEGIES:
-        chosen.add("eagle3")
     asked, only_drafting = config.generation, loaded.only_drafting
     if asked.get("exit_layer", recommended.exit_layer) in only_drafting and not asked.get("exit_confidence"):
         chosen.discard("early-exit")
@@ -113,6 +116,18 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
             copies = dict.fromkeys(config.packing.draft_weights) if name == "self-speculative" else {}
             settings += [replace(setting, draft_weights=weights) for weights in copies] or [setting]
     return settings
+
+
+def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
+    """Exits count if they were trained, recommended by a sweep, or asked for; low-bit copies that were asked for draft too."""
+    known, asked = loaded.recommended(config.packing), config.generation
+    exits = bool(known.exits or loaded.info.exit_layer or asked.keys() & {"exit_layer", "exit_confidence"})
+    return {
+        *("autoregressive", "lookup", "adaptive"),
+        *(["early-exit"] if exits else []),
+        *(["self-speculative"] if exits or config.packing.draft_weights else []),
+        *(["eagle3"] if loaded.backend.eagle3 is not None else []),
+    }
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:

@@ -14,9 +14,9 @@ from ...config.model import Quantization
 from ...errors import require
 from ..metrics import Scores, estimate, metric
 from ..perplexity import scores_by_exit
-from ..results import Result, RunRecord
+from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task
-from . import NEAR_TIE, Measured, Progress, depth_of, drafts_tokens, measure, timed_examples
+from . import Measured, Progress, depth_of, drafts_tokens, measure, timed_examples
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
 from .figures import environment, result_of, setting_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
@@ -20,11 +20,24 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from ...config.decoding import FAST
 from ...errors import ConfigError, LayerSkipError, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import FIGURES, PARETO_NOTE, Row, TextTable, cell, flat_rows, form_of
+from .tables import (
+    FIGURES,
+    PARETO_NOTE,
+    Column,
+    Row,
+    TextTable,
+    cell,
+    columns_of,
+    flat_rows,
+    form_of,
+    named_rows,
+    shown,
+)  # fmt: skip
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
@@ -98,9 +111,10 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
 
     drawn = figures(record)
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
+    found = [line for line in table.findings[::-1] if not line.startswith(f"Policy {FAST}: none")]
     pictures = {str(figure.get_label()): to_svg(figure) for figure in drawn.values()}
     texts = {
-        "report.html": report_page(record, pictures, notes[::-1]),
+        "report.html": report_page(record, pictures, found, notes),
         "results.json": to_json(record),
         "results.csv": to_csv(record),
     }
@@ -145,17 +159,27 @@ def output_folder(
         yield path
 
 
-def report_page(record: RunRecord, figures: Mapping[str, str], notes: Sequence[str]) -> str:
-    """Sortable tables and figures. `notes` are paragraphs above the tables, the verdict first; `figures`: SVG by caption."""
+def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """Sortable tables and figures. The `findings` stand above them, the recommendation first; `figures`: SVG by caption.
+
+    The first table has the columns of the text table, a folded one every figure.
+    """
     machine, rows = record.environment, flat_rows(record)
     parts = ("dtype", "device_name", "implementation", "threads")
-    tables = {"": [row for row in rows if "category" not in row], "By category": [row for row in rows if "category" in row]}
+    by_category = [row for row in named_rows(record) if "category" in row]
+    columns = [column for column in columns_of(record) if column[0]]
+    tables = [_table("", [row for row in named_rows(record) if "category" not in row], columns, shown, bool(record.answered))]
+    if by_category:
+        columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
+        tables.append(_table("By category", by_category, columns, shown))
     return _template("report").render(
         title=title(record),
         machine=", ".join(str(machine[part]) for part in parts if part in machine)
         + (" thread" if machine.get("threads") == 1 else " threads"),
+        findings=findings,
         notes=notes,
-        tables=[_table(caption, own, record) for caption, own in tables.items() if own or not caption],
+        tables=tables,
+        details=_table("Every figure", rows, _every_column(record, rows), _text),
         figures=[{"caption": caption, "svg": Markup(svg)} for caption, svg in figures.items()],
         settings=json.dumps({"config": record.config, "environment": machine}, indent=2, ensure_ascii=False),
     )
@@ -168,26 +192,31 @@ def title(record: RunRecord) -> str:
     return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
 
 
-def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> dict[str, Any]:
-    """With a column for every figure that any row has. Rows of results link to their answers, if the record has them."""
+def _table(
+    caption: str, rows: Sequence[Row], columns: Sequence[Column], text: Callable[[Row, str, str], str], links: bool = False
+) -> dict[str, Any]:
+    """For the template. With `links` rows of results lead to their answers."""
+    cells = [[{"text": text(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
+    return {
+        "caption": caption,
+        "columns": [header for header, _, _ in columns],
+        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
+        "links": links,
+    }
+
+
+def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
+    """A column for every figure that any row has."""
     names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row if not _HIDDEN.fullmatch(name))
     # A measured 0.0 is shown; a count of nothing is not.
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
     metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    described = {}
+    described = []
     for name in columns:  # `pass_times_ms_verify`: `pass times verify (ms)`
         label = name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
-        described[name] = FIGURES.get(name, (label, form_of(name) if name in metrics else ".4g"))
-    cells = [
-        [{"text": _text(row, name, form), "value": row.get(name)} for name, (_, form) in described.items()] for row in rows
-    ]
-    return {
-        "caption": caption,
-        "columns": [label for label, _ in described.values()],
-        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
-        "links": bool(record.answered) and not caption,
-    }
+        described.append((name, *FIGURES.get(name, (label, form_of(name) if name in metrics else ".4g"))))
+    return [(label, name, form) for name, label, form in described]
 
 
 def _text(row: Row, name: str, form: str) -> str:

@@ -1,15 +1,17 @@
 """Records of sweeps and benchmarks as text tables, as the flat rows of CSV files and pages, and as points of figures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...errors import number, plural
 from ..metrics import is_share, lower_is_better, quality
-from ..results import Result, RunRecord, frontier, result_name
+from ..results import NEAR_TIE, Result, RunRecord, frontier, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
@@ -39,27 +41,42 @@ FIGURES = {
     "predicted_speedup": ("predicted speedup", ".2f"),
     "predicted_acceptance_rate": ("predicted acceptance rate", ".1%"),
 }
-_SETTING, _MEASURED = list(FIGURES)[:6], list(FIGURES)[6:17]  # the rows of a benchmark, above its metrics and below them
+_SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
 
+Column = tuple[str, str, str]
+"""Header, the figure's name in `flat_rows` or `named_rows`, and format."""
 Row = Mapping[str, Any]
 """One of `flat_rows`: a figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells as text. The first `labels` columns identify a row."""
+    """Cells as text. The first `labels` columns identify a row.
+
+    `spare`: the headers of columns to leave out where there is no room, in this order. `findings` stand below the note.
+    """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
     labels: int = 1
+    spare: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "\n".join(filter(None, (self.note, *self.findings)))
 
     def column_blocks(self, width: int) -> list[list[int]]:
         """The columns as one table, or several of at most `width` characters. Every block repeats the label columns."""
         sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]  # with a space
-        labels = list(range(self.labels))
+        columns = list(range(len(sizes)))
+        for header in self.spare:
+            if header in self.headers and sum(sizes[column] for column in columns) - 1 > width:
+                columns.remove(self.headers.index(header))
+        labels = columns[: self.labels]
         blocks = [labels]
-        for column in range(self.labels, len(sizes)):
+        for column in columns[self.labels :]:
             if len(blocks[-1]) > self.labels and sum(sizes[index] for index in [*blocks[-1], column]) - 1 > width:
                 blocks.append(labels)
             blocks[-1] = [*blocks[-1], column]
@@ -68,7 +85,7 @@ class TextTable:
     def markdown(self) -> str:
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
         escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.note}\n"
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.text}\n"
 
 
 def strategy_name(result: Result) -> str:
@@ -81,114 +98,120 @@ def form_of(metric: str) -> str:
     return ".1%" if is_share(metric) else ".4g"
 
 
-def tables_of(record: RunRecord) -> list[TextTable]:
-    """The tables of a record; the first one has the notes."""
-    if has_scores(record):
-        return [score_table(record)]
-    return [bench_table(record), *category_tables(record)] if "repeats" in record.config else [sweep_table(record)]
+def table_of(record: RunRecord) -> TextTable:
+    """The table of a record, with its notes and findings."""
+    return score_table(record) if has_scores(record) else results_table(record)
 
 
-def sweep_table(record: RunRecord) -> TextTable:
-    """A row per setting. Fits 80 columns with one metric. A dash marks what was not measured."""
+def results_table(record: RunRecord) -> TextTable:
+    """A row per setting, and below it one per category of the data. Fits 80 columns with one metric, without the `spare` ones.
+
+    A dash marks what was not measured.
+    """
+    columns, rows = columns_of(record), named_rows(record)
+    cells = tuple(tuple(shown(row, name, form) for _, name, form in columns) for row in rows)
+    note, results = [], record.results
+    if any(result.pareto for result in results):
+        note.append(PARETO_NOTE)
+    if any(result.exit_confidence is not None for result in results):
+        note.append("exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average.")
+    if any(result.intervals for result in results):
+        note.append(_HALF_NOTE)
+    if any(name.endswith("_change") for _, name, _ in columns):
+        note.append(f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts.")
+    note += _settings_notes(record)
+    return TextTable(tuple(header for header, _, _ in columns), cells, "\n".join(note), 3, _SPARE, tuple(findings(record)))
+
+
+def columns_of(record: RunRecord) -> list[Column]:
+    """Those that any row has a figure for, and those that name a row."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
+    percent = f"±.{1 if len(metrics) == 1 else 0}%"  # with two metrics there is no room for decimals
     changed = is_share(ranked) and any(ranked in result.changes for result in results)
-    columns = [
-        *_metric_columns(metrics, 1 if len(metrics) == 1 else 0),  # with two metrics there is no room for decimals
+    setting = [("strategy", "setting", ""), ("exit", "exit", ""), ("spec", "num_draft_tokens", "")]
+    figures = [
+        *((_short(name), name, ".4g" if lower_is_better(name) else percent) for name in metrics),
         *([("change", f"{ranked}_change", "±.0%")] if changed else []),
-        ("ppl", "perplexity", ""),
+        ("ppl", "perplexity", "ppl"),
         ("accept", "acceptance_rate", ".1%"),
         ("mean", "mean_accepted_tokens", ".1f"),
         ("tok/s", "tokens_per_second", ".0f"),
         ("speed", "speedup", "±.2f"),
+        ("vs hf", "speedup_over_transformers", ".2f"),
         ("pred", "predicted_speedup", ".2f"),
         ("same", "identical_outputs", ".0%"),
+        ("first", "ttft_ms", ".1f"),
+        ("MB", "peak_memory_mb", ".0f"),
+        ("", "front", ""),
     ]
+    rows = named_rows(record)
+    return setting + [column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)]
+
+
+def named_rows(record: RunRecord) -> list[dict[str, Any]]:
+    """The rows of `flat_rows` with what names a setting, and which of them are on the frontier."""
     rows = []
-    for result, row in zip(results, _of_results(record), strict=True):
-        setting = strategy_name(result) if result.exit_confidence is None else result_name(result)
-        exit_layer = cell(row, "exit_layer", "") if result.mean_layers is None else cell(row, "mean_layers", ".1f")
-        figures = (cell(row, name, form) if form else _perplexity(row[name]) for _, name, form in columns)
-        rows.append((setting, exit_layer, cell(row, "num_draft_tokens", ""), *figures, "*" if result.pareto else ""))
-    notes = [PARETO_NOTE]
-    if any(result.exit_confidence is not None for result in results):
-        notes.append(
-            "exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
-        )
-    if any(result.intervals for result in results):
-        notes.append(_HALF_NOTE)
-    if changed:
-        notes.append(f"change: of {_short(ranked)} from full depth, on the same prompts.")
-    notes += [*_settings_notes(record), *_advice(record)]
-    headers = ("strategy", "exit", "spec", *(header for header, _, _ in columns), "")
-    return TextTable(headers, tuple(rows), "\n".join(notes), labels=3)
+    every = iter(flat_rows(record))
+    for result in record.results:
+        row, depth = next(every), result.mean_layers
+        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
+        exit_layer = row["exit_layer"] if depth is None else f"{depth:.1f}"
+        rows.append({**row, "setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""})
+        for category, each in result.categories.items():
+            rows.append({**next(every), "setting": f"  {category} ({each.samples})", "exit": exit_layer})
+    return rows
 
 
-def _advice(record: RunRecord) -> Iterator[str]:
-    """The findings of a sweep, as notes."""
+def shown(row: Row, name: str, form: str) -> str:
+    """A figure as the table shows it."""
+    if name == "front":
+        return str(row.get(name, ""))
+    return _perplexity(row.get(name)) if form == "ppl" else cell(row, name, form)
+
+
+def findings(record: RunRecord) -> Iterator[str]:
+    """What was found, the recommendation or the verdict last."""
     for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
         yield f"Layers that drafts skip: --skip {skip}."
+    if "repeats" in record.config:
+        for result in record.results:
+            if result.strategy == "adaptive" and len(result.steps_by_drafter) > 1:
+                yield f"Steps of adaptive decoding: {_shares(result.steps_by_drafter)}."
+        yield from _verdict(record)
     if error := record.prediction_error:
         over = f"Prediction error over {plural(error.settings, 'setting')}"
         yield f"{over}: median {error.median:.1%}, largest {error.largest:.1%}, mean {error.mean:+.1%}."
     if advice := record.recommendation:
-        yield f"{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
-        yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."
         yield f"Policy {FAST}: {advice.fast_reason}."
+        yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."
+        yield f"{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
 
 
-def bench_table(record: RunRecord) -> TextTable:
-    """A column per strategy, a row per figure that any of them has; below a metric, by how much it differs from full depth."""
-    results, config, machine = record.results, record.config, record.environment
-    figures = [(*FIGURES[name], name) for name in _SETTING]
-    for name in results[0].metrics:
-        label, form = name.replace("_", " "), form_of(name)
-        figures += [(label, f"({form}", name), (f"{label}, change", f"(+{form}", f"{name}_change")]
-    for name in _MEASURED:
-        label, form = FIGURES[name]
-        figures.append((label, f"({form}" if "speedup" in name else form, name))
-    columns = _of_results(record)
-    rows = [(label, *(cell(row, name, form) for row in columns)) for label, form, name in figures]
-    rows.insert(len(_SETTING), ("drafted by", *(_shares(result.steps_by_drafter) for result in results)))
-    medians = f"medians of {plural(config['repeats'], 'repeat')}"
-    method = medians.capitalize()
-    if config.get("batch_size", 1) > 1:
-        speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
-        method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
-    notes = [f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."]
-    if any(result.intervals for result in results):
-        notes.append("In brackets: 95% bootstrap intervals over prompts.")
-    notes += _settings_notes(record)
-    if "llama_cpp" in machine:
-        notes.append(f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}.")
-    with_transformers = any(name in TRANSFORMERS_BASELINES for name in config.get("baselines", ()))
-    if with_transformers and config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
-        notes.append("Memory is that of the whole process, which also holds transformers' copy of the model.")
-    known = tuple(row for row in rows if set(row[1:]) != {"-"})
-    return TextTable(("", *map(strategy_name, results)), known, "\n".join(notes))
-
-
-def category_tables(record: RunRecord) -> list[TextTable]:
-    """A row per strategy and category of the data; no table if it has none."""
-    rows = [row for row in flat_rows(record) if "category" in row]
-    if not rows:
-        return []
-    metrics = next(list(figures.metrics) for result in record.results for figures in result.categories.values())
-    columns = [
-        ("category", "category", ""),
-        ("n", "samples", ""),
-        *_metric_columns(metrics, 1),
-        ("same", "identical_outputs", ".0%"),
-        ("accept", "acceptance_rate", "±.1%"),
-        ("mean", "mean_accepted_tokens", "±.1f"),
-        ("tok/s", "tokens_per_second", ".0f"),
-        ("speed", "speedup", "±.2f"),
+def _verdict(record: RunRecord) -> Iterator[str]:
+    """Which result of a benchmark is fastest with the outputs of autoregressive decoding, up to near-ties, and by how much."""
+    plain, *others = record.results
+    sampled, tie = record.config.get("generation", {}).get("temperature"), NEAR_TIE[getattr(torch, record.environment["dtype"])]
+    same = [
+        result
+        for result in others
+        if result.strategy != "early-exit"
+        and result.failures == plain.failures
+        and (sampled or all(found.top2_gap <= tie for found in result.differences))
     ]
-    named = (strategy_name(result) for result in record.results for _ in result.categories)
-    cells = tuple(
-        (name, *(cell(row, figure, form) for _, figure, form in columns)) for name, row in zip(named, rows, strict=True)
-    )
-    return [TextTable(("strategy", *(header for header, _, _ in columns)), cells, _HALF_NOTE, labels=2)]
+    timed = [result for result in same if result.speedup is not None]
+    what = "outputs of the same distribution" if sampled else "the same outputs"
+    if others and not same:
+        yield f"No other strategy had {what} as autoregressive decoding."
+    elif timed:
+        best = max(timed, key=lambda result: result.speedup or 0.0)
+        speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
+        told = f"{result_name(best)}, {speedup:.2f}x autoregressive"
+        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f})" if ends else ""
+        if best.differences and not sampled:
+            told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
+        surely = speedup > 1 and (ends is None or ends.low > 1)
+        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {told}."
 
 
 def has_scores(record: RunRecord) -> bool:
@@ -206,7 +229,7 @@ def score_table(record: RunRecord) -> TextTable:
         rows.append((task, metric, str(counts.get(task, "-")), *(_score(result, name) for result in results)))
     for name, form in {"identical_outputs": "", "acceptance_rate": "", "tokens_per_second": ".0f", "speedup": ""}.items():
         label, usual = FIGURES[name]
-        cells = [cell(row, name, form or usual) for row in _of_results(record)]
+        cells = [cell(row, name, form or usual) for row in flat_rows(record)]
         if set(cells) != {"-"}:
             rows.append(("all answers", label, "", *cells))
     samples = config["task"].get("samples")
@@ -217,7 +240,8 @@ def score_table(record: RunRecord) -> TextTable:
         {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}.get(result.strategy, strategy_name(result))
         for result in results
     ]
-    return TextTable(("task", "metric", "n", *names), tuple(rows), note, labels=3)
+    found = tuple(_verdict(record)) if "repeats" in config else ()
+    return TextTable(("task", "metric", "n", *names), tuple(rows), note, 3, findings=found)
 
 
 def _score(result: Result, name: str) -> str:
@@ -241,10 +265,6 @@ def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
         rows.append({**_flat(result), **changes})
         rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
     return rows
-
-
-def _of_results(record: RunRecord) -> list[dict[str, Any]]:
-    return [row for row in flat_rows(record) if "category" not in row]
 
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:
@@ -286,15 +306,17 @@ def cell(row: Row, name: str, form: str) -> str:
     return f"{value:{form}} ({scale * low:{ends}}{' to ' if form.startswith('+') else '-'}{scale * high:{ends}})"
 
 
-def _metric_columns(names: Sequence[str], decimals: int) -> list[tuple[str, str, str]]:
-    """Under short names; shares with half of their intervals."""
-    return [(_short(name), name, ".4g" if lower_is_better(name) else f"±.{decimals}%") for name in names]
-
-
 def _settings_notes(record: RunRecord) -> Iterator[str]:
-    """How prompts and answers were made, as far as it is not the default, and which exits have a block."""
-    config = record.config
+    """How figures, prompts and answers were made, as far as it is not the default, and which exits have a block."""
+    config, machine = record.config, record.environment
     generation = config.get("generation", {})
+    if "repeats" in config:
+        medians = f"medians of {plural(config['repeats'], 'repeat')}"
+        method = medians.capitalize()
+        if config.get("batch_size", 1) > 1:
+            speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
+            method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
+        yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
     if "prompt_template" in config:
         yield f"Prompt template: {config['prompt_template']}."
     if temperature := generation.get("temperature"):
@@ -306,17 +328,19 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
         yield f"Matches of {lookup} tokens or more are drafts, before anything else drafts."
     if "specs" in config and (confidence or lookup or temperature):
         yield "Predictions are for greedy decoding with whole drafts."
-    blocks = record.environment.get("exit_blocks", {})
-    if blocks:
+    if "llama_cpp" in machine:
+        yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."
+    with_transformers = any(name in TRANSFORMERS_BASELINES for name in config.get("baselines", ()))
+    if with_transformers and config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
+        yield "MB: of the whole process, which also holds transformers' copy of the model."
+    if blocks := machine.get("exit_blocks", {}):
         named = ", ".join(f"{exit_layer} (feature {feature})" for exit_layer, feature in blocks.items())
         yield f"Exits with a block: {named}."
 
 
 def _shares(steps_by_drafter: dict[str, int]) -> str:
-    """`lookup 21%, int8 72%, plain 7%`: the share of steps by what drafted. A dash if one drafter made all drafts."""
+    """`lookup 21%, int8 72%, plain 7%`: the share of steps by what drafted."""
     total = sum(steps_by_drafter.values())
-    if len(steps_by_drafter) < 2:
-        return "-"
     ordered = sorted(steps_by_drafter.items(), key=lambda item: (item[0] == "plain", -item[1]))
     return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
 
