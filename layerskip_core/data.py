@@ -306,8 +306,7 @@ def is_data(name: str) -> bool:
 def first_turn(record: Record) -> tuple[str, str]:
     """The first message of a conversation's user, and the assistant's answer to it. Raises DataError if it has none."""
     messages = iter(_conversation(record).messages)
-    asked = next((content for role, content in messages if role == "user"), "")
-    answer = next((content for role, content in messages if role == "assistant"), "")
+    asked, answer = (next((text for role, text in messages if role == each), "") for each in ("user", "assistant"))
     if not asked.strip() or not answer.strip():
         raise record.fault("messages must have one of the role 'user', and an answer to it", record.fields[MESSAGES])
     return asked, answer

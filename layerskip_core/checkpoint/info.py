@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile, Policy
-from ..config.model import PackingConfig
+from ..config.model import DataConfig, PackingConfig
 from ..config.options import Drafts, Layer
 from ..errors import CheckpointError
 from ..files import read_json
@@ -30,24 +30,15 @@ class _Recipe(msgspec.Struct, frozen=True):
     exits: tuple[int, ...] = ()
 
 
-class TrainedOn(msgspec.Struct, frozen=True):
-    """The data of a training: its name, split and columns."""
-
-    name: str
-    split: str = "train"
-    prompt_column: str | None = None
-    completion_column: str | None = None
-
-
 class _Config(msgspec.Struct, frozen=True):
     recipe: _Recipe | None = None
-    data: TrainedOn | None = None
+    data: DataConfig | None = None
     validation: str | None = None
 
 
 class _Block(msgspec.Struct, frozen=True):
     agreement: float | None = None
-    data: TrainedOn | str | None = None  # older versions wrote the name alone
+    data: DataConfig | str | None = None  # older versions wrote the name alone
     validation: str | None = None
 
 
@@ -108,10 +99,10 @@ class CheckpointInfo:
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
 
     @property
-    def trained_on(self) -> tuple[TrainedOn | None, str | None]:
+    def trained_on(self) -> tuple[DataConfig | None, str | None]:
         """The data of the latest training, and what held-out losses were measured on: other data, or one of its splits."""
         for block in reversed(self._training.exit_blocks.values()):
-            if isinstance(block.data, TrainedOn):
+            if isinstance(block.data, DataConfig):
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
 

@@ -6,7 +6,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from evaluating import own_answers, tiny_loaded
 from test_report import BENCH, SWEEP
@@ -16,7 +18,7 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_jsonl, with_answers
-from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
+from layerskip_core.evaluation.report.plots import COLORS, figures, to_png, to_svg
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step
 
@@ -105,8 +107,8 @@ def test_the_page_has_the_columns_of_the_terminal_and_every_figure_folded():
     assert early[1:5] == ["12", "-", "50.0%", "1.2e4"]
     assert page.count('class="mark"') == 2
     head, *_, drafted = Page("<details><summary>" + folded.split("</body>")[0]).rows
-    assert drafted[head.index("pass times verify (ms)")] == "5"
-    assert drafted[head.index("speedup")] == "1.82 (1.70-1.95)"
+    assert drafted[head.index("pass times ms verify")] == "5"
+    assert drafted[head.index("speedup")] == "1.824 (1.7-1.95)"
     assert "rows&lt;.jsonl" in tables
     page, folded = tables.split("<details><summary>Every figure")
     *_, head, poem, summed = Page(page.split("</head>")[1]).rows
@@ -127,6 +129,51 @@ def test_only_figures_with_data():
     # Acceptance by exit needs two exits.
     assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "prediction", "time_split"]
     assert list(figures(TABLES)) == ["pareto"]
+
+
+def many(count):
+    """A sweep with exits 1, 2, ... as drafters, each faster than the one before, of which the slowest is on the frontier."""
+    drafted = [
+        replace(SWEEP.results[2], exit_layer=layer, num_draft_tokens=count_, tokens_per_second=100.0 + layer, pareto=layer == 1)
+        for layer in range(1, count + 1)
+        for count_ in (4, 8)
+    ]
+    return replace(FULL, results=(SWEEP.results[0], *drafted))
+
+
+def test_a_plot_has_at_most_eight_lines_with_their_names_at_their_ends():
+    for count, shown in ((3, range(1, 4)), (12, (1, *range(6, 13)))):
+        drawn = figures(many(count))["acceptance_by_position"].axes[0]
+        names = [f"exit {layer}, 8 drafts" for layer in shown]
+        assert [line.get_label() for line in drawn.lines] == names and drawn.get_legend() is None
+        ends = {text.get_text(): text for text in drawn.texts}
+        assert set(ends) == set(names) and all(
+            ends[line.get_label()].xy == tuple(line.get_xydata()[-1]) for line in drawn.lines
+        )
+        levels = sorted(text.xyann[1] for text in drawn.texts)
+        assert levels[-1] <= 1 and min(above - below for below, above in pairwise(levels)) > 0.05  # none hides another
+        told = "\n8 of 12: those on the Pareto frontier of quality and speed, then the fastest"
+        assert drawn.get_xlabel() == "position of the draft in its round" + (told if count > 8 else "")
+    assert len(figures(many(12))["prediction"].axes[0].collections) == 8
+    assert len({line.get_color() for line in drawn.lines}) == len({line.get_marker() for line in drawn.lines}) == 8
+
+
+def test_the_colours_of_lines_differ_for_every_kind_of_colour_vision():
+    """By at least 25 in CIELAB (2 is the least that people see), as dichromats see them (Machado et al., 2009)."""
+    seen = [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # protanopia
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],  # deuteranopia
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],  # tritanopia
+    ]
+    rgb = np.array([[int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)] for colour in COLORS])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.412456, 0.357576, 0.180438], [0.212673, 0.715152, 0.072175], [0.019334, 0.119192, 0.950304]])
+    for matrix in seen:
+        xyz = (linear @ np.array(matrix).T).clip(0, 1) @ to_xyz.T / [0.95047, 1.0, 1.08883]
+        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+        assert min(np.linalg.norm(one - other) for one, other in combinations(lab, 2)) > 25
 
 
 def test_the_speed_within_an_answer_is_drawn_by_drafter():

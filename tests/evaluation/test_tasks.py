@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,8 +341,10 @@ def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):
     document = json.loads((folder / "results.json").read_text())
     assert (document["config"]["task"]["task"], document["config"]["quality_metric"]) == ("toy", "digits")
     values = [row["metrics"]["digits"] for row in document["results"]]
-    (line,) = [line for line in result.out.splitlines() if line.startswith("| digits |")]
-    assert [cell.split()[0] for cell in line.split(" | ")[1:]] == [f"{value:.1%}" for value in values]
+    head, _, *lines = [line.split(" | ") for line in result.out.splitlines() if line.startswith("|")]
+    assert [round(float(re.match(r"[\d.]+", line[head.index("digits")])[0])) for line in lines] == [
+        round(100 * v) for v in values
+    ]
     assert [float(row["digits"]) for row in csv.DictReader((folder / "results.csv").open())] == values
     page = (folder / "report.html").read_text()
     assert "<button>digits</button>" in page

@@ -25,19 +25,7 @@ from ...errors import ConfigError, LayerSkipError, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import (
-    FIGURES,
-    PARETO_NOTE,
-    Column,
-    Row,
-    TextTable,
-    cell,
-    columns_of,
-    flat_rows,
-    form_of,
-    named_rows,
-    shown,
-)  # fmt: skip
+from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows, shown
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
@@ -212,11 +200,7 @@ def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
     metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    described = []
-    for name in columns:  # `pass_times_ms_verify`: `pass times verify (ms)`
-        label = name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
-        described.append((name, *FIGURES.get(name, (label, form_of(name) if name in metrics else ".4g"))))
-    return [(label, name, form) for name, label, form in described]
+    return [(name.replace("_", " "), name, form_of(name) if name in metrics else ".4g") for name in columns]
 
 
 def _text(row: Row, name: str, form: str) -> str:

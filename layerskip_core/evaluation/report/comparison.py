@@ -5,14 +5,13 @@ from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
-import msgspec
 from matplotlib.figure import Figure
 
 from ...errors import LayerSkipError
 from ...files import read_json
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
 from . import csv_text, table_files, without
-from .plots import SIZE, legend_above, logarithmic, new_figure, style, to_png
+from .plots import LINE_MARKERS, MOST_LINES, SIZE, logarithmic, name_ends, new_figure, style, to_png
 from .tables import TextTable
 
 OVER_STEPS = f"{HELD_OUT}_over_steps"
@@ -70,19 +69,11 @@ def _note(comparison: Comparison) -> str:
     return "\n".join((*lines, *comparison.notes))
 
 
-class _Line(msgspec.Struct):
-    figure: str
-
-
-class _Written(msgspec.Struct):
-    lines: list[_Line]
-
-
 def comparison_files(comparison: Comparison, table: TextTable, rows: str, folder: Path) -> dict[str, bytes | None]:
     """All files by name; None for the plots that an earlier comparison left in the folder, and this one lacks."""
     earlier, names = folder / "comparison.json", [OVER_STEPS]
     if earlier.exists():
-        names += [line.figure for line in read_json(earlier, LayerSkipError, _Written).lines]
+        names += [line.figure for line in read_json(earlier, LayerSkipError, Comparison).lines]
     files = table_files("comparison", comparison, [table], rows) | plots(comparison)
     return files | without(files, map(_file, names))
 
@@ -111,10 +102,12 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
         full = [line for line in comparison.lines if line.figure == name and line.setting.name == "autoregressive"]
         lines, ticks = lines + full, [*ticks, *("all" for _ in full)]
     figure, axes = new_figure(name.replace("_", " "))
-    labels, scale = list(comparison.paths), 100.0 if is_percentage(name) else 1.0
+    labels, scale = list(comparison.paths)[:MOST_LINES], 100.0 if is_percentage(name) else 1.0
+    shown, ends = kinds[: MOST_LINES // len(labels)], []
+    fewer = "\nthe first labels and draft lengths" if (len(shown), len(labels)) < (len(kinds), len(comparison.paths)) else ""
     for number, label in enumerate(labels):
         shift = 0.12 * (number - (len(labels) - 1) / 2) / max(1, len(labels) - 1)  # so that bars do not hide each other
-        for kind, dashes in zip(kinds, cycle(("-", "--", ":", "-."))):
+        for kind, dashes in zip(shown, cycle(("-", "--", ":", "-."))):
             own = {
                 ticks.index(str(line.setting.exit_layer or "all")) + shift: cell.interval
                 for line in lines
@@ -126,15 +119,16 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
             above = [0.0 if each.high is None else scale * (each.high - each.mean) for each in own.values()]
             if own:
                 text = f"{label}, {kind}" if len(kinds) > 1 else label
+                ends.append((text, list(own)[-1], means[-1], f"C{number}"))
                 axes.errorbar(
-                    list(own), means, (below, above), marker="o", markersize=4, capsize=2, linewidth=1.2, elinewidth=0.8,
+                    list(own), means, (below, above), marker=LINE_MARKERS[number], markersize=4, capsize=2, linewidth=1.2,
                     color=f"C{number}", linestyle=dashes, label=text,
                 )  # fmt: skip
     axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(xlabel="exit layer", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
+    axes.set(xlabel=f"exit layer{fewer}", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
     if is_logarithmic(name):
         logarithmic(axes)
-    legend_above(axes)
+    name_ends(axes, ends)
     return figure
 
 
@@ -150,9 +144,11 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     figure.set_label("held-out perplexity over the steps")
     panels = figure.subplots(1, len(exits), sharey=True, squeeze=False)[0]
     for axes, exit_layer in zip(panels, exits, strict=True):
-        for number, label in enumerate(comparison.paths):
+        ends = []
+        for number, label in enumerate(list(comparison.paths)[:MOST_LINES]):
             own = {point.step: point.interval for point in points if (point.label, point.exit_layer) == (label, exit_layer)}
             axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=f"C{number}", label=label)
+            ends += [(label, step, each.mean, f"C{number}") for step, each in list(own.items())[-1:]]
             if own and all(each.low is not None for each in own.values()):
                 low, high = ([getattr(each, end) for each in own.values()] for end in ("low", "high"))
                 axes.fill_between(list(own), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
@@ -164,5 +160,5 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     room = 1.05 * (max(means) / min(means)) ** 0.15  # bands of few runs can be far wider than the lines
     panels[0].set_ylim(min(means) / room, max(means) * room)
     panels[0].set_ylabel("held-out perplexity")
-    panels[-1].legend(fontsize=7.5)
+    name_ends(panels[-1], ends)
     return figure

@@ -1,6 +1,7 @@
 """The figures of a record, their common style, and their export as PNG files and as SVG for the report page."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +18,18 @@ from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from ..metrics import lower_is_better
-from ..results import RunRecord, drafts_name, result_name
+from ..results import Result, RunRecord, drafts_name, result_name
 from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
-_COLORS = ("#3b82c4", "#e07b39", "#3f9b5f", "#b0579b", "#c9a227", "#8a6fd1", "#d1495b", "#4aa3a2")  # on light and on dark
+MOST_LINES = 8
+# Far apart in CIELAB for every kind of colour vision (a test simulates them), and visible on light and on dark.
+COLORS = ("#3000fc", "#e49c00", "#24c0c0", "#a82400", "#cc60fc", "#9cb478", "#6c3c84", "#843c48")
 _STYLE = {
-    "axes.prop_cycle": cycler(color=_COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "font.size": 9,
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -43,6 +46,7 @@ _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
+LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
 # Where a label stands from its point: points to the right and up, in order of preference.
 _OFFSETS = ((0, 5), (6, 0), (0, -5), (-6, 0), (5, 4), (5, -4), (-5, -4), (-5, 4))
@@ -81,6 +85,30 @@ def legend_above(axes: Any) -> None:
     axes.legend(fontsize=7.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
 
 
+def name_ends(axes: Any, ends: Sequence[tuple[str, Any, float, str]]) -> None:
+    """The name of each line (name, x and y of its end, colour) at the right, as near to its end as the others leave room."""
+    room, names, last = 0.055, [], -math.inf
+    for name, x, y, colour in sorted(ends, key=lambda end: (end[2], end[1])):
+        level = axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1]
+        last = max(level, last + room)
+        names.append([name, (x, y), last, colour])
+    most = 1.0
+    for end in reversed(names):  # what stands above the axes moves down, and what is in its way
+        end[2] = most = min(end[2], most)
+        most -= room
+    for name, end, level, colour in names:
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        axes.annotate(name, end, (1.04, level), textcoords="axes fraction", va="center", fontsize=7.5, arrowprops=line)
+
+
+def best_lines(lines: Mapping[Any, Sequence[Result]], most: int = MOST_LINES) -> tuple[list[Any], str]:
+    """At most so many lines of results: those on the Pareto frontier, then the fastest; and a note on how they were chosen."""
+    ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
+    best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
+    told = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
+    return [name for name in lines if name in best], told if len(lines) > len(best) else ""
+
+
 def to_png(figure: Figure) -> bytes:
     image = io.BytesIO()
     FigureCanvasAgg(figure)
@@ -109,18 +137,22 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False) -> Figure | None:
-    """A line with markers for each of the `curves`, and grey `dashed` ones to compare with; `shares`: in percent."""
+    """A line with markers for each of at most eight `curves`, and grey `dashed` ones to compare with; `shares`: in percent, not
+    on a logarithmic scale.
+    """
     if not curves:
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
     for number, (label, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number}", label=label)
+        axes.plot(*zip(*points, strict=True), marker=LINE_MARKERS[number], markersize=4, color=f"C{number}", label=label)
     for label, points in dashed.items():
         axes.plot(*zip(*points, strict=True), linestyle="--", color=GREY, label=label)
     if shares:
-        axes.set_ylim(0, 105)
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+    elif min(value for points in curves.values() for _, value in points) > 0:
+        logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=7)
+    name_ends(axes, [(line.get_label(), *line.get_xydata()[-1], line.get_color()) for line in axes.lines])
     return figure
 
 
@@ -133,44 +165,53 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None
-    figure, axes = new_figure(title, "exit layer", "lower is better" if lower else "score")
-    for number, name in enumerate(names.values()):
+    shown_names = list(names.values())[:MOST_LINES]
+    told = f"\nthe first {len(shown_names)} of {len(names)} tasks" if len(names) > len(shown_names) else ""
+    layer = f"exit layer; dashed: all layers{told}"
+    figure, axes = new_figure(title, layer, "lower is better" if lower else "score")
+    ends = []
+    for number, name in enumerate(shown_names):
         shown = [result for result in exits if name in result.metrics]
         layers, values = [result.exit_layer for result in shown], [result.metrics[name] for result in shown]
         errors = [result.stderr.get(name, 0.0) for result in shown]
-        axes.errorbar(layers, values, errors, marker="o", markersize=4, capsize=2, color=f"C{number}", label=name)
+        marker = LINE_MARKERS[number]
+        axes.errorbar(layers, values, errors, marker=marker, markersize=4, capsize=2, color=f"C{number}", label=name)
+        ends.append((name, layers[-1], values[-1], f"C{number}"))
         axes.axhline(record.results[0].metrics[name], linestyle="--", linewidth=1, color=f"C{number}")
-    axes.plot([], [], linestyle="--", linewidth=1, color=GREY, label="all layers")
     if lower:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=7)
+    name_ends(axes, ends)
     return figure
 
 
 def _acceptance_by_exit(record: RunRecord) -> Figure | None:
-    curves: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[Result]] = {}
     agreeing = []
     for result in sorted(record.results, key=lambda result: (result.draft_weights or "", result.num_draft_tokens or 0)):
         if result.strategy == "self-speculative" and result.acceptance_rate is not None:
-            curves.setdefault(drafts_name(result), []).append((result.exit_layer or 0, 100 * result.acceptance_rate))
+            lines.setdefault(drafts_name(result), []).append(result)
         if result.strategy == "early-exit" and result.agreement is not None:
             agreeing.append((result.exit_layer, 100 * result.agreement))
-    if len({exit_layer for points in curves.values() for exit_layer, _ in points}) < 2:
+    if len({result.exit_layer for results in lines.values() for result in results}) < 2:
         return None
-    dashed = {"agreement with the full model": agreeing} if agreeing else {}
-    return _curves("Accepted drafts by exit", "exit layer", "accepted drafts (%)", curves, dashed, shares=True)
+    kept, told = best_lines(lines, MOST_LINES - bool(agreeing))
+    curves = {name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in lines[name]] for name in kept}
+    dashed = {"agreement with all layers": agreeing} if agreeing else {}
+    return _curves("Accepted drafts by exit", f"exit layer{told}", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _acceptance_by_position(record: RunRecord) -> Figure | None:
     drafted = [result for result in record.results if result.acceptance_by_position]
     drafted.sort(key=lambda result: result.num_draft_tokens or 0)
-    longest = {(result.strategy, result.draft_weights, result.exit_layer): result for result in drafted}  # of each drafter
+    longest = {(result.strategy, result.draft_weights, result.exit_layer): [result] for result in drafted}  # of each drafter
+    kept, told = best_lines(longest)
     curves = {
         result_name(result): [(place, 100 * share) for place, share in enumerate(result.acceptance_by_position or (), start=1)]
-        for result in longest.values()
+        for name in kept
+        for result in longest[name]
     }
-    xlabel, ylabel = "position of the draft in its round", "accepted (%), if all before it were"
+    xlabel, ylabel = f"position of the draft in its round{told}", "accepted (%), if all before it were"
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
 
 
@@ -207,7 +248,8 @@ def _speed_within_an_answer(record: RunRecord) -> Figure | None:
     drafters = [step.drafter or _PLAIN for step in steps]
     for number, name in enumerate(sorted(set(drafters), key=lambda name: (name == _PLAIN, -drafters.count(name)))):
         own = [point for *point, drafter in zip(ends, speeds, drafters, strict=True) if drafter == name]
-        axes.scatter(*zip(*own, strict=True), s=14, color=GREY if name == _PLAIN else f"C{number}", label=name)
+        colour = GREY if name == _PLAIN or number >= MOST_LINES else f"C{number}"
+        axes.scatter(*zip(*own, strict=True), s=14, color=colour, label=name)
     plain = next(
         (result.time_per_token_ms.get("p50") for result in record.results if result.strategy == "autoregressive"), None
     )
@@ -223,24 +265,22 @@ def _perplexity(record: RunRecord) -> Figure | None:
     line = [(exit_layer, value) for exit_layer, value in measured if exit_layer is not None]
     full = [(line[end][0], value) for exit_layer, value in measured if exit_layer is None and line for end in (0, -1)]
     curves, dashed = {"early exit": line} if line else {}, {"all layers": full} if full else {}
-    figure = _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
-    if figure is not None and min(value for _, value in line) > 0:
-        logarithmic(figure.axes[0])
-    return figure
+    return _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
 
 
 def _prediction(record: RunRecord) -> Figure | None:
-    points: dict[tuple[str, int], list[tuple[float, float]]] = {}  # by the weights of a low-bit copy, and the exit
+    drafters: dict[tuple[str, int], list[Result]] = {}  # by the weights of a low-bit copy, and the exit
     for result in record.results:
         if result.predicted_speedup and result.speedup:
-            drafter = result.draft_weights or "", result.exit_layer or 0
-            points.setdefault(drafter, []).append((result.predicted_speedup, result.speedup))
-    if not points:
+            drafters.setdefault((result.draft_weights or "", result.exit_layer or 0), []).append(result)
+    if not drafters:
         return None
-    figure, axes = new_figure("Predicted and measured speedup", "predicted speedup", "measured speedup")
+    kept, told = best_lines(drafters)
+    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{told}", "measured speedup")
+    points = {drafter: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in drafters[drafter]] for drafter in kept}
     for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
-        name = f"{weights} exit {exit_layer}".strip()
-        axes.scatter(*zip(*own, strict=True), marker="^", color=f"C{number}", alpha=0.8, label=name)
+        name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]
+        axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=name)
     start = min(min(point) for own in points.values() for point in own)
     axes.axline((start, start), slope=1, color=GREY, linewidth=1, zorder=0)
     axes.legend(fontsize=7)
@@ -256,7 +296,7 @@ def _pareto(record: RunRecord) -> Figure | None:
     points = list(zip(found.speeds, found.values, strict=True))
     for number, strategy in enumerate(found.strategies):
         own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
-        marker = _MARKERS.get(strategy, "D")
+        marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")  # baselines share colours with strategies
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
     sign = 1 if found.lower_is_better else -1
     line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))

@@ -18,29 +18,6 @@ _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
-# The figures of a result: their label and format where there is room for it.
-FIGURES = {
-    "exit_layer": ("exit layer", ""),
-    "exit_confidence": ("exit confidence", ".3g"),
-    "mean_layers": ("mean layers", ".1f"),
-    "num_draft_tokens": ("draft tokens", ""),
-    "draft_weights": ("draft weights", ""),
-    "skip": ("skipped layers", ""),
-    "identical_outputs": ("identical outputs", ".1%"),
-    "acceptance_rate": ("acceptance rate", ".1%"),
-    "mean_accepted_tokens": ("mean accepted tokens", ".2f"),
-    "tokens_per_second": ("tokens/s", ".1f"),
-    "speedup": ("speedup", ".2f"),
-    "speedup_over_transformers": ("over transformers", ".2f"),
-    "decode_speedup": ("decode speedup", ".2f"),
-    "ttft_ms": ("first token (ms)", ".1f"),
-    "time_per_token_ms_p50": ("token p50 (ms)", ".2f"),
-    "time_per_token_ms_p95": ("token p95 (ms)", ".2f"),
-    "peak_memory_mb": ("peak memory (MB)", ".0f"),
-    "agreement": ("agreement", ".1%"),
-    "predicted_speedup": ("predicted speedup", ".2f"),
-    "predicted_acceptance_rate": ("predicted acceptance rate", ".1%"),
-}
 _SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
 
 Column = tuple[str, str, str]
@@ -227,9 +204,13 @@ def score_table(record: RunRecord) -> TextTable:
     for name in dict.fromkeys(name for result in results for name in result.metrics):
         task, _, metric = name.partition(" ")
         rows.append((task, metric, str(counts.get(task, "-")), *(_score(result, name) for result in results)))
-    for name, form in {"identical_outputs": "", "acceptance_rate": "", "tokens_per_second": ".0f", "speedup": ""}.items():
-        label, usual = FIGURES[name]
-        cells = [cell(row, name, form or usual) for row in flat_rows(record)]
+    for name, label, form in (
+        ("identical_outputs", "identical outputs", ".1%"),
+        ("acceptance_rate", "acceptance rate", ".1%"),
+        ("tokens_per_second", "tokens/s", ".0f"),
+        ("speedup", "speedup", ".2f"),
+    ):
+        cells = [cell(row, name, form) for row in flat_rows(record)]
         if set(cells) != {"-"}:
             rows.append(("all answers", label, "", *cells))
     samples = config["task"].get("samples")

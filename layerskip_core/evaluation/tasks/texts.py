@@ -72,22 +72,21 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
         seen = (name, split) == (data.name, data.split)
         how = "which the model was trained on; `data` gives others" if seen else "which the model was not trained on"
         try:
-            config = _like_training(replace(asked, data=name, split=split), data.prompt_column, data.completion_column)
-            task = load_task(config)
+            task = load_task(_like_training(replace(asked, data=name, split=split), data))
             return replace(task, notes=(f"rows: {name}, split {split}, {how}", *task.notes))
         except DataError as error:
             fault = error
     raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
 
 
-def _like_training(config: TaskConfig, prompt: str | None, completion: str | None) -> TaskConfig:
+def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
     """With the columns of a training as far as the data has them, or with the task `lm` for text without prompts."""
-    name = str(config.data)
-    if is_parsing(DataConfig(name)):
+    data, prompt, completion = DataConfig(str(config.data), config.split), trained.prompt_column, trained.completion_column
+    if is_parsing(data):
         return config
-    if file_ending(Path(name)) == _PLAIN:
+    if file_ending(Path(data.name)) == _PLAIN:
         return replace(config, task="lm")
-    fields = next(load_records(DataConfig(name, config.split), streaming=True)).fields
+    fields = next(load_records(data, streaming=True)).fields
     plain = completion in fields and not fields.keys() & {prompt, *_PROMPT_COLUMNS}
     return replace(
         config,
