@@ -25,7 +25,7 @@ from ...errors import ConfigError, LayerSkipError, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows, shown
+from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows, text_of
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
@@ -156,10 +156,10 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
     parts = ("dtype", "device_name", "implementation", "threads")
     by_category = [row for row in named_rows(record) if "category" in row]
     columns = [column for column in columns_of(record) if column[0]]
-    tables = [_table("", [row for row in named_rows(record) if "category" not in row], columns, shown, bool(record.answered))]
+    tables = [_table("", [row for row in named_rows(record) if "category" not in row], columns, text_of, bool(record.answered))]
     if by_category:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
-        tables.append(_table("By category", by_category, columns, shown))
+        tables.append(_table("By category", by_category, columns, text_of))
     return _template("report").render(
         title=title(record),
         machine=", ".join(str(machine[part]) for part in parts if part in machine)
@@ -206,7 +206,7 @@ def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
 def _text(row: Row, name: str, form: str) -> str:
     """A value with the ends of its interval or its standard error."""
     value, error = row.get(name), row.get(f"stderr_{name}")
-    text = cell(row, name, f"({form}") if isinstance(value, float) else cell(row, name, "")
+    text = cell(row, name, f"±{form}") if isinstance(value, float) else cell(row, name, "")
     return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {error:.2g}"
 
 

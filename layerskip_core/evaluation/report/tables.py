@@ -86,7 +86,7 @@ def results_table(record: RunRecord) -> TextTable:
     A dash marks what was not measured.
     """
     columns, rows = columns_of(record), named_rows(record)
-    cells = tuple(tuple(shown(row, name, form) for _, name, form in columns) for row in rows)
+    cells = tuple(tuple(text_of(row, name, form) for _, name, form in columns) for row in rows)
     note, results = [], record.results
     if any(result.pareto for result in results):
         note.append(PARETO_NOTE)
@@ -140,7 +140,7 @@ def named_rows(record: RunRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(row: Row, name: str, form: str) -> str:
+def text_of(row: Row, name: str, form: str) -> str:
     """A figure as the table shows it."""
     if name == "front":
         return str(row.get(name, ""))
@@ -270,21 +270,16 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format. `±` before it adds half of its interval, `(` the ends: `2.31±.12`, `81±2%`, `2.31 (2.20-2.44)`.
-
-    A dash for what was not measured. A format with a sign is for differences: `-8.3% (-25 to +8)`.
-    """
-    spread, form = (form[0], form[1:]) if form[:1] in ("±", "(") else ("", form)
+    """A figure in this format, after `±` with half of its interval: `2.31±.12`, `81±2%`. A dash for what was not measured."""
+    spread, form = form.startswith("±"), form.removeprefix("±")
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
     if value in (None, ""):
         return "-"
     if not spread or low is None or high is None:
         return format(value, form)
-    scale, half = (100, 50 * (high - low)) if form.endswith("%") else (1, (high - low) / 2)
-    if spread == "±":
-        return f"{scale * value:.0f}±{half:.0f}%" if scale > 1 else f"{value:{form}}" + f"±{half:{form}}".replace("±0.", "±.")
-    ends = form.replace(".1%", ".0f")
-    return f"{value:{form}} ({scale * low:{ends}}{' to ' if form.startswith('+') else '-'}{scale * high:{ends}})"
+    if form.endswith("%"):
+        return f"{100 * value:.0f}±{50 * (high - low):.0f}%"
+    return f"{value:{form}}" + f"±{(high - low) / 2:{form}}".replace("±0.", "±.")
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
