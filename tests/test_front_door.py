@@ -90,6 +90,8 @@ def test_bad_options_name_themselves(model):
         model.generate(PROMPT, exit=8)
     with pytest.raises(ConfigError, match="the prompt must be valid Unicode"):
         model.generate_batch([PROMPT, "\ud800"])
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        model.generate("")
 
 
 def test_numbers_of_numpy_are_numbers_and_none_is_left_out():

@@ -25,7 +25,7 @@ from ..config.options import checked
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import target_block
-from ..prompting import PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
+from ..prompting import RAW, PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
 from .info import CheckpointInfo
 from .locate import PUBLISHED
 
@@ -88,9 +88,11 @@ class Decoder:
     def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers) in a chat template.
 
-        Raises ConfigError for a token that the model has no embedding for and for invalid Unicode, CheckpointError for a chat
-        template that fails.
+        Raises ConfigError for an empty prompt, for a token that the model has no embedding for and for invalid Unicode,
+        CheckpointError for a chat template that fails. White space alone is a prompt in the raw template only.
         """
+        if not (prompt if self.template.text == RAW else prompt.strip()):
+            raise ConfigError("the prompt is empty")
         return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
 
     def known_ids(self, ids: list[int]) -> list[int]:

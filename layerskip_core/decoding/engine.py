@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..config.model import EXACT_TOKENS
-from ..errors import ContextError, require
+from ..errors import ConfigError, ContextError, require
 from ..model.backend import Backend
 from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
@@ -122,7 +122,8 @@ def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") ->
     """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
     `limit` tokens. `what`: its name in the error.
     """
-    require(bool(prompt_ids), what, "at least 1 token", "none")
+    if not prompt_ids:
+        raise ConfigError(f"{what} is empty")
     if len(prompt_ids) >= limit:
         raise ContextError(
             f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"

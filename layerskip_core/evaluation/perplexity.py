@@ -9,7 +9,7 @@ from ..checkpoint.loaded import Decoder
 from ..data import Example, spread
 from ..losses import summed_losses
 from ..model.backend import Backend, states_at_exits
-from ..prompting import RAW
+from ..prompting import PromptTemplate, encode_prompt
 from .metrics import Scores
 
 _WINDOW_TOKENS = 512
@@ -50,9 +50,10 @@ def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[
     A window starts with the tokens that the tokenizer puts before every text. If there are none, the window's first token does
     not count.
     """
+    tokenizer = loaded.tokenizer
     with quiet_transformers():  # else transformers warns that the text is longer than the context
-        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    start = loaded.with_template(RAW, None).encode_prompt("")
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = encode_prompt(tokenizer, PromptTemplate(), "")
     size = min(_WINDOW_TOKENS, loaded.backend.spec.context - len(start))
     for offset in spread(range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size), windows):
         yield _losses(loaded.backend, start, ids[offset : offset + size], exit_layers)

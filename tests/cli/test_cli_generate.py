@@ -125,8 +125,10 @@ def test_stats_are_on_stderr(generate, expected):
 
 
 def test_lines_are_prompts(generate, expected):
-    result = generate("--lines", stdin=f"{PROMPT}\r\nplay jazz\n\nset an alarm")
-    assert result == Result(0, "".join(expected(prompt) + "\n" for prompt in (PROMPT, "play jazz", "", "set an alarm")), "")
+    """An answer's line has its prompt's number, so an empty one stands for a line without a prompt."""
+    result = generate("--lines", stdin=f"{PROMPT}\r\nplay jazz\n \nset an alarm")
+    answers = (expected(PROMPT), expected("play jazz"), "", expected("set an alarm"))
+    assert result == Result(1, "\n".join(answers) + "\n", "error: line 3: the prompt is empty\n")
 
 
 def test_jsonl_answers_have_their_counts(generate, loaded, expected):
@@ -154,13 +156,14 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
     assert (result.code, result.err, len(found)) == (1, "", 11)
     assert [found[place] for place in (0, 5, 10)] == [answer] * 3
     assert found[1].startswith("line 2: not valid JSON: ") and found[3].startswith("line 4: not valid JSON: ")
-    assert found[2] == "line 3: the prompt must be at least 1 token, got none"
+    assert found[2] == "line 3: the prompt is empty"
     assert LONGER.fullmatch(found[4].removeprefix("line 5: "))
     assert found[6:8] == [f"line {number}: needed an object with a text `prompt`" for number in (7, 8)]
     assert found[8].startswith("line 9: not valid ") and found[9].startswith("line 10: not valid JSON: ")
     lines = generate("--lines", "--raw", *batch, stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode())
     assert (lines.code, lines.out) == (1, f"\n{answer}\n\n\n{answer}\n")
     assert [error.split(":")[1] for error in lines.err.splitlines()] == [" line 1", " line 3", " line 4"]
+    assert lines.err.startswith("error: line 1: the prompt is empty\n")
 
 
 def answers_of(result):
@@ -210,7 +213,17 @@ def test_prompts_that_cannot_be(generate):
     result = generate(TOO_LONG)
     assert (result.code, result.out) == (1, "")
     assert LONGER.fullmatch(result.err.removeprefix("error: ").rstrip("\n"))
-    assert generate("", "--raw") == Result(1, "", "error: the prompt must be at least 1 token, got none\n")
+
+
+@pytest.mark.parametrize("template", [(), ("--raw",), ("--template", "{prompt}:"), ("--template", "chat")])
+def test_an_empty_prompt_is_an_error_in_every_template(generate, copy, template):
+    """A template alone would be answered. White space alone is a prompt in the raw template, where it is the model's input."""
+    (copy / "chat_template.jinja").write_text("user: {{ messages[0].content }}\nassistant: ")
+    empty = Result(1, "", "error: the prompt is empty\n")
+    command = ("generate", *template, "--model", str(copy))
+    assert run(*command, "") == run(*command, stdin="") == run(*command, stdin="\n") == empty
+    if template != ("--raw",):
+        assert run(*command, stdin=" \n\t\n") == empty
 
 
 def test_models_that_cannot_be(tmp_path):

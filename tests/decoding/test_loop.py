@@ -344,7 +344,7 @@ def test_stats_add_exactly():
 
 
 def test_bad_settings_are_refused(backend):
-    with pytest.raises(ConfigError, match="the prompt must be at least 1 token"):
+    with pytest.raises(ConfigError, match="the prompt is empty"):
         run(backend, [], exit_layer=3)
     with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
         run(backend, [5] * 128, exit_layer=3)

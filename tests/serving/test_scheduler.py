@@ -13,7 +13,7 @@ from exit_block_models import random_blocks
 from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, SharedPrefixes, decode
+from layerskip_core.decoding import DecodingLoop, SharedPrefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
@@ -49,11 +49,8 @@ class Client:
 
 
 def alone(decoder, ids, config):
-    stream = TextStream(replace(decoder, template=tiny_loaded().template), "", config)
-    stream._decoding = decode(decoder.backend, ids, config, decoder.ends_of(config), decoder.detokenize)
-    for _ in stream:
-        pass
-    return (stream.text, stream.finish_reason), stream.stats
+    answer = TextStream(decoder, ids, config).finish()
+    return (answer.text, answer.finish_reason), answer.stats
 
 
 def run(scheduler, arrivals):
