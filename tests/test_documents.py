@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import product
 from pathlib import Path
 from pkgutil import resolve_name
 from textwrap import dedent
@@ -26,8 +27,24 @@ def text_of(path):
 
 def anchors(path):
     """The anchors that GitHub gives the headings of a document."""
-    headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(anchor_of, re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)))
+
+
+def anchor_of(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def section(link):
+    """The lines of a document below the heading that a link names, up to the next heading."""
+    path, _, anchor = link.partition("#")
+    parts = re.split(r"^#+ (.*)$", text_of(ROOT / path), flags=re.MULTILINE)
+    below = {anchor_of(heading): text.splitlines() for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return below[anchor]
+
+
+def numbers(text):
+    """Without their units; those in names (bf16, SmolLM2-135M) do not count."""
+    return {number.replace(",", "") for number in re.findall(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?", text)}
 
 
 def flags_of(command):
@@ -48,6 +65,16 @@ def test_links_and_commands(document):
         assert command in COMMANDS
         unknown = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)) - flags_of(command)
         assert not unknown, f"layerskip {command} {rest}"
+
+
+def test_the_results_are_those_of_the_pages():
+    """The numbers of a row of README's table stand in one line for each link of its last cell, of the section that it names."""
+    _, _, *rows = next(part for part in text_of(ROOT / "README.md").split("\n\n") if part.startswith("| model |")).splitlines()
+    assert len(rows) > 5
+    for row in rows:
+        told, _, sources = row.rpartition(" | ")
+        sections = [[numbers(line) for line in section(link)] for link in re.findall(r"\]\((.*?)\)", sources)]
+        assert any(numbers(told) <= set().union(*lines) for lines in product(*sections)), row
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
