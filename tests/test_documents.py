@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,6 +19,7 @@ CORE = ROOT / "layerskip_core"
 FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
+CODE = (".py", ".c", ".h")
 COMMANDS = get_command(app).commands
 
 
@@ -102,6 +104,23 @@ def test_the_python_example_is_the_tested_one():
     tested = layerskip_core.__doc__.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]
     shown = re.search(r"^```python\n(.*?)^```$", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL)[1]
     assert dedent(tested).strip() == shown.strip()
+
+
+def test_the_map_has_every_module():
+    """Each folder's part of the map has its modules' names, and no others, as often as there are modules of the name."""
+    told = re.search(r"^## Map\n+```\n(.*?)^```$", text_of(CORE / "README.md"), re.MULTILINE | re.DOTALL)[1]
+    parts = {part.partition("/")[0]: part for part in re.split(r"\n(?=\w)", told)}
+    for folder in sorted(path.parent for path in CORE.glob("*/__init__.py")):
+        modules = Counter(path.name for path in folder.rglob("*.py") if not path.name.startswith("__"))
+        assert Counter(re.findall(r"(?<![\w/])\w+\.py", parts[folder.name])) == modules, folder
+    assert {path.name for path in CORE.glob("[!_]*.py")} <= set(re.findall(r"\w+\.py", told))
+
+
+def test_files_that_the_code_cites_are_there():
+    there = {path.name for folder in ("cli", "layerskip_core", "tests", "examples") for path in (ROOT / folder).rglob("*.*")}
+    sources = [path for folder in ("cli", "layerskip_core") for path in (ROOT / folder).rglob("*.*") if path.suffix in CODE]
+    cited = {(path.name, name) for path in sources for name in re.findall(r"\b\w+\.(?:py|c)\b(?!\()", text_of(path))}
+    assert {(name, file) for name, file in cited if file not in {*there, "setup.py"}} == set()
 
 
 def test_names_in_the_table_from_paper_to_code():

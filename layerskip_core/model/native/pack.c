@@ -1,12 +1,12 @@
 /* Packs weights (outputs, inputs) into a matrix: rounds them, where it has fewer bits, and stores them in panels.
  *
  * Whatever the kind, a panel consists of units of 32 bits: for each unit of a row, those of its 32 rows stand side by side. The
- * numbers are those of torch's operations in quantized.py and int4.py, to the bit. Included after kernels.c.
+ * numbers are those of torch's operations in weights.py, to the bit. Included after kernels.c.
  */
 
 typedef struct {
     const Matrix *to;
-    const char *weight; /* (rows, inputs) in `from`, which is FP32, BF16, or INT4 for rows of bytes as int4.py stores them */
+    const char *weight; /* (rows, inputs) in `from`, which is FP32, BF16, or INT4 for the bytes of a calibrated weight */
     int from, rows;     /* rows after the last are zeros */
     int first, step;    /* the first of the panels that take the rows, and the distance to the next */
     atomic_int taken;   /* panels that a thread has taken */
