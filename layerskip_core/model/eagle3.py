@@ -126,7 +126,9 @@ class Eagle3Layer:
         return self._head(self._normed(NORM, hidden))
 
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (self.form.hidden,), self._norm_of(name), self.form.eps)
+        """In the weight's precision, which autocast leaves at fp32."""
+        weight = self._norm_of(name)
+        return F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, self.form.eps).to(hidden.dtype)
 
 
 class Eagle3(nn.Module):

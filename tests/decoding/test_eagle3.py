@@ -1,5 +1,6 @@
 """Drafts in the EAGLE-3 layout: the output is the target's own, and drafts are those of the training's forward."""
 
+import warnings
 from dataclasses import replace
 from functools import cache, partial
 
@@ -219,3 +220,17 @@ def test_penalties_and_seeds_keep_the_output():
 def test_without_a_drafter_it_is_refused():
     with pytest.raises(ConfigError, match="layout eagle3"):
         decode(native_or_skip(tiny_model("llama", torch.float32, **SHAPE), PackingConfig()), prompt_of(4), EAGLE3)
+
+
+def test_norms_in_training_are_those_of_fp32_without_a_warning():
+    """Autocast gives bf16 states and leaves the weights in fp32; PyTorch warns of the mixture, once in a process."""
+    layer, states = drafter().layer, torch.randn(2, 3, drafter().form.hidden).bfloat16()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            warnings.simplefilter("error")
+            found = layer._normed("norm.weight", states)
+    finally:
+        torch.set_warn_always(False)
+    weight = drafter().weight("norm.weight")
+    assert torch.equal(found, F.rms_norm(states.float(), weight.shape, weight, drafter().form.eps).bfloat16())
