@@ -19,7 +19,8 @@ from ..config.decoding import DecodingConfig
 from ..config.model import CheckConfig, DataConfig, PackingConfig
 from ..data import load_prompts
 from ..decoding import decode
-from ..errors import CheckpointError, DataError, refused
+from ..errors import CheckpointError, ConfigError, DataError, refused
+from ..model.eagle3 import NO_DRAFTER
 
 TOLERANCE = 0.01  # of the rates of acceptance
 _ANSWER = 64  # tokens
@@ -92,7 +93,7 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
     """
     folder = downloaded(model)
     if not (Path(folder) / EAGLE3_FOLDER).is_dir():
-        raise refused("check", "used with a model that `finetune --frozen --layout eagle3` trained", model)
+        raise ConfigError(f"`check`: {NO_DRAFTER}", "check")
     python = config.python or sys.executable
     try:
         looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])

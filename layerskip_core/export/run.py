@@ -362,9 +362,10 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
     return tokens, why
 
 
-_VLLM = """# With layerskip in the environment of vLLM (pip install --no-deps), --load-format layerskip makes the draft of the
-# weights and the cache of the target, without copies.
-vllm serve {target} \\
+_VLLM = """vllm serve {target} \\
+    --speculative-config {speculative}
+# Or without copies of weights and cache, where layerskip is installed beside vLLM (pip install --no-deps):
+vllm serve {target} --load-format layerskip \\
     --speculative-config {speculative}"""
 _LLAMA_CPP = """llama-server -m {target} \\
     --spec-type draft-{method} -md {draft} --spec-draft-n-max {drafts}"""

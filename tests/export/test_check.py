@@ -53,8 +53,9 @@ def test_the_exit_status_says_whether_engines_agree(drafting, tmp_path):
 
 
 def test_what_cannot_be_compared_is_one_line(drafting, checkpoint, tmp_path):
-    message = "--check must be used with a model that `finetune --frozen --layout eagle3` trained, got"
-    fails(f"{message} {checkpoint}"[: len(message) + 61], "export", checkpoint, "--check")
+    message = "this model has no EAGLE-3 drafter; `layerskip finetune --frozen --layout eagle3` makes one"
+    fails(f"--check: {message}", "export", checkpoint, "--check")
+    fails(f"--strategy eagle3: {message}", "generate", "hi", "--model", checkpoint, "--strategy", "eagle3")
     flags = ("export", str(drafting), "--check", "--samples", "1")
     fails("vLLM ended with status 1: no memory", *flags, "--python", python_printing(tmp_path / "python", "no memory", 1))
     fails("--python must be the Python of an environment, got no/where", *flags, "--python", "no/where")

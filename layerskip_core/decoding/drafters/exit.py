@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...config.model import Quantization
-from ...errors import require
+from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, joined, states_at
 from ...model.cache import TokenRows
+from ...model.eagle3 import NO_DRAFTER
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
@@ -176,8 +177,8 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     """Raises ConfigError as `ExitDrafter` does, and for a model without a drafter in the EAGLE-3 layout that is to draft."""
     config, model, weights = setup.config, setup.model, setup.config.draft_weights
     if config.strategy == "eagle3":
-        needed = "used with a model that `finetune --frozen --layout eagle3` trained"
-        require(model.eagle3 is not None, "strategy", needed, "eagle3")
+        if model.eagle3 is None:
+            raise ConfigError(f"`strategy` eagle3: {NO_DRAFTER}", "strategy")
         return ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
     if config.strategy == "draft-and-verify":
         name = f"{model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
