@@ -12,16 +12,27 @@ import typer
 from msgspec import Meta
 from typer.core import TyperCommand
 
-from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, parse_list
+from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, needed, parse_list
 from layerskip_core.errors import ConfigError
 from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
+# What users of transformers and vLLM type, and what it is here.
+_MEANT = {
+    **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
+    **dict.fromkeys(("--max-tokens", "--max-length", "--max-model-len"), "--max-new-tokens"),
+    "--model-name-or-path": "--model",
+    "--per-device-train-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--accumulation",
+    "--num-speculative-tokens": "--spec",
+}
+_WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help
+_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 Format = Annotated[
     Literal["table", "json", "csv", "markdown"],
-    Flag("Format of standard output: table, json, csv or markdown.", panel="Output"),
+    Flag("Format of standard output.", panel="Output"),
 ]
 ReportFolder = Annotated[
     Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
@@ -66,7 +77,13 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         followers = [*args[1:], "-"][: len(args)]
         alone = [flag in _ALONE and after.startswith("-") for flag, after in zip(args, followers, strict=True)]
-        return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
+        try:
+            return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
+        except Exception as error:  # of a class that Typer does not export
+            meant = _MEANT.get(getattr(error, "option_name", ""), "")
+            if any(meant.partition(" ")[0] in parameter.opts for parameter in self.params):
+                vars(error)["possibilities"] = [meant]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *get_args(Panel), "Other")}
@@ -127,6 +144,8 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
         return default
     if flag is not None and flag.is_file:
         value = "".join(text_lines(Path(value), field))
+    if field == "dtype":
+        value = _DTYPES.get(value, value)
     if flag is not None and flag.optional:
         value = value or True
     elif isinstance(value, str) and get_origin(alternatives(hint)[0]) is dict:
@@ -160,7 +179,12 @@ def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> insp
     if kind is bool:
         names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
     shown = f" [default: {flag.default}]" if flag.default and default is None else ""
-    metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else None
-    option = typer.Option(*names, help=flag.help + shown, rich_help_panel=panel, metavar=metavar)
+    choices = needed(hint).partition("one of ")[2]
+    metavar, told = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
+    if flag.optional or flag.repeated or not choices:
+        metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
+    elif len(metavar) > _WIDEST:
+        metavar, told = "", f"{told.removesuffix('.')}: {choices}."
+    option = typer.Option(*names, help=told + shown, rich_help_panel=panel, metavar=metavar or None)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -35,7 +35,7 @@ def inspect(
     layers: Annotated[
         tuple[Layer, ...], Flag("Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit", panel="Output")
     ] = (),
-    format: Annotated[Literal["table", "json"], Flag("Format of standard output: table or json.", panel="Output")] = "table",
+    format: Annotated[Literal["table", "json"], Flag("Format of standard output.", panel="Output")] = "table",
     output: Annotated[Text | None, Flag("HTML file with every layer.", panel="Output")] = None,
 ) -> None:
     """Show what the model would have answered after every layer, and from which layer on each token was correct.

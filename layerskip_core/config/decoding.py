@@ -60,7 +60,7 @@ class DecodingOptions(TypedDict, total=False):
         str,
         one_of(*STRATEGIES),
         Flag(
-            f"{', '.join(STRATEGIES)}.",
+            "Decoding strategy.",
             default="adaptive; self-speculative with a flag about an exit or about drafts",
             panel="Decoding",
         ),

@@ -61,7 +61,7 @@ class TaskConfig:
     completion_column: Annotated[str | None, Flag("Column of the reference.", default="the first of the usual names")] = None
     metric: Annotated[
         Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
-        Flag("For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
+        Flag("What answers of the task jsonl are ranked by.", default="by the references"),
     ] = None
     shots: Annotated[
         Annotated[int, Meta(ge=0, le=1_000)] | None, Flag("Solved rows before each prompt.", default="the task's")
@@ -140,14 +140,14 @@ class BenchConfig(MeasurementConfig):
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...],
-        Flag(f"Of {','.join(STRATEGIES)}; the first is required.", default="those that the model was trained or converted for"),
+        Flag("The strategies to run, autoregressive among them.", default="those that the model was trained or converted for"),
     ] = ()
     repeats: Annotated[
         int,
         Meta(ge=1, le=1_000),
         Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
     ] = 3
-    baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag(f"Also: {','.join(BASELINES)}, or some.")] = ()
+    baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(

@@ -23,7 +23,7 @@ class MachineConfig:
     """Device, precision of the weights, and CPU threads (0: torch's choice, or 1 for decoding with a small model)."""
 
     device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.", panel="Machine")] = "auto"
-    dtype: Annotated[DType, Flag("auto, fp32 or bf16.")] = "auto"
+    dtype: Annotated[DType, Flag("Precision of the weights.")] = "auto"
     threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
 
 
@@ -38,15 +38,13 @@ class PackingConfig:
     asked for and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
     """
 
-    quantize: Annotated[Quantization | None, Flag("int8 or int4 weights (CPU only).", default="none", panel="Weights")] = None
+    quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[
         tuple[Quantization, ...],
-        Flag("Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same."),
+        Flag("Draft with low-bit copies of the weights. The output stays the same."),
     ] = ()
     draft_layers: int = 0
-    draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies: int8 or int4.", default="int8")] = (
-        None
-    )
+    draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None
     draft_vocab: Annotated[CountOrNone, Flag("Draft among the N most frequent tokens only; 0: among all.")] = 0
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
@@ -172,9 +170,9 @@ class ExportConfig:
     ] = None
     output: Annotated[Text, Flag("Folder for the draft model.")] = "draft-model"
     format: Annotated[
-        Format | None, Flag(f"{', '.join(get_args(Format))}.", default="gguf with --engine llama.cpp, else transformers")
+        Format | None, Flag("Of the files written.", default="gguf with --engine llama.cpp, else transformers")
     ] = None
-    engine: Annotated[Engine | None, Flag(f"Also print how it drafts in this engine: {', '.join(get_args(Engine))}.")] = None
+    engine: Annotated[Engine | None, Flag("Also print how it drafts in this engine.")] = None
     dtype: Annotated[
         str,
         Flag(
@@ -182,7 +180,7 @@ class ExportConfig:
             "auto: f16."
         ),
     ] = "auto"
-    quantize: Annotated[Quantization | None, Flag("int8 or int4 weights, with --format packed.", default="none")] = None
+    quantize: Annotated[Quantization | None, Flag("Low-bit weights, with --format packed.", default="none")] = None
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.")] = False
 
     def __post_init__(self) -> None:

@@ -33,7 +33,9 @@ class RecipeSettings:
     and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is cross-entropy.
     """
 
-    p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax", "by --regime", panel="Recipe")] = None
+    p_max: Annotated[
+        Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", "by --regime", panel="Recipe")
+    ] = None
     dropout_profile: Annotated[
         DropoutProfile | None,
         Flag(
@@ -41,11 +43,9 @@ class RecipeSettings:
             default="exponential",
         ),
     ] = None
-    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale", "by --regime")] = None
-    exit_weights: Annotated[
-        ExitWeights | None, Flag("Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
-    ] = None
-    curriculum: Annotated[Curriculum | None, Flag("rotational, gradual, all or none.", default="by --regime")] = None
+    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", "by --regime")] = None
+    exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default="paper")] = None
+    curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default="by --regime")] = None
     rotation: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         Flag("R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
@@ -121,7 +121,7 @@ class ExitBlockSettings:
     ] = "none"
     answers: Annotated[
         Answers | None,
-        Flag("Who writes the answers to the prompts of --data: model or data.", default="model, if it has prompts"),
+        Flag("Who writes the answers to the prompts of --data.", default="model, if it has prompts"),
     ] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
@@ -155,7 +155,7 @@ class FinetuneConfig:
     regime: Annotated[
         Regime | None,
         Flag(
-            "Preset of the recipe: finetune, continual, scratch or code.",
+            "Preset of the recipe.",
             default="finetune with a flag of the recipe; without any the task alone, then a drafter beside the result",
             panel="Recipe",
         ),
@@ -166,7 +166,7 @@ class FinetuneConfig:
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     lr: Annotated[
         Annotated[float, Meta(gt=0, le=100)] | None,
-        Flag("Initial learning rate.", default="by --regime or --frozen, and model size", panel="Optimisation"),
+        Flag("Initial learning rate.", "--lr/--learning-rate", "by --regime or --frozen, and model size", panel="Optimisation"),
     ] = None
     steps: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
@@ -199,7 +199,7 @@ class FinetuneConfig:
         LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
     ] = "all"
     lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
-    dtype: Annotated[DType, Flag("auto, fp32 or bf16.", panel="Machine")] = "auto"
+    dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
     device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.")] = "auto"
     fsdp: Annotated[bool, Flag("Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).")] = False
     output: Annotated[Text, Flag("Folder of the new checkpoint.", panel="Run")] = "layerskip-model"

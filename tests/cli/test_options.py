@@ -12,6 +12,7 @@ from cli.main import app
 from cli.options import with_flags
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import write_info
+from layerskip_core.config.evaluation import BASELINES
 from layerskip_core.config.options import Panel
 
 COMMANDS = get_command(app).commands
@@ -47,6 +48,42 @@ def test_help_lists_every_flag_under_a_heading(name):
     order = [panel for panel in ("Arguments", *get_args(Panel), "Other") if panel in headings]
     assert headings == order
     assert all(flag in text for flag in names_of(name) if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("spelling", ["--lr", "--learning-rate", "--learning_rate"])
+def test_other_spellings_of_a_flag_set_it(spelling):
+    fails("--lr must be a number in (0, 100], got 101.0", "finetune", spelling, "101", "--dry_run")
+    assert names_of("finetune") >= {"--p-max", "--e-scale"}
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("generate", "--max-tokens", "--max-new-tokens"),
+        ("generate", "--max_length", "--max-new-tokens"),
+        ("finetune", "--model_name_or_path", "--model"),
+        ("finetune", "--bf16", "--dtype bf16"),
+        ("serve", "--num-speculative-tokens", "--spec"),
+        ("verify", "--bf16", None),  # which has no --dtype
+    ],
+)
+def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
+    last = run(command, typed, "8").err.splitlines()[-1]
+    assert last.startswith(f"Error: No such option: {typed.replace('_', '-')}")
+    assert last.endswith(f" (Possible options: {meant})") == (meant is not None)
+
+
+def test_precisions_have_their_names_of_torch_too(checkpoint):
+    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
+    assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [True, True]
+    fails("--dtype must be one of auto, fp32, bf16, got float16", *flags, "float16")
+
+
+def test_help_has_the_choices_of_a_flag():
+    """Beside it, or in its help where they are many."""
+    text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
+    assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
+    assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
 
 
 def test_errors_name_flags_on_the_command_line():
