@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from .config.model import DataConfig
+from .config.model import COMPLETION_COLUMNS, PROMPT_COLUMNS, DataConfig
 from .embedded import commands
 from .errors import DataError, first_line, listed, shown
 from .files import parse_json, text_lines
 
 MESSAGES = "messages"  # the column of a conversation
+_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT names them
+_USUAL = {names[0]: names for names in (PROMPT_COLUMNS, COMPLETION_COLUMNS)}
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
 PARSING_TEMPLATE = "{prompt}\n"  # of `commands` and `topv2`: utterance, line end, parse
 _DEFAULT_COMMANDS = 20_000  # rows, unless a number is given
@@ -58,13 +60,25 @@ class Record(NamedTuple):
     def value(self, column: str, setting: str = "") -> Any:
         """Any field. Raises DataError if the row has no such column."""
         if column not in self.fields:
+            others = f", nor {', '.join(_USUAL[column][1:])}" if setting and column in _USUAL else ""
             named = f" (`{setting}`)" if setting else ""
-            raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
+            raise DataError(f"{self.where}: no column {column!r}{others}{named}; found {listed(self.fields)}")
         return self.fields[column]
 
     def first_column(self, names: Sequence[str]) -> str:
         """The first of the names that is a column; if none is, the first name, for the error to come."""
         return next((name for name in names if name in self.fields), names[0])
+
+    def as_usual(self) -> "Record":
+        """A row of Alpaca, whose `input` follows its instruction, with one prompt; one of ShareGPT with `messages`."""
+        fields, (asked, given) = self.fields, map(self.fields.get, ("instruction", "input"))
+        if isinstance(asked, str) and isinstance(given, str) and given.strip():
+            return Record(self.where, {**fields, "instruction": f"{asked}\n\n{given}"})
+        turns = fields.get("conversations")
+        if MESSAGES in fields or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            return self
+        spoken = [{"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+        return Record(self.where, {**fields, MESSAGES: spoken})
 
     def fault(self, needed: str, found: Any) -> DataError:
         """An error that names the row, what was needed and what was found."""
@@ -248,15 +262,15 @@ def load_prompts(config: DataConfig) -> list[Example]:
     """
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
-    column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
-    prompts = []
+    names, prompts = _prompt_columns(config), []
     for record in load_records(config):
+        [column] = names = (record.first_column(names),)
         if MESSAGES in record.fields and column not in record.fields:
             raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
         if _holds_text(record.value(column, "prompt_column")):
             prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
     if not prompts:
-        raise DataError(f"no row of {config.name} has a prompt in the column {column!r} (`prompt_column`)")
+        raise DataError(f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)")
     return spread(prompts, config.limit)
 
 
@@ -265,9 +279,17 @@ def has_prompts(config: DataConfig) -> bool:
 
     Raises DataError for data that cannot be read.
     """
-    column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
-    named = is_parsing(config) or column not in (TEXT_COLUMN, DataConfig.prompt_column)
-    return named or _holds_text(next(load_records(config, streaming=True)).fields.get(column))
+    if is_parsing(config) or config.prompt_column not in (TEXT_COLUMN, DataConfig.prompt_column):
+        return True
+    first = next(load_records(config, streaming=True))
+    return _holds_text(first.fields.get(first.first_column(_prompt_columns(config))))
+
+
+def _prompt_columns(config: DataConfig) -> tuple[str, ...]:
+    """The column of prompts, or those that it can be."""
+    if file_ending(Path(config.name)) == ".txt":
+        return (TEXT_COLUMN,)
+    return _USUAL.get(config.prompt_column, (config.prompt_column,))
 
 
 def _holds_text(prompt: Any) -> bool:
@@ -287,12 +309,12 @@ def is_parsing(config: DataConfig) -> bool:
 
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
-    """The unchanged rows of a file or a hub data set. Raises DataError, also for a name that is neither."""
+    """The rows of a file or a hub data set, by `as_usual`. Raises DataError, also for a name that is neither."""
     path = Path(config.name)
     if os.path.exists(path) or file_ending(path) in FILE_ENDINGS:
-        return file_records(path, config.setting)
+        return map(Record.as_usual, file_records(path, config.setting))
     if config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
-        return hub_records(config.name, config.split, streaming)
+        return map(Record.as_usual, hub_records(config.name, config.split, streaming))
     kinds = "a .jsonl/.json/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
     raise DataError(f"`{config.setting}` {listed([config.name])} is none of: commands, topv2, {kinds}")
 
@@ -313,20 +335,21 @@ def first_turn(record: Record) -> tuple[str, str]:
 
 
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
-    prompt, completion = config.prompt_column, config.completion_column
+    prompts, completions = (_USUAL.get(name, (name,)) for name in (config.prompt_column, config.completion_column))
     if is_parsing(config):
-        prompt, completion, records = "utterance", "semantic_parse", _topv2(config)
-    else:
-        records = load_records(config, streaming)
-        if file_ending(Path(config.name)) == ".txt":
-            prompt, completion = DataConfig.prompt_column, TEXT_COLUMN
-    needs_prompt = None if prompt == DataConfig.prompt_column else True  # only plain text may lack the usual column
+        prompts, completions = ("utterance",), ("semantic_parse",)
+    elif file_ending(Path(config.name)) == ".txt":
+        prompts, completions = PROMPT_COLUMNS, (TEXT_COLUMN,)
+    records = _topv2(config) if is_parsing(config) else load_records(config, streaming)
+    needs_prompt = None if prompts == PROMPT_COLUMNS else True  # only plain text may lack the usual column
     for record in records:
+        prompt, completion = record.first_column(prompts), record.first_column(completions)
         if MESSAGES in record.fields and completion not in record.fields:
             yield _conversation(record)
             continue
         text = record.value(completion, "completion_column")
         needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
+        prompts, completions = (prompt,), (completion,)  # of all rows
         asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
         if not isinstance(text, str) or not text.strip():
             raise record.fault("the completion must be a text that is not empty", text)

@@ -24,6 +24,9 @@ TASKS = {
 }
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
+# Columns of rows of `jsonl`.
+PROMPT_NAMES = ("prompt", "instruction", "article", "document", "source", "question", "input", "turns", "messages")
+REFERENCE_NAMES = ("completion", "response", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
 UNSANDBOXED = "unsandboxed"
 HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
 PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
@@ -56,9 +59,11 @@ class TaskConfig:
         Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
     ] = None
     prompt_column: Annotated[
-        str | None, Flag("Column of the prompt.", default="the first of the usual names", panel="Task")
+        str | None, Flag("Column of the prompt.", default=f"the first of {', '.join(PROMPT_NAMES)}", panel="Task")
     ] = None
-    completion_column: Annotated[str | None, Flag("Column of the reference.", default="the first of the usual names")] = None
+    completion_column: Annotated[
+        str | None, Flag("Column of the reference.", default=f"the first of {', '.join(REFERENCE_NAMES)}")
+    ] = None
     metric: Annotated[
         Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
         Flag("What answers of the task jsonl are ranked by.", default="by the references"),

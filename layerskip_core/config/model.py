@@ -14,6 +14,8 @@ Format = Literal["transformers", "gguf", "packed"]
 Quantization = Literal["int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names, of which the first that is there counts
+COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "text")
 EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]
 
@@ -124,8 +126,10 @@ class DataConfig:
         Flag("commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data", panel="Data"),
     ] = "commands"
     split: Annotated[str, Flag("Split of the data; for `commands` train, validation, test or compositional.")] = "train"
-    prompt_column: Annotated[str, Flag("Column of the prompt.")] = "prompt"
-    completion_column: Annotated[str, Flag("Column of what follows the prompt.")] = "completion"
+    prompt_column: Annotated[str, Flag(f"Column of the prompt, else {', '.join(PROMPT_COLUMNS[1:])}.")] = "prompt"
+    completion_column: Annotated[str, Flag(f"Column of what follows the prompt, else {', '.join(COMPLETION_COLUMNS[1:])}.")] = (
+        "completion"
+    )
     limit: Annotated[
         CountOrNone, Flag("Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples")
     ] = 0

@@ -8,10 +8,12 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
+from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data import Conversation, load_examples, load_rows, stream_rows
+from layerskip_core.data import Conversation, has_prompts, load_examples, load_prompts, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
+from layerskip_core.evaluation.tasks import load_task
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
 
@@ -92,8 +94,31 @@ def test_columns_by_flag(tmp_path):
     assert load(name, prompt_column="question", completion_column="answer") == [("q", "a")]
 
 
+USUAL = {
+    "Alpaca": [{"instruction": "i", "input": "x", "output": "o"}, {"instruction": "j", "input": "", "output": "p"}],
+    "questions": [{"question": "i\n\nx", "answer": "o"}, {"question": "j", "answer": "p"}],
+    "ours first": [{"input": "?", "prompt": "i\n\nx", "response": "o"}, {"prompt": "j", "response": "p"}],
+}
+
+
+@pytest.mark.parametrize("rows", USUAL.values(), ids=USUAL.keys())
+def test_columns_with_usual_names_need_no_flag(tmp_path, rows):
+    name = written(tmp_path, "a.jsonl", lines(*rows))
+    assert load(name) == [("i\n\nx", "o"), ("j", "p")]
+    assert [row.prompt for row in load_prompts(DataConfig(name))] == ["i\n\nx", "j"] and has_prompts(DataConfig(name))
+    task = load_task(TaskConfig(data=name, samples=0))
+    assert [(row.prompt, row.completion) for row in task.examples] == load(name)
+
+
+def test_a_column_is_that_of_the_first_row(tmp_path):
+    name = written(tmp_path, "a.jsonl", lines({"question": "q", "answer": "a"}, {"prompt": "p", "answer": "b"}))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: no column 'question' \(`prompt_column`\); found prompt, answer"):
+        load(name)
+
+
 def test_without_a_prompt_column_a_row_is_plain_text(tmp_path):
-    assert load(written(tmp_path, "a.jsonl", lines({"text": "t"})), completion_column="text") == [("", "t")]
+    name = written(tmp_path, "a.jsonl", lines({"text": "t", "source": "web"}))
+    assert load(name) == load(name, completion_column="text") == [("", "t")]
     assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
 
 
@@ -120,7 +145,7 @@ BAD = {
         lines({"prompt": ["x" * 10_000], "completion": "c"}),
         r"a\.jsonl:1: the prompt must be a text, found \['x{50,60}\.\.\.$",
     ),
-    "a name of two lines": ("a.jsonl", lines({"a\nb": 1}), r"a\.jsonl:1: no column 'completion' .* found 'a\\nb'$"),
+    "a name of two lines": ("a.jsonl", lines({"a\nb": 1}), r"a\.jsonl:1: no column 'completion', nor .* found 'a\\nb'$"),
     "an array that does not end": ("a.json", '[{"completion": "c"},', r"a\.json: not valid JSON"),
     "columns of one name": ("a.csv", "prompt,completion,prompt\np,c,q\n", r"a\.csv:1: needed distinct column names.*prompt"),
     "a damaged gzip": (
@@ -216,8 +241,10 @@ def test_rows_of_a_hub_id_are_checked_too(monkeypatch):
     with pytest.raises(DataError, match="owner/set:2: the completion must be a text that is not empty, found ''"):
         load("owner/set", **columns)
     rows.pop()
-    assert load("owner/set", **columns) == [("q", "a")]
-    with pytest.raises(DataError, match=r"owner/set:1: no column 'completion' \(`completion_column`\); found question, answer"):
+    assert load("owner/set", **columns) == load("owner/set") == [("q", "a")]
+    told = r"owner/set:1: no column 'completion', nor response, .*, text \(`completion_column`\); found question, answer"
+    rows[0] = {"question": "q", "reply": "a"}
+    with pytest.raises(DataError, match=told.replace("answer", "reply")):
         load("owner/set")
 
 
@@ -247,7 +274,8 @@ MALFORMED = {
     "no role": {"messages": [{"content": "hi"}]},
     "no text": {"messages": [{"role": "user", "content": 5}]},
     "no answer": {"messages": [{"role": "user", "content": "hi"}]},
-    "no messages": {"text": "hi"},
+    "no messages": {"other": "hi"},
+    "turns of numbers": {"conversations": [{"from": "human", "value": 5}]},
 }
 
 
@@ -260,6 +288,8 @@ def test_conversations(tmp_path):
     Dataset.from_list([CHAT_ROW]).to_parquet(tmp_path / "a.parquet")
     for read in (load_rows, stream_rows):
         assert list(read(DataConfig(name=str(tmp_path / "a.parquet")))) == expected
+    shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
+    assert load_rows(DataConfig(written(tmp_path, "a.jsonl", lines(shared)))) == expected  # as ShareGPT has them
     both = written(tmp_path, "both.jsonl", lines({**CHAT_ROW, "prompt": "p", "completion": "c"}))
     assert load(both) == [("p", "c")]  # who names a completion means it
 

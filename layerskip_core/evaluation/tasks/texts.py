@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ...checkpoint.info import read_info
 from ...checkpoint.locate import present
-from ...config.evaluation import TaskConfig
+from ...config.evaluation import PROMPT_NAMES, REFERENCE_NAMES, TaskConfig
 from ...config.model import DataConfig
 from ...data import (
     FILE_ENDINGS,
@@ -34,9 +34,7 @@ from ..metrics import ROUGES, exact_match, rouge
 from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, rows_of, shots_and_rest
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
-_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS, MESSAGES)
 _CATEGORY = "category"
-_REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
 _CNN_DM, _XSUM, _SCITLDR = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "allenai/scitldr"
 _FORM = "Article: {prompt}\nSummary:"
 _STOP = ("\nArticle:",)  # a base model continues with another article
@@ -51,7 +49,7 @@ _PLAIN = ".txt"  # read as one text, like any file that does not hold rows
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
 _PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
 _UNANSWERED = (
-    f"the data has no references (one of the columns {', '.join(_REFERENCE_COLUMNS)}, or the one that `completion_column` "
+    f"the data has no references (one of the columns {', '.join(REFERENCE_NAMES)}, or the one that `completion_column` "
     "names): answers are scored against the model's own at full depth"
 )
 
@@ -87,7 +85,7 @@ def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
     if file_ending(Path(data.name)) == _PLAIN:
         return replace(config, task="lm")
     fields = next(load_records(data, streaming=True)).fields
-    plain = completion in fields and not fields.keys() & {prompt, *_PROMPT_COLUMNS}
+    plain = not fields.keys() & {prompt, *PROMPT_NAMES}
     return replace(
         config,
         task="lm" if plain else None,
@@ -176,12 +174,12 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
         return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
     first, answer = rows[0], config.completion_column
-    if answer is None and any(name in row.fields for row in rows for name in _REFERENCE_COLUMNS):
-        answer = first.first_column(_REFERENCE_COLUMNS)
+    if answer is None and any(name in row.fields for row in rows for name in REFERENCE_NAMES):
+        answer = first.first_column(REFERENCE_NAMES)
         if answer not in first.fields:
-            columns = ", ".join(_REFERENCE_COLUMNS)
+            columns = ", ".join(REFERENCE_NAMES)
             raise DataError(f"{first.where}: needed a reference (one of the columns {columns}), which other rows have")
-    asked = config.prompt_column or first.first_column(_PROMPT_COLUMNS)
+    asked = config.prompt_column or first.first_column(PROMPT_NAMES)
     pairs = []
     for row in rows:
         references = row.texts(answer, "completion_column") if answer is not None else []
@@ -192,7 +190,7 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
             prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
         category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
         pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, category))
-    return pairs, replace(config, prompt_column=asked, completion_column=answer or _REFERENCE_COLUMNS[0])
+    return pairs, replace(config, prompt_column=asked, completion_column=answer or REFERENCE_NAMES[0])
 
 
 def summaries(
