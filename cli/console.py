@@ -6,7 +6,7 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 from rich.console import Console, RenderableType
@@ -64,6 +64,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return f"something is nested too deeply: {text}; --debug shows where"
     return f"{kind}: {text}; --debug shows where" if text else f"{kind}; --debug shows where"
+
+
+def waiting(text: str) -> AbstractContextManager[object]:
+    """On a terminal, a line while libraries are imported and a model is read."""
+    return stderr_console().status(text) if _is_first_process() else nullcontext()
 
 
 def show_picture(picture: Picture) -> None:

@@ -12,7 +12,9 @@ import typer
 from msgspec import Meta
 from typer.core import TyperCommand
 
+from layerskip_core.checkpoint.locate import require_model
 from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, needed, parse_list
+from layerskip_core.data import require_data
 from layerskip_core.errors import ConfigError
 from layerskip_core.files import parse_json, text_lines
 
@@ -142,7 +144,8 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     value, flag = values[field], flag_of(hint)
     if value is None:
         return default
-    if flag is not None and flag.is_file:
+    reads = "model" if hint == ModelArgument else flag and flag.reads
+    if reads == "file":
         value = "".join(text_lines(Path(value), field))
     if field == "dtype":
         value = _DTYPES.get(value, value)
@@ -153,7 +156,12 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     elif isinstance(value, str) and _is_list(hint):
         value = parse_list(value, field, hint)
     is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
-    return check(field, hint, value) if is_declared else value
+    value = check(field, hint, value) if is_declared else value
+    if reads == "data":
+        require_data(value, "data")
+    elif reads == "model":
+        require_model(value)
+    return value
 
 
 def _is_list(hint: Any) -> bool:

@@ -310,13 +310,23 @@ def is_parsing(config: DataConfig) -> bool:
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
     """The rows of a file or a hub data set, by `as_usual`. Raises DataError, also for a name that is neither."""
+    require_data(config.name, config.setting)
     path = Path(config.name)
-    if os.path.exists(path) or file_ending(path) in FILE_ENDINGS:
-        return map(Record.as_usual, file_records(path, config.setting))
-    if config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
-        return map(Record.as_usual, hub_records(config.name, config.split, streaming))
-    kinds = "a .jsonl/.json/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
-    raise DataError(f"`{config.setting}` {listed([config.name])} is none of: commands, topv2, {kinds}")
+    is_file = os.path.exists(path) or file_ending(path) in FILE_ENDINGS
+    rows = file_records(path, config.setting) if is_file else hub_records(config.name, config.split, streaming)
+    return map(Record.as_usual, rows)
+
+
+def require_data(name: str, setting: str) -> None:
+    """Raises DataError for a file that is not there, and for a name that is none of data. Reads nothing."""
+    path = Path(name)
+    if name in ("commands", "topv2") or os.path.exists(path):
+        return
+    if file_ending(path) in FILE_ENDINGS:
+        raise DataError(f"`{setting}` {path}: there is no such file")
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        kinds = "a .jsonl/.json/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
+        raise DataError(f"`{setting}` {listed([name])} is none of: commands, topv2, {kinds}")
 
 
 def is_data(name: str) -> bool:

@@ -5,8 +5,9 @@ from dataclasses import replace
 import typer
 
 from layerskip_core.config.model import CheckConfig, ExportConfig
+from layerskip_core.files import hold
 
-from ..console import narrate
+from ..console import narrate, waiting
 from ..options import ModelArgument, command
 
 
@@ -30,10 +31,9 @@ def export(
         _check(check, model)
         return
     config, output = replace(config, model=model), config.output
-    from layerskip_core.export.run import README, export, export_packed
-    from layerskip_core.files import hold
+    with waiting(f"exporting {model}"), hold(output, "layerskip export"):
+        from layerskip_core.export.run import README, export, export_packed
 
-    with hold(output, "layerskip export"):
         if config.format == "packed":
             kinds, size = export_packed(config)
             narrate(f"wrote {model}, packed in {kinds}, to {output}: {size / 1e6:,.1f} MB")

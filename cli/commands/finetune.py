@@ -20,7 +20,7 @@ from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
 from layerskip_core.files import read_bytes
 
-from ..console import narrate, show_picture, stage_bars
+from ..console import narrate, show_picture, stage_bars, waiting
 from ..loading import use_free_threads
 from ..options import FLAGS, command
 
@@ -87,11 +87,14 @@ def finetune(
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
-    use_free_threads(threads)
-    from layerskip_core.training.run import prepare, prepare_following, run_lock
+    reading = f"reading {settings.model} and {settings.data.name}"
+    with waiting(reading):
+        use_free_threads(threads)
+        from layerskip_core.training.run import prepare, prepare_following, run_lock
 
     with nullcontext() if dry_run else run_lock(settings.output):
-        job: Job | None = prepare(settings)
+        with waiting(reading):
+            job: Job | None = prepare(settings)
         while job is not None:
             narrate(plan_text(job.plan))
             if dry_run:

@@ -9,9 +9,7 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LockedError, first_line
 from ..files import read_json
-from .folder import is_packed, refuse_packed, weight_files
 from .info import ADAPTER_FILE, holds_model
-from .save import model_files, settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
@@ -46,22 +44,28 @@ class Location:
         return self.path if whole else None
 
 
+def require_model(name: str) -> None:
+    """Raises CheckpointError for a name that is none of the four kinds. Reads nothing, and imports no torch."""
+    path = Path(name)
+    is_hub_id = name.count("/") == 1 and not path.is_absolute() and not name.startswith(".")
+    if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or is_hub_id):
+        names = ", ".join(EMBEDDED)
+        raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+
+
 def locate(name: str) -> Location:
     """Raises CheckpointError for a name that is none of the four kinds, and for a folder without a model."""
+    require_model(name)
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
     path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return Location(str(path.parent), path.name)
     if path.is_dir():
+        from .save import settle
+
         settle(path)
         if not holds_model(path):
             raise CheckpointError(f"folder {name} holds no model: there is no config.json in it")
-        return Location(name)
-    if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
-        return Location(name)
-    names = ", ".join(EMBEDDED)
-    raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+    return Location(str(path.parent), path.name) if path.is_file() else Location(name)
 
 
 def present(name: str) -> Location:
@@ -72,6 +76,8 @@ def present(name: str) -> Location:
     location = locate(name)
     if Path(location.path).is_dir():
         return location
+    from .folder import is_packed, weight_files
+
     folder = fetched(name)
     return Location(folder) if weight_files(folder) or is_packed(folder) else location
 
@@ -87,6 +93,8 @@ def downloaded(name: str) -> str:
     if location.gguf_file is not None or is_adapter(location.path):
         found = "an adapter" if location.gguf_file is None else "a GGUF file"
         raise CheckpointError(f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`")
+    from .folder import refuse_packed
+
     folder = fetched(location.path)
     reading(name, lambda: refuse_packed(folder))
     return folder
@@ -121,6 +129,8 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
 
 def files_digest(name: str) -> str:
     """A digest of all files of a model, and of those of an adapter's base."""
+    from .save import model_files
+
     digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
     for each in (*adapters, base):
         location = present(each)

@@ -165,10 +165,10 @@ class RequestOptions(DecodingOptions, total=False):
     schema: Annotated[
         dict[str, Any],
         Meta(description="a JSON schema, an object"),
-        Flag("Answer in JSON that matches the JSON schema in this file.", is_file=True),
+        Flag("Answer in JSON that matches the JSON schema in this file.", reads="file"),
     ]
     regex: Annotated[Text, Flag("Answer with a text that matches this regular expression.")]
-    grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", is_file=True)]
+    grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", reads="file")]
     choice: Annotated[
         Sequence[Text],
         Meta(min_length=1, description="a list of texts, at least one"),

@@ -51,7 +51,9 @@ class TaskConfig:
             panel="Task",
         ),
     ] = None
-    data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = None
+    data: Annotated[
+        Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub", reads="data")
+    ] = None
     split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
@@ -227,7 +229,9 @@ class VerifyConfig:
     """Half of the `samples` prompts come from `data`, the others are random token ids."""
 
     model: Text = "embedded"
-    data: Annotated[Text, Flag("Real prompts: commands, a file, a TOPv2 folder or a hub id.", panel="Data")] = "commands"
+    data: Annotated[Text, Flag("Real prompts: commands, a file, a TOPv2 folder or a hub id.", panel="Data", reads="data")] = (
+        "commands"
+    )
     samples: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Number of prompts; half of them are random token ids.")] = 8
     max_new_tokens: Annotated[
         int, Meta(ge=3, le=10_000_000), Flag("Maximum number of tokens in an output.", panel="Decoding")  # it is cut in two

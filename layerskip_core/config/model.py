@@ -123,7 +123,12 @@ class DataConfig:
 
     name: Annotated[
         Text,
-        Flag("commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data", panel="Data"),
+        Flag(
+            "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.",
+            "--data",
+            panel="Data",
+            reads="data",
+        ),
     ] = "commands"
     split: Annotated[str, Flag("Split of the data; for `commands` train, validation, test or compositional.")] = "train"
     prompt_column: Annotated[str, Flag(f"Column of the prompt, else {', '.join(PROMPT_COLUMNS[1:])}.")] = "prompt"
@@ -152,7 +157,7 @@ class CalibrationConfig:
     ] = None
     data: Annotated[
         Text | None,
-        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes", panel="Data"),
+        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", None, "what the model writes", "Data", reads="data"),
     ] = None
     samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
     length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Tokens of a text.")] = 256
@@ -220,4 +225,4 @@ class CheckConfig:
     python: Annotated[
         Text | None, Flag("Python of the environment that has vLLM, for --check.", default="the one that runs layerskip")
     ] = None
-    data: Annotated[Text, Flag("Prompts of --check: commands, a file or a hub id.", panel="Data")] = "commands"
+    data: Annotated[Text, Flag("Prompts of --check: commands, a file or a hub id.", panel="Data", reads="data")] = "commands"

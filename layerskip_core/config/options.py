@@ -39,7 +39,7 @@ class Flag:
         panel: the heading; without one the field stands under that of the field before it.
         repeated: the flag can be repeated; a list has one flag otherwise, with commas.
         optional: a value that may follow the flag; without one the field is True.
-        is_file: the flag names a file with the value.
+        reads: what the flag names: a file with the value; or data or a model, whose absence is told before torch is imported.
     """
 
     help: str
@@ -48,7 +48,7 @@ class Flag:
     panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None
-    is_file: bool = False
+    reads: Literal["file", "data", "model"] | None = None
 
 
 class Without(frozenset[str]):
@@ -77,7 +77,8 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Temperature = Annotated[float, Meta(ge=0, le=1_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
-ModelName = Annotated[Text, Flag("embedded, embedded-base, a folder, a .gguf file or a hub id.", panel="Model")]
+_MODELS = "embedded, embedded-base, a folder, a .gguf file or a hub id."
+ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

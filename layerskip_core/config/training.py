@@ -150,7 +150,9 @@ class FinetuneConfig:
     a second run (`drafter`) trains what drafts for the result, unless it is `frozen` from the beginning.
     """
 
-    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model")] = "embedded-base"
+    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model", reads="model")] = (
+        "embedded-base"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     regime: Annotated[
         Regime | None,
