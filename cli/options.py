@@ -23,10 +23,8 @@ _ALONE: set[str] = set()  # flags that need no value
 # What users of transformers and vLLM type, and what it is here.
 _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
-    **dict.fromkeys(("--max-tokens", "--max-length", "--max-model-len"), "--max-new-tokens"),
+    **dict.fromkeys(("--max-tokens", "--max-length"), "--max-new-tokens"),
     "--model-name-or-path": "--model",
-    "--per-device-train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--accumulation",
     "--num-speculative-tokens": "--spec",
 }
 _WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help

@@ -57,12 +57,11 @@ class Record(NamedTuple):
             raise self.fault(f"{column} must be a text that is not empty, or a list of them", value)
         return [text.replace("\r\n", "\n") for text in texts]
 
-    def value(self, column: str, setting: str = "") -> Any:
-        """Any field. Raises DataError if the row has no such column."""
+    def value(self, column: str, setting: str = "", others: Sequence[str] = ()) -> Any:
+        """Any field. Raises DataError if the row has no such column. `others`: names that would do too."""
         if column not in self.fields:
-            others = f", nor {', '.join(_USUAL[column][1:])}" if setting and column in _USUAL else ""
-            named = f" (`{setting}`)" if setting else ""
-            raise DataError(f"{self.where}: no column {column!r}{others}{named}; found {listed(self.fields)}")
+            named = (f", nor {', '.join(others)}" if others else "") + (f" (`{setting}`)" if setting else "")
+            raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
         return self.fields[column]
 
     def first_column(self, names: Sequence[str]) -> str:
@@ -264,11 +263,12 @@ def load_prompts(config: DataConfig) -> list[Example]:
         return [replace(row, completion="") for row in load_examples(config)]
     names, prompts = _prompt_columns(config), []
     for record in load_records(config):
-        [column] = names = (record.first_column(names),)
+        column = record.first_column(names)
         if MESSAGES in record.fields and column not in record.fields:
             raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
-        if _holds_text(record.value(column, "prompt_column")):
+        if _holds_text(record.value(column, "prompt_column", names[1:])):
             prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
+        names = (column,)  # of all rows
     if not prompts:
         raise DataError(f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)")
     return spread(prompts, config.limit)
@@ -357,7 +357,7 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
         if MESSAGES in record.fields and completion not in record.fields:
             yield _conversation(record)
             continue
-        text = record.value(completion, "completion_column")
+        text = record.value(completion, "completion_column", completions[1:])
         needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
         prompts, completions = (prompt,), (completion,)  # of all rows
         asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
