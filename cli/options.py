@@ -53,13 +53,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
+    present = dict[str, Callable[[str], None]]()  # tells what is not there before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
+            flag = flag_of(hint)
+            if hint == ModelArgument or (flag and flag.reads == "model"):
+                present[field] = require_model
+            elif flag and flag.reads == "data":
+                present[field] = require_data
 
     @wraps(function)
     def run(**values: Any) -> None:
-        function(**{name: _made(name, hints[name], defaults[name], values) for name in given})
+        arguments = {name: _made(name, hints[name], defaults[name], values) for name in given}
+        for field, require in present.items():
+            if values[field] is not None:
+                require(values[field])
+        function(**arguments)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"return": None}
@@ -142,8 +152,7 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     value, flag = values[field], flag_of(hint)
     if value is None:
         return default
-    reads = "model" if hint == ModelArgument else flag and flag.reads
-    if reads == "file":
+    if flag is not None and flag.reads == "file":
         value = "".join(text_lines(Path(value), field))
     if field == "dtype":
         value = _DTYPES.get(value, value)
@@ -154,12 +163,7 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     elif isinstance(value, str) and _is_list(hint):
         value = parse_list(value, field, hint)
     is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
-    value = check(field, hint, value) if is_declared else value
-    if reads == "data":
-        require_data(value, "data")
-    elif reads == "model":
-        require_model(value)
-    return value
+    return check(field, hint, value) if is_declared else value
 
 
 def _is_list(hint: Any) -> bool:

@@ -317,7 +317,7 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
     return map(Record.as_usual, rows)
 
 
-def require_data(name: str, setting: str) -> None:
+def require_data(name: str, setting: str = "data") -> None:
     """Raises DataError for a file that is not there, and for a name that is none of data. Reads nothing."""
     path = Path(name)
     if name in ("commands", "topv2") or os.path.exists(path):

@@ -123,14 +123,15 @@ def pytest_runtest_setup():
 
 
 class Progress:
-    """A line every ten seconds instead of a dot for each test: how many are done, and the newest one's name."""
+    """Instead of a dot for each test: every ten seconds how many are done, and the newest one's name; and each failure."""
 
     def __init__(self, session, reporter):
         self.session, self.reporter, self.done, self.told = session, reporter, 0, time.monotonic()
 
     def pytest_report_teststatus(self, report):
-        if report.passed:
-            return "passed" if report.when == "call" else "", "", ""
+        if report.failed:
+            self.reporter.write_line(f"FAILED {report.nodeid}")
+        return "" if report.passed and report.when != "call" else report.outcome, "", ""
 
     def pytest_runtest_logfinish(self, nodeid):
         self.done += 1

@@ -47,8 +47,9 @@ class Location:
 def require_model(name: str) -> None:
     """Raises CheckpointError for a name that is none of the four kinds. Reads nothing, and imports no torch."""
     path = Path(name)
-    is_hub_id = name.count("/") == 1 and not path.is_absolute() and not name.startswith(".")
-    if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or is_hub_id):
+    if name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         names = ", ".join(EMBEDDED)
         raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
 

@@ -35,7 +35,7 @@ def test_commands(folder):
         assert (result.code, result.out) == (0, plain.out) and "3 tokens" in result.err
     one = ("--samples", "1", "--device", "cpu", "--format", "csv")
     result = run("bench", *one, *fixed, "--repeats", "1")
-    assert result.code == 0 and len(result.out.splitlines()) == 6, result.err  # five strategies
+    assert result.code == 0 and len(result.out.splitlines()) == 4, result.err  # plain, lookup, adaptive
     result = run("sweep-exits", "--exits", "2", "--specs", "2", *one, *fixed)
     assert result.code == 0 and len(result.out.splitlines()) > 2, result.err
 
