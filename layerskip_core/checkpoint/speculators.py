@@ -137,9 +137,9 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
 
 
 def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
-    """The drafter of a model's folder, if it has one. Raises as `read_eagle3` does."""
+    """The drafter of a model's folder, if it has one: its config.json is written last. Raises as `read_eagle3` does."""
     drafter = Path(folder) / EAGLE3_FOLDER
-    return read_eagle3(drafter, spec) if drafter.is_dir() else None
+    return read_eagle3(drafter, spec) if (drafter / CONFIG).is_file() else None
 
 
 def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:

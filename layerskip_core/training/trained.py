@@ -23,6 +23,7 @@ from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of, downloaded, locate
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
+from ..checkpoint.speculators import EAGLE3_FILES
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.model import PackingConfig
 from ..config.training import BlockLayout, ExitBlockSettings, FinetuneConfig
@@ -332,6 +333,8 @@ class FrozenModel:
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
         files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
         if config.in_place:
+            for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
+                (Path(config.output) / name).unlink(missing_ok=True)
             for name in sorted(files, reverse=True):  # the weights before their config.json
                 save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:

@@ -278,7 +278,7 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
 
 
 @needs_kernels
-def test_where_no_choice_is_one_call():
+def test_where_no_choice_is_one_call(variant):
     """Too many rows, and logits that a scale or a cap may round to equal ones."""
     assert model_of("fp32", "granite", **KINDS["granite"]).chooser is None
     assert model_of("fp32", "gemma2", **KINDS["gemma2"]).chooser is None
