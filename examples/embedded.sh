@@ -22,7 +22,7 @@ train longer --model "$runs/scratch" "${plain[@]}" --lr 2e-3 --steps 1250 --batc
 train parent --model "$runs/longer" "${plain[@]}" --lr 2e-3 --steps 5000 --seed 11
 
 # The same steps on the same rows with the recipe and without it: `embedded`, and its control `embedded-base`. One core each.
-recipe=(--exit-weights uniform --curriculum all --exits 4,6,8,12,18)
+recipe=(--regime finetune --exit-weights uniform --curriculum all --exits 4,6,8,12,18)
 first=(--lr 1.5e-3 --steps 2300 --seed 12)
 second=(--lr 1.5e-3 --steps 2000 --seed 14)
 {

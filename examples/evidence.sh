@@ -35,7 +35,7 @@ train() { # NAME FLAGS...: one training, resumed if it was interrupted; what it 
     ls "$runs/$1"/checkpoints/*/complete.json >/dev/null 2>&1 && resume=--resume
     say "training $1"
     times >"$runs/$1.before"
-    layerskip finetune --threads 1 --save-steps 100 --output "$runs/$1" $resume "${@:2}" || status=$?
+    layerskip finetune --regime finetune --threads 1 --save-steps 100 --output "$runs/$1" $resume "${@:2}" || status=$?
     times >"$runs/$1.after"
     printf '%s\t%s\t%s\n' "$1" $((SECONDS - before)) "$(processor_seconds "$runs/$1.before" "$runs/$1.after")" >>"$runs/costs.tsv"
     return $status

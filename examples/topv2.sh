@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(dirname "$0")
 data=$1 runs=${2:-topv2-runs} epochs=${EPOCHS:-2} recipe_epochs=${RECIPE_EPOCHS:-0.6} rows=${ROWS:-5000}
 plain=(--pmax 0 --curriculum none)
-recipe=(--pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits 6,12,18)
+recipe=(--regime finetune --pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits 6,12,18)
 steps=(--data "$data" --batch-size 32 --threads 1 --save-steps 500)
 mkdir -p "$runs"
 

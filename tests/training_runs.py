@@ -94,6 +94,7 @@ def settings_on(base, tmp_path):
             "data": DataConfig(limit=32, seed=1),
             "output": str(tmp_path / "out"),
             "recipe": RECIPE,
+            "regime": None if "exit_blocks" in changes else "finetune",  # after which nothing follows
             "lr": 1e-3,
             "steps": 4,
             "batch_size": 4,

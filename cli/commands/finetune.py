@@ -80,10 +80,11 @@ def finetune(
         ),
     ] = None,
 ) -> None:
-    """Train a checkpoint for a task, and then a drafter beside it, which costs it nothing.
+    """Train a checkpoint for a task, and then what drafts for it, which costs it nothing.
 
-    With --pmax, --regime or another flag of the LayerSkip recipe it learns to exit early itself: layer dropout, early-exit loss
-    through one shared head. With --frozen the checkpoint stays as it is, and only what drafts for it is trained.
+    With --pmax or another flag of the LayerSkip recipe it learns to exit early: layer dropout, early-exit loss through one
+    shared head. Then a layer is trained at an exit, which reads it for drafts; with --regime, a preset of the paper, none is.
+    Without the recipe a drafter follows. With --frozen the checkpoint stays as it is, and only what drafts for it is trained.
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
@@ -102,12 +103,12 @@ def finetune(
             _run(job, curves)
             plan, job = job.plan, None  # the second job needs the memory of the first
             if plan.following is not None:
-                narrate(f"{settings.output} has the trained model; now the drafter beside it")
+                narrate(f"{settings.output} has the trained model; now what drafts for it")
             job = prepare_following(plan)
     following = "bench"
     if plan.num_layers == 1:
         following = "generate"  # there is no exit to measure
-    elif plan.recipe is not None and settings.trains_exits:
+    elif settings.trains_exits and not settings.exit_blocks.frozen:
         following = "sweep-exits"
     elif plan.recipe is not None and not settings.lora_keep:  # blocks stand beside whole weights
         following = "finetune --frozen"
@@ -184,11 +185,12 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
         return [*lines, f"trained at full depth alone, as any model{then}"]
     dropout = f"p_max {recipe.p_max}{' constant over depth' if recipe.dropout_profile == 'constant' else ''}"
     named = f" over {','.join(map(str, recipe.exits))}" if recipe.exits else ""
+    then = "; then a block at each" if recipe.exits else "; then a block at an exit"
     rotation = f" R={recipe.rotation}" if recipe.rotation else ""
     return [
         *lines,
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}{named}{rotation}, "
-        f"{plan.exits_per_step:.1f} exits per step",
+        f"{plan.exits_per_step:.1f} exits per step{then if plan.following else ''}",
     ]
 
 

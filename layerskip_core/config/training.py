@@ -146,8 +146,8 @@ class ExitBlockSettings:
 class FinetuneConfig:
     """One training run, as requested. None: the preset of the regime decides, or the data.
 
-    Exits of the model are trained if anything of the recipe is given, or a regime. Else it is trained at full depth alone, and
-    a second run (`drafter`) trains what drafts for the result, unless it is `frozen` from the beginning.
+    Exits of the model are trained if anything of the recipe is given, or a regime. Else it is trained at full depth alone.
+    Without a regime a second run (`drafter`) trains what drafts for the result, unless it is `frozen` from the beginning.
     """
 
     model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model", reads="model")] = (
@@ -158,7 +158,7 @@ class FinetuneConfig:
         Regime | None,
         Flag(
             "Preset of the recipe.",
-            default="finetune with a flag of the recipe; without any the task alone, then a drafter beside the result",
+            default="finetune with a flag of the recipe, then a block at its exits; without any the task alone, then a drafter",
             panel="Recipe",
         ),
     ] = None
@@ -259,17 +259,20 @@ class FinetuneConfig:
 
     @property
     def drafter(self) -> "FinetuneConfig | None":
-        """The run that follows in the same folder, on some of the rows. None after the recipe or a drafter, for an adapter
-        alone, and for rows that are read as they come.
+        """The run that follows in the same folder, on some of the rows: after the recipe for a block at each of its `exits` (at
+        a third of the layers if it names none), else for a drafter. None after a preset of the paper, whose exits share the
+        head, or a control without exits; after a drafter, for an adapter alone, and for rows that are read as they come.
         """
-        if self.trains_exits or self.exit_blocks.frozen or self.lora_keep or self.streaming:
+        preset = self.regime is not None or self.recipe.curriculum == "none"
+        if preset or self.exit_blocks.frozen or self.lora_keep or self.streaming:
             return None
         seen = self.steps and self.steps * self.batch_size * self.accumulation
         rows = min(limit for limit in (self.data.limit, seen, _DRAFTER_ROWS) if limit)
         return FinetuneConfig(
             model=self.output,
             data=replace(self.data, limit=rows),
-            exit_blocks=ExitBlockSettings(frozen=True),
+            recipe=RecipeSettings(exits=self.recipe.exits),
+            exit_blocks=ExitBlockSettings(frozen=True, layout="exit" if self.trains_exits else None),
             prompting=self.prompting,
             batch_size=_DRAFTER_BATCH,
             max_length=self.max_length,

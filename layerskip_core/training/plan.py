@@ -53,6 +53,7 @@ class Plan:
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
+    has_blocks: bool  # whether what drafts can stand at an exit
     sealed: Mapping[str, Any]
     notes: tuple[str, ...]  # what the user should know before it starts
     held_out: int = 0  # rows
@@ -86,8 +87,8 @@ class Plan:
 
     @property
     def following(self) -> FinetuneConfig | None:
-        """The run for a drafter after this one, if there is one: it takes one process, and a model of several layers."""
-        return self.config.drafter if world_size() == 1 and self.num_layers > 1 else None
+        """The run for a drafter after this one, if there is one: it takes one process."""
+        return self.config.drafter if world_size() == 1 and self.has_blocks else None
 
     def lr_share(self, step: int) -> float:
         """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
@@ -113,6 +114,7 @@ def make_plan(
     chosen = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
     autocast = multiplies_bf16() if config.dtype == "auto" and device.type == "cpu" else chosen
     fields |= {"parameters": spec.parameters, "num_layers": spec.layers}
+    fields["has_blocks"] = spec.layers > 1 and bool(spec.block_shapes)
     plan = Plan(config, str(device), autocast, **fields, sealed={}, notes=())
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
     sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks")

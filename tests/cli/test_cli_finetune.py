@@ -44,7 +44,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     )
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     # R = L / 3; of the six layer indices every second one is on, and the last always.
-    assert re.fullmatch(r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step", recipe)
+    assert re.fullmatch(
+        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step; then a block at an exit", recipe
+    )
     assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s; about \d+ MB", cost)
     assert list(Path().iterdir()) == []
 
@@ -52,8 +54,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
 def test_named_exits_alone_are_trained(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step\n" in result.err
+    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step; then a block at each\n" in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
+    assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
+    assert result.err.endswith("saved out; next: layerskip sweep-exits --model out\n")
 
 
 def test_an_anchor_is_planned_trained_and_recorded(finetune):
@@ -88,7 +92,7 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
-    result = run(*finetune("--steps", "2", "--curriculum", "all", "--output", "my model"))
+    result = run(*finetune("--steps", "2", "--curriculum", "all", "--regime", "finetune", "--output", "my model"))
     assert (result.code, result.out) == (0, "")
     *_, progress, exits, saved = result.err.splitlines()
     assert re.fullmatch(
@@ -111,7 +115,7 @@ def test_without_the_recipe_a_drafter_follows(finetune):
     assert re.search(r"^training 1/1 divergence \d\.\d{3} lr ", result.err, re.MULTILINE)
     assert re.search(r"^drafter  +\d\.\d{3} ", result.err, re.MULTILINE)
     assert "\ntrained at full depth alone, as any model; then a drafter beside the result\n" in result.err
-    parts = ("loss by exit: 6: ", "\nout has the trained model; now the drafter beside it\n", "which stays as it is")
+    parts = ("loss by exit: 6: ", "\nout has the trained model; now what drafts for it\n", "which stays as it is")
     assert sorted(parts, key=result.err.index) == list(parts)
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
     rows = str(Path("../rows.jsonl").resolve())

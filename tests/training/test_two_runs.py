@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_runs import Interrupted, same_weights, saved_base, stop_at, train, weights
 
-from layerskip_core.checkpoint.info import AWAITS_DRAFTER
+from layerskip_core.checkpoint.info import AWAITS_DRAFTER, read_info
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
 from layerskip_core.data import has_prompts, load_prompts
@@ -21,7 +21,7 @@ from layerskip_core.training.trained import WholeModel
 
 @pytest.fixture
 def settings(settings):
-    return lambda **changes: settings(**{"recipe": RecipeSettings(), **changes})
+    return lambda **changes: settings(**{"recipe": RecipeSettings(), "regime": None, **changes})
 
 
 def details(folder):
@@ -87,7 +87,23 @@ def test_a_run_that_was_killed_before_it_removed_its_checkpoints_is_over(setting
     assert prepare(settings(save_steps=2, resume=True)).plan.recipe is None
 
 
-@pytest.mark.parametrize("changes", [{"lora_rank": 2, "lora_keep": True}, {"regime": "finetune"}], ids=str)
+@pytest.mark.parametrize("exits", [None, (2, 3)])
+def test_after_the_recipe_blocks_read_its_exits(settings, tmp_path, exits):
+    """At those that it names, else at one after a third of the layers; the model's weights stay those of the recipe alone."""
+    recipe = RecipeSettings(p_max=0.2, curriculum="all", exits=exits)
+    train(settings(recipe=recipe, regime="finetune", output=str(tmp_path / "alone")))
+    job = prepare(settings(recipe=recipe))
+    job.run(silent)
+    prepare_following(job.plan).run(silent)
+    assert same_weights(tmp_path / "out", tmp_path / "alone")
+    assert details(tmp_path / "out")["exit_blocks"].keys() == ({"1"} if exits is None else {"2", "3"})
+    assert read_info(tmp_path / "out").trained_exits(4) == (exits or (1, 2, 3))
+
+
+CONTROL = RecipeSettings(p_max=0.0, curriculum="none")
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 2, "lora_keep": True}, {"regime": "finetune"}, {"recipe": CONTROL}], ids=str)
 def test_what_gets_no_drafter(settings, tmp_path, changes):
     job = prepare(settings(**changes))
     job.run(silent)
