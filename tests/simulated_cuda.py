@@ -70,6 +70,9 @@ class SimulatedGpu:
             return args[0].clone()
         if operation is _aten._to_copy.default:
             return self._copied(args[0], kwargs)
+        if operation is _aten.empty_like.default and any(placed) and (device := kwargs.get("device")) and not _on_gpu(device):
+            # What transformers makes on `meta`, the GPU here, has its numbers already: it leaves the place on the host empty.
+            return _numbers(args[0]).clone()
         if operation is _aten.copy_.default and any(placed) and not all(placed):
             if not placed[0]:
                 self._wait("a copy to the host")
