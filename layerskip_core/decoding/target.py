@@ -312,7 +312,7 @@ class SharedPrefixes:
             self._texts.remove(text)
             self._texts.append(text)
             with torch.inference_mode():
-                cache.fill(text.cache, 0, known)
+                cache.fill(text.cache, 0, known + target.rerun)
         return cache, known
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
@@ -388,7 +388,7 @@ class PrefixCache:
         if not self._cache.rolls_back and (rerun or same < self._count):  # a recurrent state is the one after the last token
             same = 0
         self.keep(list(prompt), max(same - rerun, 0))
-        self._cache.clear(self._count)
+        self._cache.clear(same)  # a drafter's own entry of a token that is rerun stays
         return self._cache, self._count
 
     def forget(self) -> None:

@@ -93,6 +93,28 @@ def test_exit_blocks_go_on_too(features, strategy):
     assert reused == [0, 20 - needs_finals, 117 - needs_finals]
 
 
+@pytest.mark.parametrize("kept", ["a conversation", "shared"])
+@pytest.mark.parametrize("kind", ["native", "packed"])
+def test_a_block_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
+    """So it drafts after a known beginning, here of 64 tokens and one that is rerun, what it drafts after a whole prefill."""
+    model = tiny_model("llama", torch.float32, **SHAPE)
+    blocks = random_blocks(model, ExitBlock(2, "final"), scale=2.0)
+    backend = (native_or_skip if kind == "native" else TorchBackend.of)(model, PackingConfig(), exit_blocks=blocks)
+    config, first = DecodingConfig("self-speculative", 2, 3, 1), [*prompt_of(65), 5, 6]
+
+    def entries(**known):
+        """Those of the block for the first 65 tokens of a text, in a loop that has taken its first step."""
+        loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
+        next(loop)
+        return loop._cache.storages[0][6, :, 0, :, :65].clone(), loop.reused_tokens
+
+    known = {"prefix": PrefixCache()} if kept == "a conversation" else {"shared": SharedPrefixes(1 << 30)}
+    list(DecodingLoop(backend, [first], config, **known))
+    found, reused = entries(**known)
+    assert reused == 64
+    torch.testing.assert_close(found, entries()[0])
+
+
 @pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
 @pytest.mark.parametrize("strategy", ["autoregressive", "exit", "depth per token"])
 def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
