@@ -121,8 +121,6 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
         for prompt, answer in zip(prompts, single, strict=True):
             assert answer[:2] == answer_of(model, prompt, plain, ends)[:2]
             assert answer[:2] == answer_of(model, prompt, config, ends, reuse_exit_states=False)[:2]
-    if sampled and config.strategy == "adaptive":  # times decide how many tokens are drafted, and so the draws
-        return
     require_prefixes_to_change_nothing(model, prompts, config, ends)
     if sampled and drafts:  # the other rows of a batch limit the number of drafts, and so the draws
         return
