@@ -5,13 +5,12 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from layerskip_core.errors import LayerSkipError
 
@@ -20,7 +19,6 @@ from .options import with_flags
 _PLAIN_SECONDS = 10.0  # between two progress lines
 _LONGEST = 2_000  # characters of an error
 _UNSHOWN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
-Picture = Callable[[int], Text]  # by the width of the terminal
 
 
 @cache
@@ -71,18 +69,11 @@ def waiting(text: str) -> AbstractContextManager[object]:
     return stderr_console().status(text) if _is_first_process() else nullcontext()
 
 
-def show_picture(picture: Picture) -> None:
-    """Draws it for the person who waits, as wide as the terminal."""
-    if _is_first_process():
-        stderr_console().print(picture(stderr_console().width), end="")
-
-
 @contextmanager
-def stage_bars(pictures: Mapping[str, Picture] | None = None) -> Iterator[Callable[[str, int, int, str], None]]:
+def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
     """Yields `show(stage, done, total, text)`: on a terminal a bar for each stage of the work, after the one before.
 
-    Elsewhere a plain line every ten seconds and at the end of a stage. `pictures`: of stages that have one, drawn above the bar
-    again and again.
+    Elsewhere a plain line every ten seconds and at the end of a stage.
     """
     if not _is_first_process():
         yield lambda *_: None
@@ -91,9 +82,7 @@ def stage_bars(pictures: Mapping[str, Picture] | None = None) -> Iterator[Callab
     else:
         description, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
         columns = (SpinnerColumn(), description, BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), text)
-        rate = 2 if pictures else 10
-        with _Bar(*columns, console=stderr_console(), transient=True, refresh_per_second=rate) as bar:
-            bar.pictures = pictures or {}
+        with Progress(*columns, console=stderr_console(), transient=True) as bar:
 
             def show(stage: str, done: int, total: int, text: str) -> None:
                 if not bar.tasks or bar.tasks[0].description != stage:
@@ -104,17 +93,6 @@ def stage_bars(pictures: Mapping[str, Picture] | None = None) -> Iterator[Callab
                 bar.update(bar.task_ids[0], completed=done, text=text)
 
             yield show
-
-
-class _Bar(Progress):
-    """A progress bar, below the picture of its stage if there is one."""
-
-    pictures: Mapping[str, Picture] = {}
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        if self.tasks and (picture := self.pictures.get(self.tasks[0].description)):
-            yield picture(self.console.width)
-        yield from super().get_renderables()
 
 
 def _plain_lines() -> Callable[[str, int, int, str], None]:

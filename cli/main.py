@@ -18,7 +18,9 @@ from .console import tell_error
 from .options import Command
 
 # A module each, as --help lists them, where the module's docstring is shown.
-_COMMANDS = "finetune sweep_exits generate chat bench verify compare inspect calibrate import_model export serve data"
+_COMMANDS = (
+    "finetune train_drafter sweep_exits generate chat bench verify compare inspect calibrate import_model export serve data"
+)
 
 
 class _Commands(TyperGroup):
@@ -32,10 +34,19 @@ class _Commands(TyperGroup):
             raise typer.Exit() from None
 
 
+_HELP = """Turn a causal language model into a LayerSkip model and decode faster with the same output.
+
+\b
+convert or attach  finetune trains the model's own exits, train-drafter something beside it
+measure            sweep-exits finds the fastest setting, bench compares, verify proves
+generate           generate and chat decode with it
+serve              serve answers programs, over an OpenAI-compatible API
+"""
+
 app = typer.Typer(
     name="layerskip",
     cls=_Commands,
-    help="Turn a causal language model into a LayerSkip model and decode faster with the same output.",
+    help=_HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -60,7 +71,7 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; can stand anywhere.")] = False,
 ) -> None:
-    """Turn a causal language model into a LayerSkip model and decode faster with the same output."""
+    pass
 
 
 def main() -> None:

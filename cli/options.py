@@ -25,7 +25,12 @@ _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
     **dict.fromkeys(("--max-tokens", "--max-length"), "--max-new-tokens"),
     "--model-name-or-path": "--model",
+    "--revision": "--model ID@REVISION",
     "--num-speculative-tokens": "--spec",
+}
+_FIRST = {  # of commands with many flags: those that people use first
+    "finetune": ("model", "name", "output", "preset", "p_max", "exits", "steps", "batch_size", "lr", "lora_rank", "dry_run"),
+    "train-drafter": ("model", "name", "output", "layout", "exits", "steps", "batch_size", "start_from", "dry_run"),
 }
 _WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -96,11 +101,13 @@ class Command(TyperCommand):
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *get_args(Panel), "Other")}
-        for parameter in self.get_params(ctx):
+        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "First", *get_args(Panel), "Other")}
+        first = _FIRST.get(self.name or "", ())
+        for parameter in sorted(self.get_params(ctx), key=lambda each: [*first, each.name].index(each.name)):
             if record := parameter.get_help_record(ctx):
                 panel = getattr(parameter, "rich_help_panel", None) or "Other"
-                panels["Arguments" if parameter.param_type_name == "argument" else panel].append(record)
+                panel = "Arguments" if parameter.param_type_name == "argument" else panel
+                panels["First" if parameter.name in first else panel].append(record)
         for panel, records in panels.items():
             if records:
                 with formatter.section(panel):

@@ -14,7 +14,7 @@ names=()
 run() { # NAME FLAGS...: trains and measures one setting
     names+=("$1")
     if [ ! -f "$runs/$1/config.json" ]; then
-        layerskip finetune --regime finetune --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" --seed 0 --threads 1 \
+        layerskip finetune --recipe finetune --model embedded-base --steps "$STEPS" --batch-size "$BATCH" --lr "$LR" --seed 0 --threads 1 \
             --output "$runs/$1" --overwrite "${@:2}"
     fi
     if [ ! -f "$runs/$1.json" ]; then

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Verifies and measures the toolkit on a GPU, and writes one report: OUTPUT/report.md, with the commands that made it.
 # Usage: bash examples/gpu.sh OUTPUT [MODEL]
-# MODEL (default: embedded) is decoded as it is; a short run of the recipe and one of --frozen train from BASE (default:
-# embedded-base, or MODEL if it is given). Takes under 20 minutes on any GPU with small models. A stage that fails is reported,
+# MODEL (default: embedded) is decoded as it is; a short run of the recipe and one of train-drafter begin with BASE (default:
+# embedded-base, or MODEL if given). Takes under 20 minutes on any GPU with small models. A stage that fails is reported,
 # the others go on, and the exit status is 1. DEVICE=cpu tries the script on a machine without a GPU; STEPS, SAMPLES and REPEATS
 # change the size of trainings and measurements. It needs `layerskip` and, for the tests, pytest on the PATH: see environment.sh.
 set -euo pipefail
@@ -57,17 +57,17 @@ stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
     layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
         sed "s/^/    batch size $size: /"
 done' - $((3 * samples)) "$model" "$device"
-stage 'Training by the recipe' bash -c 'layerskip finetune --regime finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
-    grep -E "tokens/s|loss by exit|MB|recipe:" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
+stage 'Training by the recipe' bash -c 'layerskip finetune --recipe finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+    grep -E "tokens/s|loss by exit|MB|^recipe |agree|^cost" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
 for dtype in fp32 bf16; do
     stage "A step of it in $dtype: time and memory" python "$here/examples/recipe_cost.py" "$base" "${on[@]}" --dtype "$dtype" \
         --batch 16 --length 128 --rotation 8
 done
 stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
-stage 'Training of a drafter' bash -c 'layerskip finetune --frozen --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
-    grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/frozen"
-stage 'What it trained' layerskip bench --model "$out/frozen" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
-stage 'The trained model keeps its promises' layerskip verify "$out/frozen" "${on[@]}" --precisions bf16 \
+stage 'Training of a drafter' bash -c 'layerskip train-drafter --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+    grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/drafter"
+stage 'What it trained' layerskip bench --model "$out/drafter" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
+stage 'The trained model keeps its promises' layerskip verify "$out/drafter" "${on[@]}" --precisions bf16 \
     --samples "$few" --format markdown
 
 echo "$report" >&2

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import CHUNK_LOGITS
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training.recipe import dropout_rates, mean_exits, resolve_recipe
+from layerskip_core.training.recipe import dropout_rates, resolve_recipe, steps_on
 
 LENGTH = 4096  # tokens of a packed row
 PEAK = 989e12  # bf16 without sparsity, of an H100 SXM (NVIDIA's data sheet)
@@ -41,9 +41,8 @@ def flops(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) 
     each weight that is used again there, of layers with gradient checkpointing.
     Causal attention adds 6 T D per layer. Layer dropout saves layers, and each exit adds a head.
     """
-    parameters = sum(weight.numel() for weight in backend.model.parameters())
-    recipe = resolve_recipe(RecipeSettings(), "continual", parameters, backend.num_layers, backend.spec.vocab)
-    exits = mean_exits(recipe, STEPS, backend.num_layers)
+    recipe = resolve_recipe(RecipeSettings("continual"), backend.spec, STEPS)
+    exits = sum(steps_on(recipe, STEPS, backend.num_layers).values()) / STEPS
     kept = 1 - sum(dropout_rates(recipe.p_max, backend.num_layers)) / backend.num_layers
     layers, head = layer_weights(backend) * kept, backend.spec.hidden * backend.spec.vocab * exits
     attention = 6 * LENGTH * backend.spec.heads * backend.spec.head_dim * backend.num_layers * kept

@@ -73,8 +73,8 @@ def measured(arguments: argparse.Namespace) -> dict:
     loaded = for_training(arguments.model, arguments.device, "fp32")
     device = loaded.backend.device
     rotation = arguments.rotation if arguments.curriculum == "rotational" else None
-    asked = RecipeSettings(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=rotation)
-    recipe = resolve_recipe(asked, "finetune", 0, loaded.backend.num_layers, loaded.backend.spec.vocab)
+    asked = RecipeSettings("finetune", arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=rotation)
+    recipe = resolve_recipe(asked, loaded.backend.spec, arguments.steps)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
     ids = torch.randint(3, loaded.backend.spec.vocab, (arguments.batch, arguments.length), device=device)

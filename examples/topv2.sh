@@ -8,15 +8,14 @@
 set -euo pipefail
 here=$(dirname "$0")
 data=$1 runs=${2:-topv2-runs} epochs=${EPOCHS:-2} recipe_epochs=${RECIPE_EPOCHS:-0.6} rows=${ROWS:-5000}
-plain=(--pmax 0 --curriculum none)
-recipe=(--regime finetune --pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits 6,12,18)
+recipe=(--recipe finetune --pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits 6,12,18)
 steps=(--data "$data" --batch-size 32 --threads 1 --save-steps 500)
 mkdir -p "$runs"
 
 train() { # NAME FLAGS...: one training run, resumed if it was interrupted
     [ -f "$runs/$1/config.json" ] && return
     local resume=
-    ls "$runs/$1"/checkpoints/*/complete.json >/dev/null 2>&1 && resume=--resume
+    ls "$runs/$1"/checkpoints/*/run.json >/dev/null 2>&1 && resume=--resume
     layerskip finetune "${steps[@]}" --output "$runs/$1" $resume "${@:2}"
 }
 
@@ -30,20 +29,20 @@ layerskip data --data "$data" --split validation --samples 1000 >"$runs/validati
 layerskip data --data "$data" --split test --samples "$rows" >"$runs/test.jsonl"
 
 # The base model: the shape of `embedded` (24 layers, 160 wide), with a new tokenizer. One epoch per run.
-from=(--regime scratch --model embedded-base --vocab-size 1024)
+from=(--recipe scratch --pmax 0 --curriculum none --model embedded-base --vocab-size 1024)
 measured=()
 for epoch in $(seq "$epochs"); do
-    train "epoch-$epoch" "${from[@]}" "${plain[@]}" --lr 2e-3 --epochs 1 --seed "$epoch"
+    train "epoch-$epoch" "${from[@]}" --lr 2e-3 --epochs 1 --seed "$epoch"
     answer "epoch-$epoch" validation
-    from=(--model "$runs/epoch-$epoch")
+    from=(--recipe none --model "$runs/epoch-$epoch")
     measured=("$runs/epoch-$epoch-validation" "${measured[@]}")
 done
 python "$here/parsing_tables.py" "$runs/validation.jsonl" "${measured[@]}"
 
-# The recipe and its control, side by side on one core each.
-next=("${from[@]}" --lr 1.5e-3 --epochs "$recipe_epochs" --seed 9)
+# The recipe and its control, one core each.
+next=(--model "$runs/epoch-$epochs" --lr 1.5e-3 --epochs "$recipe_epochs" --seed 9)
 train recipe "${next[@]}" "${recipe[@]}" &
-train control "${next[@]}" "${plain[@]}"
+train control "${next[@]}" --recipe none
 wait $!
 
 # Answers are decoded in batches. Speed is measured one prompt at a time, on 60 rows.

@@ -28,7 +28,7 @@ class Teacher:
 
 
 def summed_losses(
-    unembed: Callable[[Tensor], Tensor],
+    unembed: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
     runs: Sequence[Tensor],
     targets: Tensor | None,
     vocab_size: int,
@@ -39,10 +39,11 @@ def summed_losses(
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
 
-    `runs` are the hidden states (N, D) of the exits, `targets` (N,). `weights` are the factors in the loss of an exit's
-    cross-entropy and of its divergence KL(reference || exit). The reference of the last exit is the `teacher`, that of the
-    others the teacher too if it `teaches_all`, else the last exit if any of them has a weight for it; without one the
-    divergence is 0. No gradient flows into a reference; that of the loss reaches the runs and the weights of the head.
+    `runs` are the hidden states (N, D) of the exits, `targets` (N,), `unembed` the head of all of them or one for each.
+    `weights` are the factors in the loss of an exit's cross-entropy and of its divergence KL(reference || exit). The reference
+    of the last exit is the `teacher`, that of the others the teacher too if it `teaches_all`, else the last exit if any of them
+    has a weight for it; without one the divergence is 0. No gradient flows into a reference; that of the loss reaches the runs
+    and the weights of the head.
     Agreement, which is counted without gradients alone, is the number of tokens where the best one is the reference's.
 
     With `total_variation`, for which there are no targets, the divergence is half the L1 distance of the probabilities: one
@@ -51,6 +52,7 @@ def summed_losses(
     Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
     and none are computed twice.
     """
+    unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(runs)
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
     sums = torch.zeros(len(runs), 3, device=runs[0].device)
     gradients = {run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained}
@@ -62,7 +64,7 @@ def summed_losses(
         for index in range(last, -1, -1):
             part = runs[index].detach()[chunk].requires_grad_(trains[index])
             with torch.set_grad_enabled(trains[index]):
-                logits = unembed(part)
+                logits = unembeds[index](part)
             found = logits.detach()
             wanted = None if targets is None else targets[chunk]
             losses, slope = _losses(found, wanted, aim, weights[index], trains[index], total_variation)

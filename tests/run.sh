@@ -60,7 +60,7 @@ check_wheel() { # built and installed into an empty environment, it does the mai
     grep -q '^\[IN:CREATE_REMINDER .* call .* mom .* at 5 .*\]$' answer.txt
     printf 'remind me to call mom at 5' | "$layerskip" generate --strategy autoregressive | diff - answer.txt
     "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
-    "$layerskip" finetune --frozen --answers data --steps 2 --batch-size 2 --output frozen
+    "$layerskip" train-drafter --answers data --steps 2 --batch-size 2 --output frozen
     "$layerskip" generate --model frozen 'wake me up' --max-new-tokens 4 >/dev/null
     "$layerskip" calibrate --model tiny --samples 2 --length 32 --steps 0
     "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 --output sweep >/dev/null

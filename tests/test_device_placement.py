@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig
-from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
+from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.decoding import DecodingLoop, PrefixCache, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ConfigError
@@ -236,12 +236,12 @@ def run_on(base, tmp_path, monkeypatch):
 
 RUNS = {
     "the recipe": {
-        "recipe": RECIPE, "retention": RetentionSettings(anchor=0.1, replay=0.5, replay_tokens=8),
+        "recipe": RECIPE, "replay": 0.5, "replay_tokens": 8,
         "validation": "test", "validation_samples": 4, "eval_steps": 2, "batch_size": 2, "accumulation": 2,
     },
+    "readers": {"recipe": RecipeSettings(exits=(2,)), "batch_size": 2},
     "an exit block": {
-        "recipe": RecipeSettings(exits=(2,)), "warmup": 0.0,
-        "exit_blocks": ExitBlockSettings(frozen=True, feature="final", answer_tokens=8),
+        "kind": DrafterConfig, "exits": (2,), "feature": "final", "answer_tokens": 8,
     },
 }  # fmt: skip
 

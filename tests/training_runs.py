@@ -16,24 +16,16 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data import load_examples
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import trained
+from layerskip_core.model import TransformersBackend
+from layerskip_core.training import answers
 from layerskip_core.training.encoding import train_tokenizer
+from layerskip_core.training.exit_blocks import new_readers
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.recipe import resolve_recipe
 from layerskip_core.training.run import prepare
 
-# A picture takes as long as the few steps of a run: the first run of a process draws one for all.
-_drawn, _draw = [], trained.loss_plot
-
-
-def _drawn_once(history):
-    if not _drawn:
-        _drawn.append(_draw(history))
-    return _drawn[0]
-
-
-trained.loss_plot = _drawn_once
-RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
+answers.OWN_TEXTS = answers.OWN_TOKENS = 4  # of text on which the cost of a training is measured
+RECIPE = RecipeSettings("finetune", p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 
 
 class Interrupted(Exception):
@@ -86,15 +78,13 @@ def saved_base(folder, **changes):
 
 
 def settings_on(base, tmp_path):
-    """Makes FinetuneConfigs of a few steps on the CPU: defaults that keywords change."""
+    """Makes FinetuneConfigs of a few steps on the CPU, or other configs: defaults that keywords change."""
 
-    def make(**changes):
+    def make(kind=FinetuneConfig, **changes):
         defaults = {
             "model": base,
             "data": DataConfig(limit=32, seed=1),
             "output": str(tmp_path / "out"),
-            "recipe": RECIPE,
-            "regime": None if "exit_blocks" in changes else "finetune",  # after which nothing follows
             "lr": 1e-3,
             "steps": 4,
             "batch_size": 4,
@@ -103,7 +93,9 @@ def settings_on(base, tmp_path):
             "device": "cpu",
             "dtype": "fp32",
         }
-        return FinetuneConfig(**{**defaults, **changes})
+        if kind is FinetuneConfig:
+            defaults["recipe"] = RECIPE
+        return kind(**{**defaults, **changes})
 
     return make
 
@@ -115,12 +107,13 @@ def train(config):
     return reports
 
 
-def recipe_module(model, recipe, *arguments, anchor=None, **keywords):
-    """The training module of a model under RecipeSettings."""
-    resolved = resolve_recipe(recipe, "finetune", 0, model.config.num_hidden_layers, model.config.vocab_size)
-    module = RecipeModule(model, resolved, *arguments, **keywords)
-    module.anchor = anchor
-    return module
+def recipe_module(model, recipe, *arguments, **keywords):
+    """The training module of a model under RecipeSettings, with its readers."""
+    backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    resolved = resolve_recipe(recipe, backend.spec, 100)
+    if resolved.exit_reader != "none":
+        keywords["readers"] = new_readers(backend, resolved.exits)
+    return RecipeModule(model, resolved, *arguments, **keywords)
 
 
 def batch(rows=3, length=9):

@@ -92,6 +92,13 @@ def generate(
         raise typer.Exit(130) from None
     if stats:
         narrate(stats_text(total, loaded, usual.policy))
+        if usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1:
+            from layerskip_core.evaluation.measure.cost_model import speed_of
+
+            if (speed := speed_of(loaded, total)) < 1:
+                narrate(
+                    f"about {speed:.2f}x of plain decoding: without --exit and --spec the fastest is chosen for every round"
+                )
     if failed:
         raise typer.Exit(1)
 

@@ -6,9 +6,9 @@ with others.
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
 projections and of the head, by the weight's name.
 
-exit_blocks.safetensors, which `layerskip finetune --frozen` trains, holds weights whose names say which exits have a block, and
-what each reads (see model/exit_blocks.py). layerskip.json says how they were trained: `exit_blocks` has an object for each
-exit, whose `agreement` is the share of first drafts that were right on held-out rows.
+exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
+block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
+an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
 """
 
 import hashlib

@@ -19,7 +19,6 @@ from ..prompting import PromptTemplate
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
-AWAITS_DRAFTER = "awaits_drafter"  # the key of a run that is not over before it has trained one
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _PLAIN = PackingConfig()
 _TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
@@ -42,11 +41,28 @@ class _Block(msgspec.Struct, frozen=True):
     validation: str | None = None
 
 
+class Cost(msgspec.Struct, frozen=True):
+    """What a training changed beside its task: over `tokens` of the original's own text, the share of best next tokens that are
+    the same (`agreement`), and the perplexity of the model before and after.
+    """
+
+    tokens: int
+    agreement: float
+    before: float
+    after: float
+
+
 class _Training(msgspec.Struct, frozen=True):
-    """The fields read from the details that training writes. `final_losses` and `exit_blocks` are by exit layer."""
+    """The fields read from the details that training writes. Losses, agreement and `exit_blocks` are by exit layer.
+
+    Older versions wrote no `trained_exits` and no `agreement`.
+    """
 
     config: _Config = _Config()
+    trained_exits: tuple[int, ...] | None = None
+    cost: Cost | None = None
     final_losses: dict[str, float | None] = {}
+    agreement: dict[str, float] = {}
     exit_blocks: dict[str, _Block] = {}
 
 
@@ -93,10 +109,23 @@ class CheckpointInfo:
 
     def trained_exits(self, num_layers: int) -> tuple[int, ...]:
         """The exits before the last layer that `finetune` trained: the recipe's, or all."""
+        if self._training.trained_exits is not None:
+            return self._training.trained_exits
         recipe = self._training.config.recipe or _Recipe()
         if recipe.curriculum == "none":
             return ()
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
+
+    @property
+    def agreement(self) -> dict[str, float]:
+        """By exit layer, or `eagle3`: the share of first drafts that were right on the held-out rows of its training."""
+        measured = {name: block.agreement for name, block in self._training.exit_blocks.items() if block.agreement is not None}
+        return self._training.agreement | measured
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of the latest training by `finetune`, but for one from scratch."""
+        return self._training.cost
 
     @property
     def trained_on(self) -> tuple[DataConfig | None, str | None]:
@@ -109,14 +138,11 @@ class CheckpointInfo:
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
-        Of drafters that it did not measure so, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2)
+        Of drafters that it did not measure so, what training measured of exits, else a guess by its losses: exp(-gap / 2)
         for a gap of that many nats between an exit's loss and the last layer's.
         """
         known, training = self.profile, self._training
-        of_blocks = {
-            f"exit {name}" if name.isdigit() else name: block.agreement for name, block in training.exit_blocks.items()
-        }
-        agreement = {name: share for name, share in of_blocks.items() if share is not None}
+        agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
             # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
@@ -145,7 +171,6 @@ class CheckpointInfo:
         if profile is not None:
             profile = replace(profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts))
         details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
-        details.pop(AWAITS_DRAFTER, None)
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 

@@ -49,9 +49,11 @@ def require_model(name: str) -> None:
     path = Path(name)
     if name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return
-    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+    if _hub_id(name)[0].count("/") != 1 or path.is_absolute() or name.startswith("."):
         names = ", ".join(EMBEDDED)
-        raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+        raise CheckpointError(
+            f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name or owner/name@revision"
+        )
 
 
 def locate(name: str) -> Location:
@@ -80,7 +82,8 @@ def present(name: str) -> Location:
     from .folder import is_packed, weight_files
 
     folder = fetched(name)
-    return Location(folder) if weight_files(folder) or is_packed(folder) else location
+    pinned = _hub_id(name)[1] is not None
+    return Location(folder) if pinned or weight_files(folder) or is_packed(folder) else location
 
 
 def own_folder(name: str) -> str | None:
@@ -107,8 +110,18 @@ def fetched(name: str) -> str:
         return name
     from huggingface_hub import snapshot_download
 
-    folder: str = reading(name, lambda: snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_OURS))
-    return folder
+    hub_id, revision = _hub_id(name)
+
+    def fetch() -> str:
+        return snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_OURS)
+
+    return reading(name, fetch)
+
+
+def _hub_id(name: str) -> tuple[str, str | None]:
+    """`owner/name@revision` as the id and the branch, tag or commit."""
+    hub_id, _, revision = name.partition("@")
+    return hub_id, revision or None
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:

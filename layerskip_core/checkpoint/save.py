@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, require_overwrite
+from ..errors import CheckpointError, ConfigError, first_line, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
 from .folder import quiet_transformers, read_settings
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
 
-RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # finetune writes them with a model
+RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
 READY = ".layerskip-ready"
 _CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that tells them from other files of that name
 _WAIT = 60.0  # seconds to wait for another process to finish its renames
@@ -179,6 +179,27 @@ def save_beside(
         write_info(folder, replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))))
         (Path(folder) / name).parent.mkdir(exist_ok=True)
         write_file(Path(folder) / name, content, CheckpointError)
+
+
+def claim_repository(repository: str) -> None:
+    """Makes a repository on the hub where there is none. Raises ConfigError if it is not ours to write to."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+    except Exception as error:  # of the network, of the hub, of a name that cannot be
+        raise ConfigError(f"`push_to_hub` {repository}: {first_line(error)}", "push_to_hub") from error
+
+
+def push(folder: str, repository: str) -> None:
+    """Uploads a folder's model. Raises CheckpointError."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=sorted(model_files(Path(folder))))
+    except Exception as error:
+        again = f"it is saved; upload it by: hf upload {repository} {folder}"
+        raise CheckpointError(f"cannot push {folder} to {repository}: {first_line(error)}; {again}") from error
 
 
 def settle(folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from msgspec import Meta
 from ..errors import refused, require, shown
 
 Panel = Literal[
-    "Input", "Model", "Server", "Recipe", "Retention", "Exit blocks", "Optimisation", "Task", "Data", "Decoding", "Sampling",
+    "Input", "Model", "Server", "Recipe", "Retention", "Drafter", "Optimisation", "Task", "Data", "Decoding", "Sampling",
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
 ]  # the headings of --help, in their order  # fmt: skip
 _MOST_COUNTS = 10_000  # in a list or range of counts
@@ -125,7 +125,7 @@ def needed(hint: Any) -> str:
         return " or ".join(needed(part) for part in parts if part is not NoneType)
     if origin is not None and issubclass(origin, Sequence):
         return f"a list, each {needed(parts[0])}"
-    return _KINDS[hint]
+    return _KINDS[origin or hint]
 
 
 def _plain(value: Any) -> Any:

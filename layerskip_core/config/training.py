@@ -1,40 +1,115 @@
-"""A training run and its recipe."""
+"""The two trainings: of a model, under the recipe or without it, and of what drafts beside a model."""
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..errors import require
+from ..errors import refused, require
 from .model import DataConfig, DType, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Temperature, Text
 
+Preset = Literal["auto", "finetune", "continual", "scratch", "code", "none"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
+ExitReader = Literal["none", "block"]
 DropoutProfile = Literal["exponential", "constant"]
-Regime = Literal["finetune", "continual", "scratch", "code"]
+DropoutSchedule = Literal["constant", "rising", "falling"]
+Scheduler = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "muon"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
 BlockLoss = Literal["kl", "tv", "acceptance"]
 BlockLayout = Literal["exit", "eagle3"]
-AnchorWeights = Literal["bf16", "int8"]
 LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
-_DRAFTER_ROWS, _DRAFTER_BATCH = 2_000, 8  # of a drafter's run after a task's
+_BY_PRESET = "by --recipe"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What both trainings have. None: the model and the data decide."""
+
+    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model", reads="model")] = (
+        "embedded-base"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    steps: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
+        Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation"),
+    ] = None
+    epochs: Annotated[Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="1")] = None
+    batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
+    accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
+    lr: Annotated[
+        Annotated[float, Meta(gt=0, le=100)] | None,
+        Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained, and its size"),
+    ] = None
+    scheduler: Annotated[Scheduler, Flag("How the learning rate falls after --warmup.")] = "cosine"
+    warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
+    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
+    max_grad_norm: Annotated[float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")] = 1.0
+    training_arguments: Annotated[dict[str, Any] | None, Flag("Further TrainingArguments of transformers, a JSON object.")] = (
+        None
+    )
+    max_length: Annotated[
+        Annotated[int, Meta(ge=2, le=10_000_000)] | None,
+        Flag("Tokens per row, prompt included.", default="512; 2048 in the recipes for plain text", panel="Data"),
+    ] = None
+    validation: Annotated[
+        Text | None, Flag("A split of --data, or other data, to measure on.", default="one row in twenty of --data, at most 64")
+    ] = None
+    validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
+    eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0
+    dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
+    device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    output: Annotated[Text, Flag("Folder of the new checkpoint.", panel="Run")] = "layerskip-model"
+    seed: Annotated[Seed, Flag("Seed of data, order, dropout and fresh weights.")] = 0
+    save_steps: Annotated[Steps, Flag("Steps between checkpoints; 0: none.")] = 0
+    resume: Annotated[bool, Flag("Continue from the last checkpoint in --output.")] = False
+    report_to: Annotated[str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
+    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
+    push_to_hub: Annotated[Text | None, Flag("Upload the result to this repository, owner/name.")] = None
+
+    def __post_init__(self) -> None:
+        asked = self.validation_samples
+        require(self.validation is not None or asked is None, "validation_samples", "used with `validation`", asked)
+        endless = self.data.is_endless and self.steps is None
+        require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
 
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """What is asked of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the regime's preset decides.
+    """What is asked of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset decides.
 
-    `exit_weights`: the paper's weights give early exits very little. `exits`: the n exit layers (counts, 1..L-1) that the
-    curriculum chooses among; empty is all L, as in the paper. `rotation`: None picks n/3 (at least 1) up to a vocabulary of 8k
-    and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is cross-entropy.
+    `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among. `rotation`: None picks n/3 (at least 1) up to
+    a vocabulary of 8k and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is
+    cross-entropy.
     """
 
-    p_max: Annotated[
-        Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", "by --regime", panel="Recipe")
+    preset: Annotated[
+        Preset,
+        Flag(
+            "auto trains a few exits, each with a reader, in short runs; four are the paper's; none has no exits.",
+            "--recipe",
+            panel="Recipe",
+        ),
+    ] = "auto"
+    p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)] = None
+    exits: Annotated[
+        tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", default="by depth; every layer as in the paper")
+    ] = None
+    exit_reader: Annotated[
+        ExitReader | None,
+        Flag(
+            "What reads an exit's states before the shared head: none, or block, one more layer and a norm.", default=_BY_PRESET
+        ),
+    ] = None
+    dropout_schedule: Annotated[
+        DropoutSchedule | None,
+        Flag("Dropout over the run: constant, rising, or falling to 0 in the first third.", default=_BY_PRESET),
     ] = None
     dropout_profile: Annotated[
         DropoutProfile | None,
@@ -43,82 +118,120 @@ class RecipeSettings:
             default="exponential",
         ),
     ] = None
-    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", "by --regime")] = None
-    exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default="paper")] = None
-    curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default="by --regime")] = None
+    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)] = None
+    exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
+    curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
     rotation: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
-        Flag("R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
-    ] = None
-    exits: Annotated[
-        tuple[Layer, ...] | None,
-        Flag("Exits to train: 3,6,8 or A:B:STEP.", default="every layer; with --frozen a third of the layers"),
+        Flag("R of the rotational curriculum: each exit is trained every R steps.", default=_BY_PRESET),
     ] = None
     distill: Annotated[
         Annotated[float, Meta(ge=0, le=1)] | None,
-        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default=_BY_PRESET),
     ] = None
 
     def __post_init__(self) -> None:
-        rotates = self.curriculum in (None, "rotational")  # that of every preset
-        require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum)
+        if self.preset == "none":
+            for each in fields(self)[1:]:
+                value = getattr(self, each.name)
+                require(value is None, each.name, "left out with `preset` none, which has no exits and no dropout", value)
+        usual = "all" if self.preset == "auto" else "rotational"
+        rotates = (self.curriculum or usual) == "rotational"
+        require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum or usual)
 
 
 @dataclass(frozen=True)
-class RetentionSettings:
-    """What holds the trained model to the original, the model as it came.
+class FinetuneConfig(TrainingSettings):
+    """One training of a model, as requested."""
 
-    `anchor` is the weight of KL(original || trained model). LoRA needs no copy of the original: it is the model without the
-    adapters. `replay`: of the rows of each step.
-    """
-
-    anchor: Annotated[
-        _Weight,
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    optimizer: Annotated[
+        OptimizerName, Flag("adamw; muon trains the layers' matrices by Muon, the rest by AdamW.", panel="Optimisation")
+    ] = "adamw"
+    gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
+    replay: Annotated[
+        Fraction | None,
         Flag(
-            "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none.", panel="Retention"
+            "Share of the rows that are the model's own text, sampled before the training: it keeps what the model knows.",
+            default="a quarter with --recipe auto and none, of a model of 50M parameters or more",
         ),
-    ] = 0.0
-    anchor_weights: Annotated[
-        AnchorWeights | None, Flag("Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
     ] = None
-    replay: Annotated[Fraction, Flag("Share of the rows that are the original's own text, sampled before the training.")] = 0.0
     replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
+    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
+    lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
+    lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
+    lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
+    lora_layers: Annotated[
+        LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
+    ] = "all"
+    lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
+    streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")] = False
+    pack: Annotated[
+        bool | None, Flag("Pack plain text into full rows.", default="yes in the recipes continual, scratch and code")
+    ] = None
+    vocab_size: Annotated[
+        Annotated[int, Meta(ge=260, le=10_000_000)] | None,
+        Flag("With --recipe scratch: train a BPE tokenizer of this size on the data."),
+    ] = None
+    fsdp: Annotated[
+        bool, Flag("Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).", panel="Machine")
+    ] = False
 
     def __post_init__(self) -> None:
-        require(self.replay_tokens is None or self.replay > 0, "replay_tokens", "used with `replay`", self.replay_tokens)
-        if self.anchor_weights is not None:
-            require(self.anchor > 0, "anchor_weights", "used with `anchor`", self.anchor_weights)
+        super().__post_init__()
+        given = {**vars(self), "limit": self.data.limit}
+        scratch = self.recipe.preset == "scratch"
+        for is_so, needed, names in (
+            (self.streaming, "left out with `streaming`", ("limit", "vocab_size", "replay")),
+            (not scratch, "used with `preset` scratch", ("vocab_size",)),
+            (scratch, "left out with `preset` scratch, which has no original", ("replay",)),
+            (self.replay == 0, "used with `replay`", ("replay_tokens",)),
+        ):
+            for name in names if is_so else ():
+                require(not given[name], name, needed, given[name])
+        counted = not self.streaming or self.steps is not None
+        require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
+        require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "lora_keep"):
+            usual = given[name] == getattr(FinetuneConfig, name)
+            require(usual or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
+        if self.lora_keep:
+            reader = self.recipe.exit_reader
+            require(
+                reader in (None, "none"), "exit_reader", "none with `lora_keep`: readers stand beside whole weights", reader
+            )
 
 
 @dataclass(frozen=True)
-class ExitBlockSettings:
-    """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py), or a drafter that
-    other engines read (see model/eagle3.py).
+class DrafterConfig(TrainingSettings):
+    """One training of what drafts for a model that stays as it is: blocks at its exits (see model/exit_blocks.py), or a drafter
+    that other engines read (see model/eagle3.py). The steps and epochs are those of each exit.
 
     `loss`: KL(full depth || exit); their total variation, which is one minus the expected acceptance; or, for the layout
     eagle3, the negative logarithm of the expected acceptance.
     """
 
-    frozen: Annotated[
-        bool, Flag("Leave the model as it is, and train a block at each of --exits that drafts for it.", panel="Exit blocks")
-    ] = False
     layout: Annotated[
         BlockLayout | None,
         Flag(
             "exit: a block at each of --exits; eagle3: one drafter that vLLM, SGLang and llama.cpp read too.",
             default="that of the other flags, else eagle3 where these engines run the model, else exit",
+            panel="Drafter",
         ),
     ] = None
+    exits: Annotated[
+        tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", default="one, after a third of the layers")
+    ] = None
+    feature: Annotated[
+        Feature,
+        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
+    ] = "none"
     layers: Annotated[
         tuple[Layer, ...] | None,
         Flag("Layers after which a drafter of the layout eagle3 reads states.", default="2, a half of all, and all but 3"),
     ] = None
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
     start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
-    feature: Annotated[
-        Feature,
-        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
-    ] = "none"
     answers: Annotated[
         Answers | None,
         Flag("Who writes the answers to the prompts of --data.", default="model, if it has prompts"),
@@ -128,159 +241,33 @@ class ExitBlockSettings:
     loss: Annotated[
         BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer, or acceptance (its negative logarithm).")
     ] = "kl"
-
-    def __post_init__(self) -> None:
-        at_exits = self.layout == "exit" or (self.layout is None and self.feature != "none")
-        for name, value in vars(self).items():
-            usual = value == getattr(type(self), name)
-            require(self.frozen or usual, name, "used with `frozen`", value)
-            if name in ("layers", "draft_vocab", "start_from"):
-                require(not at_exits or usual, name, "used with `layout` eagle3", value)
-            if self.answers == "data" and name in ("answer_tokens", "answer_temperature"):
-                require(usual, name, "left out with `answers` data", value)
-        require(self.layout != "eagle3" or self.feature == "none", "feature", "left out with `layout` eagle3", self.feature)
-        require(not at_exits or self.loss != "acceptance", "loss", "kl or tv without `layout` eagle3", self.loss)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """One training run, as requested. None: the preset of the regime decides, or the data.
-
-    Exits of the model are trained if anything of the recipe is given, or a regime. Else it is trained at full depth alone.
-    Without a regime a second run (`drafter`) trains what drafts for the result, unless it is `frozen` from the beginning.
-    """
-
-    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model", reads="model")] = (
-        "embedded-base"
-    )
-    data: DataConfig = field(default_factory=DataConfig)
-    regime: Annotated[
-        Regime | None,
-        Flag(
-            "Preset of the recipe.",
-            default="finetune with a flag of the recipe, then a block at its exits; without any the task alone, then a drafter",
-            panel="Recipe",
-        ),
-    ] = None
-    recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    retention: RetentionSettings = field(default_factory=RetentionSettings)
-    exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
-    prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    lr: Annotated[
-        Annotated[float, Meta(gt=0, le=100)] | None,
-        Flag("Initial learning rate.", "--lr/--learning-rate", "by --regime or --frozen, and model size", panel="Optimisation"),
-    ] = None
     steps: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
-        Flag("Optimizer steps, with --frozen of each exit; overrides --epochs.", default="300 on `commands`"),
+        Flag("Optimizer steps of each exit; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
     ] = None
-    epochs: Annotated[
-        Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="1; 2 with --frozen")
-    ] = None
-    batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
-    accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
-    warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
-    gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    max_length: Annotated[
-        Annotated[int, Meta(ge=2, le=10_000_000)] | None,
-        Flag("Tokens per row, prompt included.", default="by --regime", panel="Data"),
-    ] = None
-    streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.")] = False
-    pack: Annotated[bool | None, Flag("Pack plain text into full rows.", default="yes, except with --regime finetune")] = None
-    validation: Annotated[Text | None, Flag("A split of --data, or other data, to measure every exit on.")] = None
-    validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
-    eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten validations per run.")] = 0
-    vocab_size: Annotated[
-        Annotated[int, Meta(ge=260, le=10_000_000)] | None,
-        Flag("With --regime scratch: train a BPE tokenizer of this size on the data."),
-    ] = None
-    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
-    lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
-    lora_layers: Annotated[
-        LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
-    ] = "all"
-    lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
-    dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
-    device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    fsdp: Annotated[bool, Flag("Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).")] = False
-    output: Annotated[Text, Flag("Folder of the new checkpoint.", panel="Run")] = "layerskip-model"
-    seed: Annotated[Seed, Flag("Seed of data, order, dropout and fresh weights.")] = 0
-    save_steps: Annotated[Steps, Flag("Steps between checkpoints; 0: none.")] = 0
-    resume: Annotated[bool, Flag("Continue from the last checkpoint in --output.")] = False
-    report_to: Annotated[str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
-    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
+    epochs: Annotated[Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="2")] = None
 
     def __post_init__(self) -> None:
-        given = vars(self.recipe) | vars(self.retention) | vars(self) | {"limit": self.data.limit}
-        frozen, scratch, validates = self.exit_blocks.frozen, self.regime == "scratch", self.validation is not None
-        whole = (
-            "regime",
-            "lora_rank",
-            "gradient_checkpointing",
-            "streaming",
-            "pack",
-            "vocab_size",
-            "fsdp",
-            *vars(self.retention),
-        )
-        recipe = [name for name in vars(self.recipe) if name != "exits"]
-        for is_so, needed, names in (
-            (not validates and not frozen, "used with `validation`", ["eval_steps"]),  # frozen holds rows out
-            (not validates, "used with `validation`", ["validation_samples"]),
-            (self.streaming, "left out with `streaming`", ["limit", "vocab_size", "replay"]),
-            (not scratch, "used with `regime` scratch", ["vocab_size"]),
-            (scratch, "left out with `regime` scratch, which has no original", [*vars(self.retention)]),
-            (self.lora_rank > 0, "left out with `lora_rank`, which needs no copy", ["anchor_weights"]),
-            (frozen, "left out with `frozen`, which trains no weight of the model", [*recipe, *whole]),
-            (self.exit_blocks.layout == "eagle3", "left out with `layout` eagle3, which has `layers`", ["exits"]),
-        ):
-            for name in names if is_so else ():
-                require(not given[name], name, needed, given[name])
-        if frozen and self.recipe.exits:
-            replace(self.exit_blocks, layout=self.exit_blocks.layout or "exit")  # what fits no block is refused
-        counted = not self.streaming or self.steps is not None
-        require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
-        endless = self.data.is_endless and self.steps is None
-        require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
-        require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
-        usual = {"lora_targets": "all-linear", "lora_layers": "all", "lora_keep": False}
-        for name, value in usual.items():
-            require(given[name] == value or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
+        super().__post_init__()
+        of_exits, of_eagle3 = self.given("exits", "feature"), self.given("layers", "draft_vocab", "start_from")
+        if self.loss == "acceptance":
+            of_eagle3 = (*of_eagle3, "loss")
+        layout = self.layout or ("exit" if of_exits else None)
+        unfit = {"exit": of_eagle3, "eagle3": of_exits, None: ()}[layout]
+        for name in unfit:
+            other = "eagle3" if layout == "exit" else "exit"
+            raise refused(name, f"used with `layout` {other}", getattr(self, name))
+        for name in self.given("answer_tokens", "answer_temperature") if self.answers == "data" else ():
+            raise refused(name, "left out with `answers` data", getattr(self, name))
 
-    @property
-    def trains_exits(self) -> bool:
-        return self.regime is not None or self.recipe != RecipeSettings()
+    def given(self, *names: str) -> tuple[str, ...]:
+        """Those of some settings that differ from their defaults."""
+        return tuple(name for name in names if getattr(self, name) != getattr(DrafterConfig, name))
 
     @property
     def in_place(self) -> bool:
-        """Whether the model that stays as it is gets its drafter in its own folder."""
-        return self.exit_blocks.frozen and os.path.realpath(self.output) == os.path.realpath(self.model)
+        """Whether the model gets its drafter in its own folder."""
+        return os.path.realpath(self.output) == os.path.realpath(self.model)
 
-    @property
-    def drafter(self) -> "FinetuneConfig | None":
-        """The run that follows in the same folder, on some of the rows: after the recipe for a block at each of its `exits` (at
-        a third of the layers if it names none), else for a drafter. None after a preset of the paper, whose exits share the
-        head, or a control without exits; after a drafter, for an adapter alone, and for rows that are read as they come.
-        """
-        preset = self.regime is not None or self.recipe.curriculum == "none"
-        if preset or self.exit_blocks.frozen or self.lora_keep or self.streaming:
-            return None
-        seen = self.steps and self.steps * self.batch_size * self.accumulation
-        rows = min(limit for limit in (self.data.limit, seen, _DRAFTER_ROWS) if limit)
-        return FinetuneConfig(
-            model=self.output,
-            data=replace(self.data, limit=rows),
-            recipe=RecipeSettings(exits=self.recipe.exits),
-            exit_blocks=ExitBlockSettings(frozen=True, layout="exit" if self.trains_exits else None),
-            prompting=self.prompting,
-            batch_size=_DRAFTER_BATCH,
-            max_length=self.max_length,
-            dtype=self.dtype,
-            device=self.device,
-            output=self.output,
-            seed=self.seed,
-            save_steps=self.save_steps,
-            resume=self.resume,
-            report_to=self.report_to,
-        )
+
+TrainingConfig = FinetuneConfig | DrafterConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from ..checkpoint.info import INFO_FILE, read_info
+from ..checkpoint.info import read_info
 from ..errors import ConfigError, LayerSkipError, refused
 from ..files import parse_json, read_bytes
 from .metrics import NORMAL_QUANTILE, is_share, lower_is_better
@@ -17,9 +17,10 @@ from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"
-SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT)  # after the task's metrics, unless others are asked
+OWN_AGREEMENT, OWN_PERPLEXITY = "own_text_agreement", "own_text_perplexity"  # see training.worth.Cost
+SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT, OWN_AGREEMENT, OWN_PERPLEXITY)  # after metrics
 _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_per_second", "identical_outputs")
-_NO_SHARES = (HELD_OUT, "mean_accepted_tokens", "speedup", "tokens_per_second")
+_NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
 # The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom.
@@ -100,8 +101,12 @@ def read_run(path: str) -> Run:
         if run.held_out:  # those of the last validation are figures too
             *_, last = run.held_out.values()
             run.figures[HELD_OUT] = {Setting(f"exit {layer} alone", layer): math.exp(loss) for layer, loss in last.items()}
-            if (file.parent / INFO_FILE).is_file():
-                run.rows[LOSSES] = read_info(file.parent).details.get("validation_rows")
+        info = read_info(file.parent)
+        if run.held_out:
+            run.rows[LOSSES] = info.details.get("validation_rows")
+        if (cost := info.cost) is not None:
+            whole = Setting("all layers")
+            run.figures.update({OWN_AGREEMENT: {whole: cost.agreement}, OWN_PERPLEXITY: {whole: cost.after}})
     if not run.figures:
         raise LayerSkipError(f"RUNS {path} has no held-out losses: `finetune` measures them with `validation`")
     return run
@@ -243,7 +248,7 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 def is_logarithmic(figure: str) -> bool:
     """Perplexities are compared on the scale of their logarithms, the losses: a shallow exit's would hide all others."""
-    return figure == HELD_OUT or lower_is_better(figure)
+    return figure in (HELD_OUT, OWN_PERPLEXITY) or lower_is_better(figure)
 
 
 def is_percentage(figure: str) -> bool:

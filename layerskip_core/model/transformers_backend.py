@@ -366,8 +366,8 @@ class DocumentRows:
         self._apart[self._where] = torch.arange(first.numel())
 
     def apart(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) as (N, S)."""
-        return ids.flatten()[self._apart.to(ids.device)].view(len(self._rows), -1)
+        """Token ids (B, T) as (N, S), or states (B, T, D) as (N, S, D)."""
+        return ids.flatten(0, 1)[self._apart.to(ids.device)].view(len(self._rows), -1, *ids.shape[2:])
 
     def together(self, states: Tensor) -> Tensor:
         """States (N, S, D) as (B, T, D)."""

@@ -27,6 +27,8 @@ from .encoding import Encoder
 from .sharding import process_index
 
 BATCH = 32  # that are decoded together
+_APART = 1 << 31  # between the seeds of a replay and of these texts
+OWN_TEXTS, OWN_TOKENS = 32, 64  # of the original's own that a training's cost is measured on
 MOST_REPLAYED = 4096  # texts; a run with more rows of replay sees them again: writing takes longer than training on them
 _DIGITS = 16  # of a digest in the name of what a run keeps
 _MEASURED = 256  # tokens of a pass that is timed
@@ -154,18 +156,35 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
     """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    As in a calibration, half of them begin with a random token, half with the template's text before a prompt, so that the
-    model writes the prompt, too. `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
+    As in a calibration, half of them begin with the template's text before a prompt, so that the model writes the prompt, too.
+    `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
     or all of them.
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
     count = min(steps * replayed_rows(config), MOST_REPLAYED)
-    tokens = config.retention.replay_tokens or round(data.tokens / len(data.seen))
+    tokens = config.replay_tokens or round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
-    templated = decoder.prompt_start()[: encoder.max_length - 1]
-    starts = [templated if templated and text % 2 else [token] for text, token in enumerate(first)]
+    starts = _beginnings(decoder, count, config.seed, encoder.max_length - 1)
     journal = f"replay-{digest(original, starts, how, config.dtype)}.jsonl"
     return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)
+
+
+def own_texts(decoder: Decoder, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Short texts of a model's own with their beginnings, sampled as for a replay, and other texts than these."""
+    seed ^= _APART
+    tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
+    starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
+    config = DecodingConfig("autoregressive", max_new_tokens=tokens, temperature=1.0)
+    outputs = decode_batch(
+        decoder.backend, starts, config, frozenset(), seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)]
+    )
+    return [(starts[output.row], output.ids) for output in outputs]
+
+
+def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
+    """Of texts of a model's own: half begin with a random token, half with the template's text before a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
+    templated = decoder.prompt_start()[:longest]
+    return [templated if templated and text % 2 else [token] for text, token in enumerate(first)]

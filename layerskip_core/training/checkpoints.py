@@ -1,10 +1,8 @@
-"""Checkpoints of a run in progress: written to a staging folder, sealed with a digest of every file, then renamed into place.
+"""Checkpoints of a run in progress: written to a staging folder with the settings of the run, then renamed into place.
 
-If a checkpoint is incomplete or damaged, the one before it is used. A run refuses to start beside a folder of such a name that
-this program did not write.
+So each is whole. A run refuses to start beside a folder of such a name that this program did not write.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -14,32 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from torch import nn
 
 from ..checkpoint.folder import open_weights
-from ..checkpoint.save import files_below
 from ..errors import CheckpointError, ConfigError, listed
 from ..files import discard_folder, publish_folder, read_json, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
-KEPT = 2  # if the newest is damaged, there is one before it
-_SEAL = "complete.json"
+KEPT = 2
+_SEAL = "run.json"
 _PREFIX = "checkpoint-"
-
-
-class _Seal(msgspec.Struct):
-    files: dict[str, str]  # digests by name
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The newest intact checkpoint, the settings of the run that wrote it, and the faults of newer checkpoints."""
+    """The newest checkpoint, and the settings of the run that wrote it."""
 
     folder: Path
     settings: dict[str, Any]
-    damaged: tuple[str, ...]
 
     @property
     def step(self) -> int:
@@ -68,32 +58,18 @@ def require_own(folder: Path) -> None:
 
 
 def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Seals a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
-    files = {name: _digest(written / name) for name in files_below(written)}
-    (written / _SEAL).write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
-    target = folder / written.name
-    if target.exists():  # a damaged checkpoint of the same step
-        discard_folder(target)
-    publish_folder(written, target)
+    """Adds the settings to a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
+    (written / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    publish_folder(written, folder / written.name)
     for old in newest_first(folder)[KEPT:]:
         with suppress(OSError):
             discard_folder(old)
 
 
-def newest_whole(folder: Path) -> ResumePoint:
-    """The newest checkpoint whose files are as they were written. Raises CheckpointError if there is none."""
-    damaged: list[str] = []
-    for checkpoint in newest_first(folder):
-        try:
-            seal = read_json(checkpoint / _SEAL, CheckpointError, _Seal)
-            changed = [name for name, digest in seal.files.items() if _digest(checkpoint / name) != digest]
-            if not changed:
-                return ResumePoint(checkpoint, seal.settings, tuple(damaged))
-            damaged.append(f"{checkpoint.name}: {listed(changed)} missing or damaged")
-        except CheckpointError as fault:
-            damaged.append(str(fault))
-    if damaged:
-        raise CheckpointError(f"`resume`: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+def newest(folder: Path) -> ResumePoint:
+    """Raises CheckpointError if there is none."""
+    for checkpoint in newest_first(folder)[:1]:
+        return ResumePoint(checkpoint, read_json(checkpoint / _SEAL, CheckpointError))
     raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run with `save_steps` N has them until it ends")
 
 
@@ -122,13 +98,6 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
     if unknown or missing:
         raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
-
-
-def _digest(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _step(checkpoint: Path) -> int:

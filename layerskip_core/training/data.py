@@ -17,19 +17,21 @@ from torch.utils.data import IterableDataset
 
 from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
-from ..config.training import FinetuneConfig
+from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_data, is_parsing, load_prompts, load_rows, stream_rows
 from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder
-from .recipe import sequence_length
+from .recipe import TEXT_PRESETS
 from .sharding import process_index, world_size
 
-_COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
-_FROZEN_COMMANDS_STEPS = 600  # of each exit
-_FROZEN_EPOCHS = 2.0
-_HELD_OUT, _SHARE = 64, 20  # rows of a frozen model's data at most, and one in so many
+_COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about three minutes on two cores
+_DRAFTER_COMMANDS_STEPS = 600  # of each exit
+_DRAFTER_EPOCHS = 2.0
+_HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
+_FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
+_LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
 _SAMPLED = 64  # rows of a stream that are read to plan a run
@@ -38,58 +40,62 @@ _COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be co
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
-def rows_per_step(config: FinetuneConfig) -> int:
+def rows_per_step(config: TrainingConfig) -> int:
     """Rows of an optimizer step, over all processes."""
     return config.batch_size * config.accumulation * world_size()
 
 
-def replayed_rows(config: FinetuneConfig) -> int:
+def replayed_rows(config: TrainingConfig) -> int:
     """Rows of a step that are the original's own text. Raises ConfigError for a share that gives no such row, or only such."""
-    share, rows = config.retention.replay, rows_per_step(config)
+    if isinstance(config, DrafterConfig):
+        return 0
+    share, rows = config.replay or 0.0, rows_per_step(config)
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
     require(not share or 0 < replayed < rows, "replay", needed, share)
     return replayed
 
 
-def data_rows(config: FinetuneConfig) -> int:
+def data_rows(config: TrainingConfig) -> int:
     """Rows of a step that come from the data."""
     return rows_per_step(config) - replayed_rows(config)
 
 
-def run_steps(config: FinetuneConfig, rows: int) -> int:
+def run_steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is not None:
         return config.steps
     if config.data.is_endless:
-        return _FROZEN_COMMANDS_STEPS if config.exit_blocks.frozen else _COMMANDS_STEPS
+        return _DRAFTER_COMMANDS_STEPS if isinstance(config, DrafterConfig) else _COMMANDS_STEPS
     return max(1, math.ceil(rows / data_rows(config) * epochs(config)))
 
 
-def epochs(config: FinetuneConfig) -> float:
-    return config.epochs or (_FROZEN_EPOCHS if config.exit_blocks.frozen else 1.0)
+def epochs(config: TrainingConfig) -> float:
+    return config.epochs or (_DRAFTER_EPOCHS if isinstance(config, DrafterConfig) else 1.0)
 
 
-def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
+def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     """(the rows to train on, those held out). Of a stream the former are only the first one, to see what its rows are.
 
     Held out are the rows of `validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`.
-    Without it they are the last twentieth of a frozen model's rows, at most 64.
+    Without it they are the last twentieth of the rows, at most 64; none of a stream, or of few rows that a model learns.
 
-    Where a frozen model writes the answers itself, the rows need prompts only.
+    Where a model writes the answers itself, the rows need prompts only.
     """
-    data, frozen = config.data, config.exit_blocks.frozen
-    prompts_only = frozen and config.exit_blocks.answers == "model"
+    data, is_drafter = config.data, isinstance(config, DrafterConfig)
+    prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
     load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
-    apart = _HELD_OUT if frozen and config.validation is None else 0
-    if config.streaming:
-        rows = list(itertools.islice(stream_rows(data), 1))
+    apart = _HELD_OUT if config.validation is None else 0
+    if isinstance(config, FinetuneConfig) and config.streaming:
+        rows, apart = list(itertools.islice(stream_rows(data), 1)), 0
     elif data.is_endless:
-        seen = run_steps(config, 0) * data_rows(config) / (epochs(config) if frozen else 1.0)
+        seen = run_steps(config, 0) * data_rows(config) / (epochs(config) if is_drafter else 1.0)
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
         rows = list(load(data))
-    count = len(rows) - min(apart, len(rows) // _SHARE)
+    if not data.is_endless:
+        apart = min(apart, len(rows) // _SHARE)
+    count = len(rows) - (apart if is_drafter or apart >= _FEWEST else 0)
     if config.validation is None:
         return rows[:count], rows[count:]
     name = config.validation
@@ -101,33 +107,36 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     return rows, list(load(replace(data, limit=limit, setting="validation", **chosen)))
 
 
-def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
+def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
     """The encoder of a run, for validation too, chosen by its training `rows`, or the first of them.
 
-    Plain text without prompts is packed by default in the regimes for language-model data.
+    Plain text without prompts is packed by default in the recipes for it. Raises ConfigError for rows longer than the context.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
-    regime = config.regime or "finetune"
-    pack = regime != "finetune" and plain if config.pack is None else config.pack
-    max_length = sequence_length(config.max_length, regime, trainable.backend.spec.context)
-    return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, pack)
+    pack, usual, asked, context = False, _LENGTH, config.max_length, trainable.backend.spec.context
+    if isinstance(config, FinetuneConfig):
+        for_text = config.recipe.preset in TEXT_PRESETS
+        pack, usual = for_text and plain if config.pack is None else config.pack, _TEXT_LENGTH if for_text else _LENGTH
+    fits = asked is None or asked <= context
+    require(fits, "max_length", f"at most the model's context of {context} tokens", asked)
+    return Encoder(trainable.tokenizer, _template(config, trainable, rows), asked or min(usual, context), pack)
 
 
-def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
+def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
     """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
 
-    Two defaults differ. Parsing data has the parsing template, even if the model was trained with another one, unless it is
-    frozen. Prompts for a model without a template get a line end.
+    Two defaults differ where the model is trained. Parsing data has the parsing template, even if the model was trained with
+    another one. Prompts for a model without a template get a line end.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
         require(asked in (None, CHAT), "template", "chat for conversations", asked)
         require(system is None, "system", "left out for conversations, which have system messages of their own", system)
         return PromptTemplate(CHAT)
-    template, frozen = resolve_template(asked, system, stored, trainable.tokenizer), config.exit_blocks.frozen
+    template, changes = resolve_template(asked, system, stored, trainable.tokenizer), isinstance(config, FinetuneConfig)
     prompts = any(isinstance(row, Example) and row.prompt for row in rows)
-    parsing = is_parsing(config.data) and (stored is None or not frozen)
-    lines = stored is None and template.text == RAW and prompts and not frozen
+    parsing = is_parsing(config.data) and (stored is None or changes)
+    lines = stored is None and template.text == RAW and prompts and changes
     return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and (parsing or lines) else template
 
 
@@ -239,7 +248,7 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
 
 
-def ordered(config: FinetuneConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
+def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
     """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
     order = array("q", run_order(lengths, data_rows(config), steps, config.seed))
     if not texts:

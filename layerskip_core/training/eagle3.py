@@ -1,6 +1,6 @@
 """Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test: Li et al., 2025)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..checkpoint.locate import fetched
 from ..checkpoint.speculators import default_layers, eagle3_content, read_eagle3
 from ..config.decoding import require_exit_layer
-from ..config.training import BlockLoss, FinetuneConfig
+from ..config.training import BlockLoss, DrafterConfig
 from ..errors import CheckpointError, require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import AnySpec, ModelSpec
-from .exit_blocks import MUON, MUON_LR
+from .exit_blocks import MUON_LR, DrafterModule
 from .recipe import RunStep
-from .worth import Worth, worth_of_eagle3
+from .worth import ACCEPTED, Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
 _ALIKE = 0.9  # cosine of a head's rows and those of the model's
@@ -30,18 +30,15 @@ _SCORED = 256  # tokens at once, by the whole head
 _FILE = "eagle3.safetensors"  # of a run's checkpoint
 
 
-class FrozenEagle3(nn.Module):
+class FrozenEagle3(DrafterModule):
     """The drafter beside a model that stays as it is: only the model's embedding and head run.
 
-    Its own norms and head stay as they start, too: its matrices are trained, by Muon (Jordan et al., 2024). On SmolLM2 57 such
-    steps gave more agreement than 122 of AdamW on all weights. It has the attributes and methods of `FrozenExits`.
+    Its own norms and head stay as they start, too: its matrices are trained, by Muon. On SmolLM2 57 such steps gave more
+    agreement than 122 of AdamW on all weights.
     """
 
-    accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    optimizer = MUON
     first_target = 2  # by the embedding of the token before, and the states of the one before that
     names = {0: "eagle3"}  # noqa: RUF012
-    measured_exits = tuple(names)
 
     def __init__(
         self,
@@ -66,7 +63,6 @@ class FrozenEagle3(nn.Module):
         tokens = torch.arange(form.vocab) if known is None else known.tokens.clone()
         self.drafter = Eagle3(form, tokens, seed)
         self._has_own_head = known is not None and not _alike(known.weights["lm_head.weight"], self._head[known.tokens])
-        self.coverage = 1.0  # of the answers' tokens, the share that the drafter can draft
         if known is not None:
             self._set(known.weights)
         elif (norm := backend.norm_weight) is not None:
@@ -74,47 +70,40 @@ class FrozenEagle3(nn.Module):
         self.to(backend.device, torch.float32)
         for name in form.shapes:
             self.drafter.weight(name).requires_grad_(name in MATRICES)
+        self.phases, self.details = (form.layers,), {"layers": form.layers, "draft_vocab": form.vocab}
+
+    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
+        yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
 
     @classmethod
-    def resolved(cls, config: FinetuneConfig, backend: TransformersBackend) -> tuple[FinetuneConfig, tuple[int, ...]]:
+    def resolved(cls, config: DrafterConfig, backend: TransformersBackend) -> tuple[DrafterConfig, tuple[int, ...]]:
         """Raises CheckpointError for a drafter to start from that cannot be read, ConfigError for one with other layers."""
         spec = backend.spec
-        known, asked = cls._known(config, spec), config.exit_blocks.layers
+        known, asked = cls._known(config, spec), config.layers
         usual = default_layers(spec.layers) if known is None else known.form.layers
         layers = tuple(sorted(asked or usual))
         for layer in layers:
             require_exit_layer(layer, spec.layers, field="layers")
         require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        return replace(config, lr=config.lr or MUON_LR, exit_blocks=replace(config.exit_blocks, layers=layers)), layers
+        return replace(config, lr=config.lr or MUON_LR, layers=layers), layers
 
     @staticmethod
     def replaced(kept: ExitBlocks, layers: Sequence[int]) -> str:
         return "" if kept.eagle3 is None else "a drafter"
 
     @classmethod
-    def of(cls, backend: TransformersBackend, config: FinetuneConfig, layers: Sequence[int]) -> "FrozenEagle3":
-        asked, known = config.exit_blocks, cls._known(config, backend.spec)
-        return cls(backend, layers, asked.draft_vocab, asked.loss, config.seed, known)
+    def of(cls, backend: TransformersBackend, config: DrafterConfig, layers: Sequence[int]) -> "FrozenEagle3":
+        return cls(backend, layers, config.draft_vocab, config.loss, config.seed, cls._known(config, backend.spec))
 
     @staticmethod
-    def _known(config: FinetuneConfig, spec: AnySpec) -> Eagle3Weights | None:
-        start = config.exit_blocks.start_from
-        return None if start is None else read_eagle3(fetched(start), spec)
-
-    @property
-    def phases(self) -> tuple[tuple[int, ...], ...]:
-        return (self.drafter.form.layers,)
-
-    @property
-    def details(self) -> dict[str, Any]:
-        form = self.drafter.form
-        return {"layers": form.layers, "draft_vocab": form.vocab, "coverage": self.coverage}
+    def _known(config: DrafterConfig, spec: AnySpec) -> Eagle3Weights | None:
+        return None if config.start_from is None else read_eagle3(fetched(config.start_from), spec)
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
 
-    def worth(self, backend: Backend) -> Worth:
-        return worth_of_eagle3(backend, self.stored(backend.dtype))
+    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
+        return worth_of_eagle3(backend, self.stored(backend.dtype), shares)
 
     @property
     def _head(self) -> Tensor:
@@ -134,7 +123,8 @@ class FrozenEagle3(nn.Module):
             tokens = preferred.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
             self.drafter.tokens.copy_(tokens)
             self._set({"lm_head.weight": self._head[tokens]})
-        self.coverage = float(counts[self.drafter.tokens.cpu()].sum() / counts.sum())
+        drafted = counts[self.drafter.tokens.cpu()].sum()
+        self.details["coverage"] = float(drafted / counts.sum())  # of the answers' tokens, the share that it can draft
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
         """The drafter in this precision."""

@@ -6,7 +6,7 @@ after the final norm, in bf16. The file is written from its start to its end, so
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -20,19 +20,17 @@ from torch.utils.data import Dataset
 from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
 from ..config.decoding import require_exit_layer
-from ..config.training import BlockLoss, FinetuneConfig, RecipeSettings
+from ..config.training import BlockLoss, DrafterConfig
 from ..errors import CheckpointError
 from ..files import synchronise
 from ..losses import IGNORED, Teacher, summed_losses
 from ..model import Backend, TransformersBackend
-from ..model.exit_blocks import ExitBlock, ExitBlocks, features_of
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
-from .recipe import RunStep
-from .worth import Worth, worth_of_block
+from .recipe import SMALL_MODEL, RunStep
+from .worth import ACCEPTED, Worth, worth_of_exit
 
-_SMALL_MODEL = 50_000_000  # parameters
-MUON: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.Muon, {"adjust_lr_fn": "original"}
-MUON_LR = 0.02
+MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
 _LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
@@ -66,23 +64,66 @@ class Block(nn.Module):
         return normed
 
 
-class FrozenExits(nn.Module):
-    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
+class DrafterModule(nn.Module):
+    """What drafts for a model that stays as it is, in training.
 
-    Their matrices are trained by Muon (Jordan et al., 2024), and their norms and biases stay as they start: on `embedded-base`
-    300 such steps gave 94.2% agreement, 600 of AdamW on all weights 94.7%. Muon takes no weights of three dimensions; blocks
-    that have them (experts) are trained by AdamW as a whole.
+    A kind of it also has `resolved`, the config with its learning rate and exits or layers, and those after which states are
+    read, ascending; `replaced`, what a model already has of these, in words; and `of`, a new one.
 
     Attributes:
+        backend: the model's.
         names: by measured exit, of what is trained, as layerskip.json has it.
-        optimizer: its class and settings; None: Trainer's AdamW.
         phases: the learning rate rises and falls once in each, over the states after these exits.
-        details: of how all of it was trained.
         first_target: the index of the first token of a row that is predicted.
+        details: of how all of it was trained.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
     first_target = 1
+    config: Any
+    backend: TransformersBackend
+    names: dict[int, str]
+    phases: tuple[tuple[int, ...], ...]
+    details: dict[str, Any]
+
+    @property
+    def measured_exits(self) -> tuple[int, ...]:
+        return tuple(self.names)
+
+    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
+        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""
+        raise NotImplementedError
+
+    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
+        """What drafts of this exit would gain, with the backend that decodes."""
+        raise NotImplementedError
+
+    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Before the training on some encoded rows."""
+
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
+        """The files beside the model by their names, with the weights in this precision.
+
+        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights of a run's checkpoint."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Reads them. Raises CheckpointError if they do not fit."""
+        raise NotImplementedError
+
+
+class FrozenExits(DrafterModule):
+    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
+
+    Their matrices are trained by Muon, and their norms and biases stay as they start: on `embedded-base` 300 such steps gave
+    94.2% agreement, 600 of AdamW on all weights 94.7%. Muon takes no weights of three dimensions; blocks that have them
+    (experts) are trained by AdamW as a whole.
+    """
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()
@@ -90,55 +131,39 @@ class FrozenExits(nn.Module):
         self.config = model.requires_grad_(False).config
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.names = {block.exit_layer: str(block.exit_layer) for block in blocks}
-        self.measured_exits = tuple(self.names)
         self.phases = tuple((exit_layer,) for exit_layer in self.names)
-        self.backend, self._blocks = backend, blocks
+        self.backend, self.details = backend, {"feature": blocks[0].feature if blocks else "none"}
         self._total_variation = loss == "tv"
-        self.optimizer = MUON if _suits_muon(backend) else None
+        self._by_muon = _suits_muon(backend)
         for weight in self.parameters():
-            weight.requires_grad_(self.optimizer is None or weight.dim() == 2)
+            weight.requires_grad_(not self._by_muon or weight.dim() == 2)
 
-    @staticmethod
-    def resolved(config: FinetuneConfig, backend: TransformersBackend) -> tuple[FinetuneConfig, tuple[int, ...]]:
-        """The config with its learning rate and exits (by default one, after a third of the layers); and the exits, ascending,
-        whose states are read.
+    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
+        if self._by_muon:
+            yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
 
-        Raises ConfigError for an exit outside the model.
-        """
+    @classmethod
+    def resolved(cls, config: DrafterConfig, backend: TransformersBackend) -> tuple[DrafterConfig, tuple[int, ...]]:
         spec = backend.spec
-        exits = tuple(sorted(config.recipe.exits or (max(1, spec.layers // 3),)))
+        exits = tuple(sorted(config.exits or (max(1, spec.layers // 3),)))
         for exit_layer in exits:
             require_exit_layer(exit_layer, spec.layers, field="exits")
-        usual = MUON_LR if _suits_muon(backend) else _SMALL_LR if spec.parameters < _SMALL_MODEL else _LR
-        return replace(config, lr=config.lr or usual, recipe=RecipeSettings(exits=exits)), exits
+        usual = MUON_LR if _suits_muon(backend) else _SMALL_LR if spec.parameters < SMALL_MODEL else _LR
+        return replace(config, lr=config.lr or usual, exits=exits), exits
 
     @staticmethod
     def replaced(kept: ExitBlocks, exits: Sequence[int]) -> str:
-        """What a model already has of these exits, in words; empty for nothing."""
         there = [block.exit_layer for block in kept.blocks if block.exit_layer in exits]
         return f"a block at exit {there[0]}" if there else ""
 
     @classmethod
-    def of(cls, backend: TransformersBackend, config: FinetuneConfig, exits: Sequence[int]) -> "FrozenExits":
-        asked = config.exit_blocks
-        return cls(backend, [ExitBlock(exit_layer, asked.feature) for exit_layer in exits], asked.loss)
+    def of(cls, backend: TransformersBackend, config: DrafterConfig, exits: Sequence[int]) -> "FrozenExits":
+        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits], config.loss)
 
-    @property
-    def details(self) -> dict[str, Any]:
-        return {"feature": self._blocks[0].feature}
-
-    def worth(self, backend: Backend) -> Worth:
-        """What drafts by the first block would gain, with the backend that decodes."""
-        return worth_of_block(backend, self._blocks[0].exit_layer)
-
-    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Before the training on some encoded rows: blocks score all tokens, whatever the rows have."""
+    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
+        return worth_of_exit(backend, exit_layer, True, shares)
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
-        """The files beside the model by their names, with the weights in this precision.
-
-        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
-        """
         weights = {name: weight.to(dtype) for name, weight in self.weights().items()}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
 
@@ -174,18 +199,44 @@ class FrozenExits(nn.Module):
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights by the names of `ExitBlock.shapes`."""
-        return {name: weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
+        return named_weights(self.exits)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.weights(), folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        try:
-            self.load_state_dict(load_file(folder / _FILE), strict=True)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder} does not fit the exits: {error}") from error
+        load_blocks(self.exits, folder / _FILE)
+
+
+def new_readers(backend: TransformersBackend, exits: Sequence[int], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
+    """Blocks that read exits of a model in training, by exit: the model's own where `kept` has them, else new ones.
+
+    As in a drafter's training their norms stay as they start. So do weights of three dimensions (experts), which Muon does not
+    take.
+    """
+    readers = nn.ModuleDict({str(exit_layer): Block(backend, ExitBlock(exit_layer)) for exit_layer in exits})
+    known = kept.weights(backend.spec)
+    for block in kept.blocks:
+        if block.feature == "none" and block.exit_layer in exits:
+            weights = {name.removeprefix(block.prefix): known.of(name) for name in block.shapes(backend.spec)}
+            readers[str(block.exit_layer)].load_state_dict(weights)
+    for weight in readers.parameters():
+        weight.requires_grad_(weight.dim() == 2)
+    return readers
+
+
+def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
+    """All weights of blocks, which are by exit, by the names of `ExitBlock.shapes`."""
+    return {f"exits.{name}": weight.detach().cpu().contiguous() for name, weight in blocks.named_parameters()}
+
+
+def load_blocks(blocks: nn.ModuleDict, file: Path) -> None:
+    """Loads what `named_weights` gave. Raises CheckpointError if it does not fit."""
+    try:
+        blocks.load_state_dict({name.removeprefix("exits."): weight for name, weight in load_file(file).items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the exits: {error}") from error
 
 
 def _suits_muon(backend: TransformersBackend) -> bool:

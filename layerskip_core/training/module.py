@@ -1,103 +1,71 @@
 """The training forward of a whole model under the recipe: its layers on some rows of a batch and on packed documents, the
-losses of its exits, the anchor to the original beside it, and LoRA adapters in place of its weights.
+losses of its exits, and LoRA adapters in place of its weights.
 
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let the
 processes drift apart.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.folder import quiet_transformers
+from ..checkpoint.beside import exit_blocks_content, fingerprint
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, quiet_transformers
 from ..checkpoint.save import write_model
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line, require
-from ..losses import Teacher, summed_losses, target_rows
+from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .checkpoints import load_weights
+from .exit_blocks import MUON_LR, load_blocks, named_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
+from .worth import Worth, worth_of_exit
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """`weight` times KL(original || trained model), both at full depth, is added to the loss.
-
-    The original is a copy with weights of its own, on the kernels of decoding. A model that trains LoRA adapters only needs no
-    copy: there it is the same model with these off.
-    """
-
-    weight: float
-    original: Backend
-    adapted: Any = None  # of peft, around the backend's model
-
-    def teacher(self, input_ids: Tensor, labels: Tensor, documents: Tensor | None) -> Teacher:
-        """Of the target tokens of a batch; arguments as for `RecipeModule.forward`."""
-        with self._isolated():
-            states = self._states(input_ids, documents)
-        return Teacher(target_rows(states, labels)[0], self._unembed)
-
-    def _unembed(self, hidden: Tensor) -> Tensor:
-        with self._isolated():
-            return self.original.unembed(hidden)
-
-    def _states(self, input_ids: Tensor, documents: Tensor | None) -> Tensor:
-        """The hidden states (B, T, D) after the last layer. Padding stands at the right, where no token sees it."""
-        backend = self.original
-        if self.adapted is not None:
-            assert isinstance(backend, TransformersBackend)
-            return backend.texts.states(input_ids, (backend.num_layers,), documents)[backend.num_layers]
-        if documents is not None:  # decoding's kernels have no masks between documents
-            rows = DocumentRows(documents)
-            return rows.together(self._states(rows.apart(input_ids), None))
-        positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
-        return backend.run_layers(backend.embed(input_ids), 0, backend.num_layers, positions)
-
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        """Without gradients and adapters, and a copy in the precision of its own weights."""
-        if self.adapted is None:
-            with torch.inference_mode(), torch.autocast(self.original.device.type, enabled=False):
-                yield
-            return
-        training = self.adapted.training
-        self.adapted.eval()
-        try:
-            with torch.no_grad(), self.adapted.disable_adapter():
-                yield
-        finally:
-            self.adapted.train(training)
 
 
 class RecipeModule(nn.Module):
     """A causal language model under the LayerSkip recipe."""
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    optimizer = None
 
-    def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
-        """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
+    def __init__(
+        self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
+    ) -> None:
+        """`model`: a transformers causal LM, or a peft model around one. `readers`: by exits, see `new_readers`.
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        The attribute `anchor` adds the divergence from the original; `tokenizer`, of transformers, is saved with the model.
+        The attribute `tokenizer`, of transformers, is saved with the model; `by_muon`: Muon trains the matrices of the layers.
         """
         super().__init__()
         self.model, self.config = model, model.config
-        self.recipe, self.seed, self.from_scratch, self.recompute = recipe, seed, from_scratch, recompute
-        self.anchor: Anchor | None = None
+        self.recipe, self.seed, self.recompute = recipe, seed, recompute
+        self.by_muon = False
         self.tokenizer: Any = None
         self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.texts = self.backend.texts
-        self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
+        layers = self.backend.num_layers
+        early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
+        self.measured_exits = (*early, layers)
+        self.names = {layer: str(layer) for layer in early}
+        self.readers = readers or nn.ModuleDict()
+
+    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
+        """As `DrafterModule.muon`: the readers' matrices, and with `by_muon` those of the model's layers.
+
+        Muon's steps do not depend on the gradient's scale: readers learn at their own speed, whatever their losses weigh beside
+        the last layer's.
+        """
+        if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
+            yield weights, MUON_LR, "original"
+        if self.by_muon:
+            own = self.backend.layers.parameters()
+            yield [weight for weight in own if weight.requires_grad and weight.dim() == 2], lr, "match_rms_adamw"
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
@@ -108,46 +76,68 @@ class RecipeModule(nn.Module):
 
         Returns `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
         `per_exit`, the summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit`
-        belongs to. With an anchor also `divergence`, the summed divergence from the original, detached.
+        belongs to; in evaluation `agreeing` (exits,), the number of targets where an exit's best token is the last layer's.
         """
         layers, recipe = self.backend.num_layers, self.recipe
         exits = exits_on(recipe, step.done, step.total, layers) if self.training else self.measured_exits
         states = self._states(input_ids, exits, step, documents)
-        rows = [target_rows(states[exit_layer], labels) for exit_layer in exits]
-        share = recipe.distill if self.training else 0.0
-        anchor = self.anchor if self.training else None
+        rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
+        share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
-        weights.append((scales[-1], 0.0 if anchor is None else anchor.weight))
         loss, sums = summed_losses(
-            self.backend.unembed,
+            [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits],
             [hidden for hidden, _ in rows],
             rows[-1][1],
             self.backend.spec.vocab,
-            weights,
-            None if anchor is None else anchor.teacher(input_ids, labels, documents),
+            [*weights, (scales[-1], 0.0)],
         )
         output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": sums[:, 0], "exit_layers": exits}
-        return output if anchor is None else output | {"divergence": sums[-1, 1]}
+        return output if self.training else output | {"agreeing": sums[:, 2]}
+
+    def _read(
+        self, exit_layer: int, states: Tensor, ids: Tensor, labels: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What predicts a target (N, D), of the states (B, T, D) after an exit: these, or a reader's; and the targets (N,)."""
+        if str(exit_layer) not in self.readers:
+            return target_rows(states, labels)
+        reader = self.readers[str(exit_layer)]
+        if documents is None:
+            return target_rows(reader(states, states, ids), labels)
+        rows = DocumentRows(documents)
+        return target_rows(rows.together(reader(rows.apart(states), states, rows.apart(ids))), labels)
+
+    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float]) -> Worth:
+        """As `DrafterModule.worth`."""
+        return worth_of_exit(backend, exit_layer, str(exit_layer) in self.readers, shares)
+
+    def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
+        """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""
+        weights = {name: weight.to(dtype) for name, weight in named_weights(self.readers).items()}
+        spec, is_whole = self.backend.spec, not hasattr(model, "get_base_model")
+        return exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter) if is_whole else "")
 
     def save(self, folder: Path) -> None:
-        """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
+        """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer and its readers."""
         write_model(self.model, folder, as_it_is=True)
+        if self.readers:
+            (folder / EXIT_BLOCKS_FILE).write_bytes(self.readers_content(self.model, torch.float32))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Loads the model inside. Raises CheckpointError as `load_weights` does."""
         load_weights(self.model, folder)
+        if self.readers:
+            load_blocks(self.readers, folder / EXIT_BLOCKS_FILE)
 
     def _states(self, input_ids: Tensor, exits: tuple[int, ...], step: RunStep, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
         recipe, layers = self.recipe, self.backend.num_layers
         rates = [0.0] * layers
         if self.training and recipe.p_max:
-            rates = dropout_rates(
-                recipe.p_max, layers, time_scale(step.done, step.total, self.from_scratch), recipe.dropout_profile
-            )
+            scale = time_scale(step.done, step.total, recipe.dropout_schedule)
+            rates = dropout_rates(recipe.p_max, layers, scale, recipe.dropout_profile)
 
         def kept(layer: int) -> list[int]:
             return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
@@ -183,7 +173,8 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
             targets = sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))})
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         layers_to_transform=None if layers is None else list(range(layers)),
         task_type="CAUSAL_LM",

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.loaded import pick_dtype
-from ..config.training import FinetuneConfig
+from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..errors import ConfigError
 from ..model.native.compiled import multiplies_bf16
 from ..model.spec import AnySpec
@@ -30,21 +30,21 @@ _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what onl
 
 # May differ between a run and its resumption: none of it changes the steps that follow.
 _FREE = (
-    *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device"),
+    *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
     *("validation", "validation_samples", "eval_steps"),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, all defaults resolved. It trains a whole model under a `recipe`, or blocks at the config's exits of a frozen one.
+    """A run, all defaults resolved. It trains a model under a `recipe`, or what drafts for a model that stays as it is.
 
     Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
     still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
     the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
     """
 
-    config: FinetuneConfig  # with `lr` and `max_length`, and for a frozen model the exits
+    config: TrainingConfig  # with `lr` and `max_length`, and for a drafter the exits
     device: str
     autocast: bool
     steps: int
@@ -53,7 +53,6 @@ class Plan:
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
-    has_blocks: bool  # whether what drafts can stand at an exit
     sealed: Mapping[str, Any]
     notes: tuple[str, ...]  # what the user should know before it starts
     held_out: int = 0  # rows
@@ -63,10 +62,10 @@ class Plan:
 
     truncated: int = 0
     recipe: Recipe | None = None
-    exits_per_step: float = 1.0
+    exit_steps: Mapping[int, float] = field(default_factory=dict)  # that train each exit, the last layer included
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
 
-    answers: Answers | None = None  # that a frozen model writes to its rows and those held out, or texts of a replay
+    answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     phases: int = 1
     state_seconds: float = 0.0
     disk_mb: float = 0.0  # of states
@@ -81,24 +80,34 @@ class Plan:
         return self.steps * self.phases
 
     @property
-    def eval_steps(self) -> int:
-        """Steps between validations; 0: none."""
-        return (self.config.eval_steps or max(1, self.total_steps // _VALIDATIONS)) if self.held_out else 0
+    def is_sharded(self) -> bool:
+        return isinstance(self.config, FinetuneConfig) and self.config.fsdp
 
     @property
-    def following(self) -> FinetuneConfig | None:
-        """The run for a drafter after this one, if there is one: it takes one process."""
-        return self.config.drafter if world_size() == 1 and self.has_blocks else None
+    def rests_readers(self) -> bool:
+        """Whether a step may train no reader of some exit."""
+        return self.recipe is not None and self.recipe.exit_reader != "none" and self.recipe.curriculum != "all"
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps between validations; 0: none."""
+        if not self.held_out:
+            return 0
+        once = self.recipe is not None and self.config.validation is None
+        return self.config.eval_steps or (self.total_steps if once else max(1, self.total_steps // _VALIDATIONS))
 
     def lr_share(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
+        """The learning rate of a step, counted from 0, over the highest one: a line upwards, then as `scheduler` says to 0."""
         warmup = round(self.config.warmup * self.steps)
         index = step % self.steps if step < self.total_steps else self.steps
-        return index / warmup if index < warmup else (1 + cos(pi * (index - warmup) / max(1, self.steps - warmup))) / 2
+        if index < warmup:
+            return index / warmup
+        done = (index - warmup) / max(1, self.steps - warmup)
+        return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
 
 
 def make_plan(
-    config: FinetuneConfig,
+    config: TrainingConfig,
     device: torch.device,
     spec: AnySpec,
     resume: ResumePoint | None,
@@ -114,12 +123,12 @@ def make_plan(
     chosen = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
     autocast = multiplies_bf16() if config.dtype == "auto" and device.type == "cpu" else chosen
     fields |= {"parameters": spec.parameters, "num_layers": spec.layers}
-    fields["has_blocks"] = spec.layers > 1 and bool(spec.block_shapes)
     plan = Plan(config, str(device), autocast, **fields, sealed={}, notes=())
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks")
-    sealed |= {"steps": plan.steps, "rows": plan.rows, "dtype": plan.dtype, "processes": world_size(), **facts}
-    sealed = json.loads(json.dumps(sealed))
+    sealed |= sealed.pop("recipe", {})
+    command = {"command": "train-drafter" if isinstance(config, DrafterConfig) else "finetune"}
+    run = {"steps": plan.steps, "rows": plan.rows, "dtype": plan.dtype, "processes": world_size()}
+    sealed = json.loads(json.dumps(command | sealed | run | dict(facts)))
     if resume is not None:
         for name, value in sealed.items():
             if name in resume.settings and resume.settings[name] != value:
@@ -127,7 +136,7 @@ def make_plan(
                     f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
                     "resumed with the same settings on the same data"
                 )
-        notes += (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
+        notes += (f"going on from {resume.folder}",)
     return replace(plan, sealed=sealed, notes=notes)
 
 
@@ -137,7 +146,7 @@ def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_to
     The run's rows have `mean_tokens` each.
     """
     trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-    if plan.config.fsdp:
+    if plan.is_sharded:
         return replace(plan, trained=trained)
     device = torch.device(plan.device)
     module.to(device).train()

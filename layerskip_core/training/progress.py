@@ -1,16 +1,10 @@
-"""The progress of a run: the report of each step, the history of losses, and its plot."""
+"""The progress of a run: the report of each step, and the history of losses."""
 
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
-
-_RARE: dict[str, Any] = {"agreement": {}, "divergence": None}  # what stands there if it is not measured
-_POINTS = 200  # per curve: a long run is drawn as means over segments of its steps
 
 
 @dataclass(frozen=True)
@@ -25,16 +19,14 @@ class StepReport:
     learning_rate: float
     tokens_per_second: float
     validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
-    agreement: dict[int, float] = field(default_factory=dict)  # of frozen exits there: the share of first drafts accepted
-    divergence: float | None = None  # from the original, with an anchor
+    agreement: dict[int, float] = field(default_factory=dict)  # of early exits there: the share of first drafts accepted
 
 
 @dataclass(frozen=True)
 class StepLosses:
     """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
 
-    `agreement`: of frozen exits, on held-out rows, the share of targets where the exit's best token is the last layer's.
-    `divergence`: KL(original || trained model) at full depth, with an anchor.
+    `agreement`: on held-out rows, the share of targets where the exit's best token is the last layer's.
     """
 
     step: int
@@ -42,7 +34,6 @@ class StepLosses:
     exits: dict[int, float]
     validation: dict[int, float] = field(default_factory=dict)
     agreement: dict[int, float] = field(default_factory=dict)
-    divergence: float | None = None
 
     @property
     def final(self) -> float:
@@ -74,41 +65,6 @@ class LossHistory:
             self.validated, self.agreement = losses.validation, losses.agreement
 
     def to_jsonl(self) -> str:
-        """One JSON line per step, with the figures that the run measures."""
-        rows = (
-            {name: value for name, value in vars(step).items() if name not in _RARE or value != _RARE[name]}
-            for step in self.steps
-        )
+        """One JSON line per step; agreement only where it was measured."""
+        rows = ({name: value for name, value in vars(step).items() if name != "agreement" or value} for step in self.steps)
         return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def loss_plot(history: LossHistory) -> bytes:
-    """A PNG of the loss of each exit over the steps: shallow exits dark, deep exits bright, the last layer black.
-
-    Losses on held-out rows are dots.
-    """
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
-    layers = sorted(history.latest)
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes, colours = figure.add_subplot(), colormaps["viridis"]
-    for layer in layers:
-        seen = np.array([(step.step, step.exits[layer]) for step in history.steps if layer in step.exits])
-        means = [part.mean(0) for part in np.array_split(seen, min(len(seen), _POINTS))]
-        held_out = [(step.step, step.validation[layer]) for step in history.steps if step.validation]
-        style: dict[str, Any] = {"color": colours((layer - 1) / max(layers))}
-        if layer == layers[-1]:
-            style = {"color": "black", "linewidth": 2, "label": f"last layer ({layer})"}
-        axes.plot(*np.transpose(means), marker="." if len(seen) == 1 else None, **style)
-        if held_out:
-            axes.plot(*np.transpose(held_out), ".", color=style["color"])
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend()
-    if len(layers) > 1:
-        figure.colorbar(ScalarMappable(Normalize(1, max(layers)), colours), ax=axes, label="exit layer")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()

@@ -4,6 +4,7 @@ All of it is a function of the step, so that a run is resumed without a history.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,32 +12,35 @@ from typing import Any
 import torch
 
 from ..config.decoding import require_exit_layer
-from ..config.training import Curriculum, DropoutProfile, ExitWeights, RecipeSettings, Regime
+from ..config.training import Curriculum, DropoutProfile, DropoutSchedule, ExitReader, ExitWeights, Preset, RecipeSettings
 from ..errors import ConfigError, require
+from ..model.spec import AnySpec
 
 _MIX = 1_000_003
 _LARGE_VOCABULARY = 8192
-_SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
-_LEARNING_RATES = {"finetune": 1e-4, "continual": 3e-5, "scratch": 8e-4, "code": 1e-4}
-_SMALL_LEARNING_RATES = {"finetune": 5e-4, "continual": 2e-4, "scratch": 2e-3, "code": 5e-4}
-_LENGTHS = {"finetune": 512, "continual": 2048, "scratch": 2048, "code": 2048}
+SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
+_LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
+_SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
+TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
+_COUNTED = 9973  # steps of a run; a prime, which no rotation divides
+TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The recipe of a run: RecipeSettings with all defaults resolved."""
 
+    preset: Preset = "finetune"
     p_max: float = 0.2
+    dropout_schedule: DropoutSchedule = "constant"
     dropout_profile: DropoutProfile = "exponential"
     e_scale: float = 1.0
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int = 0  # R of the rotational curriculum; 0 for the others
     exits: tuple[int, ...] = ()  # the exit layers that the curriculum chooses among, ascending; empty for all L
+    exit_reader: ExitReader = "none"
     distill: float = 0.0
-
-
-NO_EXITS = Recipe(p_max=0.0, e_scale=0.0, curriculum="none")
 
 
 @dataclass(frozen=True)
@@ -48,64 +52,85 @@ class RunStep:
     first_row: int = 0  # index of the batch's first row among all rows of the step
 
 
-def recipe_preset(regime: Regime, parameters: int) -> dict[str, Any]:
-    """The fields of the paper's recipe for a regime and a model of that many parameters (LayerSkip tables 1 and 2).
+def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
+    """The fields of a recipe: the paper's for a model of that many parameters (LayerSkip tables 1 and 2), or ours, `auto`.
 
     Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default, which is L-1 for a
     vocabulary above 8k. For tasks the paper uses the gradual curriculum, which trains every exit on every step of its second
     half; the rotational curriculum costs a fraction of that.
     """
-    if regime == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
+    parameters = spec.parameters
+    if preset == "none" or (preset == "auto" and spec.layers == 1):
+        return {"p_max": 0.0, "e_scale": 0.0, "curriculum": "none"}
+    if preset == "auto":
+        fields = {"p_max": 0.1, "dropout_schedule": "falling", "e_scale": 0.2, "exit_weights": "uniform", "curriculum": "all"}
+        reader = "block" if spec.block_shapes else "none"
+        return {**fields, "exits": auto_exits(spec.layers, steps), "exit_reader": reader, "distill": 0.5}
+    if preset == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
             return {"p_max": 0.1, "e_scale": 0.1}
         return {"p_max": 0.1, "e_scale": 0.2 if 3e9 <= parameters < 7.5e9 else 0.1, "rotation": 8}
-    if regime == "scratch":  # 1.5B; 7B
-        return {"p_max": 0.1 if parameters < 4e9 else 0.2, "e_scale": 0.2}
-    if regime == "code":  # Llama1-7B
+    if preset == "scratch":  # 1.5B; 7B
+        return {"p_max": 0.1 if parameters < 4e9 else 0.2, "e_scale": 0.2, "dropout_schedule": "rising"}
+    if preset == "code":  # Llama1-7B
         return {"p_max": 0.1, "e_scale": 1.0, "rotation": 16}
     return {"p_max": 0.2, "e_scale": 1.0}  # TOPv2, 1.5B
 
 
-def learning_rate(regime: Regime, parameters: int) -> float:
-    """The initial learning rate of a regime: the paper's, or a higher one for models under 50M parameters."""
-    if regime == "continual" and parameters >= 10e9:
-        return 2e-5
-    return (_SMALL_LEARNING_RATES if parameters < _SMALL_MODEL else _LEARNING_RATES)[regime]
+def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
+    """The exits of the preset auto: after a third of the layers and, in runs that can teach two, a fifth.
 
-
-def sequence_length(asked: int | None, regime: Regime, context: int) -> int:
-    """Tokens per row: what was asked for, or 512 for tasks and 2048 for plain text (our values: the paper's table has none),
-    within the context. Raises ConfigError above it.
+    On SmolLM2 readers at exits 6, 10 and 12 of 30 agree equally often (71 to 75% after 100 steps), so the lowest is the
+    fastest; on `embedded-base` exit 8 of 24 has 94% after 300 steps, exit 4 has 53%.
     """
-    fits = asked is None or asked <= context
-    require(fits, "max_length", f"at most the model's context of {context} tokens", asked)
-    return min(_LENGTHS[regime], context) if asked is None else asked
+    third, fifth = max(1, num_layers // 3), max(1, num_layers // 5)
+    return tuple(sorted({third, fifth} if steps >= TAUGHT else {third}))
 
 
-def resolve_recipe(asked: RecipeSettings, regime: Regime, parameters: int, num_layers: int, vocab_size: int) -> Recipe:
-    """What was asked, else the regime's preset, for a model of L layers.
+def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
+    """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
+
+    5e-5 keeps SmolLM2 (135M) what it is, together with a replay; larger models take less, by the cube root of their size
+    (2.6e-5 at 1B, 1.3e-5 at 8B). LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
+    """
+    if preset == "continual" and parameters >= 10e9:
+        return 2e-5
+    if parameters < SMALL_MODEL:
+        return _SMALL_LEARNING_RATES.get(preset, 5e-4)
+    if preset in ("auto", "none"):
+        return float(f"{(10 if is_lora else 1) * 5e-5 * (135e6 / parameters) ** (1 / 3):.1e}")
+    return _LEARNING_RATES.get(preset, 1e-4)
+
+
+def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
+    """What was asked, else the preset, for a model of L layers and a run of so many steps.
 
     R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
 
     Raises ConfigError for settings that the curriculum does not use, and for early exits that all weigh nothing.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
-    recipe = Recipe(**recipe_preset(regime, parameters) | given)
+    preset = recipe_preset(asked.preset, spec, steps)
+    if asked.curriculum == "none":
+        preset |= {"exits": (), "exit_reader": "none", "distill": 0.0}
+    recipe = Recipe(**preset | given)
     for exit_layer in recipe.exits:
-        require_exit_layer(exit_layer, num_layers, field="exits")
+        require_exit_layer(exit_layer, spec.layers, field="exits")
     if recipe.curriculum == "none":
         for name in ("exits", "distill"):
             require(not getattr(recipe, name), name, "left out with `curriculum` none", getattr(recipe, name))
+        require(recipe.exit_reader == "none", "exit_reader", "none with `curriculum` none", recipe.exit_reader)
     else:
         require(recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale)
-        scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
+        scales = exit_scales(spec.layers, recipe.e_scale, recipe.exit_weights)
         weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
         needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
         require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
+        require(recipe.exit_reader == "none" or bool(recipe.exits), "exit_reader", "none without `exits`", recipe.exit_reader)
     rotation = 0
     if recipe.curriculum == "rotational":
-        count = len(recipe.exits) or num_layers
-        rotation = recipe.rotation or max(1, count - 1 if vocab_size > _LARGE_VOCABULARY else count // 3)
+        count = len(recipe.exits) or spec.layers
+        rotation = recipe.rotation or max(1, count - 1 if spec.vocab > _LARGE_VOCABULARY else count // 3)
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
 
 
@@ -116,10 +141,16 @@ def depth_scale(layer: int, num_layers: int) -> float:
     return math.exp(layer * math.log(2) / (num_layers - 1)) - 1
 
 
-def time_scale(step: int, total_steps: int, from_scratch: bool) -> float:
-    """S(t): 1 for an existing checkpoint; exp(t ln2 / (T-1)) - 1 for training from scratch."""
-    if not from_scratch:
+def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constant") -> float:
+    """S(t): 1, constant, for an existing checkpoint; exp(t ln2 / (T-1)) - 1, rising, for training from scratch (the paper).
+
+    Ours, falling: a line from 1 to 0 over the first third of the run. The steps after it win back what dropout costs the last
+    layer.
+    """
+    if schedule == "constant":
         return 1.0
+    if schedule == "falling":
+        return max(0.0, 1 - 3 * step / total_steps)
     require(total_steps > 1, "steps", "at least 2 to train from scratch with layer dropout", total_steps)
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 
@@ -190,8 +221,16 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
     return tuple(sorted({*chosen, num_layers}))
 
 
-def mean_exits(recipe: Recipe, total_steps: int, num_layers: int) -> float:
-    """Heads computed per step, averaged over the run, the last layer's included: what the curriculum costs."""
-    sampled = range(0, total_steps, max(1, total_steps // 1000))
-    counts = [len(exits_on(recipe, step, total_steps, num_layers)) for step in sampled]
-    return sum(counts) / len(counts)
+def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, float]:
+    """On how many of the steps each exit is on, the last layer included; of a long run by a sample of its steps."""
+    samples = min(total_steps, _COUNTED)
+    sampled = (total_steps * number // samples for number in range(samples))
+    counts = Counter(exit_layer for step in sampled for exit_layer in exits_on(recipe, step, total_steps, num_layers))
+    return {exit_layer: count * total_steps / samples for exit_layer, count in sorted(counts.items())}
+
+
+def trained_exits(recipe: Recipe, total_steps: int, num_layers: int) -> tuple[int, ...]:
+    """The exits before the last layer that weigh something on `TAUGHT` steps of a run, or on all steps of a shorter one."""
+    scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
+    steps, needed = steps_on(recipe, total_steps, num_layers), min(TAUGHT, total_steps)
+    return tuple(layer for layer, on in steps.items() if layer < num_layers and on >= needed and scales[layer - 1] > 0)

@@ -1,46 +1,56 @@
 """Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
 
-What is trained (trained.py) is a choice: a whole model, under the recipe or without it, or exit blocks of a frozen one. A model
-that is trained without the recipe gets its drafter by a second job, that of `prepare_following`.
+Its settings say what is trained (trained.py): a model, or what drafts for one that stays as it is.
 """
 
 import ctypes
-import gc
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import AWAITS_DRAFTER, CheckpointInfo, holds_model, read_info
+from ..checkpoint.info import CheckpointInfo, holds_model
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED
-from ..checkpoint.save import settle
-from ..config.training import FinetuneConfig
+from ..checkpoint.open import for_decoding
+from ..checkpoint.save import claim_repository, push
+from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
 from ..files import hold, run_staging
 from ..interruption import Interruption
-from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
+from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest, newest_first, require_own
 from .plan import Plan
 from .progress import LossHistory, StepReport
-from .sharding import process_index, resolve_sharding, world_size
-from .trained import FrozenModel, WholeModel
-from .trainer import RunTrainer, trackers
+from .sharding import process_index, resolve_sharding
+from .trained import FrozenModel, Trained, WholeModel
+from .trainer import RunTrainer, trackers, training_arguments
 
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`accepted`: the share of its first drafts that are right on held-out rows. `speed`: about what decoding with the best
+    number of `drafts` gains over plain decoding.
+    """
+
+    name: str
+    accepted: float
+    drafts: int
+    speed: float
 
 
 @dataclass(frozen=True)
 class Job:
     """A planned run, made by `prepare`: `plan` says what it will do, `run` does it."""
 
-    trained: WholeModel | FrozenModel
+    trained: Trained
     resume: ResumePoint | None = None
 
     @property
@@ -65,7 +75,9 @@ class Job:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
-        plan, trained = self.plan, self.trained
+        plan, trained, repository = self.plan, self.trained, self.plan.config.push_to_hub
+        if repository is not None and process_index() == 0:
+            claim_repository(repository)
         with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
 
             def progress(stage: str, total: int, done: int) -> None:
@@ -78,15 +90,27 @@ class Job:
             trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history, on_step, interruption)
             self._train(trainer, interruption)
             first = trainer.is_world_process_zero()
-            info, faults = trained.save(history, first)
+            info = trained.save(history, first)
             if first:
                 discard_after(checkpoints_folder(plan.config.output), 0)
-            if interruption.signal is not None and plan.following is not None:
-                waits = f"interrupted before the drafter is trained; saved {plan.config.output}"
-                raise TrainingInterrupted(waits, interruption.signal, plan.total_steps)
-        for fault in faults:
-            warnings.warn(fault, stacklevel=2)
+                if repository is not None:
+                    push(plan.config.output, repository)
         return info
+
+    def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
+        """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
+
+        Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
+        """
+        config, module, measured = self.plan.config, self.trained.module, info.agreement
+        known = {exit_layer: measured[name] for exit_layer, name in module.names.items() if name in measured}
+        if not known or process_index() > 0:
+            return []
+        backend, found = for_decoding(config.output, self.plan.device, config.dtype).backend, []
+        for exit_layer, share in known.items():
+            speed, drafts = module.worth(backend, exit_layer, (share,)).speeds[share]
+            found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+        return found
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
@@ -112,54 +136,25 @@ class Job:
             raise TrainingInterrupted(saved, interruption.signal or 0, step)
 
 
-def prepare(config: FinetuneConfig) -> Job:
+def prepare(config: TrainingConfig) -> Job:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = own_device(pick_device(config.device))
     trackers(config.report_to)
-    config = resolve_sharding(_not_done(config), device)
     resume = _resume_point(config)
-    return Job((FrozenModel if config.exit_blocks.frozen else WholeModel)(config, device, resume), resume)
-
-
-def prepare_following(plan: Plan) -> Job | None:
-    """The job that comes after one that has run by a plan, in the same folder. Raises as `prepare` does.
-
-    Nothing should refer to the job that has run: it keeps its model in memory.
-    """
-    gc.collect()  # Trainer and its callbacks refer to each other, and to the model and the optimizer's moments
-    return None if plan.following is None else prepare(_anew(plan.following))
-
-
-def _not_done(config: FinetuneConfig) -> FinetuneConfig:
-    """The run of the two that `resume` goes on with. Without it, raises ConfigError for a model that waits for its drafter."""
-    settle(config.output)
-    waits, drafter = AWAITS_DRAFTER in read_info(config.output).details, config.drafter
-    if not waits or drafter is None or world_size() > 1:
-        return config
-    if not config.resume:
-        if config.overwrite:
-            return config
-        raise ConfigError(
-            f"`output` {config.output} has a model that waits for its drafter; give `resume` to go on, or `overwrite` to start "
-            "anew"
-        )
-    folder = checkpoints_folder(config.output)
-    there = newest_whole(folder) if newest_first(folder) else None
-    if there is None or there.settings["frozen"]:
-        return drafter
-    has_ended = there.step == there.settings["steps"]  # and was killed before it removed its checkpoints
-    return _anew(drafter) if has_ended and not config.overwrite else config
-
-
-def _anew(drafter: FinetuneConfig) -> FinetuneConfig:
-    """Its run from the beginning."""
-    return replace(drafter, resume=False, overwrite=True)
+    trained: Trained
+    if isinstance(config, DrafterConfig):
+        trained = FrozenModel(config, device, resume)
+    else:
+        trained = WholeModel(resolve_sharding(config, device), device, resume)
+    if config.training_arguments:
+        training_arguments(trained.plan)
+    return Job(trained, resume)
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
     """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
-    return hold(output, "layerskip finetune") if process_index() == 0 else nullcontext()
+    return hold(output, "a training") if process_index() == 0 else nullcontext()
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -199,7 +194,7 @@ def _kept_memory() -> Iterator[None]:
         mallopt(_TRIM_THRESHOLD, 1 << 26)
 
 
-def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+def _resume_point(config: TrainingConfig) -> ResumePoint | None:
     """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
 
     Without `resume`, raises ConfigError if there is a run to lose.
@@ -208,10 +203,11 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     require_own(folder)
     there = newest_first(folder)
     if config.resume:
-        texts = config.exit_blocks.frozen or (config.retention.replay and any(folder.glob("replay-*.jsonl")))
-        return None if texts and not there else newest_whole(folder)
+        replays = isinstance(config, FinetuneConfig) and config.replay != 0
+        texts = isinstance(config, DrafterConfig) or (replays and any(folder.glob("replay-*.jsonl")))
+        return None if texts and not there else newest(folder)
     if there and not config.overwrite:
-        replaces = holds_model(config.output) and not config.in_place
+        replaces = holds_model(config.output) and not (isinstance(config, DrafterConfig) and config.in_place)
         held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
         raise ConfigError(
             f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"

@@ -9,26 +9,27 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError, first_line
 from ..files import run_staging
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
 from .checkpoints import LOSSES, checkpoints_folder, newest_first, publish
 from .data import StreamedRows, collate
-from .eagle3 import FrozenEagle3
-from .exit_blocks import FrozenExits
+from .exit_blocks import DrafterModule
 from .module import RecipeModule
 from .plan import Plan
 from .progress import LossHistory, StepLosses, StepReport
@@ -36,7 +37,6 @@ from .recipe import RunStep
 from .sharding import read_shard, use_fsdp, write_shard
 
 _BETAS = (0.9, 0.95)
-_MAX_NORM = 1.0  # of the gradient
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
 
 
@@ -55,7 +55,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        module: RecipeModule | FrozenExits | FrozenEagle3,
+        module: RecipeModule | DrafterModule,
         plan: Plan,
         rows: Any,
         held_out: Any,
@@ -65,22 +65,21 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
         self.plan, self.history, self.on_step, self.interruption = plan, history, on_step, interruption
-        layers, optimizer = module.backend.layers if plan.config.fsdp else (), module.optimizer
+        layers = module.backend.layers if plan.is_sharded else ()
         self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
         self.checkpoints = checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
-        self.sums: Any = None  # of loss, divergence and tokens of a step, and of its exits; on the device
+        self.sums: Any = None  # of loss and tokens of a step, and of its exits; on the device
         self.micro_batches = 0
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.learning_rate = self.grad_norm = self.started = 0.0
         super().__init__(
             module,
-            _arguments(plan, not isinstance(module.backend.spec, ModelSpec)),
+            training_arguments(plan, not isinstance(module.backend.spec, ModelSpec) or plan.rests_readers),
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
-            optimizer_cls_and_kwargs=None if optimizer is None else (optimizer[0], optimizer[1] | {"lr": plan.config.lr}),
         )
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
@@ -90,6 +89,18 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         if self.sharded_layers:
             use_fsdp(self.accelerator, self.sharded_layers)
             self.is_fsdp_enabled = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Trainer's AdamW, and Muon for the matrices that the module gives it."""
+        adamw, config = super().create_optimizer(model), self.plan.config
+        groups = list(self.model.muon(config.lr))
+        chosen = {id(weight) for weights, _, _ in groups for weight in weights}
+        for group in adamw.param_groups if chosen else ():
+            group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
+        decay = config.weight_decay
+        others = [Muon(weights, lr, decay, adjust_lr_fn=adjustment) for weights, lr, adjustment in groups]
+        self.optimizer = Optimizers(adamw, *others) if others else adamw
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -112,8 +123,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         tokens = inputs.pop("lengths").sum()
         output = model(**inputs, step=step)
         loss = output["loss"].detach()
-        step_sums = (loss, output.get("divergence", torch.zeros_like(loss)), tokens.to(loss.dtype))
-        values = torch.cat((torch.stack(step_sums), output["per_exit"]))
+        values = torch.cat((torch.stack((loss, tokens.to(loss.dtype))), output["per_exit"]))
         self.sums = values if self.sums is None else self.sums + values
         self.micro_batches, self.exit_layers = self.micro_batches + 1, output["exit_layers"]
         self.targets = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -193,7 +203,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.plan.config.max_grad_norm)
         self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self.grad_norm):
             loss = float(self.sums[0])
@@ -212,14 +222,13 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             raise self._failure(f"the loss exploded at step {losses.step}: {value}")
         history.add(losses)
         log = {"loss": losses.loss, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
-        log |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
-        self.log(log | ({} if losses.divergence is None else {"divergence": losses.divergence}))
+        self.log(log | {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()})
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
         self.on_step(
             StepReport(
                 losses.step, state.max_steps, losses.loss, losses.final, history.latest, self.learning_rate, tokens / elapsed,
-                history.validated, history.agreement, losses.divergence,
+                history.validated, history.agreement,
             )
         )  # fmt: skip
         last = state.global_step >= state.max_steps
@@ -245,12 +254,11 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
         signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
         sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
-        stops, loss, divergence, tokens, *per_exit = sums
+        stops, loss, tokens, *per_exit = sums
         targets = float(self.targets)
         exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
-        anchored = divergence / targets if self.plan.config.retention.anchor else None
         self.sums, self.micro_batches = None, 0
-        return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
+        return StepLosses(step, loss / targets, exits), tokens, bool(stops)
 
     def _failure(self, what: str) -> TrainingError:
         saved = newest_first(self.checkpoints)
@@ -258,6 +266,29 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
         again = "" if self.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
         return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
+
+
+class Optimizers(Optimizer):
+    """Optimizers of different parameters as one."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        self._share()
+
+    def _share(self) -> None:
+        """Groups and state of each part are some of these."""
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
 
 
 def trackers(report_to: str) -> list[str]:
@@ -271,10 +302,10 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def _arguments(plan: Plan, some_unused: bool) -> TrainingArguments:
+def training_arguments(plan: Plan, some_unused: bool = False) -> TrainingArguments:
     """`some_unused`: whether a backward pass may leave weights out, such as experts that no token chose."""
     config = plan.config
-    arguments = TrainingArguments(
+    given: dict[str, Any] = dict(
         output_dir=str(checkpoints_folder(config.output)),
         max_steps=plan.total_steps,
         per_device_train_batch_size=config.batch_size,
@@ -295,11 +326,15 @@ def _arguments(plan: Plan, some_unused: bool) -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if config.fsdp else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.is_sharded else None,
         logging_strategy="no",  # on_step_end logs every step
         report_to=trackers(config.report_to),
         disable_tqdm=True,
     )
+    try:
+        arguments = TrainingArguments(**given | (config.training_arguments or {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`training_arguments`: {first_line(error)}") from None
     if arguments.n_gpu > 1:  # else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per GPU
         arguments._n_gpu = 1
     return arguments

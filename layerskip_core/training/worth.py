@@ -1,19 +1,26 @@
-"""What a drafter that is not trained yet would gain on this machine, by how many of its drafts are accepted."""
+"""What drafts gain on this machine, by how many of them are accepted, and what a training costs the model."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.info import Cost
 from ..config.model import PackingConfig
 from ..decoding.drafters.estimates import PassTimes, best_length
 from ..model.backend import Backend, DraftEnds, Submodel
 from ..model.eagle3 import Eagle3Weights
 
-_ACCEPTED = (0.5, 0.6, 0.7, 0.8)
+if TYPE_CHECKING:
+    from .module import RecipeModule
+
+ACCEPTED = (0.5, 0.6, 0.7, 0.8)
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
 _MOST = 8  # drafts of a round at most
@@ -21,25 +28,29 @@ _MOST = 8  # drafts of a round at most
 
 @dataclass(frozen=True)
 class Worth:
-    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speeds`: the speed over plain decoding with the best
-    number of drafts, by the share of drafts that are accepted after accepted ones.
+    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speeds`: by the share of drafts that are accepted
+    after accepted ones, the speed over plain decoding with the best number of drafts, and this number.
     """
 
     step: float
     draft: float
-    speeds: Mapping[float, float]
+    speeds: Mapping[float, tuple[float, int]]
 
 
 @torch.inference_mode()
-def worth_of_block(backend: Backend, exit_layer: int) -> Worth:
-    """Of drafts through an exit and its block, a copy of the last layer. The target goes on from the exit's states."""
+def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Sequence[float] = ACCEPTED) -> Worth:
+    """Of drafts through an exit, with or without a block, which takes as long as the last layer. The target goes on from the
+    exit's states.
+    """
     layers, run = backend.num_layers, _Passes(backend)
-    draft = run.seconds(0, exit_layer) + run.seconds(layers - 1, layers, head=True)
-    return _worth(run, draft, exit_layer / layers)
+    draft = run.seconds(0, exit_layer, head=not has_block)
+    if has_block:
+        draft += run.seconds(layers - 1, layers, head=True)
+    return _worth(run, draft, exit_layer / layers, shares)
 
 
 @torch.inference_mode()
-def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
+def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[float] = ACCEPTED) -> Worth:
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
@@ -53,7 +64,7 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
         outputs = (drafter.run(backend, feature, feature, place, cache) for place in places)
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
+    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0, shares)
 
 
 class _Passes:
@@ -80,10 +91,44 @@ class _Passes:
         return self.timed(run, tokens)
 
 
-def _worth(run: _Passes, draft: float, shared: float) -> Worth:
+def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -> Worth:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=True) for tokens in range(1, _LONGEST + 1)]
-    passes, step = PassTimes(known[0], 0.0, known), known[0]
-    rates = {share: best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)[0] for share in _ACCEPTED}
-    return Worth(step, draft / step, {share: rate * step for share, rate in rates.items()})
+    passes, step, speeds = PassTimes(known[0], 0.0, known), known[0], dict[float, tuple[float, int]]()
+    for share in shares:
+        rate, drafts = best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)
+        speeds[share] = rate * step, drafts
+    return Worth(step, draft / step, speeds)
+
+
+class OwnText:
+    """Text that the original wrote, as it read it. The model in training reads it again at the end.
+
+    Both in fp32: in bf16 rounding alone changes one best token in a hundred.
+    """
+
+    def __init__(self, module: "RecipeModule", texts: Sequence[tuple[list[int], list[int]]]) -> None:
+        """`texts`: with their beginnings, which the original did not write."""
+        self._texts = texts
+        self._best, self._loss = self._read(module)
+
+    def cost(self, module: "RecipeModule") -> Cost:
+        best, loss = self._read(module)
+        count = len(best)
+        return Cost(count, float((best == self._best).sum()) / count, exp(self._loss / count), exp(loss / count))
+
+    @torch.no_grad()
+    def _read(self, module: "RecipeModule") -> tuple[Tensor, float]:
+        """(the best tokens (N,) in the place of each that was written, the summed loss)."""
+        backend, layers, was_training = module.backend, module.backend.num_layers, module.training
+        module.eval()
+        best, loss = list[Tensor](), 0.0
+        for start, text in self._texts:
+            ids = torch.tensor([start + text], device=backend.device)
+            states = module.texts.states(ids, (layers,))[layers][0, len(start) - 1 : -1]
+            logits = backend.unembed(states).float()
+            best.append(logits.argmax(-1).cpu())
+            loss += float(F.cross_entropy(logits, ids[0, len(start) :], reduction="sum"))
+        module.train(was_training)
+        return torch.cat(best), loss

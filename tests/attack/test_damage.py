@@ -28,7 +28,7 @@ def models(tmp_path_factory, forks, wide_base):
     home = tmp_path_factory.mktemp("models") / "home"
     home.mkdir()
     few = ("--samples", "2", "--steps", "1")
-    frozen = ("finetune", "--frozen", "--exits", "2", "--batch-size", "2", "--answer-tokens", "4", "--output", "blocks")
+    frozen = ("train-drafter", "--exits", "2", "--batch-size", "2", "--answer-tokens", "4", "--output", "blocks")
     for command in (
         (*frozen, *few, "--model", wide_base),
         ("calibrate", *few, "--length", "8", "--model", wide_base, "--output", "int4"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 RESUME, OVERWRITE = ("--resume",), ("--overwrite",)
 FEW = ("--batch-size", "2", "--max-length", "48", "--samples", "4", "--steps", "2", "--save-steps", "1", "--dtype", "fp32")
 SHORT = ("--strategies", "autoregressive,early-exit")
-FROZEN = ("finetune", "--frozen", "--exits", "2", "--answer-tokens", "4", *FEW, "--model", "out", "--output", "out")
+FROZEN = ("train-drafter", "--exits", "2", "--answer-tokens", "4", *FEW, "--model", "out", "--output", "out")
 CALIBRATE = ("calibrate", "--samples", "2", "--length", "8", "--steps", "1")
 BENCH = ("bench", "--model", "NEW", "--samples", "2", "--repeats", "1", "--max-new-tokens", "4", "--output", "out", *SHORT)
 SWEEP = ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save")

@@ -15,7 +15,7 @@ CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its 
 COMMANDS = {
     "generate": ("generate", "--lines", "--model"),
     "import": ("import",),
-    "scratch": ("finetune", "--regime", "scratch", "--steps", "1", "--batch-size", "1", "--model"),
+    "scratch": ("finetune", "--recipe", "scratch", "--steps", "1", "--batch-size", "1", "--model"),
 }
 CODE = """
 from pathlib import Path

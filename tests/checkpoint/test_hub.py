@@ -25,7 +25,8 @@ def snapshot(checkpoint, tmp_path, monkeypatch):
     info = json.loads((folder / "layerskip.json").read_text())
     (folder / "layerskip.json").write_text(json.dumps(info | {"prompt_template": TEMPLATE}))
     (folder.parents[1] / "refs").mkdir()
-    (folder.parents[1] / "refs" / "main").write_text("1f")
+    for name in ("main", "v2"):
+        (folder.parents[1] / "refs" / name).write_text("1f")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     return folder
 
@@ -48,8 +49,54 @@ def test_a_model_without_safetensors_is_left_to_transformers(snapshot):
     assert present("team/model").folder is None
 
 
-def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path):
+@pytest.mark.parametrize("name", ["team/model", "team/model@v2"])
+def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, name):
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    command = [*COMMAND, "generate", "--model", "team/model", "hello", "--max-new-tokens", "4", "--stats"]
+    command = [*COMMAND, "generate", "--model", name, "hello", "--max-new-tokens", "4", "--stats"]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
+
+
+def test_a_revision_is_asked_of_the_hub(snapshot, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot)
+    )
+    assert present("team/model@refs/pr/1").folder == str(snapshot)
+    assert present("team/model").folder == str(snapshot)
+    assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
+    wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
+    assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
+
+
+class Hub:
+    """Of huggingface_hub.HfApi what a push calls."""
+
+    uploads, refused = [], False
+
+    def create_repo(self, repository, exist_ok):
+        if repository != "me/mine":
+            raise OSError("401 Client Error\nand more")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns):
+        if self.refused:
+            raise OSError("the network is down")
+        self.uploads.append((repo_id, folder_path, allow_patterns))
+
+
+def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out, short = tmp_path / "out", ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
+    command = ("finetune", "--model", checkpoint, *short, "--output", str(out), "--overwrite", "--push-to-hub")
+    refused = run(*command, "other/theirs")
+    assert refused.code == 1 and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    assert not (out / "config.json").exists()
+    assert run(*command, "me/mine").code == 0
+    [(repository, folder, files)] = Hub.uploads
+    assert (repository, folder) == ("me/mine", str(out)) and {"model.safetensors", "exit_blocks.safetensors"} <= set(files)
+    monkeypatch.setattr(Hub, "refused", True)
+    failed = run(*command, "me/mine")
+    assert failed.code == 1 and failed.err.endswith(
+        f"the network is down; it is saved; upload it by: hf upload me/mine {out}\n"
+    )
+    assert (out / "config.json").exists()

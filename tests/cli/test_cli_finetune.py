@@ -1,4 +1,4 @@
-"""`layerskip finetune`: what it says, writes and refuses."""
+"""`layerskip finetune` and `train-drafter`: what they say, write and refuse."""
 
 import json
 import re
@@ -23,8 +23,8 @@ def finetune(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
-    def command(*arguments):
-        return ("finetune", "--model", checkpoint, "--data", str(file), "--output", "out", *SHORT, *arguments)
+    def command(*arguments, name="finetune"):
+        return (name, "--model", checkpoint, "--data", str(file), "--output", "out", *SHORT, *arguments)
 
     return command
 
@@ -38,40 +38,45 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     assert (result.code, result.out) == (0, "")
     what, how, recipe, cost = result.err.splitlines()
     assert re.fullmatch(
-        rf"finetune of {re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
-        r"4 rows, \d+ tokens, 0 truncated at 48",
+        rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
+        r"4 rows and 0 held out, \d+ tokens, 0 truncated at 48",
         what,
     )
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
-    # R = L / 3; of the six layer indices every second one is on, and the last always.
-    assert re.fullmatch(
-        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step; then a block at an exit", recipe
-    )
+    assert recipe == ("recipe auto: p_max 0.3 falling, e_scale 0.2 uniform, all, exits 2 on 7 of 7 steps, each read by a block")
     assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s; about \d+ MB", cost)
     assert list(Path().iterdir()) == []
 
 
-def test_named_exits_alone_are_trained(finetune):
-    result = run(*finetune("--steps", "2", "--curriculum", "all", "--exits", "2:4:2"))
+def test_the_papers_recipe_with_named_exits(finetune):
+    """R is 1 of 2 exits in a small vocabulary; paper's weights."""
+    result = run(*finetune("--recipe", "finetune", "--steps", "2", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step; then a block at each\n" in result.err
+    expected = "recipe finetune: p_max 0.2 constant, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
+    assert expected in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
-    assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
-    assert result.err.endswith("saved out; next: layerskip sweep-exits --model out\n")
+    assert not Path("out", "exit_blocks.safetensors").exists()
 
 
-def test_an_anchor_is_planned_trained_and_recorded(finetune):
-    Path("run.toml").write_text('anchor = 0.5\nanchor-weights = "bf16"\n')
-    plan = run(*finetune("--config", "run.toml", "--dry-run"))
-    assert "\nanchor: 0.5 x the divergence from the original, a copy in bf16\n" in plan.err
-    result = run(*finetune("--anchor", "0.5", "--lora-rank", "2", "--steps", "2"))
+def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
+    result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
-    assert "\nanchor: 0.5 x the divergence from the original, the model without its adapters\n" in result.err
-    assert re.search(r"^training 2/2 loss .* divergence \d\.\d{3} lr ", result.err, re.MULTILINE)
-    config = json.loads(Path("out", "layerskip.json").read_text())["config"]
-    assert config["retention"]["anchor"] == 0.5
-    fails("--anchor must be left out with --frozen, which trains no weight of the model, got 0.5",
-          *finetune("--frozen", "--exits", "2", "--anchor", "0.5"))  # fmt: skip
+    given, cost, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")][-3:]
+    assert re.fullmatch(
+        r"exit 2: [\d.]+% of first drafts agree on held-out rows; with \d+ drafts about [\d.]+x of plain decoding here"
+        r"(: does not pay)?",
+        given,
+    )
+    assert re.fullmatch(
+        r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+", cost
+    )
+    drafter = f"layerskip train-drafter --model out --output out --data {Path('rows.jsonl')}"
+    assert saved == "saved out; " + (
+        f"no exit pays: train for more --steps, or leave the model as it is now: {drafter}"
+        if "does not pay" in given
+        else "next: layerskip sweep-exits --model out --save"
+    )
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
@@ -85,23 +90,23 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^replay texts 3/3 ", result.err, re.MULTILINE)
     config = json.loads(Path("out", "layerskip.json").read_text())["config"]
-    assert (config["retention"]["replay"], config["retention"]["replay_tokens"]) == (0.5, 6)
+    assert (config["replay"], config["replay_tokens"]) == (0.5, 6)
     assert config["lora_layers"] == "below-exit"
     again = run(*arguments, "--overwrite", "--dry-run")
     assert "by the original, 3 are there, the others in about 0 s" in again.err
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
-    result = run(*finetune("--steps", "2", "--curriculum", "all", "--regime", "finetune", "--output", "my model"))
+    result = run(*finetune("--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output", "my model"))
     assert (result.code, result.out) == (0, "")
-    *_, progress, exits, saved = result.err.splitlines()
+    *_, progress, exits, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
     assert re.fullmatch(
         r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
     assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
-    assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')}"
+    assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')} --save"
     loaded = for_training("my model", "cpu", "fp32")
     assert loaded.backend.num_layers == 6 and loaded.info.prompt_template == "{prompt}\n"
     config = loaded.info.details["config"]
@@ -109,25 +114,21 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
 
 
-def test_without_the_recipe_a_drafter_follows(finetune):
-    result = run(*finetune("--steps", "1", "--curves"))
+def test_without_a_recipe_train_drafter_is_next(finetune):
+    result = run(*finetune("--recipe", "none", "--steps", "1"))
     assert (result.code, result.out) == (0, "")
-    assert re.search(r"^training 1/1 divergence \d\.\d{3} lr ", result.err, re.MULTILINE)
-    assert re.search(r"^drafter  +\d\.\d{3} ", result.err, re.MULTILINE)
-    assert "\ntrained at full depth alone, as any model; then a drafter beside the result\n" in result.err
-    parts = ("loss by exit: 6: ", "\nout has the trained model; now what drafts for it\n", "which stays as it is")
-    assert sorted(parts, key=result.err.index) == list(parts)
-    assert result.err.endswith("saved out; next: layerskip bench --model out\n")
+    assert "\ntrained at full depth alone, as any model\n" in result.err
     rows = str(Path("../rows.jsonl").resolve())
+    following = f"train-drafter --model out --output out --data {rows}"
+    assert result.err.endswith(f"saved out; next: layerskip {following}\n")
+    drafter = run(*following.split(), *SHORT, "--answers", "data", "--steps", "1")
+    assert drafter.code == 0 and re.search(r"^training 1/1 divergence \d\.\d{3} lr ", drafter.err, re.MULTILINE)
+    assert re.search(r"^the drafter: divergence \d", drafter.err, re.MULTILINE)
     measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
     assert f"rows: {rows}, split train, which the model was trained on; --data gives others\n" in measured.err
-    alone = run(*finetune("--steps", "1", "--streaming", "--output", "streamed"))
-    following = f"finetune --frozen --model streamed --output streamed --data {rows}"
-    assert alone.err.endswith(f"saved streamed; next: layerskip {following}\n")
-    assert run(*following.split(), *SHORT, "--answers", "data", "--steps", "1").code == 0
-    adapter = run(*finetune("--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
-    assert adapter.err.endswith("saved adapter; next: layerskip bench --model adapter\n")
+    adapter = run(*finetune("--recipe", "none", "--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
+    assert adapter.err.endswith("saved adapter; next: layerskip generate --model adapter\n")
 
 
 def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, finetune):
@@ -159,9 +160,9 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
     )
     plan = plan_of("finetune", "--config", "run.toml")
     assert "4 rows" in plan and "truncated at 20" in plan and "9 steps of 3 x 1" in plan
-    assert "recipe: p_max 0.4, e_scale 1.0, gradual, " in plan
+    assert "recipe auto: p_max 0.4 falling, e_scale 0.2 uniform, gradual, " in plan
     plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
-    assert "truncated at 20" in plan and "5 steps of 3 x 1" in plan and "p_max 0.0" in plan
+    assert "truncated at 20" in plan and "5 steps of 3 x 1" in plan and "p_max 0 falling" in plan
     Path("run.toml").write_text("dry-run = true\n")
     assert run(*finetune("--config", "run.toml")).code == 0  # a switch too
     assert not Path("out").exists()
@@ -206,8 +207,9 @@ def test_settings_that_cannot_be(finetune):
         (["--curriculum", "spiral"], "--curriculum must be one of rotational, gradual, all, none, got spiral"),
         (["--exits", "2,6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
         (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
-        (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got 400"),
-        (["--regime", "scratch", "--anchor", "1"], "--anchor must be left out with --regime scratch"),
+        (["--vocab-size", "400"], "--vocab-size must be used with --recipe scratch, got 400"),
+        (["--recipe", "scratch", "--replay", "0.5"], "--replay must be left out with --recipe scratch"),
+        (["--recipe", "none", "--pmax", "0.1"], "--pmax must be left out with --recipe none"),
         (["--template", "chat"], "a chat template was asked for, but the model's tokenizer has none"),
         (["--prompt-template", "Q:"], "--template must be raw, chat or a text with {prompt} in it, got Q:"),
         (["--model", "here/none/such"], "no model 'here/none/such': needed embedded"),
@@ -215,18 +217,10 @@ def test_settings_that_cannot_be(finetune):
         (["--epochs", "2", "--data", "commands"], "--epochs must be used with --samples for `commands`, which has no end"),
         (["--curriculum", "all", "--rotation", "2"], "--rotation must be used with --curriculum rotational, got all"),
         (["--validation-samples", "9"], "--validation-samples must be used with --validation, got 9"),
-        (["--eval-steps", "9"], "--eval-steps must be used with --validation, got 9"),
         (["--streaming"], "--steps must be given with --streaming"),
         (["--streaming", "--steps", "1", "--samples", "2"], "--samples must be left out with --streaming, got 2"),
         (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
-        (
-            ["--lora-rank", "2", "--anchor", "1", "--anchor-weights", "bf16"],
-            "--anchor-weights must be left out with --lora-rank",
-        ),
-        (["--replay-tokens", "3"], "--replay-tokens must be used with --replay"),
-        (["--frozen", "--answers", "data", "--answer-tokens", "3"], "--answer-tokens must be left out with --answers data"),
-        (["--frozen", "--regime", "code"], "--regime must be left out with --frozen"),
-        (["--feature", "final"], "--feature must be used with --frozen, got final"),
+        (["--replay", "0", "--replay-tokens", "3"], "--replay-tokens must be used with --replay, got 3"),
         (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends"),
     ):
         result = run(*finetune("--threads", "1", *arguments))
@@ -279,9 +273,8 @@ def test_the_progress_line_shows_exits_at_even_distances():
 
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     """The plan, the progress and the end on stderr; a run on prompts alone."""
-    arguments = finetune(
-        "--frozen", "--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01"
-    )
+    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01")
+    arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     what, rows, before, steps, worth, cost, note = planned.err.splitlines()
@@ -306,6 +299,10 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^training 4/4 divergence 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE)
     assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
-    assert "saved out; next: layerskip bench --model out" in result.err
+    assert result.err.endswith("saved out; next: layerskip bench --model out\n")
     assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(files())
-    fails("--pmax must be left out with --frozen, which trains no weight of the model, got 0.1", *arguments, "--pmax", "0.1")
+    for wrong, told in (
+        (("--answers", "data"), "--answer-tokens must be left out with --answers data, got 4"),
+        (("--draft-vocab", "9"), "--draft-vocab must be used with --layout eagle3, got 9"),
+    ):
+        fails(told, *arguments, "--overwrite", *wrong)

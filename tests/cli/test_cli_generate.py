@@ -115,7 +115,8 @@ def test_stats_are_on_stderr(generate, expected):
     counts = re.fullmatch(
         r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
         r"steps by exit 4: (\d+)(?:, plain: 1)?; "
-        r"layers: (?:native \(\w+\)|packed|packed \(oneDNN\)), float32 on cpu; prompt template: '{prompt}\\n'\n",
+        r"layers: (?:native \(\w+\)|packed|packed \(oneDNN\)), float32 on cpu; prompt template: '{prompt}\\n'\n"
+        r"(?:about 0\.\d\dx of plain decoding: without --exit and --spec the fastest is chosen for every round\n)?",
         result.err,
     )
     drafted, accepted, share, rounds, steps = map(float, counts.groups())
@@ -228,7 +229,8 @@ def test_an_empty_prompt_is_an_error_in_every_template(generate, copy, template)
 
 def test_models_that_cannot_be(tmp_path):
     fails(
-        "no model 'nonesuch': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",
+        "no model 'nonesuch': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as "
+        "owner/name or owner/name@revision",
         "generate", PROMPT, "--model", "nonesuch",
     )  # fmt: skip
     fails(f"folder {tmp_path} holds no model: there is no config.json in it", "generate", PROMPT, "--model", str(tmp_path))

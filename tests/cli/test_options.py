@@ -45,7 +45,7 @@ def test_flags_that_a_command_does_not_have():
 def test_help_lists_every_flag_under_a_heading(name):
     text = run(name, "--help").out
     headings = [line[:-1] for line in text.splitlines() if line[:1].isalpha() and line.endswith(":")]
-    order = [panel for panel in ("Arguments", *get_args(Panel), "Other") if panel in headings]
+    order = [panel for panel in ("Arguments", "First", *get_args(Panel), "Other") if panel in headings]
     assert headings == order
     assert all(flag in text for flag in names_of(name) if flag.startswith("--"))
 

@@ -1,7 +1,6 @@
-"""Pictures in the terminal: where points lie, and what the curves of a training show."""
+"""Pictures in the terminal: where points lie."""
 
 import pytest
-from layerskip_cli.commands.finetune import _POINTS, Curves
 from layerskip_cli.commands.sweep_exits import front
 
 from layerskip_core.evaluation.report.tables import points_of
@@ -68,26 +67,3 @@ def test_nothing_measured_has_no_picture():
 
 def test_one_point_is_drawn():
     assert lines_of(record_of(result("autoregressive", 100.0, {"exact_match": 1.0})))[-1] == "1 autoregressive: 1.00x, 100"
-
-
-def test_curves_fall_with_the_losses():
-    curves = Curves()
-    for step in range(1, 1001):
-        curves.add({exit_layer: 8.0 * exit_layer * 0.995**step for exit_layer in (1, 2)})
-    _, first, last = curves.picture(60).plain.splitlines()
-    assert first.startswith("exit   1  7.960 ") and first.endswith(f" {8 * 0.995**1000:.3f}")
-    for line in (first, last):
-        bars = line.split()[-2]
-        assert list(bars) == sorted(bars, reverse=True) and len(set(bars)) >= 7
-        assert len(line) <= 60
-    assert last.split()[-2][0] == "\N{FULL BLOCK}" and first.split()[-2][-1] == "\N{LOWER ONE EIGHTH BLOCK}"
-    assert len(curves._kept) <= _POINTS
-
-
-def test_of_many_exits_some_are_shown_and_always_the_last():
-    curves = Curves()
-    curves.add(dict.fromkeys(range(2, 31, 2), 1.0))  # 15 exits
-    curves.add({31: 0.0, **dict.fromkeys(range(2, 31, 2), 1.0)})  # seen later, with a loss that has no logarithm
-    lines = curves.picture(80).plain.splitlines()[1:]
-    assert [int(line.split()[1]) for line in lines] == [4, 8, 12, 16, 20, 24, 28, 31]
-    assert Curves().picture(80).plain.count("\n") == 1

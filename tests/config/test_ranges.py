@@ -20,6 +20,7 @@ NOWHERE = {
     "sweep-exits": ("--model", "nonesuch", "--data", "none.csv"),
     "inspect": ("x", "--model", "nonesuch"),
     "finetune": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
+    "train-drafter": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
     "calibrate": ("--model", "nonesuch", "--data", "none.csv", "--output", "out"),
     "data": ("--data", "none.csv"),
 }
@@ -27,12 +28,9 @@ NEEDED = {  # of flags that mean nothing by themselves
     ("generate", "--batch-size"): ("--lines",),
     **{(name, "--timed"): ("--batch-size", "2") for name in ("bench", "sweep-exits")},
     **{(name, "--problem-samples"): ("--temperature", "1") for name in ("bench", "sweep-exits")},
-    ("finetune", "--eval-steps"): ("--validation", "none.csv"),
-    ("finetune", "--validation-samples"): ("--validation", "none.csv"),
-    ("finetune", "--vocab-size"): ("--regime", "scratch"),
-    ("finetune", "--replay-tokens"): ("--replay", "0.5"),
-    ("finetune", "--answer-tokens"): ("--frozen",),
-    ("finetune", "--answer-temperature"): ("--frozen",),
+    **{(name, "--validation-samples"): ("--validation", "none.csv") for name in ("finetune", "train-drafter")},
+    ("finetune", "--vocab-size"): ("--recipe", "scratch"),
+    **{("finetune", flag): ("--lora-rank", "2") for flag in ("--lora-alpha", "--lora-dropout")},
 }
 SIGNED = ("--frequency-penalty", "--presence-penalty")  # in -2..2
 LISTS = ("--exits", "--specs", "--layers", "--skip", "--pass-k", "--exit-confidences")

@@ -63,7 +63,7 @@ def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
     """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round."""
     target = str(tmp_path / "target")
     flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
-    assert not run("finetune", "--frozen", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
+    assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
     done = check_drafter(CheckConfig(samples=3), target)
     assert done.vllm.answers == done.here.answers and sum(done.here.accepted) > 10
     shown = run("export", target, "--check", "--samples", "1")

@@ -144,7 +144,7 @@ def check_propagation(backend, ids):
 
 def check_recipe(model, ids):
     """Dropped rows, and documents in a row, change nothing for the others; every layer gets a gradient, recomputed too."""
-    module = recipe_module(model, RecipeSettings(p_max=0.5, curriculum="all"))
+    module = recipe_module(model, RecipeSettings("finetune", p_max=0.5, curriculum="all"))
     gradients = []
     for recompute in (False, True):
         module.recompute = recompute

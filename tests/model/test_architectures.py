@@ -51,7 +51,7 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     step = RunStep(0, 1)
-    output = recipe_module(model, RecipeSettings(p_max=0.0, curriculum="none")).train()(ids, ids, step)
+    output = recipe_module(model, RecipeSettings("finetune", p_max=0.0, curriculum="none")).train()(ids, ids, step)
     tokens = 2 * 10
     torch.testing.assert_close(output["per_exit"][-1] / tokens, expected.detach(), check_dtype=False)
     (output["loss"] / tokens).backward()

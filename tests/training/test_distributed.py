@@ -20,7 +20,7 @@ from layerskip_core.training.checkpoints import newest_first
 from layerskip_core.training.trainer import RunTrainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
-DROPPING = RecipeSettings(p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2)
+DROPPING = RecipeSettings("finetune", p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2)
 
 
 def rows_of_one_length(folder):
@@ -34,7 +34,7 @@ def log_at_the_end(trainer, logs, *rest, log=RunTrainer.log):
     """The first process has sealed what all wrote. The second is late: Trainer will look into the staging folder."""
     if "train_loss" in logs and trainer.args.process_index == 0:
         written = {file.name for file in newest_first(trainer.checkpoints)[0].iterdir()}
-        assert {"complete.json", *(f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size))} <= written
+        assert {"run.json", *(f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size))} <= written
     elif "train_loss" in logs and trainer.args.process_index == 1:
         time.sleep(0.5)
         assert run_staging(trainer.checkpoints).is_dir()
@@ -70,7 +70,7 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
     shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
               "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
               "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
-              "--anchor", "0.5", "--replay", "0.5", "--replay-tokens", "8")  # fmt: skip
+              "--replay", "0.5", "--replay-tokens", "8")  # fmt: skip
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
     threads = torch.get_num_threads()

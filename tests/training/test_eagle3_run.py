@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.speculators import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PromptingConfig
-from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
+from layerskip_core.config.training import DrafterConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED
@@ -24,13 +24,13 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
 from layerskip_core.training.run import prepare
 
-EAGLE3 = ExitBlockSettings(frozen=True, layout="eagle3", answer_tokens=8, draft_vocab=64)
+EAGLE3 = {"layout": "eagle3", "answer_tokens": 8, "draft_vocab": 64}
 
 
 @pytest.fixture
 def frozen(settings):
-    usual = {"data": DataConfig(limit=40, seed=1), "recipe": RecipeSettings(), "exit_blocks": EAGLE3, "lr": None}
-    return lambda **changes: settings(**{**usual, "max_length": 96, **changes})
+    usual = {"data": DataConfig(limit=40, seed=1), "lr": None, "max_length": 96, **EAGLE3}
+    return lambda **changes: settings(DrafterConfig, **{**usual, **changes})
 
 
 def stored(folder):
@@ -42,7 +42,7 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
     """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
     rows = {"validation": "train", "validation_samples": 40}
-    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, exit_blocks=replace(EAGLE3, loss=loss), **rows)
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, loss=loss, **rows)
     described, reports, _ = train(config)
     assert described["eagle3"]["divergence"] < 0.75 * reports[0].exit_losses[0]
     assert described["eagle3"]["agreement"] > 10 / 64
@@ -87,9 +87,9 @@ def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     """Lines of one letter are left out: as a prompt, and as a text with its end."""
     lines = tmp_path / "lines.txt"
     lines.write_text("a\nb\nplay some jazz\n" * 8)
-    asked = replace(EAGLE3, answers=answers, answer_tokens=1 if answers == "model" else ExitBlockSettings.answer_tokens)
+    asked = {"answers": answers, "answer_tokens": 1 if answers == "model" else DrafterConfig.answer_tokens}
     data, raw = DataConfig(name=str(lines)), PromptingConfig(raw=True)
-    job = prepare(frozen(data=data, prompting=raw, exit_blocks=asked, batch_size=2, steps=2))
+    job = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
     assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
     job.run(lambda report: None)
     assert all(text["labels"][:2] == [IGNORED] * 2 for text in job.trained.texts)
@@ -99,7 +99,7 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     first = frozen(steps=30, lr=1e-2)
     _, reports, _ = train(first)
     start = f"{first.output}/eagle3"
-    again = frozen(output=str(tmp_path / "again"), exit_blocks=replace(EAGLE3, start_from=start, draft_vocab=50), lr=1e-4)
+    again = frozen(output=str(tmp_path / "again"), start_from=start, draft_vocab=50, lr=1e-4)
     _, further, _ = train(again)
     assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
@@ -113,13 +113,13 @@ def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
     again = FrozenEagle3(backend, (1, 2), 8, known=known)
     again.begin(rows)
-    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.coverage == 1
+    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.details["coverage"] == 1
     head = "lm_head.weight"
     assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
     weights = {**known.weights, head: torch.randn_like(known.weights[head])}
     other = FrozenEagle3(backend, (1, 2), 8, known=replace(known, weights=weights))
     other.begin(rows)
-    assert torch.equal(other.drafter.tokens, known.tokens) and other.coverage == 0
+    assert torch.equal(other.drafter.tokens, known.tokens) and other.details["coverage"] == 0
     assert torch.equal(other.stored(torch.float32).weights[head], weights[head])
 
 
@@ -146,9 +146,9 @@ def test_the_folder_names_the_target(frozen):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": RecipeSettings(exits=(2,))}, "`exits` must be left out with `layout` eagle3"),
-        ({"exit_blocks": replace(EAGLE3, layers=(1, 4))}, "`layers` must be in 1..3"),
-        ({"exit_blocks": replace(EAGLE3, start_from="no/where")}, "cannot load model no/where"),
+        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
+        ({"layers": (1, 4)}, "`layers` must be in 1..3"),
+        ({"start_from": "no/where"}, "cannot load model no/where"),
     ],
 )
 def test_wrong_use_is_one_error(frozen, changes, message):
@@ -174,11 +174,13 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"frozen": False}, "`layout` must be used with `frozen`"),
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"feature": "final"}, "`feature` must be left out with `layout` eagle3"),
+        ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
+        ({"layout": "exit", "draft_vocab": 8192, "loss": "acceptance"}, "`loss` must be used with `layout` eagle3"),
+        ({"feature": "final"}, "`feature` must be used with `layout` exit"),
+        ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
     ],
 )
 def test_settings_that_contradict_each_other(values, message):
     with pytest.raises(ConfigError, match=message):
-        replace(EAGLE3, **values)
+        DrafterConfig(**{**EAGLE3, **values})

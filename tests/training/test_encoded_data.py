@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluating import tiny_loaded
-from training_runs import require_exact_resumption, train
+from training_runs import RECIPE, require_exact_resumption, train
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
@@ -129,15 +129,16 @@ def written(tmp_path, count=50):
 
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
-    job = prepare(settings(data=data, regime="continual", max_length=32))
+    job = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
     assert {len(row["labels"]) for row in job.trained.data.rows[:-1]} == {32} and "packed into whole rows" in job.plan.notes[0]
     assert job.plan.truncated == 0 and job.plan.tokens == prepare(settings(data=data)).plan.tokens
-    for changes in ({"regime": "finetune"}, {"regime": "continual", "pack": False}):
-        job = prepare(settings(data=data, **changes))
+    for changes in ({"preset": "finetune"}, {"preset": "continual", "pack": False}):
+        recipe = replace(RECIPE, preset=changes.pop("preset"))
+        job = prepare(settings(data=data, recipe=recipe, **changes))
         assert job.plan.rows == 50 and not job.plan.notes
     with pytest.raises(DataError, match="`pack` is for plain text"):
         prepare(settings(pack=True))
-    assert len(train(settings(data=data, regime="scratch", max_length=32, steps=2))) == 2
+    assert len(train(settings(data=data, recipe=replace(RECIPE, preset="scratch"), max_length=32, steps=2))) == 2
 
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):

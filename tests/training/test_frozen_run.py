@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import Interrupted, stop_at
+from training_runs import Interrupted, saved_base, stop_at
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
-from layerskip_core.config.training import ExitBlockSettings, RecipeSettings
+from layerskip_core.config.training import DrafterConfig
+from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
@@ -26,14 +27,14 @@ from layerskip_core.errors import CheckpointError, ConfigError, DataError, Train
 from layerskip_core.training import trained
 from layerskip_core.training.run import prepare
 
-BLOCKS = ExitBlockSettings(frozen=True, answer_tokens=8)
+DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
 
 
 @pytest.fixture
 def frozen(settings):
-    """Makes the FinetuneConfig of a short run on `base`, into `out`."""
-    usual = {"data": DataConfig(limit=40, seed=1), "recipe": RecipeSettings(exits=(2,)), "exit_blocks": BLOCKS, "lr": None}
-    return lambda **changes: settings(**{**usual, "max_length": 96, **changes})
+    """Makes the DrafterConfig of a short run on `base`, into `out`."""
+    usual = {"data": DataConfig(limit=40, seed=1), "exits": (2,), "answer_tokens": 8, "lr": None, "max_length": 96}
+    return lambda **changes: settings(DrafterConfig, **{**usual, **changes})
 
 
 def hashes(folder):
@@ -88,9 +89,9 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
     train(frozen(model=model, output=model))
     first, answers = blocks(model), hashes(Path(model) / "checkpoints")
     with pytest.raises(ConfigError, match="already has a block at exit 2; give `overwrite` to replace it"):
-        prepare(frozen(model=model, output=model, recipe=RecipeSettings(exits=(2, 3))))
+        prepare(frozen(model=model, output=model, exits=(2, 3)))
 
-    config = frozen(model=model, output=model, recipe=RecipeSettings(exits=(3,)))
+    config = frozen(model=model, output=model, exits=(3,))
     assert len(prepare(config).plan.answers.known) == 40
     train(config)
     second = blocks(model)
@@ -132,8 +133,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     """Of two exits, one after the other; the run is cut while the second is trained."""
-    settings = replace(BLOCKS, feature="final", loss="tv", answer_temperature=1.0)
-    changes = {"exit_blocks": settings, "recipe": RecipeSettings(exits=(1, 3)), "save_steps": 2}
+    changes = {"feature": "final", "loss": "tv", "answer_temperature": 1.0, "exits": (1, 3), "save_steps": 2}
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     _, expected, _ = train(frozen(**changes, output=whole))
     assert [set(report.exit_losses) for report in expected] == [{1}] * 4 + [{1, 3}] * 4
@@ -185,7 +185,7 @@ def test_a_signal_before_the_training_keeps_what_is_done(frozen):
 
 
 def test_answers_of_the_data_need_no_decoding(frozen, base):
-    config = frozen(exit_blocks=ExitBlockSettings(frozen=True, answers="data"), validation="validation", validation_samples=7)
+    config = frozen(**DATA, validation="validation", validation_samples=7)
     job = prepare(config)
     tokenizer = for_training(base).tokenizer
     text = job.trained.texts[0]
@@ -205,7 +205,7 @@ def test_rows_need_prompts_only(frozen, tmp_path):
     assert (job.plan.rows, job.plan.held_out, job.plan.left_out) == (30, 0, 1)  # the long one was the one to hold out
     assert job.plan.steps == 15  # two passes, 4 rows a step
     with pytest.raises(DataError, match="no column 'completion'"):
-        prepare(frozen(data=DataConfig(str(file)), exit_blocks=ExitBlockSettings(frozen=True, answers="data")))
+        prepare(frozen(data=DataConfig(str(file)), **DATA))
     file.write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         prepare(frozen(data=DataConfig(str(file))))
@@ -227,5 +227,25 @@ def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, 
     with pytest.raises(CheckpointError, match=r"is a GGUF file; .* `layerskip import`"):
         prepare(frozen(model=str(tmp_path / "model.gguf")))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="`frozen` must be used in one process, got 2 by torchrun"):
+    with pytest.raises(ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"):
         prepare(frozen())
+
+
+def test_a_model_of_one_layer_is_refused(frozen, tmp_path):
+    with pytest.raises(ConfigError, match="`model` must be a model of at least 2 layers, got 1"):
+        prepare(frozen(model=saved_base(tmp_path / "shallow", num_hidden_layers=1)))
+
+
+def test_rows_without_prompts_are_their_own_answers(frozen, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
+    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).plan.config.answers == "data"
+
+
+def test_rows_with_an_empty_prompt_are_left_out(frozen, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    prompts = ["a b", "", None, " ", "c d"]
+    rows.write_text("".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts))
+    data = DataConfig(name=str(rows))
+    assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
+    assert prepare(frozen(data=data)).plan.rows == 2

@@ -1,6 +1,7 @@
 """The recipe's formulas against literal values."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +16,21 @@ from layerskip_core.training.recipe import (
     exits_on,
     kept_rows,
     learning_rate,
-    mean_exits,
     resolve_recipe,
-    sequence_length,
+    steps_on,
     time_scale,
+    trained_exits,
 )
 
 
+def spec_of(layers, vocab=1024, parameters=0, blocks=True):
+    return SimpleNamespace(
+        layers=layers, vocab=vocab, parameters=parameters, block_shapes={"norm.weight": (8,)} if blocks else {}
+    )
+
+
 def recipe(layers=24, vocab_size=1024, **asked):
-    return resolve_recipe(RecipeSettings(**asked), "finetune", 0, layers, vocab_size)
+    return resolve_recipe(RecipeSettings("finetune", **asked), spec_of(layers, vocab_size), 100)
 
 
 def test_rotational_is_on_once_every_r_steps_plus_the_last():
@@ -80,10 +87,43 @@ def test_the_default_rotation_depends_on_the_vocabulary():
     assert recipe(vocab_size=49152, curriculum="gradual").rotation == 0
 
 
-def test_mean_exits_counts_heads_per_step():
-    """L = 8, R = 4: two rotating exits per step, one of them the last layer on one step in four: (3 + 3 + 3 + 2) / 4."""
-    assert mean_exits(recipe(rotation=4), 400, 8) == pytest.approx(2.75)
-    assert mean_exits(recipe(curriculum="none"), 400, 8) == 1
+def test_steps_on_counts_the_steps_of_each_exit():
+    """L = 8, R = 4: each exit but the last on one step in four; also of a run that is too long to count each step."""
+    assert steps_on(recipe(rotation=4), 400, 8) == {**dict.fromkeys(range(1, 8), 100), 8: 400}
+    assert steps_on(recipe(rotation=3), 60_000, 8)[2] == pytest.approx(20_000, rel=0.01)
+    assert steps_on(recipe(curriculum="none"), 400, 8) == {8: 400}
+
+
+def test_trained_are_the_exits_of_a_hundred_steps_with_a_weight():
+    """R = 4: a hundred steps of 400, 99 of 396; exit 1 weighs nothing by the paper's formula. Of a short run, on each step."""
+    rotational = recipe(layers=8, rotation=4)
+    assert trained_exits(rotational, 400, 8) == (2, 3, 4, 5, 6, 7) and trained_exits(rotational, 396, 8) == ()
+    assert trained_exits(recipe(layers=8, curriculum="all", exits=(1, 3)), 5, 8) == (3,)
+    assert trained_exits(recipe(curriculum="none"), 400, 8) == ()
+
+
+def auto(layers=24, steps=300, blocks=True, **asked):
+    return resolve_recipe(RecipeSettings(**asked), spec_of(layers, 49152, 135_000_000, blocks), steps)
+
+
+def test_the_rate_falls_with_the_size_of_the_model():
+    rates = [learning_rate("auto", int(size)) for size in (5e6, 135e6, 1.08e9, 8e9)]
+    assert rates == [5e-4, 5e-5, 2.5e-5, 1.3e-5] and learning_rate("none", 135_000_000, is_lora=True) == 5e-4
+
+
+def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
+    assert [auto(layers).exits for layers in (2, 3, 16, 24, 30, 32)] == [(1,), (1,), (3, 5), (4, 8), (6, 10), (6, 10)]
+    assert auto(steps=99).exits == (8,)
+    found = auto(p_max=0.2, exits=(3, 6))
+    assert (found.p_max, found.exits, found.curriculum, found.exit_reader) == (0.2, (3, 6), "all", "block")
+    assert trained_exits(found, 40, 24) == (3, 6)
+    assert [time_scale(step, 12, found.dropout_schedule) for step in (0, 2, 4, 8)] == [1, 0.5, 0, 0]
+    assert auto(blocks=False).exit_reader == "none" and auto(exit_reader="none").exits == (4, 8)
+    alone = auto(layers=1)
+    assert (alone.curriculum, alone.exits, alone.p_max) == ("none", (), 0)
+    control = auto(preset="none")
+    assert (control.curriculum, control.exits, control.p_max, control.exit_reader) == ("none", (), 0, "none")
+    assert auto(curriculum="none", p_max=0.2).exits == ()
 
 
 def test_the_literal_rates():
@@ -101,10 +141,10 @@ def test_constant_dropout_has_the_mean_of_the_exponential():
 
 
 def test_the_schedule_from_scratch():
-    assert [time_scale(step, 5, True) for step in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
-    assert time_scale(0, 1, False) == 1
+    assert [time_scale(step, 5, "rising") for step in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
+    assert time_scale(0, 1) == 1
     with pytest.raises(ConfigError, match="`steps` must be at least 2"):
-        time_scale(0, 1, True)
+        time_scale(0, 1, "rising")
     with pytest.raises(ConfigError, match="at least 2 layers, got 1"):
         depth_scale(0, 1)
 
@@ -155,7 +195,7 @@ def test_a_layer_without_rows_still_gets_a_zero_gradient():
     assert gradient is not None and gradient.abs().sum() == 0
 
 
-# RECIPE, "Hyper-parameters that the paper used": regime, parameters, layers -> p_max, e_scale, R, learning rate with dropout
+# RECIPE, "Hyper-parameters that the paper used": preset, parameters, layers -> p_max, e_scale, R, learning rate with dropout
 PAPER = [
     ("continual", 6.7e9, 32, 0.1, 0.2, 8, 3e-5),
     ("continual", 13e9, 40, 0.1, 0.1, 39, 2e-5),
@@ -168,14 +208,10 @@ PAPER = [
 ]
 
 
-@pytest.mark.parametrize(("regime", "parameters", "layers", "p_max", "e_scale", "rotation", "rate"), PAPER)
-def test_the_papers_values(regime, parameters, layers, p_max, e_scale, rotation, rate):
-    recipe = resolve_recipe(RecipeSettings(), regime, int(parameters), layers, vocab_size=32_000)
+@pytest.mark.parametrize(("preset", "parameters", "layers", "p_max", "e_scale", "rotation", "rate"), PAPER)
+def test_the_papers_values(preset, parameters, layers, p_max, e_scale, rotation, rate):
+    recipe = resolve_recipe(RecipeSettings(preset), spec_of(layers, 32_000, int(parameters)), 100)
+    assert recipe.dropout_schedule == ("rising" if preset == "scratch" else "constant") and recipe.exit_reader == "none"
     assert (recipe.p_max, recipe.e_scale, recipe.curriculum, recipe.rotation) == (p_max, e_scale, "rotational", rotation)
     if rate is not None:
-        assert learning_rate(regime, int(parameters)) == rate < learning_rate(regime, 5_000_000)
-
-
-def test_lengths():
-    asked = ((None, "finetune", 4096), (None, "code", 4096), (None, "code", 256), (100, "code", 256))
-    assert [sequence_length(*each) for each in asked] == [512, 2048, 256, 100]
+        assert learning_rate(preset, int(parameters)) == rate < learning_rate(preset, 5_000_000)

@@ -47,7 +47,7 @@ def layer_rows(model):
 def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step, exits):
     ids, labels = batch(4)
     rotation = 3 if curriculum == "rotational" else None
-    recipe = RecipeSettings(p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation)
+    recipe = RecipeSettings("finetune", p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation)
     output = run(llama, recipe, RunStep(step, 12), ids, labels)
     assert output["exit_layers"] == exits
     weights = torch.tensor(exit_weights(exits, 6, 0.2))
@@ -56,26 +56,32 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
 
 def test_without_the_recipe_it_is_the_plain_loss(llama):
     ids, labels = batch(4)
-    output = run(llama, RecipeSettings(p_max=0, curriculum="none"), RunStep(0, 1), ids, labels)
+    output = run(llama, RecipeSettings("finetune", p_max=0, curriculum="none"), RunStep(0, 1), ids, labels)
     targets = (labels[:, 1:] != IGNORED).sum()
     torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
 
 
 def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch(4)
-    recipe = RecipeSettings(p_max=0, curriculum="all")
+    recipe = RecipeSettings("finetune", p_max=0, curriculum="all")
     plain = run(llama, recipe, RunStep(0, 1), ids, labels)["per_exit"]
     filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), IGNORED)
     padded = run(llama, recipe, RunStep(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
     torch.testing.assert_close(padded["per_exit"], plain)
 
 
-def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
-    """S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer."""
+def test_dropout_over_the_run():
+    """From scratch S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer; falling, it ends at 0."""
     ids, labels = batch(40)
-    recipe = RecipeSettings(p_max=0.9, curriculum="none")
-    for step, scratch, expected in ((0, True, 40), (9, True, 4), (0, False, 4)):
-        module = recipe_module(tiny_model(), recipe, from_scratch=scratch).train()
+    for step, schedule, expected in (
+        (0, "rising", 40),
+        (9, "rising", 4),
+        (0, "constant", 4),
+        (0, "falling", 4),
+        (9, "falling", 40),
+    ):
+        recipe = RecipeSettings("finetune", p_max=0.9, curriculum="none", dropout_schedule=schedule)
+        module = recipe_module(tiny_model(), recipe).train()
         rows = layer_rows(module.model)
         module(ids, labels, RunStep(step, 10))
         assert rows[0] == 40  # p of the first layer is 0
@@ -85,7 +91,9 @@ def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
 def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
     """p_max 0.9 in 6 layers has a mean of 0.41: 24 of 40 rows run each layer."""
     ids, labels = batch(40)
-    module = recipe_module(tiny_model(), RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none")).train()
+    module = recipe_module(
+        tiny_model(), RecipeSettings("finetune", p_max=0.9, dropout_profile="constant", curriculum="none")
+    ).train()
     rows = layer_rows(module.model)
     module(ids, labels, RunStep(0, 10))
     assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
@@ -96,7 +104,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
     """The backward pass runs layers again: dropping the same rows, with taps, in the same precision."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
     ids, labels = batch(4)
-    recipe = RecipeSettings(p_max=0.8, curriculum="all", distill=0.5)
+    recipe = RecipeSettings("finetune", p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
     for recompute in (False, True):
         model = tiny_model(dtype=torch.float32 if bf16 else torch.float64, tie_word_embeddings=True)
@@ -123,7 +131,7 @@ def test_packed_documents_give_the_losses_of_each_alone():
         model = tiny_model(model_type, **changes)
         if model_type == "gemma2":
             model.set_attn_implementation("eager")  # masks are numbers there, not truth values
-        module = recipe_module(model, RecipeSettings(p_max=0, curriculum="all")).train()
+        module = recipe_module(model, RecipeSettings("finetune", p_max=0, curriculum="all")).train()
         ids, _ = batch(rows=1, length=18)
         alone = []
         for start, stop in ((0, 5), (5, 14), (14, 18)):
@@ -174,7 +182,7 @@ def test_other_scales_by_hand():
 
 def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
     ids, labels = batch()
-    module = recipe_module(llama, RecipeSettings(p_max=0.9, curriculum="none")).eval()
+    module = recipe_module(llama, RecipeSettings("finetune", p_max=0.9)).eval()
     with torch.no_grad():
         first, second = (module(ids, labels, RunStep(step, 10)) for step in (0, 7))
     assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
@@ -202,7 +210,7 @@ def test_the_loss_equals_a_manual_loop(llama, monkeypatch, share):
     The last layer keeps its cross-entropy; the reports do not mix.
     """
     ids, labels = batch()
-    recipe = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all", distill=share)
+    recipe = RecipeSettings("finetune", p_max=0, e_scale=0.5, curriculum="all", distill=share)
     weights = exit_weights(range(1, 7), 6, 0.5)
     expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
     expected.append(manual_cross_entropy(llama, ids, labels))
@@ -220,7 +228,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
     ids, labels = batch()
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
-        module = recipe_module(llama, RecipeSettings(p_max=0, curriculum="all", distill=1.0)).train()
+        module = recipe_module(llama, RecipeSettings("finetune", p_max=0, curriculum="all", distill=1.0)).train()
         monkeypatch.setattr(recipe_modules, "exit_weights", lambda exits, *_: [float(exit_layer == 3) for exit_layer in exits])
         llama.zero_grad()
         module(ids, labels, RunStep(0, 10))["loss"].backward()
@@ -230,7 +238,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
 
 
 def gradients(model, *, autocast, **inputs):
-    module = recipe_module(model, RecipeSettings(p_max=0.3, curriculum="all")).train()
+    module = recipe_module(model, RecipeSettings("finetune", p_max=0.3, curriculum="all")).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         module(step=RunStep(2, 10), **inputs)["loss"].backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

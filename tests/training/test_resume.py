@@ -1,7 +1,5 @@
 """Runs that end early (by a signal, kill -9, a full disk), and how later runs resume them."""
 
-import hashlib
-import json
 import os
 import pickle
 import re
@@ -20,7 +18,6 @@ from training_runs import RECIPE, Interrupted, require_exact_resumption, same_we
 
 from layerskip_core.checkpoint.save import write_model
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
 from layerskip_core.training.checkpoints import load_weights
@@ -35,11 +32,10 @@ def steps_saved(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*"))
 
 
-ANCHOR = RetentionSettings(anchor=1.0)
 RESUMED = {
     "tied weights, named exits": ({"recipe": replace(RECIPE, exits=(1, 3))}, True),
-    "anchor, accumulation": ({"retention": ANCHOR, "accumulation": 2, "batch_size": 2}, False),
-    "anchor, LoRA": ({"retention": ANCHOR, "lora_rank": 2}, True),
+    "accumulation": ({"accumulation": 2, "batch_size": 2}, False),
+    "LoRA": ({"lora_rank": 2}, True),
 }
 
 
@@ -92,9 +88,9 @@ def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(se
     whole = str(tmp_path / "whole")
     train(settings(save_steps=2, output=whole))
     job = prepare(settings(save_steps=2))
-    with pytest.raises(CheckpointError, match=r"cannot write the model to .*: in the way is losses.png"):
-        job.run(lambda report: (tmp_path / "out" / "losses.png").mkdir(exist_ok=True))
-    (tmp_path / "out" / "losses.png").rmdir()
+    with pytest.raises(CheckpointError, match=r"cannot write the model to .*: in the way is losses.jsonl"):
+        job.run(lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
+    (tmp_path / "out" / "losses.jsonl").rmdir()
     assert steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
     assert train(settings(save_steps=2, resume=True)) == []
     assert same_weights(tmp_path / "out", whole)
@@ -167,32 +163,6 @@ def two_checkpoints(settings, tmp_path):
     return tmp_path / "out"
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("model.safetensors", flip),
-        ("scheduler.pt", Path.unlink),
-        ("complete.json", lambda file: os.truncate(file, 9)),
-        ("complete.json", Path.unlink),
-    ],
-)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings, two_checkpoints, name, damage):
-    damage(checkpoint(two_checkpoints, 2) / name)
-    job = prepare(settings(save_steps=1, resume=True))
-    assert job.resume.step == 1
-    fault, used = job.plan.notes
-    assert "checkpoint-2" in fault and name in fault and used == f"going on from {checkpoint(two_checkpoints, 1)}"
-    damage(checkpoint(two_checkpoints, 1) / name)
-    with pytest.raises(CheckpointError, match=f"is whole: .*checkpoint-2.*{name}.*; .*checkpoint-1.*{name}"):
-        prepare(settings(save_steps=1, resume=True))
-
-
 def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_checkpoints):
     for changes, message in (
         ({"batch_size": 2}, "batch_size was 4 in the run to go on with, and is 2 now"),
@@ -218,14 +188,11 @@ class Payload:
 
 
 def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
-    """Whoever writes a checkpoint can seal it: still nothing in it may run code here. training_args.bin is not even read."""
+    """Nothing in a checkpoint may run code here. training_args.bin is not even read."""
     folder = checkpoint(two_checkpoints, 2)
     assert not (folder / "training_args.bin").exists()
-    seal = json.loads((folder / "complete.json").read_text())
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / f"ran {name}"), protocol=2))
-        seal["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "complete.json").write_text(json.dumps(seal))
     with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"):
         prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
     assert not list(tmp_path.glob("ran *"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import (
     Interrupted,
     in_processes,
@@ -19,7 +20,7 @@ from training_runs import (
 )
 
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import RecipeSettings, RetentionSettings
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
 from layerskip_core.training import run as running
@@ -28,8 +29,7 @@ from layerskip_core.training.run import own_device, prepare
 
 WHOLE = {
     "batch_size": 2,
-    "recipe": RecipeSettings(p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2, distill=0.5),
-    "retention": RetentionSettings(anchor=0.5),
+    "recipe": RecipeSettings("finetune", p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2, distill=0.5),
     "gradient_checkpointing": True,
     "validation": "test",
     "validation_samples": 3,  # rows for one process, none for the other in the second batch
@@ -38,6 +38,9 @@ WHOLE = {
 }
 ADAPTERS = WHOLE | {"lora_rank": 2, "lora_layers": "below-exit", "validation": None, "validation_samples": None,
                     "recipe": replace(WHOLE["recipe"], exits=(2,), rotation=None), "lr": 1e-2}  # fmt: skip
+
+
+READERS = {"recipe": RecipeSettings(p_max=0.0, exits=(2,)), "batch_size": 2, "steps": 2, "max_length": 64, "seed": 3}
 
 
 def sharded_runs(rank, base, folder):
@@ -51,6 +54,7 @@ def sharded_runs(rank, base, folder):
         torch.distributed.barrier()
     run_quietly(settings(**resumed, resume=True))
     run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters", save_steps=4))
+    run_quietly(settings(**READERS, fsdp=True, output=f"{folder}/readers"))
     running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
     seen = []
     trainer.collate = lambda rows: seen.extend(row["input_ids"] for row in rows) or running_data.collate(rows)
@@ -77,13 +81,13 @@ def settings(base, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
-    """Tied embeddings, recomputed layers, layers without a row, exits that are off, anchor, adapters, a resumption, a stream.
+    """Tied embeddings, recomputed layers, layers without a row, exits that are off, adapters, a resumption, a stream.
 
     One process takes the batches of both in turn. Tolerance: fp32 sums in another order.
     """
     rows = [f'{{"prompt": "row {row}", "completion": "{row} is the row"}}\n' for row in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS)):
+    for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS), ("one-read", READERS)):
         run_quietly(settings(**asked, accumulation=2, output=str(tmp_path / name)))
     in_processes(sharded_runs, 2, tmp_path, base, str(tmp_path))
 
@@ -91,7 +95,6 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         for step, expected in zip(loss_rows(tmp_path / sharded), loss_rows(tmp_path / one), strict=True):
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
             assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
-            assert step["divergence"] == pytest.approx(expected["divergence"], rel=1e-3, abs=1e-7)
             assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
         reference = weights(tmp_path / one)
         assert weights(tmp_path / sharded).keys() == reference.keys()
@@ -99,6 +102,12 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
             torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=2e-5)
         assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
+    read, expected = (load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("readers", "one-read"))
+    for name, weight in read.items():  # Muon, in bf16, makes directions of hardly any gradient as long as the others
+        moved = expected[name] - weights(base)[name.replace("exits.2.layer.", "model.layers.3.").replace("exits.2", "model")]
+        assert (weight - expected[name]).norm() <= 0.5 * moved.norm()
+    for step, one in zip(loss_rows(tmp_path / "readers"), loss_rows(tmp_path / "one-read"), strict=True):
+        assert step["exits"] == pytest.approx(one["exits"], rel=1e-2)
     assert (tmp_path / "resumed" / "losses.jsonl").read_bytes() == (tmp_path / "whole" / "losses.jsonl").read_bytes()
     assert same_weights(tmp_path / "resumed", tmp_path / "whole")
     assert stored_weights(tmp_path / "resumed") == sum(weight.numel() for weight in weights(tmp_path / "one").values())

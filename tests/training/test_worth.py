@@ -21,7 +21,12 @@ class Passes:
 def test_speed_through_a_block_is_that_of_rounds_of_its_passes(monkeypatch, accepted, drafts):
     """A round of d drafts takes d + 1 times the 2 layers of the exit, its block and the head, and 6/8 of a pass."""
     monkeypatch.setattr(worth, "_Passes", Passes)
-    found = worth.worth_of_block(Passes, 2)
+    found = worth.worth_of_exit(Passes, 2, True)
     assert (found.step, found.draft) == (10.0, 0.5)
     tokens = sum(accepted**number for number in range(drafts + 1))
-    assert found.speeds[accepted] == pytest.approx(10 * tokens / (5 * (drafts + 1) + 7.5))
+    assert found.speeds[accepted] == (pytest.approx(10 * tokens / (5 * (drafts + 1) + 7.5)), drafts)
+
+
+def test_an_exit_without_a_block_drafts_by_its_layers_and_the_head(monkeypatch):
+    monkeypatch.setattr(worth, "_Passes", Passes)
+    assert worth.worth_of_exit(Passes, 2, False, (0.9,)).draft == 0.4

@@ -1,0 +1,194 @@
+"""Readers of exits, trained together with the model, and what a training tells at its end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from safetensors.torch import load_file
+from training_runs import RECIPE, batch, recipe_module, require_exact_resumption, same_weights, train, weights
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.training import RecipeSettings
+from layerskip_core.decoding import decode
+from layerskip_core.model import TransformersBackend
+from layerskip_core.model.transformers_backend import DocumentRows
+from layerskip_core.training.recipe import RunStep
+from layerskip_core.training.run import prepare
+
+READ = RecipeSettings(p_max=0.0, exits=(2,))
+MIDDLE = RunStep(1, 10)
+
+
+def blocks(folder):
+    return load_file(folder / "exit_blocks.safetensors")
+
+
+def test_a_reader_stands_between_its_exit_and_the_shared_head():
+    """As `FrozenExits` runs it; the last layer is read by the model's own norm."""
+    model, (ids, labels) = tiny_model(dtype=torch.float32), batch()
+    module = recipe_module(model, READ).train()
+    output = module(ids, labels, MIDDLE)
+    states, is_target = module.texts.states(ids, (2, 6)), labels[:, 1:] != -100
+    targets = labels[:, 1:][is_target]
+    read = module.readers["2"](states[2], states[2], ids)
+    for found, hidden in zip(output["per_exit"], (read, module.backend.normed(states[6])), strict=True):
+        expected = F.cross_entropy(module.backend.head(hidden[:, :-1][is_target]), targets, reduction="sum")
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    output["loss"].backward()
+    trained = {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert {"readers.2.layer.mlp.up_proj.weight", "model.model.layers.0.mlp.up_proj.weight"} <= trained
+    assert not any(name.startswith("readers") and "norm" in name for name in trained)
+
+
+def test_the_readers_weight_in_the_loss_is_what_the_layers_below_feel_of_it():
+    """e_scale 0.2 gives an exit a sixth of the loss (0.2 / 1.2), and 0.02 a fiftieth: gradients in proportion."""
+    gradients = []
+    for scale in (0.2, 0.02):
+        module = recipe_module(tiny_model(dtype=torch.float32), replace(READ, e_scale=scale)).train()
+        module(*batch(), MIDDLE)["loss"].backward()
+        gradients.append(module.readers["2"].layer.mlp.up_proj.weight.grad)
+    torch.testing.assert_close(gradients[0] * (0.02 / 1.02) / (0.2 / 1.2), gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_reader_sees_the_documents_of_a_row_apart(kind):
+    """Also of a model whose layers cannot keep them apart within a row."""
+    model, (ids, labels) = tiny_model(kind, dtype=torch.float32), batch(2)
+    module = recipe_module(model, READ).eval()
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * 9])
+    labels[:, 4] = -100  # nothing predicts the first token of a document
+    together = module(ids, labels, MIDDLE, documents)
+    rows = DocumentRows(documents)
+    apart = rows.apart(ids)
+    targets = torch.full_like(apart, -100)
+    targets[0, :4], targets[1, :5], targets[2] = labels[0, :4], labels[0, 4:], labels[1]
+    for name in ("per_exit", "agreeing"):
+        torch.testing.assert_close(together[name], module(apart, targets, MIDDLE)[name], rtol=1e-4, atol=1e-4)
+
+
+def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
+    """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as it is."""
+    job = prepare(settings(recipe=READ, lr=1e-30, steps=3))
+    start = {name: weight.clone() for name, weight in job.trained.module.readers.named_parameters()}
+    job.run(lambda report: None)
+    after = dict(job.trained.module.readers.named_parameters())
+    moved = {name for name, weight in start.items() if not torch.equal(weight, after[name])}
+    assert moved == {name for name, weight in start.items() if weight.dim() == 2}
+    assert same_weights(tmp_path / "out", job.plan.config.model)
+    cost = read_info(tmp_path / "out").details["cost"]
+    assert cost["agreement"] == 1 and cost["before"] == pytest.approx(cost["after"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"optimizer": "muon", "accumulation": 2}], ids=str)
+def test_a_run_with_readers_is_resumed_bit_by_bit(settings, tmp_path, changes):
+    require_exact_resumption(settings, tmp_path, recipe=replace(READ, p_max=0.3), **changes)
+    whole, cut = blocks(tmp_path / "whole"), blocks(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(weight, cut[name]) for name, weight in whole.items())
+
+
+def test_muon_trains_the_layers_matrices_alone(settings):
+    """AdamW has the embedding, the head and the norms."""
+    module = recipe_module(tiny_model(dtype=torch.float32), RecipeSettings("none"))
+    module.by_muon = True
+    [(trained, lr, adjustment)] = module.muon(0.5)
+    names = {id(weight): name for name, weight in module.named_parameters()}
+    assert {names[id(weight)].split(".")[2] for weight in trained} == {"layers"} and len(trained) == 6 * 7
+    assert (lr, adjustment) == (0.5, "match_rms_adamw")
+    reports = train(settings(recipe=RecipeSettings("none"), optimizer="muon", steps=8, lr=1e-2))
+    assert reports[-1].loss < reports[0].loss - 0.5
+
+
+@pytest.fixture(scope="module")
+def learnt(checkpoint, tmp_path_factory):
+    """A run long enough for its reader to be right now and then; job, info and folder."""
+    from training_runs import settings_on
+
+    folder = tmp_path_factory.mktemp("learnt")
+    data = {"validation": "train", "validation_samples": 40}
+    make = settings_on(checkpoint, folder)
+    job = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
+    return job, job.run(lambda report: None), folder / "out"
+
+
+def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
+    """First drafts while decoding the prompts that it learnt from, against the agreement on their rows."""
+    job, info, folder = learnt
+    decoder, tested, accepted = for_decoding(str(folder), "cpu"), 0, 0
+    assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
+    for row in job.trained.data.rows[:20]:
+        ids = row["input_ids"].tolist()
+        prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
+        config = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16)
+        loop = decode(decoder.backend, prompt, config, decoder.eos_ids)
+        for _ in loop:
+            pass
+        tested, accepted = tested + loop.stats.drafted, accepted + loop.stats.accepted
+    assert abs(accepted / tested - info.agreement["2"]) < 0.25  # of decoded answers, and of the rows' own
+    assert info.trained_exits(6) == (2,) and info.draft_profile(6).acceptance == {"exit 2": info.agreement["2"]}
+
+
+def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt):
+    job, info, _ = learnt
+    [verdict] = job.verdicts(info)
+    assert (verdict.name, verdict.accepted) == ("exit 2", info.agreement["2"]) and verdict.drafts >= 1
+    assert 0 < verdict.speed < 1 / (1 - verdict.accepted) + 1  # tokens of a round at most, each in a pass's time
+
+
+def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
+    """Others, and those of another exit, begin as copies of the last layer."""
+    _, _, folder = learnt
+    job = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
+    known, readers = blocks(folder), dict(job.trained.module.readers.named_parameters())
+    assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
+    last = dict(TransformersBackend(job.trained.trainable.model).layers[-1].named_parameters())
+    assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
+
+
+def test_few_steps_and_weightless_exits_are_not_called_trained(settings, tmp_path):
+    train(settings(recipe=replace(RECIPE, rotation=4)))
+    assert read_info(tmp_path / "out").trained_exits(4) == ()
+    assert read_info(tmp_path / "out").draft_profile(4).acceptance == {}
+
+
+def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):
+    reports = train(settings(recipe=RecipeSettings("none")))
+    assert all(list(report.exit_losses) == [4] for report in reports)
+    info = read_info(tmp_path / "out")
+    assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
+    assert set(info.details["cost"]) == {"tokens", "agreement", "before", "after"}
+
+
+def test_rows_are_held_out_of_many_and_none_of_few(settings):
+    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)).plan for limit in (32, 340)]
+    assert [(plan.rows, plan.held_out, plan.eval_steps) for plan in plans] == [(32, 0, 0), (323, 17, 4)]
+    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True)).plan
+    assert (endless.rows, endless.held_out) == (16, 64)
+
+
+def test_an_adapter_alone_is_saved_without_readers(settings, tmp_path):
+    train(settings(recipe=RecipeSettings(), lora_rank=2, lora_keep=True))
+    assert not (tmp_path / "out" / "exit_blocks.safetensors").exists()
+    assert read_info(tmp_path / "out").details["config"]["recipe"]["exit_reader"] == "none"
+
+
+def test_merged_adapters_have_readers(settings, base, tmp_path):
+    train(settings(recipe=READ, lora_rank=2, lr=1e-2))
+    assert not same_weights(tmp_path / "out", base) and weights(tmp_path / "out").keys() == weights(base).keys()
+    assert list(for_decoding(str(tmp_path / "out"), "cpu").backend.exit_blocks) == [2]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+def test_schedules_of_the_learning_rate(settings, scheduler):
+    rates = [report.learning_rate for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))]
+    assert rates == pytest.approx([0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3])
+
+
+def test_further_arguments_of_transformers(settings):
+    job = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
+    job.run(lambda report: None)
+    with pytest.raises(Exception, match=r"`training_arguments`: .*no_such_argument"):
+        prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))
