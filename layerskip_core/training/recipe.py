@@ -90,8 +90,9 @@ def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
     """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
 
-    5e-5 keeps SmolLM2 (135M) what it is, together with a replay; larger models take less, by the cube root of their size
-    (2.6e-5 at 1B, 1.3e-5 at 8B). LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
+    5e-5 was chosen on SmolLM2 (135M), beside a replay (examples/smollm2/RESULTS.md). That larger models take less, by the cube
+    root of their size (2.6e-5 at 1B, 1.3e-5 at 8B), is not measured. LoRA takes ten times as much (Schulman et al., LoRA
+    Without Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:
         return 2e-5

@@ -103,10 +103,7 @@ def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -
 
 
 class OwnText:
-    """Text that the original wrote, as it read it. The model in training reads it again at the end.
-
-    Both in fp32: in bf16 rounding alone changes one best token in a hundred.
-    """
+    """Text that the original wrote, as it read it. The model in training reads it again at the end, in fp32 both times."""
 
     def __init__(self, module: "RecipeModule", texts: Sequence[tuple[list[int], list[int]]]) -> None:
         """`texts`: with their beginnings, which the original did not write."""

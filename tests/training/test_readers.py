@@ -16,6 +16,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.decoding import decode
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
+from layerskip_core.training import worth
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
@@ -131,11 +132,25 @@ def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
     assert info.trained_exits(6) == (2,) and info.draft_profile(6).acceptance == {"exit 2": info.agreement["2"]}
 
 
-def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt):
+class Passes:
+    """One second per layer and 2 for the head, whatever the number of tokens."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def seconds(self, start, stop, tokens=1, head=False):
+        return float(stop - start + 2 * head)
+
+
+def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
+    """A round of d drafts takes d + 1 times 2 layers, the block and the head, and 4/6 of a pass; a plain step 8 seconds."""
+    monkeypatch.setattr(worth, "_Passes", Passes)
     job, info, _ = learnt
     [verdict] = job.verdicts(info)
-    assert (verdict.name, verdict.accepted) == ("exit 2", info.agreement["2"]) and verdict.drafts >= 1
-    assert 0 < verdict.speed < 1 / (1 - verdict.accepted) + 1  # tokens of a round at most, each in a pass's time
+    share = info.agreement["2"]
+    speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * (d + 1) + 16 / 3) for d in (1, 2, 3, 4, 5, 6, 8)}
+    assert (verdict.name, verdict.accepted) == ("exit 2", share)
+    assert verdict.speed == pytest.approx(speeds[verdict.drafts]) and verdict.speed == pytest.approx(max(speeds.values()))
 
 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
