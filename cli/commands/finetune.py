@@ -270,6 +270,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         lines.append(
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
             f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
+            + ("" if cost.task is None else f"; held-out loss {cost.task[0]:.3f} -> {cost.task[1]:.3f}")
         )
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")

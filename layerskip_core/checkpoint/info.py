@@ -42,14 +42,15 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What a training changed beside its task: over `tokens` of the original's own text, the share of best next tokens that are
-    the same (`agreement`), and the perplexity of the model before and after.
+    """What a training changed at full depth. Over `tokens` of the original's own text: the share of best next tokens that stay
+    the same (`agreement`), and the perplexity before and after. `task`: the loss on held-out rows before and after, in nats.
     """
 
     tokens: int
     agreement: float
     before: float
     after: float
+    task: tuple[float, float] | None = None
 
 
 class _Training(msgspec.Struct, frozen=True):

@@ -296,7 +296,7 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
     spec, dtype, device, packing = source.spec, source.dtype, source.device, source.packing
     note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
     kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
-    order = token_order(path, spec.vocab) if packing.draft_vocab else None
+    order = token_order(path, spec.vocab)
     backend = kind(spec, source.take(), packing, order, source.int4, source.exit_blocks)
     return backend, () if note is None else (note,)
 
@@ -314,7 +314,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
         raise CheckpointError(
             f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
         )
-    order = token_order(folder, spec.vocab) if packing.draft_vocab else None
+    order = token_order(folder, spec.vocab)
     blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)

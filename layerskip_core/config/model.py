@@ -36,8 +36,9 @@ class PackingConfig:
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
     agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
-    token_order.json, else the tokenizer's first. `adaptive`: the model gets a low-bit copy of all layers where nothing else was
-    asked for and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
+    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `adaptive`: the model gets a
+    low-bit copy of all layers where nothing else was asked for and a kernel is there. `rounds_drafter`: a drafter in the
+    EAGLE-3 layout has low bits without being asked for.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
@@ -47,7 +48,10 @@ class PackingConfig:
     ] = ()
     draft_layers: int = 0
     draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None
-    draft_vocab: Annotated[CountOrNone, Flag("Draft among the N most frequent tokens only; 0: among all.")] = 0
+    draft_vocab: Annotated[
+        CountOrNone,
+        Flag("Draft among the N most frequent tokens only.", default="all; 4096 at exits trained here with a large vocabulary"),
+    ] = 0
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
     rounds_drafter: bool = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.backend import Backend, joined, states_at
+from ..model.backend import Backend, Submodel, joined, states_at
 from ..model.cache import KVCache, TokenRows
 from ..model.exit_blocks import DraftBlock, target_block
 from .drafters import Draft
@@ -221,10 +221,10 @@ class CalmTarget:
         """The logits (1, 1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
         block = self._blocks[layers]
         if layers < self._model.num_layers:
-            logits = (self._draft_side.unembed if block is None else self._draft_side.exit_blocks[layers].head)(hidden)
-            if float(logits.float().softmax(-1).amax()) <= self._confidence:
+            head, few = self._draft_side.head(Submodel(layers, block=block and self._draft_side.exit_blocks[layers]))
+            if float((logits := head(hidden)).float().softmax(-1).amax()) <= self._confidence:
                 return None
-            if self._draft_side.vocabulary is None:
+            if few is None:
                 return TargetOutput(logits, layers)
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
 

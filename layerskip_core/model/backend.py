@@ -126,8 +126,25 @@ None if they are too many for one call.
 """
 
 
+class DraftHead(NamedTuple):
+    """What chooses drafts.
+
+    Attributes:
+        unembed: norm and head, (..., D) to logits (..., N) in the order of `vocabulary`.
+        vocabulary: the tokens that it scores; None for all.
+    """
+
+    unembed: Callable[[Tensor], Tensor]
+    vocabulary: DraftVocabulary | None = None
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The token ids (...) with the largest of the logits (..., N)."""
+        chosen = most_probable(logits)
+        return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
+
+
 DraftKernel = Callable[
-    [Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
+    [DraftHead, Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
 ]
 """Drafts greedily for one row: at most d tokens after a token (1, 1), whose position is the first of `positions` (1, d).
 
@@ -139,36 +156,37 @@ of all but the last; and the probabilities of the drafts, empty if the ends need
 
 @dataclass(frozen=True)
 class DraftSide:
-    """Layers and a head that draft for a backend; each is shared with the backend or a cheaper copy.
+    """Layers and heads that draft for a backend; each is shared with the backend or a cheaper copy.
 
     Attributes:
         layers: may be followed by those of exit blocks.
         num_layers: without those of exit blocks.
-        unembed: final norm and head, (..., D) to logits (..., N) in the order of `vocabulary`.
-        exit_blocks: by exit. Their heads score the tokens of `vocabulary`.
-        vocabulary: the tokens that the heads score; None for all.
+        whole: the head after all layers, or all but some.
+        at_exits: the head at exits without a block, which may score fewer tokens.
+        exit_blocks: by exit.
         shares_states: whether hidden states equal the backend's, so that verification can continue from them.
         kernel: makes a whole greedy draft in one call.
     """
 
     layers: Layers
     num_layers: int
-    unembed: Callable[[Tensor], Tensor]
+    whole: DraftHead
+    at_exits: DraftHead
     exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)
-    vocabulary: DraftVocabulary | None = None
     shares_states: bool = True
     kernel: DraftKernel | None = None
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The token ids (...) with the largest of the logits (..., N)."""
-        chosen = most_probable(logits)
-        return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
+    def head(self, submodel: Submodel) -> DraftHead:
+        if (block := submodel.block) is not None:
+            return DraftHead(block.head, block.vocabulary)
+        return self.at_exits if submodel.exit_layer < self.num_layers and not submodel.beyond else self.whole
 
 
 def beyond_exit(
     side: DraftSide, submodel: Submodel, states: Tensor, positions: Tensor, cache: KVCache, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, 1, N) from the states (B, 1, D) of one token of each row after the exit, and the feature of the next token.
+    """Logits (B, 1, N) of the side's head from the states (B, 1, D) of one token of each row after the exit, and the feature of
+    the next token.
 
     `feature` (B, 1, D): of these tokens, if the exit's block needs it.
     """
@@ -176,7 +194,7 @@ def beyond_exit(
     if block is not None:
         hidden = block.run(side.layers, states, feature, positions, cache)
         return block.head(hidden), block.own_feature(hidden)
-    return side.unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
+    return side.head(submodel).unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
 
 
 class Backend(Layers, Protocol):

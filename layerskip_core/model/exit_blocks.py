@@ -19,6 +19,7 @@ from ..errors import CheckpointError, ConfigError
 from .cache import KVCache
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes
+from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class PlacedBlock:
         taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
         is_fed: whether it reads a feature of the token before, too: then it can only draft, after passes of the whole model.
         starts_later: whether the first token of a text, which has none before it, has no entry.
-        vocabulary: the tokens that its head scores, if they are others than those of its draft side.
+        vocabulary: the tokens that its head scores; None for all.
         kernel: makes a whole greedy draft in one call, where its drafts start at the embedding; None: its draft side's does.
     """
 
@@ -87,8 +88,9 @@ class PlacedBlock:
     head: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor]
     join: Callable[[Tensor], Tensor] | None
+    vocabulary: DraftVocabulary | None = None
 
-    starts_later, vocabulary, kernel = False, None, None
+    starts_later, kernel = False, None
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -2,19 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from .backend import Chooser, DraftKernel, DraftSide
+from .backend import Chooser, DraftHead, DraftKernel, DraftSide
 from .cache import KVCache
 from .eagle3 import Eagle3Weights
 from .exit_blocks import NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
-from .vocabulary import DraftVocabulary
+from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
 CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
@@ -97,15 +97,16 @@ class RepackedLayers(ABC):
 class _Chain:
     """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
 
-    Of its heads the first verifies and the last drafts. `blocks`: by exit, each with all of the heads.
+    `whole` and `at_exits` are heads that draft. `blocks`: by exit.
     """
 
     low_bits: Quantization | None
     exact: bool
     depth: int
-    heads: list[Any]
+    whole: DraftHead
+    at_exits: DraftHead
     layers: list[Any] = field(default_factory=list)
-    blocks: dict[int, list[PlacedBlock]] = field(default_factory=dict)
+    blocks: dict[int, PlacedBlock] = field(default_factory=dict)
 
 
 class RepackedBackend(ABC):
@@ -131,7 +132,8 @@ class RepackedBackend(ABC):
             spec: of the model.
             take: gives its weights by their names in a checkpoint; each is taken once.
             packing: low bits, and what drafts.
-            token_order: ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order.
+            token_order: ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order. Exits draft
+                among the first EXIT_VOCABULARY of an order unless `draft_vocab` says otherwise.
             int4: calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
             exit_blocks: those of the model's exits.
             embedding: instead of the one that `take` gives.
@@ -151,21 +153,19 @@ class RepackedBackend(ABC):
             self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
             self._prepare(packing)
             norm = norm_weights(weights, spec.names.norm, spec)
-            vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
-            chains = self._headed_chains(weights, norm, packing, vocabulary)
+            self._head, chains = self._headed_chains(weights, norm, packing, token_order)
+            self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
-            self._layers, self._head = runners[0], chains[0].heads[0]
-            self.exit_blocks = {exit_layer: placed[0] for exit_layer, placed in chains[0].blocks.items()}
+            self._layers = runners[0]
             self.normed = self._norm(norm)
             drafter, place = exit_blocks.eagle3, self._chain_spec.layers - 1
             self.eagle3 = None if drafter is None else self.placed_eagle3(drafter, place, packing)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
-            head, own = chain.heads[-1], layers is self._layers
-            blocks = {exit_layer: placed[-1] for exit_layer, placed in chain.blocks.items()}
-            kernel = self._draft_kernel(layers, head, vocabulary, own)
-            side = DraftSide(layers, chain.depth, head, blocks, vocabulary, own, kernel)
+            own = layers is self._layers
+            kernel = self._draft_kernel(layers, own)
+            side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
         self.implementation = named_int4(self._described(packing), int4 is not None)
@@ -224,29 +224,36 @@ class RepackedBackend(ABC):
     @abstractmethod
     def _layers_of(self, layers: list[Any], exact: bool) -> RepackedLayers: ...
 
-    def _draft_kernel(self, layers: Any, head: Any, vocabulary: DraftVocabulary | None, own: bool) -> DraftKernel | None:
+    def _draft_kernel(self, layers: Any, own: bool) -> DraftKernel | None:
         """The function that writes a whole draft in one call, or None. `own`: the layers also verify."""
         return None
 
     def _headed_chains(
-        self, weights: Weights, norm: Affine, packing: PackingConfig, vocabulary: DraftVocabulary | None
-    ) -> list[_Chain]:
-        """The model's own chain and the copies that draft, with their heads and without layers."""
-        quantize, exact, layers = packing.quantize, packing.exact, self.spec.layers
+        self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None
+    ) -> tuple[Any, list[_Chain]]:
+        """The head that verifies; the model's own chain and the copies that draft, with their heads and without layers."""
+        quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
+        few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
+        trims_exits = count > 0 or (order is not None and self.spec.vocab > 4 * EXIT_VOCABULARY)
 
-        def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> Any:
+        def head(kind: Quantization | None, rows: DraftVocabulary | None = None, exact: bool = False) -> Any:
             return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
 
-        heads = [head(quantize, None, exact)]
-        if vocabulary is not None:
-            heads.append(head(quantize, vocabulary))
-        chains: list[_Chain] = [_Chain(quantize, exact, layers, heads)]
+        def drafting(kind: Quantization | None, all_tokens: Callable[[], Any]) -> tuple[DraftHead, DraftHead]:
+            trimmed = DraftHead(head(kind, few), few) if trims_exits else None
+            whole = trimmed if trimmed and count else DraftHead(all_tokens())
+            return whole, trimmed or whole
+
+        verifying = head(quantize, exact=exact)
+        chains = [_Chain(quantize, exact, layers, *drafting(quantize, lambda: verifying))]
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
-            cheap = heads[-1] if kind == quantize and not exact else head(kind, vocabulary)
-            chains += [_Chain(copy, False, packing.draft_layers or layers, [cheap]) for copy in packing.draft_weights]
-        return chains
+            shared = kind == quantize and not exact
+            heads = (chains[0].whole, chains[0].at_exits) if shared else drafting(kind, lambda: head(kind))
+            depth = packing.draft_layers or layers
+            chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
+        return verifying, chains
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
         """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
@@ -266,8 +273,12 @@ class RepackedBackend(ABC):
                 if block:
                     norm = norm_weights(own, "norm", self.spec)
                     join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
-                    placed = (PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join) for head in chain.heads)
-                    chain.blocks[depth] = list(placed)
+                    head: Any = chain.at_exits.unembed
+                    few = chain.at_exits.vocabulary
+                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few)
+                    if chain is chains[0]:
+                        whole = self._head.with_norm(norm)
+                        self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
         """The calibrated weights where int4 is to be packed and there are any."""

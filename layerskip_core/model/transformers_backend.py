@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config.model import PackingConfig, Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, runs_on_kernels
-from .backend import DraftSide
+from .backend import DraftHead, DraftSide
 from .cache import Entry, KVCache, MixedCache
 from .cut import CutModel, Form, Forward, hidden_of, replaced
 from .eagle3 import Eagle3Weights, PlacedEagle3
@@ -118,7 +118,8 @@ class TransformersBackend:
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """The model itself."""
-        return {None: DraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}
+        head = DraftHead(self.unembed)
+        return {None: DraftSide(self, self.num_layers, head, head, self.exit_blocks)}
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> MixedCache:
         positions = min(max_positions or self.spec.context, self.spec.context)

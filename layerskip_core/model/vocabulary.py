@@ -10,6 +10,7 @@ from ..errors import CheckpointError
 from ..files import read_json
 
 ORDER_FILE = "token_order.json"
+EXIT_VOCABULARY = 4096  # tokens that exits draft among by default, where the vocabulary is more than four times as large
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
@@ -22,7 +23,8 @@ class DraftVocabulary:
 
     def __init__(self, total: int, count: int, order: list[int] | None = None) -> None:
         """`order`: distinct ids below V. Ids that it lacks follow in the order of their numbers, as they do without it."""
-        self._left_out = max(0, total - count)
+        self.count = min(total, count)
+        self._left_out = total - self.count
         self.ids: Tensor | None = None  # of the N tokens; None for 0..N-1
         if order is not None:
             known = set(order)

@@ -193,6 +193,18 @@ def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
+def parts_of(rows: Any) -> list[tuple[list[int], list[int]]]:
+    """A few rows as (the tokens before the first target, the tokens from it on); none with gaps, nor packed ones."""
+    parts = []
+    for row in itertools.islice(rows, _HELD_OUT):
+        targets = np.asarray(row["labels"]) != IGNORED
+        first = max(1, int(targets.argmax()))  # nothing predicts the first token
+        if "documents" not in row and targets[first:].all():
+            ids = np.asarray(row["input_ids"]).tolist()
+            parts.append((ids[:first], ids[first:]))
+    return parts
+
+
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
     rows: Iterable[dict[str, Any]]

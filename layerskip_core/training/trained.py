@@ -44,6 +44,7 @@ from .data import (
     has_target,
     make_encoder,
     ordered,
+    parts_of,
     read_rows,
     rows_per_step,
     run_steps,
@@ -57,7 +58,7 @@ from .plan import Plan, make_plan, timed
 from .progress import LossHistory
 from .recipe import SMALL_MODEL, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import gather_whole, process_index, world_size
-from .worth import OwnText
+from .worth import Original
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
@@ -90,7 +91,7 @@ class WholeModel:
 
     def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
         _require_output(config)
-        self.own: OwnText | None = None  # what the model wrote before the training; None from scratch, and of shards
+        self.original: Original | None = None  # None from scratch, and of shards
         self.scratch = config.recipe.preset == "scratch"
         if not self.scratch:
             self.trainable = for_training(config.model, "cpu", "fp32")
@@ -157,7 +158,8 @@ class WholeModel:
         if process_index() == 0 and not self.scratch and not self.plan.is_sharded:
             progress("texts", 1, 0)
             self.module.eval()
-            self.own = OwnText(self.module, own_texts(decoder_of(self.trainable), self.plan.config.seed))
+            task = [] if self.held_out is None else parts_of(self.held_out.rows)
+            self.original = Original(self.module, own_texts(decoder_of(self.trainable), self.plan.config.seed), task)
         rows: Any = self.data.rows
         plan, held_out = self.plan, None if self.held_out is None else self.held_out.rows
         if isinstance(rows, StreamedRows):
@@ -192,8 +194,8 @@ class WholeModel:
             "agreement": {str(layer): share for layer, share in history.agreement.items() if layer < plan.num_layers},
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
-        if self.own is not None:
-            details["cost"] = msgspec.structs.asdict(self.own.cost(self.module))
+        if self.original is not None:
+            details["cost"] = msgspec.to_builtins(self.original.cost(self.module))
         if self.module.readers:
             details[EXIT_BLOCKS] = {str(layer): {"feature": "none"} for layer in plan.recipe.exits}
         info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.info import Cost
 from ..config.model import PackingConfig
 from ..decoding.drafters.estimates import PassTimes, best_length
-from ..model.backend import Backend, DraftEnds, Submodel
+from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.eagle3 import Eagle3Weights
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Se
     exit's states.
     """
     layers, run = backend.num_layers, _Passes(backend)
-    draft = run.seconds(0, exit_layer, head=not has_block)
+    head = backend.draft_sides[None].at_exits.unembed
+    draft = run.seconds(0, exit_layer, head=None if has_block else head)
     if has_block:
-        draft += run.seconds(layers - 1, layers, head=True)
+        draft += run.seconds(layers - 1, layers, head=head)
     return _worth(run, draft, exit_layer / layers, shares)
 
 
@@ -54,12 +55,12 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[fl
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    newest, submodel = torch.zeros(1, 1, dtype=torch.long), Submodel(0, block=drafter)
+    newest, submodel, head = torch.zeros(1, 1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
 
     def drafts(embedded: Tensor, positions: Tensor) -> Tensor:
         feature, positions = embedded[:, :1], positions + 1
         if drafter.kernel is not None:
-            return drafter.kernel(newest, submodel, positions, cache, DraftEnds(), feature)[0]
+            return drafter.kernel(head, newest, submodel, positions, cache, DraftEnds(), feature)[0]
         places = torch.split(positions, 1, dim=1)
         outputs = (drafter.run(backend, feature, feature, place, cache) for place in places)
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
@@ -83,10 +84,10 @@ class _Passes:
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
-    def seconds(self, start: int, stop: int, tokens: int = 1, head: bool = False) -> float:
+    def seconds(self, start: int, stop: int, tokens: int = 1, head: Callable[[Tensor], Tensor] | None = None) -> float:
         def run(hidden: Tensor, positions: Tensor) -> Tensor:
             hidden = self.backend.run_layers(hidden, start, stop, positions, self._cache)
-            return self.backend.unembed(hidden) if head else hidden
+            return hidden if head is None else head(hidden)
 
         return self.timed(run, tokens)
 
@@ -94,7 +95,7 @@ class _Passes:
 def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -> Worth:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
-    known = [run.seconds(0, layers, tokens, head=True) for tokens in range(1, _LONGEST + 1)]
+    known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
     passes, step, speeds = PassTimes(known[0], 0.0, known), known[0], dict[float, tuple[float, int]]()
     for share in shares:
         rate, drafts = best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)
@@ -102,30 +103,33 @@ def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -
     return Worth(step, draft / step, speeds)
 
 
-class OwnText:
-    """Text that the original wrote, as it read it. The model in training reads it again at the end, in fp32 both times."""
+Texts: TypeAlias = Sequence[tuple[list[int], list[int]]]
+"""Texts with their beginnings, whose tokens are not predicted."""
 
-    def __init__(self, module: "RecipeModule", texts: Sequence[tuple[list[int], list[int]]]) -> None:
-        """`texts`: with their beginnings, which the original did not write."""
-        self._texts = texts
-        self._best, self._loss = self._read(module)
+
+class Original:
+    """A model before its training: how it read texts of its own, and held-out rows. Both are read again at the end, in fp32."""
+
+    def __init__(self, module: "RecipeModule", own: Texts, held_out: Texts) -> None:
+        self._own, self._held_out = own, held_out
+        (self._best, self._loss), (_, self._task) = self._read(module, own), self._read(module, held_out)
 
     def cost(self, module: "RecipeModule") -> Cost:
-        best, loss = self._read(module)
-        count = len(best)
-        return Cost(count, float((best == self._best).sum()) / count, exp(self._loss / count), exp(loss / count))
+        (best, loss), (_, task) = self._read(module, self._own), self._read(module, self._held_out)
+        same = float((best == self._best).float().mean())
+        return Cost(len(best), same, exp(self._loss), exp(loss), (self._task, task) if self._held_out else None)
 
     @torch.no_grad()
-    def _read(self, module: "RecipeModule") -> tuple[Tensor, float]:
-        """(the best tokens (N,) in the place of each that was written, the summed loss)."""
+    def _read(self, module: "RecipeModule", texts: Texts) -> tuple[Tensor, float]:
+        """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
         backend, layers, was_training = module.backend, module.backend.num_layers, module.training
         module.eval()
         best, loss = list[Tensor](), 0.0
-        for start, text in self._texts:
+        for start, text in texts:
             ids = torch.tensor([start + text], device=backend.device)
             states = module.texts.states(ids, (layers,))[layers][0, len(start) - 1 : -1]
             logits = backend.unembed(states).float()
             best.append(logits.argmax(-1).cpu())
             loss += float(F.cross_entropy(logits, ids[0, len(start) :], reduction="sum"))
         module.train(was_training)
-        return torch.cat(best), loss
+        return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))

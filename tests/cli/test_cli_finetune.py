@@ -69,7 +69,9 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
         given,
     )
     assert re.fullmatch(
-        r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+", cost
+        r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
+        r"held-out loss [\d.]+ -> [\d.]+",
+        cost,
     )
     drafter = f"layerskip train-drafter --model out --output out --data {Path('rows.jsonl')}"
     assert saved == "saved out; " + (

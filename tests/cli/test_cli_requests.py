@@ -153,7 +153,7 @@ def test_drafts_are_stored_as_the_policy_says(model):
         """How many tokens each draft side chooses among."""
         backend = for_decoding(f"{model} trimmed", "cpu", "fp32", packing, policies).backend
         state = torch.zeros(1, 1, backend.spec.hidden)
-        return {name: side.unembed(state).shape[-1] for name, side in backend.draft_sides.items()}
+        return {name: side.whole.unembed(state).shape[-1] for name, side in backend.draft_sides.items()}
 
     assert stored() == stored(policies=None) == {None: 200, "int8": 200}
     assert stored(policies=()) == {None: 300}

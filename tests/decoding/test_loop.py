@@ -17,6 +17,7 @@ from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import KVCache, TransformersBackend
+from layerskip_core.model.backend import DraftHead
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -210,11 +211,14 @@ class TableModel:
 
     num_layers, device, exact, ragged = 2, torch.device("cpu"), False, False
     chooser, exit_blocks, eagle3 = None, {}, None
-    shares_states, vocabulary, kernel = True, None, None  # of its draft side, which is the model itself
+    shares_states, kernel = True, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
         self.table, self.spec, self.layers = table, SimpleNamespace(context=table.shape[1]), self
         self.draft_sides = {None: self}
+
+    def head(self, submodel):
+        return DraftHead(self.unembed)
 
     def new_cache(self, batch_size=1, max_positions=None):
         return KVCache(2, batch_size, max_positions)

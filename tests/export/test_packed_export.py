@@ -48,7 +48,7 @@ def states(backend):
         found = [hidden]
         for side in backend.draft_sides.values():
             drafted = side.layers.run_layers(side.layers.embed(IDS), 0, 2, places)
-            found += [drafted, side.unembed(drafted)]
+            found += [drafted, side.whole.unembed(drafted), side.at_exits.unembed(drafted)]
             for block in side.exit_blocks.values():
                 entered = block.enter(drafted, drafted)
                 found.append(block.head(side.layers.run_layers(entered, block.layer, block.layer + 1, places)))

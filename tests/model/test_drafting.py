@@ -62,7 +62,7 @@ def expected(backend):
             if ids.shape[1] == PROMPT.shape[1] + MOST:
                 new = slice(PROMPT.shape[1] - 1, None)
                 return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
-            ids = torch.cat([ids, side.choose(side.unembed(states[EXIT][:, -1:]))], dim=1)
+            ids = torch.cat([ids, side.at_exits.choose(side.at_exits.unembed(states[EXIT][:, -1:]))], dim=1)
 
 
 CASES = [
@@ -118,7 +118,7 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     backend = backend_of(kind, packing)
     known, states = expected(backend)
     with torch.inference_mode():
-        logits = side_of(backend).unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
+        logits = side_of(backend).at_exits.unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
     full = drafted(backend, draft_confidence=1e-30)

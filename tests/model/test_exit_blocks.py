@@ -136,7 +136,7 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
             logits = block.head(hidden[:, -1:])
             probs.append(float(logits.softmax(-1).amax()))
             features = torch.cat([features, block.norm(hidden[:, -1:])], dim=1)
-            ids = torch.cat([ids, side.choose(logits)], dim=1)
+            ids = torch.cat([ids, side.head(Submodel(exit_layer, block=block)).choose(logits)], dim=1)
     assert draft.tokens.tolist() == [ids[0, last:].tolist()]
     assert draft.confidence == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
     assert not side.shares_states or draft.exit_states[exit_layer].shape[1] in (most, most + 1)

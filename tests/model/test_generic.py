@@ -19,12 +19,14 @@ def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
 
 def logits_of(model, ids, edges=(), side=None):
     """Logits (B, T, V) of tokens that run in pieces between the edges, through one cache. `side`: one that drafts."""
-    scorer, layers, cache, pieces = side or model, side.layers if side else model, model.new_cache(len(ids)), []
+    unembed, layers, cache, pieces = model.unembed, model, model.new_cache(len(ids)), list[torch.Tensor]()
+    if side is not None:
+        unembed, layers = side.whole.unembed, side.layers
     with torch.inference_mode():
         for start, stop in pairwise([0, *edges, ids.shape[1]]):
             hidden, positions = layers.embed(ids[:, start:stop]), positions_of(start, stop, len(ids))
             hidden = layers.run_layers(hidden, 0, 1, positions, cache)
-            pieces.append(scorer.unembed(layers.run_layers(hidden, 1, scorer.num_layers, positions, cache)))
+            pieces.append(unembed(layers.run_layers(hidden, 1, (side or model).num_layers, positions, cache)))
     return torch.cat(pieces, dim=1)
 
 

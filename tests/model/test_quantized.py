@@ -8,7 +8,8 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import tiny_model
-from decodings import ids_of, prompt_of
+from decodings import ids_of, native_or_skip, prompt_of
+from exit_block_models import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generic import logits_of
@@ -18,7 +19,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import TorchBackend, TransformersBackend
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend, repacked
+from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.torch_linear import exact_rows, quantized
 from layerskip_core.model.vocabulary import token_order
 
@@ -95,8 +97,8 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
         side = model.draft_sides[None]
         with torch.inference_mode():
             hidden = model.embed(torch.tensor([prompt_of(9)]))
-            torch.testing.assert_close(side.unembed(hidden), model.unembed(hidden)[..., first])
-        assert side.shares_states and side.vocabulary.tokens(torch.arange(5)).tolist() == first
+            torch.testing.assert_close(side.whole.unembed(hidden), model.unembed(hidden)[..., first])
+        assert side.shares_states and side.at_exits.vocabulary.tokens(torch.arange(5)).tolist() == first
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "max_new_tokens": 40}
     assert output(model, prompt_of(9), **settings)[0] == plain(model, prompt_of(9), max_new_tokens=40)
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
@@ -111,6 +113,35 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     assert known[1].accepted > unknown[1].accepted == 0
     sampled, stats = output(model, prompt_of(9), temperature=1.0, seed=1, **settings)
     assert len(sampled) == 40 and 0 < stats.accepted < stats.drafted
+
+
+@pytest.mark.parametrize("kind", [TorchBackend.of, native_or_skip])
+def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, monkeypatch):
+    """With and without a block, by own layers and by a copy. Drafts after all layers have all tokens."""
+    monkeypatch.setattr(repacked, "EXIT_VOCABULARY", 16)  # a quarter of 67 is more
+    order = list(range(40, 60))
+
+    def model(order, **packing):
+        torch_model = tiny_model(**WIDE)
+        blocks = random_blocks(torch_model, ExitBlock(2))
+        return kind(torch_model, PackingConfig(**packing), token_order=order, exit_blocks=blocks)
+
+    trimmed = model(order, draft_weights=("int8",))
+    for side in trimmed.draft_sides.values():
+        for exit_layer, kept in ((2, order[:16]), (3, order[:16]), (6, None)):
+            block = side.exit_blocks.get(exit_layer)
+            vocabulary = side.head(Submodel(exit_layer, block=block)).vocabulary
+            assert (vocabulary and vocabulary.ids.tolist()) == kept
+    block = trimmed.draft_sides[None].exit_blocks[2]
+    hidden = trimmed.embed(torch.tensor([prompt_of(9)]))
+    with torch.inference_mode():
+        torch.testing.assert_close(block.head(hidden), trimmed.exit_blocks[2].head(hidden)[..., order[:16]])
+    settings = {"num_draft_tokens": 3, "max_new_tokens": 40}
+    for exit_layer in (2, 3):
+        drafted = output(trimmed, prompt_of(9), exit_layer=exit_layer, **settings)[0]
+        assert drafted == plain(trimmed, prompt_of(9), max_new_tokens=40)
+    for whole in (model(None), model(order, draft_vocab=67)):
+        assert whole.draft_sides[None].at_exits.unembed(hidden).shape[-1] == 67
 
 
 def test_a_token_order_is_read_and_checked(tmp_path):
@@ -198,11 +229,11 @@ def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_p
         backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(draft_vocab=2)).backend
         with torch.inference_mode():
             hidden = backend.embed(ids)
-            torch.testing.assert_close(backend.draft_sides[None].unembed(hidden), backend.unembed(hidden)[..., [299, 7]])
+            found = backend.draft_sides[None].at_exits.unembed(hidden)
+            torch.testing.assert_close(found, backend.unembed(hidden)[..., [299, 7]])
     (folder / "token_order.json").write_text("[300]")
-    refused = run("generate", "x", "--model", str(folder), "--draft-vocab", "2")
+    refused = run("generate", "x", "--model", str(folder))
     assert refused.code == 1 and "token_order.json must be a list of distinct token ids below 300" in refused.err
-    assert run("generate", "x", "--model", str(folder), "--max-new-tokens", "2").code == 0
 
 
 def test_weight_flags_on_the_command_line(tmp_path, checkpoint):

@@ -174,7 +174,14 @@ def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
     assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
-    assert set(info.details["cost"]) == {"tokens", "agreement", "before", "after"}
+    assert set(info.details["cost"]) == {"tokens", "agreement", "before", "after", "task"} and info.cost.task is None
+
+
+def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
+    train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8))
+    info = read_info(tmp_path / "out")
+    before, after = info.cost.task
+    assert after < before and after == pytest.approx(info.details["validation_losses"]["4"], rel=1e-3)
 
 
 def test_rows_are_held_out_of_many_and_none_of_few(settings):

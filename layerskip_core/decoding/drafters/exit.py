@@ -50,7 +50,8 @@ class ExitDrafter:
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._is_ragged = setup.model.ragged and not self._reuses and (block is None or not block.is_fed)
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
-        self._vocabulary = side.vocabulary if block is None or block.vocabulary is None else block.vocabulary
+        self._head = side.head(submodel)
+        self.vocabulary = self._head.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident.
@@ -65,7 +66,7 @@ class ExitDrafter:
         submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
         features = context.features.get(self._exit)
         if self._kernel is not None:
-            tokens, states, probs = self._kernel(context.newest, submodel, positions, context.cache, ends, features)
+            tokens, states, probs = self._kernel(self._head, context.newest, submodel, positions, context.cache, ends, features)
             return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, confidence=probs)
         recorder = self._recorder
         if recorder is None or ends.needs_probs or features is not None:
@@ -92,7 +93,7 @@ class ExitDrafter:
             states = side.layers.run_layers(hidden, 0, self.submodel.exit_layer, positions, cache)
             logits, _ = beyond_exit(side, self.submodel, states, positions, cache, None)
             token = tokens[-1].clone()
-            token[going] = side.choose(logits)
+            token[going] = self._head.choose(logits)
             tokens.append(token)
             for row in going:
                 if int(token[row]) in self._eos_ids:
@@ -106,7 +107,7 @@ class ExitDrafter:
         largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row
         unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
         drafted: list[list[int]] = [[] for _ in rooms]  # by row, where logits are processed
-        vocabulary = self._vocabulary
+        vocabulary = self.vocabulary
         # What a grammar forces is no choice: such tokens of one row run through the layers together.
         forces = bool(self._sampler.processors) and len(rooms) == 1 and submodel.block is None and self._looks
         forces = forces and self._sampler.is_greedy
@@ -126,10 +127,10 @@ class ExitDrafter:
             logits = logits[:, -1:]
             states += [{stop: each[:, place : place + 1] for stop, each in reached.items()} for place in range(token.shape[1])]
             if self._sampler.processors:
-                logits = logits if self._vocabulary is None else self._vocabulary.spread(logits, -torch.inf)
+                logits = logits if self.vocabulary is None else self.vocabulary.spread(logits, -torch.inf)
                 logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
                 vocabulary = None
-                if self._vocabulary is not None:  # which may lack all that a grammar permits
+                if self.vocabulary is not None:  # which may lack all that a grammar permits
                     dead = (logits[:, 0].amax(-1) == -torch.inf).tolist()
                     rooms = [min(room, step) if none else room for none, room in zip(dead, rooms, strict=True)]
             draft_probs = self._sampler.probs(logits)

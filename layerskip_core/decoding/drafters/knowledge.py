@@ -256,8 +256,7 @@ def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: Draf
         is_exit = exit_layer < spec.layers
         known = profile.drafts if profile.passes else {}  # without both the units would differ
         block = drafter.submodel.block
-        tokens = None if block is None or block.vocabulary is None else block.vocabulary.ids
-        scored = 1.0 if tokens is None else len(tokens) / spec.vocab
+        scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
         part = (exit_layer + (block is not None)) * layer + head * scored
         steps = passes.of_part(known.get(name, part * passes.of(1) * _COPY_COST.get(weights or "", 1.0)), part)
         acceptance, strength = profile.acceptance.get(name), _MEASURED

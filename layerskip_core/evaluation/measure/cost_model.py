@@ -182,8 +182,9 @@ def agreement(
     after, places = None if features is None else features[:, first:], positions[:, first:]
     states = states_at(drafting.layers, drafting.layers.embed(tokens[:, first:]), exits, places, cache)
     for stop, hidden in states.items():
-        logits, _ = beyond_exit(drafting, Submodel(stop, block=blocks.get(stop)), hidden, places, cache, after)
-        choices[stop] = drafting.choose(logits)[0].tolist()
+        submodel = Submodel(stop, block=blocks.get(stop))
+        logits, _ = beyond_exit(drafting, submodel, hidden, places, cache, after)
+        choices[stop] = drafting.head(submodel).choose(logits)[0].tolist()
     return choices
 
 

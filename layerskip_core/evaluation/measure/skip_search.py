@@ -70,7 +70,7 @@ class Probe:
                 run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], self._cache)
                 for block in reversed(blocks)
             ]
-            chosen = self._side.choose(self._side.unembed(torch.cat(parts[::-1], dim=1)))[0]
+            chosen = self._side.whole.choose(self._side.whole.unembed(torch.cat(parts[::-1], dim=1)))[0]
             for written, kept in zip(self._cache.storages, self._kept, strict=True):
                 written.copy_(kept)
         return chosen.tolist()

@@ -99,7 +99,5 @@ class NativeBackend(RepackedBackend):
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
         return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers)
 
-    def _draft_kernel(
-        self, layers: NativeLayers, head: NativeLinear, vocabulary: DraftVocabulary | None, own: bool
-    ) -> DraftKernel:
-        return partial(draft, layers, head, self.spec, vocabulary, own)
+    def _draft_kernel(self, layers: NativeLayers, own: bool) -> DraftKernel:
+        return partial(draft, layers, self.spec, own)

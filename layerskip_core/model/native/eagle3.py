@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
-from ..backend import DraftEnds, Submodel
+from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import KVCache
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
 from ..spec import FULL, ModelSpec
@@ -80,12 +80,18 @@ class NativeEagle3:
         return hidden
 
     def kernel(
-        self, token: Tensor, submodel: Submodel, positions: Tensor, cache: KVCache, ends: DraftEnds, feature: Tensor | None
+        self,
+        head: DraftHead,
+        token: Tensor,
+        submodel: Submodel,
+        positions: Tensor,
+        cache: KVCache,
+        ends: DraftEnds,
+        feature: Tensor | None,
     ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
         """A `DraftKernel`."""
         layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        own = self._layers, self.head, self._spec, self.vocabulary
-        return draft(*own, False, token, layer, positions - 1, cache, ends, feature)
+        return draft(self._layers, self._spec, False, head, token, layer, positions - 1, cache, ends, feature)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:

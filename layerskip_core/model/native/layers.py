@@ -8,13 +8,12 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, Submodel
+from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import KVCache
 from ..exit_blocks import PlacedBlock
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
 from ..spec import ExpertsSpec, ModelSpec
-from ..vocabulary import DraftVocabulary
 from ..weights import (
     Affine,
     Weights,
@@ -290,10 +289,9 @@ class NativeLinear:
 
 def draft(
     layers: NativeLayers,
-    head: NativeLinear,
     spec: ModelSpec,
-    vocabulary: DraftVocabulary | None,
     runs_last: bool,
+    chosen_by: DraftHead,
     token: Tensor,
     submodel: Submodel,
     positions: Tensor,
@@ -301,16 +299,17 @@ def draft(
     ends: DraftEnds,
     feature: Tensor | None,
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
-    """A `DraftKernel`, after the arguments that stay the same: `vocabulary` holds the tokens of the head's outputs.
+    """A `DraftKernel`, after the arguments that stay the same.
 
     The states are those of K+1 tokens. Without `runs_last` the last draft, whose states a target needs that continues from
     them, is not run: they are those of K tokens.
     """
-    exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
+    exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     join, joined = None, None if feature is None else torch.cat((feature, feature), dim=1).to(torch.float32)
     if (block := submodel.block) is not None:
-        assert isinstance(block, PlacedBlock) and isinstance(block.head, NativeLinear)
-        beyond, head, join = ((block.layer, block.layer + 1),), block.head, block.join
+        assert isinstance(block, PlacedBlock)
+        beyond, join = ((block.layer, block.layer + 1),), block.join
+    assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
