@@ -2,8 +2,8 @@
 
 As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
 A request is prefilled, alone or with others of short prompts, and then joins the loop that decodes by the same settings; loops
-with different settings take their steps in turn. Between two steps few prompts are prefilled, so that new requests do not hold
-up those that are being answered.
+with different settings take their steps in turn. Between two steps few tokens of prompts are prefilled, a long one in pieces
+(Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not hold up those that are being answered.
 """
 
 import threading
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
-from .decoding import DecodeStats, DecodingLoop, SharedPrefixes, StopReason, check_prompt
+from .decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from .decoding.drafters.lookup import EarlierAnswers
 from .decoding.engine import RowStep
 from .decoding.output import OutputText, TokenLogprobs
@@ -142,7 +142,7 @@ class Scheduler:
         decoder: Decoder,
         batch_size: int,
         earlier: EarlierAnswers | None = None,
-        prefixes: SharedPrefixes | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """`earlier`: answers that lookups of every request search too; each answer is added to them.
 
@@ -152,11 +152,12 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
+        self._filling: tuple[DecodingLoop, dict[int, Request]] | None = None  # of a prompt that runs in pieces
 
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(rows) for _, rows in self._groups.values())
+        return sum(len(rows) for _, rows in self._loops())
 
     @property
     def held(self) -> int:
@@ -171,7 +172,7 @@ class Scheduler:
         if request in self._queue(request):
             self._queue(request).remove(request)
             return True
-        for loop, rows in self._groups.values():
+        for loop, rows in self._loops():
             for row in [row for row, running in rows.items() if running is request]:
                 loop.drop(row)
                 del rows[row]
@@ -186,7 +187,10 @@ class Scheduler:
         """
         done = self._embed() if self._embeddings else []
         room = _PREFILLED
-        while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
+        if self._filling is not None:
+            filling, self._filling, room = self._filling, None, 0
+            done += self._run(*filling)
+        while room > 0 and self._waiting and self.running < self._batch_size and (requests := self._next(room)):
             room -= len(requests) * max(map(self._missing, requests))
             done += self._prefill(requests)
         for loop, rows in self._groups.values():
@@ -196,11 +200,12 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for _, rows in self._groups.values() for request in rows.values())
+        decoding = (request for _, rows in self._loops() for request in rows.values())
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
         self._waiting.clear()
         self._embeddings.clear()
         self._groups.clear()
+        self._filling = None
         return _failed(requests, error)
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
@@ -221,8 +226,8 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        An empty list if this step has no room for it any more. Prefilled alone: a longer prompt than any step has room for, and
-        one that begins as a text that is known.
+        An empty list if this step has no room for it any more. Prefilled alone: a longer prompt than any step has room for,
+        which takes several, and one that begins as a text that is known.
         """
         first = self._waiting[0]
         requests: list[Request] = []
@@ -246,7 +251,7 @@ class Scheduler:
             target = target_of(self._decoder.backend, request.config)
         except LayerSkipError:  # which the request is told when it is prefilled
             return len(request.ids)
-        return len(request.ids) - self._prefixes.known(target, request.ids)
+        return len(request.ids) - self._prefixes.known(self._decoder.backend, target, request.ids)
 
     def _prefill(self, requests: list[Request]) -> list[Request]:
         """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
@@ -266,14 +271,24 @@ class Scheduler:
         ends, seeds = decoder.ends_of(first.config), [request.config.seed for request in rows.values()]
         try:
             backend, detokenize = decoder.backend, decoder.detokenize
-            kept: dict[str, Any] = {"earlier": self._earlier, "shared": self._prefixes}
-            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, **kept)
+            kept: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
+            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, piece=_PREFILLED, **kept)
             first.reused = loop.reused_tokens
         except BaseException as error:
             return done + _failed(rows.values(), error)
-        done += _advance(loop, rows)
+        return done + self._run(loop, rows)
+
+    def _run(self, loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
+        """Prefills a loop, or a piece of it, and lets its requests join the loop with their settings. Returns those that are
+        over.
+        """
+        done = _advance(loop, rows)
         if not rows:
             return done
+        if not loop.is_filled:
+            self._filling = loop, rows
+            return done
+        first = next(iter(rows.values()))
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
         config = first.config
         key = first if self._is_single(first) else (config.shared, config.changes_logits, config.logprobs is None)
@@ -285,8 +300,13 @@ class Scheduler:
                 done += _failed([*self._groups.pop(key)[1].values(), *rows.values()], error)
         return done
 
+    def _loops(self) -> list[tuple[DecodingLoop, dict[int, Request]]]:
+        return [*self._groups.values(), *([] if self._filling is None else [self._filling])]
+
     def _forget_empty_groups(self) -> None:
         self._groups = {key: group for key, group in self._groups.items() if group[1]}
+        if self._filling is not None and not self._filling[1]:
+            self._filling = None
 
     def _is_single(self, request: Request) -> bool:
         """Whether no other can share its loop."""
@@ -338,7 +358,7 @@ class Engine:
         batch_size: int,
         queue_size: int,
         earlier: EarlierAnswers | None = None,
-        prefixes: SharedPrefixes | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. The others are Scheduler's."""
         self.held = self.running = 0

@@ -11,6 +11,7 @@ from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS
+from layerskip_core.model.pages import PagedCache
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
@@ -51,6 +52,20 @@ def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eo
     context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, features)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
+
+
+def entries(cache, row=0):
+    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels."""
+    if not isinstance(cache, PagedCache):
+        [cache] = getattr(cache, "parts", [cache])
+        return cache.entries(row, cache.capacity)
+    held = torch.cat([page.content for page in cache._pages[row]], dim=3)
+    keys, values = held.unbind(1)
+    layers, heads, places, size = keys.shape
+    together = 4 // held.element_size()  # numbers that stand side by side
+    keys = keys.reshape(layers, heads, -1, size // together, 16, together).transpose(3, 4)
+    values = values.reshape(layers, heads, -1, size, together).transpose(3, 4)
+    return torch.stack([part.reshape(layers, heads, places, size) for part in (keys, values)], dim=1)
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
-from layerskip_core.decoding import DecodingLoop, PrefixCache, decode
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
@@ -166,8 +167,8 @@ def test_texts_that_begin_alike_share_keys_and_values():
     first, second = [5, 11, 23, 42, 8], [5, 11, 23, 42, 8, 9, 30]
 
     def texts(model):
-        prefix = PrefixCache()
-        return [ids_of(decode(model, ids, config, prefix=prefix)) for ids in (first, second)]
+        prefixes = Prefixes(inf, least=1)
+        return [ids_of(decode(model, ids, config, prefixes=prefixes)) for ids in (first, second)]
 
     with simulated_cuda():
         found = texts(backend_on("cuda", "packed"))
@@ -199,8 +200,8 @@ def test_benchmarks(on_gpu, checkpoint):
 def test_stats_say_what_ran(on_gpu):
     """`generate` replays passes, and `chat`, whose texts share keys and values, does not."""
     config = DecodingConfig("autoregressive", max_new_tokens=12, ignore_eos=True)
-    for prefix, kernels in ((None, "packed, CUDA graphs"), (PrefixCache(), "packed")):
-        stats = TextStream(on_gpu, PROMPTS[0], config, prefix).finish().stats
+    for prefixes, kernels in ((None, "packed, CUDA graphs"), (Prefixes(inf), "packed")):
+        stats = TextStream(on_gpu, PROMPTS[0], config, prefixes).finish().stats
         assert f"; layers: {kernels}, float32 on cuda:0; " in stats_text(stats, on_gpu, None)
 
 

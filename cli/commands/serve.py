@@ -78,7 +78,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         raise LayerSkipError(
             f"serve needs the extra `serve`, whose package {error.name} is missing: pip install 'layerskip[serve]'"
         ) from None
-    from layerskip_core.decoding import SharedPrefixes
+    from layerskip_core.decoding import Prefixes
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.serving import Engine
 
@@ -89,7 +89,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
-        kept = EarlierAnswers(serving.remember), SharedPrefixes(serving.prefix_cache * 2**20)
+        kept = EarlierAnswers(serving.remember), Prefixes(serving.prefix_cache * 2**20)
         engine = Engine(loaded, serving.batch_size, serving.queue_size, *kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()

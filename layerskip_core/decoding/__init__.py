@@ -2,14 +2,13 @@
 
 from .engine import DecodingLoop, check_prompt, decode, decode_batch
 from .output import Answer, DecodeStats, StopReason, StopScanner, before_stop, step_counts
-from .target import PrefixCache, SharedPrefixes
+from .target import Prefixes
 
 __all__ = [
     "Answer",
     "DecodeStats",
     "DecodingLoop",
-    "PrefixCache",
-    "SharedPrefixes",
+    "Prefixes",
     "StopReason",
     "StopScanner",
     "before_stop",

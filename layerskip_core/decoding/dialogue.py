@@ -1,6 +1,7 @@
 """From prompts to text: one answer as it comes, and conversations."""
 
 from collections.abc import Iterator
+from math import inf
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
@@ -8,7 +9,7 @@ from ..prompting import CHAT
 from .drafters.lookup import EarlierAnswers
 from .engine import check_prompt, decode
 from .output import Answer, DecodeStats, OutputText, StopReason
-from .target import PrefixCache
+from .target import Prefixes
 
 
 class TextStream:
@@ -22,16 +23,16 @@ class TextStream:
         loaded: Decoder,
         prompt: str | list[int],
         config: DecodingConfig,
-        prefix: PrefixCache | None = None,
+        prefixes: Prefixes | None = None,
         earlier: EarlierAnswers | None = None,
     ) -> None:
-        """`prompt`: a text for the template, or token ids. `prefix` and `earlier`: as in `decode`.
+        """`prompt`: a text for the template, or token ids. `prefixes` and `earlier`: as in `decode`.
 
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
-        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix, earlier=earlier)
+        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefixes=prefixes, earlier=earlier)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
     @property
@@ -59,6 +60,10 @@ class TextStream:
     def reused_tokens(self) -> int:
         """How many of the prompt's first tokens needed no pass."""
         return self._decoding.reused_tokens
+
+    def leave(self) -> None:
+        """Adds the text so far to the prefixes; once the answer is finished, it is there."""
+        self._decoding.leave()
 
     def finish(self) -> Answer:
         """The whole answer, decoded to its end."""
@@ -104,7 +109,7 @@ class Dialogue:
         self._loaded, self._config = loaded, config
         self._turns: tuple[tuple[str, str], ...] = ()  # without the last
         self._asked: tuple[str, TextStream] | None = None  # the last
-        self._prefix = PrefixCache()
+        self._prefixes = Prefixes(inf, most_texts=2, least=1)
 
     @property
     def has_turns(self) -> bool:
@@ -126,7 +131,7 @@ class Dialogue:
     def ask(self, message: str) -> TextStream:
         """The answer to a message, as it comes: iterate over its pieces, or `finish()` it.
 
-        It can be left at any point; then its turn has the text so far. An earlier answer that goes on raises RuntimeError.
+        It can be left at any point; then its turn has the text so far.
 
         Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
         CheckpointError for a chat template that refuses them. The turns are then as before.
@@ -134,7 +139,9 @@ class Dialogue:
         turns, limit = self.turns, self._loaded.backend.spec.context
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, limit, "the conversation with this message" if turns else "the prompt")
-        stream = TextStream(self._loaded, ids, self._config, self._prefix)
+        if self._asked is not None:
+            self._asked[1].leave()
+        stream = TextStream(self._loaded, ids, self._config, self._prefixes)
         self._turns, self._asked = turns, (message, stream)
         return stream
 
@@ -142,4 +149,4 @@ class Dialogue:
         """Drops the oldest `count` turns, or all, with their KV entries."""
         self._turns, self._asked = () if count is None else self.turns[count:], None
         if count is None:
-            self._prefix = PrefixCache()
+            self._prefixes = Prefixes(inf, most_texts=2, least=1)

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from .output import (
 )
 from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices, logprobs_of
-from .target import FixedTarget, PrefixCache, SharedPrefixes, TargetOutput, target_of
+from .target import FixedTarget, Prefixes, TargetOutput, target_of
 
 _SCORED = 64  # tokens of a prompt whose logits are in memory at once
 
@@ -46,7 +47,7 @@ def decode(
     detokenize: Detokenize | None = None,
     *,
     reuse_exit_states: bool = True,
-    prefix: PrefixCache | None = None,
+    prefixes: Prefixes | None = None,
     earlier: EarlierAnswers | None = None,
 ) -> "DecodingLoop":
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
@@ -56,13 +57,13 @@ def decode(
     Args:
         detokenize: ids to text; needed for stop strings only.
         reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-        prefix: the KV entries of the decoding before, whose next step then raises RuntimeError.
+        prefixes: texts that the prompt may begin with; what is decoded is added to them.
         earlier: answers that lookups search too, if rows are greedy and drafts change no bit; this one is added to them.
 
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "prefix": prefix, "earlier": earlier}
+    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "prefixes": prefixes, "earlier": earlier}
     return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, isolated=True, **options)
 
 
@@ -200,23 +201,22 @@ class DecodingLoop:
         *,
         seeds: Sequence[int] | None = None,
         reuse_exit_states: bool = True,
-        prefix: PrefixCache | None = None,
+        prefixes: Prefixes | None = None,
         earlier: EarlierAnswers | None = None,
-        shared: SharedPrefixes | None = None,
         isolated: bool = False,
         drafter: Drafter | None = None,
+        piece: float = inf,
     ) -> None:
-        """Arguments and errors as for `decode` and `decode_batch`; a `prefix` is for loops of one row.
-
-        `shared`: where a single row finds the KV entries of other texts, and all rows leave theirs.
+        """Arguments and errors as for `decode` and `decode_batch`. A single row begins as one of the `prefixes`; all rows leave
+        their own.
 
         `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
-        instead of the config's.
+        instead of the config's. `piece`: a step runs so many tokens of a single prompt at most; those before its end give none.
         """
         if config.prompt_logprobs:  # every token of the prompt needs its pass
-            prefix = shared = None
+            prefixes = None
         self._target = target_of(model, config)
-        self._model, self._prefix, self._shared, self._earlier = model, prefix, shared, earlier
+        self._model, self._prefixes, self._earlier = model, prefixes, earlier
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
         for number, prompt in enumerate(prompts):
@@ -229,13 +229,11 @@ class DecodingLoop:
         self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         recorder, rerun = None, self._target.rerun
-        self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
+        self._piece = inf if config.prompt_logprobs else piece
+        self.reused_tokens = 0  # of the prompt, which need no pass
         self._cache: KVCache
-        if prefix is not None:
-            prefix.owner = self._active[0]
-            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
-        elif shared is not None and len(prompts) == 1:
-            self._cache, self.reused_tokens = shared.begin(model, self._target, prompts[0], end)
+        if prefixes is not None and len(prompts) == 1:
+            self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
         elif isolated and model.recordable and not rerun and isinstance(self._target, FixedTarget):
             self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
             self._cache = recorder.cache
@@ -246,6 +244,7 @@ class DecodingLoop:
             searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
             drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched))
         self._drafter = drafter
+        self._filled = self.reused_tokens  # how many of the prompt's first tokens have KV entries
         self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
@@ -259,17 +258,18 @@ class DecodingLoop:
     def __next__(self) -> list[RowStep]:
         if not self._active:
             raise StopIteration
-        if self._prefix is not None and self._prefix.owner is not self.rows[0]:
-            raise RuntimeError("this answer cannot go on: a later one has taken over its KV cache")
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
             with torch.inference_mode():
                 return self._step()
         except BaseException:  # the rows may be changed in part
             self._active = []
-            if self._prefix is not None:
-                self._prefix.forget()
             raise
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all of the prompts have run."""
+        return self._newest is not None or not self._active
 
     def join(self, other: "DecodingLoop") -> list[int]:
         """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
@@ -293,6 +293,11 @@ class DecodingLoop:
         other._active = []
         return numbers
 
+    def leave(self) -> None:
+        """Adds the texts of all rows so far to the prefixes."""
+        for index in range(len(self._active) if self._newest is not None else 0):
+            self._keep(index)
+
     def drop(self, row: int) -> None:
         """The row with this number is gone after the next step."""
         for kept in self._active:
@@ -312,6 +317,8 @@ class DecodingLoop:
     def _step(self) -> list[RowStep]:
         started, drafting = time.perf_counter(), None
         rows, newest = self._active, self._newest
+        if newest is None and self._is_piece():
+            return []
         drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
             draft, output = self._prefill()
@@ -335,7 +342,7 @@ class DecodingLoop:
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
         # The indices, in this pass, whose logits gave each row's newest token.
-        last = [len(row.ids) - 1 - self.reused_tokens for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
+        last = [len(row.ids) - 1 - self._filled for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
         steps = []
         for index, (row, count, ids) in enumerate(zip(rows, draft.counts, verified, strict=True)):
             if drafter is not None:
@@ -348,26 +355,37 @@ class DecodingLoop:
             steps.append(step)
             if self._earlier is not None and steps[-1].finish_reason is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
-        if self._shared is not None and newest is None:
+        if self._prefixes is not None and newest is None:
             for index, row in enumerate(rows):
-                self._shared.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
+                self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
         self._go_on(following, last)
-        if self._prefix is not None:
-            row = rows[0]
-            prefilled = row.prompt_tokens if self._cache.rolls_back else 0
-            self._prefix.keep(row.ids, len(row.ids) - 1 if self._target.decodes_like_prefill else prefilled)
         draft_seconds = seconds_between(*drafting) if drafting else 0.0
         self._seconds["draft_seconds"] += draft_seconds
         self._seconds["prefill_seconds" if newest is None else "verify_seconds"] += verified_at - started - draft_seconds
         self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
+    def _is_piece(self) -> bool:
+        """Whether the prompt is too long for this step, which then runs a piece of it."""
+        start, [row, *others] = self._filled, self._active
+        if others or len(row.ids) - start <= self._piece:
+            return False
+        started, self._filled = time.perf_counter(), start + int(self._piece)
+        self._cache.ends = [self._filled]
+        tokens = torch.tensor([row.ids[start : self._filled]], device=self._model.device)
+        self._target.fill(tokens, self._positions[:, start : self._filled], self._cache)
+        if row.is_dropped:
+            self._active = []
+        for name in ("prefill_seconds", "total_seconds"):
+            self._seconds[name] += time.perf_counter() - started
+        return True
+
     def _prefill(self) -> tuple[Draft, TargetOutput]:
         """An empty draft, and the target's pass over the tokens of the prompts that have no KV entries.
 
         Prompts are padded at their ends. No token attends to the padding, and the next tokens overwrite it.
         """
-        device, start = self._model.device, self.reused_tokens
+        device, start = self._model.device, self._filled
         missing = [row.ids[start:] for row in self._active]
         lengths = [len(ids) for ids in missing]
         longest = max(lengths)
@@ -387,6 +405,10 @@ class DecodingLoop:
             logits = self._target.head(output.states[index : index + 1, start : start + len(ids)])[0]
             row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
         return row.prompt_logprobs
+
+    def _keep(self, index: int) -> None:
+        if self._prefixes is not None and self._target.decodes_like_prefill:
+            self._prefixes.keep(self._model, self._target, self._active[index].ids[:-1], self._cache, index)
 
     def _context(self, newest: Tensor, limits: list[int]) -> Context:
         rows = self._active
@@ -409,9 +431,8 @@ class DecodingLoop:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
         staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
         if len(staying) < len(self._active):
-            if self._shared is not None and self._target.decodes_like_prefill:
-                for index in set(range(len(self._active))).difference(staying):
-                    self._shared.keep(self._model, self._target, self._active[index].ids[:-1], self._cache, index)
+            for index in set(range(len(self._active))).difference(staying):
+                self._keep(index)
             self._active = [self._active[index] for index in staying]
             if not staying:
                 if self._target.recorder is not None:

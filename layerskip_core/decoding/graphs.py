@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..model.backend import Backend
+from ..model.cache import RowCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next text, too, however short it is
@@ -35,7 +36,9 @@ class Recorder:
     counts: dict[str, Any]  # of the present decoding, by names of DecodeStats
 
     def __init__(self, model: Backend) -> None:
-        self.cache, self._device = model.new_cache(), model.device
+        cache, self._device = model.new_cache(), model.device
+        assert isinstance(cache, RowCache)
+        self.cache = cache
         self._storage: Tensor | None = None  # of the cache, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs

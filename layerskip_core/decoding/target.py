@@ -1,8 +1,9 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, joined, states_at
-from ..model.cache import KVCache, TokenRows
+from ..model.cache import KVCache
 from ..model.exit_blocks import DraftBlock, target_block
+from ..model.pages import PagedCache, TokenRows
 from .drafters import Draft
 from .graphs import Recorder
 
@@ -23,9 +25,6 @@ class TargetOutput(NamedTuple):
     layers: int  # that gave them
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
     states: Tensor | None = None  # (B, T, D), of a prompt's tokens, for `head`
-
-
-_WORTHWHILE = 64  # tokens of a text whose KV entries are worth a copy
 
 
 class FixedTarget:
@@ -64,6 +63,12 @@ class FixedTarget:
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
 
+    def fill(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
+        """Writes the KV entries of a part of a prompt (1, T) that is not its end."""
+        self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
+        if self.exit_cache is not None:
+            self.exit_cache.go_on([tokens.shape[1] - 1], [0])
+
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
 
@@ -91,6 +96,7 @@ class FixedTarget:
 
     def _ragged_pass(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         """A pass without the draft's padding: each token is a row of its own. In its output, padding is 0."""
+        assert isinstance(cache, PagedCache)
         counts = torch.tensor(draft.counts) + 1
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         columns = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
@@ -183,11 +189,13 @@ class CalmTarget:
         self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
+    def fill(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
+        for _ in self._through_all(tokens, positions, cache):
+            pass
+
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        hidden, chosen = self._model.embed(tokens), None
-        for start, stop in self._spans:
-            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
-            scored = self._through_block(hidden, stop, positions, cache)
+        chosen = None
+        for stop, scored in self._through_all(tokens, positions, cache):
             chosen = chosen or self._leaving(_at(scored, last), stop)
         self._begin = int(positions[0, -1]) + 1
         assert chosen is not None
@@ -211,6 +219,13 @@ class CalmTarget:
         assert chosen is not None
         self._left.append(hidden)
         return chosen
+
+    def _through_all(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Iterator[tuple[int, Tensor]]:
+        """Each exit and L, with the states after it."""
+        hidden = self._model.embed(tokens)
+        for start, stop in self._spans:
+            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
+            yield stop, self._through_block(hidden, stop, positions, cache)
 
     def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
         """The states after `layers` layers, and after the block of that exit if it has one."""
@@ -291,47 +306,54 @@ def target_of(model: Backend, config: DecodingConfig) -> Target:
     return CalmTarget(model, config) if by_token else FixedTarget(model, config)
 
 
-class SharedPrefixes:
-    """KV entries of texts of one model in bounded memory: a prompt starts at its first difference from the most similar one.
+class Prefixes:
+    """KV entries of texts in bounded memory: a prompt starts at its first difference from the most similar one.
 
-    Texts that were not used for the longest time are dropped. Outputs are those of whole prefills as far as PrefixCache's are.
+    Texts that were not used for the longest time are dropped. With a batch-invariant backend outputs have the bits that they
+    have after a whole prefill. PyTorch's kernels give a token that was decoded alone other last bits than in a prompt, so
+    outputs can differ there where two tokens are almost equally likely. A backend with exact weights promises that they never
+    do: for it nothing is kept.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes, self._texts = most_bytes, list[_KeptText]()  # the last used one is the last
+    def __init__(self, most_bytes: float, most_texts: float = inf, least: int = 64) -> None:
+        """`least`: tokens of a common beginning that are worth a prefill apart from others, and of a text that is kept."""
+        self._most_bytes, self._most_texts, self._least = most_bytes, most_texts, least
+        self._texts: list[_KeptText] = []  # the last used one is the last
 
-    def known(self, target: Target, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens need no pass; 0 where that is not worth a copy."""
-        return self._best(target, prompt)[0]
+    @property
+    def bytes(self) -> int:
+        """That the texts take; what they share counts once."""
+        return sum({address: size for text in self._texts for address, size in text.cache.memory.items()}.values())
+
+    def known(self, model: Backend, target: Target, prompt: Sequence[int]) -> int:
+        """How many of the prompt's first tokens need no pass."""
+        return self._best(model, target, prompt)[0]
 
     def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
         """A cache of one row for positions before `end`, and how many of the prompt's first tokens need no pass."""
-        known, text = self._best(target, prompt)
-        cache = model.new_cache(1, end)
-        if text is not None:
-            self._texts.remove(text)
-            self._texts.append(text)
-            with torch.inference_mode():
-                cache.fill(text.cache, 0, known + target.rerun)
-        return cache, known
+        known, text = self._best(model, target, prompt)
+        if text is None:
+            return model.new_cache(1, end), 0
+        self._texts.remove(text)
+        self._texts.append(text)
+        # A drafter's own entry of a token that is rerun stays.
+        return text.cache.branch([0], [known], [known + target.rerun] if target.rerun else None, end), known
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Keeps the KV entries of a text, which the row of a cache has, if they are worth a copy."""
-        common = {text: _common(text.ids, ids) for text in self._texts if text.writes == target.writes}
-        if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < _WORTHWHILE:
+        """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
+        common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
+        if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < self._least:
             return
-        kept = _KeptText(target.writes, list(ids), model.new_cache(1))
-        kept.cache.fill(cache, row, len(ids))
+        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]))
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with
         self._texts.append(kept)
-        sizes = [sum(storage.nbytes for storage in text.cache.storages) for text in self._texts]
-        while sum(sizes) > self._most_bytes:
-            del self._texts[0], sizes[0]
+        while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
+            del self._texts[0]
 
-    def _best(self, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
+    def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
         def is_usable(text: _KeptText) -> bool:
-            if text.writes != target.writes or text.cache.rolls_back:
-                return text.writes == target.writes
+            if text.made_for != (model, target.writes) or text.cache.rolls_back:
+                return text.made_for == (model, target.writes)
             # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
             return not target.rerun and len(text.ids) == _common(text.ids, prompt) < len(prompt)
 
@@ -339,14 +361,14 @@ class SharedPrefixes:
         if text is None:
             return 0, None
         known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-        return (known, text) if known >= _WORTHWHILE else (0, None)
+        return (known, text) if known >= self._least else (0, None)
 
 
 @dataclass(eq=False)
 class _KeptText:
-    """A text of SharedPrefixes, and a cache of one row with its KV entries."""
+    """A text of Prefixes, and a cache of one row with its KV entries: of the layers and blocks that a target writes."""
 
-    writes: Hashable
+    made_for: tuple[Backend, Hashable]
     ids: list[int]
     cache: KVCache
 
@@ -358,43 +380,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
-
-
-class PrefixCache:
-    """KV entries of one text, kept for the next: a prompt that begins with the same tokens starts at the first difference.
-
-    With a batch-invariant backend outputs have the bits that they have after a whole prefill. PyTorch's kernels give a token
-    that was decoded alone other last bits than in a prompt, so outputs can differ there where two tokens are almost equally
-    likely. A backend with exact weights promises that they never do: for it nothing is kept.
-    """
-
-    def __init__(self) -> None:
-        self._made_for: tuple[Backend, DecodingConfig] | None = None
-        self._cache: KVCache | None = None
-        self._ids: list[int] = []  # of the last text
-        self._count = 0  # of its first tokens have KV entries
-        self.owner: object = None  # the only Row whose decoding may go on
-
-    def begin(self, model: Backend, config: DecodingConfig, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
-        """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
-
-        `rerun`: as a target's. What another model computed, or other settings, is forgotten: they decide which layers have KV
-        entries.
-        """
-        made_for = model, replace(config.shared, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-        if self._cache is None or self._made_for != made_for or model.exact:
-            self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
-        same = min(_common(self._ids, prompt), self._count, len(prompt) - 1)
-        if not self._cache.rolls_back and (rerun or same < self._count):  # a recurrent state is the one after the last token
-            same = 0
-        self.keep(list(prompt), max(same - rerun, 0))
-        self._cache.clear(same)  # a drafter's own entry of a token that is rerun stays
-        return self._cache, self._count
-
-    def forget(self) -> None:
-        """For a pass that was broken off and may have left the cache in disorder."""
-        self._cache = None
-
-    def keep(self, ids: list[int], count: int) -> None:
-        """The cache now has KV entries of the first `count` tokens of this text."""
-        self._ids, self._count = ids, count

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig, require_exit_layer
 from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
-from ..decoding import DecodingLoop, PrefixCache, decode, decode_batch
+from ..decoding import DecodingLoop, Prefixes, decode, decode_batch
 from ..decoding.sampling import probabilities
 from ..errors import plural
 from .measure import first_difference, logits
@@ -91,12 +92,12 @@ class Subject:
         self.expected = self.alone(self.usual["autoregressive"])
 
     def alone(
-        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, prefix: PrefixCache | None = None
+        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, prefixes: Prefixes | None = None
     ) -> list[Ids]:
         """The outputs of prompts, one at a time."""
         outputs = []
         for prompt in self.prompts if prompts is None else prompts:
-            decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefix=prefix)
+            decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefixes=prefixes)
             outputs.append([token for [step] in decoding for token in step.ids])
         return outputs
 
@@ -256,7 +257,7 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
         for prompt, output, more in zip(subject.prompts, subject.expected, following, strict=True)
     ]
     for setting, config in subject.usual.items():
-        known, reused = PrefixCache(), []
+        known, reused = Prefixes(inf, most_texts=2, least=1), []
         for pair in zip(subject.prompts, turns, strict=True):
             reused.append(subject.alone(config, pair, known)[1])
         yield subject.compared(TURN, setting, reused, subject.alone(config, turns), turns)

@@ -121,7 +121,7 @@ def _scored(
     if shared:
         for _ in _states(model, [contexts[0][:shared]], [0], cache, exits):
             pass
-        cache.keep_rows([0] * len(contexts))
+        cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
     found = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
 
     def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
@@ -136,7 +136,7 @@ def _scored(
     firsts = [(number, continuations[number][0], row, lengths[row] - shared - 1) for number, row in enumerate(owners)]
     score([context[shared:] for context in contexts], [shared] * len(contexts), firsts)
     if any(rests):
-        cache.keep_rows(list(owners))
+        cache = cache.branch(owners, [lengths[row] for row in owners])
         later = [
             (number, token, number, column)
             for number, each in enumerate(continuations)

@@ -1,10 +1,11 @@
 """A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,75 +24,105 @@ def _in_blocks(count: int) -> int:
     return -(-count // _BLOCK) * _BLOCK
 
 
-@lru_cache(256)
-def _starts(rows: int, count: int) -> Tensor:
-    return torch.arange(0, rows * count + 1, count, dtype=torch.int32)
+def check_stop(stop: int, limit: int) -> None:
+    """Raises ConfigError for tokens that end beyond a limit of positions."""
+    if stop > limit:
+        raise ConfigError(f"the context limit of {limit} tokens is reached: position {stop - 1} was requested")
 
 
-class KVCache:
+class KVCache(ABC):
     """Keys and values of all L layers for B rows. The index of a key is the position of its token.
 
-    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. It
-    is read all the same, and 0 * NaN is NaN, so what another text left there is cleared: see `join` and `clear`.
-
-    A row that leaves is only forgotten, and one that joins takes its slot if it can: `slots` are the places of the `rows` in
-    the storage of `scattered`. Other readers ask for `room`, where the rows stand next to each other.
+    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. A
+    row that leaves is forgotten.
     """
 
     rolls_back = True  # whether a row can go on from any position, and not only from those that MixedCache keeps states of
     steps_back = 8  # how far before the end of a call its rows may go on
     ends: Sequence[int] | None = None  # by row, the position from which it goes on after this call; None: from any within
 
-    def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
+    def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
-        self.max_positions = max_positions
-        self.rows = batch_size
-        self.slots = torch.arange(batch_size)
-        self.written = 0  # nothing was ever written from this position on
-        self._matrices: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # for so many places
-        self.halves: Sequence[Tensor] = ()  # (slots, kv heads, capacity, head dim): the keys of layer 0, its values, ...
-        self._num_layers = num_layers
-        self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
-        self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
+        self.rows, self.max_positions = batch_size, max_positions
 
     @property
-    def storages(self) -> list[Tensor]:
-        """All that is written, as it is stored; of keys and values, rows stand at dimension 2, positions at dimension 4."""
-        return [] if self._storage is None else [self._storage]
+    @abstractmethod
+    def memory(self) -> dict[int, int]:
+        """Bytes of each part of memory that it holds, by address: caches may share some of them."""
+
+    @abstractmethod
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keeps only the rows at the indices `rows`, which differ, in that order."""
+
+    @abstractmethod
+    def join(self, other: "KVCache") -> None:
+        """Adds the rows of another cache of the same model after its own."""
+
+    @abstractmethod
+    def branch(
+        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
+    ) -> "KVCache":
+        """Another cache with these rows, each as far as its stop, where each goes on from its start; without stops from there.
+
+        A row may be there several times. What the one cache writes later changes nothing in the other. `end`: instead of
+        `max_positions`.
+        """
+
+
+class RowCache(KVCache):
+    """A tensor for all rows, for PyTorch's kernels.
+
+    They read all places and mask the rest, and 0 * NaN is NaN, so what another text left in a place is cleared.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
+        super().__init__(batch_size, max_positions)
+        self.written = 0  # nothing was ever written from this position on
+        self._matrices: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # for so many places
+        self.halves: Sequence[Tensor] = ()  # (B, kv heads, capacity, head dim): the keys of layer 0, its values, ...
+        self._num_layers = num_layers
+        self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
+
+    @property
+    def memory(self) -> dict[int, int]:
+        return {} if self._storage is None else {self._storage.data_ptr(): self._storage.nbytes}
 
     @property
     def capacity(self) -> int:
         """How many positions have room now."""
         return 0 if self._storage is None else self._storage.shape[4]
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied.
+    def entries(self, row: int, stop: int) -> Tensor:
+        """(L, 2, kv heads, stop, head dim): what a row has before a position."""
+        assert self._storage is not None
+        return self._storage[:, :, row, :, :stop]
 
-        The storage shrinks when at most a quarter of its slots are left in use, so rows that come and go seldom move it.
-        """
-        self.rows, self.slots = len(rows), self.slots[rows]
-        held = self._storage
-        if held is not None and (len(set(rows)) < len(rows) or 4 * self.rows <= held.shape[2]):
-            self._move(held, self.rows)
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        if self._storage is not None and list(rows) != list(range(self.rows)):
+            self._hold(self._storage[:, :, rows])
+        self.rows = len(rows)
 
-    def join(self, other: "KVCache") -> None:
-        """Adds the rows of another cache of the same model after its own. Both have keys and values."""
+    def join(self, other: KVCache) -> None:
+        assert isinstance(other, RowCache)
+        self.max_positions, rows = max(self.max_positions, other.max_positions), self.rows
+        self.rows, self.written = rows + other.rows, max(self.written, other.written)
         held, added = self._storage, other._storage
-        assert held is not None and added is not None
-        rows, slots = self.rows + other.rows, held.shape[2]
-        places = min(_in_blocks(other.written), added.shape[4])
-        self.max_positions = max(self.max_positions, other.max_positions)
-        if slots < rows:
-            slots = max(rows, 2 * slots) if self._spares else rows
-        if held.shape[2] < slots or held.shape[4] < places:
-            held = self._move(held, slots, places)
-        used = set(self.slots.tolist())
-        free = [slot for slot in range(held.shape[2]) if slot not in used][: other.rows]
-        for slot, source in zip(free, other.slots.tolist(), strict=True):
-            held[:, :, slot, :, :places] = added[:, :, source, :, :places]
-            held[:, :, slot, :, places : self.written] = 0
-        self.rows, self.written = rows, max(self.written, other.written)
-        self.slots = torch.cat((self.slots, torch.tensor(free)))
+        if held is None or added is None:  # of layers that an early exit never runs
+            return
+        capacity = max(held.shape[4], added.shape[4])
+        self._hold(torch.cat([F.pad(part, (0, 0, 0, capacity - part.shape[4])) for part in (held, added)], dim=2))
+
+    def branch(
+        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
+    ) -> "RowCache":
+        branch, stops = RowCache(self._num_layers, len(rows), end or self.max_positions), stops or starts
+        branch.written = min(_in_blocks(max(stops)), self.capacity)
+        with torch.inference_mode():  # which it may have been written in
+            if self._storage is not None:
+                branch._hold(self._storage[:, :, list(rows), :, : branch.written])
+                for row, stop in enumerate(stops):
+                    branch.entries(row, branch.written)[..., stop:, :] = 0
+        return branch
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values (B, kv heads, T, head dim) of a layer that runs on PyTorch's kernels, whatever the others do.
@@ -99,64 +130,36 @@ class KVCache:
         `positions` (B, T) are on the host. Returns the layer's keys and values at all positions up to the last of them.
         """
         stop, (_, heads, _, width) = int(positions.max()) + 1, keys.shape
-        like = keys if self._storage is None else self._storage
-        storage = (self.scattered if self._spares else self.room)(stop, heads, width, like)
-        held, rows = storage[layer], self.slots if self._spares else torch.arange(self.rows)
-        first = int(rows[0])
-        rows, places = (part.to(held.device, non_blocking=True) for part in (rows, positions))
+        held = self.room(stop, heads, width, keys if self._storage is None else self._storage)[layer]
+        rows, places = (part.to(held.device, non_blocking=True) for part in (torch.arange(self.rows)[:, None], positions))
         for part, new in zip(held, (keys, values), strict=True):
-            part[rows[:, None], :, places] = new.transpose(1, 2).to(part.dtype)
+            part[rows, :, places] = new.transpose(1, 2).to(part.dtype)
         self.written = max(self.written, stop)
-        own = held[:, rows] if len(rows) > 1 else held[:, first, None]
-        return own[0, ..., :stop, :].to(keys.dtype), own[1, ..., :stop, :].to(keys.dtype)
-
-    def fill(self, other: "KVCache", row: int, stop: int) -> None:
-        """Copies what a row of another cache has at positions before `stop` into this one, which is empty, of one row."""
-        held = other._storage
-        if held is not None:
-            self._spares, self.written = other._spares, min(_in_blocks(stop), held.shape[4])
-            self._move(held[:, :, int(other.slots[row]), None, :, : self.written], 1)
-            self.clear(stop)
-
-    def clear(self, start: int) -> None:
-        """Forgets what all rows have from position `start` on, so that another text can go on there.
-
-        The compiled kernels need no clearing: they keep finite values only, in an order of their own.
-        """
-        if self._storage is not None and start < self.written and not self._spares:
-            with torch.inference_mode():  # which it may have been written in
-                self._storage[..., start : self.written, :] = 0
-
-    def writer(self, positions: Tensor) -> "SpanWriter":
-        """Where a span of layers writes its keys and values, for tokens at `positions` (B, T).
-
-        On the device they are those of a pass that is recorded: it attends to the whole capacity, under masks, and finds room.
-        """
-        return SpanWriter(self, positions)
+        return held[0, ..., :stop, :].to(keys.dtype), held[1, ..., :stop, :].to(keys.dtype)
 
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         """The storage, (L, 2, B, kv heads, capacity >= stop, head dim), grown if necessary.
 
         The keys of a head are contiguous, because attention over a long text is bound by reading them. Places come in whole
-        blocks, the last of them partly filled, so that kernels can read all and mask the rest. Within a block, a head's numbers
-        may stand in an order of the backend's own.
+        blocks, the last of them partly filled, so that kernels can read all and mask the rest.
         """
-        held, rows = self._begun(kv_heads, head_dim, like), self.rows
-        if held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows)):
-            return self._move(held, rows, stop)
-        return self.reach(stop)
-
-    def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        """The same, for a reader that finds each row at its slot: (L, 2, slots, kv heads, capacity >= stop, head dim)."""
-        self._spares = True
-        self._begun(kv_heads, head_dim, like)
+        if self._storage is None:
+            self._hold(like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim))
         return self.reach(stop)
 
     def reach(self, stop: int) -> Tensor:
-        """The storage, which has begun; it moves if it has too little room for positions before `stop`."""
+        """The storage, which has begun. It moves if it has too little room for positions before `stop`: it grows by half, or to
+        the end.
+        """
         held = self._storage
         assert held is not None
-        return held if held.shape[4] >= stop else self._move(held, held.shape[2], stop)
+        if held.shape[4] < stop:
+            capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
+            places = min(_in_blocks(self.written), held.shape[4])
+            moved = held.new_zeros(*held.shape[:4], capacity, held.shape[5])
+            moved[..., :places, :] = held[..., :places, :]
+            held = self._hold(moved)
+        return held
 
     def matrices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By layer, the first three of LayerSlots; of keys and values the blocks that were written."""
@@ -167,50 +170,9 @@ class KVCache:
             self._matrices = {places: list(zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True))}
         return self._matrices[places]
 
-    def sequences(self, count: int) -> tuple[Tensor, Tensor]:
-        """For a call of `count` tokens of each row: the slot of each token, and where each row's tokens begin, and end."""
-        return self.slots if count == 1 else self.slots.repeat_interleave(count), _starts(self.rows, count)
-
-    def _begun(self, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        if self._storage is None:
-            self._storage = like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim)
-            self.slots = torch.arange(self.rows)
-        return self._storage
-
-    def _move(self, held: Tensor, slots: int, stop: int = 0) -> Tensor:
-        """Moves the rows to the first slots of another storage. For positions before `stop` it grows by half, or to the end."""
-        capacity = held.shape[4]
-        if stop > capacity:
-            capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
-        moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
-        places = min(_in_blocks(self.written), held.shape[4])
-        for row, slot in enumerate(self.slots.tolist()):
-            moved[:, :, row, :, :places] = held[:, :, slot, :, :places]
-        self.slots, self._storage, self.halves = torch.arange(self.rows), moved, moved.flatten(0, 1).unbind()
-        self._matrices = {}
-        return moved
-
-
-class TokenRows(KVCache):
-    """Another cache, for a call of some tokens of each of its rows: each token is a row of its own, row by row.
-
-    For readers of `scattered` alone.
-    """
-
-    def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
-        """`counts`: of tokens, by row."""
-        super().__init__(cache._num_layers, sum(counts), cache.max_positions)
-        self._cache, self._counts = cache, torch.tensor(counts)
-
-    def writer(self, positions: Tensor) -> "SpanWriter":
-        return self._cache.writer(positions)
-
-    def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        return self._cache.scattered(stop, kv_heads, head_dim, like)
-
-    def sequences(self, count: int) -> tuple[Tensor, Tensor]:
-        ends = self._counts[self._counts > 0].cumsum(0, dtype=torch.int32)
-        return self._cache.slots.repeat_interleave(self._counts), F.pad(ends, (1, 0))
+    def _hold(self, storage: Tensor) -> Tensor:
+        self._storage, self.halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
+        return storage
 
 
 Entry = tuple[int, str]
@@ -223,7 +185,7 @@ State = tuple[int, str, int]
 class MixedCache(KVCache):
     """Entries of any shapes, for layers of transformers: keys as wide as values or not, and other widths in other layers.
 
-    Entries of one shape lie in one KVCache, in pairs: a layer's keys and values, where all have one shape.
+    Entries of one shape lie in one RowCache, in pairs: a layer's keys and values, where all have one shape.
 
     No length rolls a recurrent state back. So the states after the last tokens of a call are kept: after each from which a row
     may go on, by `steps_back` and `ends`, and after the token before the call.
@@ -233,24 +195,25 @@ class MixedCache(KVCache):
         self, shapes: Mapping[Entry, tuple[int, int]], batch_size: int, max_positions: int, rolls_back: bool = True
     ) -> None:
         """`shapes`: number and width of the heads of each entry. `rolls_back`: whether no layer is recurrent."""
-        super().__init__(0, batch_size, max_positions)
+        super().__init__(batch_size, max_positions)
         self.rolls_back = rolls_back
         self.states: dict[State, Tensor] = {}  # (S, B, ...): after position p at p modulo S
         of_shape = defaultdict[tuple[int, int], list[Entry]](list)
         for entry, shape in shapes.items():
             of_shape[shape].append(entry)
-        self.parts = [KVCache(-(-len(entries) // 2), batch_size, max_positions) for entries in of_shape.values()]
+        self.parts = [RowCache(-(-len(entries) // 2), batch_size, max_positions) for entries in of_shape.values()]
         self.places = {
-            entry: (part, shape, index)
-            for part, (shape, entries) in zip(self.parts, of_shape.items(), strict=True)
+            entry: (number, shape, index)
+            for number, (shape, entries) in enumerate(of_shape.items())
             for index, entry in enumerate(entries)
         }
 
     @property
-    def storages(self) -> list[Tensor]:
-        return [*(storage for part in self.parts for storage in part.storages), *self.states.values()]
+    def memory(self) -> dict[int, int]:
+        held = {state.data_ptr(): state.nbytes for state in self.states.values()}
+        return held | {address: size for part in self.parts for address, size in part.memory.items()}
 
-    def keep_rows(self, rows: list[int]) -> None:
+    def keep_rows(self, rows: Sequence[int]) -> None:
         self.rows = len(rows)
         self.states = {state: held[:, rows] for state, held in self.states.items()}
         for part in self.parts:
@@ -259,29 +222,27 @@ class MixedCache(KVCache):
     def join(self, other: KVCache) -> None:
         assert isinstance(other, MixedCache)
         for part, added in zip(self.parts, other.parts, strict=True):
-            if part.capacity:
-                part.join(added)
-            else:  # of layers that an early exit never runs
-                part.rows += added.rows
-                part.slots = torch.arange(part.rows)
+            part.join(added)
         self.states = {state: torch.cat((held, other.states[state]), dim=1) for state, held in self.states.items()}
-        self.rows, self.written = self.rows + other.rows, max(self.written, other.written)
-        self.max_positions = max(self.max_positions, other.max_positions)
+        self.rows, self.max_positions = self.rows + other.rows, max(self.max_positions, other.max_positions)
+
+    def branch(
+        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
+    ) -> "MixedCache":
+        """Without stops only the states before the starts are kept."""
+        branch = copy(self)
+        branch.rows, branch.max_positions, branch.ends, branch.states = len(rows), end or self.max_positions, None, {}
+        branch.parts = [part.branch(rows, starts, stops, end) for part in self.parts]
+        with torch.inference_mode():
+            for state, held in self.states.items():
+                last = [(start - 1) % len(held) for start in starts]
+                branch.states[state] = held[last, rows][None] if stops is None else held[:, rows]
+        return branch
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As RowCache's."""
         writer = EntryWriter(self, positions)
         return writer.put((layer, "keys"), keys), writer.put((layer, "values"), values)
-
-    def fill(self, other: KVCache, row: int, stop: int) -> None:
-        assert isinstance(other, MixedCache)
-        for part, source in zip(self.parts, other.parts, strict=True):
-            part.fill(source, row, stop)
-        self.states = {state: held[(stop - 1) % len(held), row].clone()[None, None] for state, held in other.states.items()}
-        self.written = stop
-
-    def clear(self, start: int) -> None:
-        for part in self.parts:
-            part.clear(start)
 
 
 class EntryWriter:
@@ -292,8 +253,7 @@ class EntryWriter:
     """
 
     def __init__(self, cache: MixedCache, positions: Tensor, row: int | None = None, shift: int = 0) -> None:
-        span = SpanWriter(cache, positions)
-        self.start, self.stop, self.contiguous = span.start, span.stop, span.contiguous
+        self.start, self.stop, self.contiguous = _places(positions, cache.max_positions)
         self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
         self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
         self._ready = set[int]()  # parts that have room
@@ -348,30 +308,39 @@ class EntryWriter:
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
-        part, shape, index = self._cache.places[entry[0] + self._shift, entry[1]]
-        if id(part) not in self._ready:
+        number, shape, index = self._cache.places[entry[0] + self._shift, entry[1]]
+        part = self._cache.parts[number]
+        if number not in self._ready:
             part.written = max(part.written, self.stop)
             part.room(self.stop, *shape, like)
-            self._ready.add(id(part))
+            self._ready.add(number)
         held = part.halves[index]
         return held if self._row is None else held[self._row : self._row + 1]
 
 
-class SpanWriter:
-    """Where a call writes its tokens."""
+def _places(positions: Tensor, limit: int) -> tuple[int, int, bool]:
+    """(the first of positions (B, T) on the host, the last + 1, whether all rows are at the same consecutive ones).
 
-    def __init__(self, cache: KVCache, positions: Tensor) -> None:
+    Such rows, always so a single one, are written as one slice. Raises ConfigError beyond the limit.
+    """
+    rows: list[list[int]] = positions.tolist()
+    start, stop = rows[0][0], max(map(max, rows)) + 1
+    check_stop(stop, limit)
+    span = list(range(start, start + positions.shape[1]))
+    return start, stop, all(row == span for row in rows)
+
+
+class SpanWriter:
+    """Where a span of layers writes its keys and values, for tokens at `positions` (B, T).
+
+    On the device they are those of a pass that is recorded: it attends to the whole capacity, under masks, and finds room.
+    """
+
+    def __init__(self, cache: RowCache, positions: Tensor) -> None:
         self._cache, self._positions = cache, positions
-        if positions.device.type != "cpu":
-            self.start, self.stop, self.contiguous = 0, cache.capacity, False
-        else:
-            rows: list[list[int]] = positions.tolist()
-            self.start, self.stop = rows[0][0], max(map(max, rows)) + 1
-            if self.stop > (limit := cache.max_positions):
-                raise ConfigError(f"the context limit of {limit} tokens is reached: position {self.stop - 1} was requested")
-            # Rows at the same consecutive positions (always so for a single row) are written as one slice.
-            span = list(range(self.start, self.start + positions.shape[1]))
-            self.contiguous = all(row == span for row in rows)
+        self.start, self.stop, self.contiguous = 0, cache.capacity, False
+        if positions.device.type == "cpu":
+            self.start, self.stop, self.contiguous = _places(positions, cache.max_positions)
         cache.written = max(cache.written, self.stop)
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:

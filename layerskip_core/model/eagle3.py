@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import KVCache
+from .cache import KVCache, MixedCache, RowCache
 from .rope import llama3_factors
 from .vocabulary import DraftVocabulary
 
@@ -204,7 +204,7 @@ class PlacedEagle3:
         self.head = self._layer.logits
 
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
-        assert before is not None
+        assert before is not None and isinstance(cache, RowCache | MixedCache)
         places = positions - 1
         residual, queries, keys, values = self._layer.begin(states, before, places)
         keys, values = cache.update(self._place, keys, values, places)
@@ -216,7 +216,7 @@ class PlacedEagle3:
     def write(
         self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
     ) -> None:
-        assert before is not None
+        assert before is not None and isinstance(cache, RowCache | MixedCache)
         places = positions - 1
         _, _, keys, values = self._layer.begin(states[0], before, places)
         cache.update(self._place, keys, values, places)

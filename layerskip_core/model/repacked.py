@@ -58,6 +58,9 @@ class RepackedLayers(ABC):
         """Approximate bytes of a token's activations in a layer."""
 
     @abstractmethod
+    def new_cache(self, batch_size: int, max_positions: int) -> KVCache: ...
+
+    @abstractmethod
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token and one layer, in one part."""
 
@@ -69,7 +72,7 @@ class RepackedLayers(ABC):
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.run_layers(hidden, start, stop, positions, cache)
-        cache = cache or KVCache(self.num_layers, len(hidden), self.spec.context)
+        cache = cache or self.new_cache(len(hidden), self.spec.context)
         hidden = self.placed(hidden, positions) if start == 0 < stop else hidden
         parts = self._parts(hidden, start, stop, positions, cache)
         outputs = [self.run(part, start, stop, places, cache) for part, places in parts] or [hidden]
@@ -177,7 +180,7 @@ class RepackedBackend(ABC):
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         context = self.spec.context
-        return KVCache(self._chain_spec.layers, batch_size, min(max_positions or context, context))
+        return self._layers.new_cache(batch_size, min(max_positions or context, context))
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._layers.embed(ids)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
-from .cache import KVCache, SpanWriter
+from .cache import KVCache, RowCache, SpanWriter
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import ExitBlock
 from .repacked import CHUNK, RepackedBackend, RepackedLayers
@@ -50,6 +50,9 @@ class TorchLayers(RepackedLayers):
         inner = 0 if spec.experts is None else spec.experts.chosen * spec.experts.inner
         return 4 * (2 * spec.queries + 2 * spec.keys + 3 * max(spec.inner, inner) + 4 * spec.hidden)
 
+    def new_cache(self, batch_size: int, max_positions: int) -> RowCache:
+        return RowCache(self.spec.layers, batch_size, max_positions)
+
     def tokens_at_once(self, batch: int, count: int) -> int:
         if self._exact is not None and 1 < count <= EXACT_TOKENS:
             return exact_rows(self._exact, self._same_alone)
@@ -58,7 +61,8 @@ class TorchLayers(RepackedLayers):
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
         assert len(layers) == stop - start
-        writer = cache.writer(positions)
+        assert isinstance(cache, RowCache)
+        writer = SpanWriter(cache, positions)
         batch, count = positions.shape
         # A pass that is recorded, which has positions on the device, has buffers of its own.
         keeps = batch * count <= _KEPT_ROWS and positions.device.type == "cpu"
@@ -91,7 +95,7 @@ class TorchLayers(RepackedLayers):
         size = self.embedding.shape[1]
         hidden = torch.randn(1, 24 + count, size, generator=generator, device=self.device).to(self.dtype)
         positions = torch.arange(24 + count)[None]
-        cache = KVCache(self.num_layers, 1, 24 + count)
+        cache = self.new_cache(1, 24 + count)
         self.run(hidden[:, :24], 0, 1, positions[:, :24], cache)
         together = self.run(hidden[:, 24:], 0, 1, positions[:, 24:], cache)
         alone = [self.run(hidden[:, [at]], 0, 1, positions[:, [at]], cache) for at in range(24, 24 + count)]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, PrefixCache, decode_batch
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode_batch
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
@@ -150,10 +151,10 @@ def require_consistent(model, prompt_tokens, config, ids, reason, stats):
 
 def require_prefixes_to_change_nothing(model, prompts, config, ends):
     """Texts one after another, each beginning with a part of the one before, as the turns of a conversation do."""
-    kept, text = PrefixCache(), prompts[0]
+    kept, text = Prefixes(inf, 2, 1), prompts[0]
     for more in (*prompts[1:], prompts[0]):
         expected = answer_of(model, text, config, ends)[0]
-        ids = answer_of(model, text, config, ends, prefix=kept)[0]
+        ids = answer_of(model, text, config, ends, prefixes=kept)[0]
         assert ids == expected
         longer = [*text, *ids, *more]
         text = longer if len(longer) < model.spec.context // 2 else text[: len(more)]

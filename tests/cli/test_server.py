@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from cli.commands.serve import ServeConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import SharedPrefixes
+from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
@@ -54,7 +54,7 @@ class Api:
 @contextmanager
 def serving(decoder, key=None, **limits):
     config = ServeConfig(**{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits})
-    engine = Engine(decoder, config.batch_size, config.queue_size, prefixes=SharedPrefixes(config.prefix_cache * 2**20))
+    engine = Engine(decoder, config.batch_size, config.queue_size, prefixes=Prefixes(config.prefix_cache * 2**20))
     app = Service(decoder, PackingConfig(), config, engine, "tiny", key).app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))

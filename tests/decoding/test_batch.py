@@ -19,8 +19,9 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
-from layerskip_core.model.cache import KVCache, TokenRows
+from layerskip_core.model.cache import RowCache
 from layerskip_core.model.native.compiled import kernels
+from layerskip_core.model.pages import TokenRows
 
 KINDS = ["generic", "packed", "windows", *(["native"] if kernels() else [])]
 
@@ -56,15 +57,15 @@ def together(model, prompts, config, eos_ids=frozenset()):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_has_room_from_the_start(kind, monkeypatch):
     """Its end is near: no keys and values are ever copied elsewhere."""
-    model, filled, move = model_of(kind), [], KVCache._move
+    model, filled, hold = model_of(kind), [], RowCache._hold
 
-    def noted(cache, held, *arguments):
-        filled.append(held.shape[4])
-        return move(cache, held, *arguments)
+    def noted(cache, storage):
+        filled.append(cache.capacity)
+        return hold(cache, storage)
 
-    monkeypatch.setattr(KVCache, "_move", noted)
+    monkeypatch.setattr(RowCache, "_hold", noted)
     assert len(alone(model, prompt_of(5), DecodingConfig(exit_layer=3, max_new_tokens=120))[0]) == 120
-    assert {*filled} == {0}
+    assert {*filled} <= {0}
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)

@@ -15,6 +15,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import Submodel
+from layerskip_core.model.cache import RowCache
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.native import compiled
@@ -142,7 +143,8 @@ class OnKernels:
     def run(self, drafter, dtype, first=0, cache=None, rows=slice(None)):
         """The head's logits of the entries from the `first` on."""
         states, before, positions = (part[rows, first:] for part in (self.states, self.before, self.positions))
-        cache = cache or self.backend.new_cache(len(positions))
+        on_torch = drafter is self.torch
+        cache = cache or (RowCache(7, len(positions), 16) if on_torch else self.backend.new_cache(len(positions)))
         return drafter.head(drafter.run(None, states.to(dtype), before.to(dtype), positions, cache))
 
 

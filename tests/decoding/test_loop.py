@@ -16,8 +16,9 @@ from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, sampling
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import KVCache, TransformersBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.backend import DraftHead
+from layerskip_core.model.cache import RowCache
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -221,7 +222,7 @@ class TableModel:
         return DraftHead(self.unembed)
 
     def new_cache(self, batch_size=1, max_positions=None):
-        return KVCache(2, batch_size, max_positions)
+        return RowCache(2, batch_size, max_positions)
 
     def embed(self, ids):
         return torch.stack((ids, torch.zeros_like(ids), torch.zeros_like(ids)), dim=-1)

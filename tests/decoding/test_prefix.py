@@ -2,16 +2,17 @@
 
 from functools import cache
 from itertools import islice
+from math import inf
 
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, entries, ids_of, native_or_skip, prompt_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -40,11 +41,16 @@ def native(precision="fp32", model_type="llama", **changes):
     return native_or_skip(tiny_model(model_type, dtype, **SHAPE, **changes), packing)
 
 
-def conversation(backend, config, prefix):
+def of_turns():
+    """As a dialogue has."""
+    return Prefixes(inf, most_texts=2, least=1)
+
+
+def conversation(backend, config, prefixes):
     """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the decodings."""
     text, outputs, reused, last = prompt_of(9), [], [], None
     for turn in range(3):
-        last = decode(backend, text, config, prefix=prefix)
+        last = decode(backend, text, config, prefixes=prefixes)
         outputs.append(ids_of(last))
         reused.append(last.reused_tokens)
         text = [*text, *outputs[-1], *prompt_of(5 + 80 * (turn == 0), turn)]  # a long one, so that tiled kernels run too
@@ -52,12 +58,14 @@ def conversation(backend, config, prefix):
 
 
 def keys_and_values(decoding):
-    """Those of the whole text, by layer and position."""
-    return decoding._cache.storages[0][..., : len(decoding.rows[0].ids) - 1, :]
+    """By layer and position: those of the whole text, or of the prompt alone where tokens leave at different depths."""
+    [row] = decoding.rows
+    stop = len(row.ids) - 1 if decoding._target.decodes_like_prefill else row.prompt_tokens
+    return entries(decoding._cache)[..., :stop, :]
 
 
 def assert_same_bits(backend, config, layers=None):
-    outputs, reused, last = conversation(backend, config, PrefixCache())
+    outputs, reused, last = conversation(backend, config, of_turns())
     expected, none, fresh = conversation(backend, config, None)
     assert outputs == expected and none == [0, 0, 0]
     assert reused[0] == 0 and 0 < reused[1] < reused[2]
@@ -102,17 +110,17 @@ def test_a_block_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     backend = (native_or_skip if kind == "native" else TorchBackend.of)(model, PackingConfig(), exit_blocks=blocks)
     config, first = DecodingConfig("self-speculative", 2, 3, 1), [*prompt_of(65), 5, 6]
 
-    def entries(**known):
+    def of_block(**known):
         """Those of the block for the first 65 tokens of a text, in a loop that has taken its first step."""
         loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
         next(loop)
-        return loop._cache.storages[0][6, :, 0, :, :65].clone(), loop.reused_tokens
+        return entries(loop._cache)[6, ..., :65, :], loop.reused_tokens
 
-    known = {"prefix": PrefixCache()} if kept == "a conversation" else {"shared": SharedPrefixes(1 << 30)}
+    known = {"prefixes": of_turns() if kept == "a conversation" else Prefixes(1 << 30)}
     list(DecodingLoop(backend, [first], config, **known))
-    found, reused = entries(**known)
+    found, reused = of_block(**known)
     assert reused == 64
-    torch.testing.assert_close(found, entries()[0])
+    torch.testing.assert_close(found, of_block()[0])
 
 
 @pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
@@ -120,7 +128,7 @@ def test_a_block_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
 def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
     """In fp64, where near-ties are far apart."""
     backend = kind(tiny_model("llama", torch.float64, **SHAPE))
-    outputs, reused, _ = conversation(backend, settings_of(strategy), PrefixCache())
+    outputs, reused, _ = conversation(backend, settings_of(strategy), of_turns())
     assert outputs == conversation(backend, settings_of(strategy), None)[0]
     assert 0 < reused[1] < reused[2]
 
@@ -138,32 +146,33 @@ def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strat
     ],
 )
 def test_a_prompt_starts_at_the_first_difference(prompt, reused):
-    backend, config, prefix = native(), settings_of("exit"), PrefixCache()
+    backend, config, prefixes = native(), settings_of("exit"), of_turns()
     first = prompt_of(9)
-    text = [*first, *ids_of(decode(backend, first, config, prefix=prefix))]
+    text = [*first, *ids_of(decode(backend, first, config, prefixes=prefixes))]
     assert text[13] != 66 and len(text) == 21
     following = prompt(text[:20] if reused == 19 else text)
-    decoding = decode(backend, following, config, prefix=prefix)
+    decoding = decode(backend, following, config, prefixes=prefixes)
     assert ids_of(decoding) == ids_of(decode(backend, following, config))
     assert decoding.reused_tokens == reused
 
 
 def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
-    backend, config, prefix = native(), settings_of("exit", 30), PrefixCache()
-    decoding = decode(backend, prompt_of(9), config, prefix=prefix)
+    backend, config, prefixes = native(), settings_of("exit", 30), of_turns()
+    decoding = decode(backend, prompt_of(9), config, prefixes=prefixes)
     came = ids_of(islice(decoding, 3))
+    decoding.leave()
     assert 3 <= len(came) < 30
     text = [*prompt_of(9), *came, 5, 6]
-    going_on = decode(backend, text, config, prefix=prefix)
+    going_on = decode(backend, text, config, prefixes=prefixes)
     assert ids_of(going_on) == ids_of(decode(backend, text, config))
     assert going_on.reused_tokens == 9 + len(came) - 1
 
 
 def test_an_interrupted_step_does_no_harm(monkeypatch):
     """In a prefill and in a verification, after some of the layers have written to the cache."""
-    backend, config, prefix = native(), settings_of("exit"), PrefixCache()
+    backend, config, prefixes = native(), settings_of("exit"), of_turns()
     first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
-    ids_of(decode(backend, first, config, prefix=prefix))
+    ids_of(decode(backend, first, config, prefixes=prefixes))
     original, chooser = NativeBackend.run_layers, backend.chooser
 
     def interrupted(self, hidden, start, stop, positions, cache=None):
@@ -175,7 +184,7 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
         raise KeyboardInterrupt
 
     for prompt, steps in ((second, 0), (first, 1)):
-        decoding = decode(backend, prompt, config, prefix=prefix)
+        decoding = decode(backend, prompt, config, prefixes=prefixes)
         for _ in range(steps):
             next(decoding)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -183,30 +192,30 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
             patch.setattr(backend, "chooser", interrupted_choice)
             next(decoding)
         for again in (first, second):
-            assert ids_of(decode(backend, again, config, prefix=prefix)) == ids_of(decode(backend, again, config))
+            assert ids_of(decode(backend, again, config, prefixes=prefixes)) == ids_of(decode(backend, again, config))
 
 
 def test_other_settings_begin_afresh():
     """A prompt that ran through three layers only lacks keys for those above. Limits and sampling change nothing."""
-    backend, prefix, prompt = native(), PrefixCache(), prompt_of(9)
-    ids_of(decode(backend, prompt, settings_of("early exit"), prefix=prefix))
-    whole = decode(backend, prompt, settings_of("exit"), prefix=prefix)
+    backend, prefixes, prompt = native(), of_turns(), prompt_of(9)
+    ids_of(decode(backend, prompt, settings_of("early exit"), prefixes=prefixes))
+    whole = decode(backend, prompt, settings_of("exit"), prefixes=prefixes)
     assert ids_of(whole) == ids_of(decode(backend, prompt, settings_of("exit"))) and whole.reused_tokens == 0
     for config in (settings_of("exit", 3), settings_of("exit")):
-        assert decode(backend, prompt, config, prefix=prefix).reused_tokens == 8
+        assert decode(backend, prompt, config, prefixes=prefixes).reused_tokens == 8
     sampled = DecodingConfig("self-speculative", 3, 4, temperature=0.5)
-    assert decode(backend, prompt, sampled, prefix=prefix).reused_tokens == 8
-    assert decode(native("bf16"), prompt, sampled, prefix=prefix).reused_tokens == 0
+    assert decode(backend, prompt, sampled, prefixes=prefixes).reused_tokens == 8
+    assert decode(native("bf16"), prompt, sampled, prefixes=prefixes).reused_tokens == 0
 
 
 def decoded(backend, prompt, config, shared=None):
-    return DecodingLoop(backend, [prompt], config, shared=shared)
+    return DecodingLoop(backend, [prompt], config, prefixes=shared)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_texts_with_a_common_beginning_compute_it_once(strategy):
     """Whichever of them came last. Keys and values have the bits of whole prefills."""
-    backend, config, shared = native(), settings_of(strategy), SharedPrefixes(1 << 30)
+    backend, config, shared = native(), settings_of(strategy), Prefixes(1 << 30)
     system, other = prompt_of(80), prompt_of(70, 5)
     prompts = [[*system, 3, 4], [*other, 7], [*system, 9, 9, 9], [*other, 8, 5], system]
     reused = []
@@ -220,7 +229,7 @@ def test_texts_with_a_common_beginning_compute_it_once(strategy):
 
 
 def test_an_answer_is_part_of_the_next_prompt():
-    backend, config, shared, text = native(), settings_of("exit", 80), SharedPrefixes(1 << 30), prompt_of(9)
+    backend, config, shared, text = native(), settings_of("exit", 80), Prefixes(1 << 30), prompt_of(9)
     text = [*text, *ids_of(decoded(backend, text, config, shared)), 5, 6]
     assert decoded(backend, text, config, shared).reused_tokens == 9 + 80 - 1
 
@@ -230,24 +239,21 @@ def test_the_memory_of_shared_texts_is_bounded():
     backend, config = native(), settings_of("autoregressive", 1)
     prompts = [prompt_of(100, seed) for seed in range(3)]
 
-    def size(shared):
-        return sum(storage.nbytes for text in shared._texts for storage in text.cache.storages)
-
-    shared = SharedPrefixes(1 << 30)
+    shared = Prefixes(1 << 30)
     ids_of(decoded(backend, prompts[0], config, shared))
-    one = size(shared)
-    shared = SharedPrefixes(2 * one)
+    one = shared.bytes
+    shared = Prefixes(2 * one)
     for number in (0, 1, 0, 2):
         ids_of(decoded(backend, prompts[number], config, shared))
-        assert size(shared) <= 2 * one
+        assert shared.bytes <= 2 * one
     assert [decoded(backend, prompt, config, shared).reused_tokens for prompt in prompts] == [99, 0, 99]
-    small = SharedPrefixes(one - 1)
+    small = Prefixes(one - 1)
     ids_of(decoded(backend, prompts[0], config, small))
-    assert size(small) == 0
+    assert small.bytes == 0
 
 
 def test_shared_texts_of_other_layers_are_not_found():
-    backend, shared, prompt = native(), SharedPrefixes(1 << 30), prompt_of(80)
+    backend, shared, prompt = native(), Prefixes(1 << 30), prompt_of(80)
     ids_of(decoded(backend, prompt, settings_of("early exit"), shared))
     whole = decoded(backend, prompt, settings_of("exit"), shared)
     assert whole.reused_tokens == 0 and ids_of(whole) == ids_of(decoded(backend, prompt, settings_of("exit")))
@@ -257,9 +263,9 @@ def test_shared_texts_of_other_layers_are_not_found():
 def test_exact_weights_reuse_and_share_nothing():
     backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True))
     config = settings_of("exit")
-    outputs, reused, _ = conversation(backend, config, PrefixCache())
+    outputs, reused, _ = conversation(backend, config, of_turns())
     assert outputs == conversation(backend, config, None)[0] and reused == [0, 0, 0]
-    shared = SharedPrefixes(1 << 30)
+    shared = Prefixes(1 << 30)
     for _ in range(2):
         decoding = decoded(backend, prompt_of(80), config, shared)
         assert ids_of(decoding) and decoding.reused_tokens == 0

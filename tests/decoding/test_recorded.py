@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import zip_longest
+from math import inf
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import PrefixCache, decode, graphs
+from layerskip_core.decoding import Prefixes, decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, cache
@@ -109,8 +110,8 @@ def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
 
 def test_only_what_was_replayed_is_counted(model):
     passes = 24 - 1  # after the prefill
-    for prefix, replayed in ((None, passes - 2), (None, passes), (PrefixCache(), 0)):
-        assert answer_of(model, PROMPT, PLAIN, prefix=prefix)[2].replayed == replayed
+    for prefixes, replayed in ((None, passes - 2), (None, passes), (Prefixes(inf), 0)):
+        assert answer_of(model, PROMPT, PLAIN, prefixes=prefixes)[2].replayed == replayed
 
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, context_after, ids_of, native_or_skip, plainly, silent_layers
+from decodings import WIDE, context_after, entries, ids_of, native_or_skip, plainly, silent_layers
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -83,7 +83,7 @@ def pruned_drafts(skip):
     with torch.inference_mode():
         prompt = whole.embed(torch.tensor([PROMPT[:last]]))
         whole.run_layers(prompt, 0, LAYERS, before, full)
-        (held,) = full.storages
+        held = entries(full.parts[0])[:, :, None]
         for place, index in enumerate(kept):
             PositionCache(EntryWriter(cache, before)).update(*held[index, ..., :last, :], place)
         for place in range(last, last + MOST):

@@ -13,7 +13,7 @@ from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.evaluation import VerifyConfig
-from layerskip_core.decoding import PrefixCache, engine, sampling
+from layerskip_core.decoding import Prefixes, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Sampler, accepted_choices
 from layerskip_core.evaluation import verification
@@ -124,13 +124,14 @@ def _bits_of_a_batch(monkeypatch):
 
 def _stale_turns(monkeypatch):
     """Keys and values of the turn before that are taken for those of other tokens."""
-    honest = PrefixCache.begin
+    honest = Prefixes.begin
 
-    def stale(self, model, config, prompt, rerun=0):
-        self._ids = (prompt + self._ids)[: len(self._ids)]
-        return honest(self, model, config, prompt, rerun)
+    def stale(self, model, target, prompt, end):
+        for text in self._texts:
+            text.ids = (prompt + text.ids)[: len(text.ids)]
+        return honest(self, model, target, prompt, end)
 
-    monkeypatch.setattr(PrefixCache, "begin", stale)
+    monkeypatch.setattr(Prefixes, "begin", stale)
     return {TURN}
 
 

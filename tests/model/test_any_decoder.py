@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 import pytest
 import torch
 from decoder_types import LAYERS, tiny
-from decodings import ids_of, plainly, prompt_of
+from decodings import entries, ids_of, plainly, prompt_of
 from exit_block_models import random_blocks
 from training_runs import recipe_module
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import DecodingLoop, PrefixCache, SharedPrefixes, decode, target
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
@@ -138,8 +139,9 @@ def check_propagation(backend, ids):
         backend.write_kv(hidden, 1, LAYERS, positions, caches[0])
         for layer in range(1, LAYERS):
             backend.run_layers(hidden, layer, layer + 1, positions, caches[1])
-    for written, expected in zip(*(cache.storages for cache in caches), strict=True):
-        torch.testing.assert_close(written, expected)
+    for written, expected in zip(*(cache.parts for cache in caches), strict=True):
+        for row in range(written.capacity and 2):
+            torch.testing.assert_close(entries(written, row), entries(expected, row))
 
 
 def check_recipe(model, ids):
@@ -237,16 +239,16 @@ def check_rollback(backend):
 
 def check_turns(backend):
     """A prompt that goes on after all of the text before starts at its end, another at its own beginning."""
-    prefix, text = PrefixCache(), prompt_of(9)
+    prefixes, text = Prefixes(inf, 2, 1), prompt_of(9)
     adaptive = DecodingConfig("adaptive", exits=(1, 2), num_draft_tokens=3, max_new_tokens=10, lookup=2)
-    for config, reused in ((adaptive, 0), (adaptive, 18), (replace(adaptive, strategy="autoregressive"), 0)):
-        decoding = decode(backend, text, config, prefix=prefix)
+    for config, reused in ((adaptive, 0), (adaptive, 18), (replace(adaptive, strategy="autoregressive"), 32)):
+        decoding = decode(backend, text, config, prefixes=prefixes)
         output = ids_of(decoding)
         assert output == plainly(backend, text, 10) and decoding.reused_tokens == reused
         text = [*text, *output, *prompt_of(4)]
-    other = decode(backend, text[:-1], config, prefix=prefix)
+    other = decode(backend, text[:-1], config, prefixes=prefixes)
     assert ids_of(other) == plainly(backend, text[:-1], 10) and other.reused_tokens == 46
-    other = decode(backend, text[:20], config, prefix=prefix)
+    other = decode(backend, text[:20], config, prefixes=prefixes)
     assert ids_of(other) == plainly(backend, text[:20], 10) and other.reused_tokens == 0
 
 
@@ -262,24 +264,22 @@ def test_an_exit_before_the_first_attention_is_a_model(model_type):
 
 def test_shared_texts_with_recurrent_states():
     """A prompt that begins with all of another text starts at its end, one that differs before starts anew."""
-    backend, shared = TransformersBackend(tiny.__wrapped__("mamba2")), SharedPrefixes(2**24)
+    backend, shared = TransformersBackend(tiny.__wrapped__("mamba2")), Prefixes(2**24)
     text, config = prompt_of(80), DecodingConfig("self-speculative", 2, 3, 5)
     for prompt, reused in ((text, 0), ([*text, 5, 6], 80), ([*text, 7], 80), ([*text[:75], 8, 9], 0)):
-        loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), shared=shared)
+        loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), prefixes=shared)
         assert ids_of(loop) == plainly(backend, prompt, 5) and loop.reused_tokens == reused
 
 
-def test_drafts_on_final_states_compute_recurrent_texts_anew(monkeypatch):
+def test_drafts_on_final_states_compute_recurrent_texts_anew():
     """They would need the state before a text's last token, which nobody keeps."""
-    monkeypatch.setattr(target, "_WORTHWHILE", 8)
     model = tiny.__wrapped__("qwen3_5_text")
     backend = TransformersBackend(model, random_blocks(model, ExitBlock(2, "final")))
-    prefix, shared, text = PrefixCache(), SharedPrefixes(2**24), prompt_of(30)
+    prefixes, text = Prefixes(2**24, least=1), prompt_of(30)
     for count in (1, 5, 5):
         config = DecodingConfig("self-speculative", 2, 3, count)
-        loops = [DecodingLoop(backend, [text], config, **kept) for kept in ({"prefix": prefix}, {"shared": shared})]
-        output = plainly(backend, text, count)
-        assert [ids_of(loop) for loop in loops] == [output, output]
+        loop, output = DecodingLoop(backend, [text], config, prefixes=prefixes), plainly(backend, text, count)
+        assert ids_of(loop) == output and loop.reused_tokens == 0
         text = [*text, *output, 7]
 
 

@@ -1,82 +1,165 @@
-"""The cache keeps each row's keys and values, whoever leaves, joins or grows."""
+"""A cache keeps each row's keys and values, whoever leaves, joins or grows."""
 
 from random import Random
+from sys import getrefcount
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from layerskip_core.model.cache import KVCache, available_memory
+from layerskip_core.errors import ConfigError
+from layerskip_core.model.cache import RowCache, SpanWriter, available_memory
+from layerskip_core.model.pages import PAGE, PagedCache, PagePool
 
 LAYERS, HEADS, SIZE, CONTEXT = 2, 2, 4, 512
 LIKE = torch.empty(0)
 
 
-def reader_of(cache, scatters, stop):
-    """A function from a row to its part of the storage, (L, 2, kv heads, capacity, head dim), to be written before `stop`."""
-    stop = cache.writer(torch.tensor([[stop - 1]])).stop
-    if scatters:
-        storage = cache.scattered(stop, HEADS, SIZE, LIKE)
-        return lambda row: storage[:, :, cache.slots[row]]
-    storage = cache.room(stop, HEADS, SIZE, LIKE)
-    assert storage.shape[2] == cache.rows
-    return lambda row: storage[:, :, row]
+class Rows:
+    """Of a RowCache."""
+
+    def new(self, count):
+        return RowCache(LAYERS, count, CONTEXT)
+
+    def write(self, cache, row, start, numbers):
+        stop = SpanWriter(cache, torch.tensor([[start + numbers.shape[3] - 1]] * cache.rows)).stop
+        cache.room(stop, HEADS, SIZE, LIKE)[:, :, row, :, start:stop] = numbers
+
+    def read(self, cache, row, stop):
+        return cache.entries(row, stop)
 
 
-def filled(random, lengths, scatters):
-    """A cache with random contents, and what each row has."""
-    cache = KVCache(LAYERS, len(lengths), CONTEXT)
-    part, expected = reader_of(cache, scatters, max(lengths)), []
-    for row, length in enumerate(lengths):
-        numbers = torch.rand(LAYERS, 2, HEADS, length, SIZE, generator=torch.Generator().manual_seed(random.getrandbits(32)))
-        part(row)[..., :length, :] = numbers
-        expected.append(numbers)
-    return cache, expected
+class Pages:
+    """Of a PagedCache. A page is written only by the row that has it alone."""
+
+    def __init__(self):
+        self.pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+
+    def new(self, count):
+        return PagedCache(self.pool, count, CONTEXT)
+
+    def write(self, cache, row, start, numbers):
+        stop = start + numbers.shape[3]
+        cache._reach([stop if each == row else 0 for each in range(cache.rows)])
+        pages = cache._pages[row]
+        for place in range(start, stop):
+            page = pages[place // PAGE]
+            assert getrefcount(page) == 3  # the list, the name and the argument
+            page.content[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
+
+    def read(self, cache, row, stop):
+        return torch.cat([page.content for page in cache._pages[row]], dim=3)[..., :stop, :]
 
 
-@pytest.mark.parametrize("readers", ["scattered", "room", "both"])
-@pytest.mark.parametrize("seed", range(12))
-def test_rows_keep_their_numbers(readers, seed):
-    random = Random(seed)
+@pytest.mark.parametrize("kind", [Rows, Pages])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40)
+def test_rows_keep_their_numbers(kind, seed):
+    """Whoever leaves, joins, goes on from an earlier position or begins as another does, in a cache or in one that branches.
 
-    def scatters():
-        return readers == "scattered" or (readers == "both" and random.random() < 0.5)
+    A row is its numbers, and the position from which it may still write.
+    """
+    random, memory, generator = Random(seed), kind(), torch.Generator().manual_seed(seed)
 
-    cache, expected = filled(random, [random.randint(1, 150) for _ in range(random.randint(1, 5))], scatters())
+    def grown(cache, rows, row):
+        """With new numbers from a position on."""
+        numbers, least = rows[row]
+        start = random.randint(max(least, numbers.shape[3] - 70), numbers.shape[3])
+        new = torch.rand(LAYERS, 2, HEADS, min(random.randint(1, 150), CONTEXT - start), SIZE, generator=generator)
+        if new.shape[3]:
+            memory.write(cache, row, start, new)
+        return torch.cat([numbers[..., :start, :], new], dim=3), least
+
+    def fresh():
+        cache, rows = memory.new(1), [(torch.zeros(LAYERS, 2, HEADS, 0, SIZE), 0)]
+        return cache, [grown(cache, rows, 0)]
+
+    caches = [fresh()]
     for _ in range(30):
-        action = random.choice(["leave", "leave", "join", "grow", "reorder"])
-        rows = list(range(len(expected)))
-        if action == "leave" and len(rows) > 1:
-            rows = sorted(random.sample(rows, random.randint(1, len(rows))))
-        elif action == "reorder":
-            rows = [random.choice(rows) for _ in range(random.randint(1, 4))]
-        elif action == "join" and len(rows) < 12:
-            other, added = filled(random, [random.randint(1, 150) for _ in range(random.randint(1, 3))], scatters())
-            kept = sorted(random.sample(range(len(added)), random.randint(1, len(added))))
-            other.keep_rows(kept)
+        index = random.randrange(len(caches))
+        cache, rows = caches[index]
+        action = random.choice(["join", "leave", "grow", "grow", "branch", "forget"])
+        if action == "join" and len(rows) < 6:
+            other, added = fresh()
             cache.join(other)
-            expected += [added[row] for row in kept]
-            rows = list(range(len(expected)))
-        if rows != list(range(cache.rows)):
-            cache.keep_rows(rows)
-        expected = [expected[row] for row in rows]
-        stop = random.randint(1, 400) if action == "grow" else 1
-        part = reader_of(cache, scatters(), max(stop, *(numbers.shape[3] for numbers in expected)))
-        assert cache.capacity >= stop
-        assert cache.rows == len(expected)
-        for row, numbers in enumerate(expected):
-            assert torch.equal(part(row)[..., : numbers.shape[3], :], numbers)
+            rows += added
+        elif action == "leave":
+            kept = random.sample(range(len(rows)), random.randint(0, len(rows)))
+            cache.keep_rows(kept)
+            rows[:] = [rows[row] for row in kept]
+        elif action == "grow" and rows:
+            row = random.randrange(len(rows))
+            rows[row] = grown(cache, rows, row)
+        elif action == "branch" and rows and len(caches) < 6:
+            chosen = [random.randrange(len(rows)) for _ in range(random.randint(1, 3))]
+            stops = [random.randint(1, rows[row][0].shape[3]) for row in chosen]
+            starts = [random.randint(max(0, stop - 5), stop) for stop in stops]
+            taken = list(zip(chosen, starts, stops, strict=True))
+            branched = [(rows[row][0][..., :stop, :], start) for row, start, stop in taken]
+            caches.append((cache.branch(chosen, starts, stops), branched))
+            for row, start, _ in taken:
+                rows[row] = rows[row][0], max(rows[row][1], start)
+        elif action == "forget" and len(caches) > 1:
+            del caches[index]
+        for each, known in caches:
+            assert each.rows == len(known)
+            for row, (numbers, _) in enumerate(known):
+                assert torch.equal(memory.read(each, row, numbers.shape[3]), numbers)
+    cache = other = None
+    if kind is Pages:
+        assert memory.pool.used == len({page.address for each, _ in caches for pages in each._pages for page in pages})
 
 
-def test_what_copies_nothing():
-    """A row that leaves, and one that joins where a slot is free."""
-    random = Random(1)
-    cache, _ = filled(random, [20, 30, 40], scatters=True)
-    storage = cache.scattered(1, HEADS, SIZE, LIKE)
-    cache.keep_rows([0, 2])
-    cache.join(filled(random, [33], scatters=True)[0])
-    assert cache.scattered(1, HEADS, SIZE, LIKE) is storage
-    assert cache.slots.tolist() == [0, 2, 1]
+@pytest.mark.parametrize(("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)])
+def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
+    """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to the end."""
+    moved, hold = [], RowCache._hold
+
+    def counted(cache, storage):
+        moved.append(cache.capacity)
+        return hold(cache, storage)
+
+    monkeypatch.setattr(RowCache, "_hold", counted)
+    cache = RowCache(LAYERS, 1, end)
+    for stop in range(prompt, min(end, 3000) + 1):
+        cache.room(SpanWriter(cache, torch.tensor([[stop - 1]])).stop, HEADS, SIZE, LIKE)
+        assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
+        _, keys, values = cache.matrices()[-1]  # read as a whole
+        assert stop <= keys.shape[2] == values.shape[1] <= stop + 63
+    assert len(moved) - 1 == moves and sum(moved) <= 2 * cache.capacity
+
+
+def test_pages_are_given_back_and_taken_again():
+    """Without a row there is no page, and as many rows again take no more memory."""
+    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+
+    def texts(count):
+        cache = PagedCache(pool, count, CONTEXT)
+        cache.addresses(torch.full((count, 1), CONTEXT - 1))
+        return cache
+
+    held = texts(20)
+    assert pool.used == 20 * CONTEXT // PAGE
+    slabs = sum(len(slab.pages) for slab in pool._slabs)
+    assert slabs <= 2 * pool.used
+    del held
+    assert pool.used == 0
+    for _ in range(3):
+        held = texts(20)
+        assert pool.used == 20 * CONTEXT // PAGE and sum(len(slab.pages) for slab in pool._slabs) <= slabs
+        del held
+
+
+def test_a_prefix_shares_all_pages_but_the_last():
+    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+    cache = PagedCache(pool, 1, CONTEXT)
+    cache.addresses(torch.tensor([[200]]))
+    branches = [cache.branch([0], [200]) for _ in range(5)]
+    assert pool.used == 4 + 5 and len({*branches[0].memory} & {*branches[1].memory}) == 3
+    with pytest.raises(ConfigError, match="the context limit of 512 tokens is reached: position 512 was requested"):
+        branches[0].addresses(torch.tensor([[512]]))
 
 
 V1, V2 = ("limit_in_bytes", "usage_in_bytes", "total_"), ("max", "current", "")
@@ -111,45 +194,3 @@ def test_the_memory_available_is_the_machines_within_the_limits_of_cgroups(
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")
     assert available_memory(tmp_path) == expected
-
-
-@pytest.mark.parametrize("scatters", [True, False])
-@pytest.mark.parametrize(("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)])
-def test_a_text_that_grows_moves_seldom(monkeypatch, scatters, prompt, end, moves):
-    """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to the end."""
-    copied, move = [], KVCache._move
-
-    def counted(cache, held, *arguments):
-        copied.append(held.shape[4])
-        return move(cache, held, *arguments)
-
-    monkeypatch.setattr(KVCache, "_move", counted)
-    cache = KVCache(LAYERS, 1, end)
-    for stop in range(prompt, min(end, 3000) + 1):
-        reader_of(cache, scatters, stop)
-        assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
-        _, keys, values = cache.matrices()[-1]  # read as a whole
-        assert stop <= keys.shape[2] == values.shape[1] <= stop + 63
-    assert len(copied) == moves and sum(copied) <= 2 * cache.capacity
-
-
-@pytest.mark.parametrize("scatters", [True, False])
-def test_slots_are_as_many_as_rows_need(scatters):
-    """Longer and longer rows that come and go beside one get no more of them; after many rows at once they shrink."""
-    random = Random(2)
-    cache, [numbers] = filled(random, [20], scatters)
-
-    def join_and_leave(*lengths):
-        other, added = filled(random, lengths, scatters)
-        cache.join(other)
-        part = reader_of(cache, scatters, max(lengths))
-        for row, each in enumerate((numbers, *added)):
-            assert torch.equal(part(row)[..., : each.shape[3], :], each)
-        slots = cache.storages[0].shape[2]
-        cache.keep_rows([0])
-        reader_of(cache, scatters, 1)
-        return slots
-
-    assert {join_and_leave(length) for length in range(70, 512, 64)} == {2}
-    assert 9 <= join_and_leave(*[30] * 8) <= 18
-    assert cache.storages[0].shape[2] == 1 and join_and_leave(30) == 2

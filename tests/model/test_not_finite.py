@@ -1,6 +1,7 @@
 """A text whose values are not finite leaves nothing behind: what takes its place in the cache decodes as it would alone."""
 
 import math
+from math import inf
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from test_native import variant  # noqa: F401  a fixture
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import PrefixCache
+from layerskip_core.decoding import Prefixes
+from layerskip_core.decoding.target import target_of
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 
 PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
@@ -71,13 +73,12 @@ def test_the_next_text_of_a_prefix_decodes_as_alone(kind):
     model, config = backend_of(kind, "fp32"), DecodingConfig(strategy="autoregressive", max_new_tokens=4)
     logits = []
     for nan in ((), (0,)):
-        prefix = PrefixCache()
-        cache, _ = prefix.begin(model, config, [5] * 41)
+        prefixes, target, cache = Prefixes(inf, least=1), target_of(model, config), model.new_cache()
         with torch.inference_mode():
             run(model, cache, [[5, 5]], 0)
             run(model, cache, [[5] * 39], 2, nan)
-            prefix.keep([5] * 41, 41)
-            cache, count = prefix.begin(model, config, [5, 5, 6, 7])
+            prefixes.keep(model, target, [5] * 41, cache, 0)
+            cache, count = prefixes.begin(model, target, [5, 5, 6, 7], 100)
             assert count == 2
             logits.append(run(model, cache, [[6, 7]], 2))
     assert bool(logits[0].isfinite().all()) and torch.equal(*logits)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import entries
 from test_generic import CHANGES, ids_of, positions_of
 from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
 
@@ -14,8 +15,7 @@ LAYERS = 6
 
 def kept(cache, layer):
     """Keys and values of a layer, (2, B, kv heads, capacity, head dim)."""
-    (storage,) = cache.storages
-    return storage[layer].clone()
+    return torch.stack([entries(cache, row)[layer] for row in range(cache.rows)], dim=1)
 
 
 def assert_propagates(model, positions):

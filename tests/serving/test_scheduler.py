@@ -13,7 +13,7 @@ from exit_block_models import random_blocks
 from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, SharedPrefixes
+from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
@@ -294,7 +294,7 @@ def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind):
     decoder = decoder_of(kind, max_position_embeddings=640)
-    scheduler, slots = Scheduler(decoder, batch_size=3), []
+    scheduler, held = Scheduler(decoder, batch_size=3), []
     clients = [Client(prompt_of(length), replace(ADAPTIVE, max_new_tokens=3)) for length in range(70, 600, 64)]
     clients.append(Client(prompt_of(4), replace(ADAPTIVE, max_new_tokens=200, ignore_eos=True)))
     scheduler.add(clients[-1].request)
@@ -303,8 +303,10 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
         for _ in range(2):
             scheduler.step()
             [(loop, _)] = scheduler._groups.values()
-            slots += [storage.shape[2] for part in getattr(loop._cache, "parts", [loop._cache]) for storage in part.storages]
-    assert len(slots) >= 18 and max(slots) <= 2 * 3
+            held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
+    longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
+    next(longest)
+    assert len(held) >= 18 and max(held) <= sum(longest._cache.memory.values())
     run(scheduler, [])
     for client in clients:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
@@ -325,13 +327,41 @@ def test_requests_that_join_find_the_answers_of_those_that_finished():
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
+@pytest.mark.parametrize(
+    "config",
+    [ADAPTIVE, replace(SPECULATIVE, lookup=2), DecodingConfig("early-exit", exits=(4,), exit_confidence=0.1)],
+    ids=["adaptive", "exit", "depth per token"],
+)
+def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
+    """The other gets a step for each piece, and both the answers that they get alone. A prompt that is given up leaves."""
+    decoder = decoder_of(kind, max_position_embeddings=1200)
+    other, long, gone = (
+        Client(prompt_of(length), replace(config, max_new_tokens=40, ignore_eos=True)) for length in (5, 900, 1000)
+    )
+    scheduler = Scheduler(decoder, batch_size=4)
+    for client in (other, long, gone):
+        scheduler.add(client.request)
+        scheduler.step()
+    while not long.updates:
+        assert scheduler.running == 2 and scheduler.held == 3
+        scheduler.step()
+    assert len(other.updates) >= 5 and not gone.updates  # one for its own prompt, and for each of four pieces
+    scheduler.step()
+    assert scheduler.running == 3 and scheduler.cancel(gone.request) and scheduler.running == 2
+    run(scheduler, [])
+    assert not gone.updates
+    for client in (other, long):
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_requests_with_a_common_beginning_get_their_own_answers(kind):
     """In company and where one is cancelled; the beginning is computed for the first of them only."""
     decoder, system = decoder_of(kind), prompt_of(70)
     for config in (ADAPTIVE, replace(SPECULATIVE, temperature=HOT if kind == "native" else 0.0)):
         clients = [Client([*system, place, 3], replace(config, max_new_tokens=9 + place, seed=place)) for place in range(6)]
         gone = Client([*system, 50], replace(config, max_new_tokens=40))
-        scheduler = Scheduler(decoder, 4, prefixes=SharedPrefixes(1 << 30))
+        scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30))
         for client in (clients[0], gone):
             scheduler.add(client.request)
             scheduler.step()

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, joined, states_at
-from ...model.cache import TokenRows
 from ...model.eagle3 import NO_DRAFTER
+from ...model.pages import PagedCache, TokenRows
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
@@ -88,6 +88,7 @@ class ExitDrafter:
             going = [row for row, room in enumerate(rooms) if room > step]
             if not going:
                 break
+            assert isinstance(context.cache, PagedCache)
             cache = TokenRows(context.cache, [int(room > step) for room in rooms])
             positions, hidden = context.positions[going, step : step + 1], side.layers.embed(tokens[-1][going])
             states = side.layers.run_layers(hidden, 0, self.submodel.exit_layer, positions, cache)

@@ -46,7 +46,7 @@ class Probe:
         ids, first = [*prompt_ids, *output_ids][:-1], len(prompt_ids) - 1
         tokens = torch.tensor([ids], device=model.device)
         positions = torch.arange(len(ids))[None]
-        self._positions, self._cache = positions[:, first:], model.new_cache(1, len(ids))
+        self._positions, self._cache, self._ends = positions[:, first:], model.new_cache(1, len(ids)), ([first], [len(ids)])
         self._cache.steps_back = len(ids) - first
         with torch.inference_mode():
             if first:
@@ -55,24 +55,21 @@ class Probe:
             for layer in range(model.num_layers):
                 hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
                 self._states.append(hidden)
-            self._kept = [written.clone() for written in self._cache.storages]  # which drafts write to
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:
         """The greedy draft at each position of the output, given the prompt and the output before it."""
         exit_layer, spans = kept_layers(skip, self._model.num_layers)
         if not self._side.shares_states:
             exit_layer, spans = 0, ((0, exit_layer), *spans)
-        hidden = self._states[exit_layer]
+        hidden, cache = self._states[exit_layer], self._cache.branch([0], *self._ends)  # which drafts write to
         blocks = [slice(start, start + _BLOCK) for start in range(0, hidden.shape[1], _BLOCK)]
         with torch.inference_mode():
             # The last block first, because its keys and values are seen by none of the others.
             parts = [
-                run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], self._cache)
+                run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], cache)
                 for block in reversed(blocks)
             ]
             chosen = self._side.whole.choose(self._side.whole.unembed(torch.cat(parts[::-1], dim=1)))[0]
-            for written, kept in zip(self._cache.storages, self._kept, strict=True):
-                written.copy_(kept)
         return chosen.tolist()
 
 

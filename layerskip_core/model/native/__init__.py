@@ -10,6 +10,7 @@ from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
 from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
+from ..pages import PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
 from ..torch_layer import missing_feature
@@ -68,7 +69,8 @@ class NativeBackend(RepackedBackend):
 
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
-        self._engine = Engine(self._kernels, self.spec, self._embedding.dtype)
+        self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
+        self._pool = PagePool(spec.layers, spec.kv_heads, spec.head_dim, self._embedding.dtype)
 
     def _described(self, packing: PackingConfig) -> str:
         return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"
@@ -90,14 +92,15 @@ class NativeBackend(RepackedBackend):
         return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
-        return NativeEagle3(self._kernels, self._packed, stored, self._chain_spec, self._embedding, place, packing.drafter)
+        own = self._chain_spec, self._embedding, self._pool
+        return NativeEagle3(self._kernels, self._packed, stored, *own, place, packing.drafter)
 
     def _norm(self, weights: Affine) -> Norm:
         """Of fp32 hidden states."""
         return Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
 
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
-        return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers)
+        return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers, self._pool)
 
     def _draft_kernel(self, layers: NativeLayers, own: bool) -> DraftKernel:
         return partial(draft, layers, self.spec, own)

@@ -9,6 +9,7 @@
  * that are not finite. In their place it has zeros and a key of NaN, so that whoever does see the place gets NaN.
  */
 #define MOST_QUERIES 16
+#define PAGE 64         /* places that lie together in memory; a divisor of the next */
 #define SPAN_PLACES 256
 #define LARGEST_HEAD 256
 #define LEAST_SCORE -1e30f /* before the first */
@@ -36,8 +37,8 @@ INLINE int chunks_of(int size) { return (size + 15) / 16; }
 /* Vectors that are read at once where each is multiplied with R queries: sums that do not wait for each other, in registers. */
 #define AT_ONCE(R) ((R) <= 2 && 4 * (R) <= SUMS ? 4 : 2 * (R) <= SUMS ? 2 : 1)
 
-/* Scores of R queries and n places, n being a multiple of 16 * AT_ONCE(R). */
-INLINE void score_places(Attention *a, int first, const int R, const char *keys, int n, int size, const int bf16) {
+/* Scores of R queries and n places of a page, from the from-th of the span on; in a page there are 16 * AT_ONCE(R) or more. */
+INLINE void score_places(Attention *a, int from, int first, const int R, const char *keys, int n, int size, const int bf16) {
     const int B = AT_ONCE(R);
     int units = bf16 ? size / 2 : size; /* 64 bytes of a block */
     const float *queries = a->queries + first * size;
@@ -57,13 +58,14 @@ INLINE void score_places(Attention *a, int first, const int R, const char *keys,
                     }
                 }
         for (int r = 0; r < R; r++)
-            for (int b = 0; b < B; b++) f_store(a->scores[first + r] + t + 16 * b, acc[r][b]);
+            for (int b = 0; b < B; b++) f_store(a->scores[first + r] + from + t + 16 * b, acc[r][b]);
     }
 }
 
 /* Adds the values of n places by the weights of R queries to C chunks from the `chunk`-th on. `whole`: heads of at least 16. */
 INLINE void add_chunks(
-    Attention *a, int first, const int R, const char *values, int n, int size, int chunk, const int C, const int whole, const int bf16
+    Attention *a, int from, int first, const int R, const char *values, int n, int size, int chunk, const int C, const int whole,
+    const int bf16
 ) {
     vf acc[TILE][4];
     const float *at[4];
@@ -76,53 +78,59 @@ INLINE void add_chunks(
                 vf value = whole ? f_load(at[c] + row) : f_load_some(at[c] + row, size);
                 Bf16 pairs = bf16_part(i_bits(value), part);
                 for (int r = 0; r < R; r++) {
-                    if (bf16) acc[r][c] = dot_bf16(acc[r][c], pairs, bf16_value(a->rounded[first + r] + t, part));
-                    else acc[r][c] = f_fma(value, f_set(a->scores[first + r][t]), acc[r][c]);
+                    if (bf16) acc[r][c] = dot_bf16(acc[r][c], pairs, bf16_value(a->rounded[first + r] + from + t, part));
+                    else acc[r][c] = f_fma(value, f_set(a->scores[first + r][from + t]), acc[r][c]);
                 }
             }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) f_store(a->mixed[first + r] + 16 * (chunk + c), acc[r][c]);
 }
 
-INLINE void add_values(Attention *a, int first, const int R, const char *values, int n, int size, const int bf16) {
+INLINE void add_values(Attention *a, int from, int first, const int R, const char *values, int n, int size, const int bf16) {
     int chunk = 0, chunks = chunks_of(size);
     if (size < 16) {
-        add_chunks(a, first, R, values, n, size, 0, 1, 0, bf16);
+        add_chunks(a, from, first, R, values, n, size, 0, 1, 0, bf16);
         return;
     }
     if (AT_ONCE(R) == 4)
-        for (; chunk + 4 <= chunks; chunk += 4) add_chunks(a, first, R, values, n, size, chunk, 4, 1, bf16);
+        for (; chunk + 4 <= chunks; chunk += 4) add_chunks(a, from, first, R, values, n, size, chunk, 4, 1, bf16);
     if (AT_ONCE(R) >= 2)
-        for (; chunk + 2 <= chunks; chunk += 2) add_chunks(a, first, R, values, n, size, chunk, 2, 1, bf16);
-    for (; chunk < chunks; chunk++) add_chunks(a, first, R, values, n, size, chunk, 1, 1, bf16);
+        for (; chunk + 2 <= chunks; chunk += 2) add_chunks(a, from, first, R, values, n, size, chunk, 2, 1, bf16);
+    for (; chunk < chunks; chunk++) add_chunks(a, from, first, R, values, n, size, chunk, 1, 1, bf16);
 }
 
 enum { SCORE, ADD_VALUES }; /* what happens to the places of a span */
 
 /* A step of `rows` <= TILE queries. */
-INLINE void span_step(Attention *a, int step, int first, const int R, const char *at, int n, int size, const int bf16) {
-    if (step == SCORE) score_places(a, first, R, at, n, size, bf16);
-    else add_values(a, first, R, at, n, size, bf16);
+INLINE void span_step(Attention *a, int step, int from, int first, const int R, const char *at, int n, int size, const int bf16) {
+    if (step == SCORE) score_places(a, from, first, R, at, n, size, bf16);
+    else add_values(a, from, first, R, at, n, size, bf16);
 }
 
-static void span_step_bf16(Attention *a, int step, int first, int rows, const char *at, int n, int size) {
-#define ROWS(R) case R: span_step(a, step, first, R, at, n, size, 1); break;
+static void span_step_bf16(Attention *a, int step, int from, int first, int rows, const char *at, int n, int size) {
+#define ROWS(R) case R: span_step(a, step, from, first, R, at, n, size, 1); break;
     switch (rows) { EACH_ROWS }
 #undef ROWS
 }
 
-static void span_step_fp32(Attention *a, int step, int first, int rows, const char *at, int n, int size) {
-#define ROWS(R) case R: span_step(a, step, first, R, at, n, size, 0); break;
+static void span_step_fp32(Attention *a, int step, int from, int first, int rows, const char *at, int n, int size) {
+#define ROWS(R) case R: span_step(a, step, from, first, R, at, n, size, 0); break;
     switch (rows) { EACH_ROWS }
 #undef ROWS
 }
 
-static void span_steps(Attention *a, int step, int count, const char *at, int n, int size, int bf16) {
+/* A step of all queries over n places of a page. */
+static void page_step(Attention *a, int step, int from, int count, const char *at, int n, int size, int bf16) {
+    if (bf16 && in_attention_tiles(size)) {
+        if (step == SCORE) score_in_tiles(a, from, (const uint16_t *)at, n, size);
+        else add_in_tiles(a, from, (const uint16_t *)at, n, size);
+        return;
+    }
     int parts = (count + TILE - 1) / TILE;
     for (int part = 0; part < parts; part++) {
         int first = share(count, part, parts), rows = share(count, part + 1, parts) - first;
-        if (bf16) span_step_bf16(a, step, first, rows, at, n, size);
-        else span_step_fp32(a, step, first, rows, at, n, size);
+        if (bf16) span_step_bf16(a, step, from, first, rows, at, n, size);
+        else span_step_fp32(a, step, from, first, rows, at, n, size);
     }
 }
 
@@ -154,9 +162,16 @@ static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last
     f_store(a->total[q], f_add(f_load(a->total[q]), sum));
 }
 
-/* `count` <= MOST_QUERIES queries, which stand in `a`, over a head's keys and values. */
-static void attend(Attention *a, const Query *queries, int count, const char *keys, const char *values, int size, int bf16, float cap) {
-    int tiled = bf16 && in_attention_tiles(size);
+/* A head's keys or values of a row in the page of a place, from the page's first place on. */
+INLINE char *in_page(const Shape *s, const Call *call, int layer, int is_value, int row, int head, int64_t place) {
+    char *page = call->pages[call->page_rows[row] * call->row_pages + place / PAGE];
+    int64_t part = ((call->first_layer + layer) * 2 + is_value) * s->kv_heads + head;
+    return page + part * PAGE * s->head_dim * (s->bf16_cache ? 2 : 4);
+}
+
+/* `count` <= MOST_QUERIES queries of a row, which stand in `a`, over the keys and values of a head. */
+static void attend(Attention *a, const Query *queries, int count, const Shape *s, const Call *call, int layer, int row, int head) {
+    int size = s->head_dim, bf16 = s->bf16_cache;
     int64_t start = INT64_MAX, stop = 0;
     for (int q = 0; q < count; q++) {
         for (int c = 0; c < chunks_of(size); c++) f_store(a->mixed[q] + 16 * c, f_set(0));
@@ -165,12 +180,16 @@ static void attend(Attention *a, const Query *queries, int count, const char *ke
     }
     for (int64_t place = start / SPAN_PLACES * SPAN_PLACES; place < stop; place += SPAN_PLACES) {
         int n = stop - place < SPAN_PLACES ? (int)(stop - place) : SPAN_PLACES;
-        size_t before = (size_t)place * (size_t)size * (bf16 ? 2 : 4);
-        if (tiled) score_in_tiles(a, (const uint16_t *)(keys + before), n, size);
-        else span_steps(a, SCORE, count, keys + before, n, size, bf16);
-        for (int q = 0; q < count; q++) weigh_places(a, q, n, queries[q].start - place, queries[q].stop - place, size, bf16, cap);
-        if (tiled) add_in_tiles(a, (const uint16_t *)(values + before), n, size);
-        else span_steps(a, ADD_VALUES, count, values + before, n, size, bf16);
+        for (int t = 0; t < n; t += PAGE) {
+            const char *keys = in_page(s, call, layer, 0, row, head, place + t);
+            page_step(a, SCORE, t, count, keys, n - t < PAGE ? n - t : PAGE, size, bf16);
+        }
+        for (int q = 0; q < count; q++)
+            weigh_places(a, q, n, queries[q].start - place, queries[q].stop - place, size, bf16, s->score_cap);
+        for (int t = 0; t < n; t += PAGE) {
+            const char *values = in_page(s, call, layer, 1, row, head, place + t);
+            page_step(a, ADD_VALUES, t, count, values, n - t < PAGE ? n - t : PAGE, size, bf16);
+        }
     }
     for (int q = 0; q < count; q++) {
         vf inverse = f_set(1 / f_sum(f_load(a->total[q])));
@@ -181,12 +200,6 @@ static void attend(Attention *a, const Query *queries, int count, const char *ke
             memcpy(queries[q].out + d, chunk, 4 * (size_t)(size - d < 16 ? size - d : 16));
         }
     }
-}
-
-/* Where a layer's keys or values of a row's head begin in the cache. */
-static char *head_of(const Shape *s, const Call *call, int layer, int is_value, int row, int head) {
-    int64_t at = ((int64_t)layer * 2 + is_value) * call->slots + call->row_slots[row];
-    return call->cache + (at * s->kv_heads + head) * call->places * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
 
 /* A query or key x as attention takes it: after its norm, if there is one, and rotation, times `scale`. */
@@ -209,9 +222,10 @@ static void rotated(const Shape *s, const Layer *l, const Call *call, const floa
     }
 }
 
-/* A head's key or value to its place in the cache. */
+/* A head's key or value to its place in a page, where the head's keys or values begin at `head`. */
 static void keep(const float *x, int size, int bf16, int is_value, int64_t place, char *head) {
     int within = (int)(place % (!is_value ? 16 : bf16 ? 2 : 1));
+    place %= PAGE;
     if (bf16) {
         uint16_t rounded[LARGEST_HEAD], *to = (uint16_t *)head + (place - within) * size;
         for (int i = 0; i < size; i += 16) round_some(rounded + i, x + i, size - i);
@@ -246,7 +260,7 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
             for (int i = 0; i < size; i++) kept[i] = is_value ? 0 : NAN;
         else if (!is_value) rotated(s, l, call, x, &l->key, 1, place, kept);
         else memcpy(kept, x, sizeof(float) * (size_t)size);
-        keep(kept, size, s->bf16_cache, is_value, place, head_of(s, call, layer, is_value, row, slot % s->kv_heads));
+        keep(kept, size, s->bf16_cache, is_value, place, in_page(s, call, layer, is_value, row, slot % s->kv_heads, place));
     }
 }
 
@@ -274,8 +288,7 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int lay
             run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
         }
         if (bf16 && in_attention_tiles(size) && count != shaped) shape_tiles(shaped = count, count);
-        const char *keys = head_of(s, call, layer, 0, first, own), *values = head_of(s, call, layer, 1, first, own);
-        attend(&a, run, count, keys, values, size, bf16, s->score_cap);
+        attend(&a, run, count, s, call, layer, first, own);
         at += count;
     }
     if (shaped) release_tiles();

@@ -12,6 +12,7 @@ from ..architectures import ARCHITECTURES
 from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import KVCache
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
+from ..pages import PagePool
 from ..spec import FULL, ModelSpec
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Weights
@@ -35,11 +36,12 @@ class NativeEagle3:
         stored: Eagle3Weights,
         spec: ModelSpec,
         embedding: Tensor,
+        pool: PagePool,
         place: int,
         low_bits: tuple[Quantization | None, Quantization | None],
     ) -> None:
-        """`spec`, `embedding`: the target's. `low_bits`: of its layer and of its head, if the kernels have these for its
-        widths; else its weights are as the embedding, or in fp32.
+        """`spec`, `embedding`, `pool`: the target's. `low_bits`: of its layer and of its head, if the kernels have these for
+        its widths; else its weights are as the embedding, or in fp32.
         """
         form = stored.form
         widths = form.hidden, form.inner, form.heads * form.head_dim
@@ -60,7 +62,7 @@ class NativeEagle3:
 
         of_layer = Weights(weights.get, form.shapes, LAYER)
         layer = NativeLayer(pack, of_layer, spec, place, layer_kind, Affine(weights[HIDDEN_NORM], None))
-        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer])
+        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer], pool)
         self._fc, self.head = linear(FC, layer_kind), linear(HEAD, head_kind, Affine(weights[NORM], None))
         self._place, self.taps = place, (0, *form.layers)
         self.vocabulary = DraftVocabulary(spec.vocab, form.vocab, stored.tokens.tolist())

@@ -66,10 +66,10 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *cache;                          /* of the span's first layer: (layer, key or value, slot, kv head, place, dimension) */
-    const int64_t *row_slots;             /* by row */
-    const int32_t *starts;                /* by sequence, of which the rows follow one another, its first row; then `rows` */
-    int64_t places, slots;                /* that the cache holds */
+    char *const *pages;       /* (text, page), each (layer, key or value, kv head, place, dimension) */
+    const int64_t *page_rows; /* by row: its text */
+    const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
+    int64_t row_pages, first_layer; /* pages of a text; the layer that the span begins with */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
@@ -670,7 +670,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 18; }
+int layerskip_interface(void) { return 19; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

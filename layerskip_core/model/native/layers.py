@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import KVCache
 from ..exit_blocks import PlacedBlock
+from ..pages import PAGE, PagedCache, PagePool
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
 from ..spec import ExpertsSpec, ModelSpec
@@ -126,8 +127,8 @@ class Buffers:
             for name, part in self._routing.items():
                 setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
-        self._logits = self.positions = torch.empty(0)
-        self.sequences = self.positions, self.positions  # see KVCache.sequences
+        self._logits = torch.empty(0)
+        self.read: tuple[Tensor, ...] = ()  # what the next call reads itself
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for a call whose caller does not see them."""
@@ -195,18 +196,22 @@ class NativeLayers(RepackedLayers):
         embedding: Tensor,
         learned: Tensor | None,
         layers: list[NativeLayer | None],
+        pool: PagePool,
     ) -> None:
         super().__init__(spec, embedding, learned, layers, torch.float32)
-        self.engine = engine
+        self.engine, self._pool = engine, pool
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
 
     def row_bytes(self) -> int:
         return self.engine.row_bytes()
 
+    def new_cache(self, batch_size: int, max_positions: int) -> PagedCache:
+        return PagedCache(self._pool, batch_size, max_positions)
+
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        return self.called(rows, start, stop, self.call_at(positions, cache, start, stop), only_kv)
+        return self.called(rows, start, stop, self.call_at(positions, cache, start), only_kv)
 
     def called(self, rows: Tensor, start: int, stop: int, buffers: "Buffers", only_kv: bool) -> Tensor:
         """Layers over the hidden states `rows` (B, T, D), in place."""
@@ -224,24 +229,20 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def call_at(self, positions: Tensor, cache: KVCache, start: int, stop: int, rows: int | None = None) -> Buffers:
-        """The buffers of a call whose rows stand at positions (B, T), over layers that keep keys and values in the cache.
+    def call_at(self, positions: Tensor, cache: KVCache, start: int, rows: int | None = None) -> Buffers:
+        """The buffers of a call whose rows stand at positions (B, T), over layers from `start` on.
 
         `rows`: of the call, if it has other ones than there are positions.
         """
-        shape, like, end = self.engine.shape, self.embedding, cache.writer(positions).stop
-        storage = cache.scattered(end, shape.kv_heads, shape.head_dim, like)
-        layers, _, slots, kv_heads, places, head_dim = storage.shape
-        assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, like.dtype)
+        assert isinstance(cache, PagedCache)
+        pages = cache.addresses(positions)
         buffers = self.engine.buffers(rows or positions.numel())
-        call, buffers.positions = buffers.call, positions.contiguous()  # which the call reads itself
-        call.positions = buffers.positions.data_ptr()
-        for index, (cos, sin) in enumerate(self.engine.rope(end)):
+        call, positions = buffers.call, positions.contiguous()
+        for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
-        call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
-        buffers.sequences = cache.sequences(1 if rows else positions.shape[1])
-        call.row_slots, call.starts = (part.data_ptr() for part in buffers.sequences)
-        call.slots, call.places = slots, places
+        buffers.read = (positions, pages, *cache.rows_of(1 if rows else positions.shape[1]))
+        call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
+        call.row_pages, call.first_layer = pages.shape[1], start
         return buffers
 
 
@@ -250,7 +251,7 @@ class EntryLayers(NativeLayers):
 
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()
-        buffers = self.call_at(positions, cache, start, stop)
+        buffers = self.call_at(positions, cache, start)
         buffers.call.entries = entries.data_ptr()
         return self.called(torch.empty(*positions.shape, self.spec.hidden), start, stop, buffers, only_kv)
 
@@ -314,7 +315,7 @@ def draft(
     assert layers.has(order) and cache.rows == 1
     most, start = positions.shape[1], int(positions[0, 0])
     places, engine = torch.arange(start, start + most + 1)[None], layers.engine
-    buffers = layers.call_at(places, cache, 0, max(order, default=-1) + 1, rows=1)
+    buffers = layers.call_at(places, cache, 0, rows=1)
     tokens = torch.empty(1, most + 1, dtype=torch.long)
     tokens[0, 0] = int(token)
     states = torch.empty(len(stops), most + 1, spec.hidden)
@@ -381,7 +382,7 @@ def choose(
         rows = torch.empty(batch, count, layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers = layers.engine, layers.call_at(positions, cache, start, stop)
+    engine, buffers = layers.engine, layers.call_at(positions, cache, start)
     buffers.call.hidden = rows.data_ptr()
     chosen = torch.empty(batch, count, dtype=torch.long)
     choice = CChoice(

@@ -1,0 +1,160 @@
+"""Keys and values in pages, for kernels that find a position by its page: texts grow without moving, and share what they begin
+with (Kwon et al., PagedAttention, SOSP 2023).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import KVCache, check_stop
+
+PAGE = 64  # positions; as in attention.h
+_SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fewer
+
+
+class PagePool:
+    """Memory for keys and values in pages, (L, 2 for key and value, kv heads, PAGE, head dim) each.
+
+    A page goes back to the pool with its last reference. It then holds old numbers, all of them finite, which no row sees.
+    """
+
+    def __init__(self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (num_layers, 2, kv_heads, PAGE, head_dim), dtype
+        self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
+        self._slabs: list[_Slab] = []
+
+    @property
+    def used(self) -> int:
+        """How many pages are held."""
+        return sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
+
+    def take(self) -> "Page":
+        """A page that nobody else has."""
+        slab = next((slab for slab in self._slabs if slab.free), None)
+        if slab is None:
+            # Slabs without a page in use are given back, those of another size than texts have now.
+            self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
+            count = max(1, min(_SLAB_BYTES // self.page_bytes, 1 + sum(len(slab.pages) for slab in self._slabs)))
+            slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
+            self._slabs.append(slab)
+        return Page(slab, slab.free.pop())
+
+    def copy_of(self, page: "Page") -> "Page":
+        copy = self.take()
+        copy.content.copy_(page.content)
+        return copy
+
+
+class _Slab:
+    """Pages that lie together in memory, and the indices of those that are free."""
+
+    def __init__(self, pages: Tensor) -> None:
+        self.pages, self.free = pages, list(reversed(range(len(pages))))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Page:
+    """A page of a pool, for whoever refers to it."""
+
+    _slab: _Slab
+    _index: int
+
+    @property
+    def content(self) -> Tensor:
+        return self._slab.pages[self._index]
+
+    @property
+    def address(self) -> int:
+        return self.content.data_ptr()
+
+    def __del__(self) -> None:
+        self._slab.free.append(self._index)
+
+
+class PagedCache(KVCache):
+    """The pages of B rows, in the order of their positions. Rows share pages that they have filled and will not write again."""
+
+    def __init__(self, pool: PagePool, batch_size: int, max_positions: int) -> None:
+        super().__init__(batch_size, max_positions)
+        self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
+        self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
+        self._capacity = 0  # positions for which every row has pages
+
+    @property
+    def memory(self) -> dict[int, int]:
+        return {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._set([self._pages[row] for row in rows])
+
+    def join(self, other: KVCache) -> None:
+        assert isinstance(other, PagedCache) and other._pool is self._pool
+        self.max_positions = max(self.max_positions, other.max_positions)
+        self._set(self._pages + other._pages)
+
+    def branch(
+        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
+    ) -> "PagedCache":
+        branch = PagedCache(self._pool, len(rows), end or self.max_positions)
+        with torch.inference_mode():
+            ends = zip(rows, starts, stops or starts, strict=True)
+            branch._set([self._shared(self._pages[row], start, stop) for row, start, stop in ends])
+        return branch
+
+    def addresses(self, positions: Tensor) -> Tensor:
+        """(B, pages): where the pages of each row begin, with pages for the tokens at `positions` (B, T), on the host.
+
+        Raises ConfigError for a token beyond `max_positions`.
+        """
+        if len(positions) == 1:
+            return self._reach([int(positions[0, -1]) + 1])
+        return self._reach((positions.amax(1) + 1).tolist())
+
+    def rows_of(self, count: int) -> tuple[Tensor, Tensor]:
+        """For a call of `count` tokens of each row: the row of each token, and where each row's tokens begin, and end."""
+        starts = torch.arange(0, self.rows * count + 1, count, dtype=torch.int32)
+        return torch.arange(self.rows).repeat_interleave(count), starts
+
+    def _reach(self, stops: list[int]) -> Tensor:
+        """The addresses, after each row has pages for positions before its stop."""
+        check_stop(most := max(stops), self.max_positions)
+        if most > self._capacity:
+            for pages, stop in zip(self._pages, stops, strict=True):
+                while len(pages) * PAGE < stop:
+                    pages.append(self._pool.take())
+                    self._addresses = None
+            self._capacity = min(map(len, self._pages)) * PAGE
+        if self._addresses is None:
+            longest = max(map(len, self._pages))
+            self._addresses = torch.tensor([[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages])
+        return self._addresses
+
+    def _set(self, pages: list[list[Page]]) -> None:
+        self._pages, self.rows, self._addresses = pages, len(pages), None
+        self._capacity = min(map(len, pages), default=0) * PAGE
+
+    def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
+        """The pages of a row before position `stop`, with copies of those that will be written from position `start` on."""
+        whole, last = start // PAGE, -(-stop // PAGE)
+        return pages[:whole] + [self._pool.copy_of(page) for page in pages[whole:last]]
+
+
+class TokenRows(PagedCache):
+    """Another cache, for a call of some tokens of each of its rows: each token is a row of its own, row by row."""
+
+    def __init__(self, cache: PagedCache, counts: Sequence[int]) -> None:
+        """`counts`: of tokens, by row."""
+        super().__init__(cache._pool, sum(counts), cache.max_positions)
+        self._cache, self._counts = cache, torch.tensor(counts)
+        self._token_rows = torch.arange(len(counts)).repeat_interleave(self._counts)
+
+    def addresses(self, positions: Tensor) -> Tensor:
+        stops = torch.zeros(self._cache.rows, dtype=torch.long)
+        return self._cache._reach(stops.scatter_reduce(0, self._token_rows, positions[:, -1] + 1, "amax").tolist())
+
+    def rows_of(self, count: int) -> tuple[Tensor, Tensor]:
+        ends = self._counts[self._counts > 0].cumsum(0, dtype=torch.int32)
+        return self._token_rows, F.pad(ends, (1, 0))
