@@ -39,7 +39,7 @@ class LanguageModel:
         encoded: list[list[int]] = []
         for prompt in prompts:
             encoded.append(decoder.encode_prompt(prompt))
-            check_prompt(encoded[-1], decoder.backend.spec.context)
+            check_prompt(encoded[-1], decoder.backend)
         if not encoded:
             return []
         ends, earlier = decoder.ends_of(config), EarlierAnswers() if self._earlier is None else self._earlier

@@ -3,7 +3,9 @@
 As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
 A request is prefilled, alone or with others of short prompts, and then joins the loop that decodes by the same settings; loops
 with different settings take their steps in turn. Between two steps few tokens of prompts are prefilled, a long one in pieces
-(Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not hold up those that are being answered.
+(Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not hold up those that are being answered. Where memory for
+keys and values runs out, texts that are kept for later prompts go first; then the youngest request waits, and its text runs
+again when there is room.
 """
 
 import threading
@@ -11,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,6 +76,7 @@ class Request:
     streams: bool = True
     stats: DecodeStats = field(default_factory=DecodeStats)
     reused: int = 0
+    _number: int = 0  # the older, the less
     _text: OutputText | None = None  # once it is being decoded
     _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
     _untold: list[TokenLogprobs] = field(default_factory=list)  # of these ids
@@ -80,7 +84,7 @@ class Request:
 
     def begin(self, decoder: Decoder) -> None:
         """Raises ConfigError for a prompt that does not fit."""
-        check_prompt(self.ids, decoder.backend.spec.context)
+        check_prompt(self.ids, decoder.backend)
         self.stats = DecodeStats(sequences=1, prompt_tokens=len(self.ids))
         self._text = OutputText(decoder.detokenize, decoder.ends_of(self.config), self.config.stop)
 
@@ -116,7 +120,7 @@ class Embedding:
 
     def read(self, backend: Backend) -> Update:
         """A pass over the next `_PREFILLED` tokens. The last one has the vector."""
-        check_prompt(self.ids, backend.spec.context, "the input")
+        check_prompt(self.ids, backend, "the input")
         start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
         cache.ends = [stop]
@@ -153,6 +157,8 @@ class Scheduler:
         self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
         self._filling: tuple[DecodingLoop, dict[int, Request]] | None = None  # of a prompt that runs in pieces
+        self._aside: deque[tuple[DecodingLoop, dict[int, Request]]] = deque()  # of one request each, the oldest first
+        self._numbers = count()
 
     @property
     def running(self) -> int:
@@ -162,9 +168,11 @@ class Scheduler:
     @property
     def held(self) -> int:
         """How many requests wait or are being decoded, embeddings included."""
-        return len(self._waiting) + len(self._embeddings) + self.running
+        return len(self._waiting) + len(self._embeddings) + len(self._aside) + self.running
 
     def add(self, request: Request | Embedding) -> None:
+        if isinstance(request, Request):
+            request._number = next(self._numbers)
         self._queue(request).append(request)
 
     def cancel(self, request: Request | Embedding) -> bool:
@@ -172,7 +180,7 @@ class Scheduler:
         if request in self._queue(request):
             self._queue(request).remove(request)
             return True
-        for loop, rows in self._loops():
+        for loop, rows in [*self._loops(), *self._aside]:
             for row in [row for row, running in rows.items() if running is request]:
                 loop.drop(row)
                 del rows[row]
@@ -187,24 +195,30 @@ class Scheduler:
         """
         done = self._embed() if self._embeddings else []
         room = _PREFILLED
-        if self._filling is not None:
+        if self._filling is None and self._aside and self._has_room(*self._aside[0][1].values()):
+            self._filling = self._aside.popleft()
+        if self._filling is not None and self._make_room(*self._filling):
             filling, self._filling, room = self._filling, None, 0
             done += self._run(*filling)
-        while room > 0 and self._waiting and self.running < self._batch_size and (requests := self._next(room)):
+        while room > 0 and not self._aside and self._waiting and self.running < self._batch_size:
+            if not (self._has_room(self._waiting[0]) and (requests := self._next(room))):
+                break
             room -= len(requests) * max(map(self._missing, requests))
             done += self._prefill(requests)
-        for loop, rows in self._groups.values():
-            done += _advance(loop, rows)
+        for loop, rows in list(self._groups.values()):
+            if self._make_room(loop, rows):
+                done += _advance(loop, rows)
         self._forget_empty_groups()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for _, rows in self._loops() for request in rows.values())
+        decoding = (request for _, rows in [*self._loops(), *self._aside] for request in rows.values())
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
         self._waiting.clear()
         self._embeddings.clear()
         self._groups.clear()
+        self._aside.clear()
         self._filling = None
         return _failed(requests, error)
 
@@ -212,8 +226,10 @@ class Scheduler:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
 
     def _embed(self) -> list[Request | Embedding]:
-        """A pass of the first embedding. Returns it if that was the last."""
+        """A pass of the first embedding, if there is room. Returns it if that was the last."""
         first = self._embeddings[0]
+        if not self._has_room(first):
+            return []
         try:
             update = first.read(self._decoder.backend)
         except BaseException as error:
@@ -222,6 +238,31 @@ class Scheduler:
             return []
         first.deliver(update)
         return [self._embeddings.popleft()]
+
+    def _has_room(self, request: "Request | Embedding") -> bool:
+        """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
+        cache = self._decoder.backend.new_cache()
+        needed = cache.lacking([len(request.ids) + request.stats.new_tokens + 1]) + self.running
+        while needed > cache.free_pages and self._prefixes is not None and self._prefixes.drop():
+            pass
+        return needed <= cache.free_pages or not self.running
+
+    def _make_room(self, loop: DecodingLoop, rows: dict[int, Request]) -> bool:
+        """Memory for a loop's next step: of kept texts, then of the youngest requests. Returns whether it has rows then."""
+        while rows:
+            needed, free = loop.lacking()
+            if needed <= free:
+                return True
+            if self._prefixes is not None and self._prefixes.drop():
+                continue
+            others = [(held, number) for held in self._loops() if held[0].can_wait for number in held[1]]
+            if len(others) < 2:  # then this one cannot go on
+                return True
+            (youngest, requests), number = max(others, key=lambda other: other[0][1][other[1]]._number)
+            aside = youngest.set_aside(number)
+            self._aside.appendleft((aside, {number: requests.pop(number)}))
+        self._forget_empty_groups()
+        return False
 
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
@@ -305,6 +346,7 @@ class Scheduler:
 
     def _forget_empty_groups(self) -> None:
         self._groups = {key: group for key, group in self._groups.items() if group[1]}
+        self._aside = deque(held for held in self._aside if held[1])
         if self._filling is not None and not self._filling[1]:
             self._filling = None
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from layerskip_core.config.decoding import Remember, RequestOptions, require_exit_layer
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
-from layerskip_core.errors import LayerSkipError, refused
+from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
@@ -53,6 +53,10 @@ class ServeConfig:
         Meta(ge=0, le=1_000_000),
         Flag("Megabytes for keys and values of earlier prompts and answers, so that a common beginning is computed once."),
     ] = 512
+    kv_memory: Annotated[
+        Count | None,
+        Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="half of what is free"),
+    ] = None
     decoding: Annotated[RequestOptions, Without("seed", "logprobs", "prompt_logprobs")] = field(
         default_factory=lambda: RequestOptions()
     )
@@ -80,6 +84,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         ) from None
     from layerskip_core.decoding import Prefixes
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
+    from layerskip_core.model import NativeBackend
+    from layerskip_core.model.cache import available_memory
     from layerskip_core.serving import Engine
 
     with _bound(serving.host, serving.port) as listener:
@@ -89,6 +95,11 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
         path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
         name = path.resolve().name if path.exists() else serving.model
+        if isinstance(loaded.backend, NativeBackend):
+            free = available_memory() // 2 if serving.kv_memory is None else serving.kv_memory * 2**20
+            loaded.backend.limit_memory(free)
+            needed = "memory for keys and values of a text of 64 tokens at least, in megabytes"
+            require(loaded.backend.room > 0, "kv_memory", needed, serving.kv_memory or free // 2**20)
         kept = EarlierAnswers(serving.remember), Prefixes(serving.prefix_cache * 2**20)
         engine = Engine(loaded, serving.batch_size, serving.queue_size, *kept)
         try:

@@ -227,7 +227,7 @@ class Service:
             if self._is_generic and (tools or any(one["role"] == "tool" or "tool_calls" in one for one in messages)):
                 messages, described = as_texts(messages, tools, self._teller), None
             ids = decoder.known_ids(encode_conversation(decoder.tokenizer, messages, described))
-        check_prompt(ids, decoder.backend.spec.context)
+        check_prompt(ids, decoder.backend)
         return ids
 
     async def _tokenize(self, request: Request) -> Response:
@@ -237,7 +237,7 @@ class Service:
             ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
         except LayerSkipError as error:
             raise api_error(error) from None
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.spec.context})
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room})
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""

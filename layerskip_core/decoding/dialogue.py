@@ -136,9 +136,9 @@ class Dialogue:
         Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
         CheckpointError for a chat template that refuses them. The turns are then as before.
         """
-        turns, limit = self.turns, self._loaded.backend.spec.context
+        turns = self.turns
         ids = self._loaded.encode_prompt(message, turns)
-        check_prompt(ids, limit, "the conversation with this message" if turns else "the prompt")
+        check_prompt(ids, self._loaded.backend, "the conversation with this message" if turns else "the prompt")
         if self._asked is not None:
             self._asked[1].leave()
         stream = TextStream(self._loaded, ids, self._config, self._prefixes)

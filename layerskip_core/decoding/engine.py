@@ -7,6 +7,8 @@ go through the loop together get the tokens that each gets alone.
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from importlib import import_module
 from math import inf
 from typing import Any, NamedTuple
@@ -119,16 +121,15 @@ def drafter_for(setup: DrafterSetup) -> Drafter:
     return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
 
 
-def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
-    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
-    `limit` tokens. `what`: its name in the error.
+def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:
+    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in the context or in
+    the memory for keys and values. `what`: its name in the error.
     """
     if not prompt_ids:
         raise ConfigError(f"{what} is empty")
-    if len(prompt_ids) >= limit:
-        raise ContextError(
-            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
-        )
+    if len(prompt_ids) >= (limit := model.room):
+        why = "the model's context is" if limit == model.spec.context else "the memory for keys and values has room for"
+        raise ContextError(f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)")
 
 
 class RowStep(NamedTuple):
@@ -220,8 +221,8 @@ class DecodingLoop:
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
         for number, prompt in enumerate(prompts):
-            check_prompt(prompt, model.spec.context)
-            limits = config.max_new_tokens, model.spec.context - len(prompt)
+            check_prompt(prompt, model)
+            limits = config.max_new_tokens, model.room - len(prompt)
             self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
         processors: list[LogitsProcessor] = []
         if config.changes_logits:
@@ -239,12 +240,14 @@ class DecodingLoop:
             self._cache = recorder.cache
         else:
             self._cache = model.new_cache(len(prompts), end)
+        # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
+        searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
+        self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched)
         if drafter is None and config.strategy in DRAFTERS:
-            # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
-            searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
-            drafter = drafter_for(DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched))
+            drafter = drafter_for(self._setup)
         self._drafter = drafter
         self._filled = self.reused_tokens  # how many of the prompt's first tokens have KV entries
+        self._refills = False  # whether a text that was set aside runs again
         self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
         self._positions = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
@@ -268,8 +271,39 @@ class DecodingLoop:
 
     @property
     def is_filled(self) -> bool:
-        """Whether all of the prompts have run."""
-        return self._newest is not None or not self._active
+        """Whether all of the prompts have run, and what was set aside has its KV entries again."""
+        return not self._active or (self._newest is not None and not self._refills)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether rows may be set aside: their texts, when they run again, have the KV entries that they have now."""
+        return self._target.decodes_like_prefill
+
+    def lacking(self) -> tuple[int, float]:
+        """(how many pages the next step needs, how many there may be)."""
+        rows, more = self._active, 1 + (0 if self._drafter is None else self._num_draft_tokens)
+        if self.is_filled:
+            stops = [len(row.ids) + min(more, row.scanner.room) for row in rows]
+        else:
+            stops = [int(min(len(row.ids), self._filled + self._piece)) for row in rows]
+        return self._cache.lacking(stops), self._cache.free_pages
+
+    def set_aside(self, number: int) -> "DecodingLoop":
+        """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again and can then
+        join others.
+        """
+        index = next(index for index, row in enumerate(self._active) if row.number == number)
+        aside, row = copy(self), self._active[index]
+        aside._active, aside.rows, aside._sampler = [row], (row,), self._sampler.only(index)
+        aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
+        aside._cache.steps_back = self._cache.steps_back
+        aside._setup = replace(self._setup, sampler=aside._sampler)
+        aside._drafter = None if self._drafter is None else drafter_for(aside._setup)
+        aside._target, aside._filled, aside._seconds = target_of(self._model, row.config), 0, defaultdict(int)
+        if self._newest is not None:
+            aside._newest, aside._refills = self._newest[index : index + 1], len(row.ids) > 1
+        self._stay([other for other in range(len(self._active)) if other != index])
+        return aside
 
     def join(self, other: "DecodingLoop") -> list[int]:
         """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
@@ -317,7 +351,7 @@ class DecodingLoop:
     def _step(self) -> list[RowStep]:
         started, drafting = time.perf_counter(), None
         rows, newest = self._active, self._newest
-        if newest is None and self._is_piece():
+        if (newest is None or self._refills) and self._is_piece():
             return []
         drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
@@ -366,16 +400,17 @@ class DecodingLoop:
         return steps
 
     def _is_piece(self) -> bool:
-        """Whether the prompt is too long for this step, which then runs a piece of it."""
+        """Whether the prompt is too long for this step, or its text runs again: then a piece of it does."""
         start, [row, *others] = self._filled, self._active
-        if others or len(row.ids) - start <= self._piece:
+        if others or (len(row.ids) - start <= self._piece and not self._refills):
             return False
-        started, self._filled = time.perf_counter(), start + int(self._piece)
+        started, self._filled = time.perf_counter(), int(min(start + self._piece, len(row.ids) - self._refills))
         self._cache.ends = [self._filled]
         tokens = torch.tensor([row.ids[start : self._filled]], device=self._model.device)
         self._target.fill(tokens, self._positions[:, start : self._filled], self._cache)
         if row.is_dropped:
             self._active = []
+        self._refills = self._refills and self._filled < len(row.ids) - 1
         for name in ("prefill_seconds", "total_seconds"):
             self._seconds[name] += time.perf_counter() - started
         return True
@@ -433,14 +468,22 @@ class DecodingLoop:
         if len(staying) < len(self._active):
             for index in set(range(len(self._active))).difference(staying):
                 self._keep(index)
-            self._active = [self._active[index] for index in staying]
-            if not staying:
-                if self._target.recorder is not None:
-                    self._target.recorder.give_back(self._model)
-                return
-            newest = newest[staying]
-            self._sampler.keep_rows(staying)
-            self._cache.keep_rows(staying)
-        if self._target.exit_cache is not None:
-            self._target.exit_cache.go_on([last[index] for index in staying], staying)
+        if self._target.exit_cache is not None and staying:
+            self._target.exit_cache.go_on(last)
         self._newest = newest
+        if len(staying) < len(self._active):
+            self._stay(staying)
+
+    def _stay(self, rows: list[int]) -> None:
+        """With these rows of the batch, by their indices."""
+        self._active = [self._active[index] for index in rows]
+        if not rows:
+            if self._target.recorder is not None:
+                self._target.recorder.give_back(self._model)
+            return
+        self._sampler.keep_rows(rows)
+        self._cache.keep_rows(rows)
+        if self._newest is not None:
+            self._newest = self._newest[rows]
+            if self._target.exit_cache is not None:
+                self._target.exit_cache.keep_rows(rows)

@@ -4,6 +4,7 @@ Before that, a row's own options may change its logits (processing.py).
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,13 @@ class Sampler:
     def join(self, other: "Sampler") -> None:
         """Adds the rows of a sampler that chooses in the same way after its own."""
         self._generators = self._generators + other._generators
-        self.processors += other.processors
+        self.processors = self.processors + other.processors
+
+    def only(self, row: int) -> "Sampler":
+        """That of one row, which goes on by itself."""
+        sampler = copy(self)
+        sampler.keep_rows([row])
+        return sampler
 
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:

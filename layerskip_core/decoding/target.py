@@ -67,7 +67,7 @@ class FixedTarget:
         """Writes the KV entries of a part of a prompt (1, T) that is not its end."""
         self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
         if self.exit_cache is not None:
-            self.exit_cache.go_on([tokens.shape[1] - 1], [0])
+            self.exit_cache.go_on([tokens.shape[1] - 1])
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
@@ -284,13 +284,16 @@ class ExitBlockCache:
             if places.numel():
                 block.write(self._model, own, before, places, cache)
 
-    def go_on(self, last: Sequence[int], rows: Sequence[int]) -> None:
-        """Keeps `rows` of the batch. `last`: by row, the index in the pass of the token before its newest."""
+    def go_on(self, last: Sequence[int]) -> None:
+        """After a pass. `last`: by row, the index in it of the token before the newest."""
         if self.is_fed:
             self.features = {
-                exit_layer: torch.stack([found[row, place] for row, place in zip(rows, last, strict=True)])[:, None]
+                exit_layer: torch.stack([of_row[place] for of_row, place in zip(found, last, strict=True)])[:, None]
                 for exit_layer, found in self._of_pass.items()
             }
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.features = {exit_layer: found[list(rows)] for exit_layer, found in self.features.items()}
 
     def join(self, other: "ExitBlockCache") -> None:
         """Adds the rows of another after its own, between two passes."""
@@ -339,6 +342,10 @@ class Prefixes:
         # A drafter's own entry of a token that is rerun stays.
         return text.cache.branch([0], [known], [known + target.rerun] if target.rerun else None, end), known
 
+    def drop(self) -> bool:
+        """Forgets the text that was not used for the longest time. Returns False if there is none."""
+        return bool(self._texts) and self._texts.pop(0) is not None
+
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
@@ -348,7 +355,7 @@ class Prefixes:
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with
         self._texts.append(kept)
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
-            del self._texts[0]
+            self.drop()
 
     def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
         def is_usable(text: _KeptText) -> bool:

@@ -12,8 +12,7 @@ from ..checkpoint.open import for_decoding, for_training
 from ..config.evaluation import VerifyConfig
 from ..config.model import DataConfig, PackingConfig
 from ..data import load_prompts
-from ..decoding import check_prompt
-from ..errors import ConfigError, DataError, LayerSkipError, number, plural, require_choice
+from ..errors import ConfigError, ContextError, DataError, LayerSkipError, number, plural, require_choice
 from ..model import TransformersBackend
 from ..model.native.compiled import VARIANTS, requesting
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
@@ -117,7 +116,8 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[
     encoded = [loaded.encode_prompt(text) for text in texts]
     fitting = [list(ids) for ids in encoded if ids and len(ids) < room]
     if not fitting:
-        check_prompt(encoded[0], room, "every prompt of `data`")
+        shortest = min(map(len, encoded))
+        raise ContextError(f"every prompt of `data` must be of 1 to {room - 1} tokens, got {shortest} for the shortest")
     random, most = Random(config.seed), max(1, min(_MOST_RANDOM, room // 3))
     lengths = [random.randint(1, most) for _ in range(config.samples - len(fitting))]
     return [*fitting, *([random.randrange(size) for _ in range(length)] for length in lengths)]

@@ -197,7 +197,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         room = self.max_length - max_new_tokens
         require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", max_new_tokens)
         ids = self.tok_encode(context)[-room:]
-        check_prompt(ids, self.max_length)
+        check_prompt(ids, self.decoder.backend)
         return ids
 
     def answer(self, ids: Sequence[int], stop: Sequence[str]) -> str:

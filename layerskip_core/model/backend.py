@@ -209,6 +209,7 @@ class Backend(Layers, Protocol):
         row_cost: about how long a token's arithmetic takes, over the time in which memory gives all weights.
         recordable: whether passes can be recorded as CUDA graphs: no weight ever moves.
         chooser: a kernel for layers, head and choice in one call; None if there is none.
+        room: positions of the longest text, which are the context's, or fewer if memory has no room for more.
         exit_blocks: the blocks of its exits, by their exits.
         eagle3: its drafter in the EAGLE-3 layout, if it has one.
         draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
@@ -232,6 +233,9 @@ class Backend(Layers, Protocol):
     def recordable(self) -> bool: ...
     @property
     def chooser(self) -> Chooser | None: ...
+    @property
+    def room(self) -> int: ...
+
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
     @property

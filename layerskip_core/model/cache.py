@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,15 @@ class KVCache(ABC):
     @abstractmethod
     def memory(self) -> dict[int, int]:
         """Bytes of each part of memory that it holds, by address: caches may share some of them."""
+
+    @property
+    def free_pages(self) -> float:
+        """How many more pages there may be, for all rows of the model."""
+        return inf
+
+    def lacking(self, stops: Sequence[int]) -> int:
+        """How many pages rows need for positions before these stops."""
+        return 0
 
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -4,11 +4,13 @@ with (Kwon et al., PagedAttention, SOSP 2023).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import LayerSkipError
 from .cache import KVCache, check_stop
 
 PAGE = 64  # positions; as in attention.h
@@ -19,11 +21,13 @@ class PagePool:
     """Memory for keys and values in pages, (L, 2 for key and value, kv heads, PAGE, head dim) each.
 
     A page goes back to the pool with its last reference. It then holds old numbers, all of them finite, which no row sees.
+    `most`: pages that there may be.
     """
 
     def __init__(self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = (num_layers, 2, kv_heads, PAGE, head_dim), dtype
         self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
+        self.most: float = inf
         self._slabs: list[_Slab] = []
 
     @property
@@ -37,7 +41,10 @@ class PagePool:
         if slab is None:
             # Slabs without a page in use are given back, those of another size than texts have now.
             self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
-            count = max(1, min(_SLAB_BYTES // self.page_bytes, 1 + sum(len(slab.pages) for slab in self._slabs)))
+            there = sum(len(slab.pages) for slab in self._slabs)
+            if there >= self.most:
+                raise LayerSkipError(f"the memory for keys and values is full: {there} pages of {self.page_bytes} bytes")
+            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - there)))
             slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
             self._slabs.append(slab)
         return Page(slab, slab.free.pop())
@@ -86,6 +93,13 @@ class PagedCache(KVCache):
     @property
     def memory(self) -> dict[int, int]:
         return {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
+
+    @property
+    def free_pages(self) -> float:
+        return self._pool.most - self._pool.used
+
+    def lacking(self, stops: Sequence[int]) -> int:
+        return sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._set([self._pages[row] for row in rows])

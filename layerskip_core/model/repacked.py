@@ -178,6 +178,10 @@ class RepackedBackend(ABC):
         """Takes the weights of a transformers model, which can no longer run afterwards."""
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
+    @property
+    def room(self) -> int:
+        return self.spec.context
+
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         context = self.spec.context
         return self._layers.new_cache(batch_size, min(max_positions or context, context))

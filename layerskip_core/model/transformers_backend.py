@@ -112,6 +112,10 @@ class TransformersBackend:
         return dtype
 
     @property
+    def room(self) -> int:
+        return self.spec.context
+
+    @property
     def row_cost(self) -> float:
         return 0.5 if self.device.type == "cpu" else 0.11  # its kernels on a CPU are made for one row or for many
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from math import inf
 from random import Random
 
 import decodings
@@ -18,6 +19,7 @@ from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.pages import PAGE
 from layerskip_core.serving import Embedding, Request, Scheduler
 
 SHAPE = {**decodings.WIDE, "vocab_size": 300}
@@ -352,6 +354,50 @@ def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
     assert not gone.updates
     for client in (other, long):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+@pytest.mark.parametrize("config", [ADAPTIVE, SPECULATIVE, replace(SPECULATIVE, temperature=HOT)])
+def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
+    """Requests wait, or run again after they were set aside; a quarter of the clients leaves. Kept texts go first."""
+    decoder, random = decoder_of("native", max_position_embeddings=701), Random(5)
+    config = replace(config, ignore_eos=True)
+    lengths = [random.randint(2, 60) if number % 4 else random.randint(200, 400) for number in range(24)]
+    limits = [random.randint(60, 200) for _ in lengths]
+    prompts = [[*prompt_of(70), *prompt_of(length, length)] if length % 3 else prompt_of(length) for length in lengths]
+    asked = list(zip(prompts, limits, strict=True))
+    clients = [
+        Client(prompt, replace(config, max_new_tokens=limit, seed=number)) for number, (prompt, limit) in enumerate(asked)
+    ]
+    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in clients]
+    pages = sum(-(-(len(prompt) + limit) // PAGE) for prompt, limit in asked)
+    pool, prefixes, waited, used = decoder.backend._pool, Prefixes(1 << 30), 0, 0
+    scheduler = Scheduler(decoder, batch_size=24, prefixes=prefixes)
+    decoder.backend.limit_memory(max(pages // 10, 12) * pool.page_bytes)
+    try:
+        embedding = []
+        scheduler.add(Embedding(prompt_of(300), 6, embedding.append))
+        for client in clients:
+            scheduler.add(client.request)
+        gone = random.sample(range(len(clients)), 6)
+        for step in range(10_000):
+            if not scheduler.held:
+                break
+            if step < len(gone):
+                scheduler.cancel(clients[gone[step]].request)
+            scheduler.step()
+            waited, used = max(waited, len(scheduler._aside)), max(used, pool.used)
+        assert not scheduler.held and waited and used <= pool.most and embedding[0].vector
+        for number, client in enumerate(clients):
+            if number not in gone:
+                assert client.answer == expected[number]
+        decoder.backend.limit_memory(5 * pool.page_bytes)
+        with pytest.raises(ContextError, match="319 tokens, got 400 .the memory for keys and values has room for 320 tokens"):
+            Request(prompt_of(400), config, print).begin(decoder)
+    finally:
+        pool.most = inf
+    while prefixes.drop():
+        pass
+    assert pool.used == 0
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])

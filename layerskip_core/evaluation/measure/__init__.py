@@ -218,7 +218,7 @@ def answer_prompts(
     try:
         ids = [loaded.encode_prompt(prompt) for prompt in prompts]
         for prompt_ids in ids:
-            check_prompt(prompt_ids, model.spec.context)
+            check_prompt(prompt_ids, model)
         if baseline is not None:
             outputs = [baseline(loaded, prompt_ids, setting) for prompt_ids in ids]
         else:

@@ -10,7 +10,7 @@ from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
 from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
-from ..pages import PagePool
+from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
 from ..torch_layer import missing_feature
@@ -66,6 +66,14 @@ class NativeBackend(RepackedBackend):
         # Rounding may make two logits equal, but not where it divides by a power of two.
         is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
         self.chooser = partial(choose, self._layers, self._head) if is_plain else None
+
+    @property
+    def room(self) -> int:
+        return int(min(self.spec.context, self._pool.most * PAGE))
+
+    def limit_memory(self, kv_bytes: int) -> None:
+        """At most so many bytes for keys and values, from now on."""
+        self._pool.most = kv_bytes // self._pool.page_bytes
 
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
