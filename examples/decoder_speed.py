@@ -40,8 +40,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
-from layerskip_core.decoding.drafters import Context, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.evaluation.measure.figures import environment
 from layerskip_core.model.backend import DraftSide

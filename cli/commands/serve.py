@@ -86,7 +86,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.model import NativeBackend
     from layerskip_core.model.cache import available_memory
-    from layerskip_core.serving import Engine
+    from layerskip_core.serving.engine import Engine
 
     with _bound(serving.host, serving.port) as listener:
         loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))

@@ -26,8 +26,9 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids
-from layerskip_core.serving import Embedding, Engine, Update
+from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
+from layerskip_core.serving.engine import Engine
 
 from ..commands.serve import ServeConfig
 from ..console import narrate, tell_error

@@ -1,6 +1,7 @@
 """Decoding over the protocols of `layerskip_core.model.backend`: it never knows which implementation runs."""
 
-from .engine import DecodingLoop, check_prompt, decode, decode_batch
+from ..model.backend import check_prompt
+from .engine import DecodingLoop, decode, decode_batch
 from .output import Answer, DecodeStats, StopReason, StopScanner, before_stop, step_counts
 from .target import Prefixes
 

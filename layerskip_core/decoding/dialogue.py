@@ -5,9 +5,10 @@ from math import inf
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
+from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .drafters.lookup import EarlierAnswers
-from .engine import check_prompt, decode
+from .engine import decode
 from .output import Answer, DecodeStats, OutputText, StopReason
 from .target import Prefixes
 

@@ -9,36 +9,34 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from importlib import import_module
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.decoding import DRAFTERS, DecodingConfig
-from ..config.model import EXACT_TOKENS
-from ..errors import ConfigError, ContextError, require
-from ..model.backend import Backend
+from ..errors import require
+from ..model.backend import Backend, check_prompt
 from ..model.cache import KVCache
-from .drafters import Context, Draft, Drafter, DrafterSetup
-from .drafters.lookup import EarlierAnswers, LookupDrafter
+from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
+from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
 from .output import (
     Answer,
     DecodeStats,
     Detokenize,
     OutputText,
+    Row,
+    RowStep,
     StopReason,
     StopScanner,
-    TokenLogprobs,
-    step_counts,
 )
 from .processing import LogitsProcessor
-from .sampling import Sampler, accepted_choices, logprobs_of
+from .sampling import Sampler, accepted_choices
 from .target import FixedTarget, Prefixes, TargetOutput, target_of
 
-_SCORED = 64  # tokens of a prompt whose logits are in memory at once
+_NOTHING = "plain"  # drafts where only one token has room
 
 
 def decode(
@@ -103,86 +101,6 @@ def decode_batch(
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
                 counts = sum(row.steps, DecodeStats())
                 yield Answer(text, step.finish_reason, counts, row.output, step.row, row.logprobs, row.prompt_logprobs)
-
-
-def drafter_for(setup: DrafterSetup) -> Drafter:
-    """The drafter of the config's strategy.
-
-    With a `lookup` in the config it drafts only where nothing is found, with a grammar only where this forces nothing. A lookup
-    itself and adaptive drafting include that.
-    Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
-    """
-    config = setup.config
-    fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
-    require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
-    drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
-    if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
-        return drafter
-    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
-
-
-def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:
-    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in the context or in
-    the memory for keys and values. `what`: its name in the error.
-    """
-    if not prompt_ids:
-        raise ConfigError(f"{what} is empty")
-    if len(prompt_ids) >= (limit := model.room):
-        why = "the model's context is" if limit == model.spec.context else "the memory for keys and values has room for"
-        raise ContextError(f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)")
-
-
-class RowStep(NamedTuple):
-    """The part of one step that belongs to one prompt."""
-
-    row: int  # the prompt's number
-    ids: list[int]  # the new tokens, accepted drafts first
-    finish_reason: StopReason | None  # set with the output's last tokens
-    counts: DecodeStats  # of the step
-    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if they were asked for
-    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first step
-
-
-class Row:
-    """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
-
-    def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
-        self.number, self.config = number, config
-        self.ids = list(prompt)  # and the output
-        self.scanner = scanner
-        self.prompt_tokens = len(prompt)
-        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.is_dropped = False
-        self.logprobs: list[TokenLogprobs] = []  # of the output
-        self.prompt_logprobs: list[TokenLogprobs] = []
-
-    @property
-    def output(self) -> list[int]:
-        """The new tokens so far."""
-        return self.ids[self.prompt_tokens :]
-
-    def commit(
-        self,
-        drafted: int,
-        verified: list[int],
-        source: str | None,
-        layers: int,
-        survival: Sequence[float] = (),
-        logits: Tensor | None = None,
-    ) -> RowStep:
-        """Adds verified tokens to the output, up to the first that ends it.
-
-        `source` and `survival`: Draft's; no source in a prefill. `logits` (T, V): the target's in their places, if it has any.
-        """
-        count, reason = self.scanner.cut(verified)
-        self.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count, source, layers, survival)
-        self.steps.append(step)
-        told: list[TokenLogprobs] = []
-        if self.config.logprobs is not None and logits is not None:
-            told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
-            self.logprobs += told
-        return RowStep(self.number, verified[:count], reason, step, told)
 
 
 class DecodingLoop:
@@ -283,7 +201,7 @@ class DecodingLoop:
         """(how many pages the next step needs, how many there may be)."""
         rows, more = self._active, 1 + (0 if self._drafter is None else self._num_draft_tokens)
         if self.is_filled:
-            stops = [len(row.ids) + min(more, row.scanner.room) for row in rows]
+            stops = [min(len(row.ids) + more, self._cache.max_positions) for row in rows]
         else:
             stops = [int(min(len(row.ids), self._filled + self._piece)) for row in rows]
         return self._cache.lacking(stops), self._cache.free_pages
@@ -349,24 +267,14 @@ class DecodingLoop:
         return self.rows[0].scanner.reason
 
     def _step(self) -> list[RowStep]:
-        started, drafting = time.perf_counter(), None
-        rows, newest = self._active, self._newest
+        """A draft, the target's pass over it, the tokens that it verifies, and those committed to the rows."""
+        started, newest, drafting = time.perf_counter(), self._newest, None
         if (newest is None or self._refills) and self._is_piece():
             return []
-        drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
             draft, output = self._prefill()
         else:
-            limits = [] if self._drafter is None else [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
-            drafter = self._drafter if max(limits, default=0) > 0 else None
-            if self._target.recorder is not None:
-                self._target.recorder.reach(len(rows[0].ids) + max(limits, default=0))
-            draft = Draft(newest, (0,) * len(rows))
-            if drafter is not None:
-                first = instant(self._model.device)
-                draft = drafter.draft(self._context(newest, limits), limits)
-                if draft.tokens.shape[1] > 1:
-                    drafting = first, instant(self._model.device)
+            draft, drafting = self._draft(newest)
             output = self._target.verify(draft, self._next_positions(draft.tokens.shape[1]), self._cache)
         if output.choices is not None:
             verified, following = accepted_choices(draft.tokens[:, 1:], draft.counts, output.choices)
@@ -374,29 +282,49 @@ class DecodingLoop:
             assert output.logits is not None
             verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, output.logits)
         verified_at = time.perf_counter()
-        source = draft.source if newest is not None and self._drafter is not None else None
         # The indices, in this pass, whose logits gave each row's newest token.
-        last = [len(row.ids) - 1 - self._filled for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
-        steps = []
-        for index, (row, count, ids) in enumerate(zip(rows, draft.counts, verified, strict=True)):
-            if drafter is not None:
-                drafter.observe(row.number, count, ids)
-            of_row = "lookup" if index in draft.lookups else source
-            logits = None if output.logits is None else output.logits[index]
-            step = row.commit(count, ids, of_row, output.layers, draft.survival, logits)
-            if newest is None and row.config.prompt_logprobs:
-                step = step._replace(prompt_logprobs=self._of_prompt(row, output, index))
-            steps.append(step)
-            if self._earlier is not None and steps[-1].finish_reason is not None:
-                self._earlier.add(row.ids, row.prompt_tokens)
-        if self._prefixes is not None and newest is None:
-            for index, row in enumerate(rows):
-                self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
+        last = [len(ids) - 1 for ids in verified]
+        if newest is None:
+            last = [len(row.ids) - 1 - self._filled for row in self._active]
+        steps = self._committed(draft, output, verified, drafted=newest is not None)
         self._go_on(following, last)
-        draft_seconds = seconds_between(*drafting) if drafting else 0.0
+        draft_seconds = 0.0 if drafting is None else seconds_between(*drafting)
         self._seconds["draft_seconds"] += draft_seconds
         self._seconds["prefill_seconds" if newest is None else "verify_seconds"] += verified_at - started - draft_seconds
         self._seconds["total_seconds"] += time.perf_counter() - started
+        return steps
+
+    def _draft(self, newest: Tensor) -> tuple[Draft, tuple[Any, Any] | None]:
+        """A draft, and when the drafter began and ended it. Where only the target's own token has room, nothing drafts."""
+        rows, limits = self._active, [0]
+        if self._drafter is not None:
+            limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+        if self._target.recorder is not None:
+            self._target.recorder.reach(len(rows[0].ids) + max(limits))
+        if self._drafter is None or max(limits) == 0:
+            return Draft(newest, (0,) * len(rows), source=_NOTHING), None
+        first = instant(self._model.device)
+        draft = self._drafter.draft(self._context(newest, limits), limits)
+        return draft, None if draft.tokens.shape[1] == 1 else (first, instant(self._model.device))
+
+    def _committed(self, draft: Draft, output: TargetOutput, verified: list[list[int]], drafted: bool) -> list[RowStep]:
+        """The steps of all rows. `drafted`: whether the pass was not a prefill."""
+        steps, drafter = [], self._drafter if drafted else None
+        for index, (row, count, ids) in enumerate(zip(self._active, draft.counts, verified, strict=True)):
+            if drafter is not None and draft.source != _NOTHING:
+                drafter.observe(row.number, count, ids)
+            source = None if drafter is None else "lookup" if index in draft.lookups else draft.source
+            logits = None if output.logits is None else output.logits[index]
+            step = row.commit(count, ids, source, output.layers, draft.survival, logits)
+            if not drafted and row.config.prompt_logprobs:
+                assert isinstance(self._target, FixedTarget)
+                row.prompt_logprobs = self._target.prompt_logprobs(row, output, index)
+                step = step._replace(prompt_logprobs=row.prompt_logprobs)
+            steps.append(step)
+            if self._earlier is not None and step.finish_reason is not None:
+                self._earlier.add(row.ids, row.prompt_tokens)
+            if self._prefixes is not None and not drafted:
+                self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
         return steps
 
     def _is_piece(self) -> bool:
@@ -432,15 +360,6 @@ class DecodingLoop:
         self._cache.ends = None
         return Draft(tokens[:, :1], (0,) * len(lengths)), output
 
-    def _of_prompt(self, row: Row, output: TargetOutput, index: int) -> list[TokenLogprobs]:
-        """Of a row's prompt, from the states of its prefill; the logits of so many places at once."""
-        assert output.states is not None and isinstance(self._target, FixedTarget) and row.config.logprobs is not None
-        for start in range(0, row.prompt_tokens - 1, _SCORED):
-            ids = row.ids[start + 1 : min(start + 1 + _SCORED, row.prompt_tokens)]
-            logits = self._target.head(output.states[index : index + 1, start : start + len(ids)])[0]
-            row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
-        return row.prompt_logprobs
-
     def _keep(self, index: int) -> None:
         if self._prefixes is not None and self._target.decodes_like_prefill:
             self._prefixes.keep(self._model, self._target, self._active[index].ids[:-1], self._cache, index)
@@ -465,9 +384,8 @@ class DecodingLoop:
     def _go_on(self, newest: Tensor, last: list[int]) -> None:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
         staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
-        if len(staying) < len(self._active):
-            for index in set(range(len(self._active))).difference(staying):
-                self._keep(index)
+        for index in set(range(len(self._active))).difference(staying):
+            self._keep(index)
         if self._target.exit_cache is not None and staying:
             self._target.exit_cache.go_on(last)
         self._newest = newest

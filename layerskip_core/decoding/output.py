@@ -1,10 +1,14 @@
-"""The output of decoding: counts and seconds, where it ends, its text, and the whole answer."""
+"""The output of decoding: counts and seconds, where it ends, the rows of a batch, their text, and the whole answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..config.decoding import DecodingConfig
 from ..errors import require
 
 StopReason = Literal["eos", "stop", "length", "context"]
@@ -261,3 +265,65 @@ class StopScanner:
         before = len(text.decoded)
         text.decode([token])
         return any(text.decoded.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stop)
+
+
+class RowStep(NamedTuple):
+    """The part of one step that belongs to one prompt."""
+
+    row: int  # the prompt's number
+    ids: list[int]  # the new tokens, accepted drafts first
+    finish_reason: StopReason | None  # set with the output's last tokens
+    counts: DecodeStats  # of the step
+    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if they were asked for
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first step
+
+
+class Row:
+    """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
+
+    def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
+        self.number, self.config = number, config
+        self.ids = list(prompt)  # and the output
+        self.scanner = scanner
+        self.prompt_tokens = len(prompt)
+        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
+        self.is_dropped = False
+        self.logprobs: list[TokenLogprobs] = []  # of the output
+        self.prompt_logprobs: list[TokenLogprobs] = []
+
+    @property
+    def output(self) -> list[int]:
+        """The new tokens so far."""
+        return self.ids[self.prompt_tokens :]
+
+    def commit(
+        self,
+        drafted: int,
+        verified: list[int],
+        source: str | None,
+        layers: int,
+        survival: Sequence[float] = (),
+        logits: Tensor | None = None,
+    ) -> RowStep:
+        """Adds verified tokens to the output, up to the first that ends it.
+
+        `source` and `survival`: Draft's; no source in a prefill. `logits` (T, V): the target's in their places, if it has any.
+        """
+        count, reason = self.scanner.cut(verified)
+        self.ids += verified[:count]
+        step = step_counts(drafted, len(verified) - 1, count, source, layers, survival)
+        self.steps.append(step)
+        told: list[TokenLogprobs] = []
+        if self.config.logprobs is not None and logits is not None:
+            told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
+            self.logprobs += told
+        return RowStep(self.number, verified[:count], reason, step, told)
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of tokens and of the `count` most probable ones, by logits (T, V) in the places of T tokens."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(ids, device=scores.device)[:, None])[:, 0].tolist()
+    values, tokens = scores.topk(count)
+    rows = zip(ids, chosen, tokens.tolist(), values.tolist(), strict=True)
+    return [TokenLogprobs(token, logprob, tuple(zip(*best, strict=True))) for token, logprob, *best in rows]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.vocabulary import most_probable
-from .output import TokenLogprobs
 from .processing import LogitsProcessor
 
 
@@ -163,15 +162,6 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
         top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, least), 0)
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, top_ids, top_probs)
-
-
-def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Of tokens and of the `count` most probable ones, by logits (T, V) in the places of T tokens."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    chosen = scores.gather(1, torch.tensor(ids, device=scores.device)[:, None])[:, 0].tolist()
-    values, tokens = scores.topk(count)
-    rows = zip(ids, chosen, tokens.tolist(), values.tolist(), strict=True)
-    return [TokenLogprobs(token, logprob, tuple(zip(*best, strict=True))) for token, logprob, *best in rows]
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,9 @@ from ..model.exit_blocks import DraftBlock, target_block
 from ..model.pages import PagedCache, TokenRows
 from .drafters import Draft
 from .graphs import Recorder
+from .output import Row, TokenLogprobs, logprobs_of
+
+_SCORED = 64  # tokens of a prompt whose logits are in memory at once
 
 
 class TargetOutput(NamedTuple):
@@ -76,6 +79,16 @@ class FixedTarget:
         """
         states = self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
         return TargetOutput(self.head(_at(states, last)), self._layers, states=states)
+
+    def prompt_logprobs(self, row: Row, output: TargetOutput, index: int) -> list[TokenLogprobs]:
+        """Of a row's prompt, by the states of its prefill; the logits of so many places at once."""
+        assert output.states is not None and row.config.logprobs is not None
+        told: list[TokenLogprobs] = []
+        for start in range(0, row.prompt_tokens - 1, _SCORED):
+            ids = row.ids[start + 1 : min(start + 1 + _SCORED, row.prompt_tokens)]
+            logits = self.head(output.states[index : index + 1, start : start + len(ids)])[0]
+            told += logprobs_of(logits, ids, row.config.logprobs)
+        return told
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""

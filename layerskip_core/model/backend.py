@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
+from ..errors import ConfigError, ContextError
 from .cache import KVCache
 from .eagle3 import Eagle3Weights
 from .exit_blocks import DraftBlock, PlacedBlock
@@ -275,3 +276,14 @@ def states_at_exits(
             yield stop, hidden, model.unembed
         elif not block.is_fed:
             yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head
+
+
+def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:
+    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in the context or in
+    the memory for keys and values. `what`: its name in the error.
+    """
+    if not prompt_ids:
+        raise ConfigError(f"{what} is empty")
+    if len(prompt_ids) >= (limit := model.room):
+        why = "the model's context is" if limit == model.spec.context else "the memory for keys and values has room for"
+        raise ContextError(f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)")

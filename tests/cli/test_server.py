@@ -25,7 +25,8 @@ from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
-from layerskip_core.serving import Embedding, Engine, Request
+from layerskip_core.serving import Embedding, Request
+from layerskip_core.serving.engine import Engine
 
 NEEDED = "needs the extras dev and serve"
 httpx, openai, uvicorn, pydantic = (

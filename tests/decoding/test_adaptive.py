@@ -11,11 +11,10 @@ from decodings import WIDE, backend_on, context_after, ids_of, native_or_skip, p
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.estimates import Acceptance, Calibration, PassTimes, best_length
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.drafters.knowledge import knowledge_of
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import Submodel
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode_batch
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError

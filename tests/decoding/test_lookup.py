@@ -8,9 +8,8 @@ from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
+from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History, LookupDrafter
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import TransformersBackend
 

@@ -210,7 +210,7 @@ class TableModel:
     Hidden states are (token, layers run, position); a state given to the wrong layer fails.
     """
 
-    num_layers, device, exact, ragged = 2, torch.device("cpu"), False, False
+    num_layers, device, exact, ragged, batch_invariant = 2, torch.device("cpu"), False, False, False
     chooser, exit_blocks, eagle3 = None, {}, None
     shares_states, kernel = True, None  # of its draft side, which is the model itself
 

@@ -10,9 +10,8 @@ from decodings import WIDE, context_after, entries, ids_of, native_or_skip, plai
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.exit import kept_layers
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError

@@ -11,7 +11,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, dialogue, step_counts
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.engine import RowStep
+from layerskip_core.decoding.output import RowStep
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256

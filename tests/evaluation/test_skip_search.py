@@ -18,8 +18,7 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import counts_text
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import Progress, cost_model, skip_search

@@ -17,8 +17,7 @@ from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding.drafters import DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError, LayerSkipError

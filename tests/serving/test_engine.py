@@ -7,7 +7,8 @@ from evaluating import tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.serving import Engine, QueueFull, Request, Stopped
+from layerskip_core.serving import QueueFull, Request, Stopped
+from layerskip_core.serving.engine import Engine
 
 CONFIG = DecodingConfig("self-speculative", 2, 4, max_new_tokens=12)
 LONG = DecodingConfig("autoregressive", max_new_tokens=100)

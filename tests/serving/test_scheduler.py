@@ -219,7 +219,7 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
     for client in clients:
         scheduler.add(client.request)
     scheduler.step()
-    assert sorted(len(rows) for _, rows in scheduler._groups.values()) == [1, 2, 3]  # with log probabilities, changed, plain
+    assert sorted(len(run.rows) for run in scheduler._groups.values()) == [1, 2, 3]  # with log probabilities, changed, plain
     run(scheduler, [])
     for client in clients:
         expected, stats = alone(decoder, client.request.ids, client.request.config)
@@ -248,7 +248,7 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
         scheduler.add(client.request)
     assert scheduler.step() == [too_long.request]
     assert "at most 127 tokens, got 200" in str(too_long.updates[-1].error)
-    loop = next(loop for loop, answers in scheduler._groups.values() if len(answers) == 2)
+    loop = next(run.loop for run in scheduler._groups.values() if len(run.rows) == 2)
     monkeypatch.setattr(loop, "_target", None)
     finished = scheduler.step()
     assert finished == [client.request for client in doomed]
@@ -286,7 +286,8 @@ def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
     loops, most = set(), 0
     while scheduler.held:
         scheduler.step()
-        for loop, _ in scheduler._groups.values():
+        for run in scheduler._groups.values():
+            loop = run.loop
             loops.add(id(loop))
             most = max(most, len(loop._drafter._lookup._histories), loop._cache.rows)
     assert len(loops) < 10  # each of many requests
@@ -304,7 +305,7 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
         scheduler.add(client.request)
         for _ in range(2):
             scheduler.step()
-            [(loop, _)] = scheduler._groups.values()
+            [loop] = [run.loop for run in scheduler._groups.values()]
             held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
     longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
     next(longest)
@@ -391,7 +392,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
             if number not in gone:
                 assert client.answer == expected[number]
         decoder.backend.limit_memory(5 * pool.page_bytes)
-        with pytest.raises(ContextError, match="319 tokens, got 400 .the memory for keys and values has room for 320 tokens"):
+        with pytest.raises(ContextError, match=r"319 tokens, got 400 \(the memory for keys and values has room for 320 tokens"):
             Request(prompt_of(400), config, print).begin(decoder)
     finally:
         pool.most = inf

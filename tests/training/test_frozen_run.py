@@ -20,8 +20,7 @@ from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.data import load_prompts
-from layerskip_core.decoding.drafters import DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import trained

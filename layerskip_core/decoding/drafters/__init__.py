@@ -1,15 +1,18 @@
-"""Where drafts come from: what a drafter is.
+"""Where drafts come from: what a drafter is, and which one a strategy has.
 
 A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of config/decoding.py.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ...config.decoding import DecodingConfig
+from ...config.decoding import DRAFTERS, DecodingConfig
+from ...config.model import EXACT_TOKENS
+from ...errors import require
 from ...model.backend import Backend
 from ...model.cache import KVCache
 from ..graphs import Recorder
@@ -91,3 +94,21 @@ class Drafter(Protocol):
 
         `verified`: the drafts that were accepted, then one token of the target's own.
         """
+
+
+def drafter_for(setup: DrafterSetup) -> Drafter:
+    """The drafter of the config's strategy.
+
+    With a `lookup` in the config it drafts only where nothing is found, with a grammar only where this forces nothing. A lookup
+    itself and adaptive drafting include that.
+    Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
+    """
+    config = setup.config
+    fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
+    require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
+    drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
+    if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
+        return drafter
+    from .lookup import LookupDrafter
+
+    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)

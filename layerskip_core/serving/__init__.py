@@ -8,28 +8,24 @@ keys and values runs out, texts that are kept for later prompts go first; then t
 again when there is room.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint.loaded import Decoder
-from .config.decoding import DecodingConfig
-from .decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
-from .decoding.drafters.lookup import EarlierAnswers
-from .decoding.engine import RowStep
-from .decoding.output import OutputText, TokenLogprobs
-from .decoding.target import target_of
-from .errors import LayerSkipError
-from .model import Backend, KVCache
+from ..checkpoint.loaded import Decoder
+from ..config.decoding import DecodingConfig
+from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
+from ..decoding.drafters.lookup import EarlierAnswers
+from ..decoding.output import OutputText, RowStep, TokenLogprobs
+from ..decoding.target import target_of
+from ..errors import LayerSkipError
+from ..model import Backend, KVCache
 
 Held = TypeVar("Held", bound="Request | Embedding")
 
@@ -135,6 +131,42 @@ class Embedding:
             return Update("", vector=F.normalize(self._sum, dim=0).tolist())
 
 
+@dataclass(eq=False)
+class _Run:
+    """A loop, and its requests by row."""
+
+    loop: DecodingLoop
+    rows: dict[int, Request]
+
+    def advance(self) -> list[Request]:
+        """A step. The requests that it ends leave `rows` and are returned: all of them if it fails."""
+        try:
+            steps = next(self.loop)
+            updates = [(step.row, self.rows[step.row].update(step)) for step in steps if step.row in self.rows]
+        except BaseException as error:  # a panic of the tokenizers library is not an Exception
+            return self.fail(error)
+        done = []
+        for row, update in updates:
+            request = self.rows[row]
+            if update.is_last:
+                done.append(self.rows.pop(row))
+            request.deliver(update)
+        return done
+
+    def fail(self, error: BaseException) -> list[Request]:
+        failed = list(self.rows.values())
+        self.rows.clear()
+        return _failed(failed, error)
+
+    def drop(self, request: Request) -> bool:
+        """Gives up a request. Returns whether it is here."""
+        found = [row for row, running in self.rows.items() if running is request]
+        for row in found:
+            self.loop.drop(row)
+            del self.rows[row]
+        return bool(found)
+
+
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
 
@@ -155,15 +187,15 @@ class Scheduler:
         self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
         self._waiting: deque[Request] = deque()
         self._embeddings: deque[Embedding] = deque()
-        self._groups: dict[Hashable, tuple[DecodingLoop, dict[int, Request]]] = {}  # a loop, and its requests by row
-        self._filling: tuple[DecodingLoop, dict[int, Request]] | None = None  # of a prompt that runs in pieces
-        self._aside: deque[tuple[DecodingLoop, dict[int, Request]]] = deque()  # of one request each, the oldest first
+        self._groups: dict[Hashable, _Run] = {}  # by the settings that they share
+        self._filling: _Run | None = None  # of a prompt that runs in pieces
+        self._aside: deque[_Run] = deque()  # of one request each, the oldest first
         self._numbers = count()
 
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(rows) for _, rows in self._loops())
+        return sum(len(run.rows) for run in self._runs())
 
     @property
     def held(self) -> int:
@@ -180,40 +212,37 @@ class Scheduler:
         if request in self._queue(request):
             self._queue(request).remove(request)
             return True
-        for loop, rows in [*self._loops(), *self._aside]:
-            for row in [row for row, running in rows.items() if running is request]:
-                loop.drop(row)
-                del rows[row]
-                self._forget_empty_groups()
-                return True
-        return False
+        found = isinstance(request, Request) and any(run.drop(request) for run in (*self._runs(), *self._aside))
+        self._forget_empty()
+        return found
 
     def step(self) -> list[Request | Embedding]:
         """Takes in requests that wait, and adds a step to every answer. Returns the requests that are finished.
 
         An exception of a pass ends the requests that were in it, which are told, and no others.
         """
-        done = self._embed() if self._embeddings else []
-        room = _PREFILLED
-        if self._filling is None and self._aside and self._has_room(*self._aside[0][1].values()):
+        blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
+        done = self._embed() if self._embeddings and not blocked else []
+        room = 0 if blocked else _PREFILLED
+        if self._filling is None and self._aside and self._has_room(*self._aside[0].rows.values()):
             self._filling = self._aside.popleft()
-        if self._filling is not None and self._make_room(*self._filling):
-            filling, self._filling, room = self._filling, None, 0
-            done += self._run(*filling)
+        if (filling := self._filling) is not None and self._make_room(filling):
+            self._filling, room = None, 0
+            done += self._begin(filling)
         while room > 0 and not self._aside and self._waiting and self.running < self._batch_size:
             if not (self._has_room(self._waiting[0]) and (requests := self._next(room))):
                 break
             room -= len(requests) * max(map(self._missing, requests))
             done += self._prefill(requests)
-        for loop, rows in list(self._groups.values()):
-            if self._make_room(loop, rows):
-                done += _advance(loop, rows)
-        self._forget_empty_groups()
+        for run in list(self._groups.values()):
+            if self._make_room(run):
+                done += run.advance()
+        self._forget_empty()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for _, rows in [*self._loops(), *self._aside] for request in rows.values())
+        decoding = (request for run in (*self._runs(), *self._aside) for request in run.rows.values())
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
         self._waiting.clear()
         self._embeddings.clear()
@@ -226,10 +255,8 @@ class Scheduler:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
 
     def _embed(self) -> list[Request | Embedding]:
-        """A pass of the first embedding, if there is room. Returns it if that was the last."""
+        """A pass of the first embedding. Returns it if that was the last."""
         first = self._embeddings[0]
-        if not self._has_room(first):
-            return []
         try:
             update = first.read(self._decoder.backend)
         except BaseException as error:
@@ -247,21 +274,20 @@ class Scheduler:
             pass
         return needed <= cache.free_pages or not self.running
 
-    def _make_room(self, loop: DecodingLoop, rows: dict[int, Request]) -> bool:
-        """Memory for a loop's next step: of kept texts, then of the youngest requests. Returns whether it has rows then."""
-        while rows:
-            needed, free = loop.lacking()
+    def _make_room(self, run: _Run) -> bool:
+        """Memory for a run's next step: of kept texts, then of the youngest requests. Returns whether it has rows then."""
+        while run.rows:
+            needed, free = run.loop.lacking()
             if needed <= free:
                 return True
             if self._prefixes is not None and self._prefixes.drop():
                 continue
-            others = [(held, number) for held in self._loops() if held[0].can_wait for number in held[1]]
+            others = [(row, other) for other in self._runs() if other.loop.can_wait for row in other.rows]
             if len(others) < 2:  # then this one cannot go on
                 return True
-            (youngest, requests), number = max(others, key=lambda other: other[0][1][other[1]]._number)
-            aside = youngest.set_aside(number)
-            self._aside.appendleft((aside, {number: requests.pop(number)}))
-        self._forget_empty_groups()
+            row, youngest = max(others, key=lambda other: other[1].rows[other[0]]._number)
+            self._aside.appendleft(_Run(youngest.loop.set_aside(row), {row: youngest.rows.pop(row)}))
+        self._forget_empty()
         return False
 
     def _next(self, room: int) -> list[Request]:
@@ -317,37 +343,35 @@ class Scheduler:
             first.reused = loop.reused_tokens
         except BaseException as error:
             return done + _failed(rows.values(), error)
-        return done + self._run(loop, rows)
+        return done + self._begin(_Run(loop, rows))
 
-    def _run(self, loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
-        """Prefills a loop, or a piece of it, and lets its requests join the loop with their settings. Returns those that are
-        over.
-        """
-        done = _advance(loop, rows)
-        if not rows:
+    def _begin(self, run: _Run) -> list[Request]:
+        """Prefills, or a piece of it; then the requests join the loop with their settings. Returns those that are over."""
+        done = run.advance()
+        if not run.rows:
             return done
-        if not loop.is_filled:
-            self._filling = loop, rows
+        if not run.loop.is_filled:
+            self._filling = run
             return done
-        first = next(iter(rows.values()))
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
+        first = next(iter(run.rows.values()))
         config = first.config
         key = first if self._is_single(first) else (config.shared, config.changes_logits, config.logprobs is None)
-        group, others = self._groups.setdefault(key, (loop, rows))
-        if group is not loop:
+        group = self._groups.setdefault(key, run)
+        if group is not run:
             try:
-                others |= zip(group.join(loop), rows.values(), strict=True)
+                group.rows |= zip(group.loop.join(run.loop), run.rows.values(), strict=True)
             except BaseException as error:  # the group's own loop may have been changed in part
-                done += _failed([*self._groups.pop(key)[1].values(), *rows.values()], error)
+                done += [*self._groups.pop(key).fail(error), *run.fail(error)]
         return done
 
-    def _loops(self) -> list[tuple[DecodingLoop, dict[int, Request]]]:
+    def _runs(self) -> list[_Run]:
         return [*self._groups.values(), *([] if self._filling is None else [self._filling])]
 
-    def _forget_empty_groups(self) -> None:
-        self._groups = {key: group for key, group in self._groups.items() if group[1]}
-        self._aside = deque(held for held in self._aside if held[1])
-        if self._filling is not None and not self._filling[1]:
+    def _forget_empty(self) -> None:
+        self._groups = {key: run for key, run in self._groups.items() if run.rows}
+        self._aside = deque(run for run in self._aside if run.rows)
+        if self._filling is not None and not self._filling.rows:
             self._filling = None
 
     def _is_single(self, request: Request) -> bool:
@@ -360,118 +384,9 @@ def _settings(request: Request) -> DecodingConfig:
     return replace(request.config, seed=0)
 
 
-def _advance(loop: DecodingLoop, rows: dict[int, Request]) -> list[Request]:
-    """A step of a loop. The requests that it ends leave `rows` and are returned: all of them if it fails."""
-    try:
-        updates = [(step.row, rows[step.row].update(step)) for step in next(loop) if step.row in rows]
-    except BaseException as error:  # a panic of the tokenizers library is not an Exception
-        failed = list(rows.values())
-        rows.clear()
-        return _failed(failed, error)
-    done = []
-    for row, update in updates:
-        request = rows[row]
-        if update.is_last:
-            done.append(rows.pop(row))
-        request.deliver(update)
-    return done
-
-
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:
     """Tells requests that an error has ended them, and returns them."""
     failed = list(requests)
     for request in failed:
         request.deliver(Update("", error=error))
     return failed
-
-
-class Engine:
-    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
-
-    Attributes:
-        held: how many requests wait or are being decoded.
-        running: how many of them are being decoded.
-        is_stopped: whether it was stopped, or failed: it takes no requests any more.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch_size: int,
-        queue_size: int,
-        earlier: EarlierAnswers | None = None,
-        prefixes: Prefixes | None = None,
-    ) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. The others are Scheduler's."""
-        self.held = self.running = 0
-        self.is_stopped = False
-        self._scheduler = Scheduler(decoder, batch_size, earlier, prefixes)
-        self._most = batch_size + queue_size
-        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="layerskip-engine", daemon=True)
-        self._thread.start()
-
-    def hold(self, requests: int) -> None:
-        """Holds places for requests that will be submitted, before any work is done for them.
-
-        Raises QueueFull if not all of them have one, and Stopped after `stop`.
-        """
-        with self._lock:
-            self._require_running()
-            if self.held + requests > self._most:
-                raise QueueFull(f"{self.held} requests wait or are being answered, and this server holds {self._most}")
-            self.held += requests
-
-    def release(self, requests: int) -> None:
-        """Gives up places of requests that will not be submitted."""
-        with self._lock:
-            self.held -= requests
-
-    def submit(self, *requests: Request | Embedding) -> None:
-        """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
-        with self._lock:
-            self._require_running()
-            for request in requests:
-                self._commands.put(partial(self._scheduler.add, request))
-
-    def cancel(self, request: Request | Embedding) -> None:
-        """Gives up a request after the step that is being computed; without effect on one that is finished."""
-        self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
-
-    def stop(self) -> None:
-        """Ends all requests with the error Stopped, and waits for the thread."""
-        with self._lock:
-            self.is_stopped = True
-        self._commands.put(lambda: None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        scheduler, reason = self._scheduler, Stopped("the server is shutting down")
-        try:
-            while not self.is_stopped:
-                self._obey(wait=not scheduler.held)
-                self.release(len(scheduler.step()))
-                self.running = scheduler.running
-        except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
-            reason = Stopped("the server has failed and must be started again")
-            with self._lock:
-                self.is_stopped = True
-            raise  # the traceback goes to stderr
-        finally:
-            self._obey(wait=False)
-            self.release(len(scheduler.fail_all(reason)))
-            self.running = 0
-
-    def _obey(self, wait: bool) -> None:
-        """Runs the commands that have come; waits for the first if there is nothing to decode."""
-        try:
-            while True:
-                self._commands.get(block=wait)()
-                wait = False
-        except Empty:
-            pass
-
-    def _require_running(self) -> None:
-        if self.is_stopped:
-            raise Stopped("the server answers nothing any more")

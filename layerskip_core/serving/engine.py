@@ -1,0 +1,103 @@
+"""A thread that decodes requests, for callers in other threads."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from ..checkpoint.loaded import Decoder
+from ..decoding import Prefixes
+from ..decoding.drafters.lookup import EarlierAnswers
+from . import Embedding, QueueFull, Request, Scheduler, Stopped
+
+
+class Engine:
+    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
+
+    Attributes:
+        held: how many requests wait or are being decoded.
+        running: how many of them are being decoded.
+        is_stopped: whether it was stopped, or failed: it takes no requests any more.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch_size: int,
+        queue_size: int,
+        earlier: EarlierAnswers | None = None,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. The others are Scheduler's."""
+        self.held = self.running = 0
+        self.is_stopped = False
+        self._scheduler = Scheduler(decoder, batch_size, earlier, prefixes)
+        self._most = batch_size + queue_size
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="layerskip-engine", daemon=True)
+        self._thread.start()
+
+    def hold(self, requests: int) -> None:
+        """Holds places for requests that will be submitted, before any work is done for them.
+
+        Raises QueueFull if not all of them have one, and Stopped after `stop`.
+        """
+        with self._lock:
+            self._require_running()
+            if self.held + requests > self._most:
+                raise QueueFull(f"{self.held} requests wait or are being answered, and this server holds {self._most}")
+            self.held += requests
+
+    def release(self, requests: int) -> None:
+        """Gives up places of requests that will not be submitted."""
+        with self._lock:
+            self.held -= requests
+
+    def submit(self, *requests: Request | Embedding) -> None:
+        """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
+        with self._lock:
+            self._require_running()
+            for request in requests:
+                self._commands.put(partial(self._scheduler.add, request))
+
+    def cancel(self, request: Request | Embedding) -> None:
+        """Gives up a request after the step that is being computed; without effect on one that is finished."""
+        self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
+
+    def stop(self) -> None:
+        """Ends all requests with the error Stopped, and waits for the thread."""
+        with self._lock:
+            self.is_stopped = True
+        self._commands.put(lambda: None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        scheduler, reason = self._scheduler, Stopped("the server is shutting down")
+        try:
+            while not self.is_stopped:
+                self._obey(wait=not scheduler.held)
+                self.release(len(scheduler.step()))
+                self.running = scheduler.running
+        except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
+            reason = Stopped("the server has failed and must be started again")
+            with self._lock:
+                self.is_stopped = True
+            raise  # the traceback goes to stderr
+        finally:
+            self._obey(wait=False)
+            self.release(len(scheduler.fail_all(reason)))
+            self.running = 0
+
+    def _obey(self, wait: bool) -> None:
+        """Runs the commands that have come; waits for the first if there is nothing to decode."""
+        try:
+            while True:
+                self._commands.get(block=wait)()
+                wait = False
+        except Empty:
+            pass
+
+    def _require_running(self) -> None:
+        if self.is_stopped:
+            raise Stopped("the server answers nothing any more")
