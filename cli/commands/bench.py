@@ -45,7 +45,7 @@ def bench(
             if not config.strategies and "early-exit" not in suiting_strategies(loaded, config):
                 console.narrate(_NO_EXITS)
             if scored:
-                from layerskip_core.harness.measure import bench_scores
+                from layerskip_core.harness.tasks import bench_scores
 
                 record = evaluation.watch(bench_scores(loaded, rows, config))
             else:

@@ -58,7 +58,7 @@ def sweep_exits(
         if record is None:
             loaded, rows = evaluation.load(config)
             if scored:
-                from layerskip_core.harness.measure import sweep_scores
+                from layerskip_core.harness.tasks import sweep_scores
 
                 record = evaluation.watch(sweep_scores(loaded, rows, config))
             else:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ DRAFTS, BATCH, JOINED, TURN = "speculative = plain", "batch = single", "joining 
 SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
 
 LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
-_COUNTED = DecodingConfig(temperature=2.0, top_k=4)  # few tokens: each pair of them is often drawn
+_COUNTED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # few tokens: each pair of them is often drawn
 _AT_ONCE = 50  # draws
 _LEAST_DRAWS = 5.0  # expected in a cell of the chi-square test; rarer pairs share one
 _LEAST_P = 1e-6  # below which distributions differ: one in a million tests of equal ones
@@ -42,16 +42,13 @@ _LEAST_P = 1e-6  # below which distributions differ: one in a million tests of e
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where a prompt's output, or the best tokens of its logits, first differ: token ids, None past an end.
-
-    `gap`: by how much the model prefers the expected token, in logits; 0 if only bits differ, None past an end.
-    """
+    """Where a prompt's output, or the best tokens of its logits, first differ: token ids, None past an end."""
 
     prompt: int
     position: int
     expected: int | None
     found: int | None
-    gap: float | None
+    gap: float | None  # by how much the model prefers the expected token, in logits; 0 if only bits differ, None past an end
     near_tie: bool
 
 
@@ -77,6 +74,7 @@ class Subject:
     def __init__(self, loaded: Decoder, names: tuple[str, str], prompts: list[Ids], config: VerifyConfig) -> None:
         """`names`: of kernels and precision. Raises ConfigError for an exit that the model lacks."""
         self.loaded, self.backend, self.names, self.prompts, self.config = loaded, loaded.backend, names, prompts, config
+        self.ends = loaded.eos_ids, loaded.detokenize
         # Rounding decides between almost equally likely tokens; torch's low-bit kernels take their inputs in bf16.
         self._near = NEAR_TIE[torch.bfloat16 if names[1] in LOW_BIT else self.backend.dtype]
         layers, best = self.backend.num_layers, loaded.recommended().exit_layer
@@ -91,22 +89,17 @@ class Subject:
         self.usual = {"autoregressive": self.setting("autoregressive")} | drafted
         self.expected = self.alone(self.usual["autoregressive"])
 
-    def alone(
-        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, prefixes: Prefixes | None = None
-    ) -> list[Ids]:
-        """The outputs of prompts, one at a time."""
+    def alone(self, config: DecodingConfig, prompts: Sequence[Ids] = (), prefixes: Prefixes | None = None) -> list[Ids]:
+        """The outputs of prompts, one at a time; by default of all."""
         outputs = []
-        for prompt in self.prompts if prompts is None else prompts:
-            decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefixes=prefixes)
+        for prompt in prompts or self.prompts:
+            decoding = decode(self.backend, prompt, config, *self.ends, prefixes=prefixes)
             outputs.append([token for [step] in decoding for token in step.ids])
         return outputs
 
-    def together(
-        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, seeds: Sequence[int] | None = None
-    ) -> list[Ids]:
-        """The outputs of prompts in one batch."""
-        rows = self.prompts if prompts is None else prompts
-        finished = decode_batch(self.backend, rows, config, self.loaded.eos_ids, self.loaded.detokenize, seeds)
+    def together(self, config: DecodingConfig, prompts: Sequence[Ids] = (), seeds: Sequence[int] | None = None) -> list[Ids]:
+        """The outputs of prompts in one batch; by default of all."""
+        finished = decode_batch(self.backend, prompts or self.prompts, config, *self.ends, seeds)
         return [output.ids for output in sorted(finished, key=lambda output: output.row)]
 
     def joined(self, config: DecodingConfig) -> list[Ids]:
@@ -117,7 +110,7 @@ class Subject:
         while waiting or owner:
             if waiting:
                 number, prompt = waiting.pop(0)
-                loop = DecodingLoop(self.backend, [prompt], config, self.loaded.eos_ids, self.loaded.detokenize)
+                loop = DecodingLoop(self.backend, [prompt], config, *self.ends)
                 (step,) = next(loop)
                 outputs[number] += step.ids
                 if step.finish_reason is None:
@@ -145,12 +138,12 @@ class Subject:
         check: str,
         setting: str,
         outputs: Sequence[Ids],
-        expected: Sequence[Ids] | None = None,
-        prompts: Sequence[Ids] | None = None,
+        expected: Sequence[Ids] = (),
+        prompts: Sequence[Ids] = (),
         promise: Promise | None = None,
     ) -> CheckResult:
         """Outputs against the `expected` ones of the same prompts, by default the plain ones."""
-        expected, mismatches = self.expected if expected is None else expected, []
+        expected, mismatches = expected or self.expected, []
         for number, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
             position = first_difference(found, wanted)
             if position is not None:
@@ -231,9 +224,8 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
         for exit_layer in (layers, *exits[-1:]):
             settings[f"{weights} copy, {exit_layer} layers"] = setting("self-speculative", exit_layer, draft_weights=weights)
     known = subject.loaded.recommended()
-    exits_known = known.exits or tuple(exits)
-    settings["adaptive"] = setting("adaptive", num_draft_tokens=32, exits=exits_known, profile=known.profile)
-    return settings
+    adaptive = setting("adaptive", num_draft_tokens=32, exits=known.exits or tuple(exits), profile=known.profile)
+    return settings | {"adaptive": adaptive}
 
 
 def check_batches(subject: Subject) -> Iterator[CheckResult]:
@@ -252,10 +244,8 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
     """A text that continues the previous one, on its KV entries, gets the same tokens as in a fresh cache."""
     room = subject.backend.spec.context - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
-    turns = [
-        [*prompt, *output, *more][:room]
-        for prompt, output, more in zip(subject.prompts, subject.expected, following, strict=True)
-    ]
+    texts = zip(subject.prompts, subject.expected, following, strict=True)
+    turns = [[*prompt, *output, *more][:room] for prompt, output, more in texts]
     for setting, config in subject.usual.items():
         known, reused = Prefixes(inf, most_texts=2, least=1), []
         for pair in zip(subject.prompts, turns, strict=True):
@@ -283,8 +273,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
             yield subject.compared(ROW, setting, subject.together(sampled, seeds=[seed] * len(first)), first)
         if draws:
             prompt = min(subject.prompts, key=lambda ids: max(_following(subject, ids).values()))
-            counted = replace(config, max_new_tokens=3, temperature=_COUNTED.temperature, top_k=_COUNTED.top_k)
-            found: Counter[Pair] = Counter()
+            counted, found = replace(config, max_new_tokens=3, **_COUNTED), Counter[Pair]()
             for start in range(0, draws, _AT_ONCE):
                 seeds = range(seed + 1 + start, seed + 1 + min(start + _AT_ONCE, draws))
                 found.update(tuple(ids[:2]) for ids in subject.together(counted, [prompt] * len(seeds), seeds))
@@ -295,7 +284,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
 
 def _following(subject: Subject, ids: Ids) -> dict[int, float]:
     """The tokens that can follow, with their probabilities."""
-    probs = probabilities(logits(subject.backend, torch.tensor([ids]), last=1)[0, -1], _COUNTED)
+    probs = probabilities(logits(subject.backend, torch.tensor([ids]), last=1)[0, -1], DecodingConfig(**_COUNTED))
     return {int(token): float(probs[token]) for token in probs.nonzero()[:, 0]}
 
 

@@ -42,16 +42,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one run by name and setting, and the held-out losses of its training.
-
-    `held_out`: step -> exit layer -> nats per token. `rows` say what the figures were measured on, the metrics' under
-    `results.json` and the losses' under `losses.jsonl`; figures on different rows cannot be paired.
-    """
+    """The figures of one run by name and setting, and the held-out losses of its training."""
 
     path: str
     figures: dict[str, dict[Setting, float]] = field(default_factory=dict)
-    held_out: dict[int, dict[int, float]] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[int, dict[int, float]] = field(default_factory=dict)  # step -> exit layer -> nats per token
+    rows: dict[str, Any] = field(default_factory=dict)  # what was measured, by RESULTS and LOSSES; other rows cannot be paired
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -213,16 +209,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`paths`: label -> its runs. `paired`: whether differences are those of run and run, in the order of the paths.
+    """Runs side by side."""
 
-    `notes` say what makes the figures hard to compare.
-    """
-
-    paths: dict[str, tuple[str, ...]]
+    paths: dict[str, tuple[str, ...]]  # label -> its runs
     lines: tuple[Line, ...]
     points: tuple[Point, ...]
-    paired: bool
-    notes: tuple[str, ...]
+    paired: bool  # whether differences are those of run and run, in the order of the paths
+    notes: tuple[str, ...]  # what makes the figures hard to compare
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:

@@ -1,5 +1,6 @@
 """The prediction after every layer, and of every exit block, for each generated token: figure 2 of the LayerSkip paper."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any
@@ -64,36 +65,31 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     positions = torch.arange(len(ids) - 1)[None]
     embedded, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
     states = states_at(model, embedded, range(1, model.num_layers + 1), positions, cache)
-    first = len(prompt_ids) - 1
-    by_layer = [_most_probable(model.unembed(hidden[0, first:])) for hidden in states.values()]
-    features, by_block = features_of(model.normed(states[model.num_layers])), {}
-    for exit_layer, block in model.exit_blocks.items():
-        entered = block.enter(states[exit_layer], features)
-        through = model.run_layers(entered, block.layer, block.layer + 1, positions, cache)
-        by_block[exit_layer] = _most_probable(block.head(through[0, first:]))
+    first, features = len(prompt_ids) - 1, features_of(model.normed(states[model.num_layers]))
 
     def text(token: int) -> str:
         return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special ones have a name
 
-    def said(choice: tuple[int, float]) -> LayerPrediction:
-        return LayerPrediction(text(choice[0]), choice[1])
+    def predicted(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> list[tuple[int, LayerPrediction]]:
+        """For each token of the answer the prediction from these states, and its token id."""
+        highest = head(hidden[0, first:]).float().softmax(-1).max(-1)
+        pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
+        return [(token, LayerPrediction(text(token), probability)) for token, probability in pairs]
 
+    by_layer = [predicted(model.unembed, hidden) for hidden in states.values()]
+    by_block = {
+        exit_layer: predicted(block.head, block.run(model, states[exit_layer], features, positions, cache))
+        for exit_layer, block in model.exit_blocks.items()
+    }
     traces = []
     for index, token in enumerate(answer):
-        chosen = [choices[index] for choices in by_layer]
-        blocks = {exit_layer: said(choices[index]) for exit_layer, choices in by_block.items()}
-        settled = settled_layer([choice for choice, _ in chosen])
-        traces.append(TokenTrace(text(token), settled, tuple(map(said, chosen)), blocks))
+        chosen, predictions = zip(*(layer[index] for layer in by_layer), strict=True)
+        blocks = {exit_layer: block[index][1] for exit_layer, block in by_block.items()}
+        traces.append(TokenTrace(text(token), settled_layer(chosen), predictions, blocks))
     return Inspection(loaded.name, prompt, model.num_layers, tuple(traces))
 
 
-def _most_probable(logits: torch.Tensor) -> list[tuple[int, float]]:
-    """The most probable token at each position of (T, V), and its probability."""
-    highest = logits.float().softmax(-1).max(-1)
-    return list(zip(highest.indices.tolist(), highest.values.tolist(), strict=True))
-
-
-def settled_layer(chosen: list[int]) -> int:
+def settled_layer(chosen: Sequence[int]) -> int:
     """The first layer, counted from 1, from which on every layer makes the last layer's choice."""
     wrong = [layer for layer, token in enumerate(chosen, start=1) if token != chosen[-1]]
     return wrong[-1] + 1 if wrong else 1

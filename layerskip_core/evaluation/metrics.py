@@ -1,4 +1,4 @@
-"""Scores of answers (exact match, ROUGE, pass@k), and figures with their 95% intervals over the prompts.
+"""Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals over prompts.
 
 Intervals are those of the percentile bootstrap: how a figure varies with the prompts drawn (Efron and Tibshirani, An
 Introduction to the Bootstrap, 1993, chapter 13). Two settings are compared on the same resampled prompts, so that a hard prompt
@@ -7,7 +7,7 @@ with all answers to a prompt, because several answers to one prompt are not inde
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from statistics import fmean, pvariance
@@ -16,15 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .results import Bounds
+from ..checkpoint.folder import quiet_transformers
+from ..checkpoint.loaded import Decoder
+from ..data import Example, spread
+from ..losses import summed_losses
+from ..model.backend import Backend, states_at_exits
+from ..prompting import PromptTemplate, encode_prompt
+from .results import Bounds, Result
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
-LOWER_IS_BETTER = ("perplexity",)
 _HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
 _RESAMPLES = (200, 1000)  # fewer of many prompts
 _DRAWS = 4_000_000  # that take a moment and 50 MB
 _ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 NORMAL_QUANTILE = 1.959964  # at 97.5%
+_WINDOW_TOKENS = 512
+_MOST_NATS = 700  # per token; exp of more is no finite number
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Scores:
 
 def lower_is_better(name: str) -> bool:
     """Whether a lower value is better. The metrics of lm-evaluation-harness are named `TASK METRIC`."""
-    return name in LOWER_IS_BETTER or any(f" {metric}" in name for metric in _HARNESS_LOWER)
+    return name == "perplexity" or any(f" {metric}" in name for metric in _HARNESS_LOWER)
 
 
 def is_share(name: str) -> bool:
@@ -64,6 +71,14 @@ def quality(metrics: Mapping[str, float], name: str) -> float:
     if value is None:
         return -math.inf
     return -value if lower_is_better(name) else value
+
+
+def frontier(results: Sequence[Result], name: str) -> list[int]:
+    """The indices of the measured results that no other one beats in quality or speed without losing in the other."""
+    measured = [index for index, result in enumerate(results) if result.metrics]
+    points = [(quality(results[index].metrics, name), results[index].tokens_per_second or 0.0) for index in measured]
+    beaten = [any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in points) for own in points]
+    return [index for index, is_beaten in zip(measured, beaten, strict=True) if not is_beaten]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> list[float]:
@@ -132,6 +147,66 @@ def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
     return {"rouge": Rouge(keep_in_memory=True).compute, "pass_at_k": PassAtK(keep_in_memory=True).compute}
 
 
+Losses = tuple[int, dict[int, float]]
+"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit. Exits that only draft lack it."""
+
+
+def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
+    """The perplexity through each exit, where it is finite. Texts without tokens do not count."""
+    counted = [(tokens, nats) for tokens, nats in losses if tokens]
+    total = sum(tokens for tokens, _ in counted)
+    found = {}
+    for exit_layer in counted[0][1] if counted else ():
+        values = tuple(nats[exit_layer] for _, nats in counted)
+        if sum(values) / total < _MOST_NATS:
+            found[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
+    return found
+
+
+def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
+    """The losses of the reference and its EOS after the prompt. The prompt's own tokens do not count.
+
+    A row longer than the context is cut there, as in training.
+    """
+    tokenizer = loaded.tokenizer
+    prompt = loaded.encode_prompt(example.prompt)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    reference = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + end
+    return _losses(loaded.backend, prompt, reference, exit_layers)
+
+
+def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
+    """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
+
+    Windows do not overlap; each has 512 tokens, or as many as the context holds, and the last one of a whole text what is left.
+    A window starts with the tokens that the tokenizer puts before every text. If there are none, the window's first token does
+    not count.
+    """
+    tokenizer = loaded.tokenizer
+    with quiet_transformers():  # else transformers warns that the text is longer than the context
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = encode_prompt(tokenizer, PromptTemplate(), "")
+    size = min(_WINDOW_TOKENS, loaded.backend.spec.context - len(start))
+    for offset in spread(range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size), windows):
+        yield _losses(loaded.backend, start, ids[offset : offset + size], exit_layers)
+
+
+@torch.inference_mode()
+def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> Losses:
+    ids = (prompt + reference)[: model.spec.context]
+    first = max(len(prompt), 1)  # no token predicts the very first one
+    targets = torch.tensor(ids[first:], device=model.device)
+    if not len(targets):
+        return 0, {}
+    tokens = torch.tensor([ids[:-1]], device=model.device)
+    positions = torch.arange(len(ids) - 1)[None]
+    through = states_at_exits(model, tokens, positions, model.new_cache(1, len(ids)), exit_layers)
+    return len(targets), {
+        exit_layer: float(summed_losses(head, [states[0, first - 1 :]], targets, model.spec.vocab, [(1.0, 0.0)])[0])
+        for exit_layer, states, head in through
+    }
+
+
 class Estimate(NamedTuple):
     """A figure, None if it is not finite, and its interval. No interval of a figure that is equal in all resamples."""
 
@@ -190,16 +265,12 @@ def change(scores: Scores, full_depth: Scores) -> Estimate:
 
 
 class Margin(NamedTuple):
-    """By how much a metric exceeds the share of full depth's that it must keep, as a mean over the prompts.
-
-    `low`: the lower end of its 95% interval. `prompts`: how many were measured. `needed`: with about how many the lower end
-    would reach 0, if mean and spread stayed the same; None if the mean is not above 0.
-    """
+    """By how much a metric exceeds the share of full depth's that it must keep, as a mean over the prompts."""
 
     mean: float
-    low: float
+    low: float  # end of its 95% interval
     prompts: int
-    needed: int | None
+    needed: int | None  # with how many prompts `low` would reach 0, if mean and spread stayed; None if the mean is not above 0
 
 
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:

@@ -25,26 +25,20 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch
 
 
 class Step(NamedTuple):
-    """The number of tokens from one step of the decoding loop, its wall-clock seconds, and what drafted.
-
-    `drafter`: as in DecodeStats.steps_by_drafter; None of a prefill, and where nothing could draft.
-    """
+    """The number of tokens from one step of the decoding loop, its wall-clock seconds, and what drafted."""
 
     tokens: int
     seconds: float
-    drafter: str | None = None
+    drafter: str | None = None  # as in DecodeStats.steps_by_drafter; None of a prefill, and where nothing could draft
 
 
 @dataclass(frozen=True)
 class Output:
-    """What was generated for one prompt, or the `error` that prevented it. The fields are the journal's.
-
-    The first step is the prefill, which gives the first token. Answers of a batch have no steps.
-    """
+    """What was generated for one prompt, or the `error` that prevented it. The fields are the journal's."""
 
     ids: tuple[int, ...] = ()
     text: str = ""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()  # the first is the prefill, which gives the first token; answers of a batch have none
     stats: DecodeStats = field(default_factory=DecodeStats)
     finish_reason: StopReason | None = None
     peak_memory_mb: float | None = None
@@ -82,85 +76,61 @@ class Result:
     Of a sweep it is one setting, of a benchmark one strategy or baseline, of `categories` the prompts of one category.
     Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
     any, else from the first repeat: greedy decoding gives the same tokens every time.
-
-    Attributes:
-        metrics: by name, means over the prompts. A setting without metrics was not measured, only predicted.
-        perplexity: of a sweep, on the references, through the exit. Strategies that draft answer with all layers: none.
-        acceptance_rate: accepted / drafted. `acceptance_by_position`: the share accepted at each position of a round, among the
-            drafts that were compared. `mean_accepted_tokens` counts per round.
-        speedup: seconds per new token of autoregressive decoding in the same repeat, prefill included, over this one's.
-            `decode_speedup` leaves out prefill and first token; `speedup_over_transformers` is over transformers' generate.
-        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where a strategy that drafts
-            departs from them.
-        pareto: no other result is at least as good by the quality metric and as fast, and better in one of the two.
-        agreement: the share of the autoregressive tokens that the exit, or the low-bit copy, would also have chosen.
-        predicted_speedup: by the cost model, from `pass_times_ms`, relative to the autoregressive steps timed with them.
-        time_per_token_ms: p50 and p95. `time_split_ms`: milliseconds per token by phase.
-        draft_weights: the copy that drafts with its first `exit_layer` layers; None: the model's own weights.
-        steps_by_drafter: steps by what drafted; `plain` are those without drafts.
-        exit_confidence: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
-        skip: the layers that the drafts of draft-and-verify leave out, by number.
-        longest_answer: the steps of the longest answer, of adaptive decoding, to show how its speed changes on the way.
-        intervals: 95% intervals of metrics and of ratios, by their names. `changes`: of what a metric differs from full depth's
-            on the same prompts, where it differs on any.
-        stderr: of lm-evaluation-harness's metrics, by their names.
-        samples: the number of rows of a category; of lm-evaluation-harness, by task.
     """
 
     strategy: str = ""
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    perplexity: float | None = None
-    acceptance_rate: float | None = None
-    mean_accepted_tokens: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts; none of a setting that was only predicted
+    perplexity: float | None = None  # of a sweep, on the references, through the exit; strategies that draft have none
+    acceptance_rate: float | None = None  # accepted / drafted
+    mean_accepted_tokens: float | None = None  # per round
     tokens_per_second: float | None = None
-    time_per_token_ms: dict[str, float | None] = field(default_factory=dict)
+    time_per_token_ms: dict[str, float | None] = field(default_factory=dict)  # p50 and p95
     ttft_ms: float | None = None
     peak_memory_mb: float | None = None
-    speedup: float | None = None
-    decode_speedup: float | None = None
-    identical_outputs: float | None = None
-    speedup_over_transformers: float | None = None
-    pareto: bool = False
-    predicted_speedup: float | None = None
+    speedup: float | None = None  # in seconds per new token, prefill included, over autoregressive decoding in the same repeat
+    decode_speedup: float | None = None  # the same without prefill and first token
+    identical_outputs: float | None = None  # the share of samples with the autoregressive tokens
+    speedup_over_transformers: float | None = None  # over transformers' generate
+    pareto: bool = False  # no other result is at least as good by the quality metric and as fast, and better in one of the two
+    predicted_speedup: float | None = None  # by the cost model, from `pass_times_ms`, over the plain steps timed with them
     predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
-    agreement: float | None = None
-    acceptance_by_position: tuple[float, ...] | None = None
-    time_split_ms: dict[str, float] = field(default_factory=dict)
-    differences: tuple[Difference, ...] = ()
+    agreement: float | None = None  # the share of the autoregressive tokens that the exit or the low-bit copy chooses too
+    acceptance_by_position: tuple[float, ...] | None = None  # the share accepted at each position of a round, of those compared
+    time_split_ms: dict[str, float] = field(default_factory=dict)  # per token, by phase
+    differences: tuple[Difference, ...] = ()  # where a strategy that drafts departs from the autoregressive tokens
     failures: tuple[Failure, ...] = ()
-    draft_weights: Quantization | None = None
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)
-    exit_confidence: float | None = None
+    draft_weights: Quantization | None = None  # of the copy whose first `exit_layer` layers draft; None: the model's own
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain` are those without drafts
+    exit_confidence: float | None = None  # each token leaves at the first of `exits` with this confidence
     exits: tuple[int, ...] = ()
-    mean_layers: float | None = None
-    skip: tuple[int, ...] = ()
-    longest_answer: tuple[Step, ...] = ()
-    intervals: dict[str, Bounds] = field(default_factory=dict)
-    changes: dict[str, Bounds] = field(default_factory=dict)
+    mean_layers: float | None = None  # after which a token left
+    skip: tuple[int, ...] = ()  # the layers that the drafts of draft-and-verify leave out, by number
+    longest_answer: tuple[Step, ...] = ()  # of adaptive decoding, to show how its speed changes on the way
+    intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
+    changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
     categories: dict[str, "Result"] = field(default_factory=dict)
-    stderr: dict[str, float] = field(default_factory=dict)
-    samples: int | dict[str, int] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)  # of lm-evaluation-harness's metrics, by their names
+    samples: int | dict[str, int] = field(default_factory=dict)  # rows of a category; of lm-evaluation-harness, by task
+
+    def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
+        """Whether it has the outputs of plain decoding, up to differences at near-ties."""
+        return self.failures == plain.failures and all(found.top2_gap <= near_tie for found in self.differences)
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The exit and draft length to decode with, and a sentence that says why. Both are None if another setting is recommended.
-
-    `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
-    over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
-    not.
-    """
+    """The exit and draft length to decode with, both None if another setting is recommended, and a sentence that says why."""
 
     exit_layer: int | None
     num_draft_tokens: int | None
     speedup: float | None
-    baseline_drift: float
+    baseline_drift: float  # share by which the autoregressive time changed between its two measurements, median over prompts
     reason: str
-    fast_reason: str
-    policies: dict[str, Policy]
+    fast_reason: str  # why there is a policy `fast`, or why not
+    policies: dict[str, Policy]  # the recommendation as `exact`, and `fast` if there is one
 
     @property
     def pays(self) -> bool:
@@ -189,19 +159,15 @@ class Answered:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run.
+    """One run."""
 
-    `config` is complete: it holds the value that each default took. `environment` is the machine and the software; older
-    versions wrote fewer of its keys. `answered` is not part of the document.
-    """
-
-    config: dict[str, Any]
-    environment: dict[str, Any]
+    config: dict[str, Any]  # complete: with the value that each default took
+    environment: dict[str, Any]  # the machine and the software; older versions wrote fewer of its keys
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
-    answered: tuple[Answered, ...] = ()
+    answered: tuple[Answered, ...] = ()  # not part of the document
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
@@ -230,34 +196,20 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json back.
-
-    Args:
-        command: the one that must have written it; None: either.
-        named: what gave the file, for errors.
-
-    Raises:
-        LayerSkipError: the file cannot be read, or holds no record of that command.
+    """Reads a results.json back. Raises LayerSkipError, which says what `named` the file, if it is none that `command` wrote
+    (None: sweep-exits or bench).
     """
     data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
     try:
         record = msgspec.json.decode(data, type=RunRecord)
         written = "bench" if "repeats" in record.config else "sweep-exits"
-        if not record.results or command not in (None, written):
-            raise LayerSkipError(f"its {len(record.results)} results are those of {written}")
-    except (msgspec.DecodeError, UnicodeDecodeError, LayerSkipError) as error:
-        what = command or "sweep-exits or bench"
-        raise LayerSkipError(f"{named} {file} must be a results.json that {what} wrote: {error}") from None
-    return record
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the Pareto-optimal points: no other point is at least as high in both coordinates and higher in one."""
-    return [
-        index
-        for index, point in enumerate(points)
-        if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
-    ]
+        if record.results and command in (None, written):
+            return record
+        fault: object = f"its {len(record.results)} results are those of {written}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        fault = error
+    what = command or "sweep-exits or bench"
+    raise LayerSkipError(f"{named} {file} must be a results.json that {what} wrote: {fault}")
 
 
 def require_outputs(outputs: Sequence[Output]) -> None:
@@ -280,11 +232,9 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
+        """Opens the folder's journal. With `resume` its lines are kept, except an incomplete last one; else it starts empty.
 
-        An incomplete last line, left by an interruption, is dropped; its prompt is measured again. Raises LayerSkipError when
-        the journal belongs to other settings (the message names them), when another line is damaged, or when the file cannot be
-        written.
+        Raises LayerSkipError when it belongs to other settings, which the message names, is damaged or cannot be written.
         """
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()

@@ -44,10 +44,7 @@ class VerifyRecord:
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
 
-    Raises:
-        ConfigError: the model has no such exit, or there are no such kernels.
-        CheckpointError: the model cannot be read.
-        DataError: there are no prompts, or none that fits.
+    Raises ConfigError for exits and kernels that there are not, CheckpointError, and DataError without prompts that fit.
     """
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)
@@ -127,12 +124,12 @@ def tables(record: VerifyRecord) -> list[TextTable]:
     """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
     results, machine, shown = record.results, record.environment, []
     for precision in dict.fromkeys(result.precision for result in results):
-        own = [result for result in results if result.precision == precision]
-        kernels = list(dict.fromkeys(result.kernels for result in own))
-        rows = tuple(
-            (check, *(_cell([result for result in own if (result.check, result.kernels) == (check, name)]) for name in kernels))
-            for check in dict.fromkeys(result.check for result in own)
-        )
+        by_check: dict[str, dict[str, list[CheckResult]]] = {}  # and by kernels
+        kernels = dict.fromkeys(result.kernels for result in results if result.precision == precision)
+        for result in results:
+            if result.precision == precision:
+                by_check.setdefault(result.check, {name: [] for name in kernels})[result.kernels].append(result)
+        rows = tuple((check, *map(_cell, own.values())) for check, own in by_check.items())
         shown.append(TextTable((precision, *kernels), rows, ""))
     broken = [result for result in results if not result.passed]
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)

@@ -38,11 +38,8 @@ def likelihoods(
     """Yields (place in `pairs`, its likelihood by exit), in the order in which they are computed.
 
     `exits` count layers, in 1..L; one that has a block is scored through it. About `batch_size` pairs share a pass. A pair that
-    is longer than the model's context loses the beginning of its context.
-
-    Raises:
-        ConfigError: an exit that can only draft.
-        ContextError: a continuation that is longer than the model's context.
+    is longer than the model's context loses the beginning of its context. Raises ConfigError for an exit that can only draft,
+    ContextError for a continuation that is longer than the model's context.
     """
     for exit_layer in exits:
         target_block(model.exit_blocks, exit_layer)

@@ -132,34 +132,26 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         for number, by_depth in scored:
             place, _ = asked[number]
             found[place].append(by_depth)
-            if len(found[place]) < len(parts[place]):
-                continue
-            if len(requests[place].args) == 1:
-                yield place, {depth: sum(part[depth].total for part in found[place]) for depth in depths}
-            else:
+            if len(requests[place].args) == 2:
                 yield place, {depth: tuple(by_depth[depth]) for depth in depths}
+            elif len(found[place]) == len(parts[place]):
+                yield place, {depth: sum(part[depth].total for part in found[place]) for depth in depths}
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether it is the greedy continuation) of each request's (context, continuation)."""
-        return self._responses("loglikelihood", requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability in nats of each whole text."""
-        return self._responses("loglikelihood_rolling", requests, disable_tqdm)
-
-    def _responses(self, kind: str, requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+        """The responses of `score`, at this model's depth, to requests of one kind."""
         found: list[Any] = [None] * len(requests)
+        kind = "loglikelihood" if all(len(request.args) == 2 for request in requests) else "loglikelihood_rolling"
         for place, by_depth in tqdm(self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm):
             found[place] = by_depth[self.depth]
             self.cache_hook.add_partial(kind, requests[place].args, found[place])
         return found
 
+    loglikelihood_rolling = loglikelihood
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each request's (context, generation_kwargs). Sampled ones have a seed each."""
-        ordered = Collator(
-            [request.args for request in requests], lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs"
-        )
-        answers: list[str] = []
+        given, answers = [request.args for request in requests], list[str]()
+        ordered = Collator(given, lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs")
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for batch in ordered.get_batched(n=self.batch_size):
                 config = self.answering(self.decoding, batch[0][1])

@@ -22,7 +22,7 @@ from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.perplexity import reference_losses
+from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model.exit_blocks import ExitBlock, features_of

@@ -99,8 +99,8 @@ SAVED = ("--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "
 
 
 def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("lookup",))
+    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._WORTHWHILE", 0.0)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.figures.DRAFTERS", ("lookup",))
     result = run("sweep-exits", "--model", copy, *SAVED)
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
@@ -111,8 +111,8 @@ def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypatch, pays):
-    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("self-speculative",))
-    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0 if pays else 1e9)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.figures.DRAFTERS", ("self-speculative",))
+    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._WORTHWHILE", 0.0 if pays else 1e9)
     result = run("sweep-exits", "--model", copy, *SAVED, "--output", str(tmp_path / "out"))
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.data import Example
-from layerskip_core.evaluation import perplexity
+from layerskip_core.evaluation import metrics
 from layerskip_core.evaluation.measure import Measured
 from layerskip_core.evaluation.metrics import (
     Scores,
@@ -19,10 +19,12 @@ from layerskip_core.evaluation.metrics import (
     metric,
     pass_at_k,
     quality,
+    reference_losses,
     rouge,
+    scores_by_exit,
     speed_ratio,
+    text_losses,
 )
-from layerskip_core.evaluation.perplexity import reference_losses, scores_by_exit, text_losses
 
 
 def test_exact_match_tells_equal_texts():
@@ -56,7 +58,7 @@ EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSO
 
 
 def test_losses_of_a_text_are_those_of_windows_that_cover_it(monkeypatch):
-    monkeypatch.setattr(perplexity, "_WINDOW_TOKENS", 20)
+    monkeypatch.setattr(metrics, "_WINDOW_TOKENS", 20)
     loaded = tiny_loaded()
     text = " ".join([EXAMPLE.completion] * 4)
     ids = loaded.tokenizer(text)["input_ids"]

@@ -10,7 +10,7 @@ from layerskip_core.config.decoding import DecodingConfig, policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.evaluation.measure import Measured
-from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
+from layerskip_core.evaluation.measure.figures import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.metrics import Scores, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
 

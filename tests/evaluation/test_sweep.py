@@ -19,8 +19,7 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import Progress
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.metrics import metric
-from layerskip_core.evaluation.perplexity import reference_losses, scores_by_exit
+from layerskip_core.evaluation.metrics import metric, reference_losses, scores_by_exit
 from layerskip_core.model import TorchBackend
 
 CONFIDENCE = 0.03  # that the tiny model has in some tokens

@@ -44,19 +44,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts.
-
-    `scores` are those of the answers, `differences` where they depart from the first setting's. So many answers in a row belong
-    to one prompt: `answers_per_prompt`.
-    """
+    """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts."""
 
     setting: DecodingConfig
     answers: Sequence[Output]
     repeats: Sequence[Sequence[Output]]
-    differences: tuple[Difference, ...] = ()
-    scores: Mapping[str, Scores] = field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()  # of the answers from the first setting's
+    scores: Mapping[str, Scores] = field(default_factory=dict)  # of the answers
     timed: Sequence[int] = ()
-    answers_per_prompt: int = 1
+    answers_per_prompt: int = 1  # how many in a row belong to one prompt
 
     @property
     def texts(self) -> list[str | None]:
@@ -127,13 +123,11 @@ def measure(
 
     Args:
         settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
-        config: tells the batch size and how many prompts are timed.
         journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
         perplexity: by exit, the metric of a task on text.
         name: stands before the phases of progress.
 
-    Raises:
-        LayerSkipError: every prompt failed with the first setting.
+    Raises LayerSkipError if every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -142,6 +136,25 @@ def measure(
     phases += [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)] if timed else []
     rows = {} if journal is None else dict(journal.known)  # the outputs of all settings by repeat and sample
     earlier = defaultdict[tuple[int, int], EarlierAnswers](lambda: EarlierAnswers(config.remember))  # by setting and repeat
+    places = range(len(settings))
+
+    def in_turn(prompts: Sequence[str], repeat: int, sample: int) -> list[list[Output]]:
+        """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
+
+        Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample
+        has a seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
+        """
+        found: dict[int, list[Output]] = {}
+        distinct = [settings.index(settings[place]) if repeat == _BATCHES else place for place in places]
+        turn = repeat + sample
+        for step in places:
+            place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
+            if place not in found:
+                setting = settings[place]
+                setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
+                found[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
+        return [found[place] for place in distinct]
+
     for phase, wanted, size in phases:
         missing = [each for each in wanted if each not in rows]
         if size > 1:
@@ -152,7 +165,7 @@ def measure(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             prompts = [examples[sample].prompt for _, sample in batch]
-            outputs = _in_turn(loaded, prompts, settings, baselines, earlier, *batch[0])
+            outputs = in_turn(prompts, *batch[0])
             for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:
@@ -172,32 +185,6 @@ def measure(
         scores = task.score([text or "" for text in measured.texts], (perplexity or {}).get(depth or 0))
         found.append(replace(measured, scores=scores))
     return found
-
-
-def _in_turn(
-    loaded: Decoder,
-    prompts: Sequence[str],
-    settings: Sequence[DecodingConfig],
-    baselines: Mapping[str, Baseline] | None,
-    earlier: Mapping[tuple[int, int], EarlierAnswers],
-    repeat: int,
-    sample: int,
-) -> list[list[Output]]:
-    """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
-
-    Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample has a
-    seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
-    """
-    found: dict[int, list[Output]] = {}
-    distinct = [settings.index(setting) if repeat == _BATCHES else place for place, setting in enumerate(settings)]
-    turn = repeat + sample
-    for step in range(len(settings)):
-        place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
-        if place not in found:
-            setting = settings[place]
-            setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
-            found[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
-    return [found[place] for place in distinct]
 
 
 def answer_prompts(
@@ -242,17 +229,9 @@ def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Out
     return answer_prompts(loaded, [prompt], setting)[0]
 
 
-def own_output(
-    loaded: Decoder,
-    prompt_ids: list[int],
-    setting: DecodingConfig,
-    reuse_exit_states: bool = True,
-    earlier: EarlierAnswers | None = None,
-) -> Output:
-    """Our own decoding. A step's time ends when its tokens have arrived here."""
-    ends = loaded.ends(setting.stop)
-    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "earlier": earlier}
-    decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, **options)
+def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, **options: Any) -> Output:
+    """Our own decoding, with other `options` of `decode`. A step's time ends when its tokens have arrived here."""
+    decoding = decode(loaded.backend, prompt_ids, setting, loaded.ends(setting.stop), loaded.detokenize, **options)
     steps: list[Step] = []
     started = time.perf_counter()
     for [step] in decoding:

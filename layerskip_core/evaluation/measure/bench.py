@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,7 +27,7 @@ from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
-from ..perplexity import scores_by_exit
+from ..metrics import scores_by_exit
 from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
 from ..tasks import Task
 from . import Baseline, Progress, depth_of, measure, own_output
@@ -45,12 +44,8 @@ def bench(
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`
     by the same model files, kernels and versions.
 
-    With a batch size above 1, all prompts are answered in batches for quality, and `timed` of them are timed one by one.
-
-    Raises:
-        ConfigError: the exit is outside the model, or a baseline cannot run this model.
-        CheckpointError: a baseline's model cannot be read.
-        LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
+    Raises ConfigError for an exit outside the model and for a baseline that cannot run it, CheckpointError for a baseline's
+    model, LayerSkipError if no prompt could be answered, or the journal to resume belongs to other settings.
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
@@ -88,12 +83,9 @@ def bench(
                 by_category[name] = replace(found, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
     used = tuple(dict.fromkeys(setting.strategy for setting in settings if setting.strategy not in baselines))
-    resolved = (
-        asdict(config)
-        | own
-        | {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    )
-    yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))
+    named = {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    answered = task.answered([each.texts for each in measured])
+    yield RunRecord(asdict(config) | own | named, machine, tuple(results), answered=answered)
 
 
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
@@ -140,11 +132,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
 
     They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
     transformers' decoders run on transformers' own layers; if `loaded` has repacked weights, the model is read again for them.
-
-    Raises:
-        ConfigError: the draft model has another tokenizer, transformers ignores an early exit of this architecture, or
-            llama.cpp is missing or cannot run the file.
-        CheckpointError: a model cannot be read.
+    Raises ConfigError for a baseline that cannot run this model, and CheckpointError.
     """
 
     def transformers_model(name: str) -> Trainable:
@@ -232,21 +220,15 @@ def require_early_exit(model: Any) -> None:
 
     transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
     """
-    layers, calls = model.config.num_hidden_layers, []
-    chain = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
-    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in chain]
+    layers, ids = model.config.num_hidden_layers, torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
         model.config.num_hidden_layers = 1
-        model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+        states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     finally:
         model.config.num_hidden_layers = layers
-        for hook in hooks:
-            hook.remove()
-    if len(calls) != 1:
-        raise ConfigError(
-            f"`baselines` assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
-            "leave that baseline out"
-        )
+    if len(states) != 2:  # the embedding, and what the layer made of it
+        told = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
+        raise ConfigError(f"`baselines` assistant-early-exit: {told}")
 
 
 class StopString(Exception):
@@ -290,14 +272,11 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
             return
         seconds, tokens = time.perf_counter() - self._started, value.flatten().tolist()
         count, reason = self._scanner.cut(tokens)
-        phase = "verify_seconds" if self.steps else "prefill_seconds"
-        drafting = self._target_started - self._started if self._drafted else 0.0
-        times: dict[str, Any] = {
-            phase: self._target_ended - self._target_started,
-            "draft_seconds": drafting,
-            "total_seconds": seconds,
-        }
-        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + DecodeStats(**times)
+        draft = self._target_started - self._started if self._drafted else 0.0
+        spent = self._target_ended - self._target_started
+        prefill, verify = (0.0, spent) if self.steps else (spent, 0.0)
+        times = DecodeStats(prefill_seconds=prefill, draft_seconds=draft, verify_seconds=verify, total_seconds=seconds)
+        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + times
         self.steps.append(Step(count, seconds))
         self.ids += tokens[:count]
         if reason == "stop":
@@ -321,10 +300,8 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
     """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
 
-    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used.
-
-    Raises ConfigError if the package or the file is missing, llama.cpp cannot read it, or it has other layers or tokens, and
-    CheckpointError for a damaged file.
+    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used. Raises ConfigError if the
+    package or the file is missing or does not suit, and CheckpointError for a damaged file.
     """
     try:
         import xllamacpp
@@ -337,11 +314,8 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
     file = GgufFile(Path(gguf))
     if (file.layers, file.tokens) != (layers, tokens):
-        raise ConfigError(
-            f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {gguf} has {file.layers} "
-            f"layers and {file.tokens} tokens",
-            "gguf",
-        )
+        found = f"{gguf} has {file.layers} layers and {file.tokens} tokens"
+        raise ConfigError(f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {found}", "gguf")
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel = gguf, context, 1
     settings.warmup = settings.fit_params = False

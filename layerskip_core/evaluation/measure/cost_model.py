@@ -12,6 +12,7 @@ from operator import eq, mul
 from statistics import fmean, median
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from ...checkpoint.loaded import Decoder
@@ -44,18 +45,13 @@ def side_of(setting: DecodingConfig) -> Side:
 
 
 class PassTimes(NamedTuple):
-    """Seconds on this machine.
+    """Seconds on this machine."""
 
-    draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
-    draft, or of all tokens after low-bit drafts. other: the rest of a round. plain: an autoregressive step, timed next to it.
-    length: the mean number of drafts in these rounds.
-    """
-
-    draft: float
-    verify: float
-    other: float
-    plain: float
-    length: float = 0.0
+    draft: float  # one draft token: layers 0..E-1 and the head
+    verify: float  # a round's verification, with the first layers of its last draft, or of all tokens after low-bit drafts
+    other: float  # the rest of a round
+    plain: float  # an autoregressive step, timed next to it
+    length: float = 0.0  # the mean number of drafts in these rounds
 
 
 Part = tuple[list[int], int]
@@ -104,9 +100,8 @@ def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> l
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
     """About what rounds with drafts gained over plain decoding: by a few plain steps after a short prompt."""
-    plain = fmean(
-        total for *_, total in _steps(loaded, (loaded.encode_prompt("a"), _STEPS), DecodingConfig("autoregressive"), _STEPS)
-    )
+    steps = _steps(loaded, (loaded.encode_prompt("a"), _STEPS), DecodingConfig("autoregressive"), _STEPS)
+    plain = fmean(total for *_, total in steps)
     return plain * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
 
 
@@ -141,11 +136,8 @@ def averages(times: Sequence[PassTimes]) -> PassTimes:
 
 def interpolated(length: float, known: Iterable[PassTimes]) -> PassTimes:
     """The times of rounds of so many drafts on average, between those of the nearest shorter and longer ones of a drafter."""
-    ranked = sorted(known, key=lambda times: times.length)
-    above = next((times for times in ranked if times.length >= length), ranked[-1])
-    below = next((times for times in reversed(ranked) if times.length < length), above)
-    share = (length - below.length) / (above.length - below.length) if above is not below else 1.0
-    return PassTimes(*(low + share * (high - low) for low, high in zip(below, above, strict=True)))
+    *columns, lengths = zip(*sorted(known, key=lambda times: times.length), strict=True)
+    return PassTimes(*(float(numpy.interp(length, lengths, column)) for column in (*columns, lengths)))
 
 
 @torch.inference_mode()
@@ -177,8 +169,7 @@ def agreement(
         before, places = None if features is None else features[:, :first], positions[:, :first]
         states = states_at(model, model.embed(tokens[:, :first]), exits, places, cache)
         for stop in blocks:
-            block = model.exit_blocks[stop]
-            model.write_kv(block.enter(states[stop], before), block.layer, block.layer + 1, places, cache)
+            model.exit_blocks[stop].write(model, states, before, places, cache)
     after, places = None if features is None else features[:, first:], positions[:, first:]
     states = states_at(drafting.layers, drafting.layers.embed(tokens[:, first:]), exits, places, cache)
     for stop, hidden in states.items():
@@ -270,7 +261,8 @@ def predict(
     by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
     typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
     visits = list[dict[DecodingConfig, PassTimes]]()
-    to_time = _spread_lengths(settings)
+    alike = [list(group) for _, group in groupby(settings, key=side_of)]
+    to_time = [group[place] for group in alike for place in sorted({0, len(group) // 2, len(group) - 1})]
     for timed in timed_visits(loaded, _parts(loaded, typical, to_time), to_time):
         visits.append(timed)
         yield Progress(len(examples) + len(visits), total, "prediction")
@@ -288,12 +280,6 @@ def predict(
     prompt_ids, output = typical[0]
     context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
     return predictions, {side: count / tokens for side, count in agreeing.items()}, context
-
-
-def _spread_lengths(settings: Sequence[DecodingConfig]) -> list[DecodingConfig]:
-    """Of each drafter the settings with the shortest, the middle and the longest drafts."""
-    groups = [list(alike) for _, alike in groupby(settings, key=side_of)]
-    return [group[place] for group in groups for place in sorted({0, len(group) // 2, len(group) - 1})]
 
 
 def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settings: Sequence[DecodingConfig]) -> Iterator[Part]:

@@ -87,11 +87,8 @@ def search_skips(
     """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement and the prediction, on the search's rows.
 
     Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
-    drafts.
-
-    Raises:
-        ConfigError: the model has a single layer.
-        LayerSkipError: no prompt could be answered by two tokens, or the context has no room for a round of drafts after them.
+    drafts. Raises ConfigError for a model with a single layer, LayerSkipError if no prompt could be answered by two tokens or
+    leaves room for drafts.
     """
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
@@ -146,19 +143,17 @@ def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, N
     agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
     candidates = list(agreement)
     for _ in range(num_layers - 1):
-        tried = {layer: skipping(probes, tuple(sorted((*skip, layer)))) for layer in candidates}
-        agreement |= {layer: found.agreeing for layer, found in tried.items()}
+        tried = {}
+        for layer in candidates:
+            less = tuple(sorted((*skip, layer)))
+            choices = [probe.choices(less) for probe in probes]
+            agreement[layer] = sum(sum(map(eq, own, probe.output_ids)) for probe, own in zip(probes, choices, strict=True))
+            tried[layer] = SkipSet(less, choices, agreement[layer])
         best = max(tried, key=lambda layer: (tried[layer].agreeing, layer))
         skip = tried[best].skip
         del agreement[best]
         candidates = sorted(agreement, key=lambda layer: (-agreement[layer], -layer))[:_CANDIDATES]
         yield tried[best]
-
-
-def skipping(probes: Sequence[Probe], skip: tuple[int, ...]) -> SkipSet:
-    choices = [probe.choices(skip) for probe in probes]
-    agreeing = (sum(map(eq, drafts, probe.output_ids)) for probe, drafts in zip(probes, choices, strict=True))
-    return SkipSet(skip, choices, sum(agreeing))
 
 
 def validation_rows(task: Task) -> Task:

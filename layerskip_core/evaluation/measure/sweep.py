@@ -12,14 +12,12 @@ from ...config.decoding import DecodingConfig, decoding, default_exits, require_
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...errors import require
-from ..metrics import Scores, estimate, metric
-from ..perplexity import scores_by_exit
+from ..metrics import Scores, estimate, metric, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task
 from . import Measured, Progress, depth_of, drafts_tokens, measure, timed_examples
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
-from .figures import environment, result_of, setting_of
-from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
+from .figures import baseline_drift, environment, mark_pareto, prediction_error, recommend, result_of, setting_of
 from .skip_search import search_skips
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
@@ -29,11 +27,8 @@ _CONFIDENCES = (0.8, 0.9, 0.95)
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation.
-
-    Raises:
-        ConfigError: an exit is outside the model.
-        LayerSkipError: no prompt could be answered.
+    """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model, LayerSkipError
+    if no prompt could be answered.
     """
     task, generation = task.asked(config.generation)
     copies = _copies(loaded, config)
@@ -47,8 +42,9 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config, copies)
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     if config.search_skips:
-        choice, share, of_skips = yield from search_skips(loaded, task, generation, _copy(config))
-        settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=_copy(config)))
+        weights = next(iter(config.packing.draft_weights), None)
+        choice, share, of_skips = yield from search_skips(loaded, task, generation, weights)
+        settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=weights))
     timed = timed_examples(task.examples, config.timed)
     predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
     if config.search_skips:
@@ -120,7 +116,6 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
     `config` are the copies' too, which can draft with all layers.
     """
     generation, num_layers = config.generation, loaded.backend.num_layers
-    unpredicted = config.specs or _UNPREDICTED
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     alone = [exit_layer for exit_layer in exits if exit_layer not in loaded.only_drafting]
     settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in alone]
@@ -129,24 +124,18 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
     for confidence in config.exit_confidences or () if chosen else ():
         settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
     for weights in dict.fromkeys((None, *copies)):
-        layers = exits if weights is None else config.exits
         settings += [
             decoding("self-speculative", generation, exit_layer=layer, num_draft_tokens=drafts, draft_weights=weights)
-            for layer, drafts in product(layers, config.specs or _LENGTHS)
+            for layer, drafts in product(exits if weights is None else config.exits, config.specs or _LENGTHS)
         ]
-    settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in unpredicted]
-    if loaded.backend.eagle3 is not None:
-        settings += [decoding("eagle3", generation, num_draft_tokens=drafts) for drafts in unpredicted]
     known = loaded.recommended(config.packing)
+    unpredicted = [decoding("lookup", generation)]
+    unpredicted += [] if loaded.backend.eagle3 is None else [decoding("eagle3", generation)]
     if generation.get("skip"):
-        skipping = resolve_as("draft-and-verify", generation, known, num_layers, config.packing)
-        settings += [replace(skipping, num_draft_tokens=drafts) for drafts in unpredicted]
+        unpredicted.append(resolve_as("draft-and-verify", generation, known, num_layers, config.packing))
+    lengths = config.specs or _UNPREDICTED
+    settings += [replace(setting, num_draft_tokens=drafts) for setting, drafts in product(unpredicted, lengths)]
     return [*settings, resolve_as("adaptive", generation, known, num_layers, config.packing)]
-
-
-def _copy(config: SweepConfig) -> Quantization | None:
-    """The low-bit copy that drafts where a single one does."""
-    return next(iter(config.packing.draft_weights), None)
 
 
 def _with_best_lengths(
@@ -163,17 +152,12 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[Decoding
     """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
     best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
-    unpredicted = ("lookup", "eagle3", "draft-and-verify", "adaptive")
-    by_length = [[setting for setting in settings if setting.strategy == name] for name in unpredicted]
+    names = ("lookup", "eagle3", "draft-and-verify", "adaptive")  # without predictions
+    by_length = [[setting for setting in settings if setting.strategy == name] for name in names]
     middle = [alike[len(alike) // 2] for alike in by_length if alike]
-    return [
-        setting
-        for setting in settings
-        if setting in best
-        or setting in middle
-        or setting.exit_confidence
-        or (setting.strategy == "early-exit" and setting.exit_layer in exits)
-    ]
+    early = {each for each in settings if each.strategy == "early-exit" and (each.exit_confidence or each.exit_layer in exits)}
+    kept = {*best, *middle, *early}
+    return [setting for setting in settings if setting in kept]
 
 
 def _results(

@@ -21,11 +21,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ...config.decoding import FAST
-from ...errors import ConfigError, LayerSkipError, require_overwrite, visible
+from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
 from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows, text_of
+from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
@@ -152,18 +152,16 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
 
     The first table has the columns of the text table, a folded one every figure.
     """
-    machine, rows = record.environment, flat_rows(record)
-    parts = ("dtype", "device_name", "implementation", "threads")
-    by_category = [row for row in named_rows(record) if "category" in row]
-    columns = [column for column in columns_of(record) if column[0]]
-    tables = [_table("", [row for row in named_rows(record) if "category" not in row], columns, text_of, bool(record.answered))]
-    if by_category:
+    machine, rows, named = record.environment, flat_rows(record), named_rows(record)
+    columns = [column for column in columns_of(record, named) if column[0]]
+    tables = [_table("", [row for row in named if "category" not in row], columns, cell, bool(record.answered))]
+    if by_category := [row for row in named if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
-        tables.append(_table("By category", by_category, columns, text_of))
+        tables.append(_table("By category", by_category, columns, cell))
+    parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
     return _template("report").render(
         title=title(record),
-        machine=", ".join(str(machine[part]) for part in parts if part in machine)
-        + (" thread" if machine.get("threads") == 1 else " threads"),
+        machine=", ".join([*parts, plural(machine.get("threads", 0), "thread")]),
         findings=findings,
         notes=notes,
         tables=tables,

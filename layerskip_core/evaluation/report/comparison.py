@@ -11,7 +11,7 @@ from ...errors import LayerSkipError
 from ...files import read_json
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
 from . import csv_text, table_files, without
-from .plots import LINE_MARKERS, MOST_LINES, SIZE, logarithmic, name_ends, new_figure, style, to_png
+from .plots import MOST_LINES, SIZE, draw_line, logarithmic, name_ends, new_figure, style, to_png
 from .tables import TextTable
 
 OVER_STEPS = f"{HELD_OUT}_over_steps"
@@ -103,7 +103,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
         lines, ticks = lines + full, [*ticks, *("all" for _ in full)]
     figure, axes = new_figure(name.replace("_", " "))
     labels, scale = list(comparison.paths)[:MOST_LINES], 100.0 if is_percentage(name) else 1.0
-    shown, ends = kinds[: MOST_LINES // len(labels)], []
+    shown = kinds[: MOST_LINES // len(labels)]
     fewer = "\nthe first labels and draft lengths" if (len(shown), len(labels)) < (len(kinds), len(comparison.paths)) else ""
     for number, label in enumerate(labels):
         shift = 0.12 * (number - (len(labels) - 1) / 2) / max(1, len(labels) - 1)  # so that bars do not hide each other
@@ -114,21 +114,17 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
                 for cell in line.cells
                 if (line.setting.drafts, cell.label) == (kind, label)
             }
-            means = [scale * interval.mean for interval in own.values()]
-            below = [0.0 if each.low is None else scale * (each.mean - each.low) for each in own.values()]
-            above = [0.0 if each.high is None else scale * (each.high - each.mean) for each in own.values()]
             if own:
+                points = [(place, scale * each.mean) for place, each in own.items()]
+                below = [0.0 if each.low is None else scale * (each.mean - each.low) for each in own.values()]
+                above = [0.0 if each.high is None else scale * (each.high - each.mean) for each in own.values()]
                 text = f"{label}, {kind}" if len(kinds) > 1 else label
-                ends.append((text, list(own)[-1], means[-1], f"C{number}"))
-                axes.errorbar(
-                    list(own), means, (below, above), marker=LINE_MARKERS[number], markersize=4, capsize=2, linewidth=1.2,
-                    color=f"C{number}", linestyle=dashes, label=text,
-                )  # fmt: skip
+                draw_line(axes, number, text, points, (below, above), linewidth=1.2, linestyle=dashes)
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(xlabel=f"exit layer{fewer}", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
     if is_logarithmic(name):
         logarithmic(axes)
-    name_ends(axes, ends)
+    name_ends(axes)
     return figure
 
 
@@ -144,11 +140,9 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     figure.set_label("held-out perplexity over the steps")
     panels = figure.subplots(1, len(exits), sharey=True, squeeze=False)[0]
     for axes, exit_layer in zip(panels, exits, strict=True):
-        ends = []
         for number, label in enumerate(list(comparison.paths)[:MOST_LINES]):
             own = {point.step: point.interval for point in points if (point.label, point.exit_layer) == (label, exit_layer)}
             axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=f"C{number}", label=label)
-            ends += [(label, step, each.mean, f"C{number}") for step, each in list(own.items())[-1:]]
             if own and all(each.low is not None for each in own.values()):
                 low, high = ([getattr(each, end) for each in own.values()] for end in ("low", "high"))
                 axes.fill_between(list(own), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
@@ -160,5 +154,5 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     room = 1.05 * (max(means) / min(means)) ** 0.15  # bands of few runs can be far wider than the lines
     panels[0].set_ylim(min(means) / room, max(means) * room)
     panels[0].set_ylabel("held-out perplexity")
-    name_ends(panels[-1], ends)
+    name_ends(panels[-1])
     return figure

@@ -4,7 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -85,13 +85,24 @@ def legend_above(axes: Any) -> None:
     axes.legend(fontsize=7.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
 
 
-def name_ends(axes: Any, ends: Sequence[tuple[str, Any, float, str]]) -> None:
-    """The name of each line (name, x and y of its end, colour) at the right, as near to its end as the others leave room."""
+def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, Any]], errors: Any = None, **style: Any) -> None:
+    """A line with markers, and with error bars if there are any, in the colour and with the marker of its number."""
+    (x, y), colour = zip(*points, strict=True), f"C{number}"
+    axes.plot(x, y, marker=LINE_MARKERS[number], markersize=4, color=colour, label=label, **style)
+    if errors is not None:
+        axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=style.get("linewidth"), capsize=2)
+
+
+def name_ends(axes: Any) -> None:
+    """The name of each labelled line at the right, as near to its end as the others leave room."""
     room, names, last = 0.055, [], -math.inf
-    for name, x, y, colour in sorted(ends, key=lambda end: (end[2], end[1])):
-        level = axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1]
-        last = max(level, last + room)
-        names.append([name, (x, y), last, colour])
+    lines = [
+        line for line in axes.lines if not line.get_label().startswith(("_child", "_nolegend_")) and len(line.get_xydata())
+    ]
+    for line in sorted(lines, key=lambda line: tuple(line.get_xydata()[-1][::-1])):
+        end = tuple(line.get_xydata()[-1])
+        last = max(axes.transAxes.inverted().transform(axes.transData.transform((0, end[1])))[1], last + room)
+        names.append([line.get_label(), end, last, line.get_color()])
     most = 1.0
     for end in reversed(names):  # what stands above the axes moves down, and what is in its way
         end[2] = most = min(end[2], most)
@@ -101,12 +112,12 @@ def name_ends(axes: Any, ends: Sequence[tuple[str, Any, float, str]]) -> None:
         axes.annotate(name, end, (1.04, level), textcoords="axes fraction", va="center", fontsize=7.5, arrowprops=line)
 
 
-def best_lines(lines: Mapping[Any, Sequence[Result]], most: int = MOST_LINES) -> tuple[list[Any], str]:
+def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
     """At most so many lines of results: those on the Pareto frontier, then the fastest; and a note on how they were chosen."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
     told = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
-    return [name for name in lines if name in best], told if len(lines) > len(best) else ""
+    return {name: lines[name] for name in lines if name in best}, told if len(lines) > len(best) else ""
 
 
 def to_png(figure: Figure) -> bytes:
@@ -144,7 +155,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
     for number, (label, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), marker=LINE_MARKERS[number], markersize=4, color=f"C{number}", label=label)
+        draw_line(axes, number, label, points)
     for label, points in dashed.items():
         axes.plot(*zip(*points, strict=True), linestyle="--", color=GREY, label=label)
     if shares:
@@ -152,7 +163,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
     elif min(value for points in curves.values() for _, value in points) > 0:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes, [(line.get_label(), *line.get_xydata()[-1], line.get_color()) for line in axes.lines])
+    name_ends(axes)
     return figure
 
 
@@ -165,23 +176,17 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None
-    shown_names = list(names.values())[:MOST_LINES]
-    told = f"\nthe first {len(shown_names)} of {len(names)} tasks" if len(names) > len(shown_names) else ""
-    layer = f"exit layer; dashed: all layers{told}"
-    figure, axes = new_figure(title, layer, "lower is better" if lower else "score")
-    ends = []
-    for number, name in enumerate(shown_names):
+    told = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
+    figure, axes = new_figure(title, f"exit layer; dashed: all layers{told}", "lower is better" if lower else "score")
+    for number, name in enumerate(list(names.values())[:MOST_LINES]):
         shown = [result for result in exits if name in result.metrics]
-        layers, values = [result.exit_layer for result in shown], [result.metrics[name] for result in shown]
-        errors = [result.stderr.get(name, 0.0) for result in shown]
-        marker = LINE_MARKERS[number]
-        axes.errorbar(layers, values, errors, marker=marker, markersize=4, capsize=2, color=f"C{number}", label=name)
-        ends.append((name, layers[-1], values[-1], f"C{number}"))
+        points = [(result.exit_layer, result.metrics[name]) for result in shown]
+        draw_line(axes, number, name, points, [result.stderr.get(name, 0.0) for result in shown])
         axes.axhline(record.results[0].metrics[name], linestyle="--", linewidth=1, color=f"C{number}")
     if lower:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes, ends)
+    name_ends(axes)
     return figure
 
 
@@ -196,7 +201,7 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
     if len({result.exit_layer for results in lines.values() for result in results}) < 2:
         return None
     kept, told = best_lines(lines, MOST_LINES - bool(agreeing))
-    curves = {name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in lines[name]] for name in kept}
+    curves = {name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in own] for name, own in kept.items()}
     dashed = {"agreement with all layers": agreeing} if agreeing else {}
     return _curves("Accepted drafts by exit", f"exit layer{told}", "accepted drafts (%)", curves, dashed, shares=True)
 
@@ -208,8 +213,7 @@ def _acceptance_by_position(record: RunRecord) -> Figure | None:
     kept, told = best_lines(longest)
     curves = {
         result_name(result): [(place, 100 * share) for place, share in enumerate(result.acceptance_by_position or (), start=1)]
-        for name in kept
-        for result in longest[name]
+        for (result,) in kept.values()
     }
     xlabel, ylabel = f"position of the draft in its round{told}", "accepted (%), if all before it were"
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
@@ -250,10 +254,7 @@ def _speed_within_an_answer(record: RunRecord) -> Figure | None:
         own = [point for *point, drafter in zip(ends, speeds, drafters, strict=True) if drafter == name]
         colour = GREY if name == _PLAIN or number >= MOST_LINES else f"C{number}"
         axes.scatter(*zip(*own, strict=True), s=14, color=colour, label=name)
-    plain = next(
-        (result.time_per_token_ms.get("p50") for result in record.results if result.strategy == "autoregressive"), None
-    )
-    if plain:
+    if plain := record.results[0].time_per_token_ms.get("p50"):
         axes.axhline(1000 / plain, linestyle="--", linewidth=1, color=GREY, label="autoregressive")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
@@ -261,10 +262,10 @@ def _speed_within_an_answer(record: RunRecord) -> Figure | None:
 
 
 def _perplexity(record: RunRecord) -> Figure | None:
-    measured = [(result.exit_layer, result.perplexity) for result in record.results if result.perplexity is not None]
-    line = [(exit_layer, value) for exit_layer, value in measured if exit_layer is not None]
-    full = [(line[end][0], value) for exit_layer, value in measured if exit_layer is None and line for end in (0, -1)]
-    curves, dashed = {"early exit": line} if line else {}, {"all layers": full} if full else {}
+    measured = {result.exit_layer: result.perplexity for result in record.results if result.perplexity is not None}
+    full, line = measured.pop(None, None), list(measured.items())
+    curves = {"early exit": line} if line else {}
+    dashed = {} if full is None else {"all layers": [(line[end][0], full) for end in (0, -1) if line]}
     return _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
 
 
@@ -277,7 +278,7 @@ def _prediction(record: RunRecord) -> Figure | None:
         return None
     kept, told = best_lines(drafters)
     figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{told}", "measured speedup")
-    points = {drafter: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in drafters[drafter]] for drafter in kept}
+    points = {name: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in own] for name, own in kept.items()}
     for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
         name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=name)

@@ -1,6 +1,7 @@
 """Records of sweeps and benchmarks as text tables, as the flat rows of CSV files and pages, and as points of figures."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...errors import number, plural
-from ..metrics import is_share, lower_is_better, quality
-from ..results import NEAR_TIE, Result, RunRecord, frontier, result_name
+from ..metrics import frontier, is_share, lower_is_better
+from ..results import NEAR_TIE, Result, RunRecord, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
@@ -28,17 +29,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells as text. The first `labels` columns identify a row.
-
-    `spare`: the headers of columns to leave out where there is no room, in this order. `findings` stand below the note.
-    """
+    """Cells as text."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
-    labels: int = 1
-    spare: tuple[str, ...] = ()
-    findings: tuple[str, ...] = ()
+    labels: int = 1  # so many first columns identify a row
+    spare: tuple[str, ...] = ()  # the headers of columns to leave out where there is no room, in this order
+    findings: tuple[str, ...] = ()  # stand below the note
 
     @property
     def text(self) -> str:
@@ -85,9 +83,9 @@ def results_table(record: RunRecord) -> TextTable:
 
     A dash marks what was not measured.
     """
-    columns, rows = columns_of(record), named_rows(record)
-    cells = tuple(tuple(text_of(row, name, form) for _, name, form in columns) for row in rows)
-    note, results = [], record.results
+    rows = named_rows(record)
+    columns, note, results = columns_of(record, rows), [], record.results
+    cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
     if any(result.pareto for result in results):
         note.append(PARETO_NOTE)
     if any(result.exit_confidence is not None for result in results):
@@ -100,7 +98,7 @@ def results_table(record: RunRecord) -> TextTable:
     return TextTable(tuple(header for header, _, _ in columns), cells, "\n".join(note), 3, _SPARE, tuple(findings(record)))
 
 
-def columns_of(record: RunRecord) -> list[Column]:
+def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     """Those that any row has a figure for, and those that name a row."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
@@ -120,9 +118,8 @@ def columns_of(record: RunRecord) -> list[Column]:
         ("same", "identical_outputs", ".0%"),
         ("first", "ttft_ms", ".1f"),
         ("MB", "peak_memory_mb", ".0f"),
-        ("", "front", ""),
+        ("", "front", "*"),
     ]
-    rows = named_rows(record)
     return setting + [column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)]
 
 
@@ -138,13 +135,6 @@ def named_rows(record: RunRecord) -> list[dict[str, Any]]:
         for category, each in result.categories.items():
             rows.append({**next(every), "setting": f"  {category} ({each.samples})", "exit": exit_layer})
     return rows
-
-
-def text_of(row: Row, name: str, form: str) -> str:
-    """A figure as the table shows it."""
-    if name == "front":
-        return str(row.get(name, ""))
-    return _perplexity(row.get(name)) if form == "ppl" else cell(row, name, form)
 
 
 def findings(record: RunRecord) -> Iterator[str]:
@@ -168,14 +158,9 @@ def findings(record: RunRecord) -> Iterator[str]:
 def _verdict(record: RunRecord) -> Iterator[str]:
     """Which result of a benchmark is fastest with the outputs of autoregressive decoding, up to near-ties, and by how much."""
     plain, *others = record.results
-    sampled, tie = record.config.get("generation", {}).get("temperature"), NEAR_TIE[getattr(torch, record.environment["dtype"])]
-    same = [
-        result
-        for result in others
-        if result.strategy != "early-exit"
-        and result.failures == plain.failures
-        and (sampled or all(found.top2_gap <= tie for found in result.differences))
-    ]
+    sampled = record.config.get("generation", {}).get("temperature")
+    tie = math.inf if sampled else NEAR_TIE[getattr(torch, record.environment["dtype"])]
+    same = [result for result in others if result.strategy != "early-exit" and result.keeps_outputs(plain, tie)]
     timed = [result for result in same if result.speedup is not None]
     what = "outputs of the same distribution" if sampled else "the same outputs"
     if others and not same:
@@ -270,11 +255,16 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format, after `±` with half of its interval: `2.31±.12`, `81±2%`. A dash for what was not measured."""
+    """A figure in this format, after `±` with half of its interval: `2.31±.12`, `81±2%`. A dash for what was not measured.
+
+    `ppl`: three significant digits, with short exponents: 12.3, 1.2e4. `*`: a mark, or nothing.
+    """
     spread, form = form.startswith("±"), form.removeprefix("±")
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
-    if value in (None, ""):
-        return "-"
+    if value in (None, "") or form == "*":
+        return str(value or "") if form == "*" else "-"
+    if form == "ppl":
+        return f"{value:.3g}" if value < 999.5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     if not spread or low is None or high is None:
         return format(value, form)
     if form.endswith("%"):
@@ -325,23 +315,15 @@ def _short(metric: str) -> str:
     return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
 
 
-def _perplexity(value: float | None) -> str:
-    """Three significant digits, with short exponents: 12.3, 1.2e4."""
-    return number(value, ".3g") if value is None or value < 999.5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
-
-
 @dataclass(frozen=True)
 class Points:
-    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better.
-
-    `optimal`: the indices of the points on the Pareto frontier. `strategies`: their names, in the order of the results.
-    """
+    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better."""
 
     results: list[Result]
     speeds: list[float]
     values: list[float]
-    optimal: list[int]
-    strategies: list[str]
+    optimal: list[int]  # indices of the points on the Pareto frontier
+    strategies: list[str]  # their names, in the order of the results
     lower_is_better: bool
     quality_label: str
 
@@ -355,9 +337,9 @@ def points_of(record: RunRecord) -> Points | None:
     lower, share = lower_is_better(metric), is_share(metric)
     speeds = [result.tokens_per_second or 0.0 for result in shown]
     values = [result.metrics[metric] * (100 if share else 1) for result in shown]
-    optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
     label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
-    return Points(shown, speeds, values, optimal, list(dict.fromkeys(map(strategy_name, shown))), lower, label)
+    strategies = list(dict.fromkeys(map(strategy_name, shown)))
+    return Points(shown, speeds, values, frontier(shown, metric), strategies, lower, label)
 
 
 def is_wide(values: list[float]) -> bool:

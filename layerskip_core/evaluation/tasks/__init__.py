@@ -13,8 +13,7 @@ from ...data import Example, Record, file_records, hub_records
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
-from ..metrics import Scores
-from ..perplexity import Losses, reference_losses, text_losses
+from ..metrics import Losses, Scores, reference_losses, text_losses
 from ..results import Answered
 
 BARE = "{prompt}"  # a form, or a template, that adds nothing
@@ -27,13 +26,10 @@ Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class TaskLoader:
-    """Makes a task of its config. `accepts` lists the optional settings that it uses; others are refused.
-
-    `data` and `max_new_tokens` stand in the config if the user gave none.
-    """
+    """Makes a task of its config, in which its `data` and `max_new_tokens` stand if the user gave none."""
 
     load: Callable[[TaskConfig], "Task"]
-    accepts: tuple[Literal["metric", "shots", "template"], ...] = ("template",)
+    accepts: tuple[Literal["metric", "shots", "template"], ...] = ("template",)  # optional settings; the others are refused
     data: str | None = None
     max_new_tokens: int = 128
     needs_data: bool = False
@@ -41,26 +37,19 @@ class TaskLoader:
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts with references.
-
-    `config` has every default filled in. `scorer` returns every metric of the predictions; reports show them under these names.
-    `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
-    checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
-    shown to the user before the run. `categories`: the examples of each category of the data. `answers_per_prompt`: how many
-    examples in a row repeat one prompt. `against`: of a task without references, the scorer for references that come later.
-    """
+    """Prompts with references."""
 
     examples: tuple[Example, ...]
-    config: TaskConfig
-    quality_metric: str
-    scorer: Scorer
-    stop: tuple[str, ...] = ()
-    template: str | None = None
-    text: str | None = None
-    notes: tuple[str, ...] = ()
-    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    answers_per_prompt: int = 1
-    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None
+    config: TaskConfig  # with every default filled in
+    quality_metric: str  # ranks settings
+    scorer: Scorer  # reports show every metric under its name
+    stop: tuple[str, ...] = ()  # an answer ends at the first of these strings
+    template: str | None = None  # replaces the checkpoint's own prompt template
+    text: str | None = None  # if given, perplexity is measured on it instead of the references
+    notes: tuple[str, ...] = ()  # for the user, before the run
+    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the examples of each category of the data
+    answers_per_prompt: int = 1  # how many examples in a row repeat one prompt
+    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: the scorer for later ones
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
         """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
@@ -111,16 +100,13 @@ class Task:
 def load_task(config: TaskConfig) -> Task:
     """The task with all its rows. If no task is named, `data` is a file of prompts and references or a TOPv2 folder.
 
-    Raises:
-        ConfigError: there is no such task, or the task does not have a setting that was given.
-        DataError: the data or a column is missing, there are no rows, a row is malformed, or its prompt is empty.
+    Raises ConfigError for tasks that there are not and settings that a task lacks, DataError for data that cannot be asked.
     """
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            raise ConfigError(
-                f"`task` must be one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references; got {name}"
-            )
+            known = f"{', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references"
+            raise ConfigError(f"`task` must be one of {known}; got {name}")
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     module, _, attribute = TASKS[name].partition(":")

@@ -35,7 +35,6 @@ from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, rows_
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
 _CATEGORY = "category"
-_CNN_DM, _XSUM, _SCITLDR = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "allenai/scitldr"
 _FORM = "Article: {prompt}\nSummary:"
 _STOP = ("\nArticle:",)  # a base model continues with another article
 _ARTICLES = ("article", "document", "source")
@@ -229,6 +228,10 @@ def summaries(
     return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template)
 
 
+def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **form: Any) -> TaskLoader:
+    return TaskLoader(partial(summaries, hub_id=hub_id, hub=hub, **form), ("shots", "template"), hub_id, max_new_tokens)
+
+
 def language_modelling(config: TaskConfig) -> Task:
     """A plain text, or the joined texts of rows, whose perplexity is measured. For speed, passages of it are continued.
 
@@ -260,16 +263,9 @@ def language_modelling(config: TaskConfig) -> Task:
 COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
 TOPV2 = TaskLoader(parsing, ("shots", "template"), "topv2")
 PROMPTS = TaskLoader(prompts, ("metric", "shots", "template"), needs_data=True)
-CNN_DM = TaskLoader(partial(summaries, hub_id=_CNN_DM, hub={"name": "3.0.0"}, shots=1), ("shots", "template"), _CNN_DM)
-XSUM = TaskLoader(partial(summaries, hub_id=_XSUM, hub={"revision": _AS_PARQUET}), ("shots", "template"), _XSUM, 64)
+CNN_DM = _of_summaries("abisee/cnn_dailymail", 128, {"name": "3.0.0"}, shots=1)
+XSUM = _of_summaries("EdinburghNLP/xsum", 64, {"revision": _AS_PARQUET})
 # Abstracts of papers (Cachola et al., 2020). A row can have several summaries; the best counts.
-_scitldr = partial(
-    summaries,
-    hub_id=_SCITLDR,
-    hub={"data_dir": "Abstract", "revision": _AS_PARQUET},
-    form="{prompt}\nTL;DR:",
-    stop=("\nTL;DR:",),
-    alternatives=True,
-)
-SCITLDR = TaskLoader(_scitldr, ("shots", "template"), _SCITLDR, 64)
+_ABSTRACTS = {"data_dir": "Abstract", "revision": _AS_PARQUET}
+SCITLDR = _of_summaries("allenai/scitldr", 64, _ABSTRACTS, form="{prompt}\nTL;DR:", stop=("\nTL;DR:",), alternatives=True)
 LANGUAGE_MODELLING = TaskLoader(language_modelling, (), _WIKITEXT, max_new_tokens=64)
