@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
     from layerskip_core.training.plan import Plan
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.recipe import Recipe
     from layerskip_core.training.run import Job, Verdict
-    from layerskip_core.training.worth import Worth
+    from layerskip_core.training.trained import FrozenModel, WholeModel
 
 _PAYS = 1.05  # times plain decoding
 _LOST = 0.05  # of a model's next tokens: more is a warning
@@ -146,20 +145,21 @@ def _command(name: str, config: TrainingConfig) -> str:
     return shlex.join(after)
 
 
-def plan_text(plan: "Plan") -> str:
-    lines = _drafter_lines(plan) if plan.recipe is None else _recipe_lines(plan, plan.recipe)
+def plan_text(plan: "WholeModel | FrozenModel") -> str:
+    from layerskip_core.training.trained import WholeModel
+
+    lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
     if plan.step_seconds is not None:
         training, memory = _minutes(plan.step_seconds * plan.total_steps), plan.memory_mb
         lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
     return "\n".join((*lines, *plan.notes))
 
 
-def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
+def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.data import replayed_rows, rows_per_step
     from layerskip_core.training.sharding import world_size
 
-    config, processes = plan.config, world_size()
-    assert isinstance(config, FinetuneConfig)
+    config, recipe, processes = plan.config, plan.recipe, world_size()
     rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
@@ -186,8 +186,7 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
             f"recipe {recipe.preset}: p_max {recipe.p_max:g} {recipe.dropout_schedule}{profile}, e_scale {recipe.e_scale:g} "
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
-    texts = plan.answers
-    if texts is not None:
+    if (texts := plan.answers) is not None:
         there = f"{len(texts.known)} are there, the others" if texts.known else "written"
         longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
@@ -197,38 +196,28 @@ def _recipe_lines(plan: "Plan", recipe: "Recipe") -> list[str]:
     return lines
 
 
-def _drafter_lines(plan: "Plan") -> list[str]:
-    config, rows = plan.config, plan.rows or 0
-    assert isinstance(config, DrafterConfig)
-    most, writing = "", ""
+def _drafter_lines(plan: "FrozenModel") -> list[str]:
+    config, answers, worth = plan.config, plan.answers, plan.worth
+    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
+    most = "at most " if len(answers.known) < len(answers.prompts) else ""
+    writing = f"{len(answers.known)} answers are there, the others in {most}{_minutes(answers.seconds)}; "
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
-    if plan.answers is not None and plan.answers.prompts:
-        known = len(plan.answers.known)
-        most = "at most " if known < len(plan.answers.prompts) else ""
-        writing = f"{known} answers are there, the others in {most}{_minutes(plan.answers.seconds)}; "
-    what = f"blocks at exits {','.join(map(str, config.exits or ()))}"
+    what = f"blocks at exits {','.join(map(str, plan.taps))}"
     reads, steps = f"feature {config.feature}", "steps per exit"
     if config.layout == "eagle3":
         what, reads, steps = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens", "steps"
     return [
         f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
         f"{plan.trained / 1e6:.1f}M parameters, {reads}, loss {config.loss}",
-        f"on {config.data.name}: {rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}, "
+        f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}, "
         f"{most}{plan.tokens} tokens",
-        f"{writing}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
+        f"{writing if answers.prompts else ''}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
         f"{plan.steps} {steps} of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}",
-        *(() if plan.worth is None else (_worth_line(plan.worth, config.model),)),
-    ]
-
-
-def _worth_line(worth: "Worth", model: str) -> str:
-    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
-    return (
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
         f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
-        f"layerskip bench --model {shlex.quote(model)}"
-    )
+        f"layerskip bench --model {shlex.quote(config.model)}",
+    ]
 
 
 def report_text(report: "StepReport", is_drafter: bool) -> str:
@@ -251,9 +240,9 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     """The last losses, or divergences of what drafts; what drafts give; what the training cost the model."""
     details = info.details
     if plan.recipe is None:
-        names = map(str, getattr(plan.config, "exits", None) or ("eagle3",))
-        trained = {f"exit {name}" if name.isdigit() else "the drafter": details["exit_blocks"][name] for name in names}
-        lines = [f"{name}: divergence {block['divergence']:.3f}" for name, block in trained.items()]
+        trained = {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}
+        titles = {name: f"exit {name}" if name.isdigit() else "the drafter" for name in trained}
+        lines = [f"{titles[name]}: divergence {divergence:.3f}" for name, divergence in trained.items()]
     else:
         kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
         lines = [

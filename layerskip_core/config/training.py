@@ -1,7 +1,7 @@
 """The two trainings: of a model, under the recipe or without it, and of what drafts beside a model."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -24,6 +24,8 @@ BlockLoss = Literal["kl", "tv", "acceptance"]
 BlockLayout = Literal["exit", "eagle3"]
 LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
+_Epochs = Annotated[float, Meta(gt=0, le=1_000_000)]
+_RunSteps = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _BY_PRESET = "by --recipe"
 
 
@@ -36,11 +38,11 @@ class TrainingSettings:
     )
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
     steps: Annotated[
-        Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
-        Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation"),
+        _RunSteps | None, Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation")
     ] = None
-    epochs: Annotated[Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="1")] = None
+    epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
     lr: Annotated[
@@ -131,10 +133,9 @@ class RecipeSettings:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.preset == "none":
-            for each in fields(self)[1:]:
-                value = getattr(self, each.name)
-                require(value is None, each.name, "left out with `preset` none, which has no exits and no dropout", value)
+        for name, value in vars(self).items() if self.preset == "none" else ():
+            without = name == "preset" or value is None
+            require(without, name, "left out with `preset` none, which has no exits and no dropout", value)
         usual = "all" if self.preset == "auto" else "rotational"
         rotates = (self.curriculum or usual) == "rotational"
         require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum or usual)
@@ -195,11 +196,8 @@ class FinetuneConfig(TrainingSettings):
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "lora_keep"):
             usual = given[name] == getattr(FinetuneConfig, name)
             require(usual or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
-        if self.lora_keep:
-            reader = self.recipe.exit_reader
-            require(
-                reader in (None, "none"), "exit_reader", "none with `lora_keep`: readers stand beside whole weights", reader
-            )
+        reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"
+        require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
 
 
 @dataclass(frozen=True)
@@ -242,25 +240,32 @@ class DrafterConfig(TrainingSettings):
         BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer, or acceptance (its negative logarithm).")
     ] = "kl"
     steps: Annotated[
-        Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
+        _RunSteps | None,
         Flag("Optimizer steps of each exit; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
     ] = None
-    epochs: Annotated[Annotated[float, Meta(gt=0, le=1_000_000)] | None, Flag("Passes over the data.", default="2")] = None
+    epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="2")] = None
+    usual_epochs, commands_steps = 2.0, 600  # of each exit
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_exits, of_eagle3 = self.given("exits", "feature"), self.given("layers", "draft_vocab", "start_from")
-        if self.loss == "acceptance":
-            of_eagle3 = (*of_eagle3, "loss")
-        layout = self.layout or ("exit" if of_exits else None)
-        unfit = {"exit": of_eagle3, "eagle3": of_exits, None: ()}[layout]
-        for name in unfit:
-            other = "eagle3" if layout == "exit" else "exit"
-            raise refused(name, f"used with `layout` {other}", getattr(self, name))
-        for name in self.given("answer_tokens", "answer_temperature") if self.answers == "data" else ():
+        layout = self.implied_layout
+        for other, names in self._given_by_layout.items():
+            for name in names if layout not in (None, other) else ():
+                raise refused(name, f"used with `layout` {other}", getattr(self, name))
+        for name in self._given("answer_tokens", "answer_temperature") if self.answers == "data" else ():
             raise refused(name, "left out with `answers` data", getattr(self, name))
 
-    def given(self, *names: str) -> tuple[str, ...]:
+    @property
+    def implied_layout(self) -> BlockLayout | None:
+        """The layout that was asked for, or that other settings belong to."""
+        return self.layout or next((layout for layout, names in self._given_by_layout.items() if names), None)
+
+    @property
+    def _given_by_layout(self) -> dict[BlockLayout, tuple[str, ...]]:
+        eagle3 = self._given("layers", "draft_vocab", "start_from") + ("loss",) * (self.loss == "acceptance")
+        return {"exit": self._given("exits", "feature"), "eagle3": eagle3}
+
+    def _given(self, *names: str) -> tuple[str, ...]:
         """Those of some settings that differ from their defaults."""
         return tuple(name for name in names if getattr(self, name) != getattr(DrafterConfig, name))
 

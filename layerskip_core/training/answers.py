@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -21,9 +22,10 @@ from ..config.training import FinetuneConfig
 from ..decoding import decode_batch
 from ..errors import CheckpointError
 from ..files import append_lines, whole_lines, write_file
-from .checkpoints import checkpoints_folder
+from ..losses import IGNORED
 from .data import EncodedData, replayed_rows
 from .encoding import Encoder
+from .progress import checkpoints_folder
 from .sharding import process_index
 
 BATCH = 32  # that are decoded together
@@ -157,8 +159,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
     As in a calibration, half of them begin with the template's text before a prompt, so that the model writes the prompt, too.
-    `original`: the model's fingerprint. Raises ConfigError for a share that gives no row
-    or all of them.
+    `original`: the model's fingerprint. Raises ConfigError for a share that gives no row or all of them.
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
@@ -170,8 +171,8 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)
 
 
-def own_texts(decoder: Decoder, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Short texts of a model's own with their beginnings, sampled as for a replay, and other texts than these."""
+def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
+    """Short texts of a model's own as encoded rows, sampled as for a replay, and other texts than these."""
     seed ^= _APART
     tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
     starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
@@ -179,7 +180,12 @@ def own_texts(decoder: Decoder, seed: int) -> list[tuple[list[int], list[int]]]:
     outputs = decode_batch(
         decoder.backend, starts, config, frozenset(), seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)]
     )
-    return [(starts[output.row], output.ids) for output in outputs]
+    return [answered(starts[output.row], output.ids) for output in outputs]
+
+
+def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
+    """An encoded row; the answer has labels."""
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:

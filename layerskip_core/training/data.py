@@ -26,9 +26,6 @@ from .encoding import Encoder
 from .recipe import TEXT_PRESETS
 from .sharding import process_index, world_size
 
-_COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about three minutes on two cores
-_DRAFTER_COMMANDS_STEPS = 600  # of each exit
-_DRAFTER_EPOCHS = 2.0
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
 _FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
@@ -47,9 +44,7 @@ def rows_per_step(config: TrainingConfig) -> int:
 
 def replayed_rows(config: TrainingConfig) -> int:
     """Rows of a step that are the original's own text. Raises ConfigError for a share that gives no such row, or only such."""
-    if isinstance(config, DrafterConfig):
-        return 0
-    share, rows = config.replay or 0.0, rows_per_step(config)
+    share, rows = getattr(config, "replay", None) or 0.0, rows_per_step(config)
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
     require(not share or 0 < replayed < rows, "replay", needed, share)
@@ -63,15 +58,9 @@ def data_rows(config: TrainingConfig) -> int:
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
-    if config.steps is not None:
-        return config.steps
-    if config.data.is_endless:
-        return _DRAFTER_COMMANDS_STEPS if isinstance(config, DrafterConfig) else _COMMANDS_STEPS
-    return max(1, math.ceil(rows / data_rows(config) * epochs(config)))
-
-
-def epochs(config: TrainingConfig) -> float:
-    return config.epochs or (_DRAFTER_EPOCHS if isinstance(config, DrafterConfig) else 1.0)
+    if config.steps is None and config.data.is_endless:
+        return config.commands_steps
+    return config.steps or max(1, math.ceil(rows / data_rows(config) * (config.epochs or config.usual_epochs)))
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
@@ -82,23 +71,21 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
 
     Where a model writes the answers itself, the rows need prompts only.
     """
-    data, is_drafter = config.data, isinstance(config, DrafterConfig)
+    data, is_drafter, name = config.data, isinstance(config, DrafterConfig), config.validation
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
     load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
-    apart = _HELD_OUT if config.validation is None else 0
+    apart = _HELD_OUT if name is None else 0
     if isinstance(config, FinetuneConfig) and config.streaming:
-        rows, apart = list(itertools.islice(stream_rows(data), 1)), 0
+        rows = list(itertools.islice(stream_rows(data), 1))
     elif data.is_endless:
-        seen = run_steps(config, 0) * data_rows(config) / (epochs(config) if is_drafter else 1.0)
+        seen = run_steps(config, 0) * data_rows(config) / (config.epochs or config.usual_epochs if is_drafter else 1.0)
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
         rows = list(load(data))
-    if not data.is_endless:
-        apart = min(apart, len(rows) // _SHARE)
-    count = len(rows) - (apart if is_drafter or apart >= _FEWEST else 0)
-    if config.validation is None:
+    if name is None:
+        apart = apart if data.is_endless else min(apart, len(rows) // _SHARE)
+        count = len(rows) - (apart if is_drafter or apart >= _FEWEST else 0)
         return rows[:count], rows[count:]
-    name = config.validation
     other = is_data(name)
     if not other and Path(data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
@@ -158,13 +145,17 @@ class EncodedData:
         return sum(len(row["input_ids"]) for row in self.seen)
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
-    """All rows in memory, 4 bytes a number. Raises DataError if none has a target token within the maximum length."""
+def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None) -> EncodedData:
+    """All rows in memory, or `most` encoded ones, 4 bytes a number. Raises DataError if none has a target token within the
+    maximum length.
+    """
     encoded = [
         {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
-        for row in encoder.rows(rows)
+        for row in itertools.islice(encoder.rows(rows), most)
     ]
-    kept = _with_targets(encoded, encoder)
+    kept = list(filter(has_target, encoded))
+    if not kept:
+        raise no_room(encoder)
     digest = hashlib.sha256()
     for row in kept:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
@@ -173,16 +164,8 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
 
 def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
     """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
-    sample = list(itertools.islice(encoder.rows(stream_rows(config)), _SAMPLED))
-    kept = _with_targets(sample, encoder)
-    return EncodedData(StreamedRows(config, encoder, seed), kept, len(sample) - len(kept))
-
-
-def _with_targets(rows: list[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
-    kept = list(filter(has_target, rows))
-    if not kept:
-        raise no_room(encoder)
-    return kept
+    first = encode_rows(stream_rows(config), encoder, _SAMPLED)
+    return replace(first, rows=StreamedRows(config, encoder, seed), digest=None)
 
 
 def no_room(encoder: Encoder) -> DataError:
@@ -193,16 +176,10 @@ def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
-def parts_of(rows: Any) -> list[tuple[list[int], list[int]]]:
-    """A few rows as (the tokens before the first target, the tokens from it on); none with gaps, nor packed ones."""
-    parts = []
-    for row in itertools.islice(rows, _HELD_OUT):
-        targets = np.asarray(row["labels"]) != IGNORED
-        first = max(1, int(targets.argmax()))  # nothing predicts the first token
-        if "documents" not in row and targets[first:].all():
-            ids = np.asarray(row["input_ids"]).tolist()
-            parts.append((ids[:first], ids[first:]))
-    return parts
+def with_whole_answers(rows: Any) -> list[dict[str, Any]]:
+    """A few rows whose targets follow one another up to the end; no packed ones."""
+    few = [(row, np.asarray(row["labels"]) != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
+    return [row for row, targets in few if targets[max(1, targets.argmax()) :].all()]  # nothing predicts the first token
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
@@ -263,10 +240,8 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
     """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
     order = array("q", run_order(lengths, data_rows(config), steps, config.seed))
-    if not texts:
-        return order
     replayed = range(len(lengths), len(lengths) + texts)
-    return array("q", with_replay(order, replayed, replayed_rows(config), rows_per_step(config)))
+    return array("q", with_replay(order, replayed, replayed_rows(config), rows_per_step(config))) if texts else order
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:

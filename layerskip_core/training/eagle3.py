@@ -1,33 +1,29 @@
 """Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test: Li et al., 2025)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.locate import fetched
 from ..checkpoint.speculators import default_layers, eagle3_content, read_eagle3
 from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
-from ..errors import CheckpointError, require
+from ..errors import require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
-from ..model.spec import AnySpec, ModelSpec
-from .exit_blocks import MUON_LR, DrafterModule
+from ..model.spec import ModelSpec
+from .exit_blocks import DrafterModule, copy_into
 from .recipe import RunStep
 from .worth import ACCEPTED, Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
 _ALIKE = 0.9  # cosine of a head's rows and those of the model's
 _SCORED = 256  # tokens at once, by the whole head
-_FILE = "eagle3.safetensors"  # of a run's checkpoint
 
 
 class FrozenEagle3(DrafterModule):
@@ -38,66 +34,46 @@ class FrozenEagle3(DrafterModule):
     """
 
     first_target = 2  # by the embedding of the token before, and the states of the one before that
+    setting, file = "layers", "eagle3.safetensors"
     names = {0: "eagle3"}  # noqa: RUF012
 
-    def __init__(
-        self,
-        backend: TransformersBackend,
-        layers: Sequence[int],
-        vocab: int,
-        loss: BlockLoss = "kl",
-        seed: int = 0,
-        known: Eagle3Weights | None = None,
-    ) -> None:
-        """A drafter that reads the states after `layers` and scores `vocab` tokens, which `begin` chooses.
+    def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
+        """It starts as `known`, or with the model's own norm and head, and otherwise at random; `begin` chooses its tokens.
 
-        It starts as `known`, or with the model's own norm and head, and otherwise at random. If the head of `known` is the
-        model's, or was before another training, its tokens are chosen anew, too: another task has other ones.
+        If the head of `known` is the model's, or was before another training, its tokens are chosen anew, too: another task
+        has other ones.
 
-        Raises ConfigError for a model that scales or caps its embedding or logits, which engines do not do for a drafter.
+        Raises ConfigError for layers that a model or `known` does not have, and for a model that scales or caps its embedding
+        or logits, which engines do not do for a drafter.
         """
-        super().__init__()
-        self.config, self.backend, self._loss = backend.config, backend, loss
-        backend.model.requires_grad_(False)
-        form = known.form if known is not None else _form(backend, layers, vocab)
-        tokens = torch.arange(form.vocab) if known is None else known.tokens.clone()
-        self.drafter = Eagle3(form, tokens, seed)
-        self._has_own_head = known is not None and not _alike(known.weights["lm_head.weight"], self._head[known.tokens])
-        if known is not None:
-            self._set(known.weights)
-        elif (norm := backend.norm_weight) is not None:
-            self._set({"norm.weight": norm})
-        self.to(backend.device, torch.float32)
-        for name in form.shapes:
-            self.drafter.weight(name).requires_grad_(name in MATRICES)
-        self.phases, self.details = (form.layers,), {"layers": form.layers, "draft_vocab": form.vocab}
-
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
-
-    @classmethod
-    def resolved(cls, config: DrafterConfig, backend: TransformersBackend) -> tuple[DrafterConfig, tuple[int, ...]]:
-        """Raises CheckpointError for a drafter to start from that cannot be read, ConfigError for one with other layers."""
-        spec = backend.spec
-        known, asked = cls._known(config, spec), config.layers
-        usual = default_layers(spec.layers) if known is None else known.form.layers
-        layers = tuple(sorted(asked or usual))
+        super().__init__(backend, config.loss)
+        usual = default_layers(backend.num_layers) if known is None else known.form.layers
+        layers = tuple(sorted(config.layers or usual))
         for layer in layers:
-            require_exit_layer(layer, spec.layers, field="layers")
+            require_exit_layer(layer, backend.num_layers, field="layers")
         require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        return replace(config, lr=config.lr or MUON_LR, layers=layers), layers
-
-    @staticmethod
-    def replaced(kept: ExitBlocks, layers: Sequence[int]) -> str:
-        return "" if kept.eagle3 is None else "a drafter"
+        form = known.form if known is not None else _form(backend, layers, config.draft_vocab)
+        self.drafter = Eagle3(form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed)
+        self._has_own_head = False
+        if known is not None:
+            own, models = known.weights["lm_head.weight"].float(), self._head[known.tokens].float()
+            self._has_own_head = float(F.cosine_similarity(own, models.to(own.device)).mean()) <= _ALIKE
+            copy_into(self.weights(), known.weights)
+        elif (norm := backend.norm_weight) is not None:
+            copy_into(self.weights(), {"norm.weight": norm})
+        self.to(backend.device, torch.float32)
+        for name, weight in self.weights().items():
+            weight.requires_grad_(name in MATRICES)
+        self.phases, self.details = (layers,), {"layers": layers, "draft_vocab": form.vocab}
 
     @classmethod
-    def of(cls, backend: TransformersBackend, config: DrafterConfig, layers: Sequence[int]) -> "FrozenEagle3":
-        return cls(backend, layers, config.draft_vocab, config.loss, config.seed, cls._known(config, backend.spec))
+    def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
+        """Raises CheckpointError for a drafter to start from that cannot be read."""
+        start = config.start_from
+        return cls(backend, config, None if start is None else read_eagle3(fetched(start), backend.spec))
 
-    @staticmethod
-    def _known(config: DrafterConfig, spec: AnySpec) -> Eagle3Weights | None:
-        return None if config.start_from is None else read_eagle3(fetched(config.start_from), spec)
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.drafter.weight(name) for name in self.drafter.form.shapes}
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
@@ -122,29 +98,20 @@ class FrozenEagle3(DrafterModule):
             preferred = counts.float().index_add(0, self.drafter.tokens.cpu(), torch.full((self.drafter.form.vocab,), 0.5))
             tokens = preferred.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
             self.drafter.tokens.copy_(tokens)
-            self._set({"lm_head.weight": self._head[tokens]})
+            copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
         drafted = counts[self.drafter.tokens.cpu()].sum()
         self.details["coverage"] = float(drafted / counts.sum())  # of the answers' tokens, the share that it can draft
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
         """The drafter in this precision."""
-        weights = {name: self.drafter.weight(name).detach().to("cpu", dtype) for name in self.drafter.form.shapes}
+        weights = {name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()}
         return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
-
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self.drafter.weight(name).copy_(weight)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """A batch of rows with states, see `collate`. Sums are over the targets, the tokens with labels after the second.
-
-        The loss is the mean over the drafts of a round. Each draft but the first reads the output for the one before.
-
-        Returns `loss`, `per_exit` (1,), the divergence of the first draft, `agreeing` (1,), in evaluation the number of targets
-        where its best token is full depth's, and `exit_layers`.
+        """The loss is the mean over the drafts of a round, and `per_exit` of the first. Each other draft reads the output for
+        the one before. Sums are over the targets, the tokens with labels after the second.
         """
         layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
         before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row
@@ -174,17 +141,6 @@ class FrozenEagle3(DrafterModule):
             "agreeing": agreeing[None],
             "exit_layers": (0,),
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.stored(torch.float32).weights), folder / _FILE)
-
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError for a drafter of other sizes."""
-        weights = load_file(folder / _FILE)
-        if {name: tuple(weight.shape) for name, weight in weights.items()} != self.drafter.form.shapes:
-            raise CheckpointError(f"{folder} has a drafter of other sizes")
-        self._set(weights)
 
 
 def suits_engines(backend: TransformersBackend) -> bool:
@@ -225,11 +181,6 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
         getattr(config, "rms_norm_eps", None) or 1e-5,
         {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in kept},
     )
-
-
-def _alike(head: Tensor, original: Tensor) -> bool:
-    """Whether the rows (N, D) of two heads have nearly the same directions."""
-    return float(F.cosine_similarity(head.float(), original.to(head.device).float()).mean()) > _ALIKE
 
 
 def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0) -> list[Tensor]:

@@ -7,10 +7,9 @@ after the final norm, in bf16. The file is written from its start to its end, so
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +33,6 @@ MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan 
 _LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
-_FILE = "blocks.safetensors"  # of a run's checkpoint
 _STATES = "states.bf16"
 
 
@@ -65,56 +63,70 @@ class Block(nn.Module):
 
 
 class DrafterModule(nn.Module):
-    """What drafts for a model that stays as it is, in training.
+    """What drafts for a model that stays as it is, in training. A kind of it also has `of`, a new one as a config asks for it,
+    and `files`, what is saved.
 
-    A kind of it also has `resolved`, the config with its learning rate and exits or layers, and those after which states are
-    read, ascending; `replaced`, what a model already has of these, in words; and `of`, a new one.
+    The forward is as that of `RecipeModule`, over a batch of rows with states, see `collate`: of the exits of the batch, with
+    divergences from full depth instead of cross-entropies.
 
     Attributes:
         backend: the model's.
+        setting: of the config, which names the layers after which states are read.
         names: by measured exit, of what is trained, as layerskip.json has it.
-        phases: the learning rate rises and falls once in each, over the states after these exits.
+        phases: the learning rate rises and falls once in each, over the states after these layers.
         first_target: the index of the first token of a row that is predicted.
         details: of how all of it was trained.
+        file: of a run's checkpoint.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
     first_target = 1
-    config: Any
-    backend: TransformersBackend
+    setting: Literal["exits", "layers"]
+    file: str
     names: dict[int, str]
     phases: tuple[tuple[int, ...], ...]
     details: dict[str, Any]
 
+    def __init__(self, backend: TransformersBackend, loss: BlockLoss) -> None:
+        super().__init__()
+        model: Any = backend.model
+        self.backend, self.config, self._loss = backend, model.requires_grad_(False).config, loss
+
     @property
-    def measured_exits(self) -> tuple[int, ...]:
-        return tuple(self.names)
+    def usual_lr(self) -> float:
+        """The learning rate unless another is asked for."""
+        if any(self.muon(MUON_LR)):
+            return MUON_LR
+        return _SMALL_LR if self.backend.spec.parameters < SMALL_MODEL else _LR
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""
-        raise NotImplementedError
+        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it.
+
+        It trains all, or none where something else is trained too.
+        """
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        if all(weight.dim() == 2 for weight in weights):
+            yield weights, lr, "original"
 
     def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
         """What drafts of this exit would gain, with the backend that decodes."""
-        raise NotImplementedError
+        return worth_of_exit(backend, exit_layer, True, shares)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Before the training on some encoded rows."""
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
-        """The files beside the model by their names, with the weights in this precision.
-
-        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
-        """
+    def weights(self) -> dict[str, Tensor]:
+        """All that is stored, by name."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Writes the weights of a run's checkpoint."""
-        raise NotImplementedError
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()}, folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Reads them. Raises CheckpointError if they do not fit."""
-        raise NotImplementedError
+        """Reads them."""
+        copy_into(self.weights(), load_file(folder / self.file))
 
 
 class FrozenExits(DrafterModule):
@@ -125,58 +137,42 @@ class FrozenExits(DrafterModule):
     (experts) are trained by AdamW as a whole.
     """
 
+    setting, file = "exits", "blocks.safetensors"
+
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
-        super().__init__()
-        model: Any = backend.model
-        self.config = model.requires_grad_(False).config
+        super().__init__(backend, loss)
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.names = {block.exit_layer: str(block.exit_layer) for block in blocks}
         self.phases = tuple((exit_layer,) for exit_layer in self.names)
-        self.backend, self.details = backend, {"feature": blocks[0].feature if blocks else "none"}
-        self._total_variation = loss == "tv"
-        self._by_muon = _suits_muon(backend)
+        self.details = {"feature": blocks[0].feature if blocks else "none"}
+        by_muon = all(weight.dim() <= 2 for weight in self.parameters())
         for weight in self.parameters():
-            weight.requires_grad_(not self._by_muon or weight.dim() == 2)
-
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        if self._by_muon:
-            yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
+            weight.requires_grad_(not by_muon or weight.dim() == 2)
 
     @classmethod
-    def resolved(cls, config: DrafterConfig, backend: TransformersBackend) -> tuple[DrafterConfig, tuple[int, ...]]:
-        spec = backend.spec
-        exits = tuple(sorted(config.exits or (max(1, spec.layers // 3),)))
+    def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
+        exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
-            require_exit_layer(exit_layer, spec.layers, field="exits")
-        usual = MUON_LR if _suits_muon(backend) else _SMALL_LR if spec.parameters < SMALL_MODEL else _LR
-        return replace(config, lr=config.lr or usual, exits=exits), exits
-
-    @staticmethod
-    def replaced(kept: ExitBlocks, exits: Sequence[int]) -> str:
-        there = [block.exit_layer for block in kept.blocks if block.exit_layer in exits]
-        return f"a block at exit {there[0]}" if there else ""
-
-    @classmethod
-    def of(cls, backend: TransformersBackend, config: DrafterConfig, exits: Sequence[int]) -> "FrozenExits":
+            require_exit_layer(exit_layer, backend.num_layers, field="exits")
         return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits], config.loss)
 
-    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
-        return worth_of_exit(backend, exit_layer, True, shares)
+    def weights(self) -> dict[str, Tensor]:
+        return named_weights(self.exits)
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
-        weights = {name: weight.to(dtype) for name, weight in self.weights().items()}
+        """The files beside the model by their names, with the weights in this precision.
+
+        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
+        """
+        weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """A batch of rows with states, see `collate`. Sums are over the targets, the tokens with labels.
-
-        With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of a
-        round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both.
-
-        Returns `loss`, `per_exit` (exits,), the divergence of the first run, `agreeing` (exits,), without gradients the number
-        of targets where its best token is full depth's, and `exit_layers`.
+        """With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of
+        a round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both,
+        and `per_exit` of the first.
         """
         is_target = labels[:, 1:] != IGNORED
         finals = finals.float()
@@ -189,7 +185,7 @@ class FrozenExits(DrafterModule):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            mean, how = [(0.0, 1 / len(runs))] * len(runs), {"teaches_all": True, "total_variation": self._total_variation}
+            mean, how = [(0.0, 1 / len(runs))] * len(runs), {"teaches_all": True, "total_variation": self._loss == "tv"}
             results.append(summed_losses(head, runs, None, vocab, mean, teacher, **how))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
@@ -197,16 +193,6 @@ class FrozenExits(DrafterModule):
             "agreeing": torch.stack([sums[0, 2] for _, sums in results]),
             "exit_layers": exit_layers,
         }
-
-    def weights(self) -> dict[str, Tensor]:
-        return named_weights(self.exits)
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.weights(), folder / _FILE)
-
-    def load(self, folder: Path) -> None:
-        load_blocks(self.exits, folder / _FILE)
 
 
 def new_readers(backend: TransformersBackend, exits: Sequence[int], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
@@ -216,11 +202,9 @@ def new_readers(backend: TransformersBackend, exits: Sequence[int], kept: ExitBl
     take.
     """
     readers = nn.ModuleDict({str(exit_layer): Block(backend, ExitBlock(exit_layer)) for exit_layer in exits})
-    known = kept.weights(backend.spec)
-    for block in kept.blocks:
-        if block.feature == "none" and block.exit_layer in exits:
-            weights = {name.removeprefix(block.prefix): known.of(name) for name in block.shapes(backend.spec)}
-            readers[str(block.exit_layer)].load_state_dict(weights)
+    known = [block for block in kept.blocks if block.feature == "none" and block.exit_layer in exits]
+    stored = kept.weights(backend.spec)
+    copy_into(named_weights(readers), {name: stored.of(name) for block in known for name in block.shapes(backend.spec)})
     for weight in readers.parameters():
         weight.requires_grad_(weight.dim() == 2)
     return readers
@@ -228,20 +212,14 @@ def new_readers(backend: TransformersBackend, exits: Sequence[int], kept: ExitBl
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
     """All weights of blocks, which are by exit, by the names of `ExitBlock.shapes`."""
-    return {f"exits.{name}": weight.detach().cpu().contiguous() for name, weight in blocks.named_parameters()}
+    return {f"exits.{name}": weight.detach() for name, weight in blocks.named_parameters()}
 
 
-def load_blocks(blocks: nn.ModuleDict, file: Path) -> None:
-    """Loads what `named_weights` gave. Raises CheckpointError if it does not fit."""
-    try:
-        blocks.load_state_dict({name.removeprefix("exits."): weight for name, weight in load_file(file).items()})
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the exits: {error}") from error
-
-
-def _suits_muon(backend: TransformersBackend) -> bool:
-    """Whether all weights of a new block are matrices, or vectors."""
-    return all(weight.dim() <= 2 for part in backend.block_originals().values() for weight in part.parameters())
+@torch.no_grad()
+def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Gives some of the weights other values."""
+    for name, value in values.items():
+        weights[name].copy_(value)
 
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:
@@ -258,14 +236,13 @@ def write_states(
     folder: Path,
     report: Callable[[int], None],
 ) -> None:
-    """Writes the states of all texts (encoded rows), in the order of `_batches`, after the states already there.
+    """Writes the states of all texts (encoded rows), in the order of `_layout`, after the states already there.
 
     `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
     raise to end it.
     """
-    batches, path = _batches(texts), folder / _STATES
-    tokens = accumulate((sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches), initial=0)
-    ends = [states_bytes(count, backend.spec.hidden, len(exits)) for count in tokens]
+    (batches, places), path = _layout(texts), folder / _STATES
+    ends = [0, *(states_bytes(places[batch[-1]], backend.spec.hidden, len(exits)) for batch in batches)]
     written = path.stat().st_size if path.is_file() else 0
     done = sum(end <= written for end in ends) - 1
     rows = sum(map(len, batches[:done]))
@@ -299,8 +276,12 @@ def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]]
     return torch.stack(found, dim=1)
 
 
-def _batches(texts: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    return batches_of([len(text["input_ids"]) for text in texts], lambda count, longest: count * longest <= _TOKENS)
+def _layout(texts: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], dict[int, int]]:
+    """(batches of texts, as indices, the number of tokens up to the end of each text)."""
+    lengths = [len(text["input_ids"]) for text in texts]
+    batches = batches_of(lengths, lambda count, longest: count * longest <= _TOKENS)
+    order = list(chain(*batches))
+    return batches, dict(zip(order, accumulate(lengths[row] for row in order), strict=True))
 
 
 class States(Dataset[dict[str, Any]]):
@@ -310,9 +291,8 @@ class States(Dataset[dict[str, Any]]):
         self, texts: Sequence[Mapping[str, Any]], folder: Path, width: int, exits: Sequence[int], chosen: Sequence[int]
     ) -> None:
         self._texts, self._chosen, self._places = texts, chosen, [exits.index(exit_layer) for exit_layer in chosen]
-        order = [row for batch in _batches(texts) for row in batch]
-        ends = list(accumulate(len(texts[row]["input_ids"]) for row in order))
-        self._ends, shape = dict(zip(order, ends, strict=True)), (ends[-1], len(exits) + 1, width)
+        self._ends = _layout(texts)[1]
+        shape = max(self._ends.values()), len(exits) + 1, width
         self._states = torch.from_file(str(folder / _STATES), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
 
     def __getitem__(self, row: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint
@@ -20,8 +21,8 @@ from ..errors import ConfigError, first_line, require
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from .checkpoints import load_weights
-from .exit_blocks import MUON_LR, load_blocks, named_weights
+from .exit_blocks import MUON_LR, copy_into, named_weights
+from .progress import load_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .worth import Worth, worth_of_exit
 
@@ -51,7 +52,6 @@ class RecipeModule(nn.Module):
         self.texts = self.backend.texts
         layers = self.backend.num_layers
         early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
-        self.measured_exits = (*early, layers)
         self.names = {layer: str(layer) for layer in early}
         self.readers = readers or nn.ModuleDict()
 
@@ -79,8 +79,16 @@ class RecipeModule(nn.Module):
         belongs to; in evaluation `agreeing` (exits,), the number of targets where an exit's best token is the last layer's.
         """
         layers, recipe = self.backend.num_layers, self.recipe
-        exits = exits_on(recipe, step.done, step.total, layers) if self.training else self.measured_exits
-        states = self._states(input_ids, exits, step, documents)
+        exits = exits_on(recipe, step.done, step.total, layers) if self.training else (*self.names, layers)
+        rates = [0.0] * layers
+        if self.training and recipe.p_max:
+            scale = time_scale(step.done, step.total, recipe.dropout_schedule)
+            rates = dropout_rates(recipe.p_max, layers, scale, recipe.dropout_profile)
+
+        def kept(layer: int) -> list[int]:
+            return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
+
+        states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
         rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
         share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
@@ -113,7 +121,7 @@ class RecipeModule(nn.Module):
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""
-        weights = {name: weight.to(dtype) for name, weight in named_weights(self.readers).items()}
+        weights = {name: weight.to("cpu", dtype) for name, weight in named_weights(self.readers).items()}
         spec, is_whole = self.backend.spec, not hasattr(model, "get_base_model")
         return exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter) if is_whole else "")
 
@@ -129,29 +137,7 @@ class RecipeModule(nn.Module):
         """Loads the model inside. Raises CheckpointError as `load_weights` does."""
         load_weights(self.model, folder)
         if self.readers:
-            load_blocks(self.readers, folder / EXIT_BLOCKS_FILE)
-
-    def _states(self, input_ids: Tensor, exits: tuple[int, ...], step: RunStep, documents: Tensor | None) -> dict[int, Tensor]:
-        """The hidden states (B, T, D) after each exit layer that is on."""
-        recipe, layers = self.recipe, self.backend.num_layers
-        rates = [0.0] * layers
-        if self.training and recipe.p_max:
-            scale = time_scale(step.done, step.total, recipe.dropout_schedule)
-            rates = dropout_rates(recipe.p_max, layers, scale, recipe.dropout_profile)
-
-        def kept(layer: int) -> list[int]:
-            return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
-
-        recompute = self.recompute and self.training
-        return self.texts.states(input_ids, exits, documents, kept, recompute)
-
-
-def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
-    """How many of the first layers have adapters: those that the highest trained early exit runs; None for all."""
-    if config.lora_layers == "all":
-        return None
-    require(recipe.curriculum != "none", "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
-    return max(recipe.exits, default=num_layers - 1)
+            copy_into(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
 
 
 @quiet_transformers()

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
@@ -13,17 +13,16 @@ import psutil
 import torch
 from torch import nn
 
-from ..checkpoint.loaded import pick_dtype
-from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
+from ..checkpoint.loaded import Trainable, pick_dtype
+from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import ConfigError
 from ..model.native.compiled import multiplies_bf16
-from ..model.spec import AnySpec
 from .answers import Answers
-from .checkpoints import ResumePoint
 from .data import collate
+from .module import use_fp32_attention
+from .progress import ResumePoint
 from .recipe import Recipe, RunStep
 from .sharding import world_size
-from .worth import Worth
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
@@ -35,7 +34,6 @@ _FREE = (
 )
 
 
-@dataclass(frozen=True)
 class Plan:
     """A run, all defaults resolved. It trains a model under a `recipe`, or what drafts for a model that stays as it is.
 
@@ -45,6 +43,8 @@ class Plan:
     """
 
     config: TrainingConfig  # with `lr` and `max_length`, and for a drafter the exits
+    trainable: Trainable
+    module: Any  # a RecipeModule or DrafterModule
     device: str
     autocast: bool
     steps: int
@@ -54,22 +54,75 @@ class Plan:
     parameters: int
     num_layers: int
     sealed: Mapping[str, Any]
-    notes: tuple[str, ...]  # what the user should know before it starts
-    held_out: int = 0  # rows
-    trained: int = 0  # parameters
+    resume: ResumePoint | None
+    held_out: int  # rows
+    trained: int  # parameters
+    notes: tuple[str, ...] = ()  # what the user should know before it starts
     step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
-    memory_mb: float = 0.0  # at its peak, with the optimizer's moments
-
-    truncated: int = 0
-    recipe: Recipe | None = None
-    exit_steps: Mapping[int, float] = field(default_factory=dict)  # that train each exit, the last layer included
-    adapted_layers: int | None = None  # the first ones, to which LoRA is confined
+    memory_mb: float  # at its peak, with the optimizer's moments
 
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
+    recipe: Recipe | None = None
+    exit_steps: Mapping[int, float]  # of a model: that train each exit, the last layer included
     phases: int = 1
-    state_seconds: float = 0.0
-    disk_mb: float = 0.0  # of states
-    worth: Worth | None = None  # of the first drafter that is trained
+
+    def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
+        """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""
+        spec, self.trainable = trainable.backend.spec, trainable
+        self.device, self.parameters, self.num_layers = str(device), spec.parameters, spec.layers
+        self.autocast = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
+        if config.dtype == "auto" and device.type == "cpu":
+            self.autocast = multiplies_bf16()
+        if self.autocast and device.type == "cpu":
+            use_fp32_attention(trainable.model)
+
+    def seal(self, resume: ResumePoint | None, facts: Mapping[str, Any]) -> None:
+        """Seals the config and the `facts`. Raises ConfigError where the checkpoint to resume from was sealed with others."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        config |= config.pop("recipe", {})
+        command = {"command": "train-drafter" if isinstance(self.config, DrafterConfig) else "finetune"}
+        run = {"steps": self.steps, "rows": self.rows, "dtype": self.dtype, "processes": world_size()}
+        self.resume = resume
+        self.sealed = json.loads(json.dumps(command | config | run | dict(facts)))
+        if resume is None:
+            return
+        self.notes += (f"going on from {resume.folder}",)
+        for name, value in self.sealed.items():
+            if name in resume.settings and resume.settings[name] != value:
+                raise ConfigError(
+                    f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
+                    "resumed with the same settings on the same data"
+                )
+
+    def measure(self, rows: Sequence[dict[str, Any]], mean_tokens: float) -> None:
+        """Measures a step in the middle of the run: forward and backward on one batch of `rows`.
+
+        The run's rows have `mean_tokens` each.
+        """
+        module: nn.Module = self.module
+        self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+        if self.is_sharded:
+            return
+        device, on_gpu = torch.device(self.device), self.device.startswith("cuda")
+        module.to(device).train()
+        batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), self.config.batch_size))).items()}
+        measured = int(batch.pop("lengths").sum())
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+                loss = module(**batch, step=RunStep(self.steps // 2, self.steps))["loss"]
+            torch.autograd.backward(loss)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            module.zero_grad(set_to_none=True)
+            if seconds > _BRIEF:
+                break
+        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
+        self.step_seconds = seconds * self.config.batch_size * self.config.accumulation * mean_tokens / measured
+        self.memory_mb = (peak + 8 * self.trained) / 2**20
 
     @property
     def dtype(self) -> str:
@@ -81,12 +134,7 @@ class Plan:
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self.config, FinetuneConfig) and self.config.fsdp
-
-    @property
-    def rests_readers(self) -> bool:
-        """Whether a step may train no reader of some exit."""
-        return self.recipe is not None and self.recipe.exit_reader != "none" and self.recipe.curriculum != "all"
+        return getattr(self.config, "fsdp", False)
 
     @property
     def eval_steps(self) -> int:
@@ -104,70 +152,6 @@ class Plan:
             return index / warmup
         done = (index - warmup) / max(1, self.steps - warmup)
         return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
-
-
-def make_plan(
-    config: TrainingConfig,
-    device: torch.device,
-    spec: AnySpec,
-    resume: ResumePoint | None,
-    notes: tuple[str, ...],
-    facts: Mapping[str, Any],
-    **fields: Any,
-) -> Plan:
-    """A plan with the `fields` that are given. The config, as it is resolved, and the `facts` are sealed.
-
-    `dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`). Raises ConfigError where the
-    checkpoint to resume from was sealed with other settings.
-    """
-    chosen = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
-    autocast = multiplies_bf16() if config.dtype == "auto" and device.type == "cpu" else chosen
-    fields |= {"parameters": spec.parameters, "num_layers": spec.layers}
-    plan = Plan(config, str(device), autocast, **fields, sealed={}, notes=())
-    sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    sealed |= sealed.pop("recipe", {})
-    command = {"command": "train-drafter" if isinstance(config, DrafterConfig) else "finetune"}
-    run = {"steps": plan.steps, "rows": plan.rows, "dtype": plan.dtype, "processes": world_size()}
-    sealed = json.loads(json.dumps(command | sealed | run | dict(facts)))
-    if resume is not None:
-        for name, value in sealed.items():
-            if name in resume.settings and resume.settings[name] != value:
-                raise ConfigError(
-                    f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
-                    "resumed with the same settings on the same data"
-                )
-        notes += (f"going on from {resume.folder}",)
-    return replace(plan, sealed=sealed, notes=notes)
-
-
-def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_tokens: float) -> Plan:
-    """A plan with what a step in the middle of its run was measured to take: forward and backward on one batch of `rows`.
-
-    The run's rows have `mean_tokens` each.
-    """
-    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-    if plan.is_sharded:
-        return replace(plan, trained=trained)
-    device = torch.device(plan.device)
-    module.to(device).train()
-    batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), plan.config.batch_size))).items()}
-    measured = int(batch.pop("lengths").sum())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast):
-            loss = module(**batch, step=RunStep(plan.steps // 2, plan.steps))["loss"]
-        torch.autograd.backward(loss)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        module.zero_grad(set_to_none=True)
-        if seconds > _BRIEF:
-            break
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_memory()
-    share = plan.config.batch_size * plan.config.accumulation * mean_tokens / measured
-    return replace(plan, trained=trained, step_seconds=seconds * share, memory_mb=(peak + 8 * trained) / 2**20)
 
 
 def _peak_memory() -> int:

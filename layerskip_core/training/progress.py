@@ -1,10 +1,31 @@
-"""The progress of a run: the report of each step, and the history of losses."""
+"""A run in progress: the report of each step, the history of losses, and checkpoints.
+
+These are written to a staging folder with the settings of the run, then renamed into place, so each is whole. A run refuses to
+start beside a folder of such a name that this program did not write.
+"""
 
 import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from torch import nn
+
+from ..checkpoint.folder import open_weights
+from ..checkpoint.info import holds_model
+from ..config.training import DrafterConfig, TrainingConfig
+from ..errors import CheckpointError, ConfigError, listed
+from ..files import discard_folder, publish_folder, read_json, remove_leftovers
+
+_LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
+KEPT = 2
+_SEAL = "run.json"
+_PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -51,10 +72,10 @@ class LossHistory:
     agreement: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> "LossHistory":
-        """Reads the lines of `to_jsonl`."""
+    def read(cls, checkpoint: Path) -> "LossHistory":
+        """Of the run that a checkpoint belongs to."""
         history = cls()
-        for losses in msgspec.json.Decoder(StepLosses).decode_lines(file.read_bytes()):
+        for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / _LOSSES).read_bytes()):
             history.add(losses)
         return history
 
@@ -64,7 +85,102 @@ class LossHistory:
         if losses.validation:
             self.validated, self.agreement = losses.validation, losses.agreement
 
+    def report(self, total_steps: int, learning_rate: float, speed: float) -> StepReport:
+        """Of the latest step."""
+        step, rest = self.steps[-1], (learning_rate, speed, self.validated, self.agreement)
+        return StepReport(step.step, total_steps, step.loss, step.final, self.latest, *rest)
+
     def to_jsonl(self) -> str:
         """One JSON line per step; agreement only where it was measured."""
         rows = ({name: value for name, value in vars(step).items() if name != "agreement" or value} for step in self.steps)
         return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The newest checkpoint, and the settings of the run that wrote it."""
+
+    folder: Path
+    settings: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return _step(self.folder)
+
+
+def checkpoints_folder(output: str) -> Path:
+    """The folder of the checkpoints of a run."""
+    return Path(output) / "checkpoints"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """A run's checkpoints by their names; their files are not checked."""
+    return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
+
+
+def resume_point(config: TrainingConfig) -> ResumePoint | None:
+    """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
+
+    Raises CheckpointError if there is nothing to go on from; without `resume`, ConfigError if there is a run to lose. Raises
+    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, or the losses
+    of a run: a checkpoint of transformers' own Trainer has neither.
+    """
+    folder = checkpoints_folder(config.output)
+    there = newest_first(folder)
+    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else there:
+        if path.is_symlink() or not any((path / name).is_file() for name in (_SEAL, _LOSSES)):
+            raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
+    if config.resume and there:
+        return ResumePoint(there[0], read_json(there[0] / _SEAL, CheckpointError))
+    texts = isinstance(config, DrafterConfig) or (config.replay != 0 and any(folder.glob("replay-*.jsonl")))
+    if config.resume and not texts:
+        again = "a run with `save_steps` N has them until it ends"
+        raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; {again}")
+    if there and not config.overwrite:
+        replaces = holds_model(config.output) and not (isinstance(config, DrafterConfig) and config.in_place)
+        held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
+        raise ConfigError(
+            f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"
+        )
+    return None
+
+
+def publish(written: Path, folder: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
+    """Adds what a run needs to a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
+    (written / _LOSSES).write_text(history.to_jsonl(), encoding="utf-8")
+    (written / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    publish_folder(written, folder / written.name)
+    for old in newest_first(folder)[KEPT:]:
+        with suppress(OSError):
+            discard_folder(old)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes checkpoints of later steps than this one, staging folders, and the folder if nothing else is there."""
+    remove_leftovers(folder)
+    for checkpoint in newest_first(folder):
+        if _step(checkpoint) > step:
+            discard_folder(checkpoint)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
+    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint).items()}
+    if hasattr(model, "get_base_model"):
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys())
+        unknown = set_peft_model_state_dict(model, stored).unexpected_keys
+    else:
+        unknown = model.load_state_dict(stored, strict=False).unexpected_keys
+        # Tied weights are stored once.
+        loaded = {weight.data_ptr() for name, weight in model.state_dict().items() if name in stored}
+        missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
+    if unknown or missing:
+        raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))

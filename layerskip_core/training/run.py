@@ -10,25 +10,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import CheckpointInfo, holds_model
+from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED
 from ..checkpoint.open import for_decoding
 from ..checkpoint.save import claim_repository, push
-from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
+from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
 from ..files import hold, run_staging
 from ..interruption import Interruption
-from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest, newest_first, require_own
-from .plan import Plan
-from .progress import LossHistory, StepReport
+from .progress import LossHistory, StepReport, checkpoints_folder, discard_after, newest_first, resume_point
 from .sharding import process_index, resolve_sharding
-from .trained import FrozenModel, Trained, WholeModel
+from .trained import FrozenModel, WholeModel
 from .trainer import RunTrainer, trackers, training_arguments
 
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
@@ -50,12 +48,7 @@ class Verdict:
 class Job:
     """A planned run, made by `prepare`: `plan` says what it will do, `run` does it."""
 
-    trained: Trained
-    resume: ResumePoint | None = None
-
-    @property
-    def plan(self) -> Plan:
-        return self.trained.plan
+    plan: WholeModel | FrozenModel
 
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
@@ -75,7 +68,7 @@ class Job:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
-        plan, trained, repository = self.plan, self.trained, self.plan.config.push_to_hub
+        plan, resume, repository = self.plan, self.plan.resume, self.plan.config.push_to_hub
         if repository is not None and process_index() == 0:
             claim_repository(repository)
         with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
@@ -86,12 +79,11 @@ class Job:
                     raise TrainingInterrupted(kept, interruption.signal, 0)
                 on_progress(stage, done, total)
 
-            history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
-            trainer = RunTrainer(trained.module, plan, *trained.rows(progress), history, on_step, interruption)
+            history = LossHistory() if resume is None else LossHistory.read(resume.folder)
+            trainer = RunTrainer(plan, *plan.data_sets(progress), history, on_step, interruption)
             self._train(trainer, interruption)
-            first = trainer.is_world_process_zero()
-            info = trained.save(history, first)
-            if first:
+            info = plan.save(history)
+            if process_index() == 0:
                 discard_after(checkpoints_folder(plan.config.output), 0)
                 if repository is not None:
                     push(plan.config.output, repository)
@@ -102,7 +94,7 @@ class Job:
 
         Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
         """
-        config, module, measured = self.plan.config, self.trained.module, info.agreement
+        config, module, measured = self.plan.config, self.plan.module, info.agreement
         known = {exit_layer: measured[name] for exit_layer, name in module.names.items() if name in measured}
         if not known or process_index() > 0:
             return []
@@ -114,8 +106,8 @@ class Job:
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
-        folder, resume, steps = checkpoints_folder(self.plan.config.output), self.resume, self.plan.total_steps
-        if trainer.is_world_process_zero():
+        folder, resume, steps = checkpoints_folder(self.plan.config.output), self.plan.resume, self.plan.total_steps
+        if process_index() == 0:
             # What an earlier run left there must never be what a later `resume` finds.
             discard_after(folder, 0 if resume is None else resume.step)
         try:
@@ -124,9 +116,9 @@ class Job:
         except LayerSkipError:
             raise
         except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
-            raise _explained(error, trainer, folder, resume) from error
+            raise _explained(error, trainer) from error
         finally:
-            if trainer.is_world_process_zero():
+            if process_index() == 0:
                 shutil.rmtree(run_staging(folder), ignore_errors=True)
                 with suppress(OSError):
                     folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
@@ -141,15 +133,15 @@ def prepare(config: TrainingConfig) -> Job:
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = own_device(pick_device(config.device))
     trackers(config.report_to)
-    resume = _resume_point(config)
-    trained: Trained
+    resume = resume_point(config)
+    plan: WholeModel | FrozenModel
     if isinstance(config, DrafterConfig):
-        trained = FrozenModel(config, device, resume)
+        plan = FrozenModel(config, device, resume)
     else:
-        trained = WholeModel(resolve_sharding(config, device), device, resume)
+        plan = WholeModel(resolve_sharding(config, device), device, resume)
     if config.training_arguments:
-        training_arguments(trained.plan)
-    return Job(trained, resume)
+        training_arguments(plan)
+    return Job(plan)
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
@@ -180,10 +172,8 @@ def _kept_memory() -> Iterator[None]:
 
     Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(library, "mallopt", lambda option, value: 0)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)
     try:
@@ -194,29 +184,9 @@ def _kept_memory() -> Iterator[None]:
         mallopt(_TRIM_THRESHOLD, 1 << 26)
 
 
-def _resume_point(config: TrainingConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
-
-    Without `resume`, raises ConfigError if there is a run to lose.
-    """
-    folder = checkpoints_folder(config.output)
-    require_own(folder)
-    there = newest_first(folder)
-    if config.resume:
-        replays = isinstance(config, FinetuneConfig) and config.replay != 0
-        texts = isinstance(config, DrafterConfig) or (replays and any(folder.glob("replay-*.jsonl")))
-        return None if texts and not there else newest(folder)
-    if there and not config.overwrite:
-        replaces = holds_model(config.output) and not (isinstance(config, DrafterConfig) and config.in_place)
-        held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
-        raise ConfigError(
-            f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"
-        )
-    return None
-
-
-def _explained(error: Exception, trainer: RunTrainer, folder: Path, resume: ResumePoint | None) -> Exception:
+def _explained(error: Exception, trainer: RunTrainer) -> Exception:
     """An error of the libraries as one for the user, if it came while a checkpoint was read or written."""
+    folder, resume = trainer.checkpoints, trainer.plan.resume
     if trainer.phase == "loading" and resume is not None:
         return CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}")
     if trainer.phase != "saving":

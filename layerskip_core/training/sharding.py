@@ -5,7 +5,7 @@ whole model at the end.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, require
+from ..errors import require
 
 _SHARD = "shard-{}.pt"
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
@@ -56,10 +56,10 @@ def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     return replace(config, fsdp=True)
 
 
-def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
+def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
     """Makes an Accelerator shard what it prepares from now on.
 
-    Each of the `layers` (names of classes) is sharded alone. The embedding, the final norm and the head are one further unit,
+    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit,
     which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
     Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
 
@@ -71,7 +71,7 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-        transformer_cls_names_to_wrap=list(layers),
+        transformer_cls_names_to_wrap=list(dict.fromkeys(type(layer).__name__ for layer in layers)),
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         state_dict_type="SHARDED_STATE_DICT",
         cpu_offload=False,
@@ -81,7 +81,7 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
+def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
     """Writes this process's shards of the trained weights and of the optimizer's state, and the scheduler's.
 
     (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
@@ -92,17 +92,14 @@ def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler,
     weights = {name: _local(weight) for name, weight in _trained(module)}
     folder.mkdir(parents=True, exist_ok=True)
     states = {"optimizer": {**state, "state": parts}, "scheduler": scheduler.state_dict()}
-    torch.save({"weights": weights, **states}, folder / _SHARD.format(process))
+    torch.save({"weights": weights, **states}, folder / _SHARD.format(process_index()))
 
 
-def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path, process: int) -> None:
-    """Loads what `write_shard` wrote, in a run of as many processes. Raises CheckpointError if it does not fit the module."""
-    stored = torch.load(folder / _SHARD.format(process), map_location="cpu", weights_only=True)
-    weights = dict(_trained(module))
-    if stored["weights"].keys() != weights.keys():
-        raise CheckpointError(f"{folder} does not fit the model: it has {len(stored['weights'])} of {len(weights)} weights")
+def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
+    """Loads what `write_shard` wrote, in a run of as many processes."""
+    stored = torch.load(folder / _SHARD.format(process_index()), map_location="cpu", weights_only=True)
     with torch.no_grad():
-        for name, weight in weights.items():
+        for name, weight in _trained(module):
             _local(weight).copy_(stored["weights"][name])
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     state = stored["optimizer"]

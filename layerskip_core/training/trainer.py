@@ -27,12 +27,9 @@ from ..files import run_staging
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
-from .checkpoints import LOSSES, checkpoints_folder, newest_first, publish
 from .data import StreamedRows, collate
-from .exit_blocks import DrafterModule
-from .module import RecipeModule
 from .plan import Plan
-from .progress import LossHistory, StepLosses, StepReport
+from .progress import LossHistory, StepLosses, StepReport, checkpoints_folder, newest_first, publish
 from .recipe import RunStep
 from .sharding import read_shard, use_fsdp, write_shard
 
@@ -55,7 +52,6 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        module: RecipeModule | DrafterModule,
         plan: Plan,
         rows: Any,
         held_out: Any,
@@ -65,29 +61,20 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
         self.plan, self.history, self.on_step, self.interruption = plan, history, on_step, interruption
-        layers = module.backend.layers if plan.is_sharded else ()
-        self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
         self.checkpoints = checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # of loss and tokens of a step, and of its exits; on the device
-        self.micro_batches = 0
-        self.exit_layers: tuple[int, ...] = ()
+        self.micro_batches, self.exit_layers = 0, tuple[int, ...]()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.learning_rate = self.grad_norm = self.started = 0.0
-        super().__init__(
-            module,
-            training_arguments(plan, not isinstance(module.backend.spec, ModelSpec) or plan.rests_readers),
-            collate,
-            train_dataset=rows,
-            eval_dataset=held_out,
-        )
+        super().__init__(plan.module, training_arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.sharded_layers:
-            use_fsdp(self.accelerator, self.sharded_layers)
+        if self.plan.is_sharded:
+            use_fsdp(self.accelerator, self.plan.module.backend.layers)
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -95,17 +82,12 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         adamw, config = super().create_optimizer(model), self.plan.config
         groups = list(self.model.muon(config.lr))
         chosen = {id(weight) for weights, _, _ in groups for weight in weights}
-        for group in adamw.param_groups if chosen else ():
+        for group in adamw.param_groups:
             group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
-        decay = config.weight_decay
-        others = [Muon(weights, lr, decay, adjust_lr_fn=adjustment) for weights, lr, adjustment in groups]
-        self.optimizer = Optimizers(adamw, *others) if others else adamw
+        others = (Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment) for weights, lr, adjustment in groups)
+        self.optimizer = Optimizers(adamw, *others) if groups else adamw
+        self.lr_scheduler = LambdaLR(self.optimizer, self.plan.lr_share)  # in place of the one that Trainer would make
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.plan.lr_share)
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> Any:
         """Trainer's own, which divides the rows among the processes; a stream has been divided."""
@@ -133,13 +115,10 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of every exit over the held-out rows, into the history, the log and the trackers."""
-        inner: Any = self.accelerator.unwrap_model(self.model)
-        inner.eval()
-        exits: tuple[int, ...] = inner.measured_exits
-        sums = torch.zeros(2 * len(exits) + 1, device=self.args.device)
-        rows, processes = len(self.eval_dataset), self.args.world_size
+        inner: Any = self.accelerator.unwrap_model(self.model).eval()
+        sums: Any = 0
+        rows, processes, size = len(self.eval_dataset), self.args.world_size, self.args.train_batch_size
         own_rows = range(self.args.process_index, rows, processes)
-        size = self.args.train_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
             for at in range(0, -(-rows // processes), size):  # as many in every process, because FSDP gathers in each
                 own = own_rows[at : at + size]
@@ -149,21 +128,19 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
                 if not own:
                     batch["labels"].fill_(IGNORED)
                 output = inner(**batch, step=RunStep(self.state.global_step, self.state.max_steps))
-                sums[-1] += (batch["labels"] != IGNORED).sum()
-                sums[: len(exits)] += output["per_exit"]
-                if "agreeing" in output:
-                    sums[len(exits) : -1] += output["agreeing"]
+                exits, targets = output["exit_layers"], (batch["labels"] != IGNORED).sum()[None]
+                sums = sums + torch.cat((output["per_exit"].float(), output["agreeing"], targets))
         inner.train()
-        *parts, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
-        shares = [part / targets for part in parts]
-        losses = dict(zip(exits, shares, strict=False))
-        agreement = dict(zip(exits, shares[len(exits) :], strict=True)) if "agreeing" in output else {}
+        *parts, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        shares = [part / count for part in parts]
+        losses, agreement = dict(zip(exits, shares, strict=False)), dict(zip(exits, shares[len(exits) :], strict=True))
         self.history.add(replace(self.history.steps.pop(), validation=losses, agreement=agreement))
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
         metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
         metrics["eval_loss"] = losses[max(losses)]
         self.log(dict(metrics))  # which adds to it
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.started = time.perf_counter()  # validation does not count in the speed of the next step
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -180,16 +157,16 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             self.accelerator.unwrap_model(model or self.model).load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            write_shard(self.model, self.optimizer, self.lr_scheduler, Path(output_dir))
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        write_shard(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.args.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            read_shard(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        read_shard(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
@@ -205,17 +182,21 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.plan.config.max_grad_norm)
         self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
         if not math.isfinite(self.grad_norm):
             loss = float(self.sums[0])
             what, value = ("norm of the gradient", self.grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise self._failure(f"the {what} of step {state.global_step + 1} is {value}")
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
-        self.learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         history = self.history
-        losses, tokens, stops = self._reduced(state.global_step)
+        signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
+        # Over all processes: whether a signal asks any of them to stop, the loss, the tokens, and the losses of exits.
+        sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
+        self.sums, self.micro_batches, targets = None, 0, float(self.targets)
+        stops, loss, tokens, *per_exit = sums
+        exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
+        losses = StepLosses(state.global_step, loss / targets, exits)
         first = (history.steps or [losses])[0].final
         if not losses.final <= _EXPLODED * max(math.log(self.model.backend.spec.vocab), first):  # NaN is not either
             value = f"{losses.final:.1f} in the last layer, first {first:.1f}"
@@ -225,40 +206,21 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.log(log | {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()})
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        self.on_step(
-            StepReport(
-                losses.step, state.max_steps, losses.loss, losses.final, history.latest, self.learning_rate, tokens / elapsed,
-                history.validated, history.agreement,
-            )
-        )  # fmt: skip
+        self.on_step(history.report(state.max_steps, self.learning_rate, tokens / elapsed))
         last = state.global_step >= state.max_steps
         if stops and not last:
             control.should_save = control.should_training_stop = True
         every = self.plan.eval_steps
         control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.perf_counter()  # validation does not count in the speed of the next step
-
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One process seals the checkpoint and moves it into place, when all have written their part."""
         self.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (written / LOSSES).write_text(self.history.to_jsonl(), encoding="utf-8")
-            publish(written, self.checkpoints, self.plan.sealed)
+            publish(written, self.checkpoints, self.plan.sealed, self.history)
         self.phase = "training"
         self.started = time.perf_counter()
-
-    def _reduced(self, step: int) -> tuple[StepLosses, float, bool]:
-        """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
-        signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
-        sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
-        stops, loss, tokens, *per_exit = sums
-        targets = float(self.targets)
-        exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
-        self.sums, self.micro_batches = None, 0
-        return StepLosses(step, loss / targets, exits), tokens, bool(stops)
 
     def _failure(self, what: str) -> TrainingError:
         saved = newest_first(self.checkpoints)
@@ -302,9 +264,13 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def training_arguments(plan: Plan, some_unused: bool = False) -> TrainingArguments:
-    """`some_unused`: whether a backward pass may leave weights out, such as experts that no token chose."""
-    config = plan.config
+def training_arguments(plan: Plan) -> TrainingArguments:
+    """Raises ConfigError for further arguments that transformers refuses."""
+    config, recipe = plan.config, plan.recipe
+    # A backward pass may leave out readers of exits that are off, and experts that no token chose. (A layer without rows and an
+    # exit that is off leave no parameter unused.)
+    rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
+    unused = rests or not isinstance(plan.module.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
         output_dir=str(checkpoints_folder(config.output)),
         max_steps=plan.total_steps,
@@ -321,7 +287,7 @@ def training_arguments(plan: Plan, some_unused: bool = False) -> TrainingArgumen
         num_train_epochs=1,  # the rows of the run have all passes
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=some_unused,  # a layer without rows and an exit that is off leave no parameter unused
+        ddp_find_unused_parameters=unused,
         dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,

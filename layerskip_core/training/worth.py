@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import median
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,14 @@ from torch import Tensor
 from ..checkpoint.info import Cost
 from ..config.model import PackingConfig
 from ..decoding.drafters.estimates import PassTimes, best_length
+from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.eagle3 import Eagle3Weights
 
 if TYPE_CHECKING:
     from .module import RecipeModule
 
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 ACCEPTED = (0.5, 0.6, 0.7, 0.8)
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
@@ -103,33 +105,30 @@ def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -
     return Worth(step, draft / step, speeds)
 
 
-Texts: TypeAlias = Sequence[tuple[list[int], list[int]]]
-"""Texts with their beginnings, whose tokens are not predicted."""
-
-
 class Original:
     """A model before its training: how it read texts of its own, and held-out rows. Both are read again at the end, in fp32."""
 
-    def __init__(self, module: "RecipeModule", own: Texts, held_out: Texts) -> None:
-        self._own, self._held_out = own, held_out
-        (self._best, self._loss), (_, self._task) = self._read(module, own), self._read(module, held_out)
+    def __init__(self, module: "RecipeModule", own: Rows, held_out: Rows) -> None:
+        self._module, self._own, self._held_out = module, own, held_out
+        (self._best, self._loss), (_, self._task) = self._read(own), self._read(held_out)
 
-    def cost(self, module: "RecipeModule") -> Cost:
-        (best, loss), (_, task) = self._read(module, self._own), self._read(module, self._held_out)
+    def cost(self) -> Cost:
+        (best, loss), (_, task) = self._read(self._own), self._read(self._held_out)
         same = float((best == self._best).float().mean())
         return Cost(len(best), same, exp(self._loss), exp(loss), (self._task, task) if self._held_out else None)
 
     @torch.no_grad()
-    def _read(self, module: "RecipeModule", texts: Texts) -> tuple[Tensor, float]:
+    def _read(self, rows: Rows) -> tuple[Tensor, float]:
         """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
-        backend, layers, was_training = module.backend, module.backend.num_layers, module.training
+        module, backend, was_training = self._module, self._module.backend, self._module.training
         module.eval()
         best, loss = list[Tensor](), 0.0
-        for start, text in texts:
-            ids = torch.tensor([start + text], device=backend.device)
-            states = module.texts.states(ids, (layers,))[layers][0, len(start) - 1 : -1]
-            logits = backend.unembed(states).float()
+        for row in rows:
+            ids, labels = (torch.as_tensor(row[name]).to(backend.device).long()[None] for name in ("input_ids", "labels"))
+            states = module.texts.states(ids, (backend.num_layers,))[backend.num_layers]
+            hidden, targets = target_rows(states, labels)
+            logits = backend.unembed(hidden).float()
             best.append(logits.argmax(-1).cpu())
-            loss += float(F.cross_entropy(logits, ids[0, len(start) :], reduction="sum"))
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         module.train(was_training)
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))

@@ -14,7 +14,7 @@ from layerskip_core.checkpoint.save import save_checkpoint, write_model
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.drafters.knowledge import _usual_times
 from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
-from layerskip_core.training.checkpoints import load_weights
+from layerskip_core.training.progress import load_weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MIXTURES = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")

@@ -16,7 +16,7 @@ from training_runs import in_processes, loss_rows, run_quietly, same_weights, se
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.files import run_staging
-from layerskip_core.training.checkpoints import newest_first
+from layerskip_core.training.progress import newest_first
 from layerskip_core.training.trainer import RunTrainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")

@@ -24,6 +24,7 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
 from layerskip_core.training.run import prepare
 
+SMALL = DrafterConfig(layers=(1, 2), draft_vocab=8)
 EAGLE3 = {"layout": "eagle3", "answer_tokens": 8, "draft_vocab": 64}
 
 
@@ -61,7 +62,7 @@ def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
     decoder = for_decoding(config.output, "cpu")
     job = prepare(replace(config, output=config.output + "-again"))
     tested = accepted = 0
-    for prompt in job.trained.answers.prompts[-40:]:
+    for prompt in job.plan.answers.prompts[-40:]:
         loop = decode(decoder.backend, prompt, DecodingConfig("eagle3", num_draft_tokens=1, max_new_tokens=8), decoder.eos_ids)
         plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=8), decoder.eos_ids)
         assert [token for [step] in loop for token in step.ids] == [token for [step] in plain for token in step.ids]
@@ -92,7 +93,7 @@ def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     job = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
     assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
     job.run(lambda report: None)
-    assert all(text["labels"][:2] == [IGNORED] * 2 for text in job.trained.texts)
+    assert all(text["labels"][:2] == [IGNORED] * 2 for text in job.plan.texts)
 
 
 def test_a_drafter_is_trained_further(frozen, tmp_path):
@@ -107,17 +108,17 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
 
 def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     backend = TransformersBackend(tiny_model(dtype=torch.float32))
-    first = FrozenEagle3(backend, (1, 2), 8)
+    first = FrozenEagle3(backend, SMALL)
     first.begin([{"labels": [IGNORED, 50, 51, 52]}])
     known, rows = first.stored(torch.float32), [{"labels": [IGNORED, 30, 30, 31]}]
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
-    again = FrozenEagle3(backend, (1, 2), 8, known=known)
+    again = FrozenEagle3(backend, SMALL, known)
     again.begin(rows)
     assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.details["coverage"] == 1
     head = "lm_head.weight"
     assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
     weights = {**known.weights, head: torch.randn_like(known.weights[head])}
-    other = FrozenEagle3(backend, (1, 2), 8, known=replace(known, weights=weights))
+    other = FrozenEagle3(backend, SMALL, replace(known, weights=weights))
     other.begin(rows)
     assert torch.equal(other.drafter.tokens, known.tokens) and other.details["coverage"] == 0
     assert torch.equal(other.stored(torch.float32).weights[head], weights[head])
@@ -168,7 +169,7 @@ def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
 def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
     rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0}
     backend = TransformersBackend(tiny_model(rope_parameters=rope))
-    assert FrozenEagle3(backend, (1, 2), 32).drafter.form.rope == {"rope_theta": 5000.0}
+    assert FrozenEagle3(backend, SMALL).drafter.form.rope == {"rope_theta": 5000.0}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def written(tmp_path, count=50):
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
     job = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
-    assert {len(row["labels"]) for row in job.trained.data.rows[:-1]} == {32} and "packed into whole rows" in job.plan.notes[0]
+    assert {len(row["labels"]) for row in job.plan.data.rows[:-1]} == {32} and "packed into whole rows" in job.plan.notes[0]
     assert job.plan.truncated == 0 and job.plan.tokens == prepare(settings(data=data)).plan.tokens
     for changes in ({"preset": "finetune"}, {"preset": "continual", "pack": False}):
         recipe = replace(RECIPE, preset=changes.pop("preset"))
@@ -175,18 +175,18 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
     job = prepare(settings(**changes))
-    assert job.trained.held_out.digest == prepare(settings(**changes)).trained.held_out.digest
-    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (job.trained.held_out, job.trained.data))
+    assert job.plan.held_out_data.digest == prepare(settings(**changes)).plan.held_out_data.digest
+    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (job.plan.held_out_data, job.plan.data))
     assert not held_out & own
     reports = []
     info = job.run(reports.append)
     assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
-    batch = collate([job.trained.held_out.rows[at] for at in range(6)])
-    logits = job.trained.trainable.model.eval()(batch["input_ids"]).logits
+    batch = collate([job.plan.held_out_data.rows[at] for at in range(6)])
+    logits = job.plan.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
-    assert info.details["validation_rows"] == job.trained.held_out.digest != job.trained.data.digest
+    assert info.details["validation_rows"] == job.plan.held_out_data.digest != job.plan.data.digest
 
 
 def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, monkeypatch):

@@ -187,7 +187,7 @@ def test_answers_of_the_data_need_no_decoding(frozen, base):
     config = frozen(**DATA, validation="validation", validation_samples=7)
     job = prepare(config)
     tokenizer = for_training(base).tokenizer
-    text = job.trained.texts[0]
+    text = job.plan.texts[0]
     answer = [label for label in text["labels"] if label >= 0]
     assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith("[IN:")
     assert (job.plan.rows, job.plan.held_out) == (40, 7)

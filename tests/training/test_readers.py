@@ -74,9 +74,9 @@ def test_a_reader_sees_the_documents_of_a_row_apart(kind):
 def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
     """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as it is."""
     job = prepare(settings(recipe=READ, lr=1e-30, steps=3))
-    start = {name: weight.clone() for name, weight in job.trained.module.readers.named_parameters()}
+    start = {name: weight.clone() for name, weight in job.plan.module.readers.named_parameters()}
     job.run(lambda report: None)
-    after = dict(job.trained.module.readers.named_parameters())
+    after = dict(job.plan.module.readers.named_parameters())
     moved = {name for name, weight in start.items() if not torch.equal(weight, after[name])}
     assert moved == {name for name, weight in start.items() if weight.dim() == 2}
     assert same_weights(tmp_path / "out", job.plan.config.model)
@@ -120,7 +120,7 @@ def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
     job, info, folder = learnt
     decoder, tested, accepted = for_decoding(str(folder), "cpu"), 0, 0
     assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
-    for row in job.trained.data.rows[:20]:
+    for row in job.plan.data.rows[:20]:
         ids = row["input_ids"].tolist()
         prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
         config = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16)
@@ -138,8 +138,8 @@ class Passes:
     def __init__(self, backend):
         self.backend = backend
 
-    def seconds(self, start, stop, tokens=1, head=False):
-        return float(stop - start + 2 * head)
+    def seconds(self, start, stop, tokens=1, head=None):
+        return float(stop - start + 2 * (head is not None))
 
 
 def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
@@ -157,9 +157,9 @@ def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     """Others, and those of another exit, begin as copies of the last layer."""
     _, _, folder = learnt
     job = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
-    known, readers = blocks(folder), dict(job.trained.module.readers.named_parameters())
+    known, readers = blocks(folder), dict(job.plan.module.readers.named_parameters())
     assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
-    last = dict(TransformersBackend(job.trained.trainable.model).layers[-1].named_parameters())
+    last = dict(TransformersBackend(job.plan.trainable.model).layers[-1].named_parameters())
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
 
 

@@ -286,5 +286,5 @@ def test_auto_is_bf16_where_the_cpu_is_faster_in_it(settings, monkeypatch, multi
     config = settings(dtype="auto", steps=1)
     job = prepare(config)
     job.run(lambda report: None)
-    assert (job.plan.dtype, job.trained.trainable.model.config._attn_implementation) == (dtype, attention)
+    assert (job.plan.dtype, job.plan.trainable.model.config._attn_implementation) == (dtype, attention)
     assert "sdpa" not in Path(config.output, "config.json").read_text()

@@ -20,7 +20,7 @@ from layerskip_core.checkpoint.save import write_model
 from layerskip_core.config.model import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
-from layerskip_core.training.checkpoints import load_weights
+from layerskip_core.training.progress import load_weights
 from layerskip_core.training.run import prepare
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch
     first = checkpoint(tmp_path / "out", 1)
     assert f"{first} before it is whole: go on from it with `resume`" in str(error.value)
     assert [path.name for path in first.parent.iterdir()] == ["checkpoint-1"]
-    assert prepare(settings(save_steps=1, resume=True)).resume.step == 1
+    assert prepare(settings(save_steps=1, resume=True)).plan.resume.step == 1
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
@@ -204,7 +204,7 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     written.mkdir(parents=True)
     (written / "model.safetensors").write_bytes(b"half")
     job = prepare(settings(save_steps=1, resume=True))
-    assert job.resume.step == 2
+    assert job.plan.resume.step == 2
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         job.run(lambda report: None)

@@ -43,7 +43,7 @@ def ignored(done):
 
 def rows_of(job):
     """Those that the run will train on, in their order."""
-    rows, _ = job.trained.rows(lambda stage, total, done: None)
+    rows, _ = job.plan.data_sets(lambda stage, total, done: None)
     return [rows[position] for position in range(len(rows))]
 
 
@@ -72,7 +72,7 @@ def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     rows = rows_of(job)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
-    assert own == Counter(tuple(row["input_ids"]) for row in job.trained.data.rows)
+    assert own == Counter(tuple(row["input_ids"]) for row in job.plan.data.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
     lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.answers.prompts, strict=True)}
@@ -105,7 +105,7 @@ def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
     job = prepare(settings(replay=0.5))
     assert not job.plan.answers.known and job.plan.answers.seconds > 0
     assert not Path(job.plan.config.output).exists()  # a plan writes nothing
-    assert job.plan.answers.how.tokens == round(job.trained.data.tokens / len(job.trained.data.rows)) > 2
+    assert job.plan.answers.how.tokens == round(job.plan.data.tokens / len(job.plan.data.rows)) > 2
     long = prepare(settings(replay=0.5, replay_tokens=1000, max_length=256)).plan
     assert {long.answers.how.room(len(start)) + len(start) for start in long.answers.prompts} == {256}
 
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
         prepare(config).run(ignored, interrupting)
     assert stages == [0, 2, 4]
     job = prepare(replace(config, resume=True))
-    assert (len(job.plan.answers.known), job.resume) == (6, None)
+    assert (len(job.plan.answers.known), job.plan.resume) == (6, None)
     job.run(ignored, lambda stage, done, total: stage == "replay texts" and stages.append(done))
     assert stages[3:] == [6, 8]
     assert len(prepare(replace(config, overwrite=True)).plan.answers.known) == 8

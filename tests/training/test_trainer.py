@@ -41,7 +41,7 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
         sizes = {"batch_size": batch_size, "accumulation": accumulation, "steps": 1, "overwrite": True}
         job = prepare(settings(data=data, recipe=PLAIN, **sizes))
         accumulated = []
-        head = job.trained.trainable.model.lm_head.weight
+        head = job.plan.trainable.model.lm_head.weight
         head.register_post_accumulate_grad_hook(lambda weight, seen=accumulated: seen.append(weight.grad.clone()))
         job.run(lambda report: losses.append(report.loss))
         assert len(accumulated) == accumulation
@@ -57,7 +57,7 @@ def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(seconds)))
     reports = []
     job.run(reports.append)
-    lengths = [len(row["input_ids"]) for row in job.trained.data.rows]
+    lengths = [len(row["input_ids"]) for row in job.plan.data.rows]
     assert reports[0].tokens_per_second == sum(lengths) < 2 * max(lengths)
 
 
@@ -73,7 +73,7 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
     job = prepare(settings(steps=1))
     batches = []
-    job.trained.module.register_forward_pre_hook(
+    job.plan.module.register_forward_pre_hook(
         lambda _, args, keywords: batches.append(len(keywords["input_ids"])), with_kwargs=True
     )
     job.run(lambda report: None)
@@ -185,10 +185,8 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
 def test_the_plan(settings, base):
     job = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
     plan = job.plan
-    assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in job.trained.data.rows)
-    assert (
-        plan.truncated == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in job.trained.data.rows) > 0
-    )
+    assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in job.plan.data.rows)
+    assert plan.truncated == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in job.plan.data.rows) > 0
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
     assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
@@ -213,7 +211,7 @@ def spoiling(job, step, factor):
 
     def listen(report):
         if report.step == step:
-            job.trained.trainable.model.lm_head.weight.data.mul_(factor)
+            job.plan.trainable.model.lm_head.weight.data.mul_(factor)
 
     return listen
 
@@ -237,7 +235,7 @@ def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, messa
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
     job = prepare(settings())
-    head = job.trained.trainable.model.lm_head.weight
+    head = job.plan.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
     before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
@@ -272,7 +270,7 @@ def test_the_order_of_its_tokens_stands_beside_the_model(trained):
     job, _, _, output = trained
     order = token_order(output, 300)  # as `--draft-vocab` reads it
     assert order is not None and sorted(order) == list(range(300))
-    targets = [token for row in job.trained.data.rows for token in row["labels"].tolist()]
+    targets = [token for row in job.plan.data.rows for token in row["labels"].tolist()]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
 
 
