@@ -1,13 +1,21 @@
-"""Narration and progress, all on stderr: stdout carries results only."""
+"""The standard streams. Prompts come from stdin, narration and progress go to stderr: stdout carries results only.
 
+They are usable in any state that the shell left them in: closed, full, or with a reader that went away. Standard input carries
+prompts only: no library can read it as the answer to a question of its own.
+"""
+
+import io
 import os
+import select
+import stat
 import sys
 import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -18,7 +26,9 @@ from .options import with_flags
 
 _PLAIN_SECONDS = 10.0  # between two progress lines
 _LONGEST = 2_000  # characters of an error
+_EXAMPLE = "remind me to call mom at 5"
 _UNSHOWN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
+_taken: TextIO | None = None  # standard input
 
 
 @cache
@@ -115,3 +125,117 @@ def _plain_lines() -> Callable[[str, int, int, str], None]:
 def _is_first_process() -> bool:
     """True for the one of torchrun's processes that prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# Standard input
+
+
+class _Narration(io.TextIOWrapper):
+    """Standard error; failures to write are ignored, because progress messages must not end a command."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
+def take() -> None:
+    """Makes all three usable. `main` calls this first.
+
+    Closed descriptors become /dev/null: otherwise the next file opened would get their number, and the output of C code. That
+    is opened for reading, so that results that cannot be written are an error. Invalid bytes in prompts become lone surrogates,
+    as in arguments, so that the prompt they are in is refused.
+    """
+    global _taken
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+    _taken, sys.stdin = sys.stdin, io.StringIO()
+    if isinstance(_taken, io.TextIOWrapper):
+        _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # before the first read
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        raw = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115  a buffer would fail at exit
+        sys.stderr = _Narration(raw, errors="backslashreplace", write_through=True)
+
+
+def give_up() -> None:
+    """Sends buffered standard output to /dev/null, so that the interpreter's exit does not fail."""
+    with suppress(OSError):  # not a file
+        descriptor = sys.stdout.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def is_piped() -> bool:
+    """Whether there is a standard input that is no terminal."""
+    return _taken is not None and not _taken.isatty()
+
+
+def is_terminal() -> bool:
+    return _taken is not None and _taken.isatty()
+
+
+def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
+    """The argument, else all of standard input as one prompt, else an example, which is told."""
+    if prompt is None and is_piped():
+        prompt = prompts_stream().read().removesuffix("\n")
+        prompt = prompt if prompt or may_be_empty else None
+    if prompt is None:
+        narrate(f"no PROMPT given; an example: {_EXAMPLE}")
+    return _EXAMPLE if prompt is None else prompt
+
+
+def typed_line(prompt: str) -> str:
+    """A line that is typed at a terminal, without its end, and with the usual keys to edit it. Raises EOFError after Ctrl-D."""
+    if not sys.stdout.isatty():  # `input` would write the prompt to the results
+        sys.stderr.write(prompt)
+        prompt = ""
+    with suppress(ImportError):  # Windows has none; its consoles edit lines themselves
+        import readline  # noqa: F401  `input` uses it
+    kept, sys.stdin = sys.stdin, prompts_stream()
+    try:
+        return input(prompt)
+    finally:
+        sys.stdin = kept
+
+
+def prompts_stream() -> TextIO:
+    """The input that `take` kept, as UTF-8 text; empty if the process was started without one."""
+    return io.StringIO() if _taken is None else _taken
+
+
+class PromptLines(Iterator[str]):
+    """The lines of standard input, without their ends. Unlike a stream they can be asked whether the next one is there."""
+
+    def __init__(self) -> None:
+        self._read, self._is_over, self._encoding = bytearray(), _taken is None, "utf-8-sig"
+        self._descriptor: int | None = None  # of a stream in memory
+        with suppress(OSError):
+            self._descriptor = prompts_stream().fileno()
+
+    def __next__(self) -> str:
+        while b"\n" not in self._read and not self._is_over:
+            descriptor = self._descriptor
+            part = prompts_stream().buffer.read() if descriptor is None else os.read(descriptor, 1 << 16)
+            self._is_over = descriptor is None or not part
+            self._read += part
+        if not self._read:
+            raise StopIteration
+        line, end, _ = self._read.partition(b"\n")
+        del self._read[: len(line) + len(end)]
+        text, self._encoding = line.decode(self._encoding, "surrogateescape"), "utf-8"  # it may begin with a byte order mark
+        return text.rstrip("\r")
+
+    def is_ready(self) -> bool:
+        """Whether the next line, or the end, can be had without waiting for the process that writes it, as far as is known."""
+        if self._is_over or self._descriptor is None or b"\n" in self._read or stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            return True
+        try:
+            return bool(select.select([self._descriptor], [], [], 0)[0])
+        except OSError:  # Windows knows it of sockets only
+            return False

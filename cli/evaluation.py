@@ -59,11 +59,7 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
 
 
 def deliver_report(
-    record: "RunRecord",
-    form: str,
-    folder: Path | None,
-    saved: str | None,
-    picture: Callable[[int], Text] | None = None,
+    record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
 ) -> None:
     """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike.
 

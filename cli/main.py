@@ -13,8 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from . import streams
-from .console import tell_error
+from .console import give_up, take, tell_error
 from .options import Command
 
 # A module each, as --help lists them, where the module's docstring is shown.
@@ -30,7 +29,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            streams.give_up()
+            give_up()
             raise typer.Exit() from None
 
 
@@ -76,7 +75,7 @@ def _root(
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 an error, printed in one line, 2 wrong usage, 130 interrupted."""
-    streams.take()
+    take()
     sys.exit(_run(*_without_debug(sys.argv[1:])))
 
 
@@ -90,14 +89,14 @@ def _run(arguments: list[str], debug: bool) -> str | int | None:
             return end.code
         return 0  # unreachable: Typer always exits
     except BrokenPipeError:
-        streams.give_up()
+        give_up()
         return 0
     except KeyboardInterrupt:
-        streams.give_up()
+        give_up()
         return 130
     except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
         tell_error(error, debug)
-        streams.give_up()
+        give_up()
         return 1
 
 

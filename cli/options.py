@@ -35,10 +35,7 @@ _FIRST = {  # of commands with many flags: those that people use first
 _WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
-Format = Annotated[
-    Literal["table", "json", "csv", "markdown"],
-    Flag("Format of standard output.", panel="Output"),
-]
+Format = Annotated[Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")]
 ReportFolder = Annotated[
     Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
 ]
@@ -62,11 +59,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
-            flag = flag_of(hint)
-            if hint == ModelArgument or (flag and flag.reads == "model"):
-                present[field] = require_model
-            elif flag and flag.reads == "data":
-                present[field] = require_data
+            reads = "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None)
+            if reads in ("model", "data"):
+                present[field] = require_model if reads == "model" else require_data
 
     @wraps(function)
     def run(**values: Any) -> None:
@@ -178,7 +173,6 @@ def _is_list(hint: Any) -> bool:
 
 
 def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
-    """A parameter as Typer takes it."""
     flag = flag_of(hint)
     if flag is None:
         return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

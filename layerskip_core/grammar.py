@@ -46,7 +46,9 @@ class Guide:
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
-                grammar = LLMatcher.grammar_from_lark(text if kind == "grammar" else _alternatives(json.loads(text)))
+                if kind == "choice":
+                    text = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
+                grammar = LLMatcher.grammar_from_lark(text)
             self._compiled = LLMatcher(words, grammar, log_level=0)
             fault = self._compiled.get_error()
         except ValueError as error:
@@ -63,11 +65,6 @@ class Guide:
     def matcher(self) -> "Matcher":
         """For a row that begins."""
         return Matcher(self._compiled.deep_copy(), self.eos_ids)
-
-
-def _alternatives(texts: Sequence[str]) -> str:
-    """A Lark grammar for one of several texts."""
-    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
 guide = lru_cache(maxsize=64)(Guide)  # of a server many requests have the same

@@ -97,12 +97,7 @@ def _chunks(tokens: int, vocab_size: int) -> list[slice]:
 
 
 def _losses(
-    found: Tensor,
-    targets: Tensor | None,
-    aim: Tensor | None,
-    weights: tuple[float, float],
-    trains: bool,
-    total_variation: bool,
+    found: Tensor, targets: Tensor | None, aim: Tensor | None, weights: tuple[float, float], trains: bool, total_variation: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(cross-entropy and divergence from the `aim`, (2,), summed over tokens; gradient of their weighted sum by `found`).
 

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -236,28 +236,18 @@ def encode_conversation(
     Special tokens in what they and the `tools` say stay text. Both are as in `render_chat`. Raises ConfigError if the tokenizer
     has no chat template, CheckpointError if that or the tokenizer fails.
     """
-    said = list(_texts([messages, tools]))
+    said: list[str] = []
+    _mapped([messages, tools], said.append)
     special = special_text(tokenizer, *said)
-    seal = special is not None and any(map(special.found, said))
-    if special is not None and seal:
-        messages, tools = _mapped([messages, tools], special.masked)
-    text = render_chat(tokenizer, messages, True, tools)
-    if special is not None and seal:
-        return list(special.encode(special.sealed(text), add_special_tokens=False).ids)
-    return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in lists and objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for each in [*value, *value.values()] if isinstance(value, Mapping) else value:
-            yield from _texts(each)
+    if special is None or not any(map(special.found, said)):
+        text = render_chat(tokenizer, messages, True, tools)
+        return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
+    messages, tools = _mapped([messages, tools], special.masked)
+    return list(special.encode(special.sealed(render_chat(tokenizer, messages, True, tools)), add_special_tokens=False).ids)
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """The same of lists and objects, with their texts changed."""
+    """Lists and objects with what `change` makes of each of their texts."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -2,11 +2,10 @@
 
 import torch
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.beside import EAGLE3_FOLDER, eagle3_content, exit_blocks_content, fingerprint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.checkpoint.speculators import EAGLE3_FOLDER, eagle3_content
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks

@@ -13,7 +13,7 @@ from layerskip_core.config.options import Flag, Without
 from layerskip_core.errors import ContextError, LayerSkipError, plural
 from layerskip_core.interruption import Interruption
 
-from .. import streams
+from .. import console
 from ..console import ResultsConsole, narrate, one_line
 from ..loading import DecoderFlags, load_to_decode, of_answers
 from ..options import command
@@ -49,7 +49,7 @@ def chat(
     loaded, _ = load_to_decode(flags)
     config = loaded.resolve(of_answers(loaded, flags.decoding), flags.packing)
     chat = _Chat(loaded, config, show_drafts, stats)
-    if streams.is_terminal():
+    if console.is_terminal():
         chat.on_terminal()
     else:
         chat.over_pipe()
@@ -69,7 +69,7 @@ class _Chat:
         self._last: TextStream | None = None
         self._total = DecodeStats()
         self._refused = False  # a line, so far
-        if streams.is_terminal():
+        if console.is_terminal():
             narrate(f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}")
         if not self._dialogue.has_turns:
             narrate(f"{loaded.template.name} is no chat template: every message is a prompt of its own")
@@ -82,7 +82,7 @@ class _Chat:
         while True:
             line = None
             try:
-                line = streams.typed_line("> ")
+                line = console.typed_line("> ")
                 self._take(line)
             except KeyboardInterrupt:
                 narrate("\n/exit or Ctrl-D leaves" if line is None else "\nstopped")
@@ -94,7 +94,7 @@ class _Chat:
     def over_pipe(self) -> None:
         """Answers every line. Exits with 1 if one could not be answered, and with 130 after Ctrl-C."""
         try:
-            for number, line in enumerate(streams.prompts_stream(), start=1):
+            for number, line in enumerate(console.prompts_stream(), start=1):
                 self._take(line.rstrip("\r\n"), number)
         except EOFError:
             pass

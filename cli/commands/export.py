@@ -12,12 +12,7 @@ from ..options import ModelArgument, command
 
 
 @command
-def export(
-    model: ModelArgument = "embedded",
-    *,
-    config: ExportConfig,
-    check: CheckConfig,
-) -> None:
+def export(model: ModelArgument = "embedded", *, config: ExportConfig, check: CheckConfig) -> None:
     """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
 
     It has the exit's block if there is one, the norm and the head, and gives the logits of this exit. --format gguf writes

@@ -16,7 +16,7 @@ from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
 from layerskip_core.errors import DataError, LayerSkipError
 from layerskip_core.files import parse_json
 
-from .. import streams
+from .. import console
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode
 from ..options import Prompt, command
@@ -65,20 +65,20 @@ def generate(
         (lines and jsonl, "give --lines or --jsonl, not both"),
         ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
-        (several and not streams.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
+        (several and not console.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
         (
-            prompt is None and not (streams.is_piped() or streams.is_terminal()),
+            prompt is None and not (console.is_piped() or console.is_terminal()),
             "give a PROMPT, or pipe one into standard input",
         ),
     ):
         if wrong:
             raise typer.BadParameter(told)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
-    given = streams.PromptLines()
+    given = console.PromptLines()
     if several:
         requests = requests_of(given, jsonl, flags.decoding, usual, lambda options: loaded.resolve(options, flags.packing))
     else:
-        requests = iter([Request(1, streams.given_prompt(prompt, may_be_empty=True), usual)])
+        requests = iter([Request(1, console.given_prompt(prompt, may_be_empty=True), usual)])
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 
     earlier, is_ready = EarlierAnswers(remember), given.is_ready

@@ -13,8 +13,7 @@ from layerskip_core.config.model import MachineConfig, PromptingConfig
 from layerskip_core.config.options import Count, Flag, Layer, ModelName, Text
 from layerskip_core.errors import LayerSkipError, require, visible
 
-from .. import streams
-from ..console import ResultsConsole, narrate
+from ..console import ResultsConsole, given_prompt, narrate
 from ..loading import load_model
 from ..options import Prompt, command
 
@@ -58,7 +57,7 @@ def inspect(
     room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))  # layers beside a token and its count
     layers = layers or tuple(sorted({max(1, round(count * part / room)) for part in range(1, room + 1)}))
     require(layers[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, layers)))
-    inspection = run_inspect(loaded, streams.given_prompt(prompt, may_be_empty=False), max_new_tokens)
+    inspection = run_inspect(loaded, given_prompt(prompt, may_be_empty=False), max_new_tokens)
     if output is not None:
         write_file(Path(output), inspection_page(inspection).encode(), LayerSkipError)
         narrate(f"wrote {output}")

@@ -107,7 +107,8 @@ class Service:
             Route("/metrics", self._metrics),
             Route("/health", self._health),
         ]
-        app = Starlette(routes=routes, exception_handlers=dict.fromkeys((HTTPException, ApiError, 500), _refusal))
+        handlers = dict.fromkeys((HTTPException, ApiError, LayerSkipError, 500), _refusal)
+        app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False  # to an address that the client's Host header names
         return app
 
@@ -234,10 +235,7 @@ class Service:
     async def _tokenize(self, request: Request) -> Response:
         """A prompt's or a conversation's token ids, as it is answered."""
         self.authorize(request)
-        try:
-            ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
-        except LayerSkipError as error:
-            raise api_error(error) from None
+        ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room})
 
     async def _models(self, request: Request) -> Response:
@@ -378,7 +376,6 @@ async def _watch(receive: Receive, updates: Updates) -> None:
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
-    """Any error in OpenAI's form."""
     if isinstance(error, HTTPException):  # of starlette
         refused = invalid(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
         return JSONResponse(refused.document, error.status_code, error.headers)

@@ -113,12 +113,12 @@ class Asked(NamedTuple):
 
     prompts: tuple[Prompt, ...]
     options: list[RequestOptions]  # they differ in their seeds
-    n: int
-    is_seeded: bool  # the request names a seed
-    stream: bool
-    include_usage: bool
-    echo: bool
-    tools: Tools | None  # of a conversation
+    n: int = 1
+    is_seeded: bool = False  # the request names a seed
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    tools: Tools | None = None  # of a conversation
 
 
 def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
@@ -139,7 +139,7 @@ def embedded(document: Mapping[str, Any], model: str, config: ServeConfig) -> As
     prompts, most = _prompts(document.get("input"), "input"), _most(config)
     if len(prompts) > most:
         raise invalid(f"input must be at most {most} texts, got {len(prompts)}", "input")
-    return Asked(prompts, [{} for _ in prompts], 1, False, False, False, False, None)
+    return Asked(prompts, [{} for _ in prompts])
 
 
 def _most(config: ServeConfig) -> int:
@@ -179,7 +179,6 @@ def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeC
 
 
 def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
-    """The tools of a request that may be called."""
     try:
         known = msgspec.convert(document.get("tools", []), tuple[Tool, ...])
     except msgspec.ValidationError as error:
@@ -231,11 +230,8 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """A body without its nulls. Raises ApiError for one that is no object."""
-    try:
-        document = parse_json(body, "the body", DataError)
-    except DataError as error:
-        raise invalid(str(error)) from None
+    """A body without its nulls. Raises ApiError for one that is no object, and DataError for one that is no JSON."""
+    document = parse_json(body, "the body", DataError)
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
     return {key: value for key, value in document.items() if value is not None}

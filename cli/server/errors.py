@@ -8,9 +8,8 @@ from layerskip_core.errors import ConfigError, ContextError, LayerSkipError
 from layerskip_core.serving import QueueFull, Stopped
 
 # Options that have another name in the API.
-_NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"} | {
-    name: f"guided_{name}" for name in ("regex", "grammar", "choice")
-}
+_NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"}
+_NAMES |= {name: f"guided_{name}" for name in ("regex", "grammar", "choice")}
 
 
 class ApiError(Exception):

@@ -3,10 +3,9 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, TypedDict
 
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from layerskip_core.config.options import checked
 from layerskip_core.serving import Request, Update
@@ -21,30 +20,6 @@ NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_forma
 _STATE: dict[str, Any] = {"store": False, "background": False, "previous_response_id": None, "conversation": None}
 _UNSUPPORTED: dict[str, Any] = {"n": 1, "truncation": "disabled", "prompt": None, "max_tool_calls": None}
 _LOGPROBS = "message.output_text.logprobs"
-
-
-class _Text(Struct):
-    type: Literal["input_text", "output_text"]
-    text: str
-
-
-_Content = str | list[_Text]
-
-
-class _Message(Struct, tag="message"):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Content
-
-
-class _Call(Struct, tag="function_call"):
-    call_id: str
-    name: str
-    arguments: str
-
-
-class _Result(Struct, tag="function_call_output"):
-    call_id: str
-    output: _Content
 
 
 class _Body(TypedDict, total=False):
@@ -80,31 +55,34 @@ def as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
-    """Items of an input as messages. The assistant's message before a call has it; without one it has a message of its own."""
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if isinstance(items, list):
-        items = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
-    try:
-        read = msgspec.convert(items, Annotated[list[_Message | _Call | _Result], Meta(min_length=1)])
-    except msgspec.ValidationError as error:
-        needed = "a text, or a list of messages with texts, function_call and function_call_output items"
-        raise invalid(f"input must be {needed}: {error}", "input") from None
+    """Items of an input as messages, whose values are checked as those of a conversation.
+
+    The assistant's message before a call has it; without one it has a message of its own.
+    """
     messages: list[dict[str, Any]] = []
-    for item in read:
-        if isinstance(item, _Message):
-            messages.append({"role": item.role, "content": _joined(item.content)})
-        elif isinstance(item, _Result):
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)})
-        else:
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant"})
-            function = {"name": item.name, "arguments": item.arguments}
-            messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
+    for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
+        match {"type": "message", **item} if isinstance(item, dict) else item:
+            case {"type": "message", "role": "system" | "developer" | "user" | "assistant" as role, "content": content}:
+                messages.append({"role": role, "content": _content(content)})
+            case {"type": "function_call_output", "call_id": call, "output": output}:
+                messages.append({"role": "tool", "tool_call_id": call, "content": _content(output)})
+            case {"type": "function_call", "call_id": call, "name": name, "arguments": arguments}:
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                function = {"name": name, "arguments": arguments}
+                messages[-1].setdefault("tool_calls", []).append({"id": call, "function": function})
+            case _:
+                needed = "a text, or a list of messages with texts, function_call and function_call_output items"
+                raise invalid(f"input must be {needed}, got {item!r:.200}", "input")
     return messages
 
 
-def _joined(content: _Content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _content(content: Any) -> Any:
+    """Texts of an input and of an output as those of a conversation."""
+    parts = content if isinstance(content, list) else []
+    if all(isinstance(part, dict) and part.get("type") in ("input_text", "output_text") for part in parts):
+        return [{**part, "type": "text"} for part in parts] or content
+    raise invalid("input must have contents that are texts, or lists of input_text and output_text parts", "input")
 
 
 class ResponseDocument:

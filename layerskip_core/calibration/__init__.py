@@ -71,10 +71,8 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         weights = tune(backend, weights, original, texts, steps, config.seed, partial(report, "tuning", steps))
     agreement = (choices(backend, others) == expected).double().mean().item()
     details = {"texts": len(texts), "length": texts.shape[1], "tuning_steps": steps, "seed": config.seed}
-    rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
-    content = int4_content(
-        rows, made_from, {name: str(value) for name, value in details.items()} | {"torch": torch.__version__}
-    )
+    told = {name: str(value) for name, value in details.items()} | {"torch": torch.__version__}
+    content = int4_content({name: stored(weights[name]) for name in matrix_names(backend.own_spec)}, made_from, told)
     if copied:
         import_checkpoint(config.model, folder, "auto", {INT4_FILE: content}, lambda info: info.with_int4(agreement))
     else:

@@ -19,6 +19,7 @@ as the loss, which knows of errors that cancel out, or grow, in later layers.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -265,15 +266,12 @@ def _inputs(
         if name == last:
             raise _Reached
 
-    linear = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in linear]
-    try:
+    with ExitStack() as hooks, suppress(_Reached):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         return found, run(hidden)
-    except _Reached:
-        return found, None
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return found, None
 
 
 class Tuned:

@@ -1,7 +1,7 @@
-"""Files of further weights beside a model's: calibrated int4 weights, and exit blocks.
+"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
 
-The header of each says which format it has, and has a fingerprint of the weights that it was made for, so that it is not used
-with others.
+The header of the first two says which format they have, and has a fingerprint of the weights that they were made for, so that
+they are not used with others.
 
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
 projections and of the head, by the weight's name.
@@ -9,6 +9,14 @@ projections and of the head, by the weight's name.
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
 block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
 an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
+
+eagle3/ is the folder of the drafter, as vLLM, SGLang and llama.cpp read it. Its config.json has what the library `speculators`
+writes (vLLM reads `speculators_config` and `transformer_layer_config`), and the same values at its top, where SGLang and
+EAGLE's own checkpoints have them. The weights have the names of EAGLE's checkpoints (`midlayer.*`), which all three know;
+`layers.0.*`, of `speculators`, is read too. `d2t` has, for each output of the head, the target's token less the number of the
+output. vLLM reads `eagle_aux_hidden_state_layer_ids` at the top: after how many layers states are taken. SGLang, and SpecForge,
+which trains for it, read that in `eagle_config`, where a list that begins with 1 has the layers by index: [1, 14, 26] is after
+2, 15 and 27.
 """
 
 import hashlib
@@ -17,28 +25,39 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, require
+from ..files import read_json
+from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
-from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
-from .speculators import eagle3_beside
+from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
+
+EAGLE3_FOLDER = "eagle3"
+EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
+PROPOSED = 4  # drafts of a round, unless whoever serves it says another number
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
 _FINGERPRINT = "fingerprint"
+_OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
+_UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
+_Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, max_length=16)]
 
 
 def matrix_names(spec: ModelSpec) -> list[str]:
     """Every projection, in the order of the layers, and the head."""
-    return [name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2] + [
-        spec.head_name
-    ]
+    of_layers = (name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2)
+    return [*of_layers, spec.head_name]
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
@@ -72,7 +91,8 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
         return None
     with _naming(path):
         file = open_formed(path, _INT4)
-        _check(file, spec, weight_of, shapes, ("U8",))
+        _check_made_for(file, spec, weight_of)
+        _check_entries(file.entries, shapes, ("U8",))
 
     def take(name: str) -> Tensor | None:
         if name not in shapes:
@@ -100,7 +120,8 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             file = open_formed(path, _BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            _check(file, spec, weight_of, blocks.shapes(spec), FLOATS)
+            _check_made_for(file, spec, weight_of)
+            _check_entries(file.entries, blocks.shapes(spec), FLOATS)
     drafter = eagle3_beside(folder, spec)
     return blocks if drafter is None else replace(blocks, eagle3=drafter)
 
@@ -123,12 +144,15 @@ def exit_blocks_content(spec: AnySpec, weights: Mapping[str, Tensor], made_for: 
     return _content(content, made_for, _BLOCKS)
 
 
-def _check(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor], shapes: Shapes, kinds: Collection[str]) -> None:
-    """Raises ValueError for a file of other weights, and for one that is missing or unknown, or of another shape or type."""
+def _check_made_for(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
     if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
-    for name in sorted({*shapes, *file.entries}):
-        kind, shape = file.entries.get(name, ("nothing", ()))
+
+
+def _check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]) -> None:
+    """Raises ValueError for a weight that is missing or unknown, or of another shape or type."""
+    for name in sorted({*shapes, *entries}):
+        kind, shape = entries.get(name, ("nothing", ()))
         if kind not in kinds or shape != shapes.get(name):
             needed = f"{' or '.join(kinds)} {list(shapes[name])}" if name in shapes else "left out"
             raise ValueError(f"{name} must be {needed}, found {kind} {list(shape)}")
@@ -153,3 +177,168 @@ def _content(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, st
     header[_METADATA] = dict(sorted(header[_METADATA].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
+
+
+# The drafter
+
+
+class _Rope(msgspec.Struct):
+    rope_theta: Annotated[float, Meta(ge=1, le=1e15)] = 10_000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+class _Layer(msgspec.Struct):
+    """The values of `transformer_layer_config`, or of the top of config.json, that are read here."""
+
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    num_hidden_layers: int = 1
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    rms_norm_eps: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-6
+    rope_parameters: _Rope | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_theta: float | None = None
+
+
+class _Eagle(msgspec.Struct):
+    eagle_aux_hidden_state_layer_ids: _Ids = msgspec.field(default_factory=list)
+
+
+class _Values(msgspec.Struct):
+    draft_vocab_size: _Size
+    eagle_aux_hidden_state_layer_ids: _Ids | None = None
+    norm_before_residual: bool | None = None
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    target_hidden_size: int | None = None
+    eagle_config: _Eagle | None = None
+    transformer_layer_config: _Layer | None = None
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """2, L/2 and L-3, or the nearest different ones: after which layers engines take states unless config.json says so."""
+    return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}))
+
+
+def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
+    """The files of a drafter's folder by their names beside the model's own.
+
+    `spec`: of the target. `verifier`: its folder or hub id, by which engines find it.
+    """
+    from safetensors.torch import save
+
+    form, architectures = stored.form, ["LlamaForCausalLMEagle3"]
+    layer: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": form.hidden,
+        "intermediate_size": form.inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": form.heads,
+        "num_key_value_heads": form.kv_heads,
+        "head_dim": form.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": form.eps,
+        "rope_parameters": dict(form.rope),
+        "rope_theta": form.rope["rope_theta"],
+        "max_position_embeddings": spec.context,
+        "vocab_size": spec.vocab,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+    method = {"proposal_type": "greedy", "speculative_tokens": PROPOSED, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    document = {
+        **layer,
+        "architectures": architectures,
+        "draft_vocab_size": form.vocab,
+        "norm_before_residual": form.norm_before_residual,
+        "eagle_aux_hidden_state_layer_ids": list(form.layers),
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [layer - (form.layers[0] == 2) for layer in form.layers],
+            "use_aux_hidden_state": True,
+        },
+        "dtype": str(next(iter(stored.weights.values())).dtype).removeprefix("torch."),
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": {"name_or_path": verifier, "architectures": getattr(spec.config, "architectures", None)},
+        },
+        "transformer_layer_config": layer,
+    }
+    weights = {name.replace(LAYER, _OF_EAGLE): weight.contiguous() for name, weight in stored.weights.items()}
+    if form.vocab < spec.vocab:  # else vLLM knows no such tensor
+        weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
+    text = json.dumps(document, indent=2) + "\n"
+    return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
+
+
+def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
+    """The drafter of a model's folder, if it has one: its config.json is written last. Raises as `read_eagle3` does."""
+    drafter = Path(folder) / EAGLE3_FOLDER
+    return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None
+
+
+def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
+    """The drafter in a folder of its own, for a model.
+
+    Raises CheckpointError, naming the first value that it cannot have or weight that it lacks.
+    """
+    path = Path(folder)
+    try:
+        values = msgspec.convert(document := read_json(path / CONFIG_FILE, CheckpointError), _Values)
+        own = values.transformer_layer_config or msgspec.convert(document, _Layer)
+        file, form = WeightFile(path / "model.safetensors"), _form(values, own, spec)
+        names = {name.replace(_OF_EAGLE, LAYER): name for name in file.entries if name not in _UNUSED}
+        tokens = torch.arange(form.vocab)
+        if names.pop(TOKENS, None):
+            _check_entries({TOKENS: file.entries[TOKENS]}, {TOKENS: (form.vocab,)}, ("I64", "I32"))
+            tokens += file.read(TOKENS).long()
+        _check_entries({name: file.entries[stored] for name, stored in names.items()}, form.shapes, ("F32", "BF16", "F16"))
+        weights = {name: file.read(names[name]) for name in form.shapes}
+        require(bool(((tokens >= 0) & (tokens < spec.vocab)).all()), TOKENS, f"tokens below {spec.vocab}", "others")
+        require(len(set(tokens.tolist())) == len(tokens), TOKENS, "different tokens", "some of them twice")
+    except Exception as error:
+        raise CheckpointError(f"the drafter {folder} cannot be used: {first_line(error)}") from error
+    return Eagle3Weights(form, tokens, weights)
+
+
+def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
+    """Raises ConfigError for a value that is not supported."""
+    named = values.eagle_config.eagle_aux_hidden_state_layer_ids if values.eagle_config else []
+    by_index = bool(named) and named[0] == 1
+    layers = values.eagle_aux_hidden_state_layer_ids or [layer + by_index for layer in named] or default_layers(spec.layers)
+    require(max(layers) < spec.layers, "eagle_aux_hidden_state_layer_ids", f"layers below {spec.layers}", layers)
+    require(own.hidden_size == spec.hidden, "hidden_size", f"{spec.hidden}, as the model's", own.hidden_size)
+    require(values.target_hidden_size in (None, spec.hidden), "target_hidden_size", "hidden_size", values.target_hidden_size)
+    require(own.num_hidden_layers == 1, "num_hidden_layers", "1", own.num_hidden_layers)
+    require(own.hidden_act == "silu", "hidden_act", "silu", own.hidden_act)
+    heads, size = own.num_key_value_heads or own.num_attention_heads, own.head_dim or own.hidden_size // own.num_attention_heads
+    needed = f"a multiple of num_key_value_heads, {heads}"
+    require(own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads)
+    if isinstance(spec, ModelSpec):  # whose cache has entries of one shape
+        needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
+        fits = (heads, size) == (spec.kv_heads, spec.head_dim)
+        require(fits, "num_key_value_heads and head_dim", needed, f"{heads} and {size}")
+    for name in ("norm_before_fc", "fc_norm", "norm_output"):
+        require(not getattr(values, name), name, "false", "true")
+    require(not own.attention_bias, "attention_bias", "false", "true")
+    theta = {} if own.rope_theta is None else {"rope_theta": own.rope_theta}
+    rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
+    require(rope.rope_type in ROPES, "rope_type", " or ".join(ROPES), rope.rope_type)
+    before = values.norm_before_residual
+    if before is None:  # `speculators` has another default than EAGLE's own checkpoints
+        before = values.transformer_layer_config is not None
+    sizes = own.hidden_size, own.num_attention_heads, heads, size, own.intermediate_size, values.draft_vocab_size
+    kept = {name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None}
+    return Eagle3Form(tuple(sorted(layers)), *sizes, own.rms_norm_eps, kept, before)

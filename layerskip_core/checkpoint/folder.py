@@ -183,23 +183,22 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
     return Tokenizer(folder, settings) if whole else None
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding for.
+def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
+    """The tokenizer. Raises CheckpointError for one without a vocabulary, or with words that the model has no embedding for.
 
     Special tokens may lie beyond the embeddings, as those of Gemma 3 for images do: no text contains them.
     """
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:
-        return
+        return tokenizer
     special = set(special_ids(tokenizer).values())
-    beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special}
+    beyond = [(token, word) for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special]
     if beyond:
-        first = min(beyond)
-        raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size): "
-            f"{beyond[first]!r} is token {first}"
-        )
+        first, word = min(beyond)
+        told = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
+        raise CheckpointError(f"{told}: {word!r} is token {first}")
+    return tokenizer
 
 
 # Output of transformers

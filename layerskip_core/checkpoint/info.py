@@ -206,7 +206,9 @@ def read_info(path: str | Path) -> CheckpointInfo:
         info = msgspec.convert({**values, "details": details}, CheckpointInfo)
         msgspec.convert(details, _Training)
         for name in info.files:
-            require_inside(name)
+            inside = PurePosixPath(name)
+            if not inside.parts or inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name:
+                raise ValueError(f"a file's name must stay in its folder, got {name!r}")
         if any("strategy" not in policy for policy in info.policies.values()):
             raise ValueError("a policy has no strategy")
         return info
@@ -217,10 +219,3 @@ def read_info(path: str | Path) -> CheckpointInfo:
 def holds_model(path: str | Path) -> bool:
     """Whether a folder holds a complete model or adapter. Their config is written last."""
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)
-
-
-def require_inside(name: str) -> None:
-    """Raises ValueError for a file's name that leaves its folder. Parts of a name have / between them."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"a file's name must stay in its folder, got {name!r}")

@@ -156,19 +156,14 @@ class Decoder:
         The strategy is the one that a sweep saved, self-speculative if it saved only an exit. `packing`: how drafts are stored.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        blocks = tuple(self.backend.exit_blocks)
-        exits = blocks or self.info.trained_exits(self.backend.num_layers)
+        info, blocks = self.info, tuple(self.backend.exit_blocks)
+        exits = blocks or info.trained_exits(self.backend.num_layers)
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
-        found = "self-speculative" if self.info.exit_layer is not None and not exits else None
-        return Recommended(
-            self.info.exit_layer or (blocks[0] if blocks else exit_layer),
-            self.info.num_draft_tokens or drafts,
-            self.info.strategy or found,
-            exits,
-            self.info.skip,
-            self.info.draft_profile(self.backend.num_layers, packing),
-        )
+        found = "self-speculative" if info.exit_layer is not None and not exits else None
+        exit_layer, drafts = info.exit_layer or (blocks[0] if blocks else exit_layer), info.num_draft_tokens or drafts
+        profile = info.draft_profile(self.backend.num_layers, packing)
+        return Recommended(exit_layer, drafts, info.strategy or found, exits, info.skip, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = _PLAIN) -> DecodingConfig:
         """What was asked, completed by this checkpoint. `packing`: as it was asked for.
@@ -223,10 +218,14 @@ class Trainable:
 
 def decoder_of(trainable: Trainable) -> Decoder:
     """Decodes with transformers' own layers and shares the weights, so that training can go on."""
-    model, tokenizer, info = trainable.model, trainable.tokenizer, trainable.info
-    eos_ids = end_ids(model.generation_config, model.config, tokenizer)
-    template = resolve_template(None, None, info.template, tokenizer)
-    return Decoder(trainable.name, trainable.backend, tokenizer, info, eos_ids, template, (), model.generation_config)
+    model, backend = trainable.model, trainable.backend
+    return decoder(trainable.name, backend, trainable.tokenizer, trainable.info, model.config, model.generation_config)
+
+
+def decoder(name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object) -> Decoder:
+    """With the template and the end tokens that the model's files name; `config` and `generation` are those of transformers."""
+    eos_ids, template = end_ids(generation, config, tokenizer), resolve_template(None, None, info.template, tokenizer)
+    return Decoder(name, backend, tokenizer, info, eos_ids, template, generation=generation)
 
 
 def end_ids(*sources: object) -> frozenset[int]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -111,11 +112,8 @@ def fetched(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     hub_id, revision = _hub_id(name)
-
-    def fetch() -> str:
-        return snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_OURS)
-
-    return reading(name, fetch)
+    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": _NOT_OURS}
+    return reading(name, partial(snapshot_download, hub_id, revision=revision, **files))
 
 
 def _hub_id(name: str) -> tuple[str, str | None]:

@@ -32,13 +32,12 @@ from ..model.native.compiled import kernel_note, kernels, requested_variant, why
 from ..model.transformers_backend import attention_for
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from ..prompting import resolve_template
-from .beside import read_exit_blocks, read_int4
+from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
     check_stored_weights,
-    check_tokenizer,
+    checked_tokenizer,
     generation_config,
     is_packed,
     lean_spec,
@@ -48,12 +47,11 @@ from .folder import (
     refuse_packed,
 )
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
-from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_dtype
+from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, locate, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .speculators import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3
-from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, written_dtype
+from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, tokenizer_of, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
@@ -114,7 +112,8 @@ def for_decoding(
         source = _lean_source(folder, target, dtype, used)
         if source is None:
             return _repacked(_trainable(name, location, target, dtype), location, used)
-        return _decoder(name, folder, info, *_backend(_with_files_beside(source, folder, available_memory()), folder))
+        backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
+        return replace(_decoder(name, folder, info, backend), notes=notes)
 
     return reading(name, lambda: read_whole(location.path, read))
 
@@ -205,11 +204,8 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
     def read() -> Trainable:
         files = open_model(location)
-        config, words = files.config, tokenizer
-        if words is None:
-            words = files.tokenizer()
-            check_tokenizer(words, files.vocab)
-        else:
+        config, words = files.config, tokenizer or tokenizer_of(files)
+        if tokenizer:
             config.vocab_size = len(words)
             for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(config, special, getattr(words, special))
@@ -248,8 +244,7 @@ def _with_policies(
 
 def _lean_source(folder: str, device: torch.device, dtype: str, packing: PackingConfig) -> Source | None:
     """A folder that is read without importing transformers; None where only transformers can read it."""
-    spec = lean_spec(folder)
-    if spec is None:
+    if (spec := lean_spec(folder)) is None:
         return None
     files = open_weights(folder, spec)
     check_stored_weights(files, spec)
@@ -321,21 +316,15 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     return _decoder(name, folder, info, backend)
 
 
-def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...] = ()) -> Decoder:
-    """With the template and the end tokens that the folder's files name."""
-    tokenizer = lean_tokenizer(folder) or read_tokenizer(folder)
-    check_tokenizer(tokenizer, backend.spec.vocab)
-    generation, template = generation_config(folder), resolve_template(None, None, info.template, tokenizer)
-    eos_ids = end_ids(generation, backend.spec.config, tokenizer)
-    return Decoder(name, backend, tokenizer, info, eos_ids, template, notes, generation)
+def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:
+    tokenizer = checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), backend.spec.vocab)
+    return decoder(name, backend, tokenizer, info, backend.spec.config, generation_config(folder))
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
     """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
-    folder = location.folder
-    generic, spec = decoder_of(trainable), trainable.backend.spec
-    missing = missing_feature(spec)
-    if missing is None:
+    generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
+    if (missing := missing_feature(spec)) is None:
         source = _model_source(trainable, packing)
         memory = available_memory() + spec.parameters * source.dtype.itemsize  # of the weights, which are in memory already
         backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)

@@ -327,9 +327,9 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
             reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
             raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
     said = _said(options)
-    shows_prompt = bool(said.get("prompt_logprobs"))
-    require(not shows_prompt or "logprobs" in said, "prompt_logprobs", "used with `logprobs`", "none")
-    require(not shows_prompt or "exit_confidence" not in given, "prompt_logprobs", "left out with `exit_confidence`", "both")
+    if said.get("prompt_logprobs"):
+        require("logprobs" in said, "prompt_logprobs", "used with `logprobs`", "none")
+        require("exit_confidence" not in given, "prompt_logprobs", "left out with `exit_confidence`", "both")
     require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
     for name in given:
         users = used_by(name)

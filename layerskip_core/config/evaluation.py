@@ -192,8 +192,7 @@ class SweepConfig(MeasurementConfig):
         ),
     ] = ()
     specs: Annotated[
-        tuple[Drafts, ...],
-        Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed"),
+        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
     ] = ()
     keep: Annotated[
         Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")

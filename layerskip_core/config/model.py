@@ -43,8 +43,7 @@ class PackingConfig:
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[
-        tuple[Quantization, ...],
-        Flag("Draft with low-bit copies of the weights. The output stays the same."),
+        tuple[Quantization, ...], Flag("Draft with low-bit copies of the weights. The output stays the same.")
     ] = ()
     draft_layers: int = 0
     draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None

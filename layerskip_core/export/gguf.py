@@ -75,7 +75,12 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
         if spec.logits_cap is not None:
             writer.add_final_logit_softcapping(spec.logits_cap)
         for weight_name in spec.shapes:
-            add(weight_name, _as_stored(weight_name, model.get_parameter(weight_name).detach(), spec))
+            weight = model.get_parameter(weight_name).detach()
+            if name == "llama":  # in whose heads llama.cpp rotates neighbours, not halves
+                weight = _neighbours(weight_name, weight, spec)
+            elif spec.architecture.norm == "rms_plus_one" and weight_name.endswith("norm.weight"):
+                weight = weight + 1  # which llama.cpp does not add
+            add(weight_name, weight)
 
 
 def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
@@ -169,15 +174,6 @@ def _full_rope(spec: ModelSpec) -> RopeSpec:
     return spec.ropes[(full or spec.rope_of)[0] or 0]
 
 
-def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
-    """llama.cpp's form of a weight: it rotates neighbours in a Llama's heads, not halves, and adds no 1 to Gemma's norms."""
-    if _ARCHITECTURES[spec.model_type] == "llama":
-        return _neighbours(name, weight, spec)
-    if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight"):
-        return weight + 1
-    return weight
-
-
 def _neighbours(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
     """A weight whose queries or keys have the halves of each head's outputs as neighbours; others as they are."""
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
@@ -249,7 +245,6 @@ def _step(step: dict[str, Any] | None) -> str:
 
 
 def _add_tokens(writer: Any, tokenizer: Any, described: dict[str, Any], vocab: int) -> None:
-    """The texts of tokens by id, and their types."""
     from gguf import TokenType
 
     special = {token["id"]: token["special"] for token in described["added_tokens"]}

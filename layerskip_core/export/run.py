@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import read_exit_blocks
+from ..checkpoint.beside import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
@@ -23,10 +23,9 @@ from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, pres
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.speculators import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.decoding import require_exit_layer
-from ..config.model import Engine, ExportConfig, PackingConfig
+from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
 from ..errors import CheckpointError, ConfigError, first_line, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
@@ -44,11 +43,7 @@ README = "README.md"
 _MOST_TOKENS = 16
 _USUAL_TOKENS = 6
 _AS_VLLM = "the number that the drafter's folder tells vLLM"
-_NOT_BY_LAYER = (
-    "token_id",
-    "architectures",
-    "mlp_only_layers",
-)  # lists in config.json of other things than layers, whatever their length
+_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things, whatever their length
 _PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
 _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
@@ -87,9 +82,8 @@ def export(config: ExportConfig) -> Exported:
         spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
     if config.engine == "vllm" and blocks.eagle3 is not None:  # the exits of such a model are seldom trained
-        needed = (
-            f"given: this model has a drafter that vLLM reads as it is, by `vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
-        )
+        way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
+        needed = f"given: this model has a drafter that vLLM reads as it is, by {way}"
         require(config.exit_layer is not None, "exit_layer", needed, "none")
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
@@ -167,14 +161,10 @@ def _write_weights(source: Source, path: Path) -> str:
     spec, calibrated = source.spec, source.int4 is not None
     blocks = replace(source.exit_blocks, eagle3=None)  # which lies beside them as it is
     block_shapes = blocks.shapes(spec)
-    content = Content(
-        "bf16" if source.dtype == torch.bfloat16 else "fp32",
-        packing.quantize,
-        packing.draft_weights,
-        (packing.draft_head or "int8") if packing.draft_weights else None,
-        calibrated,
-        {str(block.exit_layer): block.feature for block in blocks.blocks},
-    )
+    head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
+    features = {str(block.exit_layer): block.feature for block in blocks.blocks}
+    dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
+    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated, features)
     compiled = kernels()
     assert compiled is not None
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
@@ -284,10 +274,8 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
         weight = weights[name]
         for dimension, size in enumerate(needed.shape):
             if weight.shape[dimension] != size:
-                parts = weight.view(*weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :]).index_select(
-                    dimension, torch.tensor(kept)
-                )
-                weight = parts.flatten(dimension, dimension + 1)
+                by_layer = weight.view(*weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :])
+                weight = by_layer.index_select(dimension, torch.tensor(kept)).flatten(dimension, dimension + 1)
         fitting[name] = weight
     model.load_state_dict(fitting, assign=True)
     model.tie_weights()

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from ..errors import CheckpointError
-
 # Names of the norms before and after attention, and before and after the MLP; None where there is none. All act inside the
 # residual branch.
 Norms = tuple[str | None, str | None, str | None, str | None]
@@ -108,10 +106,8 @@ class Architecture:
             read.update(names if getattr(self, variation) == value else ())
         switches = [self.query_bias, self.output_bias, self.mlp_bias, self.parallel, self.norm_eps, self.activation]
         if self.experts is not None:
-            read |= {
-                "num_experts_per_tok",
-                *(("decoder_sparse_step", "mlp_only_layers") if self.experts.on_some_layers else ()),
-            }
+            read |= {"num_experts_per_tok"}
+            read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
@@ -330,19 +326,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 SUPPORTED = tuple(ARCHITECTURES)
 
 
-def runs_on_kernels(config: Any) -> bool:
-    """Whether our kernels know the architecture of a configuration."""
-    return _found(config) is not None
-
-
-def architecture_of(config: Any) -> Architecture:
-    """Raises CheckpointError for a configuration that `runs_on_kernels` says no to."""
-    if (found := _found(config)) is None:
-        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
-    return found
-
-
-def _found(config: Any) -> Architecture | None:
+def known_architecture(config: Any) -> Architecture | None:
+    """That of a configuration; None for one that our kernels do not run."""
     found = ARCHITECTURES.get(str(config.model_type))
     while found is not None and any(getattr(config, name, None) != value for name, value in found.needs.items()):
         found = found.otherwise
@@ -373,7 +358,7 @@ _READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
 
 def is_complete(config: Mapping[str, Any]) -> bool:
     """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it."""
-    architecture = _found(SimpleNamespace(**{"model_type": None, **config}))
+    architecture = known_architecture(SimpleNamespace(**{"model_type": None, **config}))
     if architecture is None or (architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)):
         return False
     return config.keys() >= architecture.reads

@@ -26,8 +26,7 @@ class Layers(Protocol):
     The layers of exit blocks come after the `num_layers` of the model, as further layers of the chain.
     """
 
-    @property
-    def num_layers(self) -> int: ...
+    num_layers: int
 
     @property
     def device(self) -> torch.device: ...
@@ -216,22 +215,18 @@ class Backend(Layers, Protocol):
         draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
     """
 
+    implementation: str
+    exact: bool
+    batch_invariant: bool
+    ragged: bool
+    recordable: bool
+
     @property
     def spec(self) -> AnySpec: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
-    def implementation(self) -> str: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def batch_invariant(self) -> bool: ...
-    @property
-    def ragged(self) -> bool: ...
-    @property
     def row_cost(self) -> float: ...
-    @property
-    def recordable(self) -> bool: ...
     @property
     def chooser(self) -> Chooser | None: ...
     @property

@@ -15,13 +15,16 @@ from functools import partial, wraps
 from itertools import pairwise
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Entry, EntryWriter, MixedCache, State
+
+if TYPE_CHECKING:
+    from .probe import Recorder
 
 _CACHES = ("cache", "past_key_values", "cache_params")  # names of a forward's argument
 _BASE = 256  # of the digits of token ids, which every precision holds exactly
@@ -100,9 +103,8 @@ class Form:
 
     def hidden(self, state: Tensor) -> Tensor:
         """The reverse of `state`."""
-        hidden = (
-            state[..., : self.width].view(*state.shape[:2], *self.shape) if self.reads_ids or len(self.shape) > 1 else state
-        )
+        differs = self.reads_ids or len(self.shape) > 1
+        hidden = state[..., : self.width].view(*state.shape[:2], *self.shape) if differs else state
         return hidden.movedim(2, 0) if self.leading else hidden
 
     def ids(self, state: Tensor) -> Tensor:
@@ -120,22 +122,7 @@ class Form:
         return kind((hidden, *[None] * (length - 1)))
 
 
-class Writer(Protocol):
-    """What a PositionCache needs of an EntryWriter."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def begins(self) -> bool: ...
-    @property
-    def first_kept(self) -> int: ...
-
-    def put(self, entry: Entry, new: Tensor) -> Tensor: ...
-    def get(self, entry: Entry, like: Tensor) -> Tensor: ...
-    def before(self, state: State) -> Tensor | None: ...
-    def keep(self, state: State, column: int, new: Tensor) -> None: ...
+Writer: TypeAlias = "EntryWriter | Recorder"
 
 
 class PositionCache:
@@ -144,7 +131,7 @@ class PositionCache:
     is_compileable = False
     is_sliding = is_linear = is_dummy = ()
 
-    def __init__(self, writer: Writer, ends: Collection[Entry] = ()) -> None:
+    def __init__(self, writer: "Writer", ends: Collection[Entry] = ()) -> None:
         """`ends`: entries after which a layer has written all, and ends."""
         self.writer, self._ends = writer, ends
         self._states: dict[State, Tensor | None] = {}  # after the tokens so far, of the recurrent module that runs
@@ -185,9 +172,7 @@ class PositionCache:
         self._states[layer_idx, "recurrent", state_idx] = new
         return new
 
-    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-        """As MiniMax asks for the state."""
-        return self.get_recurrent_state(layer_idx)
+    get_linear_cache = get_recurrent_state  # as MiniMax asks for the state
 
     def set_linear_cache(self, layer_idx: int, new: Tensor) -> None:
         self.update_recurrent_state(new, layer_idx)
@@ -242,9 +227,8 @@ class PositionCache:
             for start, stop in pieces:
                 self._column, bounds = stop - 1, slice(start, stop)
                 piece = hidden[:, bounds]
-                outputs.append(
-                    forward(piece, *args[1:], **keywords) if args else forward(**{**keywords, "hidden_states": piece})
-                )
+                of_piece, named = with_hidden(piece, args, keywords)
+                outputs.append(forward(*of_piece, **named))
                 if self._column >= self.writer.first_kept:
                     for state, new in self._states.items():
                         assert new is not None
@@ -262,8 +246,7 @@ class PositionCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.writer.start
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.writer.start
+    get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
         return self.writer.stop, 0
@@ -314,10 +297,13 @@ class CutModel:
     ) -> Tensor:
         """Layers start..stop-1 over states (B, T, D) of the tokens at `positions`; see `embed` for those before layer 0.
 
-        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs instead of its original,
-        and its `shift_of_block`.
+        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs instead of these layers,
+        in the place of its original, and its `shift_of_block`.
         """
-        shift = 0 if block is None else block[1]
+        shift = 0
+        if block is not None:
+            assert self.form.attending is not None
+            start, stop, shift = self.form.attending, self.form.attending + 1, block[1]
         writer = None if cache is None else EntryWriter(cache, positions, shift=shift)
         if cache is not None and writer is not None and self._one_by_one(cache, positions, writer.contiguous):
             rows = []
@@ -390,7 +376,7 @@ class CutModel:
         start: int,
         stop: int,
         positions: Tensor,
-        writer: Writer | None,
+        writer: "Writer | None",
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
@@ -405,12 +391,23 @@ class CutModel:
         cache = None if writer is None else self._cache_class(writer, ends)
         given = None if first else form.hidden(state)
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
+
+        def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+            """The forward of the first and the last layer that run, and of all that only write."""
+            if given is not None and index == start:
+                args, keywords = with_hidden(given, args, keywords)
+            try:
+                output = forward(*args, **keywords)
+            except _Written:
+                assert only_writes
+            if only_writes:
+                output = self._pass(index, cache, *args, **keywords)
+            return _reach(hidden_of(output)) if index == stop - 1 else output
+
         with self._lock:
             changes = [(layers[index], partial(self._pass, index, None if block else cache)) for index in range(start)]
             for index in running:
-                forward = layers[index].forward if block is None else block[0]
-                entering, ending = given if index == start else None, index == stop - 1
-                changes.append((layers[index], partial(self._run_layer, index, cache, forward, entering, ending, only_writes)))
+                changes.append((layers[index], partial(run_layer, index, layers[index].forward if block is None else block[0])))
             if cache is not None:
                 modules = [pair for index in range(start, stop) for pair in form.recurrent.get(index, {}).items()]
                 if block is not None:
@@ -436,40 +433,13 @@ class CutModel:
             keywords[SHARED][self.form.shares[index]] = shared
         return self.form.returned(hidden)
 
-    def _run_layer(
-        self,
-        index: int,
-        cache: PositionCache | None,
-        forward: Forward,
-        given: Tensor | None,
-        ending: bool,
-        only_writes: bool,
-        /,
-        *args: Any,
-        **keywords: Any,
-    ) -> Any:
-        """The forward of the first and the last layer that run, and of all that only write."""
-        if given is not None and args:
-            args = (given, *args[1:])
-        elif given is not None:
-            keywords["hidden_states"] = given
-        try:
-            output = forward(*args, **keywords)
-        except _Written:
-            assert only_writes
-        if only_writes:
-            output = self._pass(index, cache, *args, **keywords)
-        return _reach(hidden_of(output)) if ending else output
-
     def _tail(self, state: Tensor, *changes: tuple[nn.Module, Forward]) -> Tensor:
         """What the forward makes of states (..., D) after the last layer: its logits, or what `changes` end it with."""
         form, flat = self.form, state.reshape(-1, 1, state.shape[-1])  # rows of one token, for which any position is one
         last = form.returned(form.hidden(flat))
         skipped = [(layer, partial(self._pass, index, None)) for index, layer in enumerate(form.layers[:-1])]
-        positions = torch.zeros(len(flat), 1, dtype=torch.long)
-        found = self.forward(
-            {"input_ids": form.ids(flat)}, positions, [*skipped, (form.layers[-1], lambda *_, **__: last), *changes]
-        )
+        ended: list[tuple[Any, Forward]] = [*skipped, (form.layers[-1], lambda *_, **__: last), *changes]
+        found = self.forward({"input_ids": form.ids(flat)}, torch.zeros(len(flat), 1, dtype=torch.long), ended)
         found = found if isinstance(found, Tensor) else found.logits
         return found.view(*state.shape[:-1], found.shape[-1])
 
@@ -487,7 +457,7 @@ class CutModel:
             keywords["position_ids"] = positions
         if cache is not None and self.cache_keyword is not None:
             keywords[self.cache_keyword] = cache
-        differ = isinstance(cache, PositionCache) and not getattr(cache.writer, "contiguous", True)
+        differ = cache is not None and not cache.writer.contiguous
         if differ:
             _know_positions(self.model.config.get_text_config(decoder=True)._attn_implementation)
         token = _POSITIONS.set(positions if differ else None)
@@ -506,6 +476,11 @@ def _cache_class(model: Any) -> type[PositionCache]:
     own = (kind for name in _CACHES if name in parameters for kind in getattr(parameters[name].annotation, "__args__", ()))
     kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
     return type("PositionCache", (PositionCache, *kinds), {})
+
+
+def with_hidden(hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments, the first of which are hidden states, with others."""
+    return ((hidden, *args[1:]), keywords) if args else ((), {**keywords, "hidden_states": hidden})
 
 
 def hidden_of(output: Any) -> Tensor:

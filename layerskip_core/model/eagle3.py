@@ -144,21 +144,16 @@ class Eagle3(nn.Module):
             parameter = nn.Parameter(torch.ones(shape))
             if len(shape) == 2:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
-            self.weights[_key(name)] = parameter
+            self.weights[name.replace(".", "/")] = parameter  # its keys may have no dots
         self.tokens = nn.Buffer(tokens)
         self.layer = Eagle3Layer(form, self.weight, self._product)
 
     def weight(self, name: str) -> Tensor:
-        weight: Tensor = self.weights[_key(name)]
+        weight: Tensor = self.weights[name.replace(".", "/")]
         return weight
 
     def _product(self, names: Sequence[str]) -> Product:
         return lambda rows: F.linear(rows, torch.cat([self.weight(name) for name in names]))
-
-
-def _key(name: str) -> str:
-    """A parameter's key, which may have no dots."""
-    return name.replace(".", "/")
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def cut_at_layers(model: Any) -> CutModel:
     return cut
 
 
-class _Recorder:
+class Recorder:
     """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all.
 
     Attributes:
@@ -46,7 +46,7 @@ class _Recorder:
         recurrent: modules that wrote a state; None for one of convolutions.
     """
 
-    begins, first_kept = True, 0
+    begins, contiguous, first_kept = True, True, 0
 
     def __init__(self, count: int) -> None:
         self.start, self.stop = 0, count
@@ -143,7 +143,7 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
 
 def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
     """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
-    positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), _Recorder(ids.shape[1])
+    positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), Recorder(ids.shape[1])
     written, recurrent = dict[int, list[Entry]](), dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
 
@@ -157,23 +157,14 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
         return form.returned(hidden)
 
     changes = [(layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)]
-    handles = [
-        handle
-        for module in form.layers.modules()
-        for handle in (
-            module.register_forward_pre_hook(lambda module, _: recorder.running.append(module)),
-            module.register_forward_hook(recorder.ran, always_call=True),
-        )
-    ]
-    try:
-        with _reasons(), replaced(changes):
-            state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
-            if len(changes) > 1:
-                state = cut.run_span(state, 1, len(changes), positions, recorder)
-            _compare(cut.unembed(state), expected, "when each layer runs alone")
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _reasons(), replaced(changes):
+        for module in form.layers.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: recorder.running.append(module)))
+            hooks.enter_context(module.register_forward_hook(recorder.ran, always_call=True))
+        state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
+        if len(changes) > 1:
+            state = cut.run_span(state, 1, len(changes), positions, recorder)
+        _compare(cut.unembed(state), expected, "when each layer runs alone")
     return recorder.kept
 
 
@@ -208,17 +199,11 @@ def _see(cut: CutModel, ids: Tensor) -> Tensor:
         (part, partial(watch, name, index, part.forward)) for name, parts in lists.items() for index, part in enumerate(parts)
     ]
     calls: list[tuple[nn.Module, Any, Any]] = []
-    handles = [
-        part.register_forward_hook(lambda *call: calls.append(call))
-        for owner in {name.rpartition(".")[0] for name in lists}
-        for part in (model.get_submodule(owner), *model.get_submodule(owner).children())
-    ]
-    try:
-        with _reasons():
-            logits: Tensor = cut.forward({"input_ids": ids}, None, changes).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _reasons():
+        for part in map(model.get_submodule, {name.rpartition(".")[0] for name in lists}):
+            for each in (part, *part.children()):
+                hooks.enter_context(each.register_forward_hook(lambda *call: calls.append(call)))
+        logits: Tensor = cut.forward({"input_ids": ids}, None, changes).logits
     chains = [name for name, found in seen.items() if [index for index, *_ in found] == list(range(len(lists[name])))]
     if not chains:
         raise _Different("its forward is no chain of layers")
@@ -233,18 +218,12 @@ def _see(cut: CutModel, ids: Tensor) -> Tensor:
         raise _Different(f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}")
     (owned,) = (output for part, _, output in calls if part is owner)
     normed = getattr(owned, "last_hidden_state", None)
-    norms = [part for part, inputs, output in calls if inputs and inputs[0] is last and _equals(output, normed)]
+    after = [(part, found) for part, inputs, found in calls if inputs and inputs[0] is last and isinstance(found, Tensor)]
+    norms = [part for part, found in after if isinstance(normed, Tensor) and found.equal(normed)]
     container = None if isinstance(output, Tensor) else (type(output), len(output))
-    cut.form = Form(
-        lists[name],
-        owner,
-        norms[0] if len(norms) == 1 else None,
-        type(owned),
-        container,
-        bool(leading),
-        (last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:]),
-        shares[name],
-    )
+    shape = (last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:])
+    norm = norms[0] if len(norms) == 1 else None
+    cut.form = Form(lists[name], owner, norm, type(owned), container, bool(leading), shape, shares[name])
     return logits
 
 
@@ -254,10 +233,6 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = part
     return lists
-
-
-def _equals(output: Any, normed: Any) -> bool:
-    return isinstance(output, Tensor) and isinstance(normed, Tensor) and torch.equal(output, normed)
 
 
 def _compare(found: Tensor, expected: Tensor, when: str) -> None:

@@ -160,7 +160,8 @@ class RepackedBackend(ABC):
             self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
-            self._layers = runners[0]
+            self._layers = layers = runners[0]
+            self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
             self.normed = self._norm(norm)
             drafter, place = exit_blocks.eagle3, self._chain_spec.layers - 1
             self.eagle3 = None if drafter is None else self.placed_eagle3(drafter, place, packing)
@@ -185,15 +186,6 @@ class RepackedBackend(ABC):
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         context = self.spec.context
         return self._layers.new_cache(batch_size, min(max_positions or context, context))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self._layers.embed(ids)
-
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self._layers.run_layers(hidden, start, stop, positions, cache)
-
-    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        self._layers.write_kv(hidden, start, stop, positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden)

@@ -38,7 +38,6 @@ class Rope:
         return [table[positions] for table in self._tables]
 
     def _grown(self, count: int) -> list[Tensor]:
-        """The tables of the first positions."""
         rotations = [torch.complex(*pair) for pair in cosines_and_sines(self._spec, count, self._like)]
         fixed = (self._spec.head_dim - self._spec.rotary) // 2  # pairs that do not rotate
         return [self._slots(torch.cat([table, table.new_ones(count, fixed)], dim=1)) for table in rotations]
@@ -62,8 +61,10 @@ def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[T
 def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
     if rope.type == "default":  # transformers computes this one in each model's own module, which takes seconds to import
-        exponents = torch.arange(0, spec.rotary, 2, dtype=torch.int64).float() / spec.rotary
-        return 1.0 / (rope.frequency_base(spec.rotary) ** exponents), 1.0
+        base, alpha, size = float(rope.parameters["rope_theta"]), rope.parameters.get("alpha"), spec.rotary
+        if alpha:  # Hunyuan's, which stretches it (NTK-aware scaling)
+            base *= alpha ** (size / (size - 2))
+        return 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = {} if rope.kind is None else {"layer_type": rope.kind}

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .architectures import EXPERT_COUNTS, Architecture, Names, architecture_of
+from .architectures import EXPERT_COUNTS, SUPPORTED, Architecture, Names, known_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,11 +103,6 @@ class RopeSpec:
         """Of a head that rotates."""
         return float(self.parameters.get("partial_rotary_factor") or 1.0)
 
-    def frequency_base(self, rotary: int) -> float:
-        """The default rope's, for `rotary` dimensions. Hunyuan's `alpha` stretches it (NTK-aware scaling)."""
-        theta, alpha = self.parameters["rope_theta"], self.parameters.get("alpha")
-        return float(theta * alpha ** (rotary / (rotary - 2)) if alpha else theta)
-
 
 @dataclass(frozen=True)
 class TransformersSpec:
@@ -132,23 +127,12 @@ class TransformersSpec:
     def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
         """Of a transformers model with so many layers, and the modules that its exit blocks copy, by name."""
         config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
-        contexts = (getattr(config, name, None) for name in _CONTEXTS)
-        return cls(
-            model.config.model_type,
-            layers,
-            config.hidden_size,
-            config.vocab_size,
-            next((positions for positions in contexts if positions), _USUAL_CONTEXT),
-            head is not None and head.weight is model.get_input_embeddings().weight,
-            sum(weight.numel() for weight in model.parameters()),
-            {name: tuple(weight.shape) for name, weight in model.named_parameters()},
-            {
-                f"{part}.{name}": tuple(weight.shape)
-                for part, module in block_parts.items()
-                for name, weight in module.named_parameters()
-            },
-            model.config,
-        )
+        context = next(filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT)
+        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        parts = [named for part, module in block_parts.items() for named in module.named_parameters(part)]
+        sizes = layers, config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
+        return cls(model.config.model_type, *sizes, shapes, {name: tuple(weight.shape) for name, weight in parts}, model.config)
 
 
 @dataclass(frozen=True)
@@ -201,7 +185,8 @@ class ModelSpec:
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
-        architecture = architecture_of(config)
+        if (architecture := known_architecture(config)) is None:
+            raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
         names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
         values: _Values = _read(_Values, lambda name: getattr(config, name, None), names=names)
 
@@ -326,8 +311,8 @@ class ModelSpec:
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of an exit block's weights: of a layer, and of a norm."""
-        layer = {f"layer.{name}": shape for name, shape in self.layer_shapes.items()}
-        return layer | self.norm_shapes("norm", self.hidden)
+        last = self.shapes_of_layer(self.layers - 1)  # which the layers of exit blocks are like
+        return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
 
     @property
     def stored_parts(self) -> dict[str, list[list[str]]]:
@@ -380,11 +365,6 @@ class ModelSpec:
         names, normed = self.names, self.architecture.query_key_norms != "none"
         own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
         return *self.architecture.norms, *own
-
-    @property
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the last layer, which the layers of exit blocks are like."""
-        return self.shapes_of_layer(self.layers - 1)
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a layer, after its prefix."""
@@ -507,7 +487,6 @@ def _kinds_and_window(
 
 
 def _rotates(values: _Values) -> tuple[bool, ...]:
-    """Which layers have rotary positions."""
     layers, listed = values.num_hidden_layers, values.no_rope_layers
     if listed is None:
         return tuple((layer + 1) % (values.no_rope_layer_interval or 4) != 0 for layer in range(layers))

@@ -172,15 +172,15 @@ class TorchBackend(RepackedBackend):
         return TorchHead(folding, product, unfolded, self.spec, exact)
 
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
-        product = linear(weights.of("input.weight"), None, low_bits)
-        return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
+        return self._product(low_bits, weights.of("input.weight"))
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
-        def product_of(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-            product = linear(matrix.to(self._embedding), None, packing.quantize)
-            return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
-
+        product_of = partial(self._product, packing.quantize)
         return PlacedEagle3(stored, place, self.spec.vocab, self._embedding, product_of)
+
+    def _product(self, low_bits: Quantization | None, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+        product = linear(matrix.to(self._embedding), None, low_bits)
+        return lambda states: product(states.flatten(0, -2)).view(*states.shape[:-1], -1)
 
     def _norm(self, weights: Affine) -> Norm:
         return Norm(weights, self.spec.eps)

@@ -252,9 +252,8 @@ def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = N
     In queries and keys the two halves of the rotating part of a head alternate; the rest follows.
     """
     shape = (spec.kv_heads, -1, spec.head_dim, *query.shape[1:])
-    rotating, rest = torch.split(
-        torch.cat([query.view(shape), key.view(shape)], dim=1), [spec.rotary, spec.head_dim - spec.rotary], 2
-    )
+    both = torch.cat([query.view(shape), key.view(shape)], dim=1)
+    rotating, rest = torch.split(both, [spec.rotary, spec.head_dim - spec.rotary], 2)
     slots = torch.cat([torch.stack(rotating.chunk(2, 2), 3).flatten(2, 3), rest], dim=2)
     return slots if value is None else torch.cat([slots, value.view(shape)], dim=1)
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.model import PackingConfig, Quantization
 from ..errors import CheckpointError
-from .architectures import SUPPORTED, runs_on_kernels
+from .architectures import SUPPORTED, known_architecture
 from .backend import DraftHead, DraftSide
 from .cache import Entry, KVCache, MixedCache
-from .cut import CutModel, Form, Forward, hidden_of, replaced
+from .cut import CutModel, Form, Forward, hidden_of, replaced, with_hidden
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .probe import cut_at_layers
@@ -35,7 +35,7 @@ def attention_for(config: Any) -> str | None:
     """The attention of transformers that computes a model; None: its choice. `sdpa` has no cap of scores, and drops it."""
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         return "eager"
-    return "sdpa" if runs_on_kernels(config) else None
+    return "sdpa" if known_architecture(config) else None
 
 
 class TransformersBackend:
@@ -58,7 +58,7 @@ class TransformersBackend:
         self.model, self.config = model, model.config
         self.spec: AnySpec
         self.layers: Any
-        if spec is not None or runs_on_kernels(self.config):
+        if spec is not None or known_architecture(self.config):
             self.spec = spec = spec or ModelSpec.of(self.config)
             self.layers, self.num_layers = self.model.get_submodule(spec.names.layers), spec.layers
         else:
@@ -145,9 +145,8 @@ class TransformersBackend:
     ) -> Tensor:
         """Some of the model's own layers, or the exit block that is layer `start` of the chain."""
         assert cache is None or isinstance(cache, MixedCache)
-        if start < self.num_layers:
-            return self._cut.run(hidden, start, stop, positions, cache, only_writes=only_writes)
-        return self._run_block(hidden, positions, self._blocks[start - self.num_layers], cache, only_writes)
+        block = None if start < self.num_layers else self._blocks[start - self.num_layers]
+        return self._cut.run(hidden, start, stop, positions, cache, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
@@ -180,21 +179,9 @@ class TransformersBackend:
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
-        positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        state = self._run_block(self._cut.form.state(hidden, ids), positions, (layer, 0))
+        positions, count = torch.arange(ids.shape[1]).expand(ids.shape), self.num_layers
+        state = self._cut.run(self._cut.form.state(hidden, ids), count, count + 1, positions, block=(layer, 0))
         return state[..., : self._cut.form.width]
-
-    def _run_block(
-        self,
-        state: Tensor,
-        positions: Tensor,
-        block: tuple[nn.Module, int],
-        cache: MixedCache | None = None,
-        only_writes: bool = False,
-    ) -> Tensor:
-        original = self._cut.form.attending
-        assert original is not None
-        return self._cut.run(state, original, original + 1, positions, cache, only_writes=only_writes, block=block)
 
     def block_originals(self) -> dict[str, Any]:
         """What exit blocks are copies of, by their names in a block; nothing for a model that can have none."""
@@ -211,14 +198,9 @@ class TransformersBackend:
                 parameter.data = weights.of(prefix + name)
                 parameter.requires_grad_(False)
         width = self.spec.hidden  # the tokens that some states carry come after it
-        matrix = weights.of(f"{block.prefix}input.weight") if block.feature == "final" else None
-        self.exit_blocks[block.exit_layer] = PlacedBlock(
-            block,
-            self.num_layers + len(self._blocks),
-            partial(self._cut.unembed, norm=norm),
-            lambda state: norm(state[..., :width]),
-            None if matrix is None else partial(_joined, matrix),
-        )
+        join = partial(_joined, weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
+        place, head = self.num_layers + len(self._blocks), partial(self._cut.unembed, norm=norm)
+        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, lambda state: norm(state[..., :width]), join)
         self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
 
 
@@ -306,11 +288,8 @@ class WholeTexts:
             output = hidden_of(forward(*args, **keywords)).index_select(dimension, index)
         else:
             keywords = {name: self._select(name, value, index, batch) for name, value in keywords.items()}
-            others = [self._select(name, value, index, batch) for name, value in enumerate(args)]
-            if args:
-                others[0] = before
-            else:
-                keywords["hidden_states"] = before
+            others = tuple(self._select(name, value, index, batch) for name, value in enumerate(args))
+            others, keywords = with_hidden(before, others, keywords)
             output = hidden_of(forward(*others, **keywords))
         if not rows:
             output = before + 0.0 * output

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
-from ..checkpoint.speculators import default_layers, eagle3_content, read_eagle3
 from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
 from ..errors import require

@@ -18,14 +18,13 @@ import msgspec
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from ..checkpoint.beside import fingerprint, read_exit_blocks
+from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import decoder_of
 from ..checkpoint.locate import adapters_of, downloaded, locate
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
-from ..checkpoint.speculators import EAGLE3_FILES
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig
 from ..data import has_prompts

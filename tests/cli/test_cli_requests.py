@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import run, start
 
-from cli import streams
+from cli import console
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -297,7 +297,7 @@ def pipe(monkeypatch):
     """What is written to it is standard input."""
     source, sink = os.pipe()
     with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(streams, "_taken", stream)
+        monkeypatch.setattr(console, "_taken", stream)
         yield pipe
 
 
@@ -313,7 +313,7 @@ def pipe(monkeypatch):
 )
 def test_lines_of_a_pipe(data, expected, pipe):
     """As they come: all that has been written is ready, and what has not is not."""
-    lines = streams.PromptLines()
+    lines = console.PromptLines()
     assert not lines.is_ready()
     writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
     writer.start()
@@ -322,7 +322,7 @@ def test_lines_of_a_pipe(data, expected, pipe):
 
 
 def test_lines_that_are_ready(pipe):
-    lines = streams.PromptLines()
+    lines = console.PromptLines()
     pipe.write(b"one\ntwo\nthr")
     assert lines.is_ready() and next(lines) == "one"
     assert lines.is_ready() and next(lines) == "two"

@@ -13,7 +13,7 @@ from exit_block_models import random_blocks
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode
-from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -173,10 +173,10 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
     backend, config, prefixes = native(), settings_of("exit"), of_turns()
     first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
     ids_of(decode(backend, first, config, prefixes=prefixes))
-    original, chooser = NativeBackend.run_layers, backend.chooser
+    original, chooser = backend.run_layers, backend.chooser
 
-    def interrupted(self, hidden, start, stop, positions, cache=None):
-        original(self, hidden, start, stop - 1, positions, cache)
+    def interrupted(hidden, start, stop, positions, cache=None):
+        original(hidden, start, stop - 1, positions, cache)
         raise KeyboardInterrupt
 
     def interrupted_choice(tokens, hidden, start, stop, kept, positions, cache):
@@ -188,7 +188,7 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
         for _ in range(steps):
             next(decoding)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(NativeBackend, "run_layers", interrupted)
+            patch.setattr(backend, "run_layers", interrupted)
             patch.setattr(backend, "chooser", interrupted_choice)
             next(decoding)
         for again in (first, second):

@@ -18,10 +18,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ...checkpoint.folder import quiet_transformers
-from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
+from ...checkpoint.transformers_read import GgufFile
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
