@@ -1,7 +1,9 @@
 """A model that answers prompts: what `layerskip_core.load` gives a program or a notebook."""
 
+import asyncio
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
@@ -12,6 +14,10 @@ from .config.options import check, checked
 from .decoding import Answer, check_prompt, decode_batch
 from .decoding.dialogue import Dialogue, TextStream
 from .decoding.drafters.lookup import EarlierAnswers
+from .serving import Request, Update
+from .serving.engine import Engine
+
+_TOGETHER, _WAITING = 8, 1 << 16  # asynchronous answers that are decoded at once, and that may wait
 
 
 class LanguageModel:
@@ -20,6 +26,7 @@ class LanguageModel:
     def __init__(self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None) -> None:
         self.decoder = decoder
         self._packing, self._earlier = packing, earlier
+        self._engine: Engine | None = None  # of asynchronous answers, once there are any
 
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer to a prompt.
@@ -32,6 +39,47 @@ class LanguageModel:
     def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> TextStream:
         """Iterates over the pieces of an answer as they are verified. Raises as `generate` does."""
         return TextStream(self.decoder, prompt, self._resolved(options), earlier=self._earlier)
+
+    async def astream(self, prompt: str, **options: Unpack[RequestOptions]) -> AsyncIterator[str]:
+        """The pieces of an answer as they are verified, for a server of one's own: answers at the same time share passes.
+
+            async for piece in model.astream("wake me up at six"):
+                print(piece, end="")
+
+        Leaving the iteration (`aclose`, a cancelled task) gives the answer up. A thread decodes, which `close` ends: until then
+        the other methods must not be called. Raises as `generate` does.
+        """
+        config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
+        check_prompt(ids, self.decoder.backend)
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update]()
+
+        def deliver(update: Update) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        request = Request(ids, config, deliver, isolated="seed" in options)
+        if self._engine is None:
+            self._engine = Engine(self.decoder, _TOGETHER, _WAITING, self._earlier)
+        engine = self._engine
+        engine.hold(1)
+        engine.submit(request)
+        try:
+            while True:
+                update = await updates.get()
+                if update.error is not None:
+                    raise update.error
+                if update.text:
+                    yield update.text
+                if update.is_last:
+                    return
+        finally:
+            engine.cancel(request)
+
+    def close(self) -> None:
+        """Ends the thread of `astream`, if there is one; answers that are not finished raise Stopped."""
+        if self._engine is not None:
+            self._engine.stop()
+            self._engine = None
 
     def generate_batch(self, prompts: Sequence[str], **options: Unpack[RequestOptions]) -> list[Answer]:
         """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""

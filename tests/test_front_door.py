@@ -1,5 +1,6 @@
 """`from layerskip_core import load`, as a program or a notebook uses it."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -52,6 +53,35 @@ def test_a_stream_gives_the_answer_in_pieces(model):
     pieces = list(stream)
     assert len(pieces) > 1
     assert "".join(pieces) == stream.answer.text == model.generate(PROMPT).text
+
+
+def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
+    prompts = [PROMPT, "play some jazz", "wake me up at six", "play some jazz"]
+    expected = [model.generate(prompt).text for prompt in prompts]
+
+    async def text_of(prompt):
+        return "".join([piece async for piece in model.astream(prompt)])
+
+    async def session():
+        left = model.astream(PROMPT)
+        assert await anext(left)
+        await left.aclose()
+        found = await asyncio.gather(*map(text_of, prompts))
+        with pytest.raises(ConfigError, match="exit_layer"):
+            await text_of_deep()
+        engine = model._engine
+        for _ in range(500):
+            if not engine.held:
+                break
+            await asyncio.sleep(0.01)
+        return found, engine.held
+
+    async def text_of_deep():
+        return [piece async for piece in model.astream(PROMPT, exit_layer=99)]
+
+    assert asyncio.run(session()) == (expected, 0)
+    model.close()
+    assert model.generate(PROMPT).text == expected[0]
 
 
 @pytest.fixture(scope="module")

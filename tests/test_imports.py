@@ -14,8 +14,8 @@ LEVELS = [
     {"data", "prompting", "grammar", "model", "losses"},
     {"checkpoint"},
     {"decoding"},
-    {"training", "evaluation", "calibration", "export", "serving", "language_model"},
-    {"harness"},
+    {"training", "evaluation", "calibration", "export", "serving"},
+    {"harness", "language_model"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

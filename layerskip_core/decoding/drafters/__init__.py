@@ -109,6 +109,6 @@ def drafter_for(setup: DrafterSetup) -> Drafter:
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
     if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
         return drafter
-    from .lookup import LookupDrafter
-
-    return LookupDrafter(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
+    lookup = import_module(DRAFTERS["lookup"]).LookupDrafter
+    found: Drafter = lookup(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
+    return found
