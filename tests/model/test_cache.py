@@ -25,7 +25,8 @@ class Rows:
 
     def write(self, cache, row, start, numbers):
         stop = SpanWriter(cache, torch.tensor([[start + numbers.shape[3] - 1]] * cache.rows)).stop
-        cache.room(stop, HEADS, SIZE, LIKE)[:, :, row, :, start:stop] = numbers
+        with torch.inference_mode():
+            cache.room(stop, HEADS, SIZE, LIKE)[:, :, row, :, start:stop] = numbers
 
     def read(self, cache, row, stop):
         return cache.entries(row, stop)
@@ -47,7 +48,8 @@ class Pages:
         for place in range(start, stop):
             page = pages[place // PAGE]
             assert getrefcount(page) == 3  # the list, the name and the argument
-            page.content[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
+            with torch.inference_mode():
+                page.content[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
 
     def read(self, cache, row, stop):
         return torch.cat([page.content for page in cache._pages[row]], dim=3)[..., :stop, :]

@@ -115,7 +115,7 @@ static void run_span(
     const Model *m, int first, int last, int position, int count, int sequences, float *hidden, char *cache, int threads
 ) {
     size_t before = used;
-    Call call = rows_of(m, position, count, sequences, hidden, cache + cache_bytes(m, first, sequences));
+    Call call = rows_of(m, first, position, count, sequences, hidden, cache);
     layerskip_span(&m->shape, m->layers + first, last - first, &call, threads);
     used = before;
 }
@@ -124,7 +124,7 @@ static void run_span(
 static void check_layers(const Model *m, int style, int layers, int first, int rows) {
     const Shape *s = &m->shape;
     const char *name = PRECISIONS[m->precision].name;
-    size_t numbers = (size_t)(rows * s->hidden), bytes = 4 * numbers, cached = cache_bytes(m, layers, 1);
+    size_t numbers = (size_t)(rows * s->hidden), bytes = 4 * numbers, cached = cache_bytes(m, 1);
     float *start = numbers_of(numbers, 1, 0), *whole = memcpy(room(bytes), start, bytes), *other = room(bytes);
     double *right = room(2 * bytes), error = 0, size = 0;
     char *cache = room(cached), *pieces = room(cached);
@@ -147,14 +147,15 @@ static void check_layers(const Model *m, int style, int layers, int first, int r
     expect(!memcmp(cache, pieces, cached), "%s layers of style %d: caches differ", name, style);
 
     memcpy(other, start, bytes), memset(pieces, 0, cached);
-    Call call = rows_of(m, 0, rows, 1, other, pieces);
+    Call call = rows_of(m, 0, 0, rows, 1, other, pieces);
     layerskip_write(s, m->layers, 1, &call, THREADS);
-    int same = !memcmp(cache, pieces, cached / (size_t)layers) && !memcmp(start, other, bytes);
+    int same = !memcmp(start, other, bytes);
+    for (size_t at = 0; at < cached; at += page_bytes(m)) same &= !memcmp(cache + at, pieces + at, page_bytes(m) / LAYERS);
     expect(same, "%s layers of style %d: written keys differ", name, style);
 
     if (rows % 2) return; /* two texts at once */
     float *two = memcpy(room(bytes), start, bytes), *one = room(bytes / 2);
-    char *both = room(cache_bytes(m, layers, 2));
+    char *both = room(cache_bytes(m, 2));
     run_span(m, 0, layers, 0, rows / 2, 2, two, both, THREADS);
     memcpy(one, start + numbers / 2, bytes / 2), memset(pieces, 0, cached);
     run_span(m, 0, layers, 0, rows / 2, 1, one, pieces, 1);
@@ -182,7 +183,7 @@ static void check_draft(const Model *m) {
     const Shape *s = &m->shape;
     const char *name = PRECISIONS[m->precision].name;
     int prompt = 1 + below(20), n = s->hidden;
-    size_t cached = cache_bytes(m, 2, 1);
+    size_t cached = cache_bytes(m, 1);
     char *cache = room(cached), *copy;
     run_span(m, 0, 2, 0, prompt, 1, numbers_of((size_t)(prompt * n), 1, 0), cache, 1);
     copy = memcpy(room(cached), cache, cached);
@@ -194,7 +195,7 @@ static void check_draft(const Model *m) {
     draft.probs = probs, draft.most = MOST_DRAFTS, draft.runs_last = 1, draft.logits_scale = 1;
     draft.tokens = tokens, draft.states = states;
     draft.beyond = room(4 * (size_t)n), draft.logits = room(4 * VOCAB);
-    Call call = rows_of(m, prompt, 1, 1, NULL, cache);
+    Call call = rows_of(m, 0, prompt, 1, 1, NULL, cache);
     layerskip_draft(s, m->layers, &m->final, &m->head, &call, &draft, 1 + below(THREADS));
     expect(draft.drafted == MOST_DRAFTS, "%s: %d drafts", name, draft.drafted);
     for (int i = 0; i <= MOST_DRAFTS; i++) {
@@ -203,7 +204,7 @@ static void check_draft(const Model *m) {
         expect(!memcmp(state, states + i * n, 4 * (size_t)n), "%s: state %d of a draft differs", name, i);
         if (i == MOST_DRAFTS) break;
         run_span(m, 1, 2, prompt + i, 1, 1, state, copy, 1);
-        Call last = rows_of(m, 0, 1, 1, state, NULL);
+        Call last = rows_of(m, 0, 0, 1, 1, state, NULL);
         layerskip_score(s, &m->final, &m->head, &last, logits, 1);
         double total = 0;
         int best = best_of(logits);
@@ -217,7 +218,7 @@ static void check_draft(const Model *m) {
 
 /* A call over entries of a drafter's layer, which has wider rows than others. */
 static Call entries_of(const Model *m, int first, int rows, float *hidden, float *entries, char *cache) {
-    Call call = rows_of(m, first, rows, 1, hidden, cache), wide = call_of(&m->shape, rows, 1, NULL, 2 * m->shape.hidden);
+    Call call = rows_of(m, 0, first, rows, 1, hidden, cache), wide = call_of(&m->shape, rows, 1, NULL, 2 * m->shape.hidden);
     if (call.scratch_bytes < wide.scratch_bytes) call.scratch = wide.scratch, call.scratch_bytes = wide.scratch_bytes;
     call.entries = entries;
     return call;
@@ -232,7 +233,7 @@ static void check_drafter(Model m) {
     int n = s->hidden, rows = 1 + below(20);
     l->qkv = matrix_of(m.precision, 2 * n, (s->heads + 2 * s->kv_heads) * s->head_dim, 1, 0, (Plain *[]){&plain});
     l->embedding = norm_of(n, 1, 0), l->before_attention = norm_of(n, 1, 0), s->norms_residual = below(2);
-    size_t cached = cache_bytes(&m, 1, 1), bytes = 4 * (size_t)(rows * n);
+    size_t cached = cache_bytes(&m, 1), bytes = 4 * (size_t)(rows * n);
     char *cache = room(cached), *copy;
     float *given = numbers_of((size_t)(2 * rows * n), 1, 0), *entries = memcpy(room(2 * bytes), given, 2 * bytes), *hidden = room(bytes);
     Call call = entries_of(&m, 0, rows, hidden, entries, cache);
@@ -271,7 +272,7 @@ static void check_drafter(Model m) {
 static void check_choice(const Model *m) {
     const Shape *s = &m->shape;
     int rows = 1 + below(12), n = s->hidden;
-    size_t cached = cache_bytes(m, LAYERS, 2), numbers = (size_t)(2 * rows * n);
+    size_t cached = cache_bytes(m, 2), numbers = (size_t)(2 * rows * n);
     char *cache = room(cached), *copy = room(cached);
     float *given = room(4 * numbers), *hidden = numbers_of(numbers, 1, 0), *logits = room(8 * (size_t)rows * VOCAB);
     int64_t tokens[2 * 12], chosen[2 * 12], again[2 * 12];
@@ -283,18 +284,18 @@ static void check_choice(const Model *m) {
     float *states = room(3 * 4 * numbers);
     Choice choice = {.embedding = m->embedding, .tokens = tokens, .logits = logits, .chosen = chosen};
     choice.stops = stops, choice.stop_count = 3, choice.states = states;
-    Call call = rows_of(m, 0, rows, 2, hidden, cache);
+    Call call = rows_of(m, 0, 0, rows, 2, hidden, cache);
     layerskip_choose(s, m->layers, LAYERS, &m->final, &m->head, &call, &choice, 1 + below(THREADS));
-    Call first = rows_of(m, 0, rows, 2, given, copy);
+    Call first = rows_of(m, 0, 0, rows, 2, given, copy);
     int kept = !memcmp(states, given, 4 * numbers);
     layerskip_span(s, m->layers, 1, &first, 1);
     kept &= !memcmp(states + numbers, given, 4 * numbers);
-    Call rest = rows_of(m, 0, rows, 2, memcpy(hidden, given, 4 * numbers), copy + cache_bytes(m, 1, 2));
+    Call rest = rows_of(m, 1, 0, rows, 2, memcpy(hidden, given, 4 * numbers), copy);
     Choice other = {.logits = logits, .chosen = again};
     layerskip_choose(s, m->layers + 1, LAYERS - 1, &m->final, &m->head, &rest, &other, 1 + below(THREADS));
     run_span(m, 1, LAYERS, 0, rows, 2, given, copy, 1);
     expect(kept && !memcmp(states + 2 * numbers, given, 4 * numbers), "%s: states of a choice", PRECISIONS[m->precision].name);
-    Call last = rows_of(m, 0, 2 * rows, 1, given, NULL);
+    Call last = rows_of(m, 0, 0, 2 * rows, 1, given, NULL);
     layerskip_score(s, &m->final, &m->head, &last, logits, 1);
     for (int r = 0; r < 2 * rows; r++) {
         int best = best_of(logits + r * VOCAB);

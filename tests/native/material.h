@@ -124,12 +124,12 @@ static Matrix matrix_of(int precision, int inputs, int outputs, int count, int b
 
 static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int widest) {
     int projected = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    Call call = {.rows = rows, .places = PLACES, .slots = sequences};
-    int64_t *row_slots = room(sizeof *row_slots * (size_t)rows);
+    Call call = {.rows = rows, .row_pages = PLACES / PAGE};
+    int64_t *page_rows = room(sizeof *page_rows * (size_t)rows);
     int32_t *starts = room(sizeof *starts * (size_t)(sequences + 1));
-    for (int i = 0; i < rows; i++) row_slots[i] = sequences - 1 - i / (rows / sequences);
+    for (int i = 0; i < rows; i++) page_rows[i] = sequences - 1 - i / (rows / sequences);
     for (int i = 0; i <= sequences; i++) starts[i] = i * (rows / sequences);
-    call.hidden = hidden, call.row_slots = row_slots, call.starts = starts;
+    call.hidden = hidden, call.page_rows = page_rows, call.starts = starts;
     size_t each = 4 * (size_t)rows;
     call.qkv = room(each * (size_t)projected), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
     size_t choices = (size_t)rows * (size_t)s->chosen, sizes = 4 * (size_t)(s->experts + 1);
@@ -213,17 +213,24 @@ static Model model_of(int precision, int style) {
     return m;
 }
 
-static size_t cache_bytes(const Model *m, int layers, int sequences) {
-    return (size_t)(layers * 2 * sequences * m->shape.kv_heads * PLACES * m->shape.head_dim) * (m->shape.bf16_cache ? 2 : 4);
+static size_t page_bytes(const Model *m) {
+    return (size_t)(LAYERS * 2 * m->shape.kv_heads * PAGE * m->shape.head_dim) * (m->shape.bf16_cache ? 2 : 4);
 }
 
-static Call rows_of(const Model *m, int first, int count, int sequences, float *hidden, char *cache) {
+static size_t cache_bytes(const Model *m, int sequences) { return page_bytes(m) * (size_t)(sequences * (PLACES / PAGE)); }
+
+/* A call over `count` tokens of each sequence, from a layer on. Pages lie in the reverse of their order. */
+static Call rows_of(const Model *m, int layer, int first, int count, int sequences, float *hidden, char *cache) {
     const Shape *s = &m->shape;
     int widest = s->hidden > s->inner ? s->hidden : s->inner;
     if (widest < s->heads * s->head_dim) widest = s->heads * s->head_dim;
     Call call = call_of(s, sequences * count, sequences, hidden, widest);
     int64_t *positions = room(sizeof *positions * (size_t)(sequences * count + MOST_DRAFTS + 1));
     for (int i = 0; i < sequences * count + MOST_DRAFTS + 1; i++) positions[i] = first + (sequences > 1 ? i % count : i);
-    call.positions = positions, call.cache = cache, call.cos[0] = call.cos[1] = m->cos, call.sin[0] = call.sin[1] = m->sin;
+    int pages = sequences * (PLACES / PAGE);
+    char **table = room(sizeof *table * (size_t)pages);
+    for (int page = 0; page < pages && cache; page++) table[page] = cache + page_bytes(m) * (size_t)(pages - 1 - page);
+    call.pages = table, call.first_layer = layer;
+    call.positions = positions, call.cos[0] = call.cos[1] = m->cos, call.sin[0] = call.sin[1] = m->sin;
     return call;
 }
