@@ -20,7 +20,8 @@ _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fe
 class PagePool:
     """Memory for keys and values in pages, (L, 2 for key and value, kv heads, PAGE, head dim) each.
 
-    A page goes back to the pool with its last reference. It then holds old numbers, all of them finite, which no row sees.
+    A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
+    kernels' way with what is not seen (attention.h) they change no bit.
     `most`: pages that there may be.
     """
 

@@ -130,6 +130,11 @@ class Embedding:
             self._cache = None
             return Update("", vector=F.normalize(self._sum, dim=0).tolist())
 
+    def give_back(self) -> bool:
+        """Its memory, if it has any: the text is read again from its beginning."""
+        held, self._cache, self._sum, self.stats = self._cache is not None, None, 0.0, DecodeStats()
+        return held
+
 
 @dataclass(eq=False)
 class _Run:
@@ -275,12 +280,17 @@ class Scheduler:
         return needed <= cache.free_pages or not self.running
 
     def _make_room(self, run: _Run) -> bool:
-        """Memory for a run's next step: of kept texts, then of the youngest requests. Returns whether it has rows then."""
+        """Memory for a run's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
+
+        Returns whether it has rows then.
+        """
         while run.rows:
             needed, free = run.loop.lacking()
             if needed <= free:
                 return True
             if self._prefixes is not None and self._prefixes.drop():
+                continue
+            if self._embeddings and self._embeddings[0].give_back():
                 continue
             others = [(row, other) for other in self._runs() if other.loop.can_wait for row in other.rows]
             if len(others) < 2:  # then this one cannot go on

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache, partial
 from math import inf
 from random import Random
+from types import SimpleNamespace
 
 import decodings
 import pytest
@@ -399,6 +400,37 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
     while prefixes.drop():
         pass
     assert pool.used == 0
+
+
+def test_a_full_pool_keeps_no_text_and_an_embedding_gives_back_what_it_has():
+    """The prompt and its answer fill both pages; then a row grows beside an embedding that has been read in part."""
+    decoder = decoder_of("native", max_position_embeddings=702)
+    backend, config = decoder.backend, DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
+    full, grown = Client(prompt_of(100), config), Client(prompt_of(60), replace(config, max_new_tokens=200))
+    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (full, grown)]
+    told = {"alone": [], "beside": []}
+    whole, part = (Embedding(prompt_of(600), 6, told[name].append) for name in told)
+    run(Scheduler(decoder, 1), [[SimpleNamespace(request=whole)]])
+    try:
+        backend.limit_memory(2 * backend._pool.page_bytes)
+        prefixes = Prefixes(1 << 30)
+        run(Scheduler(decoder, 4, prefixes=prefixes), [[full]])
+        assert full.answer == expected[0] and prefixes.bytes == 0
+        backend.limit_memory(12 * backend._pool.page_bytes)
+        scheduler = Scheduler(decoder, 4)
+        for request in (part, grown.request):
+            scheduler.add(request)
+        scheduler.step()
+        assert part._cache is not None
+        backend.limit_memory(5 * backend._pool.page_bytes)  # less than both need
+        while grown.request.stats.new_tokens < 100:
+            scheduler.step()
+        assert part._cache is None
+        backend.limit_memory(12 * backend._pool.page_bytes)
+        run(scheduler, [])
+    finally:
+        backend._pool.most = inf
+    assert grown.answer == expected[1] and told["beside"] == told["alone"]
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
