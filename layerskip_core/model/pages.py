@@ -37,14 +37,14 @@ class PagePool:
         return sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
 
     def take(self) -> "Page":
-        """A page that nobody else has."""
+        """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
+        if self.used >= self.most:
+            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
             # Slabs without a page in use are given back, those of another size than texts have now.
             self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
             there = sum(len(slab.pages) for slab in self._slabs)
-            if there >= self.most:
-                raise LayerSkipError(f"the memory for keys and values is full: {there} pages of {self.page_bytes} bytes")
             count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - there)))
             slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
             self._slabs.append(slab)
