@@ -128,18 +128,17 @@ def passes(backend: Any, layers: int, count: int, context: int, cache: Any = Non
 
     `backend` may be a draft side, if there is a cache.
     """
-    ids = torch.randint(5, IDS, (1, context + count))
-    positions = torch.arange(context + count)[None]
+    new = torch.randint(5, IDS, (context + count,))[context:]
     if cache is None:
         cache = filled_cache(backend, context)
-    new, places = ids[:, context:], positions[:, context:]
-    chain = backend.layers if isinstance(backend, DraftSide) else backend
-    return lambda: most_probable(backend.unembed(chain.run_layers(chain.embed(new), 0, layers, places, cache)))
+    chain, unembed = (backend.layers, backend.whole.unembed) if isinstance(backend, DraftSide) else (backend, backend.unembed)
+    places = cache.span(context, context + count)
+    return lambda: most_probable(unembed(chain.run_layers(chain.embed(new), 0, layers, places)))
 
 
 def filled_cache(backend: Any, context: int) -> Any:
-    cache, ids = backend.new_cache(), torch.randint(5, IDS, (1, context))
-    backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(context)[None], cache)
+    cache, ids = backend.new_cache(), torch.randint(5, IDS, (context,))
+    backend.run_layers(backend.embed(ids), 0, backend.num_layers, cache.span(0, context))
     return cache
 
 
@@ -227,10 +226,10 @@ def one_step(backend: Any, context: int = 128) -> float:
 @torch.inference_mode()
 def one_call_draft(backend: Any, exit_layer: int, count: int, context: int) -> float:
     """Seconds of a token of a greedy draft by the model's own layers."""
-    token, positions = torch.randint(5, IDS, (1, 1)), torch.arange(context, context + count + 1)[None]
+    token = torch.randint(5, IDS, (1,))
     config = DecodingConfig(exit_layer=exit_layer)
     drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
-    start = Context([0], token.tolist(), token, positions, filled_cache(backend, context))
+    start = Context([0], [token.tolist()], token, filled_cache(backend, context), [0], [context])
     return seconds(lambda: drafter.draft(start, [count]), 60) / count
 
 
@@ -426,9 +425,10 @@ def part_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         losses = []
         with torch.inference_mode():
             for window in ids.split(512):
-                tokens, positions = window[None], torch.arange(len(window))[None]
-                hidden = loaded.backend.run_layers(loaded.backend.embed(tokens), 0, loaded.backend.num_layers, positions)
-                logits = loaded.backend.unembed(hidden)[0, :-1].float()
+                backend = loaded.backend
+                places = backend.new_cache(1, len(window)).span(0, len(window))
+                hidden = backend.run_layers(backend.embed(window), 0, backend.num_layers, places)
+                logits = backend.unembed(hidden)[:-1].float()
                 losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
         perplexities[name] = float(torch.cat(losses).mean().exp())
     table = [(f"perplexity, {name}", None, value, f"{len(ids)} tokens") for name, value in perplexities.items()]

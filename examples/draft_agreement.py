@@ -21,9 +21,10 @@ from layerskip_core.decoding import decode
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model import Backend
 from layerskip_core.model.backend import DraftSide
+from layerskip_core.model.cache import Places
 from layerskip_core.model.exit_blocks import PlacedBlock, features_of
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Places], Tensor]
 
 
 def main() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
         prompt = loaded.encode_prompt(example.prompt)
         answer = [token for [step] in decode(loaded.backend, prompt, config, loaded.eos_ids) for token in step.ids]
         ids = torch.tensor([[*prompt, *answer[:-1]]])
-        positions = torch.arange(ids.shape[1])[None]
+        places = loaded.backend.new_cache(*ids.shape).span(0, ids.shape[1])
         total += len(answer)
         for name, predict in drafters.items():
             with torch.inference_mode():
-                predicted = predict(ids, positions)[0, len(prompt) - 1 :].argmax(-1)
+                predicted = predict(ids, places)[0, len(prompt) - 1 :].argmax(-1)
             agreed[name] += int((predicted == torch.tensor(answer)).sum())
     print(f"{loaded.name}: {loaded.backend.implementation}; {len(task.examples)} prompts, {total} tokens\n")
     print("| drafter | agreement |\n|---|---|")
@@ -67,22 +68,22 @@ def parsed() -> argparse.Namespace:
 
 
 def drafters_of(backend: Backend) -> dict[str, Predict]:
-    """What predicts, by name: ids (1, T) and their positions to logits (1, T, V)."""
+    """What predicts, by name: ids (1, T) and their places to logits (1, T, V)."""
     copies = {weights: of_copy(side) for weights, side in backend.draft_sides.items() if weights is not None}
     blocks = {f"exit {exit_layer}": of_block(backend, block) for exit_layer, block in backend.exit_blocks.items()}
     return {**copies, **blocks}
 
 
 def of_copy(side: DraftSide) -> Predict:
-    return lambda ids, positions: side.unembed(side.layers.run_layers(side.layers.embed(ids), 0, side.num_layers, positions))
+    return lambda ids, places: side.whole.unembed(side.layers.run_layers(side.layers.embed(ids), 0, side.num_layers, places))
 
 
 def of_block(backend: Backend, block: PlacedBlock) -> Predict:
-    def predict(ids: Tensor, positions: Tensor) -> Tensor:
-        states = backend.run_layers(backend.embed(ids), 0, block.block.exit_layer, positions)
-        full = backend.run_layers(states, block.block.exit_layer, backend.num_layers, positions)
+    def predict(ids: Tensor, places: Places) -> Tensor:
+        states = backend.run_layers(backend.embed(ids), 0, block.block.exit_layer, places)
+        full = backend.run_layers(states, block.block.exit_layer, backend.num_layers, places)
         hidden = block.enter(states, features_of(backend.normed(full)))
-        return block.head(backend.run_layers(hidden, block.layer, block.layer + 1, positions))
+        return block.head(backend.run_layers(hidden, block.layer, block.layer + 1, places))
 
     return predict
 

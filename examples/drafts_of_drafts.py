@@ -98,10 +98,9 @@ def answer(loaded: Decoder, row: dict[str, str], copy: str, limit: int) -> Answe
     decoding = decode(model, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), loaded.eos_ids)
     new = [token for [step] in decoding for token in step.ids]
     tokens = torch.tensor([[*prompt, *new]])
-    positions = torch.arange(tokens.shape[1])[None]
-    cache = model.new_cache(1, tokens.shape[1])
-    hidden = side.layers.run_layers(side.layers.embed(tokens), 0, side.num_layers, positions, cache)
-    probs, copies = side.unembed(hidden[:, len(prompt) - 1 : -1])[0].float().softmax(-1).topk(2)
+    places = model.new_cache(1, tokens.shape[1]).span(0, tokens.shape[1])
+    hidden = side.layers.run_layers(side.layers.embed(tokens), 0, side.num_layers, places)
+    probs, copies = side.whole.unembed(hidden[:, len(prompt) - 1 : -1])[0].float().softmax(-1).topk(2)
     return Answer(row.get("category", "all"), prompt, new, copies.tolist(), probs[:, 0].tolist(), {})
 
 

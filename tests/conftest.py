@@ -21,6 +21,8 @@ from hypothesis import settings as hypothesis_settings
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from layerskip_core.model.cache import Places
+
 OTHER_CPU = int(os.environ.get("LAYERSKIP_TEST_CPU", 0))  # not 0: rounding and times of another one, see machines.md
 if OTHER_CPU:
     _clock, _delays = time.perf_counter, accumulate(starmap(Random(OTHER_CPU).expovariate, repeat((1e3,))))  # of 1 ms
@@ -72,6 +74,19 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
     },
 }
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
+
+
+def at(positions, cache):
+    """The places of tokens at positions (B, T) of the rows of a cache."""
+    starts, count = positions[:, 0].tolist(), positions.shape[1]
+    assert torch.equal(positions, torch.tensor(starts)[:, None] + torch.arange(count))
+    return Places(cache, starts, [count] * len(starts))
+
+
+def run_texts(model, hidden, start, stop):
+    """Layers start..stop-1 over the states (B, T, D) of whole texts."""
+    with torch.no_grad():
+        return model.run_layers(hidden, start, stop, model.new_cache(*hidden.shape[:2]).span(0, hidden.shape[1]))
 
 
 def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):

@@ -35,21 +35,21 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
 
-def context_after(backend, ids, count):
-    """Before a round of `count` drafts: all of `ids` but the last are cached."""
+def context_after(backend, ids):
+    """Before a round: all of `ids` but the last are cached."""
     last, cache = len(ids) - 1, backend.new_cache()
     with torch.inference_mode():
         hidden = backend.embed(torch.tensor([ids[:last]]))
-        backend.run_layers(hidden, 0, backend.num_layers, torch.arange(last)[None], cache)
-    return Context([0], [ids], torch.tensor([ids[last:]]), torch.arange(last, last + count + 1)[None], cache)
+        backend.run_layers(hidden, 0, backend.num_layers, cache.span(0, last))
+    return Context([0], [ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
 def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
-    features = {} if feature is None else {submodel.exit_layer: feature}
-    context = Context([0], ids.tolist(), ids[:, -1:], positions, cache, features)
+    features = {} if feature is None else {submodel.exit_layer: feature[0]}
+    context = Context([0], ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], features)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 

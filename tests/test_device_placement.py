@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from decodings import ids_of
 from evaluating import own_answers
 from exit_block_models import random_blocks, random_eagle3
@@ -139,7 +139,7 @@ def test_norms_whose_weights_are_wider_than_the_states():
 
     def logits(device):
         model = TorchBackend.of(tiny_model("nemotron", torch.bfloat16).to(device))
-        hidden = model.run_layers(model.embed(ids.to(device)), 0, model.num_layers, torch.arange(ids.shape[1])[None])
+        hidden = run_texts(model, model.embed(ids.to(device)), 0, model.num_layers)
         return model.unembed(hidden).cpu().float()
 
     with simulated_cuda():

@@ -83,8 +83,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
 @torch.no_grad()
 def choices(backend: TransformersBackend, texts: Tensor) -> Tensor:
     """(N, T) the most probable token after each token of the texts."""
-    positions = torch.arange(texts.shape[1])[None]
-    hidden = (backend.run_layers(backend.embed(text[None]), 0, backend.num_layers, positions) for text in texts)
+    hidden = (backend.run_texts(backend.embed(text[None]), 0, backend.num_layers) for text in texts)
     return torch.cat([backend.unembed(states).argmax(-1) for states in hidden])
 
 

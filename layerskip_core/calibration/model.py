@@ -227,10 +227,10 @@ def _quantized_layer(
     backend: TransformersBackend, index: int, low: list[Tensor], full: list[Tensor]
 ) -> tuple[dict[str, Int4], list[Tensor], list[Tensor]]:
     """(int4 weights by name, states after the quantised layer, states after the original layer)."""
-    layer, positions = backend.layers[index], torch.arange(low[0].shape[1]).expand(len(low[0]), -1)
+    layer = backend.layers[index]
 
     def run(hidden: Tensor) -> Tensor:
-        return backend.run_layers(hidden, index, index + 1, positions)
+        return backend.run_texts(hidden, index, index + 1)
 
     originals, after = zip(*(_inputs(layer, run, hidden) for hidden in full), strict=True)
     stages: dict[int, list[str]] = {}  # projections with one input, in the order in which the layer uses them
@@ -333,9 +333,8 @@ def tune(
     rate = LambdaLR(
         adam, lambda done: min(1.0, (done + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * (done + 1) / steps)))
     )
-    positions = torch.arange(texts.shape[1])[None]
     for number, rows in enumerate(_batches(texts, steps, seed), start=1):
-        hidden = backend.run_layers(backend.embed(texts[rows]), 0, backend.num_layers, positions).flatten(0, 1)
+        hidden = backend.run_texts(backend.embed(texts[rows]), 0, backend.num_layers).flatten(0, 1)
         teacher = Teacher(original[rows].flatten(0, 1), backend.unembed)
         total, _ = summed_losses(backend.unembed, [hidden], None, backend.spec.vocab, [(0.0, 1.0)], teacher)
         divergence = total / len(hidden)

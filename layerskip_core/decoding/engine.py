@@ -6,7 +6,7 @@ go through the loop together get the tokens that each gets alone.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from math import inf
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache
+from ..model.cache import KVCache, Places
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -31,12 +31,14 @@ from .output import (
     RowStep,
     StopReason,
     StopScanner,
+    logprobs_of,
 )
 from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices
 from .target import FixedTarget, Prefixes, TargetOutput, target_of
 
 _NOTHING = "plain"  # drafts where only one token has room
+_SCORED = 64  # tokens of a prompt whose logits are in memory at once
 
 
 def decode(
@@ -106,8 +108,13 @@ def decode_batch(
 class DecodingLoop:
     """Iterates over steps: the new tokens of the rows that are not finished yet.
 
-    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it. `rows`:
-    those that it was made with.
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
+
+    Attributes:
+        rows: those that it was made with.
+        piece: how many tokens of prompts a step runs at most, those of the oldest rows first. A prompt gives no new tokens
+            before its end has run.
+        reused_tokens: of a single prompt, that need no pass.
     """
 
     def __init__(
@@ -124,17 +131,16 @@ class DecodingLoop:
         earlier: EarlierAnswers | None = None,
         isolated: bool = False,
         drafter: Drafter | None = None,
-        piece: float = inf,
     ) -> None:
         """Arguments and errors as for `decode` and `decode_batch`. A single row begins as one of the `prefixes`; all rows leave
         their own.
 
         `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
-        instead of the config's. `piece`: a step runs so many tokens of a single prompt at most; those before its end give none.
+        instead of the config's.
         """
         if config.prompt_logprobs:  # every token of the prompt needs its pass
             prefixes = None
-        self._target = target_of(model, config)
+        self._target = target_of(model, config, len(prompts))
         self._model, self._prefixes, self._earlier = model, prefixes, earlier
         self._num_draft_tokens = config.num_draft_tokens
         self._active = []
@@ -148,7 +154,7 @@ class DecodingLoop:
         self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         recorder, rerun = None, self._target.rerun
-        self._piece = inf if config.prompt_logprobs else piece
+        self.piece: float = inf
         self.reused_tokens = 0  # of the prompt, which need no pass
         self._cache: KVCache
         if prefixes is not None and len(prompts) == 1:
@@ -158,17 +164,14 @@ class DecodingLoop:
             self._cache = recorder.cache
         else:
             self._cache = model.new_cache(len(prompts), end)
+        self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
         self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched)
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(self._setup)
         self._drafter = drafter
-        self._filled = self.reused_tokens  # how many of the prompt's first tokens have KV entries
-        self._refills = False  # whether a text that was set aside runs again
         self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
-        self._positions = torch.arange(end)[None]
-        self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self.rows = tuple(self._active)
         self._numbered = len(self._active)  # rows that have had a number
         self._seconds = defaultdict[str, Any](int) if recorder is None else recorder.counts  # of DecodeStats
@@ -188,9 +191,9 @@ class DecodingLoop:
             raise
 
     @property
-    def is_filled(self) -> bool:
-        """Whether all of the prompts have run, and what was set aside has its KV entries again."""
-        return not self._active or (self._newest is not None and not self._refills)
+    def pending(self) -> int:
+        """How many tokens of prompts have not run yet."""
+        return sum(row.lacks for row in self._active)
 
     @property
     def can_wait(self) -> bool:
@@ -199,56 +202,51 @@ class DecodingLoop:
 
     def lacking(self) -> tuple[int, float]:
         """(how many pages the next step needs, how many there may be)."""
-        rows, more = self._active, 1 + (0 if self._drafter is None else self._num_draft_tokens)
-        if self.is_filled:
-            stops = [min(len(row.ids) + more, self._cache.max_positions) for row in rows]
-        else:
-            stops = [int(min(len(row.ids), self._filled + self._piece)) for row in rows]
+        more = 1 + (0 if self._drafter is None else self._num_draft_tokens)
+        stops = [
+            min(row.filled + (piece or more), self._cache.max_positions)
+            for row, piece in zip(self._active, self._pieces(), strict=True)
+        ]
         return self._cache.lacking(stops), self._cache.free_pages
 
     def set_aside(self, number: int) -> "DecodingLoop":
-        """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again and can then
-        join others.
-        """
+        """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again."""
         index = next(index for index, row in enumerate(self._active) if row.number == number)
         aside, row = copy(self), self._active[index]
+        row.filled = 0
         aside._active, aside.rows, aside._sampler = [row], (row,), self._sampler.only(index)
         aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
         aside._cache.steps_back = self._cache.steps_back
         aside._setup = replace(self._setup, sampler=aside._sampler)
         aside._drafter = None if self._drafter is None else drafter_for(aside._setup)
-        aside._target, aside._filled, aside._seconds = target_of(self._model, row.config), 0, defaultdict(int)
-        if self._newest is not None:
-            aside._newest, aside._refills = self._newest[index : index + 1], len(row.ids) > 1
+        aside._target, aside._seconds = target_of(self._model, row.config), defaultdict(int)
         self._stay([other for other in range(len(self._active)) if other != index])
         return aside
 
     def join(self, other: "DecodingLoop") -> list[int]:
         """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
 
-        Both are past their prefill, have rows left, and decode with one model by the same settings. Limits, stop strings and
-        seeds are each row's own: a row goes on with the tokens that it gets alone.
+        Both have rows left, and decode with one model by the same settings. Limits, stop strings and seeds are each row's own:
+        a row goes on with the tokens that it gets alone.
         """
-        assert self._newest is not None and other._newest is not None and other._active
         numbers = list(range(self._numbered, self._numbered + len(other._active)))
         self._numbered += len(numbers)
         for row, number in zip(other._active, numbers, strict=True):
             row.number = number
         self._active = self._active + other._active
-        self._newest = torch.cat((self._newest, other._newest))
         self._sampler.join(other._sampler)
         with torch.inference_mode():  # which the cache was written in
             self._cache.join(other._cache)
-        if self._target.exit_cache is not None and other._target.exit_cache is not None:
-            self._target.exit_cache.join(other._target.exit_cache)
-        self._positions = max(self._positions, other._positions, key=lambda positions: positions.shape[1])
+            if self._target.exit_cache is not None and other._target.exit_cache is not None:
+                self._target.exit_cache.join(other._target.exit_cache)
         other._active = []
         return numbers
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
-        for index in range(len(self._active) if self._newest is not None else 0):
-            self._keep(index)
+        for index, row in enumerate(self._active):
+            if row.output and not row.lacks:
+                self._keep(index, row.ids[:-1])
 
     def drop(self, row: int) -> None:
         """The row with this number is gone after the next step."""
@@ -267,128 +265,140 @@ class DecodingLoop:
         return self.rows[0].scanner.reason
 
     def _step(self) -> list[RowStep]:
-        """A draft, the target's pass over it, the tokens that it verifies, and those committed to the rows."""
-        started, newest, drafting = time.perf_counter(), self._newest, None
-        if (newest is None or self._refills) and self._is_piece():
-            return []
-        if newest is None:
-            draft, output = self._prefill()
-        else:
-            draft, drafting = self._draft(newest)
-            output = self._target.verify(draft, self._next_positions(draft.tokens.shape[1]), self._cache)
+        """A draft, the target's pass over it and over pieces of prompts, the tokens that it verifies, and those committed."""
+        started, pieces = time.perf_counter(), self._pieces()
+        drafting = [index for index, row in enumerate(self._active) if not row.lacks]
+        draft, draft_seconds = self._draft(drafting)
+        counts = dict(zip(drafting, draft.counts, strict=True))  # of the drafts of rows that get new tokens
+        counts |= {index: 0 for index, row in enumerate(self._active) if not row.output and pieces[index] == row.lacks > 0}
+        counts = dict(sorted(counts.items()))
+        output, bounds = self._pass(draft, drafting, pieces, counts)
+        verified: list[list[int]] = []
         if output.choices is not None:
-            verified, following = accepted_choices(draft.tokens[:, 1:], draft.counts, output.choices)
-        else:
-            assert output.logits is not None
-            verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, output.logits)
-        verified_at = time.perf_counter()
-        # The indices, in this pass, whose logits gave each row's newest token.
-        last = [len(ids) - 1 for ids in verified]
-        if newest is None:
-            last = [len(row.ids) - 1 - self._filled for row in self._active]
-        steps = self._committed(draft, output, verified, drafted=newest is not None)
-        self._go_on(following, last)
-        draft_seconds = 0.0 if drafting is None else seconds_between(*drafting)
-        self._seconds["draft_seconds"] += draft_seconds
-        self._seconds["prefill_seconds" if newest is None else "verify_seconds"] += verified_at - started - draft_seconds
+            verified = accepted_choices(draft.drafts, draft.counts, output.choices)
+        elif output.logits is not None:
+            judged = draft.drafts, list(counts.values()), draft.probs, output.logits, list(counts)
+            verified = self._sampler.verify(*judged)
+        draft_time = seconds_between(*draft_seconds) if draft_seconds else 0.0
+        filled = any(pieces)
+        self._seconds["prefill_seconds" if filled else "verify_seconds"] += time.perf_counter() - started - draft_time
+        self._seconds["draft_seconds"] += draft_time
+        steps = self._committed(draft, drafting, output, dict(zip(counts, verified, strict=True)))
+        self._go_on(pieces, dict(zip(counts, verified, strict=True)), bounds)
         self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
-    def _draft(self, newest: Tensor) -> tuple[Draft, tuple[Any, Any] | None]:
-        """A draft, and when the drafter began and ended it. Where only the target's own token has room, nothing drafts."""
-        rows, limits = self._active, [0]
-        if self._drafter is not None:
+    def _pieces(self) -> list[int]:
+        """By row, how many tokens of its prompt, or of a text that runs again, the next step runs."""
+        room, pieces = self.piece, []
+        for row in self._active:
+            pieces.append(int(min(row.lacks, room)))
+            room -= pieces[-1]
+        return pieces
+
+    def _draft(self, drafting: list[int]) -> tuple[Draft, tuple[Any, Any] | None]:
+        """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
+        drafts.
+        """
+        rows, limits, device = [self._active[index] for index in drafting], [0], self._model.device
+        newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long, device=device)
+        if self._drafter is not None and rows:
             limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
-        if self._target.recorder is not None:
+        if self._target.recorder is not None and rows:
             self._target.recorder.reach(len(rows[0].ids) + max(limits))
         if self._drafter is None or max(limits) == 0:
             return Draft(newest, (0,) * len(rows), source=_NOTHING), None
-        first = instant(self._model.device)
-        draft = self._drafter.draft(self._context(newest, limits), limits)
-        return draft, None if draft.tokens.shape[1] == 1 else (first, instant(self._model.device))
+        features = {} if self._target.exit_cache is None else self._target.exit_cache.features
+        processors = self._sampler.processors
+        context = Context(
+            [row.number for row in rows],
+            [row.ids for row in rows],
+            newest,
+            self._cache,
+            drafting,
+            [row.filled for row in self._active],
+            {exit_layer: found[drafting] for exit_layer, found in features.items()},
+            [processors[index] for index in drafting] if processors else (),
+            self._seconds["total_seconds"],
+        )
+        first = instant(device)
+        draft = self._drafter.draft(context, limits)
+        return draft, (first, instant(device)) if any(draft.counts) else None
 
-    def _committed(self, draft: Draft, output: TargetOutput, verified: list[list[int]], drafted: bool) -> list[RowStep]:
-        """The steps of all rows. `drafted`: whether the pass was not a prefill."""
-        steps, drafter = [], self._drafter if drafted else None
-        for index, (row, count, ids) in enumerate(zip(self._active, draft.counts, verified, strict=True)):
-            if drafter is not None and draft.source != _NOTHING:
-                drafter.observe(row.number, count, ids)
-            source = None if drafter is None else "lookup" if index in draft.lookups else draft.source
-            logits = None if output.logits is None else output.logits[index]
+    def _pass(
+        self, draft: Draft, drafting: list[int], pieces: list[int], counts: Mapping[int, int]
+    ) -> tuple[TargetOutput, list[int]]:
+        """The target's pass, and where the tokens of each row begin in it. It scores drafts and the ends of prompts."""
+        whole, rows = list(pieces), self._active
+        for index, count in zip(drafting, draft.counts, strict=True):
+            whole[index] = 1 + count
+        places = Places(self._cache, [row.filled for row in rows], whole, settled=not drafting)
+        bounds = places.bounds
+        if not any(pieces):
+            return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
+        parts, drafts = list[Tensor](), dict(zip(drafting, draft.by_row(), strict=True))
+        for index, row in enumerate(rows):
+            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], device=self._model.device)
+            parts.append(drafts.get(index, own))
+        scored = [place for index, count in counts.items() for place in range(bounds[index + 1] - count - 1, bounds[index + 1])]
+        output = self._target.fill(torch.cat(parts), places, scored)
+        for index, row in enumerate(rows):
+            if row.config.prompt_logprobs and not row.output and output.states is not None:
+                self._tell(row, output.states[bounds[index] : bounds[index + 1]])
+        return output, bounds
+
+    def _tell(self, row: Row, states: Tensor) -> None:
+        """Adds the log probabilities of the prompt's tokens after those with these states; logits of so many places at once."""
+        assert isinstance(self._target, FixedTarget) and row.config.logprobs is not None
+        following = row.ids[row.filled + 1 : row.filled + 1 + len(states)]
+        for start in range(0, len(following), _SCORED):
+            ids = following[start : start + _SCORED]
+            logits = self._target.head(states[start : start + len(ids)])
+            row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
+
+    def _committed(
+        self, draft: Draft, drafting: list[int], output: TargetOutput, verified: Mapping[int, list[int]]
+    ) -> list[RowStep]:
+        """The steps of the rows that got tokens."""
+        steps, first, places = [], 0, {index: place for place, index in enumerate(drafting)}
+        for index, ids in verified.items():
+            row, place = self._active[index], places.get(index)
+            count, source = 0 if place is None else draft.counts[place], None
+            if self._drafter is not None and place is not None:
+                source = "lookup" if place in draft.lookups else draft.source
+                if draft.source != _NOTHING:
+                    self._drafter.observe(row.number, count, ids)
+            logits = None if output.logits is None else output.logits[first : first + count + 1]
             step = row.commit(count, ids, source, output.layers, draft.survival, logits)
-            if not drafted and row.config.prompt_logprobs:
-                assert isinstance(self._target, FixedTarget)
-                row.prompt_logprobs = self._target.prompt_logprobs(row, output, index)
+            first += count + 1
+            if place is None:
                 step = step._replace(prompt_logprobs=row.prompt_logprobs)
+                if self._prefixes is not None:
+                    self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
             steps.append(step)
             if self._earlier is not None and step.finish_reason is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
-            if self._prefixes is not None and not drafted:
-                self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
         return steps
 
-    def _is_piece(self) -> bool:
-        """Whether the prompt is too long for this step, or its text runs again: then a piece of it does."""
-        start, [row, *others] = self._filled, self._active
-        if others or (len(row.ids) - start <= self._piece and not self._refills):
-            return False
-        started, self._filled = time.perf_counter(), int(min(start + self._piece, len(row.ids) - self._refills))
-        self._cache.ends = [self._filled]
-        tokens = torch.tensor([row.ids[start : self._filled]], device=self._model.device)
-        self._target.fill(tokens, self._positions[:, start : self._filled], self._cache)
-        if row.is_dropped:
-            self._active = []
-        self._refills = self._refills and self._filled < len(row.ids) - 1
-        for name in ("prefill_seconds", "total_seconds"):
-            self._seconds[name] += time.perf_counter() - started
-        return True
-
-    def _prefill(self) -> tuple[Draft, TargetOutput]:
-        """An empty draft, and the target's pass over the tokens of the prompts that have no KV entries.
-
-        Prompts are padded at their ends. No token attends to the padding, and the next tokens overwrite it.
-        """
-        device, start = self._model.device, self._filled
-        missing = [row.ids[start:] for row in self._active]
-        lengths = [len(ids) for ids in missing]
-        longest = max(lengths)
-        padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in missing]
-        tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
-        positions = self._positions[:, start : start + longest].expand(len(lengths), -1)
-        self._cache.ends = [start + length for length in lengths]
-        output = self._target.prefill(tokens, last, positions, self._cache)
-        self._cache.ends = None
-        return Draft(tokens[:, :1], (0,) * len(lengths)), output
-
-    def _keep(self, index: int) -> None:
+    def _keep(self, index: int, ids: list[int]) -> None:
+        """Adds the KV entries of a row's first tokens to the prefixes."""
         if self._prefixes is not None and self._target.decodes_like_prefill:
-            self._prefixes.keep(self._model, self._target, self._active[index].ids[:-1], self._cache, index)
+            self._prefixes.keep(self._model, self._target, ids, self._cache, index)
 
-    def _context(self, newest: Tensor, limits: list[int]) -> Context:
-        rows = self._active
-        features = {} if self._target.exit_cache is None else self._target.exit_cache.features
-        positions = self._next_positions(max(limits) + 1)
-        numbers, ids = [row.number for row in rows], [row.ids for row in rows]
-        seconds = self._seconds["total_seconds"]
-        return Context(numbers, ids, newest, positions, self._cache, features, self._sampler.processors, seconds)
-
-    def _next_positions(self, count: int) -> Tensor:
-        """(B, count) on the host: positions of each row's newest token and of the tokens after it."""
-        if len(self._active) == 1:
-            start = len(self._active[0].ids) - 1
-            return self._positions[:, start : start + count]
-        starts = torch.tensor([len(row.ids) - 1 for row in self._active])
-        # Only padding can reach the context's last position, where no token is read that is followed by another.
-        return (starts[:, None] + self._positions[:, :count]).clamp_max(self._cache.max_positions - 1)
-
-    def _go_on(self, newest: Tensor, last: list[int]) -> None:
+    def _go_on(self, pieces: list[int], verified: Mapping[int, list[int]], bounds: list[int]) -> None:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
+        last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
+        for index, row in enumerate(self._active):
+            if pieces[index]:
+                row.filled, last[index] = row.filled + pieces[index], bounds[index + 1] - 1
+            elif index in verified:
+                row.filled, last[index] = len(row.ids) - 1, bounds[index] + len(verified[index]) - 1
         staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
         for index in set(range(len(self._active))).difference(staying):
-            self._keep(index)
-        if self._target.exit_cache is not None and staying:
+            if self._active[index].output:
+                self._keep(index, self._active[index].ids[:-1])
+        if self._target.exit_cache is not None and last:
             self._target.exit_cache.go_on(last)
-        self._newest = newest
         if len(staying) < len(self._active):
             self._stay(staying)
 
@@ -401,7 +411,5 @@ class DecodingLoop:
             return
         self._sampler.keep_rows(rows)
         self._cache.keep_rows(rows)
-        if self._newest is not None:
-            self._newest = self._newest[rows]
-            if self._target.exit_cache is not None:
-                self._target.exit_cache.keep_rows(rows)
+        if self._target.exit_cache is not None:
+            self._target.exit_cache.keep_rows(rows)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..model.backend import Backend
-from ..model.cache import RowCache
+from ..model.row_cache import RowCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next text, too, however short it is

@@ -279,17 +279,23 @@ class RowStep(NamedTuple):
 
 
 class Row:
-    """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
+    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never."""
 
     def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
         self.number, self.config = number, config
         self.ids = list(prompt)  # and the output
+        self.filled = 0
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False
         self.logprobs: list[TokenLogprobs] = []  # of the output
         self.prompt_logprobs: list[TokenLogprobs] = []
+
+    @property
+    def lacks(self) -> int:
+        """How many tokens must run before the row can have drafts: those of its prompt, or of a text that runs again."""
+        return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
 
     @property
     def output(self) -> list[int]:

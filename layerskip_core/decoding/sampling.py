@@ -36,17 +36,16 @@ class Sampler:
         seeds = () if self.is_greedy else seeds or [config.seed] * rows
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-        """The logits (B, T, V) after each row's options, for `rows` of the batch. A row's last place follows its drafts.
+    def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """The logits (N, V) after the options of some `rows` of the batch, each of which has so many `places` among them.
 
-        A row with more than T places has the last T; one with fewer has padding after them. The given logits may be
-        overwritten, unless their log probabilities are reported.
+        A row's last place follows its drafts. The given logits may be overwritten, unless their log probabilities are reported.
         """
         if not self.processors:
             return logits
         changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=self._config.logprobs is not None)
-        for row in rows:
-            self.processors[row].process(changed[row, : len(drafts[row]) + 1], drafts[row])
+        for row, own, of_row in zip(rows, drafts, torch.split(changed, list(places)), strict=True):
+            self.processors[row].process(of_row, own)
         return changed
 
     def probs(self, logits: Tensor) -> Tensor | None:
@@ -54,16 +53,11 @@ class Sampler:
         return None if self.is_greedy else probabilities(logits, self._config)
 
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
-        """Token ids (B, T) from logits (B, T, V) and their `probs`. Only `rows` of the batch need one: others may be any id."""
+        """Token ids (G,) from logits (G, V) and their `probs`, of these rows of the batch."""
         if self.is_greedy:
             return self._best(logits)
         probs = probabilities(logits, self._config) if probs is None else probs
-        if len(self._generators) == 1:
-            return draw(probs, self._generators[0])
-        chosen = torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
-        for row in rows:
-            chosen[row] = draw(probs[row], self._generators[row])
-        return chosen
+        return torch.stack([draw(of_row, self._generators[row]) for of_row, row in zip(probs, rows, strict=True)])
 
     def _best(self, logits: Tensor) -> Tensor:
         # NumPy's is as fast as torch's by one thread, and no thread waits for another, which has no core on a busy machine.
@@ -72,33 +66,37 @@ class Sampler:
         return most_probable(logits)
 
     def verify(
-        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
-    ) -> tuple[list[list[int]], Tensor]:
-        """Judges drafts (B, K), `counts` of them by row, by the target's logits (B, K+1, V). Waits once for the device.
+        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[int]
+    ) -> list[list[int]]:
+        """Judges the drafts (N,) of these `rows` of the batch, `counts` of them each, row by row, by the target's logits
+        (N + B, V): those of a row have one place more. Waits once for the device.
 
-        `draft_probs` (B, K, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
-        the accepted drafts and the target's own token after them; and that last token of each row, (B, 1), on the device.
+        `draft_probs` (N, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row, the
+        accepted drafts and the target's own token after them.
         """
+        places = [count + 1 for count in counts]
         if self.processors:
-            drafted = [ids[:count] for ids, count in zip(draft_ids.tolist(), counts, strict=True)]
-            logits = self.processed(logits, drafted, range(len(drafted)))
+            drafted = [ids.tolist() for ids in torch.split(draft_ids, list(counts))]
+            logits = self.processed(logits, drafted, places, rows)
         if self.is_greedy:
             return accepted_choices(draft_ids, counts, self._best(logits))
-        target_probs = probabilities(logits, self._config)
-        if draft_ids.shape[1] == 0:
-            pairs = zip(target_probs, self._generators, strict=True)
-            newest = torch.stack([draw(probs, generator) for probs, generator in pairs])
-            return newest.tolist(), newest
+        target_probs = torch.split(probabilities(logits, self._config), places)
+        if not len(draft_ids):
+            newest: list[list[int]]
+            newest = torch.stack([draw(p, self._generators[row]) for p, row in zip(target_probs, rows, strict=True)]).tolist()
+            return newest
         if draft_probs is None:  # the drafter was certain
-            draft_probs = F.one_hot(draft_ids, logits.shape[-1]).to(target_probs.dtype)
-        judged = torch.stack(
-            [
-                verify(draft_ids[row, :count], draft_probs[row, :count], target_probs[row, : count + 1], generator)
-                for row, (count, generator) in enumerate(zip(counts, self._generators, strict=True))
-            ]
+            draft_probs = F.one_hot(draft_ids, logits.shape[-1]).to(target_probs[0].dtype)
+        parts = zip(
+            torch.split(draft_ids, list(counts)), torch.split(draft_probs, list(counts)), target_probs, rows, strict=True
         )
-        verified = [[*drafts[:accepted], last] for *drafts, accepted, last in torch.cat((draft_ids, judged), 1).tolist()]
-        return verified, judged[:, 1:]
+        judged = [verify(ids, probs, target, self._generators[row]) for ids, probs, target, row in parts]
+        told: list[int] = torch.cat((*judged, draft_ids)).tolist()
+        verified, first = [], 2 * len(counts)
+        for row, count in enumerate(counts):
+            verified.append([*told[first : first + told[2 * row]], told[2 * row + 1]])
+            first += count
+        return verified
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Forgets every row but those at `rows`."""
@@ -119,17 +117,16 @@ class Sampler:
         return sampler
 
 
-def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:
-    """Accepts the longest prefix of each row's drafts (B, K) that are the target's choices (B, K+1); returns as `verify`."""
-    most = draft_ids.shape[1]
-    verified: list[list[int]] = []
-    for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
-        chosen = ids[most:]
-        accepted = next((index for index in range(count) if ids[index] != chosen[index]), count)
+def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
+    """Accepts the longest prefix of each row's drafts (N,) that are the target's choices (N + B,); returns as `verify`."""
+    ids: list[int] = torch.cat((draft_ids, choices)).tolist()
+    verified, first, after = list[list[int]](), 0, len(draft_ids)
+    for count in counts:
+        drafts, chosen = ids[first : first + count], ids[after : after + count + 1]
+        accepted = next((index for index in range(count) if drafts[index] != chosen[index]), count)
         verified.append(chosen[: accepted + 1])
-    if len(verified) == 1:
-        return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
-    return verified, torch.tensor([[ids[-1]] for ids in verified]).to(choices.device, non_blocking=True)
+        first, after = first + count, after + count + 1
+    return verified
 
 
 def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:

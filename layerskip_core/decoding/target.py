@@ -1,6 +1,6 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -10,24 +10,20 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.backend import Backend, Submodel, joined, states_at
-from ..model.cache import KVCache
+from ..model.backend import Backend, Submodel, states_at
+from ..model.cache import KVCache, Places
 from ..model.exit_blocks import DraftBlock, target_block
-from ..model.pages import PagedCache, TokenRows
 from .drafters import Draft
 from .graphs import Recorder
-from .output import Row, TokenLogprobs, logprobs_of
-
-_SCORED = 64  # tokens of a prompt whose logits are in memory at once
 
 
 class TargetOutput(NamedTuple):
-    """One pass of the target over T tokens of each row."""
+    """One pass of the target over N tokens, of which S are scored."""
 
-    logits: Tensor | None  # (B, T, V)
+    logits: Tensor | None  # (S, V)
     layers: int  # that gave them
-    choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
-    states: Tensor | None = None  # (B, T, D), of a prompt's tokens, for `head`
+    choices: Tensor | None = None  # (S,), the most probable tokens, instead of logits if nothing else needs these
+    states: Tensor | None = None  # (N, D), for `head`, of a pass over pieces of texts
 
 
 class FixedTarget:
@@ -45,7 +41,7 @@ class FixedTarget:
     decodes_like_prefill = True
     recorder: Recorder | None = None
 
-    def __init__(self, model: Backend, config: DecodingConfig) -> None:
+    def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
         """Raises ConfigError for an exit that can only draft."""
         self._model, self._layers, self._block = model, model.num_layers, None
         if config.strategy == "early-exit":
@@ -59,99 +55,42 @@ class FixedTarget:
         }
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
-        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None
+        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None
         self._taps = self.exit_cache.taps if self.exit_cache else ()
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
 
-    def fill(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Writes the KV entries of a part of a prompt (1, T) that is not its end."""
-        self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
-        if self.exit_cache is not None:
-            self.exit_cache.go_on([tokens.shape[1] - 1])
+    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
+        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
+        states = self._run(tokens, {0: self._model.embed(tokens)}, places)
+        return TargetOutput(self.head(states[scored]) if scored else None, self._layers, states=states)
 
-    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
-
-        The cache already has the KV entries before `positions`.
-        """
-        states = self._run(tokens, {0: self._model.embed(tokens)}, positions, cache)
-        return TargetOutput(self.head(_at(states, last)), self._layers, states=states)
-
-    def prompt_logprobs(self, row: Row, output: TargetOutput, index: int) -> list[TokenLogprobs]:
-        """Of a row's prompt, by the states of its prefill; the logits of so many places at once."""
-        assert output.states is not None and row.config.logprobs is not None
-        told: list[TokenLogprobs] = []
-        for start in range(0, row.prompt_tokens - 1, _SCORED):
-            ids = row.ids[start + 1 : min(start + 1 + _SCORED, row.prompt_tokens)]
-            logits = self.head(output.states[index : index + 1, start : start + len(ids)])[0]
-            told += logprobs_of(logits, ids, row.config.logprobs)
-        return told
-
-    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
+    def verify(self, draft: Draft, places: Places) -> TargetOutput:
+        """Logits (N, V), or choices, after each of the draft's tokens."""
         recorder, stops = self.recorder, tuple(draft.exit_states)
         if recorder is None:
-            padded = draft.tokens.numel() - len(draft.counts) > sum(draft.counts)
-            if padded and self._model.ragged and not (self.exit_cache and self.exit_cache.is_fed):
-                return self._ragged_pass(draft, positions, cache)
-            return self._pass(draft.tokens, draft.exit_states, positions, cache)
+            return self._pass(draft.tokens, draft.exit_states, places)
 
-        def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            logits = self._pass(tokens, dict(zip(stops, states, strict=True)), places, cache).logits
-            assert logits is not None  # backends whose passes are recorded have no chooser
-            return (logits,)
+        def work(tokens: Tensor, positions: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            recorded = Places(places.cache, (), (), recorded=positions)
+            output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded)
+            return tuple(part for part in (output.logits, output.choices) if part is not None)
 
-        (logits,) = recorder.run(("pass", self.writes, stops), work, draft.tokens, positions, *draft.exit_states.values())
-        return TargetOutput(logits, self._layers)
+        name = "pass", self.writes, self._only_chooses, stops
+        (found,) = recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
+        return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
-    def _ragged_pass(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """A pass without the draft's padding: each token is a row of its own. In its output, padding is 0."""
-        assert isinstance(cache, PagedCache)
-        counts = torch.tensor(draft.counts) + 1
-        rows = torch.arange(len(counts)).repeat_interleave(counts)
-        columns = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-
-        def flat(padded: Tensor) -> Tensor:
-            return padded[rows, columns][:, None]
-
-        states = self._completed(draft.tokens, draft.exit_states, positions, cache)
-        states = {stop: flat(reached) for stop, reached in states.items()}
-        output = self._pass(flat(draft.tokens), states, flat(positions), TokenRows(cache, counts.tolist()))
-
-        def padded(flat: Tensor | None) -> Tensor | None:
-            if flat is None:
-                return None
-            return flat.new_zeros(*draft.tokens.shape, *flat.shape[2:]).index_put_((rows, columns), flat[:, 0])
-
-        return TargetOutput(padded(output.logits), output.layers, padded(output.choices))
-
-    def _completed(
-        self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache
-    ) -> Mapping[int, Tensor]:
-        """The exit states of all tokens (B, T), if there are any: the last token may lack its own."""
-        if not states or (known := states[max(states)].shape[1]) == tokens.shape[1]:
-            return states
-        last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
-        return joined((states, last))
-
-    def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> TargetOutput:
-        """One pass over tokens (B, T), from their exit states on; the last token may lack its state."""
-        states = self._completed(tokens, states, positions, cache)
-        if self._only_chooses and self._model.chooser is not None:
-            states = self._with_embedding(tokens, states)
-            start = max(states, default=0)
-            found = self._model.chooser(
-                tokens, states.get(start), start, self._layers, self._stops_after(start), positions, cache
-            )
-            if found is not None:
-                choices, reached = found
-                self._write({**states, **reached}, positions, cache)
-                return TargetOutput(None, self._layers, choices)
-        hidden = self._run(tokens, states or {0: self._model.embed(tokens)}, positions, cache)
-        return TargetOutput(self.head(hidden), self._layers)
+    def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
+        """One pass over tokens (N,), from their exit states on."""
+        if not self._only_chooses:
+            return TargetOutput(self.head(self._run(tokens, states or {0: self._model.embed(tokens)}, places)), self._layers)
+        states, start = self._with_embedding(tokens, states), max(states, default=0)
+        kept = self._stops_after(start)
+        choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
+        self._write({**states, **reached}, places)
+        return TargetOutput(None, self._layers, choices)
 
     def _with_embedding(self, tokens: Tensor, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The states, with the embedding if a drafter reads it."""
@@ -161,19 +100,19 @@ class FixedTarget:
         """After which layers above `start` blocks read states."""
         return (*(tap for tap in self._taps if tap > start), self._layers) if self.exit_cache else ()
 
-    def _write(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> None:
+    def _write(self, states: Mapping[int, Tensor], places: Places) -> None:
         if self.exit_cache is not None:
-            self.exit_cache.write(states, states[self._layers], positions, cache)
+            self.exit_cache.write(states, states[self._layers], places)
 
-    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
-        """The layers after the highest of the `states` of tokens (B, T), and the exit's block."""
+    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> Tensor:
+        """The layers after the highest of the `states` of tokens (N,), and the exit's block."""
         start, states = max(states), self._with_embedding(tokens, states)
         stops = self._stops_after(start) or (self._layers,)
-        states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
+        states = {**states, **states_at(self._model, states[start], stops, places, start)}
         hidden = states[self._layers]
-        self._write(states, positions, cache)
+        self._write(states, places)
         if self._block is not None:
-            hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
+            hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
         return hidden
 
 
@@ -199,54 +138,46 @@ class CalmTarget:
         self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
-        self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
+        self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
-    def fill(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
-        for _ in self._through_all(tokens, positions, cache):
-            pass
+    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
+        chosen, hidden, self._begin = None, self._model.embed(tokens), places.stop
+        for start, stop in self._spans:
+            hidden = self._model.run_layers(hidden, start, stop, places)
+            after = self._through_block(hidden, stop, places)
+            if scored:
+                chosen = chosen or self._leaving(after[scored], stop)
+        return chosen or TargetOutput(None, self._model.num_layers)
 
-    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        chosen = None
-        for stop, scored in self._through_all(tokens, positions, cache):
-            chosen = chosen or self._leaving(_at(scored, last), stop)
-        self._begin = int(positions[0, -1]) + 1
-        assert chosen is not None
-        return chosen
-
-    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        count = int(positions[0, 0]) - self._begin  # of the tokens between the prompt and this one
+    def verify(self, draft: Draft, places: Places) -> TargetOutput:
+        count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                places = torch.arange(self._begin + written, self._begin + count)[None]
-                left = torch.cat(self._left[written:count], dim=1)
-                self._model.write_kv(left, start, stop, places, cache)
+                earlier, left = (
+                    places.cache.span(self._begin + written, self._begin + count),
+                    torch.cat(self._left[written:count]),
+                )
+                self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
-                    self._model.write_kv(left, block.layer, block.layer + 1, places, cache)
-            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
+                    self._model.write_kv(left, block.layer, block.layer + 1, earlier)
+            hidden = self._model.run_layers(hidden, start, stop, places)
             self._written[span] = count + 1
-            chosen = self._leaving(self._through_block(hidden, stop, positions, cache), stop)
+            chosen = self._leaving(self._through_block(hidden, stop, places), stop)
             if chosen is not None:
                 break
         assert chosen is not None
         self._left.append(hidden)
         return chosen
 
-    def _through_all(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Iterator[tuple[int, Tensor]]:
-        """Each exit and L, with the states after it."""
-        hidden = self._model.embed(tokens)
-        for start, stop in self._spans:
-            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
-            yield stop, self._through_block(hidden, stop, positions, cache)
-
-    def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
+    def _through_block(self, hidden: Tensor, layers: int, places: Places) -> Tensor:
         """The states after `layers` layers, and after the block of that exit if it has one."""
         block = self._blocks[layers]
-        return hidden if block is None else self._model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
+        return hidden if block is None else self._model.run_layers(hidden, block.layer, block.layer + 1, places)
 
     def _leaving(self, hidden: Tensor, layers: int) -> TargetOutput | None:
-        """The logits (1, 1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
+        """The logits (1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
         block = self._blocks[layers]
         if layers < self._model.num_layers:
             head, few = self._draft_side.head(Submodel(layers, block=block and self._draft_side.exit_blocks[layers]))
@@ -257,11 +188,6 @@ class CalmTarget:
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
 
 
-def _at(hidden: Tensor, indices: Tensor) -> Tensor:
-    """The hidden states (B, 1, D) of one token of each row, at `indices` (B,)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), indices][:, None]
-
-
 class ExitBlockCache:
     """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
@@ -269,57 +195,73 @@ class ExitBlockCache:
     to the next, if any `is_fed`.
     """
 
-    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock]) -> None:
+    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock], rows: int) -> None:
         """`blocks`: by the exits at which their drafts start."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self.is_fed = any(block.is_fed for block in blocks.values())
-        self.features: dict[int, Tensor] = {}  # by exit, (B, 1, D): of the token before each row's newest
-        self._of_pass: dict[int, Tensor] = {}  # by exit, (B, T, D): of the tokens of the last pass
+        self._known = [False] * rows  # by row: whether it has features
+        self.features: dict[int, Tensor] = {}  # by exit, (B, D): of the token before each row's next
+        self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
 
-    def write(self, states: Mapping[int, Tensor], finals: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Writes the blocks' KV entries of the tokens at `positions` (B, T).
+    def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
+        """Writes the blocks' KV entries of the tokens of a pass.
 
-        `states` are those after each of `taps`, `finals` those after the last layer, (B, T, D). After a cached prefix, the
+        `states` are those after each of `taps`, `finals` those after the last layer, (N, D). After a cached prefix, the
         first token is rerun only to get the second token's feature: its own KV entries are there.
         """
         for exit_layer, block in self._blocks.items():
-            own, places, before = {tap: states[tap] for tap in block.taps}, positions, None
             features = block.features(self._model, states, finals)
-            if features is not None:
-                known = self.features.get(exit_layer)
-                if known is None and not block.starts_later and int(positions[0, 0]) == 0:
-                    known = torch.zeros_like(features[:, :1])
-                if known is None:
-                    own, places = {tap: state[:, 1:] for tap, state in own.items()}, positions[:, 1:]
-                before = features[:, :-1] if known is None else torch.cat((known, features[:, :-1]), dim=1)
-                self._of_pass[exit_layer] = features
-            if places.numel():
-                block.write(self._model, own, before, places, cache)
+            own, before = {tap: states[tap] for tap in block.taps}, None
+            if features is None:
+                block.write(self._model, own, before, places)
+                continue
+            rows = [row for row, count in enumerate(places.counts) if count]
+            known = self.features.setdefault(exit_layer, features.new_zeros(len(self._known), features.shape[1]))
+            before = features.roll(1, 0)
+            before[[places.bounds[row] for row in rows]] = known[rows]
+            self._of_pass[exit_layer] = features
+            skipped = [
+                int(count > 0 and not has_feature and (start > 0 or block.starts_later))
+                for has_feature, start, count in zip(self._known, places.starts, places.counts, strict=True)
+            ]
+            if any(skipped):
+                parts = zip(pairwise(places.bounds), skipped, strict=True)
+                kept = [place for (first, end), count in parts for place in range(first + count, end)]
+                if not kept:
+                    continue
+                own, before = {tap: state[kept] for tap, state in own.items()}, before[kept]
+            block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
 
-    def go_on(self, last: Sequence[int]) -> None:
-        """After a pass. `last`: by row, the index in it of the token before the newest."""
-        if self.is_fed:
-            self.features = {
-                exit_layer: torch.stack([of_row[place] for of_row, place in zip(found, last, strict=True)])[:, None]
-                for exit_layer, found in self._of_pass.items()
-            }
+    def go_on(self, last: Mapping[int, int]) -> None:
+        """After a pass. `last`: by row, the index in it of the token before the row's next."""
+        for exit_layer, found in self._of_pass.items():
+            self.features[exit_layer][list(last)] = found[list(last.values())]
+        for row in last:
+            self._known[row] = True
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.features = {exit_layer: found[list(rows)] for exit_layer, found in self.features.items()}
+        self._known = [self._known[row] for row in rows]
 
     def join(self, other: "ExitBlockCache") -> None:
         """Adds the rows of another after its own, between two passes."""
-        self.features = {exit_layer: torch.cat((own, other.features[exit_layer])) for exit_layer, own in self.features.items()}
+        for exit_layer in self._blocks:
+            parts = [(cache.features.get(exit_layer), len(cache._known)) for cache in (self, other)]
+            like = next((found for found, _ in parts if found is not None), None)
+            if like is not None:
+                both = [like.new_zeros(rows, like.shape[1]) if found is None else found for found, rows in parts]
+                self.features[exit_layer] = torch.cat(both)
+        self._known = self._known + other._known
 
 
 Target = FixedTarget | CalmTarget
 
 
-def target_of(model: Backend, config: DecodingConfig) -> Target:
+def target_of(model: Backend, config: DecodingConfig, rows: int = 1) -> Target:
     """Raises ConfigError for an exit that can only draft."""
     by_token = config.strategy == "early-exit" and config.exit_confidence
-    return CalmTarget(model, config) if by_token else FixedTarget(model, config)
+    return CalmTarget(model, config) if by_token else FixedTarget(model, config, rows)
 
 
 class Prefixes:

@@ -62,9 +62,11 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
     answer = [token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids]
     ids = [*prompt_ids, *answer]
-    positions = torch.arange(len(ids) - 1)[None]
-    embedded, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
-    states = states_at(model, embedded, range(1, model.num_layers + 1), positions, cache)
+    embedded, places = (
+        model.embed(torch.tensor(ids[:-1], device=model.device)),
+        model.new_cache(1, len(ids)).span(0, len(ids) - 1),
+    )
+    states = states_at(model, embedded, range(1, model.num_layers + 1), places)
     first, features = len(prompt_ids) - 1, features_of(model.normed(states[model.num_layers]))
 
     def text(token: int) -> str:
@@ -72,13 +74,13 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
 
     def predicted(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> list[tuple[int, LayerPrediction]]:
         """For each token of the answer the prediction from these states, and its token id."""
-        highest = head(hidden[0, first:]).float().softmax(-1).max(-1)
+        highest = head(hidden[first:]).float().softmax(-1).max(-1)
         pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
         return [(token, LayerPrediction(text(token), probability)) for token, probability in pairs]
 
     by_layer = [predicted(model.unembed, hidden) for hidden in states.values()]
     by_block = {
-        exit_layer: predicted(block.head, block.run(model, states[exit_layer], features, positions, cache))
+        exit_layer: predicted(block.head, block.run(model, states[exit_layer], features, places))
         for exit_layer, block in model.exit_blocks.items()
     }
     traces = []

@@ -198,11 +198,10 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
     targets = torch.tensor(ids[first:], device=model.device)
     if not len(targets):
         return 0, {}
-    tokens = torch.tensor([ids[:-1]], device=model.device)
-    positions = torch.arange(len(ids) - 1)[None]
-    through = states_at_exits(model, tokens, positions, model.new_cache(1, len(ids)), exit_layers)
+    tokens, places = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids)).span(0, len(ids) - 1)
+    through = states_at_exits(model, tokens, places, exit_layers)
     return len(targets), {
-        exit_layer: float(summed_losses(head, [states[0, first - 1 :]], targets, model.spec.vocab, [(1.0, 0.0)])[0])
+        exit_layer: float(summed_losses(head, [states[first - 1 :]], targets, model.spec.vocab, [(1.0, 0.0)])[0])
         for exit_layer, states, head in through
     }
 

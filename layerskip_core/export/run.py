@@ -238,8 +238,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
         raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
-    positions, cache = torch.arange(ids.shape[1]).expand(ids.shape), backend.new_cache(*ids.shape)
-    [(_, states, head)] = states_at_exits(backend, ids, positions, cache, [exit_layer])
+    [(_, states, head)] = states_at_exits(backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer])
     expected, layers, kept = head(states), backend.layers, list(range(exit_layer))
     if block is not None:
         originals, weights = backend.block_originals(), blocks.weights(backend.spec, model.get_input_embeddings().weight)

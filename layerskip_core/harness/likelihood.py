@@ -5,7 +5,7 @@ A batch's common prefix runs once, then each context once, then the continuation
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ContextError
 from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend, states_at_exits
-from ..model.cache import KVCache
+from ..model.cache import Places
 from ..model.exit_blocks import target_block
 
 _START = 64  # tokens: contexts that share so many probably share the examples of a few-shot prompt
@@ -116,17 +116,20 @@ def _scored(
         shared = 0
     cache = model.new_cache(1 if shared else len(contexts), max(lengths) + max(map(len, rests)))
     if shared:
-        for _ in _states(model, [contexts[0][:shared]], [0], cache, exits):
+        prefix = torch.tensor(contexts[0][:shared], device=model.device)
+        for _ in states_at_exits(model, prefix, cache.span(0, shared, settled=True), exits):
             pass
         cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
     found = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
 
     def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
-        """`after`: a continuation, its next token, and the row and column of `texts` that predict it."""
+        """`after`: a continuation, its next token, and the row and column of `texts`, from `starts` on, that predict it."""
         owner, targets, rows, columns = torch.tensor(after).T
-        for stop, hidden, head in _states(model, texts, starts, cache, exits):
+        places = Places(cache, starts, list(map(len, texts)), settled=True)
+        ids, at = torch.tensor([*chain(*texts)], device=model.device), torch.tensor(places.bounds)[rows] + columns
+        for stop, hidden, head in states_at_exits(model, ids, places, exits):
             totals, greedy = found[stop]
-            logs, best = _log_probabilities(head, hidden[rows, columns], targets.to(hidden.device), model.spec.vocab)
+            logs, best = _log_probabilities(head, hidden[at], targets.to(hidden.device), model.spec.vocab)
             totals.index_add_(0, owner, logs.double())
             greedy[owner[~best]] = False
 
@@ -141,20 +144,6 @@ def _scored(
         ]
         score(rests, [lengths[row] for row in owners], later)
     return found
-
-
-def _states(
-    model: Backend, texts: Sequence[Sequence[int]], starts: Sequence[int], cache: KVCache, exits: Sequence[int]
-) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
-    """(exit, states (B, T, D) for its head, head) of B texts that begin at the positions `starts`, each padded at its end.
-
-    The KV entries of the padding come after the text's: no token of the text sees them, and the next tokens overwrite them.
-    """
-    width = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)
-    positions = torch.tensor(starts)[:, None] + torch.arange(width)
-    cache.ends = [start + len(text) for start, text in zip(starts, texts, strict=True)]
-    return states_at_exits(model, ids, positions, cache, exits)
 
 
 def _log_probabilities(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
 from ..errors import ConfigError, ContextError
-from .cache import KVCache
+from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import DraftBlock, PlacedBlock
 from .spec import AnySpec
@@ -21,7 +21,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Layers(Protocol):
-    """An embedding and a chain of layers. Hidden states are (B, T, D); `positions` (B, T) are on the host.
+    """An embedding and a chain of layers. Hidden states are (..., D), of the N tokens of a pass in their order.
 
     The layers of exit blocks come after the `num_layers` of the model, as further layers of the chain.
     """
@@ -32,36 +32,28 @@ class Layers(Protocol):
     def device(self) -> torch.device: ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) to hidden states (B, T, D)."""
+        """Token ids (...) to hidden states (..., D)."""
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Layers start..stop-1 over the hidden states of the tokens at `positions`; returns pre-norm hidden states.
+    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
+        """Layers start..stop-1 over the hidden states of the tokens at `places`; returns pre-norm hidden states.
 
-        With a cache, the span writes its keys and values at the positions and attends to earlier ones. Without a cache the
-        tokens attend to each other only.
+        The span writes the tokens' keys and values, and each attends to those of its row up to its own.
         """
 
 
-def states_at(
-    layers: Layers, hidden: Tensor, stops: Iterable[int], positions: Tensor, cache: KVCache, start: int = 0
-) -> dict[int, Tensor]:
+def states_at(layers: Layers, hidden: Tensor, stops: Iterable[int], places: Places, start: int = 0) -> dict[int, Tensor]:
     """The hidden states after each of some ascending counts of layers, from those after `start`; see `Layers.run_layers`."""
     states = {}
     for stop in stops:
-        states[stop] = hidden = layers.run_layers(hidden, start, stop, positions, cache)
+        states[stop] = hidden = layers.run_layers(hidden, start, stop, places)
         start = stop
     return states
 
 
-def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """Joins the states of consecutive chunks of tokens."""
-    return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
-
-
-def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:
+def run_spans(layers: Layers, hidden: Tensor, spans: Spans, places: Places) -> Tensor:
     """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
     for start, stop in spans:
-        hidden = layers.run_layers(hidden, start, stop, positions, cache)
+        hidden = layers.run_layers(hidden, start, stop, places)
     return hidden
 
 
@@ -117,15 +109,6 @@ class DraftEnds(NamedTuple):
         return most
 
 
-Chooser = Callable[[Tensor, Tensor | None, int, int, Sequence[int], Tensor, KVCache], tuple[Tensor, dict[int, Tensor]] | None]
-"""Takes tokens (B, T), their states (B, T, D) after `start` layers or None for 0, `start`, `stop`, counts of layers above
-`start`, ascending, after which states are kept, and what follows `stop` in `run_layers`.
-
-Returns the tokens (B, T) with the largest of the logits after `stop` layers, and the states that were kept, by these counts;
-None if they are too many for one call.
-"""
-
-
 class DraftHead(NamedTuple):
     """What chooses drafts.
 
@@ -144,13 +127,13 @@ class DraftHead(NamedTuple):
 
 
 DraftKernel = Callable[
-    [DraftHead, Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
+    [DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
 ]
-"""Drafts greedily for one row: at most d tokens after a token (1, 1), whose position is the first of `positions` (1, d).
+"""Drafts greedily for one row: at most d tokens after a token (1,), which has the first of d + 1 places.
 
-Its last argument is that token's feature (1, 1, D), if the exit block reads one. The cache needs room for d + 1 positions.
-Returns the tokens (1, K+1), the newest first; the states (1, K+1 or K, D) after each of the submodel's stops, of all tokens or
-of all but the last; and the probabilities of the drafts, empty if the ends need none.
+Its last argument is that token's feature (1, D), if the exit block reads one. Returns the tokens (K+1,), the newest first; the
+states (K+1, D) after each of the submodel's stops, with other layers than the backend's own of the first K alone; and the
+probabilities of the drafts, empty if the ends need none.
 """
 
 
@@ -183,32 +166,29 @@ class DraftSide:
 
 
 def beyond_exit(
-    side: DraftSide, submodel: Submodel, states: Tensor, positions: Tensor, cache: KVCache, feature: Tensor | None
+    side: DraftSide, submodel: Submodel, states: Tensor, places: Places, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, 1, N) of the side's head from the states (B, 1, D) of one token of each row after the exit, and the feature of
-    the next token.
+    """Logits (..., V) of the side's head from the states (..., D) of tokens after the exit, and the features of the next ones.
 
-    `feature` (B, 1, D): of these tokens, if the exit's block needs it.
+    `feature` (..., D): of these tokens, if the exit's block needs it.
     """
     block = submodel.block
     if block is not None:
-        hidden = block.run(side.layers, states, feature, positions, cache)
+        hidden = block.run(side.layers, states, feature, places)
         return block.head(hidden), block.own_feature(hidden)
-    return side.head(submodel).unembed(run_spans(side.layers, states, submodel.beyond, positions, cache)), None
+    return side.head(submodel).unembed(run_spans(side.layers, states, submodel.beyond, places)), None
 
 
 class Backend(Layers, Protocol):
-    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits.
+    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, places))` gives its logits.
 
     Attributes:
         spec: what the model is.
         implementation: which kernels run, for reports.
         exact: whether calls are split to be batch-invariant. Such a backend takes one row.
         batch_invariant: whether a token has the same bits alone as among others, so that drafts change no greedy output.
-        ragged: whether it takes TokenRows, so that the rows of a pass have as many tokens as each needs.
         row_cost: about how long a token's arithmetic takes, over the time in which memory gives all weights.
         recordable: whether passes can be recorded as CUDA graphs: no weight ever moves.
-        chooser: a kernel for layers, head and choice in one call; None if there is none.
         room: positions of the longest text, which are the context's, or fewer if memory has no room for more.
         exit_blocks: the blocks of its exits, by their exits.
         eagle3: its drafter in the EAGLE-3 layout, if it has one.
@@ -218,7 +198,6 @@ class Backend(Layers, Protocol):
     implementation: str
     exact: bool
     batch_invariant: bool
-    ragged: bool
     recordable: bool
 
     @property
@@ -227,8 +206,6 @@ class Backend(Layers, Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def row_cost(self) -> float: ...
-    @property
-    def chooser(self) -> Chooser | None: ...
     @property
     def room(self) -> int: ...
 
@@ -242,7 +219,16 @@ class Backend(Layers, Protocol):
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""
 
-    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    def choose(
+        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The tokens (N,) with the largest of the logits after `stop` layers, and the states after some ascending counts of
+        layers above `start`.
+
+        `states` (N, D): of the tokens (N,) after `start` layers; None for their embeddings.
+        """
+
+    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
         """Writes the keys and values of layers start..stop-1 as if `hidden` were the input of each layer.
 
         For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3). Arguments
@@ -259,18 +245,27 @@ class Backend(Layers, Protocol):
         """The final norm alone, (..., D)."""
 
 
+def choose_by_head(
+    model: Backend, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`Backend.choose` by layers, head and the largest logits."""
+    hidden = model.embed(tokens) if states is None else states
+    reached = states_at(model, hidden, dict.fromkeys((*kept, stop)), places, start)
+    return most_probable(model.unembed(reached[stop])), reached
+
+
 def states_at_exits(
-    model: Backend, tokens: Tensor, positions: Tensor, cache: KVCache, exit_layers: Iterable[int]
+    model: Backend, tokens: Tensor, places: Places, exit_layers: Iterable[int]
 ) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
-    """(exit, states (B, T, D) for its head, head) of tokens (B, T), in one pass. Exits that only draft are left out."""
+    """(exit, states (..., D) for its head, head) of tokens (...), in one pass. Exits that only draft are left out."""
     hidden = model.embed(tokens)
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
-        hidden = model.run_layers(hidden, start, stop, positions, cache)
+        hidden = model.run_layers(hidden, start, stop, places)
         block = model.exit_blocks.get(stop)
         if block is None:
             yield stop, hidden, model.unembed
         elif not block.is_fed:
-            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, positions, cache), block.head
+            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, places), block.head
 
 
 def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Entry, EntryWriter, MixedCache, State
+from .cache import Places
+from .row_cache import Entry, EntryWriter, MixedCache, State
 
 if TYPE_CHECKING:
     from .probe import Recorder
@@ -289,34 +290,30 @@ class CutModel:
         state: Tensor,
         start: int,
         stop: int,
-        positions: Tensor,
-        cache: MixedCache | None = None,
+        places: Places,
         *,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
-        """Layers start..stop-1 over states (B, T, D) of the tokens at `positions`; see `embed` for those before layer 0.
+        """Layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for those before layer 0.
 
         `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs instead of these layers,
         in the place of its original, and its `shift_of_block`.
         """
-        shift = 0
+        shift, cache = 0, places.cache
+        assert isinstance(cache, MixedCache)
         if block is not None:
             assert self.form.attending is not None
             start, stop, shift = self.form.attending, self.form.attending + 1, block[1]
-        writer = None if cache is None else EntryWriter(cache, positions, shift=shift)
-        if cache is not None and writer is not None and self._one_by_one(cache, positions, writer.contiguous):
-            rows = []
-            for row, places in enumerate(positions):
-                count = len(places.unique_consecutive())  # what follows is padding, at the end of the context
-                if cache.ends is not None:
-                    count = min(count, cache.ends[row] - int(places[0]))
-                own = EntryWriter(cache, places[None, :count], row, shift)
-                part = state[row : row + 1, :count]
-                done = self.run_span(part, start, stop, places[None, :count], own, only_writes, block)
-                rows.append(torch.cat([done, done[:, -1:].expand(-1, len(places) - count, -1)], dim=1))
-            return torch.cat(rows)
-        return self.run_span(state, start, stop, positions, writer, only_writes, block)
+
+        def run(state: Tensor, positions: Tensor, row: int | None) -> Tensor:
+            writer = EntryWriter(cache, positions, row, shift, places.settled)
+            return self.run_span(state, start, stop, positions, writer, only_writes, block)
+
+        # Not together: rows at different positions in some models, and padding after a recurrent state.
+        ragged = len(set(places.counts)) > 1
+        differ = ragged or len(set(places.starts)) > 1
+        return places.in_grids(state, run, not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)))
 
     def normed(self, state: Tensor) -> Tensor:
         """The owner's output, which the head reads, for the states (..., D) after any layer."""
@@ -376,7 +373,7 @@ class CutModel:
         start: int,
         stop: int,
         positions: Tensor,
-        writer: "Writer | None",
+        writer: "Writer | None" = None,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
@@ -416,13 +413,6 @@ class CutModel:
                 changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
             hidden = self.forward(inputs, positions, changes, cache)
         return form.state(hidden, ids)
-
-    def _one_by_one(self, cache: MixedCache, positions: Tensor, contiguous: bool) -> bool:
-        """Whether the rows of a call cannot be together: at different positions, or with states before their padding."""
-        if not contiguous and not self.form.by_position:
-            return True
-        stops = (positions[:, -1] + 1).tolist()
-        return not cache.rolls_back and cache.ends is not None and any(map(int.__gt__, stops, cache.ends))
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
         """The forward of a layer that does not run."""

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import KVCache, MixedCache, RowCache
+from .cache import Places
 from .rope import llama3_factors
+from .row_cache import MixedCache, RowCache
 from .vocabulary import DraftVocabulary
 
 if TYPE_CHECKING:
@@ -198,23 +199,27 @@ class PlacedEagle3:
         self.vocabulary = DraftVocabulary(vocab, stored.form.vocab, stored.tokens.tolist())
         self.head = self._layer.logits
 
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
-        assert before is not None and isinstance(cache, RowCache | MixedCache)
-        places = positions - 1
-        residual, queries, keys, values = self._layer.begin(states, before, places)
-        keys, values = cache.update(self._place, keys, values, places)
-        order = torch.arange(keys.shape[2])
-        mask = (order <= places[..., None])[:, None].to(queries.device, non_blocking=True)
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
+        assert before is not None
+        places, (residual, queries, keys, values) = self._begun(states, before, places)
+        assert isinstance(places.cache, RowCache | MixedCache)
+        keys, values = places.cache.update(self._place, keys[:, :, 0], values[:, :, 0], places)
+        if places.rows.tolist() != list(range(len(keys))):
+            keys, values = (part[places.rows.to(part.device, non_blocking=True)] for part in (keys, values))
+        mask = (torch.arange(keys.shape[2]) <= places.positions[:, None])[:, None, None].to(queries.device, non_blocking=True)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-        return self._layer.finish(residual, attended)
+        return self._layer.finish(residual, attended)[:, 0]
 
-    def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
-    ) -> None:
-        assert before is not None and isinstance(cache, RowCache | MixedCache)
-        places = positions - 1
-        _, _, keys, values = self._layer.begin(states[0], before, places)
-        cache.update(self._place, keys, values, places)
+    def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+        assert before is not None
+        places, (_, _, keys, values) = self._begun(states[0], before, places)
+        assert isinstance(places.cache, RowCache | MixedCache)
+        places.cache.update(self._place, keys[:, :, 0], values[:, :, 0], places)
+
+    def _begun(self, states: Tensor, before: Tensor, places: Places) -> tuple[Places, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The places of entries, each before its token's, and what the layer begins with, as N texts of one token."""
+        entries = places.moved(-1)
+        return entries, self._layer.begin(states[:, None], before[:, None], entries.positions[:, None])
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
         return self._layer.feature([states[tap] for tap in self.taps[1:]])

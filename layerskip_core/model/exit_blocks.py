@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError
-from .cache import KVCache
+from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes
 from .vocabulary import DraftVocabulary
@@ -70,7 +70,7 @@ NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """Layer `layer` of a backend's chain of layers, which drafts. `positions` (B, T) are those of hidden states (B, T, D).
+    """Layer `layer` of a backend's chain of layers, which drafts. Hidden states are (..., D), of a pass's tokens.
 
     Attributes:
         head: the block's norm and the head, to logits (..., N).
@@ -100,18 +100,16 @@ class PlacedBlock:
     def is_fed(self) -> bool:
         return self.join is not None
 
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
-        return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, positions, cache)
+        return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, places)
 
-    def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
-    ) -> None:
+    def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
         """Writes its KV entries, of the target's states by `taps`."""
-        model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, positions, cache)
+        model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, places)
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
-        """The features (B, T, D) of tokens, of the target's states by `taps` and after the last layer."""
+        """The features (..., D) of tokens, of the target's states by `taps` and after the last layer."""
         return None if self.join is None else model.normed(finals)
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
@@ -142,8 +140,8 @@ def target_block(blocks: Mapping[int, PlacedBlock], exit_layer: int) -> PlacedBl
 
 
 def features_of(finals: Tensor) -> Tensor:
-    """The features of the tokens of whole texts, from the normed final states (B, T, D) of the same tokens."""
-    return torch.cat((torch.zeros_like(finals[:, :1]), finals[:, :-1]), dim=1)
+    """The features of the tokens of whole texts, from the normed final states (..., T, D) of the same tokens."""
+    return torch.cat((torch.zeros_like(finals[..., :1, :]), finals[..., :-1, :]), dim=-2)
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LayerSkipError
-from .cache import KVCache, check_stop
+from .cache import KVCache, Places
 
 PAGE = 64  # positions; as in attention.h
 _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fewer
@@ -119,26 +118,11 @@ class PagedCache(KVCache):
             branch._set([self._shared(self._pages[row], start, stop) for row, start, stop in ends])
         return branch
 
-    def addresses(self, positions: Tensor) -> Tensor:
-        """(B, pages): where the pages of each row begin, with pages for the tokens at `positions` (B, T), on the host.
-
-        Raises ConfigError for a token beyond `max_positions`.
-        """
-        if len(positions) == 1:
-            return self._reach([int(positions[0, -1]) + 1])
-        return self._reach((positions.amax(1) + 1).tolist())
-
-    def rows_of(self, count: int) -> tuple[Tensor, Tensor]:
-        """For a call of `count` tokens of each row: the row of each token, and where each row's tokens begin, and end."""
-        starts = torch.arange(0, self.rows * count + 1, count, dtype=torch.int32)
-        return torch.arange(self.rows).repeat_interleave(count), starts
-
-    def _reach(self, stops: list[int]) -> Tensor:
-        """The addresses, after each row has pages for positions before its stop."""
-        check_stop(most := max(stops), self.max_positions)
-        if most > self._capacity:
-            for pages, stop in zip(self._pages, stops, strict=True):
-                while len(pages) * PAGE < stop:
+    def addresses(self, places: Places) -> Tensor:
+        """(B, pages), on the host: where the pages of each row begin, with pages for the tokens of a pass."""
+        if places.stop > self._capacity:
+            for pages, start, count in zip(self._pages, places.starts, places.counts, strict=True):
+                while count and len(pages) * PAGE < start + count:
                     pages.append(self._pool.take())
                     self._addresses = None
             self._capacity = min(map(len, self._pages)) * PAGE
@@ -155,21 +139,3 @@ class PagedCache(KVCache):
         """The pages of a row before position `stop`, with copies of those that will be written from position `start` on."""
         whole, last = start // PAGE, -(-stop // PAGE)
         return pages[:whole] + [self._pool.copy_of(page) for page in pages[whole:last]]
-
-
-class TokenRows(PagedCache):
-    """Another cache, for a call of some tokens of each of its rows: each token is a row of its own, row by row."""
-
-    def __init__(self, cache: PagedCache, counts: Sequence[int]) -> None:
-        """`counts`: of tokens, by row."""
-        super().__init__(cache._pool, sum(counts), cache.max_positions)
-        self._cache, self._counts = cache, torch.tensor(counts)
-        self._token_rows = torch.arange(len(counts)).repeat_interleave(self._counts)
-
-    def addresses(self, positions: Tensor) -> Tensor:
-        stops = torch.zeros(self._cache.rows, dtype=torch.long)
-        return self._cache._reach(stops.scatter_reduce(0, self._token_rows, positions[:, -1] + 1, "amax").tolist())
-
-    def rows_of(self, count: int) -> tuple[Tensor, Tensor]:
-        ends = self._counts[self._counts > 0].cumsum(0, dtype=torch.int32)
-        return self._token_rows, F.pad(ends, (1, 0))

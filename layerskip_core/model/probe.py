@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from .cache import Entry, EntryWriter, MixedCache, State
+from .cache import Places
 from .cut import SHARED, CutModel, Form, Forward, PositionCache, hidden_of, replaced
+from .row_cache import Entry, EntryWriter, MixedCache, State
 
 _TOKENS, _KNOWN = 7, 4  # of the probe's two rows; how many are prefilled
 _STARTS, _AGAIN = (2, 4), (3, 5)  # where each row goes on, and where it does so once more after a recurrent state
@@ -94,18 +95,18 @@ def _check(cut: CutModel) -> None:
         except _Different:
             raise different from None
     cut.form = replace(cut.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()})
-    cache, prefix = cut.new_cache(2, _TOKENS), torch.arange(_KNOWN).expand(2, -1)
+    cache = cut.new_cache(2, _TOKENS)
     if cut.form.recurrent:
         _check_pieces(cut, ids, expected)
         with _reasons():
-            cut.run(cut.embed(ids[:, :_KNOWN]), 0, len(cut.form.layers), prefix, cache)
+            cut.run(cut.embed(ids[:, :_KNOWN]), 0, len(cut.form.layers), cache.span(0, _KNOWN))
         try:
             _go_on(cut, ids, expected, cache, (_KNOWN, _KNOWN))
         except _Different:
             expected = _step_by_step(cut, ids)
     else:
         for entry, new in kept.items():
-            EntryWriter(cache, prefix).put(entry, new)
+            EntryWriter(cache, torch.arange(_KNOWN).expand(2, -1)).put(entry, new)
     try:
         _go_on(cut, ids, expected, cache, _STARTS)
     except _Different:
@@ -133,10 +134,11 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
     cache = cut.new_cache(2, _TOKENS)
     cache.steps_back = 0
     try:
-        for places in torch.split(torch.arange(_TOKENS).expand(2, -1), _KNOWN, dim=1):
+        for start in range(0, _TOKENS, _KNOWN):
+            piece = slice(start, min(start + _KNOWN, _TOKENS))
             with _reasons():
-                logits = cut.unembed(cut.run(cut.embed(ids[:, places[0]]), 0, len(cut.form.layers), places, cache))
-                _compare(logits, expected[:, places[0]], "in pieces")
+                state = cut.run(cut.embed(ids[:, piece]), 0, len(cut.form.layers), cache.span(piece.start, piece.stop))
+                _compare(cut.unembed(state), expected[:, piece], "in pieces")
     except _Different:
         cut.form = replace(cut.form, continues=False)
 
@@ -170,15 +172,15 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
 
 def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]) -> None:
     """Drafts of the first layers and their verification, after a prefix of which one row has more than the other."""
-    rows, count = torch.arange(2)[:, None], len(cut.form.layers)
-    places = torch.tensor(starts)[:, None] + torch.arange(_TOKENS - max(starts))
+    rows, count, tokens = torch.arange(2)[:, None], len(cut.form.layers), _TOKENS - max(starts)
+    columns, places = torch.tensor(starts)[:, None] + torch.arange(tokens), Places(cache, starts, [tokens] * 2)
     exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
     with _reasons():
-        state = cut.embed(ids[rows, places.to(ids.device)])
-        state = cut.run(state, 0, exit_layer, places, cache)
+        state = cut.embed(ids[rows, columns.to(ids.device)])
+        state = cut.run(state, 0, exit_layer, places)
         if exit_layer < count:
-            state = cut.run(state, exit_layer, count, places, cache)
-        _compare(cut.unembed(state), expected[rows, places], "when it goes on from a cache")
+            state = cut.run(state, exit_layer, count, places)
+        _compare(cut.unembed(state), expected[rows, columns], "when it goes on from a cache")
 
 
 def _see(cut: CutModel, ids: Tensor) -> Tensor:

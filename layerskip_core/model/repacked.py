@@ -1,7 +1,7 @@
 """The base of both backends on repacked weights: makes layers, heads and low-bit copies, and splits large calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from .backend import Chooser, DraftHead, DraftKernel, DraftSide
-from .cache import KVCache
+from .backend import DraftHead, DraftKernel, DraftSide, choose_by_head
+from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
@@ -29,7 +29,7 @@ def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
 class RepackedLayers(ABC):
     """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
 
-    A call is split into parts whose activations take about 256 MB, and which have 256 tokens or one of each row at least.
+    A call is split into parts whose activations take about 256 MB, and which have 256 tokens at least.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RepackedLayers(ABC):
         return hidden if self._scale == 1 else hidden * self._scale
 
     def placed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The first layer's input, from embedded tokens (B, T, D)."""
+        """The first layer's input, from embedded tokens (N, D)."""
         return hidden if self.learned is None else hidden + self.learned[positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
@@ -61,39 +61,22 @@ class RepackedLayers(ABC):
     def new_cache(self, batch_size: int, max_positions: int) -> KVCache: ...
 
     @abstractmethod
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
-        """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token and one layer, in one part."""
+    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
+        """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token (N, D) and one layer."""
 
-    def tokens_at_once(self, batch: int, count: int) -> int:
-        """How many of each row's `count` tokens one part has."""
-        return max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
-
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        if not torch.is_inference_mode_enabled():
-            with torch.inference_mode():
-                return self.run_layers(hidden, start, stop, positions, cache)
-        cache = cache or self.new_cache(len(hidden), self.spec.context)
-        hidden = self.placed(hidden, positions) if start == 0 < stop else hidden
-        parts = self._parts(hidden, start, stop, positions, cache)
-        outputs = [self.run(part, start, stop, places, cache) for part, places in parts] or [hidden]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
         with torch.inference_mode():
-            for part, places in self._parts(hidden, start, stop, positions, cache):
-                self.run(part, start, stop, places, cache, only_kv=True)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            assert 0 <= start <= stop <= self.num_layers
+            if start == stop or not len(flat):
+                return hidden
+            flat = self.placed(flat, places.positions) if start == 0 else flat
+            return self.run(flat, start, stop, places).view(*hidden.shape[:-1], -1)
 
-    def _parts(
-        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Splits hidden states and positions into calls that are small enough; none for zero tokens."""
-        batch, count, _ = hidden.shape
-        assert 0 <= start <= stop <= self.num_layers and cache.rows == batch and positions.shape == (batch, count)
-        if start == stop or batch * count == 0:
-            return ()
-        if count == 1 or count <= (most := self.tokens_at_once(batch, count)):
-            return ((hidden, positions),)
-        return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
+    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
+        with torch.inference_mode():
+            if start < stop and hidden.numel():
+                self.run(hidden.reshape(-1, hidden.shape[-1]), start, stop, places, only_kv=True)
 
 
 @dataclass
@@ -115,8 +98,7 @@ class _Chain:
 class RepackedBackend(ABC):
     """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
 
-    chooser: Chooser | None = None
-    exact = batch_invariant = recordable = ragged = False
+    exact = batch_invariant = recordable = False
     row_cost = 0.11
 
     def __init__(
@@ -190,6 +172,11 @@ class RepackedBackend(ABC):
     def unembed(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden)
         return logits
+
+    def choose(
+        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        return choose_by_head(self, tokens, states, start, stop, kept, places)
 
     # What the kernels of a backend do. A head is a norm and a matrix, (..., D) to logits (..., N), and its `with_norm(norm)` is
     # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. Weights are read when they

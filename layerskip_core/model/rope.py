@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import SpanWriter
+from .row_cache import SpanWriter
 from .spec import ModelSpec, RopeSpec
 
 

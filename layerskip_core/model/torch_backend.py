@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
-from .cache import KVCache, RowCache, SpanWriter
+from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import ExitBlock
-from .repacked import CHUNK, RepackedBackend, RepackedLayers
+from .repacked import CHUNK, RepackedBackend, RepackedLayers, rows_at_once
 from .rope import Rope
+from .row_cache import RowCache, SpanWriter
 from .spec import ModelSpec
 from .torch_layer import Masks, Step, TorchLayer, Workspace
 from .torch_linear import KernelLinear, Linear, Norm, exact_rows, linear
@@ -53,20 +54,36 @@ class TorchLayers(RepackedLayers):
     def new_cache(self, batch_size: int, max_positions: int) -> RowCache:
         return RowCache(self.spec.layers, batch_size, max_positions)
 
-    def tokens_at_once(self, batch: int, count: int) -> int:
-        if self._exact is not None and 1 < count <= EXACT_TOKENS:
-            return exact_rows(self._exact, self._same_alone)
-        return super().tokens_at_once(batch, count)
-
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
+    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
-        assert len(layers) == stop - start
-        assert isinstance(cache, RowCache)
-        writer = SpanWriter(cache, positions)
+        assert len(layers) == stop - start and isinstance(places.cache, RowCache)
+        return places.in_grids(hidden, partial(self._in_parts, layers, start, only_kv, places.cache))
+
+    def _in_parts(
+        self,
+        layers: list[TorchLayer],
+        start: int,
+        only_kv: bool,
+        cache: RowCache,
+        hidden: Tensor,
+        positions: Tensor,
+        row: int | None,
+    ) -> Tensor:
+        """A grid of tokens, (B, T, D), so many columns at once that masks and activations stay small."""
         batch, count = positions.shape
+        most = max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
+        if self._exact is not None and 1 < count <= EXACT_TOKENS:
+            most = exact_rows(self._exact, self._same_alone)
+        parts = zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
+        outputs = [self._grid(layers, start, only_kv, SpanWriter(cache, places, row), part, places) for part, places in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _grid(
+        self, layers: list[TorchLayer], start: int, only_kv: bool, writer: SpanWriter, hidden: Tensor, positions: Tensor
+    ) -> Tensor:
         # A pass that is recorded, which has positions on the device, has buffers of its own.
-        keeps = batch * count <= _KEPT_ROWS and positions.device.type == "cpu"
-        space = (self._kept if keeps else self._workspace)(batch, count)
+        keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
+        space, stop = (self._kept if keeps else self._workspace)(*positions.shape), start + len(layers)
         slots = writer.layers(start, stop, self.spec.kv_heads, self.spec.head_dim, hidden)
         step, rows = self._step(writer, positions, slots[0].values.shape[1]), hidden.reshape(space.rows, -1).clone()
         for layer, kind, held in zip(layers, self.spec.kinds[start:stop], slots, strict=True):
@@ -94,11 +111,14 @@ class TorchLayers(RepackedLayers):
         generator = torch.Generator(self.device).manual_seed(count)
         size = self.embedding.shape[1]
         hidden = torch.randn(1, 24 + count, size, generator=generator, device=self.device).to(self.dtype)
-        positions = torch.arange(24 + count)[None]
-        cache = self.new_cache(1, 24 + count)
-        self.run(hidden[:, :24], 0, 1, positions[:, :24], cache)
-        together = self.run(hidden[:, 24:], 0, 1, positions[:, 24:], cache)
-        alone = [self.run(hidden[:, [at]], 0, 1, positions[:, [at]], cache) for at in range(24, 24 + count)]
+        cache, layers = self.new_cache(1, 24 + count), [layer for layer in self.layers[:1] if layer is not None]
+
+        def run(start: int, stop: int) -> Tensor:
+            positions = torch.arange(start, stop)[None]
+            return self._grid(layers, 0, False, SpanWriter(cache, positions), hidden[:, start:stop], positions)
+
+        run(0, 24)
+        together, alone = run(24, 24 + count), [run(at, at + 1) for at in range(24, 24 + count)]
         return torch.equal(together, torch.cat(alone, dim=1))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.model import Quantization
-from .cache import LayerSlots, SpanWriter
+from .row_cache import LayerSlots, SpanWriter
 from .spec import AnySpec, ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear
 from .weights import (

@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from ..config.model import PackingConfig, Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
-from .backend import DraftHead, DraftSide
-from .cache import Entry, KVCache, MixedCache
+from .backend import DraftHead, DraftSide, choose_by_head
+from .cache import Places
 from .cut import CutModel, Form, Forward, hidden_of, replaced, with_hidden
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .probe import cut_at_layers
+from .row_cache import Entry, MixedCache
 from .spec import AnySpec, ModelSpec, TransformersSpec
 
 _TEXTS = 3, 4  # tokens of the two texts of a trial
@@ -41,12 +42,11 @@ def attention_for(config: Any) -> str | None:
 class TransformersBackend:
     """A transformers causal language model as three operations, so that any span of its layers can run alone.
 
-    `unembed(run_layers(embed(ids), 0, L, positions))` equals `model(ids).logits`; stopping at E < L is an early exit.
+    `unembed(run_layers(embed(ids), 0, L, places))` equals `model(ids).logits`; stopping at E < L is an early exit.
     """
 
     implementation = "generic"
-    exact = batch_invariant = recordable = ragged = False
-    chooser = None
+    exact = batch_invariant = recordable = False
 
     def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
         """A model type that our kernels do not run is tried at once, others when they first run.
@@ -132,21 +132,26 @@ class TransformersBackend:
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        """As `Layers.run_layers`. `positions` (B, T) are on the host: no call waits for the device to learn a length."""
-        return hidden if start == stop else self._run(hidden, start, stop, positions, cache)
+    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
+        return hidden if start == stop else self._run(hidden, start, stop, places)
 
-    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    def choose(
+        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        return choose_by_head(self, tokens, states, start, stop, kept, places)
+
+    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
-        self._run(hidden, start, stop, positions, cache, only_writes=True)
+        self._run(hidden, start, stop, places, only_writes=True)
 
-    def _run(
-        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None, only_writes: bool = False
-    ) -> Tensor:
+    def run_texts(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """Layers start..stop-1 over the states (B, T, D) of whole texts, without a cache; gradients flow through them."""
+        return self._cut.run_span(hidden, start, stop, torch.arange(hidden.shape[1]).expand(len(hidden), -1))
+
+    def _run(self, hidden: Tensor, start: int, stop: int, places: Places, only_writes: bool = False) -> Tensor:
         """Some of the model's own layers, or the exit block that is layer `start` of the chain."""
-        assert cache is None or isinstance(cache, MixedCache)
         block = None if start < self.num_layers else self._blocks[start - self.num_layers]
-        return self._cut.run(hidden, start, stop, positions, cache, only_writes=only_writes, block=block)
+        return self._cut.run(hidden, start, stop, places, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
@@ -179,9 +184,10 @@ class TransformersBackend:
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
-        positions, count = torch.arange(ids.shape[1]).expand(ids.shape), self.num_layers
-        state = self._cut.run(self._cut.form.state(hidden, ids), count, count + 1, positions, block=(layer, 0))
-        return state[..., : self._cut.form.width]
+        positions, form = torch.arange(ids.shape[1]).expand(ids.shape), self._cut.form
+        assert form.attending is not None
+        state = self._cut.run_span(form.state(hidden, ids), form.attending, form.attending + 1, positions, block=(layer, 0))
+        return state[..., : form.width]
 
     def block_originals(self) -> dict[str, Any]:
         """What exit blocks are copies of, by their names in a block; nothing for a model that can have none."""

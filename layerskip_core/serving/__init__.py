@@ -1,16 +1,15 @@
 """Continuous batching: many prompts at once, of callers that come and go.
 
 As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
-A request is prefilled, alone or with others of short prompts, and then joins the loop that decodes by the same settings; loops
-with different settings take their steps in turn. Between two steps few tokens of prompts are prefilled, a long one in pieces
-(Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not hold up those that are being answered. Where memory for
-keys and values runs out, texts that are kept for later prompts go first; then the youngest request waits, and its text runs
-again when there is room.
+Those with the same settings share a loop; loops with different settings take their steps in turn. In the passes that verify
+drafts run pieces of prompts too, few tokens in a step (Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not
+hold up those that are being answered. Where memory for keys and values runs out, texts that are kept for later prompts go
+first; then the youngest request waits, and its text runs again when there is room.
 """
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,14 +22,12 @@ from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..decoding.output import OutputText, RowStep, TokenLogprobs
-from ..decoding.target import target_of
 from ..errors import LayerSkipError
 from ..model import Backend, KVCache
 
 Held = TypeVar("Held", bound="Request | Embedding")
 
-# Tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels. Of embeddings too.
-_PREFILLED = 256
+_PREFILLED = 256  # tokens of prompts in a step, which fill the kernels; as many of an embedding
 
 
 class QueueFull(LayerSkipError):
@@ -119,11 +116,10 @@ class Embedding:
         check_prompt(self.ids, backend, "the input")
         start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
-        cache.ends = [stop]
         with torch.inference_mode():
-            hidden = backend.embed(torch.tensor([self.ids[start:stop]], device=backend.device))
-            hidden = backend.run_layers(hidden, 0, self.layers, torch.arange(start, stop)[None], cache)
-            self._sum = self._sum + backend.normed(hidden)[0].float().sum(0)
+            hidden = backend.embed(torch.tensor(self.ids[start:stop], device=backend.device))
+            hidden = backend.run_layers(hidden, 0, self.layers, cache.span(start, stop, settled=True))
+            self._sum = self._sum + backend.normed(hidden).float().sum(0)
             self.stats = DecodeStats(prompt_tokens=stop)
             if stop < len(self.ids):
                 return Update("")
@@ -172,6 +168,13 @@ class _Run:
         return bool(found)
 
 
+class _Failed(Exception):
+    """Requests that an error has ended, which were told."""
+
+    def __init__(self, requests: "list[Request]") -> None:
+        self.requests = requests
+
+
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
 
@@ -193,14 +196,13 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, _Run] = {}  # by the settings that they share
-        self._filling: _Run | None = None  # of a prompt that runs in pieces
         self._aside: deque[_Run] = deque()  # of one request each, the oldest first
         self._numbers = count()
 
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(run.rows) for run in self._runs())
+        return sum(len(run.rows) for run in self._groups.values())
 
     @property
     def held(self) -> int:
@@ -217,7 +219,7 @@ class Scheduler:
         if request in self._queue(request):
             self._queue(request).remove(request)
             return True
-        found = isinstance(request, Request) and any(run.drop(request) for run in (*self._runs(), *self._aside))
+        found = isinstance(request, Request) and any(run.drop(request) for run in (*self._groups.values(), *self._aside))
         self._forget_empty()
         return found
 
@@ -228,32 +230,30 @@ class Scheduler:
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
-        room = 0 if blocked else _PREFILLED
-        if self._filling is None and self._aside and self._has_room(*self._aside[0].rows.values()):
-            self._filling = self._aside.popleft()
-        if (filling := self._filling) is not None and self._make_room(filling):
-            self._filling, room = None, 0
-            done += self._begin(filling)
-        while room > 0 and not self._aside and self._waiting and self.running < self._batch_size:
-            if not (self._has_room(self._waiting[0]) and (requests := self._next(room))):
-                break
-            room -= len(requests) * max(map(self._missing, requests))
-            done += self._prefill(requests)
+        pending = sum(run.loop.pending for run in self._groups.values())
+        while not blocked and pending < _PREFILLED and self.running < self._batch_size and self._next_has_room():
+            try:
+                pending += self._join(self._aside.popleft() if self._aside else self._begun(self._waiting.popleft()))
+            except _Failed as failed:
+                done += failed.requests
+        room = _PREFILLED
         for run in list(self._groups.values()):
+            run.loop.piece = room
             if self._make_room(run):
+                before = run.loop.pending
                 done += run.advance()
+                room -= max(0, min(before - run.loop.pending, room))
         self._forget_empty()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for run in (*self._runs(), *self._aside) for request in run.rows.values())
+        decoding = (request for run in (*self._groups.values(), *self._aside) for request in run.rows.values())
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
         self._waiting.clear()
         self._embeddings.clear()
         self._groups.clear()
         self._aside.clear()
-        self._filling = None
         return _failed(requests, error)
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
@@ -270,6 +270,12 @@ class Scheduler:
             return []
         first.deliver(update)
         return [self._embeddings.popleft()]
+
+    def _next_has_room(self) -> bool:
+        """Whether a request waits for which there is memory; the oldest that was set aside first."""
+        if self._aside:
+            return self._has_room(*self._aside[0].rows.values())
+        return bool(self._waiting) and self._has_room(self._waiting[0])
 
     def _has_room(self, request: "Request | Embedding") -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
@@ -292,106 +298,46 @@ class Scheduler:
                 continue
             if self._embeddings and self._embeddings[0].give_back():
                 continue
-            others = [(row, other) for other in self._runs() if other.loop.can_wait for row in other.rows]
+            others = [(row, other) for other in self._groups.values() if other.loop.can_wait for row in other.rows]
             if len(others) < 2:  # then this one cannot go on
                 return True
             row, youngest = max(others, key=lambda other: other[1].rows[other[0]]._number)
             self._aside.appendleft(_Run(youngest.loop.set_aside(row), {row: youngest.rows.pop(row)}))
-        self._forget_empty()
         return False
 
-    def _next(self, room: int) -> list[Request]:
-        """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
-
-        An empty list if this step has no room for it any more. Prefilled alone: a longer prompt than any step has room for,
-        which takes several, and one that begins as a text that is known.
-        """
-        first = self._waiting[0]
-        requests: list[Request] = []
-        longest, single = 0, False
-        while self._waiting and not single and self.running + len(requests) < self._batch_size:
-            following = self._waiting[0]
-            missing = self._missing(following)
-            longest, single = max(longest, missing), self._is_single(following) or missing < len(following.ids)
-            if longest * (len(requests) + 1) > room and (requests or room < _PREFILLED):
-                break
-            if requests and (single or _settings(first) != _settings(following)):
-                break
-            requests.append(self._waiting.popleft())
-        return requests
-
-    def _missing(self, request: Request) -> int:
-        """How many tokens of the prompt need a pass."""
-        if self._prefixes is None or request.config.prompt_logprobs:
-            return len(request.ids)
+    def _begun(self, request: Request) -> "_Run":
+        """A request in a loop of its own. Raises _Failed for one that cannot be decoded, which is told."""
+        decoder, config = self._decoder, request.config
         try:
-            target = target_of(self._decoder.backend, request.config)
-        except LayerSkipError:  # which the request is told when it is prefilled
-            return len(request.ids)
-        return len(request.ids) - self._prefixes.known(self._decoder.backend, target, request.ids)
-
-    def _prefill(self, requests: list[Request]) -> list[Request]:
-        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings.
-
-        Returns those that are over.
-        """
-        decoder, done, rows = self._decoder, list[Request](), dict[int, Request]()
-        for request in requests:
-            try:
-                request.begin(decoder)
-                rows[len(rows)] = request
-            except LayerSkipError as error:
-                done += _failed([request], error)
-        if not rows:
-            return done
-        first, prompts = rows[0], [request.ids for request in rows.values()]
-        ends, seeds = decoder.ends_of(first.config), [request.config.seed for request in rows.values()]
-        try:
-            backend, detokenize = decoder.backend, decoder.detokenize
-            kept: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
-            loop = DecodingLoop(backend, prompts, first.config, ends, detokenize, seeds=seeds, piece=_PREFILLED, **kept)
-            first.reused = loop.reused_tokens
+            request.begin(decoder)
+            options: dict[str, Any] = {"seeds": [config.seed], "earlier": self._earlier, "prefixes": self._prefixes}
+            loop = DecodingLoop(decoder.backend, [request.ids], config, decoder.ends_of(config), decoder.detokenize, **options)
         except BaseException as error:
-            return done + _failed(rows.values(), error)
-        return done + self._begin(_Run(loop, rows))
+            raise _Failed(_failed([request], error)) from error
+        request.reused = loop.reused_tokens
+        return _Run(loop, {0: request})
 
-    def _begin(self, run: _Run) -> list[Request]:
-        """Prefills, or a piece of it; then the requests join the loop with their settings. Returns those that are over."""
-        done = run.advance()
-        if not run.rows:
-            return done
-        if not run.loop.is_filled:
-            self._filling = run
-            return done
+    def _join(self, run: "_Run") -> int:
+        """Its request joins the loop with its settings. Returns how many tokens have to run first. Raises _Failed."""
+        [request], pending = run.rows.values(), run.loop.pending
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
-        first = next(iter(run.rows.values()))
-        config = first.config
-        key = first if self._is_single(first) else (config.shared, config.changes_logits, config.logprobs is None)
+        config = request.config
+        key: Hashable = request if self._is_single(request) else (config.shared, config.changes_logits, config.logprobs is None)
         group = self._groups.setdefault(key, run)
         if group is not run:
             try:
-                group.rows |= zip(group.loop.join(run.loop), run.rows.values(), strict=True)
+                group.rows |= zip(group.loop.join(run.loop), [request], strict=True)
             except BaseException as error:  # the group's own loop may have been changed in part
-                done += [*self._groups.pop(key).fail(error), *run.fail(error)]
-        return done
-
-    def _runs(self) -> list[_Run]:
-        return [*self._groups.values(), *([] if self._filling is None else [self._filling])]
+                raise _Failed([*self._groups.pop(key).fail(error), *run.fail(error)]) from error
+        return pending
 
     def _forget_empty(self) -> None:
         self._groups = {key: run for key, run in self._groups.items() if run.rows}
         self._aside = deque(run for run in self._aside if run.rows)
-        if self._filling is not None and not self._filling.rows:
-            self._filling = None
 
     def _is_single(self, request: Request) -> bool:
         """Whether no other can share its loop."""
         return request.isolated or bool(request.config.exit_confidence) or self._decoder.backend.exact
-
-
-def _settings(request: Request) -> DecodingConfig:
-    """All but the seed."""
-    return replace(request.config, seed=0)
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:

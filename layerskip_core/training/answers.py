@@ -23,6 +23,7 @@ from ..decoding import decode_batch
 from ..errors import CheckpointError
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
+from ..model.cache import Places
 from .data import EncodedData, replayed_rows
 from .encoding import Encoder
 from .progress import checkpoints_folder
@@ -141,17 +142,16 @@ def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writi
     backend = decoder.backend
     length = min(_MEASURED, backend.spec.context - 1)
     cache = backend.new_cache(BATCH, length + 1)
-    ids = torch.zeros(BATCH, 1, dtype=torch.long, device=backend.device)
 
-    def seconds(ids: torch.Tensor, at: int) -> float:
+    def seconds(places: Places) -> float:
         started = time.perf_counter()
-        positions = torch.arange(at, at + ids.shape[1])[None].expand(len(ids), -1)
-        hidden = backend.run_layers(backend.embed(ids), 0, backend.num_layers, positions, cache if len(ids) == BATCH else None)
-        float(backend.unembed(hidden[:, -1:]).sum())  # waits for a device
+        ids = torch.zeros(sum(places.counts), dtype=torch.long, device=backend.device)
+        hidden = backend.run_layers(backend.embed(ids), 0, backend.num_layers, places)
+        float(backend.unembed(hidden[-places.cache.rows :]).sum())  # waits for a device
         return time.perf_counter() - started
 
-    token = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2)) / length
-    step = min(seconds(ids, at) for at in range(min(3, length)))
+    token = min(seconds(backend.new_cache(1, length).span(0, length)) for _ in range(2)) / length
+    step = min(seconds(cache.span(at, at + 1)) for at in range(min(3, length)))
     return sum(map(len, prompts)) * token + math.ceil(len(prompts) / BATCH) * how.tokens * step, token
 
 

@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..files import synchronise
 from ..losses import IGNORED, Teacher, summed_losses
 from ..model import Backend, TransformersBackend
+from ..model.cache import Places
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
 from .recipe import SMALL_MODEL, RunStep
@@ -264,15 +265,14 @@ def write_states(
 
 def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]], exits: Sequence[int]) -> Tensor:
     """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
-    real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)
-    positions = torch.arange(longest)[None].expand(len(texts), -1)
-    hidden, cache, found = backend.embed(ids), backend.new_cache(len(texts), longest), []
+    lengths = list(map(len, texts))
+    hidden = backend.embed(torch.tensor([*chain(*texts)], device=backend.device))
+    places = Places(backend.new_cache(len(texts), max(lengths)), [0] * len(texts), lengths, settled=True)
+    found = []
     for start, stop in pairwise((0, *exits, backend.num_layers)):
-        hidden = backend.run_layers(hidden, start, stop, positions, cache)
+        hidden = backend.run_layers(hidden, start, stop, places)
         state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
-        found.append(state[real][:, : backend.spec.hidden].bfloat16())
+        found.append(state[:, : backend.spec.hidden].bfloat16())
     return torch.stack(found, dim=1)
 
 

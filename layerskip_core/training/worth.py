@@ -16,6 +16,7 @@ from ..config.model import PackingConfig
 from ..decoding.drafters.estimates import PassTimes, best_length
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
+from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
 
 if TYPE_CHECKING:
@@ -57,14 +58,13 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[fl
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    newest, submodel, head = torch.zeros(1, 1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
+    newest, submodel, head = torch.zeros(1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
 
-    def drafts(embedded: Tensor, positions: Tensor) -> Tensor:
-        feature, positions = embedded[:, :1], positions + 1
+    def drafts(embedded: Tensor, _: Places) -> Tensor:
+        feature = embedded[:1]
         if drafter.kernel is not None:
-            return drafter.kernel(head, newest, submodel, positions, cache, DraftEnds(), feature)[0]
-        places = torch.split(positions, 1, dim=1)
-        outputs = (drafter.run(backend, feature, feature, place, cache) for place in places)
+            return drafter.kernel(head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), feature)[0]
+        outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
     return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0, shares)
@@ -74,21 +74,21 @@ class _Passes:
     """Passes of a backend over a text of a few tokens."""
 
     def __init__(self, backend: Backend) -> None:
-        ids = torch.zeros(1, _LONGEST, dtype=torch.long, device=backend.device)
+        ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
         self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
 
-    def timed(self, run: Callable[[Tensor, Tensor], Tensor], tokens: int) -> float:
-        """Seconds of a run over the first tokens' embeddings (1, T, D) and positions (1, T), after one that is not counted."""
-        positions, times = torch.arange(tokens)[None], []
+    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
+        """Seconds of a run over the first tokens' embeddings (T, D), at their places, after one that is not counted."""
+        places, times = self._cache.span(0, tokens), []
         for _ in range(1 + _TIMES):
             started = time.perf_counter()
-            float(run(self.hidden[:, :tokens], positions).sum())  # waits for a device
+            float(run(self.hidden[:tokens], places).sum())  # waits for a device
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
     def seconds(self, start: int, stop: int, tokens: int = 1, head: Callable[[Tensor], Tensor] | None = None) -> float:
-        def run(hidden: Tensor, positions: Tensor) -> Tensor:
-            hidden = self.backend.run_layers(hidden, start, stop, positions, self._cache)
+        def run(hidden: Tensor, places: Places) -> Tensor:
+            hidden = self.backend.run_layers(hidden, start, stop, places)
             return hidden if head is None else head(hidden)
 
         return self.timed(run, tokens)

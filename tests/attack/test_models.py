@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attacking import examples
+from conftest import at, run_texts
 from fp64 import compute_in_fp64
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,12 +129,12 @@ def require_same(model, ids, reference, tolerance, data, same_bits=False):
     batch, count = ids.shape
     positions = torch.arange(count).expand(batch, -1)
     with torch.inference_mode():
-        whole = model.unembed(model.run_layers(model.embed(ids), 0, model.num_layers, positions))
+        whole = model.unembed(run_texts(model, model.embed(ids), 0, model.num_layers))
         cache, pieces, start = model.new_cache(batch), [], 0
         while start < count:
             stop, middle = data.draw(st.integers(start + 1, count)), data.draw(st.integers(0, model.num_layers))
-            hidden = model.run_layers(model.embed(ids[:, start:stop]), 0, middle, positions[:, start:stop], cache)
-            hidden = model.run_layers(hidden, middle, model.num_layers, positions[:, start:stop], cache)
+            hidden = model.run_layers(model.embed(ids[:, start:stop]), 0, middle, at(positions[:, start:stop], cache))
+            hidden = model.run_layers(hidden, middle, model.num_layers, at(positions[:, start:stop], cache))
             pieces.append(model.unembed(hidden))
             start = stop
         together = torch.cat(pieces, dim=1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 
 from layerskip_core.calibration.model import (
     Aim,
@@ -30,7 +30,7 @@ def backend_of(model_type):
 
 def logarithms(backend, texts):
     with torch.no_grad():
-        hidden = backend.run_layers(backend.embed(texts), 0, backend.num_layers, torch.arange(texts.shape[1])[None])
+        hidden = run_texts(backend, backend.embed(texts), 0, backend.num_layers)
         return backend.unembed(hidden).log_softmax(-1)
 
 
@@ -73,7 +73,7 @@ def test_each_step_brings_predictions_nearer_to_the_original(model_type):
 def test_the_original_states_are_those_of_the_original_model():
     backend = backend_of("llama")
     with torch.no_grad():
-        expected = backend.run_layers(backend.embed(TEXTS), 0, 6, torch.arange(32)[None])
+        expected = run_texts(backend, backend.embed(TEXTS), 0, 6)
     torch.testing.assert_close(quantize(backend, TEXTS, lambda _: None)[1], expected)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import older
+from conftest import older, run_texts
 from exit_block_models import add_blocks
 
 from layerskip_core.checkpoint.open import for_decoding
@@ -40,7 +40,7 @@ def folder(checkpoint, tmp_path_factory):
 def logits(decoder):
     model = decoder.backend
     with torch.inference_mode():
-        return model.unembed(model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None]))
+        return model.unembed(run_texts(model, model.embed(torch.tensor([[5, 9, 33]])), 0, 6))
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, older])
@@ -106,13 +106,13 @@ def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
     """Agreement by features of the target's own states for every token, perplexity where the block stands alone."""
     decoder = for_decoding(folder, "cpu", "fp32")
     model, prompt, output = decoder.backend, [5, 9, 33, 12], [7, 8, 60, 23, 40]
-    tokens, places = torch.tensor([prompt + output]), torch.arange(9)[None]
+    tokens = torch.tensor([prompt + output])
     with torch.inference_mode():
-        features = features_of(model.normed(model.run_layers(model.embed(tokens), 0, 6, places)))
+        features = features_of(model.normed(run_texts(model, model.embed(tokens), 0, 6)))
         chosen, scores = {}, {}
         for exit_layer, block in model.exit_blocks.items():
-            states = model.run_layers(model.embed(tokens), 0, exit_layer, places)
-            hidden = model.run_layers(block.enter(states, features), block.layer, block.layer + 1, places)
+            states = run_texts(model, model.embed(tokens), 0, exit_layer)
+            hidden = run_texts(model, block.enter(states, features), block.layer, block.layer + 1)
             scores[exit_layer] = block.head(hidden)[0]
             chosen[exit_layer] = scores[exit_layer].argmax(-1)[3:-1].tolist()
     assert agreement(decoder, prompt, output, (2, 4)) == chosen

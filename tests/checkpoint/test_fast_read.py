@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import edit_json, tiny_model
+from conftest import edit_json, run_texts, tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
@@ -40,7 +40,7 @@ def test_logits_and_ids_equal_transformers(folder, model_type):
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     with torch.inference_mode():
-        hidden = lean.backend.run_layers(lean.backend.embed(ids), 0, 6, torch.arange(ids.shape[1])[None])
+        hidden = run_texts(lean.backend, lean.backend.embed(ids), 0, 6)
         wanted = trainable.model(ids).logits
     torch.testing.assert_close(lean.backend.unembed(hidden), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
     assert (lean.eos_ids, lean.info, lean.backend.dtype) == (expected.eos_ids, expected.info, torch.float32)

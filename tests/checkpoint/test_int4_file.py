@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import older
+from conftest import older, run_texts
 from int4_models import add_int4
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ INT4 = PackingConfig("int4")
 def logits(folder, packing=INT4, dtype="fp32"):
     model = for_decoding(str(folder), "cpu", dtype, packing).backend
     with torch.inference_mode():
-        hidden = model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None])
+        hidden = run_texts(model, model.embed(torch.tensor([[5, 9, 33]])), 0, 6)
         return model.unembed(hidden), model.implementation
 
 

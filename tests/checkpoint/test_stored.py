@@ -7,7 +7,7 @@ from math import nan
 import pytest
 import torch
 from command_line import fails, run
-from conftest import edit_json, tiny_model
+from conftest import edit_json, run_texts, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
@@ -160,7 +160,7 @@ def test_the_window_of_qwen2_without_sliding_layers(tmp_path):
     loaded = for_decoding(str(tmp_path), "cpu", "fp32")
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        hidden = loaded.backend.run_layers(loaded.backend.embed(ids), 0, 6, torch.arange(9)[None])
+        hidden = run_texts(loaded.backend, loaded.backend.embed(ids), 0, 6)
         expected = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))(ids).logits
     assert not isinstance(loaded.backend, TransformersBackend)
     torch.testing.assert_close(loaded.backend.unembed(hidden), expected, atol=1e-4 * float(expected.std()), rtol=0)

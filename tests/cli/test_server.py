@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import pytest
 import torch
 from chatml import chatml_folder
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
@@ -327,8 +327,7 @@ def test_texts_are_tokenized_and_embedded(api, client):
         for served, layers in ((api, 6), (early, 3)):
             answer = served.client().embeddings.create(model="tiny", input=inputs)
             for one, text in zip(answer.data, plain, strict=True):
-                positions = torch.arange(len(text))[None]
-                states = decoder.backend.run_layers(decoder.backend.embed(torch.tensor([text])), 0, layers, positions)
+                states = run_texts(decoder.backend, decoder.backend.embed(torch.tensor([text])), 0, layers)
                 mean = decoder.backend.normed(states)[0].mean(0)
                 assert one.embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
             assert answer.usage.prompt_tokens == sum(map(len, plain))

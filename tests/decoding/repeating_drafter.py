@@ -13,8 +13,7 @@ class RepeatingDrafter:
 
     def draft(self, context: Context, limits: list[int]) -> Draft:
         drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
-        longest = max(map(len, drafts))
-        tokens = [[ids[-1], *row, *[0] * (longest - len(row))] for ids, row in zip(context.ids, drafts, strict=True)]
+        tokens = [token for ids, row in zip(context.ids, drafts, strict=True) for token in (ids[-1], *row)]
         return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
 
     def observe(self, row: int, drafted: int, verified: list[int]) -> None:

@@ -197,7 +197,7 @@ def knowing(backend, **profile):
 
 def source_of(drafter, backend, ids):
     with torch.inference_mode():
-        draft = drafter.draft(context_after(backend, ids, 7), [7])
+        draft = drafter.draft(context_after(backend, ids), [7])
     return draft.source if draft.counts[0] else "plain"
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
-from layerskip_core.model.cache import RowCache
+from layerskip_core.model.cache import Places
 from layerskip_core.model.native.compiled import kernels
-from layerskip_core.model.pages import TokenRows
+from layerskip_core.model.row_cache import RowCache
 
 KINDS = ["generic", "packed", "windows", *(["native"] if kernels() else [])]
 
@@ -111,23 +112,18 @@ def test_a_pass_without_padding_has_the_bits_of_each_row_alone(counts, reuses):
     drafts = [prompt_of(most + 1, seed=row) for row in range(3)]
 
     def passed(rows):
-        cache, longest = backend.new_cache(len(rows)), max(map(len, prompts))
-        padded = torch.tensor([(prompts[row] * longest)[:longest] for row in rows])
-        tokens = torch.tensor([drafts[row] for row in rows])
-        positions = torch.tensor([[len(prompts[row])] for row in rows]) + torch.arange(most + 1)
+        cache, lengths = backend.new_cache(len(rows)), [len(prompts[row]) for row in rows]
+        tokens = torch.tensor([*chain(*(drafts[row][: counts[row] + 1] for row in rows))])
         with torch.inference_mode():
-            backend.run_layers(backend.embed(padded), 0, 6, torch.arange(longest).expand(len(rows), -1), cache)
-            states = {}
-            if reuses:  # of all tokens but the last, as drafts by an exit leave them
-                states = {2: backend.run_layers(backend.embed(tokens[:, :-1]), 0, 2, positions[:, :-1], cache)}
+            prompt = torch.tensor([*chain(*(prompts[row] for row in rows))])
+            backend.run_layers(backend.embed(prompt), 0, 6, Places(cache, [0] * len(rows), lengths))
+            places = Places(cache, lengths, [counts[row] + 1 for row in rows])
+            states = {2: backend.run_layers(backend.embed(tokens), 0, 2, places)} if reuses else {}
             draft = Draft(tokens, tuple(counts[row] for row in rows), exit_states=states)
-            return (
-                FixedTarget(backend, DecodingConfig("autoregressive", temperature=1.0)).verify(draft, positions, cache).logits
-            )
+            target = FixedTarget(backend, DecodingConfig("autoregressive", temperature=1.0))
+            return target.verify(draft, places).logits
 
-    together = passed([0, 1, 2])
-    for row, count in enumerate(counts):
-        assert torch.equal(together[row, : count + 1], passed([row])[0, : count + 1])
+    assert torch.equal(passed([0, 1, 2]), torch.cat([passed([row]) for row in range(3)]))
 
 
 def test_some_rows_look_up_while_others_draft():
@@ -135,13 +131,14 @@ def test_some_rows_look_up_while_others_draft():
     config = DecodingConfig("adaptive", profile=DraftProfile({"int8": 0.7}, (1.0, 1.0), {"int8": 0.2}))
     drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
     rows = [[5, 6, 7, 8, 9, 10] * 5, prompt_of(30, seed=1), [11, 12, 13, 14] * 7 + [11, 12]]
-    cache, positions = backend.new_cache(3), torch.arange(29, 36).expand(3, -1)
+    cache, newest = backend.new_cache(3), torch.tensor([row[-1] for row in rows])
     with torch.inference_mode():
         ids = torch.tensor(rows)
-        backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, torch.arange(29).expand(3, -1), cache)
-        draft = drafter.draft(Context([0, 1, 2], rows, ids[:, -1:], positions, cache), [6, 4, 0])
-        alone = drafter.draft(Context([1], rows[1:2], ids[1:2, -1:], positions[1:2], TokenRows(cache, [0, 1, 0])), [4])
+        backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, cache.span(0, 29))
+        draft = drafter.draft(Context([0, 1, 2], rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
+        alone = drafter.draft(Context([1], rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
     assert (draft.lookups, draft.counts[0], draft.counts[2]) == ({0}, 6, 0)
-    assert draft.tokens[0].tolist() == [10, 5, 6, 7, 8, 9, 10]
+    first, second, _ = (tokens.tolist() for tokens in draft.by_row())
+    assert first == [10, 5, 6, 7, 8, 9, 10]
     count = min(draft.counts[1], alone.counts[0])
-    assert count > 0 and draft.tokens[1, : count + 1].tolist() == alone.tokens[0, : count + 1].tolist()
+    assert count > 0 and second[: count + 1] == alone.tokens.tolist()[: count + 1]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from decodings import WIDE, ids_of, prompt_of
 from exit_block_models import random_blocks
 
@@ -50,15 +50,15 @@ def reference(backend, prompt, confidence, count=24, draft_vocab=67, possible=EX
     """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
     ids, exits = list(prompt), []
     for _ in range(count):
-        positions, hidden = torch.arange(len(ids))[None], backend.embed(torch.tensor([ids]))
+        hidden = backend.embed(torch.tensor([ids]))
         ran = torch.tensor([LAYERS] * len(prompt) + exits[1:] + [LAYERS] * (len(ids) > len(prompt)))
         for layer in range(LAYERS):
-            after = backend.run_layers(hidden, layer, layer + 1, positions)
+            after = run_texts(backend, hidden, layer, layer + 1)
             hidden = torch.where((ran > layer)[None, :, None], after, hidden)
             if (block := backend.exit_blocks.get(layer + 1)) is None:
                 logits = backend.unembed(hidden[0, -1])
             else:
-                logits = block.head(backend.run_layers(hidden, block.layer, block.layer + 1, positions)[0, -1])
+                logits = block.head(run_texts(backend, hidden, block.layer, block.layer + 1)[0, -1])
             if layer + 1 == LAYERS or (layer + 1 in possible and logits[:draft_vocab].softmax(-1).max() > confidence):
                 break
         exits.append(layer + 1)
@@ -144,9 +144,9 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
 def recorded(monkeypatch, model, name, calls):
     original = getattr(model, name)
 
-    def method(hidden, start, stop, positions, cache):
-        calls.append((name, start, stop, positions[0].tolist()))
-        return original(hidden, start, stop, positions, cache)
+    def method(hidden, start, stop, places):
+        calls.append((name, start, stop, places.positions.tolist()))
+        return original(hidden, start, stop, places)
 
     monkeypatch.setattr(model, name, method)
 

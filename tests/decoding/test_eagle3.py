@@ -15,11 +15,11 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import Submodel
-from layerskip_core.model.cache import RowCache
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.eagle3 import NativeEagle3
+from layerskip_core.model.row_cache import RowCache
 from layerskip_core.training.eagle3 import unrolled
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -94,7 +94,7 @@ def test_drafts_are_those_of_training(kind):
 
     def recorded(context, limits):
         found = draft(context, limits)
-        rounds.append((len(context.ids[0]), found.tokens[0, 1:].tolist()))
+        rounds.append((len(context.ids[0]), found.drafts.tolist()))
         return found
 
     loop._drafter.draft = recorded
@@ -138,14 +138,14 @@ class OnKernels:
         like, vocab = torch.zeros(0, dtype=torch.float64), self.backend.spec.vocab
         self.torch = PlacedEagle3(stored, 6, vocab, like, lambda matrix: partial(F.linear, weight=matrix.double()))
         self.states, self.before = torch.randn(2, 9, form.hidden), torch.randn(2, 9, form.hidden)
-        self.positions = 1 + torch.arange(9).expand(2, -1)
 
     def run(self, drafter, dtype, first=0, cache=None, rows=slice(None)):
         """The head's logits of the entries from the `first` on."""
-        states, before, positions = (part[rows, first:] for part in (self.states, self.before, self.positions))
-        on_torch = drafter is self.torch
-        cache = cache or (RowCache(7, len(positions), 16) if on_torch else self.backend.new_cache(len(positions)))
-        return drafter.head(drafter.run(None, states.to(dtype), before.to(dtype), positions, cache))
+        states, before = (part[rows, first:].to(dtype) for part in (self.states, self.before))
+        count = len(states)
+        cache = cache or (RowCache(7, count, 16) if drafter is self.torch else self.backend.new_cache(count))
+        states, before = (part.flatten(0, 1) for part in (states, before))
+        return drafter.head(drafter.run(None, states, before, cache.span(1 + first, 10))).view(count, 9 - first, -1)
 
 
 @pytest.fixture(params=[name for name in compiled.VARIANTS if compiled.kernels(name) is not None])
@@ -162,7 +162,7 @@ def test_the_kernels_compute_what_torch_does(variant, form, precision):
     assert float((ours - right).norm() / right.norm()) < OnKernels.PRECISIONS[precision]
     for row in (0, 1):
         cache, rows = of.backend.new_cache(1), slice(row, row + 1)
-        of.backend.eagle3.write(None, {0: of.states[rows, :8]}, of.before[rows, :8], of.positions[rows, :8], cache)
+        of.backend.eagle3.write(None, {0: of.states[row, :8]}, of.before[row, :8], cache.span(1, 9))
         assert torch.equal(of.run(of.backend.eagle3, torch.float32, 8, cache, rows), ours[rows, 8:])
 
 
@@ -172,14 +172,14 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
     """Up to their largest number, an end token, a token that is too uncertain, and drafts that probably fail."""
     of, ids = OnKernels(variant, form, precision), torch.tensor([prompt_of(10)])
     block, cache, positions = of.backend.eagle3, of.backend.new_cache(), torch.arange(9, 18)[None]
-    block.write(None, {0: of.states[:1]}, of.before[:1], of.positions[:1], cache)
+    block.write(None, {0: of.states[0]}, of.before[0], cache.span(1, 10))
 
     def drafted(**ends):
         return draft_of(of.backend, None, Submodel(0, block=block), ids, positions, cache, of.before[:1, :1], **ends)
 
     whole = drafted(survival=1e-9)
     probs = sorted(whole.confidence)
-    ends = [{}, {"survival": 1e-9}, {"eos_ids": {int(whole.tokens[0, 3])}}, {"draft_confidence": (probs[2] + probs[3]) / 2}]
+    ends = [{}, {"survival": 1e-9}, {"eos_ids": {int(whole.tokens[3])}}, {"draft_confidence": (probs[2] + probs[3]) / 2}]
     ends.append({"survival": 0.9 * whole.confidence[0] * whole.confidence[1]})
     found = [drafted(**end) for end in ends]
     monkeypatch.setattr(NativeEagle3, "kernel", None)
@@ -188,7 +188,7 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
         assert torch.equal(ours.tokens, right.tokens) and ours.counts == right.counts
         assert list(ours.confidence) == pytest.approx(list(right.confidence), rel=1e-4)
     assert found[0].counts == (8,) and 0 < found[2].counts[0] <= 3 and found[3].counts[0] < 8
-    assert len(set(whole.tokens[0].tolist())) > 2
+    assert len(set(whole.tokens.tolist())) > 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Decoding with exit blocks: outputs are those of plain decoding, and first drafts are made from the target's own states."""
 
 from functools import cache
+from itertools import accumulate
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 from exit_block_models import random_blocks
 from hypothesis import given, settings
@@ -40,11 +41,11 @@ def backend_of(kind, features=FEATURES[0]):
 
 def first_logits(backend, ids, exit_layer):
     """The logits (V,) of the block after a text, by passes over all of it."""
-    block, tokens, places = backend.exit_blocks[exit_layer], torch.tensor([ids]), torch.arange(len(ids))[None]
+    block, tokens = backend.exit_blocks[exit_layer], torch.tensor([ids])
     with torch.inference_mode():
-        states = backend.run_layers(backend.embed(tokens), 0, exit_layer, places)
-        features = features_of(backend.normed(backend.run_layers(states, exit_layer, 6, places)))
-        return block.head(backend.run_layers(block.enter(states, features), block.layer, block.layer + 1, places))[0, -1]
+        states = run_texts(backend, backend.embed(tokens), 0, exit_layer)
+        features = features_of(backend.normed(run_texts(backend, states, exit_layer, 6)))
+        return block.head(run_texts(backend, block.enter(states, features), block.layer, block.layer + 1))[0, -1]
 
 
 def recorded(loop, backend):
@@ -55,13 +56,14 @@ def recorded(loop, backend):
     def draft(context, most, *ends):
         made = original(context, most, *ends)
         if made.source in ("exit 2", "exit 4"):
-            for row, count in enumerate(made.counts):
+            firsts = accumulate(made.counts, initial=0)
+            for row, (count, first) in enumerate(zip(made.counts, firsts, strict=False)):
                 if count:
                     logits = first_logits(backend, list(context.ids[row]), int(made.source[-1])).double()
                     if made.probs is None:
-                        assert int(made.tokens[row, 1]) == int(logits.argmax())
+                        assert int(made.drafts[first]) == int(logits.argmax())
                     else:
-                        torch.testing.assert_close(made.probs[row, 0].double(), logits.softmax(-1), rtol=1e-3, atol=1e-5)
+                        torch.testing.assert_close(made.probs[first].double(), logits.softmax(-1), rtol=1e-3, atol=1e-5)
                     seen.append(row)
         return made
 
@@ -140,21 +142,20 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
 def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypatch):
     """The other exit's block gets its states too. Only the last draft may still need the layers before the exit."""
     backend, spans = backend_of(kind, features), []
-    run_layers, chooser = backend.run_layers, backend.chooser
+    run_layers, choose = backend.run_layers, backend.choose
 
-    def choose(tokens, hidden, start, stop, kept, positions, cache):
-        spans.extend((layer, tokens.shape[1]) for layer in (start, *kept[:-1]))
-        return chooser(tokens, hidden, start, stop, kept, positions, cache)
+    def choice(tokens, states, start, stop, kept, places):
+        spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
+        return choose(tokens, states, start, stop, kept, places)
 
-    def record(hidden, start, stop, positions, cache=None):
-        spans.append((start, hidden.shape[1]))
-        return run_layers(hidden, start, stop, positions, cache)
+    def record(hidden, start, stop, places):
+        spans.append((start, len(hidden)))
+        return run_layers(hidden, start, stop, places)
 
     loop = scheduled(backend, [prompt_of(7)], [(1, 4), (2, 4)] * 3, 40)
     next(loop)
     monkeypatch.setattr(backend, "run_layers", record)
-    if chooser is not None:
-        monkeypatch.setattr(backend, "chooser", choose)
+    monkeypatch.setattr(backend, "choose", choice)
     for exit_layer, starts in ((2, {2, 4}), (4, {4})) * 3:
         spans.clear()
         next(loop)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from decodings import WIDE, native_or_skip
 from evaluating import tiny_loaded
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
@@ -79,7 +79,7 @@ def reference(decoder, ids, asked, limit):
     output, backend = [], decoder.backend
     while len(output) < limit and not decoder.eos_ids.intersection(output):
         text = ids + output
-        hidden = backend.run_layers(backend.embed(torch.tensor([text])), 0, backend.num_layers, torch.arange(len(text))[None])
+        hidden = run_texts(backend, backend.embed(torch.tensor([text])), 0, backend.num_layers)
         scores = backend.unembed(hidden)[0, -1].detach().double()
         bits = torch.tensor(list(matcher.compute_bitmask()))
         permitted = ((bits[:, None] >> torch.arange(8)) & 1).flatten()[:300]
@@ -105,9 +105,9 @@ def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, 
     verified = []
     honest = FixedTarget.verify
 
-    def watched(self, draft, positions, cache):
-        verified.append(draft.tokens[0, 1 : draft.counts[0] + 1].tolist())
-        return honest(self, draft, positions, cache)
+    def watched(self, draft, places):
+        verified.append(draft.drafts.tolist())
+        return honest(self, draft, places)
 
     monkeypatch.setattr(FixedTarget, "verify", watched)
     for strategy, drafting in {"autoregressive": {}, **DRAFTING}.items():
@@ -200,10 +200,10 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
     expected = [token for [step] in decode(decoder.backend, ids, plain, decoder.eos_ids) for token in step.ids]
     looked_up, honest = [], FixedTarget.verify
 
-    def watched(self, draft, positions, cache):
+    def watched(self, draft, places):
         if draft.source == "lookup":
-            looked_up.append(draft.tokens[0, 1 : draft.counts[0] + 1].tolist())
-        return honest(self, draft, positions, cache)
+            looked_up.append(draft.drafts.tolist())
+        return honest(self, draft, places)
 
     monkeypatch.setattr(FixedTarget, "verify", watched)
     found, matcher = [], plain.guide.matcher()

@@ -55,7 +55,7 @@ class Scripted:
         self.heard = []
 
     def draft(self, context, most):
-        return Draft(torch.tensor([[int(context.newest), 9]]), (1,), source="scripted")
+        return Draft(torch.tensor([int(context.newest), 9]), (1,), source="scripted")
 
     def observe(self, row, drafted, verified):
         self.heard.append((row, drafted, verified))
@@ -66,12 +66,12 @@ def test_another_drafter_drafts_where_nothing_is_found():
     drafter = LookupDrafter(2, frozenset({4}), other)
 
     def drafted(ids):
-        draft = drafter.draft(Context([0], [ids], torch.tensor([[ids[-1]]]), torch.arange(9)[None], None), [8])
+        draft = drafter.draft(Context([0], [ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8])
         drafter.observe(0, 1, [draft.source])
         return draft.tokens.tolist(), draft.counts, draft.source
 
-    assert drafted([1, 2, 3]) == ([[3, 9]], (1,), "scripted")
-    assert drafted([1, 2, 3, 4, 1, 2]) == ([[2, 3, 4]], (2,), "lookup")  # up to the EOS 4
+    assert drafted([1, 2, 3]) == ([3, 9], (1,), "scripted")
+    assert drafted([1, 2, 3, 4, 1, 2]) == ([2, 3, 4], (2,), "lookup")  # up to the EOS 4
     assert other.heard == [(0, 1, ["scripted"])]
 
 
@@ -85,7 +85,7 @@ def test_the_shortest_match_is_two_tokens_unless_told_otherwise(backend):
     def found(**settings):
         config = DecodingConfig("lookup", **settings)
         drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
-        return drafter.find(Context([0], [[1, 2, 3, 2]], None, None, None), [1])
+        return drafter.find(Context([0], [[1, 2, 3, 2]], None, None, [0], [3]), [1])
 
     assert found() == [([], 0)] and found(lookup=1) == [([3], 1)]
 

@@ -17,8 +17,8 @@ from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.backend import DraftHead
-from layerskip_core.model.cache import RowCache
+from layerskip_core.model.backend import DraftHead, choose_by_head
+from layerskip_core.model.row_cache import RowCache
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -147,7 +147,7 @@ class Recording(TransformersBackend):
 
     def unembed(self, hidden):
         logits = super().unembed(hidden)
-        self.first_rows.append(logits[0, 0].clone())
+        self.first_rows.append(logits[0].clone())
         return logits
 
 
@@ -210,8 +210,8 @@ class TableModel:
     Hidden states are (token, layers run, position); a state given to the wrong layer fails.
     """
 
-    num_layers, device, exact, ragged, batch_invariant = 2, torch.device("cpu"), False, False, False
-    chooser, exit_blocks, eagle3 = None, {}, None
+    num_layers, device, exact, batch_invariant = 2, torch.device("cpu"), False, False
+    exit_blocks, eagle3, choose = {}, None, choose_by_head
     shares_states, kernel = True, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
@@ -227,9 +227,9 @@ class TableModel:
     def embed(self, ids):
         return torch.stack((ids, torch.zeros_like(ids), torch.zeros_like(ids)), dim=-1)
 
-    def run_layers(self, hidden, start, stop, positions, cache=None):
+    def run_layers(self, hidden, start, stop, places):
         assert (hidden[..., 1] == start).all()
-        return torch.stack((hidden[..., 0], torch.full_like(positions, stop), positions), dim=-1)
+        return torch.stack((hidden[..., 0], torch.full_like(hidden[..., 0], stop), places.positions), dim=-1)
 
     def unembed(self, hidden):
         token, layer, position = hidden.unbind(-1)
@@ -249,7 +249,7 @@ class Scripted:
         assert ids == context.ids[0][-1:]
         for place in range(most[0]):
             ids.append(self.choose(place, ids[-1]))
-        return Draft(tensor([ids]), counts=(len(ids) - 1,))
+        return Draft(tensor(ids), counts=(len(ids) - 1,))
 
     def observe(self, row, drafted, verified):
         self.calls.append(("observe", drafted))
@@ -437,7 +437,7 @@ class Certain:
     """Always drafts token 1, without probabilities."""
 
     def draft(self, context, limits):
-        return Draft(torch.cat((context.newest, torch.ones_like(context.newest)), 1), (1,) * len(limits))
+        return Draft(torch.stack((context.newest, torch.ones_like(context.newest)), 1).flatten(), (1,) * len(limits))
 
     def observe(self, row, drafted, verified):
         pass

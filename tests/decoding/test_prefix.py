@@ -173,14 +173,14 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
     backend, config, prefixes = native(), settings_of("exit"), of_turns()
     first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
     ids_of(decode(backend, first, config, prefixes=prefixes))
-    original, chooser = backend.run_layers, backend.chooser
+    original, choose = backend.run_layers, backend.choose
 
-    def interrupted(hidden, start, stop, positions, cache=None):
-        original(hidden, start, stop - 1, positions, cache)
+    def interrupted(hidden, start, stop, places):
+        original(hidden, start, stop - 1, places)
         raise KeyboardInterrupt
 
-    def interrupted_choice(tokens, hidden, start, stop, kept, positions, cache):
-        chooser(tokens, hidden, start, stop - 1, kept, positions, cache)
+    def interrupted_choice(tokens, states, start, stop, kept, places):
+        choose(tokens, states, start, stop - 1, kept, places)
         raise KeyboardInterrupt
 
     for prompt, steps in ((second, 0), (first, 1)):
@@ -189,7 +189,7 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
             next(decoding)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(backend, "run_layers", interrupted)
-            patch.setattr(backend, "chooser", interrupted_choice)
+            patch.setattr(backend, "choose", interrupted_choice)
             next(decoding)
         for again in (first, second):
             assert ids_of(decode(backend, again, config, prefixes=prefixes)) == ids_of(decode(backend, again, config))

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import run_texts
 from decodings import WIDE, backend_on, ids_of, prompt_of
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
@@ -36,7 +37,7 @@ def reference(model, prompt, config, eos=()):
     """One token after the other, from a whole pass each, by the definitions of the options."""
     ids = list(prompt)
     while len(ids) < len(prompt) + config.max_new_tokens:
-        hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+        hidden = run_texts(model, model.embed(torch.tensor([ids])), 0, model.num_layers)
         logits = model.unembed(hidden)[0, -1].double()
         for token, bias in config.logit_bias:
             logits[token] += bias
@@ -115,7 +116,7 @@ def test_log_probabilities_are_the_model_s_own(kind):
         assert [one for step in steps for one in step.logprobs] == row.logprobs
         told[strategy] = row.prompt_logprobs + row.logprobs
     ids = PROMPT + row.output
-    hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+    hidden = run_texts(model, model.embed(torch.tensor([ids])), 0, model.num_layers)
     scores = model.unembed(hidden)[0].double().log_softmax(-1).detach()
     for place, one in enumerate(told["autoregressive"]):
         assert one.logprob == pytest.approx(float(scores[place, one.id]), abs=1e-5)

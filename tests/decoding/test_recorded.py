@@ -17,7 +17,8 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import Prefixes, decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import TorchBackend, cache
+from layerskip_core.model import TorchBackend, row_cache
+from layerskip_core.model.cache import Places
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
 DRAFTED = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=24)
@@ -61,14 +62,14 @@ def on_cpu(prompt, config=PLAIN):
 def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, recordings):
     assert ids_of(decode(model, PROMPT, DRAFTED)) == on_cpu(PROMPT)
     first = len(recordings)
-    draft, verification = ((1, 1), (1, 4)), ((1, 5), (1, 5), (1, 4, 32))
+    draft, verification = ((1,), (5,)), ((5,), (5,), (5, 32))
     assert {draft, verification} <= {*recordings} and len({*recordings}) == first
     gpu.replays = 0
     assert ids_of(decode(model, OTHER, DRAFTED)) == on_cpu(OTHER)
     assert gpu.replays >= 8
     assert recordings.count(draft) == recordings.count(verification) == 1
     assert ids_of(decode(model, OTHER, PLAIN)) == on_cpu(OTHER)
-    assert ((1, 1), (1, 1)) in recordings
+    assert ((1,), (1,)) in recordings
 
 
 def test_two_decodings_at_once_keep_apart(model):
@@ -84,8 +85,8 @@ def test_two_decodings_at_once_keep_apart(model):
 @pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
 def test_a_text_that_outgrows_the_cache_is_recorded_anew(gpu, model, recordings, monkeypatch, config):
     """A later text goes on with the recordings, but for a short one after a long one: that would attend to many places."""
-    monkeypatch.setattr(cache, "_BLOCK", 16)
-    monkeypatch.setattr(cache, "_AHEAD", 8)
+    monkeypatch.setattr(row_cache, "_BLOCK", 16)
+    monkeypatch.setattr(row_cache, "_AHEAD", 8)
     monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
     long = replace(config, max_new_tokens=40)
     for settings, rooms in ((config, [16, 32]), (config, [32]), (long, [32, 48]), (config, [16, 32])):
@@ -144,17 +145,16 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
 def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
     recorder = Recorder(model)
-    tokens, places = torch.tensor([PROMPT]), torch.arange(9)[None]
     with torch.inference_mode():
-        model.run_layers(model.embed(tokens.to("cuda")), 0, 3, places[:, :5], recorder.cache)
-        newest = torch.tensor([[8, 9, 10, 11]]).to("cuda")
+        model.run_layers(model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5))
+        newest, positions = (tokens.to("cuda") for tokens in (torch.tensor([8, 9, 10, 11]), torch.arange(5, 9)))
 
         def run():
-            hidden = model.run_layers(model.embed(newest), 0, 3, places[:, 5:].to("cuda"), recorder.cache)
+            hidden = model.run_layers(model.embed(newest), 0, 3, Places(recorder.cache, (), (), recorded=positions))
             return model.unembed(hidden).cpu()
 
         expected = run()
         recorder.cache._storage[..., 9:, :] = 1e3
         assert torch.equal(run(), expected)
-        usual = model.run_layers(model.embed(newest), 0, 3, places[:, 5:], recorder.cache)
+        usual = model.run_layers(model.embed(newest), 0, 3, recorder.cache.span(5, 9))
         torch.testing.assert_close(model.unembed(usual).cpu(), expected)

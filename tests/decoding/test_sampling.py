@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 from torch import tensor
@@ -78,7 +80,7 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
-    assert torch.equal(Sampler(settings, CPU).choose(logits, None, [0]), logits.argmax(-1))
+    assert torch.equal(Sampler(settings, CPU, 4).choose(logits, None, range(4)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 49, 49152])
@@ -147,14 +149,11 @@ def one_hot(*ids: int) -> torch.Tensor:
 
 
 def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
-    """What stands behind a row's own drafts is padding, even where the target would have chosen it."""
-    drafts, choices = [[7, 8], [7, 8], [7, 8], [7, 8], [7, 8]], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8, 9], [7, 8, 9]]
-    logits = torch.stack([one_hot(*row) for row in choices])
-    verified, newest = Sampler(DecodingConfig(), CPU).verify(tensor(drafts), [2, 2, 2, 1, 0], None, logits)
+    drafts, choices = [[7, 8], [7, 8], [7, 8], [7], []], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
+    logits, counts = one_hot(*chain(*choices)), list(map(len, drafts))
+    verified = Sampler(DecodingConfig(), CPU).verify(tensor([*chain(*drafts)]), counts, None, logits, range(5))
     assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
-    assert newest.tolist() == [[9], [5], [6], [8], [7]]
-    alone, newest = Sampler(DecodingConfig(), CPU).verify(tensor(drafts[:1]), [2], None, logits[1:2])
-    assert (alone, newest.tolist()) == ([[7, 5]], [[5]])
+    assert Sampler(DecodingConfig(), CPU).verify(tensor(drafts[0]), [2], None, logits[3:6], [0]) == [[7, 5]]
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():
@@ -162,22 +161,21 @@ def test_stochastic_verification_gives_drafts_and_then_the_next_token():
     sure = one_hot(7, 8, 9)
 
     def verify_row(drafts, logits, certain):
-        verified, newest = sampler.verify(
-            tensor([drafts], dtype=torch.long), [len(drafts)], None if certain else one_hot(*drafts)[None], logits[None]
-        )
-        return verified[0], newest.tolist()
+        probs = None if certain else one_hot(*drafts)
+        return sampler.verify(tensor(drafts, dtype=torch.long), [len(drafts)], probs, logits, [0])
 
     for certain in (False, True):  # a drafter without probabilities puts all of them on its drafts
-        assert verify_row([7, 8], sure, certain) == ([7, 8, 9], [[9]])
-        assert verify_row([7, 5], sure, certain) == ([7, 8], [[8]])
-    assert verify_row([], sure[:1], True) == ([7], [[7]])
+        assert verify_row([7, 8], sure, certain) == [[7, 8, 9]]
+        assert verify_row([7, 5], sure, certain) == [[7, 8]]
+    assert verify_row([], sure[:1], True) == [[7]]
 
 
 def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        return Sampler(DecodingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
+        sampler = Sampler(DecodingConfig(temperature=1), CPU, 40, range(seed, seed + 40))
+        return sampler.choose(logits, None, range(40)).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)
     assert Sampler(DecodingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, tiny_model
 from decodings import WIDE, context_after, entries, ids_of, native_or_skip, plainly, silent_layers
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -16,8 +16,8 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.cache import EntryWriter
 from layerskip_core.model.cut import PositionCache
+from layerskip_core.model.row_cache import EntryWriter
 
 LAYERS, MOST = 6, 5
 PROMPT = [5, 11, 23, 42, 8]
@@ -58,7 +58,7 @@ def test_the_layers_that_are_left(skip, exit_layer, beyond):
 
 def draft_of(model, config, reuse=True):
     """A draft after PROMPT, all of which but its last token is cached, and the cache."""
-    context = context_after(model, PROMPT, MOST)
+    context = context_after(model, PROMPT)
     with torch.inference_mode():
         drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(), reuse))
         return drafter.draft(context, [MOST]), context.cache
@@ -81,13 +81,13 @@ def pruned_drafts(skip):
     before = torch.arange(last)[None]
     with torch.inference_mode():
         prompt = whole.embed(torch.tensor([PROMPT[:last]]))
-        whole.run_layers(prompt, 0, LAYERS, before, full)
+        whole.run_layers(prompt, 0, LAYERS, at(before, full))
         held = entries(full.parts[0])[:, :, None]
         for place, index in enumerate(kept):
             PositionCache(EntryWriter(cache, before)).update(*held[index, ..., :last, :], place)
         for place in range(last, last + MOST):
             hidden = backend.embed(torch.tensor([ids[place:]]))
-            hidden = backend.run_layers(hidden, 0, len(kept), torch.tensor([[place]]), cache)
+            hidden = backend.run_layers(hidden, 0, len(kept), at(torch.tensor([[place]]), cache))
             logits.append(backend.unembed(hidden)[0, 0])
             ids.append(int(logits[-1].argmax()))
     return ids[last:], torch.stack(logits)
@@ -99,10 +99,10 @@ def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
     model = TransformersBackend(tiny_model()) if kind == "generic" else TorchBackend.of(tiny_model())
     tokens, logits = pruned_drafts(skip)
     draft, _ = draft_of(model, config_of(kind, skip))
-    assert draft.tokens.tolist() == [tokens]
+    assert draft.tokens.tolist() == tokens
     assert (draft.counts, draft.source) == ((MOST,), f"{LAYERS - len(skip)} of 6 layers")
     sampled, _ = draft_of(model, config_of(kind, skip, temperature=1, top_k=1))  # step by step, and the same tokens
-    assert sampled.tokens.tolist() == [tokens]
+    assert sampled.tokens.tolist() == tokens
     top = logits.softmax(-1).amax(-1).tolist()
     sure = next(place for place in range(MOST) if top[place] == min(top))
     ended, _ = draft_of(model, config_of(kind, skip, draft_confidence=min(top) + 1e-6))
@@ -119,10 +119,10 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         last = len(PROMPT) - 1
         with torch.inference_mode():
             target = FixedTarget(model, DecodingConfig("autoregressive", temperature=1.0))
-            logits = target.verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
+            logits = target.verify(draft, cache.span(last, last + MOST + 1)).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
-            hidden = model.run_layers(model.embed(newest), 0, LAYERS, torch.tensor([[last + MOST + 1]]), cache)
+            hidden = model.run_layers(model.embed(newest), 0, LAYERS, at(torch.tensor([[last + MOST + 1]]), cache))
         found.append((draft, logits, model.unembed(hidden)))
     (reused, *numbers), (recomputed, *others) = found
     shares = "int8" not in kind

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
+from conftest import at
 from decodings import WIDE, backend_on, silent_layers
 from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
@@ -72,10 +73,9 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
             with torch.inference_mode():
                 if last:
                     hidden = model.embed(torch.tensor([known[:last]]))
-                    model.run_layers(hidden, 0, LAYERS, torch.arange(last)[None], cache)
-                positions = torch.arange(last, last + block + 1)[None]
-                draft = drafter.draft(Context([0], [known], torch.tensor([known[last:]]), positions, cache), [block])
-            for choice, drafted, token in zip(choices[start:], draft.tokens[0, 1:].tolist(), ids[len(known) :], strict=False):
+                    model.run_layers(hidden, 0, LAYERS, at(torch.arange(last)[None], cache))
+                draft = drafter.draft(Context([0], [known], torch.tensor(known[last:]), cache, [0], [last]), [block])
+            for choice, drafted, token in zip(choices[start:], draft.drafts.tolist(), ids[len(known) :], strict=False):
                 assert choice == drafted
                 if drafted != token:
                     break

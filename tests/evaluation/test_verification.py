@@ -105,8 +105,8 @@ def _wrong_tokens(monkeypatch):
     honest = accepted_choices
 
     def careless(draft_ids, counts, choices):
-        ids, last = honest(draft_ids, counts, choices)
-        return ([[int(draft_ids[0, 0]), *ids[0][1:]]] if counts == (1,) else ids), last
+        ids = honest(draft_ids, counts, choices)
+        return [[int(draft_ids[0]), *ids[0][1:]]] if list(counts) == [1] else ids
 
     for module in (engine, sampling):
         monkeypatch.setattr(module, "accepted_choices", careless)
@@ -139,11 +139,10 @@ def _biased_sampling(monkeypatch):
     """Sampled drafts that are always accepted."""
     honest = Sampler.verify
 
-    def careless(self, draft_ids, counts, draft_probs, logits):
-        if self.is_greedy or draft_ids.shape[1] == 0:
-            return honest(self, draft_ids, counts, draft_probs, logits)
-        ids = [[*row[:count], 5] for row, count in zip(draft_ids.tolist(), counts, strict=True)]
-        return ids, torch.full((len(ids), 1), 5)
+    def careless(self, draft_ids, counts, draft_probs, logits, rows):
+        if self.is_greedy or not len(draft_ids):
+            return honest(self, draft_ids, counts, draft_probs, logits, rows)
+        return [[*own.tolist(), 5] for own in torch.split(draft_ids, list(counts))]
 
     monkeypatch.setattr(Sampler, "verify", careless)
     return {DISTRIBUTION}

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 from command_line import fails, run
-from conftest import ATTENTION, CHANGES, tiny_model
+from conftest import ATTENTION, CHANGES, run_texts, tiny_model
 from exit_block_models import add_blocks, add_eagle3, random_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,8 +46,7 @@ def test_the_draft_is_a_plain_checkpoint(checkpoint, tmp_path):
     ids = AutoTokenizer.from_pretrained(output)(text, return_tensors="pt").input_ids
     assert ids.tolist()[0] == whole.tokenizer(text)["input_ids"]
     with torch.no_grad():
-        places = torch.arange(ids.shape[1])[None]
-        expected = whole.backend.unembed(whole.backend.run_layers(whole.backend.embed(ids), 0, 2, places))
+        expected = whole.backend.unembed(run_texts(whole.backend, whole.backend.embed(ids), 0, 2))
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(output)(ids).logits, expected)
     info = read_info(output)
     assert info.prompt_template == whole.info.prompt_template and info.exit_layer is None
@@ -165,11 +164,11 @@ def test_the_logits_are_those_of_the_exit(model_type, placed, tmp_path):
     blocks, exit_layer = random_blocks(loaded.model, *placed), 2 if placed else 3
     backend = TransformersBackend(loaded.model, blocks)
     with torch.no_grad():
-        early = backend.run_layers(backend.embed(IDS), 0, exit_layer, POSITIONS)
+        early = run_texts(backend, backend.embed(IDS), 0, exit_layer)
         expected, other = backend.unembed(early), loaded.model(IDS).logits
         if placed:
             block, other = backend.exit_blocks[2], expected
-            expected = block.head(backend.run_layers(early, block.layer, block.layer + 1, POSITIONS))
+            expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
     torch.testing.assert_close(written_logits(cut_to_exit(loaded, exit_layer, blocks), tmp_path), expected)
     assert (other - expected).abs().max() > 0.1
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import CHANGES, older, tiny_model
+from conftest import CHANGES, older, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3
 from int4_models import add_int4
@@ -44,16 +44,16 @@ def packed_from(folder, output, quantize=None, dtype="auto"):
 def states(backend):
     """Of every layer, the logits of the target, of each draft side, and of each block by itself."""
     with torch.inference_mode():
-        places, hidden = torch.arange(IDS.shape[1])[None], backend.embed(IDS)
+        hidden = backend.embed(IDS)
         found = [hidden]
         for side in backend.draft_sides.values():
-            drafted = side.layers.run_layers(side.layers.embed(IDS), 0, 2, places)
+            drafted = run_texts(side.layers, side.layers.embed(IDS), 0, 2)
             found += [drafted, side.whole.unembed(drafted), side.at_exits.unembed(drafted)]
             for block in side.exit_blocks.values():
                 entered = block.enter(drafted, drafted)
-                found.append(block.head(side.layers.run_layers(entered, block.layer, block.layer + 1, places)))
+                found.append(block.head(run_texts(side.layers, entered, block.layer, block.layer + 1)))
         for layer in range(backend.num_layers):
-            hidden = backend.run_layers(hidden, layer, layer + 1, places)
+            hidden = run_texts(backend, hidden, layer, layer + 1)
             found.append(hidden)
         if backend.eagle3 is not None:
             found.append(backend.eagle3.head(backend.eagle3.features(backend, dict.fromkeys(range(1, 6), hidden), hidden)))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
@@ -20,9 +20,9 @@ def alone(model, context, continuation, exit_layer):
     """The likelihood by definition: one pass over one text, cut at its beginning if the context limit needs it."""
     ids = [*context, *continuation][-(model.spec.context + 1) :]
     tokens, places, cache = torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], model.new_cache(1)
-    hidden, block = model.run_layers(model.embed(tokens), 0, exit_layer, places, cache), model.exit_blocks.get(exit_layer)
+    hidden, block = model.run_layers(model.embed(tokens), 0, exit_layer, at(places, cache)), model.exit_blocks.get(exit_layer)
     if block is not None:
-        hidden = model.run_layers(hidden, block.layer, block.layer + 1, places, cache)
+        hidden = model.run_layers(hidden, block.layer, block.layer + 1, at(places, cache))
     logits = (model.unembed if block is None else block.head)(hidden)[0, -len(continuation) :].double()
     wanted = torch.tensor(continuation)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
@@ -34,7 +34,7 @@ def greedy(model, context, count):
     ids = list(context)
     with torch.inference_mode():
         for _ in range(count):
-            hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+            hidden = run_texts(model, model.embed(torch.tensor([ids])), 0, model.num_layers)
             ids.append(int(model.unembed(hidden)[0, -1].argmax()))
     return ids[len(context) :]
 

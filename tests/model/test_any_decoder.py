@@ -6,6 +6,7 @@ from math import inf
 
 import pytest
 import torch
+from conftest import at, run_texts
 from decoder_types import LAYERS, tiny
 from decodings import entries, ids_of, plainly, prompt_of
 from exit_block_models import random_blocks
@@ -109,7 +110,7 @@ def check_logits(model, backend, ids):
         for start, stop in pairwise([0, 7, 8, 11, 13]):
             positions, hidden = torch.arange(start, stop).expand(2, -1), backend.embed(ids[:, start:stop])
             for first, last in pairwise((0, 1, 2, LAYERS)):
-                hidden = backend.run_layers(hidden, first, last, positions, cache)
+                hidden = backend.run_layers(hidden, first, last, at(positions, cache))
             pieces.append(backend.unembed(hidden))
     assert expected.std() > 0.03
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-3, atol=1e-4)
@@ -134,11 +135,11 @@ def check_propagation(backend, ids):
     caches, positions = [backend.new_cache(2) for _ in range(2)], torch.tensor([[9, 10], [7, 8]])
     with torch.inference_mode():
         for cache in caches:
-            backend.run_layers(backend.embed(ids[:, :9]), 0, LAYERS, torch.arange(9).expand(2, -1), cache)
-            hidden = backend.run_layers(backend.embed(ids[:, 9:11]), 0, 1, positions, cache)
-        backend.write_kv(hidden, 1, LAYERS, positions, caches[0])
+            backend.run_layers(backend.embed(ids[:, :9]), 0, LAYERS, at(torch.arange(9).expand(2, -1), cache))
+            hidden = backend.run_layers(backend.embed(ids[:, 9:11]), 0, 1, at(positions, cache))
+        backend.write_kv(hidden, 1, LAYERS, at(positions, caches[0]))
         for layer in range(1, LAYERS):
-            backend.run_layers(hidden, layer, layer + 1, positions, caches[1])
+            backend.run_layers(hidden, layer, layer + 1, at(positions, caches[1]))
     for written, expected in zip(*(cache.parts for cache in caches), strict=True):
         for row in range(written.capacity and 2):
             torch.testing.assert_close(entries(written, row), entries(expected, row))
@@ -182,12 +183,12 @@ def check_exit_block(model, backend, ids):
     decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2, "final"),), module.weights().get))
     block, cache = decoding.exit_blocks[2], decoding.new_cache(2)
     with torch.no_grad():
-        states = decoding.run_layers(decoding.embed(ids), 0, 2, positions, cache)
-        finals = decoding.normed(decoding.run_layers(states, 2, LAYERS, positions, cache))
+        states = decoding.run_layers(decoding.embed(ids), 0, 2, at(positions, cache))
+        finals = decoding.normed(decoding.run_layers(states, 2, LAYERS, at(positions, cache)))
         entered, own = block.enter(states, features_of(finals)), states[..., : decoding.spec.hidden]
-        pieces = [(entered[:, start:stop], positions[:, start:stop]) for start, stop in pairwise([0, 7, 8, 11, 13])]
-        found = torch.cat([decoding.run_layers(piece, block.layer, block.layer + 1, at, cache) for piece, at in pieces], dim=1)
-        last = decoding.run_layers(decoding.embed(ids[:, 12:]), 0, LAYERS, positions[:, 12:], cache)
+        pieces = [(entered[:, start:stop], cache.span(start, stop)) for start, stop in pairwise([0, 7, 8, 11, 13])]
+        found = torch.cat([decoding.run_layers(piece, block.layer, block.layer + 1, span) for piece, span in pieces], dim=1)
+        last = decoding.run_layers(decoding.embed(ids[:, 12:]), 0, LAYERS, at(positions[:, 12:], cache))
         expected = module.exits["2"](own, features_of(finals), ids)
     torch.testing.assert_close(block.norm(found), expected, rtol=1e-4, atol=1e-4)  # a state counts for little in Falcon-H1
     torch.testing.assert_close(decoding.normed(last), finals[:, 12:], rtol=1e-4, atol=1e-4)
@@ -198,9 +199,8 @@ def check_exit_block(model, backend, ids):
 
 def check_exit(model, backend, ids, folder):
     """An exit is the model without its last layers, in memory and as it is exported."""
-    positions = torch.arange(13).expand(2, -1)
     with torch.inference_mode():
-        early = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions))
+        early = backend.unembed(run_texts(backend, backend.embed(ids), 0, 2))
         loaded = Trainable("tiny", model, backend, None, CheckpointInfo())
         if why := NO_EXPORT.get(model.config.model_type):
             with pytest.raises(CheckpointError, match=f"exit 2 of tiny is no model of its own: .* {why}"):
@@ -222,13 +222,13 @@ def check_rollback(backend):
     )
     cache.steps_back = 3
     with torch.inference_mode():
-        expected = backend.unembed(backend.run_layers(backend.embed(ids), 0, LAYERS, torch.arange(24).expand(2, -1)))
+        expected = backend.unembed(run_texts(backend, backend.embed(ids), 0, LAYERS))
         starts, count = torch.tensor([0, 0]), 9
         for _ in range(12):
             positions = starts[:, None] + torch.arange(count)
             rows, layer = torch.arange(2)[:, None], int(torch.randint(1, LAYERS, (), generator=generator))
-            hidden = backend.run_layers(backend.embed(ids[rows, positions]), 0, layer, positions, cache)
-            logits = backend.unembed(backend.run_layers(hidden, layer, LAYERS, positions, cache))
+            hidden = backend.run_layers(backend.embed(ids[rows, positions]), 0, layer, at(positions, cache))
+            logits = backend.unembed(backend.run_layers(hidden, layer, LAYERS, at(positions, cache)))
             torch.testing.assert_close(logits, expected[rows, positions], rtol=1e-3, atol=1e-4)
             starts = starts + count - torch.randint(0, min(4, count), (2,), generator=generator)
             count = min(int(torch.randint(1, 5, (), generator=generator)), 24 - int(starts.max()))

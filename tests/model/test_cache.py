@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.errors import ConfigError
-from layerskip_core.model.cache import RowCache, SpanWriter, available_memory
+from layerskip_core.model.cache import Places, available_memory
 from layerskip_core.model.pages import PAGE, PagedCache, PagePool
+from layerskip_core.model.row_cache import RowCache, SpanWriter
 
 LAYERS, HEADS, SIZE, CONTEXT = 2, 2, 4, 512
 LIKE = torch.empty(0)
@@ -43,7 +44,7 @@ class Pages:
 
     def write(self, cache, row, start, numbers):
         stop = start + numbers.shape[3]
-        cache._reach([stop if each == row else 0 for each in range(cache.rows)])
+        cache.addresses(Places(cache, [start] * cache.rows, [(each == row) * (stop - start) for each in range(cache.rows)]))
         pages = cache._pages[row]
         for place in range(start, stop):
             page = pages[place // PAGE]
@@ -128,7 +129,7 @@ def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
     for stop in range(prompt, min(end, 3000) + 1):
         cache.room(SpanWriter(cache, torch.tensor([[stop - 1]])).stop, HEADS, SIZE, LIKE)
         assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
-        _, keys, values = cache.matrices()[-1]  # read as a whole
+        _, keys, values = cache.matrices(slice(None))[-1]  # read as a whole
         assert stop <= keys.shape[2] == values.shape[1] <= stop + 63
     assert len(moved) - 1 == moves and sum(moved) <= 2 * cache.capacity
 
@@ -139,7 +140,7 @@ def test_pages_are_given_back_and_taken_again():
 
     def texts(count):
         cache = PagedCache(pool, count, CONTEXT)
-        cache.addresses(torch.full((count, 1), CONTEXT - 1))
+        cache.addresses(cache.span(CONTEXT - 1, CONTEXT))
         return cache
 
     held = texts(20)
@@ -157,11 +158,11 @@ def test_pages_are_given_back_and_taken_again():
 def test_a_prefix_shares_all_pages_but_the_last():
     pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
     cache = PagedCache(pool, 1, CONTEXT)
-    cache.addresses(torch.tensor([[200]]))
+    cache.addresses(cache.span(200, 201))
     branches = [cache.branch([0], [200]) for _ in range(5)]
     assert pool.used == 4 + 5 and len({*branches[0].memory} & {*branches[1].memory}) == 3
     with pytest.raises(ConfigError, match="the context limit of 512 tokens is reached: position 512 was requested"):
-        branches[0].addresses(torch.tensor([[512]]))
+        branches[0].span(512, 513)
 
 
 V1, V2 = ("limit_in_bytes", "usage_in_bytes", "total_"), ("max", "current", "")

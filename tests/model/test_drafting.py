@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, run_texts, tiny_model
 from decodings import draft_of, native_or_skip
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -47,7 +47,7 @@ def drafted(backend, **settings):
     positions, weights = torch.arange(last + MOST + 1)[None], list(backend.draft_sides)[-1]
     with torch.inference_mode():
         for layers in (backend, side.layers):  # a draft side with its own weights has its own keys
-            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, positions[:, :last], cache)
+            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, at(positions[:, :last], cache))
     return draft_of(backend, weights, SUBMODEL, PROMPT, positions[:, last:], cache, **settings)
 
 
@@ -57,8 +57,7 @@ def expected(backend):
     side, ids = side_of(backend), PROMPT
     with torch.inference_mode():
         while True:
-            places = torch.arange(ids.shape[1])[None]
-            states = {stop: side.layers.run_layers(side.layers.embed(ids), 0, stop, places) for stop in STOPS}
+            states = {stop: run_texts(side.layers, side.layers.embed(ids), 0, stop) for stop in STOPS}
             if ids.shape[1] == PROMPT.shape[1] + MOST:
                 new = slice(PROMPT.shape[1] - 1, None)
                 return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
@@ -78,11 +77,11 @@ def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
     backend = backend_of(kind, packing)
     draft = drafted(backend)
     known_tokens, known_states = expected(backend)
-    assert draft.tokens.tolist() == [known_tokens] and draft.counts == (MOST,)
+    assert draft.tokens.tolist() == known_tokens and draft.counts == (MOST,)
     assert tuple(draft.exit_states) == (STOPS if side_of(backend).shares_states else ())
     for stop, reached in draft.exit_states.items():
-        assert reached.shape[1] in (MOST, MOST + 1)
-        error = (reached - known_states[stop][:, : reached.shape[1]]).abs().max() / known_states[stop].std()
+        assert len(reached) == MOST + 1
+        error = (reached - known_states[stop][0]).abs().max() / known_states[stop].std()
         # torch's low-bit kernels round differently by row count
         assert error < {"packed": 1e-2, "llama native": 1e-4}.get(kind, 1e-10)
 
@@ -94,18 +93,15 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
     end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
     other = next(token for token in range(67) if token not in known)
     draft = drafted(backend, eos_ids=frozenset({other, known[end]}))
-    assert draft.tokens.tolist() == [known[: end + 1]]
-    assert all(states.shape[1] in (end, end + 1) for states in draft.exit_states.values())
+    assert draft.tokens.tolist() == known[: end + 1]
+    assert all(len(states) == end + 1 for states in draft.exit_states.values())
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, packing):
     backend = backend_of(kind, packing)
     with torch.inference_mode():
-        target, draft = (
-            layers.run_layers(layers.embed(PROMPT), 0, EXIT, torch.arange(PROMPT.shape[1])[None])
-            for layers in (backend, side_of(backend).layers)
-        )
+        target, draft = (run_texts(layers, layers.embed(PROMPT), 0, EXIT) for layers in (backend, side_of(backend).layers))
     copies = packing is not None and "draft_weights" in PACKINGS[packing]
     assert side_of(backend).shares_states == torch.equal(target, draft) == (not copies)
     assert side_of(backend).num_layers == (PACKINGS[packing].get("draft_layers", 6) if copies else 6)
@@ -122,30 +118,30 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
     full = drafted(backend, draft_confidence=1e-30)
-    assert full.tokens.tolist() == [known] and full.confidence == pytest.approx(probs, rel=rough)
+    assert full.tokens.tolist() == known and full.confidence == pytest.approx(probs, rel=rough)
     low = min(range(MOST), key=probs.__getitem__)
     confident = drafted(backend, draft_confidence=probs[low] * (1 + 2 * rough))
-    assert all(states.shape[1] == low + 1 for states in confident.exit_states.values())  # the last token's are there already
-    assert confident.tokens.tolist() == [known[: low + 1]] and len(confident.confidence) == low
+    assert all(len(states) == low + 1 for states in confident.exit_states.values())  # the last token's are there already
+    assert confident.tokens.tolist() == known[: low + 1] and len(confident.confidence) == low
     survival = [prod(probs[: place + 1]) for place in range(MOST)]
     for place in (0, 2):
         surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
-        assert surviving.tokens.tolist() == [known[: place + 2]] and len(surviving.confidence) == place + 1
+        assert surviving.tokens.tolist() == known[: place + 2] and len(surviving.confidence) == place + 1
 
 
 def test_sampled_confidence_is_that_of_the_draft_probs():
     """With top_k 1 every draft is certain, whatever the logits."""
     backend = backend_of("llama")
     draft = drafted(backend, temperature=1, top_k=1, draft_confidence=0.99)
-    assert draft.tokens.tolist() == [expected(backend)[0]]
+    assert draft.tokens.tolist() == expected(backend)[0]
 
 
 def test_draft_probs_are_what_each_draft_was_drawn_from():
     backend, sampling = backend_of("llama"), {"temperature": 2.0, "top_k": 7}
     draft = drafted(backend, **sampling)
-    ids = torch.cat([PROMPT[:, :-1], draft.tokens[:, :-1]], dim=1)
+    ids = torch.cat([PROMPT[0, :-1], draft.tokens[:-1]])[None]
     with torch.no_grad():
-        states = backend.run_layers(backend.embed(ids), 0, EXIT, torch.arange(ids.shape[1])[None])
-        known = Sampler(DecodingConfig(**sampling), backend.device).probs(backend.unembed(states[:, -MOST:]))
+        states = run_texts(backend, backend.embed(ids), 0, EXIT)
+        known = Sampler(DecodingConfig(**sampling), backend.device).probs(backend.unembed(states[0, -MOST:]))
     torch.testing.assert_close(draft.probs, known)
-    assert (known[0].gather(1, draft.tokens[0, 1:, None]) > 0).all()
+    assert (known.gather(1, draft.drafts[:, None]) > 0).all()

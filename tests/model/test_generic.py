@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import CHANGES, tiny_model
+from conftest import CHANGES, at, run_texts, tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
@@ -25,8 +25,8 @@ def logits_of(model, ids, edges=(), side=None):
     with torch.inference_mode():
         for start, stop in pairwise([0, *edges, ids.shape[1]]):
             hidden, positions = layers.embed(ids[:, start:stop]), positions_of(start, stop, len(ids))
-            hidden = layers.run_layers(hidden, 0, 1, positions, cache)
-            pieces.append(unembed(layers.run_layers(hidden, 1, (side or model).num_layers, positions, cache)))
+            hidden = layers.run_layers(hidden, 0, 1, at(positions, cache))
+            pieces.append(unembed(layers.run_layers(hidden, 1, (side or model).num_layers, at(positions, cache))))
     return torch.cat(pieces, dim=1)
 
 
@@ -42,8 +42,11 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
     backend = TransformersBackend(model)
     with torch.no_grad():
         expected = model(ids).logits
-        early = backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 13, 2))
-        torch.testing.assert_close(backend.unembed(backend.run_layers(early, 2, 6, positions_of(0, 13, 2))), expected)
+        early = run_texts(backend, backend.embed(ids), 0, 2)
+        torch.testing.assert_close(
+            backend.unembed(run_texts(backend, early, 2, 6)),
+            expected,
+        )
     torch.testing.assert_close(logits_of(backend, ids, [7, 8, 11]), expected)
     assert expected.std() > 0.1
 
@@ -51,7 +54,7 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
 def test_the_context_limit_is_an_error(llama):
     backend = TransformersBackend(llama)
     with pytest.raises(ConfigError, match="context limit of 128 tokens"):
-        backend.run_layers(backend.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), backend.new_cache())
+        backend.run_layers(backend.embed(ids_of(1, 1)), 0, 1, at(torch.tensor([[128]]), backend.new_cache()))
 
 
 def test_what_cannot_be_cut_is_refused_by_name():

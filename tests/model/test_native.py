@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import tiny_model
+from conftest import at, tiny_model
 from decodings import context_after, draft_of, entries
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
@@ -32,7 +32,7 @@ from layerskip_core.model import (
     native,
     repacked,
 )
-from layerskip_core.model.backend import states_at
+from layerskip_core.model.backend import choose_by_head, states_at
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 
@@ -143,7 +143,7 @@ def test_rows_have_the_same_bits_in_any_number(variant, precision, width, number
     positions = torch.zeros(100, 1, dtype=torch.long)
 
     def run(part):
-        hidden = model.run_layers(model.embed(ids[part]), 0, 2, positions[part], model.new_cache(len(ids[part]), 1))
+        hidden = model.run_layers(model.embed(ids[part]), 0, 2, at(positions[part], model.new_cache(len(ids[part]), 1)))
         return model.unembed(hidden)
 
     with torch.inference_mode():
@@ -160,7 +160,7 @@ def test_threads_that_take_each_others_panels_change_no_bit(variant, precision, 
 
     def run(number, rows):
         threads(number)
-        hidden = model.run_layers(model.embed(ids[:, :rows]), 0, 2, torch.arange(rows)[None], model.new_cache())
+        hidden = model.run_layers(model.embed(ids[:, :rows]), 0, 2, at(torch.arange(rows)[None], model.new_cache()))
         return model.unembed(hidden)
 
     with torch.inference_mode():
@@ -232,18 +232,18 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
         drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(ends)))
-        context = context_after(model, prompt, 6)
+        context = context_after(model, prompt)
         with torch.inference_mode():
             draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
-            return draft, target.verify(draft, context.positions[:, : draft.tokens.shape[1]], context.cache).logits
+            return draft, target.verify(draft, context.places([len(draft.tokens)], [0])).logits
 
-    chosen = drafted((), False)[0].tokens[0].tolist()
+    chosen = drafted((), False)[0].tokens.tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
         (expected, logits), (draft, ours) = drafted(ends, False), drafted(ends, True)
         assert torch.equal(draft.tokens, expected.tokens) and draft.counts == expected.counts
         assert list(draft.exit_states) == list(expected.exit_states)
         for stop, states in expected.exit_states.items():
-            assert torch.equal(draft.exit_states[stop][:, : states.shape[1]], states)
+            assert torch.equal(draft.exit_states[stop], states)
         assert torch.equal(ours, logits)
 
 
@@ -258,18 +258,18 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
         found, caches = [], []
         for exit_layer in (None, 0, 3):
             cache = model.new_cache(4)
-            model.run_layers(model.embed(ids_of(4, 12)), 0, 6, torch.arange(12).expand(4, -1), cache)
+            model.run_layers(model.embed(ids_of(4, 12)), 0, 6, at(torch.arange(12).expand(4, -1), cache))
             cache.keep_rows([0, 2, 3])
-            states = model.run_layers(model.embed(tokens), 0, exit_layer or 0, positions, cache)
+            states = model.run_layers(model.embed(tokens), 0, exit_layer or 0, at(positions, cache))
             if exit_layer is None:
-                reached = states_at(model, states, (4, 5, 6), positions, cache)
+                reached = states_at(model, states, (4, 5, 6), at(positions, cache))
                 found.append(most_probable(model.unembed(reached[6])))
             else:
-                start, given = states.clone(), states if exit_layer else None
-                chosen, kept = model.chooser(tokens, given, exit_layer, 6, (4, 6), positions, cache)
+                start, given = states.clone(), states.flatten(0, 1) if exit_layer else None
+                chosen, kept = model.choose(tokens.flatten(), given, exit_layer, 6, (4, 6), at(positions, cache))
                 assert torch.equal(start, states) and list(kept) == [4, 6]
-                assert torch.equal(kept[4], reached[4]) and torch.equal(kept[6], reached[6])
-                found.append(chosen)
+                assert torch.equal(kept[4], reached[4].flatten(0, 1)) and torch.equal(kept[6], reached[6].flatten(0, 1))
+                found.append(chosen.view(tokens.shape))
             caches.append(torch.cat([entries(cache, row)[..., :stop, :] for row, stop in enumerate((13, 16, 12))], dim=3))
     for chosen, cache in zip(found, caches, strict=True):
         assert torch.equal(chosen, found[0]) and torch.equal(cache, caches[0])
@@ -278,12 +278,14 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
 
 @needs_kernels
 def test_where_no_choice_is_one_call(variant):
-    """Too many rows, and logits that a scale or a cap may round to equal ones."""
-    assert model_of("fp32", "granite", **KINDS["granite"]).chooser is None
-    assert model_of("fp32", "gemma2", **KINDS["gemma2"]).chooser is None
-    model = model_of("fp32")
-    many, places = ids_of(5, 13), torch.arange(13).expand(5, -1)
-    assert model.chooser(many, None, 0, 6, (), places, model.new_cache(5)) is None
+    """Too many rows, and logits that a scale or a cap may round to equal ones: the choice is that of layers and head."""
+    for kind, count in (("granite", 1), ("gemma2", 1), ("llama", 65)):
+        model, many = model_of("fp32", kind, **KINDS[kind]), ids_of(1, count)[0]
+        with torch.inference_mode():
+            own, other = (model.new_cache(1).span(0, count) for _ in range(2))
+            expected, states = choose_by_head(model, many, None, 0, 6, (4, 6), own)
+            chosen, kept = model.choose(many, None, 0, 6, (4, 6), other)
+        assert torch.equal(chosen, expected) and all(torch.equal(kept[stop], states[stop]) for stop in (4, 6))
 
 
 @pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])
@@ -296,13 +298,13 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
         model = NativeBackend.of(tiny)
         return draft_of(model, None, Submodel(3), torch.tensor([[5]]), torch.arange(2)[None], model.new_cache()).tokens.tolist()
 
-    ((_, likely),) = drafted(lambda weight: None)
+    _, likely = drafted(lambda weight: None)
 
     def equal_from_best_on(weight):
         row = weight[likely].clone()
         weight[:best], weight[best:] = -row, row
 
-    assert drafted(equal_from_best_on) == [[5, best]]
+    assert drafted(equal_from_best_on) == [5, best]
 
 
 def test_which_precisions_devices_and_widths_the_kernels_support(variant):
@@ -343,7 +345,7 @@ def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkey
 
         def run(part):
             cache = model.new_cache(len(part), 1)
-            return model.unembed(model.run_layers(part, 0, 1, torch.zeros(len(part), 1, dtype=torch.long), cache))
+            return model.unembed(model.run_layers(part, 0, 1, at(torch.zeros(len(part), 1, dtype=torch.long), cache)))
 
         together = run(hidden)
         for part in (slice(0, 40), slice(rows // 2, rows // 2 + 40), slice(rows - 40, rows)):
@@ -351,14 +353,16 @@ def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkey
 
 
 def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
-    """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 256."""
+    """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 16."""
     monkeypatch.setattr(repacked, "CHUNK", 16)
-    model, ids, results = model_of("fp32"), ids_of(40, 50), []
-    layers = model._layers
-    for rows, tokens in ((2000, 16), (130, 3), (30, 1)):
-        monkeypatch.setattr(repacked, "MOST_BYTES", rows * layers.row_bytes())
-        assert layers.tokens_at_once(40, 50) == tokens  # of each prompt
+    model, ids, results, calls = model_of("fp32"), ids_of(40, 50), [], []
+    layers, call_at = model._layers, model._layers.call_at
+    monkeypatch.setattr(layers, "call_at", lambda places, *given: calls.append(sum(places.counts)) or call_at(places, *given))
+    for most in (2000, 130, 16):
+        monkeypatch.setattr(repacked, "MOST_BYTES", most * layers.row_bytes())
+        calls.clear()
         results.append(logits_of(model, ids))
+        assert max(calls) == most
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

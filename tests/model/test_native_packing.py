@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from decodings import WIDE, native_or_skip
 from test_native import BUILT, threads  # noqa: F401  a fixture
 
@@ -144,7 +144,7 @@ def test_fp32_weights_that_bf16_holds_take_half_the_room_and_give_the_same_bits(
     assert [matrix.form.kind for matrix in matrices[0]] == 4 * ["widened"]
     sizes = [sum(matrix.parts["weight"].nbytes for matrix in of_layer) for of_layer in matrices]
     assert 2 * sizes[0] == sizes[1]
-    tokens, positions = torch.arange(5, 40)[None], torch.arange(35)[None]
+    tokens = torch.arange(5, 40)[None]
     with torch.inference_mode():
-        logits = [one.unembed(one.run_layers(one.embed(tokens), 0, one.num_layers, positions)) for one in backends]
+        logits = [one.unembed(run_texts(one, one.embed(tokens), 0, one.num_layers)) for one in backends]
     assert torch.equal(*logits)

@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, tiny_model
 from decodings import WIDE
 from test_native import variant  # noqa: F401  a fixture
 
@@ -30,7 +30,7 @@ def run(model, cache, rows, start, nan=()):
     hidden = model.embed(ids)
     hidden[list(nan)] = math.nan
     positions = torch.arange(start, start + ids.shape[1]).expand(len(rows), -1)
-    return model.unembed(model.run_layers(hidden, 0, model.num_layers, positions, cache))
+    return model.unembed(model.run_layers(hidden, 0, model.num_layers, at(positions, cache)))
 
 
 def joined(model, nan):
@@ -45,7 +45,7 @@ def joined(model, nan):
         outputs = []
         for step in range(6):
             positions = torch.tensor([[100 + step], [64 + step]])
-            hidden = model.run_layers(model.embed(torch.tensor([[4], [6]])), 0, model.num_layers, positions, cache)
+            hidden = model.run_layers(model.embed(torch.tensor([[4], [6]])), 0, model.num_layers, at(positions, cache))
             outputs.append(model.unembed(hidden))
         return torch.cat(outputs, dim=1)
 
@@ -94,7 +94,7 @@ def test_a_rejected_draft_changes_no_bit_on_our_kernels(variant, precision):  # 
             run(model, cache, [[5] * 9], 0)
             hidden = model.embed(torch.tensor([[6, 6, 6]]))
             hidden[:, 1] = math.nan if nan else 0.5
-            outputs.append(model.run_layers(hidden, 0, model.num_layers, torch.arange(9, 12)[None], cache))
+            outputs.append(model.run_layers(hidden, 0, model.num_layers, at(torch.arange(9, 12)[None], cache)))
             outputs.append(run(model, cache, [[4]], 10))
     assert torch.equal(outputs[0][:, 0], outputs[2][:, 0]) and torch.equal(outputs[1], outputs[3])
     assert bool(outputs[1].isfinite().all()) and bool(outputs[2][:, 1:].isnan().all())

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, tiny_model
 from evaluating import tiny_loaded
 from fp64 import compute_in_fp64
 from test_generic import CHANGES, ids_of
@@ -78,8 +78,8 @@ def spans(model, ids, edges):
     with torch.inference_mode():
         for start, stop in pairwise(edges):
             positions = torch.arange(start, stop).expand(len(ids), -1)
-            early = model.run_layers(model.embed(ids[:, start:stop]), 0, 2, positions, cache)
-            late = model.run_layers(early, 2, 6, positions, cache)
+            early = model.run_layers(model.embed(ids[:, start:stop]), 0, 2, at(positions, cache))
+            late = model.run_layers(early, 2, 6, at(positions, cache))
             results += [early, late, model.unembed(late)]
     return results
 
@@ -132,11 +132,11 @@ def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
 
 @pytest.mark.parametrize("case", ["llama", "mistral, window"])
 def test_ragged_rows_and_overwritten_positions(pair, case):
-    """Positions 5..8 hold rejected tokens when two rows go on from positions 5 and 4; without a cache it is the same."""
+    """Positions 5..8 hold rejected tokens when two rows go on from positions 5 and 4; with a new cache it is the same."""
     models, ids, wrong, positions = pair(case), ids_of(2, 9), ids_of(2, 4), torch.arange(9).expand(2, -1)
 
     def run(model, tokens, positions, cache=None):
-        return model.unembed(model.run_layers(model.embed(tokens), 0, 6, positions, cache))
+        return model.unembed(model.run_layers(model.embed(tokens), 0, 6, at(positions, cache or model.new_cache(2))))
 
     with torch.inference_mode():
         expected = run(models[0], ids, positions)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import at, tiny_model
 from decodings import entries
 from test_generic import CHANGES, ids_of, positions_of
 from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
@@ -25,13 +25,13 @@ def assert_propagates(model, positions):
     with torch.inference_mode():
         cache, reference = model.new_cache(rows), model.new_cache(rows)
         for each in (cache, reference):
-            model.run_layers(model.embed(prompt), 0, LAYERS, positions_of(0, 9, rows), each)
-        hidden = model.run_layers(model.embed(ids), 0, 2, positions, reference)
+            model.run_layers(model.embed(prompt), 0, LAYERS, at(positions_of(0, 9, rows), each))
+        hidden = model.run_layers(model.embed(ids), 0, 2, at(positions, reference))
         before, states = [kept(cache, layer) for layer in range(LAYERS)], hidden.clone()
-        model.write_kv(hidden, 2, 5, positions, cache)
+        model.write_kv(hidden, 2, 5, at(positions, cache))
         assert torch.equal(hidden, states)
         for layer in range(2, 5):
-            model.run_layers(hidden, layer, layer + 1, positions, reference)
+            model.run_layers(hidden, layer, layer + 1, at(positions, reference))
     for layer in range(LAYERS):
         now = kept(cache, layer)
         if layer in range(2, 5):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from test_generic import CHANGES
 from test_packed import BIASES
 
@@ -81,7 +81,7 @@ def test_windows_equal_those_of_transformers(model_type, used):
     with torch.no_grad():
         expected = model(ids).logits
         backend = TransformersBackend(model)
-        actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 6, torch.arange(11)[None]))
+        actual = backend.unembed(run_texts(backend, backend.embed(ids), 0, 6))
     torch.testing.assert_close(actual, expected)
     assert backend.spec.window == (5 if used or model_type == "mistral" else None)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import decodings
 import pytest
 import torch
+from conftest import at
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
@@ -18,6 +19,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
@@ -105,23 +107,23 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
-    """But for one that shall be alone, those of which a batch is full, and long ones; one that does not fit is refused."""
-    decoder, groups, honest = decoder_of("generic"), [], serving.DecodingLoop
+def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
+    """But for one that shall be alone, and what a step has no room for; one that does not fit is refused."""
+    decoder, passes, honest = decoder_of("generic"), [], FixedTarget.fill
 
-    def recorded(model, prompts, *arguments, **keywords):
-        groups.append(list(map(len, prompts)))
-        return honest(model, prompts, *arguments, **keywords)
+    def recorded(target, tokens, places, scored):
+        passes.append(list(places.counts))
+        return honest(target, tokens, places, scored)
 
-    monkeypatch.setattr(serving, "DecodingLoop", recorded)
+    monkeypatch.setattr(FixedTarget, "fill", recorded)
     clients = []
-    for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
+    for length in (3, 9, 999, 5, 4, 100, 90, 2, 50, 8):
         limit = 12 if length == 2 else 6
         config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=temperature, seed=length)
         clients.append(Client(prompt_of(length), config, isolated=length == 4, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
-    assert groups == [[3, 9], [5], [4], [100, 90], [2], [7, 8]]
+    assert passes == [[3, 9, 5, 100, 90, 2, 47], [1, 1, 1, 1, 1, 1, 3, 8], [4]]  # of the others their newest tokens, too
     assert isinstance(clients[2].updates[-1].error, ContextError)
     assert len([update for update in clients[1].updates if update.text]) == 1
     for client in [*clients[:2], *clients[3:]]:
@@ -129,7 +131,7 @@ def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, t
 
 
 def test_prefills_do_not_hold_up_those_that_are_being_decoded():
-    """Of prompts of 100 tokens two are prefilled between two steps; of such as end at their prefill too."""
+    """Of prompts of 100 tokens 256 tokens are in a step of theirs; of such as end at their prefill too."""
     decoder = decoder_of("generic")
     stream = Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=90))
     scheduler = Scheduler(decoder, batch_size=8)
@@ -140,8 +142,8 @@ def test_prefills_do_not_hold_up_those_that_are_being_decoded():
     for client in short:
         scheduler.add(client.request)
     heard = len(stream.updates)
-    for step in range(1, 33):
-        assert len(run_step()) == 2
+    for step in range(1, 26):
+        assert len(run_step()) == 256 * step // 100 - 256 * (step - 1) // 100
         assert len(stream.updates) == heard + step
     assert scheduler.running == scheduler.held == 1 and all(client.answer[1] == "length" for client in short)
 
@@ -150,7 +152,7 @@ def test_prefills_do_not_hold_up_those_that_are_being_decoded():
 def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
     monkeypatch.setattr(serving, "_PREFILLED", 32)
     backend, ids, heard = decoder_of(kind).backend, prompt_of(100), []
-    hidden = backend.run_layers(backend.embed(torch.tensor([ids])), 0, 3, torch.arange(100)[None], backend.new_cache())
+    hidden = backend.run_layers(backend.embed(torch.tensor([ids])), 0, 3, at(torch.arange(100)[None], backend.new_cache()))
     mean = backend.normed(hidden)[0].float().mean(0)
     scheduler, running = (
         Scheduler(decoder_of(kind), batch_size=1),
@@ -158,7 +160,7 @@ def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monk
     )
     embeddings = [Embedding(text, 3, heard.append) for text in (ids, ids[:40], ids[:999], prompt_of(999), ids[:5])]
     run_layers, passes = backend.run_layers, []
-    monkeypatch.setattr(backend, "run_layers", lambda *given: passes.append(given[0].shape[1]) or run_layers(*given))
+    monkeypatch.setattr(backend, "run_layers", lambda *given: passes.append(len(given[0])) or run_layers(*given))
     scheduler.add(running.request)
     for embedding in embeddings:
         scheduler.add(embedding)
@@ -166,7 +168,7 @@ def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monk
         passes.clear()
         scheduler.step()
         assert passes[0] == (32, 32, 32, 4, 32)[step - 1]  # alone, and then a step of the answer
-        assert len(running.updates) == step + 1 and [len(update.vector) for update in heard] == [len(mean)] * (step >= 4)
+        assert len(running.updates) == step and [len(update.vector) for update in heard] == [len(mean)] * (step >= 4)
     assert heard[0].vector == pytest.approx((mean / mean.norm()).tolist(), abs=1e-6)
     assert scheduler.cancel(embeddings[1]) and scheduler.cancel(embeddings[2]) and not scheduler.cancel(embeddings[0])
     done = run(scheduler, [])

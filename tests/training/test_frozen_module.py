@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
@@ -18,9 +18,9 @@ EXIT = 2
 
 def batch_of(backend, exits):
     """What `collate` makes of IDS, in full precision."""
-    positions, hidden = torch.arange(IDS.shape[1])[None], backend.embed(IDS)
+    hidden = backend.embed(IDS)
     with torch.no_grad():
-        states = [backend.run_layers(hidden, 0, stop, positions) for stop in (*exits, backend.num_layers)]
+        states = [run_texts(backend, hidden, 0, stop) for stop in (*exits, backend.num_layers)]
         finals = backend.normed(states.pop())
     batch = {"input_ids": IDS, "labels": LABELS, "states": torch.stack(states), "finals": finals}
     return {**batch, "exits": torch.tensor(exits)}
@@ -169,9 +169,9 @@ def test_a_block_gives_the_same_in_training_and_in_decoding(model_type, feature)
     before = torch.cat((torch.zeros_like(finals[:, :1]), finals[:, :-1]), dim=1)
     cache = decoding.new_cache(2)
     for place in range(7):  # token by token, as drafts are made
-        positions, at = torch.full((2, 1), place), slice(place, place + 1)
+        at = slice(place, place + 1)
         entered = placed.enter(states[:, at], before[:, at])
-        hidden = decoding.run_layers(entered, placed.layer, placed.layer + 1, positions, cache)
+        hidden = decoding.run_layers(entered, placed.layer, placed.layer + 1, cache.span(place, place + 1))
         torch.testing.assert_close(placed.norm(hidden), runs[0][:, at], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(placed.head(hidden), module.backend.head(runs[0][:, at]), rtol=1e-4, atol=1e-3)
 
@@ -183,7 +183,7 @@ def test_a_second_draft_is_what_the_second_run_gives_where_nothing_stands_before
     placed, (states,) = decoding.exit_blocks[EXIT], batch["states"]
     cache, own = decoding.new_cache(2), torch.zeros_like(states[:, :1])
     for place in range(2):  # no token stands before the first, so its draft is the same in both runs
-        positions, at = torch.full((2, 1), place), slice(place, place + 1)
+        at, places = slice(place, place + 1), cache.span(place, place + 1)
         entered = placed.enter(states[:, at], own)
-        own = placed.norm(decoding.run_layers(entered, placed.layer, placed.layer + 1, positions, cache))
+        own = placed.norm(decoding.run_layers(entered, placed.layer, placed.layer + 1, places))
         torch.testing.assert_close(own, runs[1][:, at], rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_texts, tiny_model
 from evaluating import tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -116,10 +116,9 @@ def test_states_are_those_of_each_text_alone(backend, tmp_path):
     states = States(TEXTS, tmp_path, backend.spec.hidden, (2, 5), (2, 5))
     assert reports[0] == 0 and reports[-1] == len(TEXTS) and len(reports) > 3
     for row, text in enumerate(TEXTS):
-        positions = torch.arange(len(text["input_ids"]))[None]
         found = states[row]
         hidden = backend.embed(torch.tensor([text["input_ids"]]))
-        expected = [backend.run_layers(hidden, 0, stop, positions)[0] for stop in (2, 5, 6)]
+        expected = [run_texts(backend, hidden, 0, stop)[0] for stop in (2, 5, 6)]
         for state, wanted in zip(
             (*found["states"], found["finals"]), (*expected[:2], backend.normed(expected[2])), strict=True
         ):

@@ -6,15 +6,17 @@ A drafter is one module here, with a function `drafter(setup)`, and one line in 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from ...config.decoding import DRAFTERS, DecodingConfig
 from ...config.model import EXACT_TOKENS
 from ...errors import require
 from ...model.backend import Backend
-from ...model.cache import KVCache
+from ...model.cache import KVCache, Places
 from ..graphs import Recorder
 from ..processing import LogitsProcessor
 from ..sampling import Sampler
@@ -25,19 +27,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """The B rows of a batch before a round.
+    """The B rows of a batch that may get drafts, before a round.
 
-    The newest token of each row has no KV entries yet: the target's pass that verifies the drafts writes them.
+    The newest token of each has no KV entries yet: the target's pass that verifies the drafts writes them.
     """
 
     rows: Sequence[int]  # the numbers of their prompts: rows that ended are gone
     ids: Sequence[Sequence[int]]  # by row: prompt and output so far, the newest token last; not to be changed
-    newest: Tensor  # (B, 1), the same newest tokens on the model's device
-    positions: Tensor  # (B, d+1) on the host, d >= 1: of the newest token, and of the drafts after it
+    newest: Tensor  # (B,), the same newest tokens on the model's device
     cache: KVCache  # the target's own
-    features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, 1, D): what blocks read of the token before
+    indices: Sequence[int]  # of the rows in the cache, which may have others
+    filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
+    features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, D): what blocks read of the token before
     processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
     seconds: float = 0.0  # that the steps before took, without the caller's time between them
+    recorded: Tensor | None = None  # of a draft that is recorded: the positions (d+1,) of its tokens, on the device
+
+    def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
+        """Those of so many tokens of each row, which stand so many tokens after its newest."""
+        if self.recorded is not None:
+            return Places(self.cache, (), (), recorded=self.recorded[after[0] : after[0] + counts[0]])
+        starts, of_cache = list(self.filled), [0] * len(self.filled)
+        for index, count, ahead in zip(self.indices, counts, after, strict=True):
+            of_cache[index] = count
+            starts[index] += ahead
+        return Places(self.cache, starts, of_cache)
 
     def permitted(self, index: int, tokens: list[int]) -> list[int]:
         """Drafts for the row with this index, up to the first that its grammar forbids."""
@@ -50,21 +64,34 @@ class Context:
 
 @dataclass(frozen=True)
 class Draft:
-    """K drafts per row for the target to verify in one pass, after the newest token.
+    """Drafts for the target to verify in one pass, each row's after its newest token: N tokens, N - B drafts.
 
-    `exit_states` are the target's own hidden states, pre-norm, of all tokens or of all but the last, by the number of layers
-    that gave them. The target goes on from the highest; those below are for the blocks of other exits. Without such states
-    (looked-up or low-bit drafts) it starts at layer 0. `source` names what drafted, for reports.
+    `exit_states` are the target's own hidden states of all tokens, pre-norm, by the number of layers that gave them. The target
+    goes on from the highest; those below are for the blocks of other exits. Without such states (looked-up or low-bit drafts)
+    it starts at layer 0. `source` names what drafted, for reports.
     """
 
-    tokens: Tensor  # (B, 1+K), the newest token first
-    counts: tuple[int, ...]  # by row: how many of the K are drafts; the rest is padding
-    probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
-    exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (B, K+1 or K, D)
+    tokens: Tensor  # (N,), each row's newest token first
+    counts: tuple[int, ...]  # by row: how many drafts
+    probs: Tensor | None = None  # (N - B, V), what each draft was drawn from; None if it was chosen without chance
+    exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
     source: str = "drafts"
     lookups: frozenset[int] = frozenset()  # the indices of rows whose drafts were looked up, whatever `source`
     confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
     survival: Sequence[float] = ()  # of such a draft, by token: the estimated chance that it and all before it are accepted
+
+    @property
+    def drafts(self) -> Tensor:
+        """(N - B,), the drafts alone."""
+        if len(self.counts) == 1:
+            return self.tokens[1:]
+        ends = list(accumulate(1 + count for count in self.counts))
+        places = [place for end, count in zip(ends, self.counts, strict=True) for place in range(end - count, end)]
+        return self.tokens[torch.tensor(places, dtype=torch.long)]
+
+    def by_row(self) -> tuple[Tensor, ...]:
+        """Each row's tokens, (1 + K,)."""
+        return torch.split(self.tokens, [1 + count for count in self.counts])
 
 
 @dataclass(frozen=True)

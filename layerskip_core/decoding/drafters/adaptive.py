@@ -31,7 +31,7 @@ class AdaptiveDrafter:
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter]) -> None:
         """`drafters`: by their names in reports."""
-        self._drafters, self._is_greedy, self._is_ragged = drafters, setup.sampler.is_greedy, setup.model.ragged
+        self._drafters, self._is_greedy = drafters, setup.sampler.is_greedy
         self._on_cpu = setup.model.device.type == "cpu"
         # Elsewhere drafts are still running on the device when the host has started them all.
         self._by_clock = self._is_greedy and setup.model.batch_invariant and self._on_cpu
@@ -80,11 +80,10 @@ class AdaptiveDrafter:
         draft, known = self._draft, self._known
         assert draft is not None
         if self._by_clock and not self._is_timed:
-            self._is_timed, (rows, tokens) = True, draft.tokens.shape
-            tokens = sum(draft.counts) + rows if self._is_ragged else rows * tokens
+            self._is_timed = True
             seconds = self._draft_seconds if self._arm else 0.0, time.perf_counter() - self._drafted_at
             self._in_passes = sum(seconds)
-            known.observe_round(self._arm, len(self._drafted_rows), self._steps, tokens, *seconds)
+            known.observe_round(self._arm, len(self._drafted_rows), self._steps, len(draft.tokens), *seconds)
         self._got += len(verified)
         for found, acceptance in self._found.pop(row, []):
             acceptance.compare(found, verified)
@@ -104,7 +103,7 @@ class AdaptiveDrafter:
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
         started = time.perf_counter()  # the choice takes its time whatever drafts, and is not the arm's
         draft = self._drafters[self._arm.name].draft(context, capped, ends)
-        self._draft_seconds, self._steps = time.perf_counter() - started, draft.tokens.shape[1] - 1
+        self._draft_seconds, self._steps = time.perf_counter() - started, max(draft.counts)
         draft = replace(draft, survival=self._arm.calibration.survival(draft.confidence))
         return draft if len(rows) == len(limits) else _merged(draft, copied(context, looked_up))
 
@@ -118,7 +117,7 @@ class AdaptiveDrafter:
         """
         known, batch = self._known, len(looked_up)
         alone = [index for index, tokens in enumerate(looked_up) if not tokens]
-        mixes = self._is_greedy and self._is_ragged and 0 < len(alone) < batch
+        mixes = self._is_greedy and 0 < len(alone) < batch
         chosen = known.choose(rate, most, batch, (len(alone), others) if mixes else None)
         if chosen is None:
             return None
@@ -147,13 +146,12 @@ class AdaptiveDrafter:
                     survivals.append((survival, index))
                     survival *= later
         survivals.sort(reverse=True)
-        counts, best_counts, expected, extra = [0] * batch, [0] * batch, float(batch), 0
+        counts, best_counts, expected = [0] * batch, [0] * batch, float(batch)
         best_rate = batch / (passes.of(batch) + rest)
-        for survival, index in survivals:
+        for verified, (survival, index) in enumerate(survivals, start=batch + 1):
             counts[index] += 1
             expected += survival
-            extra = extra + 1 if self._is_ragged else batch * max(counts)
-            rate = expected / (passes.of(batch + extra) + rest)
+            rate = expected / (passes.of(verified) + rest)
             if rate > best_rate:
                 best_rate, best_counts = rate, list(counts)
             elif rate < 0.8 * best_rate:
@@ -166,13 +164,10 @@ class AdaptiveDrafter:
 
 def _merged(draft: Draft, lookups: Draft) -> Draft:
     """The drafts of the rows that the second has none for, and those of the second."""
-    width = max(draft.tokens.shape[1], lookups.tokens.shape[1])
-    tokens = torch.zeros(len(draft.counts), width, dtype=torch.long)
-    tokens[:, : draft.tokens.shape[1]] = draft.tokens
-    looked_up = [index for index, count in enumerate(lookups.counts) if count]
-    tokens[looked_up, : lookups.tokens.shape[1]] = lookups.tokens[looked_up]
+    looked_up = frozenset(index for index, count in enumerate(lookups.counts) if count)
+    parts = [(lookups if index in looked_up else draft).by_row()[index] for index in range(len(draft.counts))]
     counts = tuple(looked or drafted for drafted, looked in zip(draft.counts, lookups.counts, strict=True))
-    return replace(draft, tokens=tokens, counts=counts, lookups=frozenset(looked_up))
+    return replace(draft, tokens=torch.cat(parts), counts=counts, lookups=looked_up)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

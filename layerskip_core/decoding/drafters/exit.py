@@ -14,12 +14,69 @@ from torch import Tensor
 
 from ...config.model import Quantization
 from ...errors import ConfigError, require
-from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, joined, states_at
+from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.eagle3 import NO_DRAFTER
-from ...model.pages import PagedCache, TokenRows
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
+
+
+class _ByRow:
+    """Values of rows in the order in which they came; each part has some rows'."""
+
+    def __init__(self, batch: int) -> None:
+        self.parts: list[Tensor] = []
+        self.places: list[list[int]] = [[] for _ in range(batch)]  # by row: of its values among all
+
+    def add(self, values: Tensor, rows: Sequence[int]) -> None:
+        """`rows`: the row of each value."""
+        for place, row in enumerate(rows, start=sum(map(len, self.places))):
+            self.places[row].append(place)
+        self.parts.append(values)
+
+    def by_row(self, counts: Sequence[int]) -> Tensor:
+        """The first values of each row, so many, row by row."""
+        values = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        order = [place for places, count in zip(self.places, counts, strict=True) for place in places[:count]]
+        return values if order == list(range(len(values))) else values[order]
+
+
+class _Unfinished:
+    """A draft that is made step by step.
+
+    Attributes:
+        rooms: by row, how many drafts there may be at most.
+        going: the rows that the next step runs, all of which have `step` drafts.
+        token: their tokens that did not run yet. `feature` (G, D): what the exit's block reads of those before.
+        run: by row, how many tokens ran. `ids`, `likely`: its drafts and their probabilities, as far as they are read.
+        unread: rows, and probabilities on a device that is not waited for.
+    """
+
+    def __init__(self, context: Context, rooms: list[int], feature: Tensor | None) -> None:
+        batch = len(rooms)
+        self.context, self.rooms, self.step = context, rooms, 0
+        self.going, self.token, self.feature = list(range(batch)), context.newest, feature
+        self.tokens, self.probs, self.states = _ByRow(batch), _ByRow(batch), dict[int, _ByRow]()
+        self.run, self.unread = [0] * batch, list[tuple[list[int], Tensor]]()
+        self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]
+        self.tokens.add(context.newest, self.going)
+        if kept := self.narrow():
+            self.token = self.token[kept]
+
+    def add(self, tokens: Tensor, rows: Sequence[int]) -> None:
+        """Further drafts, which did not run: one of each row, or several of the only one."""
+        self.tokens.add(tokens, rows)
+        self.token = torch.cat((self.token, tokens))
+        self.step += len(tokens) // len(self.going)
+
+    def narrow(self) -> list[int]:
+        """To the rows that have room: their places among those before, if some had none and some have."""
+        kept, before = [place for place, row in enumerate(self.going) if self.rooms[row] > self.step], len(self.going)
+        self.going = [self.going[place] for place in kept]
+        if len(kept) in (0, before):
+            return []
+        self.feature = None if self.feature is None else self.feature[kept]
+        return kept
 
 
 class ExitDrafter:
@@ -48,7 +105,6 @@ class ExitDrafter:
         block = submodel.block
         runs_layers = block is None or self._exit > 0
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
-        self._is_ragged = setup.model.ragged and not self._reuses and (block is None or not block.is_fed)
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._head = side.head(submodel)
         self.vocabulary = self._head.vocabulary
@@ -59,117 +115,125 @@ class ExitDrafter:
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-        processes = bool(self._sampler.processors)
-        if not self._sampler.is_greedy or len(limits) > 1 or processes:
-            narrow = self._is_ragged and self._sampler.is_greedy and not (ends.needs_probs or processes)
-            return self._narrowing(context, limits) if narrow else self._step_by_step(context, limits, ends)
-        submodel, positions, reuses = self.submodel, context.positions[:, : limits[0]], self._reuses
-        features = context.features.get(self._exit)
+        submodel, features, recorder = self.submodel, context.features.get(self._exit), self._recorder
+        if not self._sampler.is_greedy or len(limits) > 1 or self._sampler.processors:
+            return self._step_by_step(context, limits, ends)
+        places = context.places([limits[0] + 1], [0])
         if self._kernel is not None:
-            tokens, states, probs = self._kernel(self._head, context.newest, submodel, positions, context.cache, ends, features)
-            return Draft(tokens, (tokens.shape[1] - 1,), None, states if reuses else {}, self.source, confidence=probs)
-        recorder = self._recorder
+            tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features)
+            return Draft(tokens, (len(tokens) - 1,), None, states if self._reuses else {}, self.source, confidence=probs)
         if recorder is None or ends.needs_probs or features is not None:
             return self._step_by_step(context, limits, ends)
 
-        def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-            draft = self._step_by_step(replace(context, newest=token, positions=places), limits, ends)
+        def work(newest: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            draft = self._step_by_step(replace(context, newest=newest, recorded=positions), limits, ends)
             return (draft.tokens, *draft.exit_states.values())
 
+        reuses = self._reuses
         name = "draft", self.weights, submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
-        tokens, *kept = recorder.run(name, work, context.newest, positions)
+        tokens, *kept = recorder.run(name, work, context.newest, places.positions)
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
-        return Draft(tokens, (tokens.shape[1] - 1,), None, states, self.source)
-
-    def _narrowing(self, context: Context, limits: Sequence[int]) -> Draft:
-        """Greedy drafts of several rows, by a copy: each step runs only the rows that go on."""
-        side, rooms, tokens = self._side, list(limits), [context.newest]
-        for step in range(max(rooms)):
-            going = [row for row, room in enumerate(rooms) if room > step]
-            if not going:
-                break
-            assert isinstance(context.cache, PagedCache)
-            cache = TokenRows(context.cache, [int(room > step) for room in rooms])
-            positions, hidden = context.positions[going, step : step + 1], side.layers.embed(tokens[-1][going])
-            states = side.layers.run_layers(hidden, 0, self.submodel.exit_layer, positions, cache)
-            logits, _ = beyond_exit(side, self.submodel, states, positions, cache, None)
-            token = tokens[-1].clone()
-            token[going] = self._head.choose(logits)
-            tokens.append(token)
-            for row in going:
-                if int(token[row]) in self._eos_ids:
-                    rooms[row] = step + 1
-        return Draft(torch.cat(tokens, dim=1), tuple(rooms), source=self.source)
+        return Draft(tokens, (len(tokens) - 1,), None, states, self.source)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
-        side, submodel, cache = self._side, self.submodel, context.cache
-        token, features, rooms = context.newest, context.features.get(self._exit), list(limits)
-        tokens, probs, states = [token], list[Tensor](), list[dict[int, Tensor]]()
-        largest: list[list[float]] = [[] for _ in rooms]  # probability of each draft, by row
-        unread: list[Tensor] = []  # (B, 1) each, the same on a device that is not waited for
-        drafted: list[list[int]] = [[] for _ in rooms]  # by row, where logits are processed
-        vocabulary = self.vocabulary
-        # What a grammar forces is no choice: such tokens of one row run through the layers together.
-        forces = bool(self._sampler.processors) and len(rooms) == 1 and submodel.block is None and self._looks
-        forces = forces and self._sampler.is_greedy
-        while (step := len(tokens) - 1) < max(rooms):
-            if forces:
-                forced = context.processors[0].forced(drafted[0])[: rooms[0] - step - 1]
-                drafted[0] += forced
-                largest[0] += [1.0] * len(forced)
-                tokens += [torch.tensor([[new]], device=token.device) for new in forced]
-                token, step = torch.cat(tokens[step:], dim=1), len(tokens) - 1
-                if not ends.ids.isdisjoint(forced):
-                    rooms = [step]
-                    break
-            positions = context.positions[:, len(states) : step + 1]
-            reached = states_at(side.layers, side.layers.embed(token), submodel.stops, positions, cache)
-            logits, features = beyond_exit(side, submodel, reached[submodel.exit_layer], positions, cache, features)
-            logits = logits[:, -1:]
-            states += [{stop: each[:, place : place + 1] for stop, each in reached.items()} for place in range(token.shape[1])]
-            if self._sampler.processors:
-                logits = logits if self.vocabulary is None else self.vocabulary.spread(logits, -torch.inf)
-                logits = self._sampler.processed(logits, drafted, [row for row, room in enumerate(rooms) if room > step])
-                vocabulary = None
-                if self.vocabulary is not None:  # which may lack all that a grammar permits
-                    dead = (logits[:, 0].amax(-1) == -torch.inf).tolist()
-                    rooms = [min(room, step) if none else room for none, room in zip(dead, rooms, strict=True)]
-            draft_probs = self._sampler.probs(logits)
-            if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
-                unread.append((logits.float().softmax(-1) if draft_probs is None else draft_probs).amax(-1))
-                if self._looks:
-                    for row, prob in enumerate(unread.pop()[:, 0].tolist()):
-                        if rooms[row] > step:
-                            largest[row].append(prob)
-                            rooms[row] = ends.length(largest[row], rooms[row])
-            going = [row for row, room in enumerate(rooms) if room > step]
-            if not going:
-                break
-            token = self._sampler.choose(logits, draft_probs, going)
-            if vocabulary is not None:
-                token = vocabulary.tokens(token)
-                draft_probs = None if draft_probs is None else vocabulary.spread(draft_probs)
-            tokens.append(token)
-            if self._sampler.processors:
-                for ids, [new] in zip(drafted, token.tolist(), strict=True):
-                    ids.append(new)
-            if draft_probs is not None:
-                probs.append(draft_probs)
-            if ends.ids:
-                ended = (ids[0] in ends.ids for ids in token.tolist())
-                rooms = [min(room, step + 1) if end else room for end, room in zip(ended, rooms, strict=True)]
-        if unread:
-            largest = torch.cat(unread, dim=1).tolist()
-            rooms = [ends.length(row_probs, room) for row_probs, room in zip(largest, rooms, strict=True)]
-        longest = max(rooms)
-        return Draft(
-            torch.cat(tokens[: longest + 1], dim=1),
-            tuple(rooms),
-            torch.cat(probs[:longest], dim=1) if probs[:longest] else None,
-            joined(states[: longest + 1]) if self._reuses and states else {},  # none where all drafts were forced
-            self.source,
-            confidence=largest[0][:longest] if len(rooms) == 1 else (),
-        )
+        """Each step runs a token of each row that goes on, and chooses the next."""
+        made = _Unfinished(context, list(limits), context.features.get(self._exit))
+        while made.going and self._runs_on(made, ends):
+            logits, probs = self._judged(made, self._run(made), ends)
+            if made.going:
+                self._choose(made, logits, probs, ends)
+        rooms, counts = made.rooms, [len(places) - 1 for places in made.tokens.places]
+        for rows, largest in made.unread:
+            for row, prob in zip(rows, largest.tolist(), strict=True):
+                made.likely[row].append(prob)
+        if made.unread:
+            rooms = [ends.length(likely, room) for likely, room in zip(made.likely, rooms, strict=True)]
+        counts = [min(count, room) for count, room in zip(counts, rooms, strict=True)]
+        tokens, states = made.tokens.by_row([count + 1 for count in counts]), {}
+        if self._reuses and made.states:
+            states = self._completed(made, counts, tokens)
+        probs = made.probs.by_row(counts) if made.probs.parts and any(counts) else None
+        confidence = made.likely[0][: counts[0]] if len(counts) == 1 else ()
+        return Draft(tokens, tuple(counts), probs, states, self.source, confidence=confidence)
+
+    def _runs_on(self, made: "_Unfinished", ends: DraftEnds) -> bool:
+        """What a grammar forces is no choice: such tokens of a row that is alone run through the layers together.
+
+        False if they end the draft.
+        """
+        alone = len(made.rooms) == 1 and self._sampler.is_greedy and self._looks and self.submodel.block is None
+        forced = made.context.processors[0].forced(made.ids[0]) if alone and self._sampler.processors else []
+        if forced := forced[: made.rooms[0] - made.step]:
+            made.ids[0] += forced
+            made.likely[0] += [1.0] * len(forced)
+            made.add(torch.tensor(forced, device=made.token.device), [0] * len(forced))
+            if not ends.ids.isdisjoint(forced):
+                made.rooms = [made.step]
+        return made.step < max(made.rooms)
+
+    def _run(self, made: "_Unfinished") -> Tensor:
+        """The logits (G, N) after the last token of each row that goes on."""
+        side, submodel = self._side, self.submodel
+        counts = [made.step + 1 - run if row in made.going else 0 for row, run in enumerate(made.run)]
+        places = made.context.places(counts, made.run)
+        reached = states_at(side.layers, side.layers.embed(made.token), submodel.stops, places)
+        logits, made.feature = beyond_exit(side, submodel, reached[self._exit], places, made.feature)
+        rows = [row for row in made.going for _ in range(counts[row])]
+        for stop, states in reached.items():
+            made.states.setdefault(stop, _ByRow(len(counts))).add(states, rows)
+        made.run = [run + count for run, count in zip(made.run, counts, strict=True)]
+        return logits[-len(made.going) :]
+
+    def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> tuple[Tensor, Tensor | None]:
+        """The logits as the sampler reads them, and what it draws from, of the rows that go on after these."""
+        sampler, few = self._sampler, self.vocabulary
+        if sampler.processors:
+            logits = logits if few is None else few.spread(logits, -torch.inf)
+            logits = sampler.processed(logits, [made.ids[row] for row in made.going], [1] * len(made.going), made.going)
+            if few is not None:  # which may lack all that a grammar permits
+                for row, best in zip(made.going, logits.amax(-1).tolist(), strict=True):
+                    made.rooms[row] = made.step if best == -torch.inf else made.rooms[row]
+        probs = sampler.probs(logits)
+        if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
+            largest = (logits.float().softmax(-1) if probs is None else probs).amax(-1)
+            if self._looks:
+                for row, prob in zip(made.going, largest.tolist(), strict=True):
+                    made.likely[row].append(prob)
+                    made.rooms[row] = ends.length(made.likely[row], made.rooms[row])
+            else:
+                made.unread.append((made.going, largest))
+        if kept := made.narrow():
+            logits, probs = logits[kept], None if probs is None else probs[kept]
+        return logits, probs
+
+    def _choose(self, made: "_Unfinished", logits: Tensor, probs: Tensor | None, ends: DraftEnds) -> None:
+        token, few = self._sampler.choose(logits, probs, made.going), self.vocabulary
+        if few is not None and not self._sampler.processors:
+            token = few.tokens(token)
+            probs = None if probs is None else few.spread(probs)
+        made.token = token[:0]
+        made.add(token, made.going)
+        if probs is not None:
+            made.probs.add(probs, made.going)
+        if ends.ids or self._sampler.processors:
+            for row, new in zip(made.going, token.tolist(), strict=True):
+                made.ids[row].append(new)
+                made.rooms[row] = made.step if new in ends.ids else made.rooms[row]
+        if kept := made.narrow():
+            made.token = token[kept]
+
+    def _completed(self, made: "_Unfinished", counts: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
+        """The states of all tokens, after the last of them have run."""
+        lacking = [max(0, count + 1 - run) for count, run in zip(counts, made.run, strict=True)]
+        layers, stops = self._side.layers, self.submodel.stops
+        if any(lacking):
+            parts = torch.split(tokens, [count + 1 for count in counts])
+            last = torch.cat([part[len(part) - count :] for part, count in zip(parts, lacking, strict=True)])
+            places = made.context.places(lacking, made.run)
+            rows = [row for row, count in enumerate(lacking) for _ in range(count)]
+            for stop, states in states_at(layers, layers.embed(last), stops, places).items():
+                made.states[stop].add(states, rows)
+        return {stop: states.by_row([count + 1 for count in counts]) for stop, states in made.states.items()}
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
         """Every round drafts in the same way."""

@@ -208,12 +208,12 @@ class LookupDrafter:
 
 
 def copied(context: Context, drafts: Sequence[list[int]], source: str = "lookup") -> Draft:
-    """Token lists as a draft, padded to the longest."""
-    longest = max(map(len, drafts))
-    if longest == 0:
-        return Draft(context.newest, (0,) * len(drafts), source=source)
-    rows = [[ids[-1], *tokens, *[0] * (longest - len(tokens))] for ids, tokens in zip(context.ids, drafts, strict=True)]
-    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source=source)
+    """Token lists as a draft."""
+    counts = tuple(map(len, drafts))
+    if not any(counts):
+        return Draft(context.newest, counts, source=source)
+    tokens = [token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)]
+    return Draft(tensor(tokens).to(context.newest.device, non_blocking=True), counts, source=source)
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:

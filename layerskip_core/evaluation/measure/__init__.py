@@ -274,9 +274,9 @@ def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tens
     `last`: only of so many positions at the end of each pass; 0: of all.
     """
     pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
-    for part, positions in zip(torch.split(tokens, size, 1), torch.split(torch.arange(tokens.shape[1]), size), strict=True):
-        embedded, places = model.embed(part.to(model.device)), positions.expand(len(tokens), -1)
-        hidden = model.run_layers(embedded, 0, model.num_layers, places, cache)
+    for start, part in zip(range(0, tokens.shape[1], size), torch.split(tokens, size, 1), strict=True):
+        places = cache.span(start, start + part.shape[1])
+        hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, places)
         pieces.append(model.unembed(hidden[:, -last:]))
     return torch.cat(pieces, 1)
 

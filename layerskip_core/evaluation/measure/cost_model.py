@@ -157,25 +157,24 @@ def agreement(
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
-    tokens = torch.tensor([ids[:-1]], device=model.device)
-    positions = torch.arange(len(ids) - 1)[None]
-    cache, choices, features = model.new_cache(1, len(ids)), {}, None
+    tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))
+    choices, features = dict[int, list[int]](), None
     exits = sorted(set(exit_layers))
     blocks = {exit_layer: block for exit_layer, block in drafting.exit_blocks.items() if exit_layer in exits}
     if any(block.is_fed for block in blocks.values()):
-        finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache))
+        finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, cache.span(0, len(tokens))))
         features = features_of(finals)
     if first:
-        before, places = None if features is None else features[:, :first], positions[:, :first]
-        states = states_at(model, model.embed(tokens[:, :first]), exits, places, cache)
+        before, places = None if features is None else features[:first], cache.span(0, first)
+        states = states_at(model, model.embed(tokens[:first]), exits, places)
         for stop in blocks:
-            model.exit_blocks[stop].write(model, states, before, places, cache)
-    after, places = None if features is None else features[:, first:], positions[:, first:]
-    states = states_at(drafting.layers, drafting.layers.embed(tokens[:, first:]), exits, places, cache)
+            model.exit_blocks[stop].write(model, states, before, places)
+    after, places = None if features is None else features[first:], cache.span(first, len(tokens))
+    states = states_at(drafting.layers, drafting.layers.embed(tokens[first:]), exits, places)
     for stop, hidden in states.items():
         submodel = Submodel(stop, block=blocks.get(stop))
-        logits, _ = beyond_exit(drafting, submodel, hidden, places, cache, after)
-        choices[stop] = drafting.head(submodel).choose(logits)[0].tolist()
+        logits, _ = beyond_exit(drafting, submodel, hidden, places, after)
+        choices[stop] = drafting.head(submodel).choose(logits).tolist()
     return choices
 
 
@@ -319,14 +318,14 @@ def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]
     if not before:
         return ()
     start, end = len(before), len(before) + _ROWS
-    cache, ids = backend.new_cache(1, end), torch.tensor([before], device=backend.device)
-    backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(start)[None], cache)
+    cache, ids = backend.new_cache(1, end), torch.tensor(before, device=backend.device)
+    backend.run_layers(backend.embed(ids), 0, backend.num_layers, cache.span(0, start))
     times: list[list[float]] = [[] for _ in range(_ROWS)]
     for _ in range(_TIMES + 1):
         for rows in range(1, _ROWS + 1):
-            places = torch.arange(start, start + rows)[None]
+            places = cache.span(start, start + rows)
             started = time.perf_counter()
-            hidden = backend.run_layers(backend.embed(ids[:, -1:].expand(1, rows)), 0, backend.num_layers, places, cache)
+            hidden = backend.run_layers(backend.embed(ids[-1:].expand(rows)), 0, backend.num_layers, places)
             most_probable(backend.unembed(hidden)).tolist()  # waits for the device
             times[rows - 1].append(1000 * (time.perf_counter() - started))
     return tuple(median(of_rows[1:]) for of_rows in times)

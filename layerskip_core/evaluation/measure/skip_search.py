@@ -44,32 +44,31 @@ class Probe:
         self._model, self._side = loaded.backend, loaded.backend.draft_sides[weights]
         model = self._model
         ids, first = [*prompt_ids, *output_ids][:-1], len(prompt_ids) - 1
-        tokens = torch.tensor([ids], device=model.device)
-        positions = torch.arange(len(ids))[None]
-        self._positions, self._cache, self._ends = positions[:, first:], model.new_cache(1, len(ids)), ([first], [len(ids)])
+        tokens = torch.tensor(ids, device=model.device)
+        self._first, self._cache = first, model.new_cache(1, len(ids))
         self._cache.steps_back = len(ids) - first
         with torch.inference_mode():
             if first:
-                model.run_layers(model.embed(tokens[:, :first]), 0, model.num_layers, positions[:, :first], self._cache)
-            self._states = [model.embed(tokens[:, first:])]  # after each number of layers
+                model.run_layers(model.embed(tokens[:first]), 0, model.num_layers, self._cache.span(0, first))
+            self._states, places = [model.embed(tokens[first:])], self._cache.span(first, len(ids))  # after each layer count
             for layer in range(model.num_layers):
-                hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
-                self._states.append(hidden)
+                self._states.append(model.run_layers(self._states[-1], layer, layer + 1, places))
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:
         """The greedy draft at each position of the output, given the prompt and the output before it."""
         exit_layer, spans = kept_layers(skip, self._model.num_layers)
         if not self._side.shares_states:
             exit_layer, spans = 0, ((0, exit_layer), *spans)
-        hidden, cache = self._states[exit_layer], self._cache.branch([0], *self._ends)  # which drafts write to
-        blocks = [slice(start, start + _BLOCK) for start in range(0, hidden.shape[1], _BLOCK)]
+        hidden, first = self._states[exit_layer], self._first
+        cache = self._cache.branch([0], [first], [first + len(hidden)])  # which drafts write to
+        blocks = [(start, min(start + _BLOCK, len(hidden))) for start in range(0, len(hidden), _BLOCK)]
         with torch.inference_mode():
             # The last block first, because its keys and values are seen by none of the others.
             parts = [
-                run_spans(self._side.layers, hidden[:, block], spans, self._positions[:, block], cache)
-                for block in reversed(blocks)
+                run_spans(self._side.layers, hidden[start:stop], spans, cache.span(first + start, first + stop))
+                for start, stop in reversed(blocks)
             ]
-            chosen = self._side.whole.choose(self._side.whole.unembed(torch.cat(parts[::-1], dim=1)))[0]
+            chosen = self._side.whole.choose(self._side.whole.unembed(torch.cat(parts[::-1])))
         return chosen.tolist()
 
 

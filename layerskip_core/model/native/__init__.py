@@ -1,13 +1,16 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
+from collections.abc import Sequence
 from functools import partial
 from math import frexp
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
+from ..cache import Places
 from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
 from ..pages import PAGE, PagePool
@@ -19,7 +22,7 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
 from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
-from .layers import Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
+from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 
 _LARGEST_HEAD = 256
@@ -51,7 +54,7 @@ class NativeBackend(RepackedBackend):
     The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others.
     """
 
-    batch_invariant = ragged = True
+    batch_invariant = True
 
     def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
         """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
@@ -60,16 +63,22 @@ class NativeBackend(RepackedBackend):
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
         self._kernels, self._packed, self._pack = compiled, packed, pack or packed
         super().__init__(spec, take, *arguments, **options)
-        assert isinstance(self._layers, NativeLayers)
         if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
         # Rounding may make two logits equal, but not where it divides by a power of two.
-        is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
-        self.chooser = partial(choose, self._layers, self._head) if is_plain else None
+        self._is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
 
     @property
     def room(self) -> int:
         return int(min(self.spec.context, self._pool.most * PAGE))
+
+    def choose(
+        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        if not self._is_plain or len(tokens) > KEPT_ROWS:
+            return super().choose(tokens, states, start, stop, kept, places)
+        assert isinstance(self._layers, NativeLayers)
+        return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
 
     def limit_memory(self, kv_bytes: int) -> None:
         """At most so many bytes for keys and values, from now on."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
 from ..backend import DraftEnds, DraftHead, Submodel
-from ..cache import KVCache
+from ..cache import Places
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
 from ..pages import PagePool
 from ..spec import FULL, ModelSpec
@@ -67,13 +67,11 @@ class NativeEagle3:
         self._place, self.taps = place, (0, *form.layers)
         self.vocabulary = DraftVocabulary(spec.vocab, form.vocab, stored.tokens.tolist())
 
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, positions: Tensor, cache: KVCache) -> Tensor:
-        return self._layers.run_layers(_entries(states, before), self._place, self._place + 1, positions - 1, cache)
+    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
+        return self._layers.run_layers(_entries(states, before), self._place, self._place + 1, places.moved(-1))
 
-    def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, positions: Tensor, cache: KVCache
-    ) -> None:
-        self._layers.write_kv(_entries(states[0], before), self._place, self._place + 1, positions - 1, cache)
+    def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+        self._layers.write_kv(_entries(states[0], before), self._place, self._place + 1, places.moved(-1))
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
         return self._fc(torch.cat([states[tap] for tap in self.taps[1:]], dim=-1))
@@ -86,14 +84,13 @@ class NativeEagle3:
         head: DraftHead,
         token: Tensor,
         submodel: Submodel,
-        positions: Tensor,
-        cache: KVCache,
+        places: Places,
         ends: DraftEnds,
         feature: Tensor | None,
     ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
         """A `DraftKernel`."""
         layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        return draft(self._layers, self._spec, False, head, token, layer, positions - 1, cache, ends, feature)
+        return draft(self._layers, self._spec, False, head, token, layer, places.moved(-1), ends, feature)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import DraftEnds, DraftHead, Submodel
-from ..cache import KVCache
+from ..cache import Places
 from ..exit_blocks import PlacedBlock
 from ..pages import PAGE, PagedCache, PagePool
 from ..repacked import RepackedLayers, rows_at_once
@@ -30,7 +30,7 @@ from ..weights import (
 from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
 from .matrix import MatrixForm, NativeMatrix, PackMatrix
 
-_KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
+KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
 _KEPT = 16  # row counts whose buffers are kept
 
 
@@ -90,7 +90,7 @@ class Engine:
 
     def buffers(self, rows: int) -> "Buffers":
         """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
-        make = self._kept if rows <= _KEPT_ROWS else Buffers
+        make = self._kept if rows <= KEPT_ROWS else Buffers
         return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._experts)
 
     def row_bytes(self) -> int:
@@ -208,17 +208,23 @@ class NativeLayers(RepackedLayers):
     def new_cache(self, batch_size: int, max_positions: int) -> PagedCache:
         return PagedCache(self._pool, batch_size, max_positions)
 
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
+    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        return self.called(rows, start, stop, self.call_at(positions, cache, start), only_kv)
+        return self.called(rows, start, stop, places, only_kv)
 
-    def called(self, rows: Tensor, start: int, stop: int, buffers: "Buffers", only_kv: bool) -> Tensor:
-        """Layers over the hidden states `rows` (B, T, D), in place."""
-        kernels = self.engine.kernels
-        buffers.call.hidden = rows.data_ptr()
+    def called(
+        self, rows: Tensor, start: int, stop: int, places: Places, only_kv: bool, entries: Tensor | None = None
+    ) -> Tensor:
+        """Layers over the hidden states `rows` (N, D), in place. `entries` (N, 2D): what the layer of EntryLayers reads."""
+        kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
-        kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+        for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
+            buffers = self.call_at(part, start)
+            buffers.call.hidden = rows[first:].data_ptr()
+            if entries is not None:
+                buffers.call.entries = entries[first:].data_ptr()
+            kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
         return rows
 
     def has(self, layers: Iterable[int]) -> bool:
@@ -229,31 +235,30 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def call_at(self, positions: Tensor, cache: KVCache, start: int, rows: int | None = None) -> Buffers:
-        """The buffers of a call whose rows stand at positions (B, T), over layers from `start` on.
+    def call_at(self, places: Places, start: int, rows: int | None = None) -> Buffers:
+        """The buffers of a call for the tokens at `places`, over layers from `start` on.
 
-        `rows`: of the call, if it has other ones than there are positions.
+        `rows`: that run at once, if they are not all tokens.
         """
-        assert isinstance(cache, PagedCache)
-        pages = cache.addresses(positions)
-        buffers = self.engine.buffers(rows or positions.numel())
-        call, positions = buffers.call, positions.contiguous()
+        assert isinstance(places.cache, PagedCache)
+        pages = places.cache.addresses(places)
+        buffers = self.engine.buffers(rows or len(places.positions))
+        call = buffers.call
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
-        buffers.read = (positions, pages, *cache.rows_of(1 if rows else positions.shape[1]))
+        bounds = sorted({*places.bounds}) if rows is None else range(rows + 1)
+        buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
         call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
         call.row_pages, call.first_layer = pages.shape[1], start
         return buffers
 
 
 class EntryLayers(NativeLayers):
-    """A layer of a drafter in the EAGLE-3 layout, whose input is [embedding; feature], (B, T, 2D): it may be changed."""
+    """A layer of a drafter in the EAGLE-3 layout, whose input is [embedding; feature], (N, 2D): it may be changed."""
 
-    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache, only_kv: bool = False) -> Tensor:
+    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()
-        buffers = self.call_at(positions, cache, start)
-        buffers.call.entries = entries.data_ptr()
-        return self.called(torch.empty(*positions.shape, self.spec.hidden), start, stop, buffers, only_kv)
+        return self.called(torch.empty(len(hidden), self.spec.hidden), start, stop, places, only_kv, entries)
 
 
 class NativeLinear:
@@ -295,8 +300,7 @@ def draft(
     chosen_by: DraftHead,
     token: Tensor,
     submodel: Submodel,
-    positions: Tensor,
-    cache: KVCache,
+    places: Places,
     ends: DraftEnds,
     feature: Tensor | None,
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
@@ -306,18 +310,17 @@ def draft(
     them, is not run: they are those of K tokens.
     """
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
-    join, joined = None, None if feature is None else torch.cat((feature, feature), dim=1).to(torch.float32)
+    join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
         assert isinstance(block, PlacedBlock)
         beyond, join = ((block.layer, block.layer + 1),), block.join
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
-    assert layers.has(order) and cache.rows == 1
-    most, start = positions.shape[1], int(positions[0, 0])
-    places, engine = torch.arange(start, start + most + 1)[None], layers.engine
-    buffers = layers.call_at(places, cache, 0, rows=1)
-    tokens = torch.empty(1, most + 1, dtype=torch.long)
-    tokens[0, 0] = int(token)
+    assert layers.has(order)
+    most, engine = sum(places.counts) - 1, layers.engine
+    buffers = layers.call_at(places, 0, rows=1)
+    tokens = torch.empty(most + 1, dtype=torch.long)
+    tokens[0] = int(token)
     states = torch.empty(len(stops), most + 1, spec.hidden)
     logits = torch.empty(head.matrix.outputs)
     after_exit = torch.empty(spec.hidden) if beyond else states
@@ -356,8 +359,8 @@ def draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )
     drafted = call.drafted
-    kept = {stop: states[place : place + 1, : drafted + runs_last] for place, stop in enumerate(stops)}
-    return tokens[:, : drafted + 1], kept, [] if probs is None else probs[:drafted]
+    kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
+    return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
 
 
 def choose(
@@ -368,23 +371,20 @@ def choose(
     start: int,
     stop: int,
     kept: Sequence[int],
-    positions: Tensor,
-    cache: KVCache,
-) -> tuple[Tensor, dict[int, Tensor]] | None:
-    """A `Chooser`, after the layers and the head."""
-    batch, count = tokens.shape
-    if batch * count > _KEPT_ROWS or not layers.has(range(start, stop)) or cache.rows != batch:
-        return None
+    places: Places,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`Backend.choose` in one call, after the layers and the head."""
+    assert layers.has(range(start, stop))
     if start == 0 and layers.learned is not None:
-        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, positions)
+        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
     if hidden is None:
         tokens = tokens.contiguous()
-        rows = torch.empty(batch, count, layers.embedding.shape[1])
+        rows = torch.empty(len(tokens), layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers = layers.engine, layers.call_at(positions, cache, start)
+    engine, buffers = layers.engine, layers.call_at(places, start)
     buffers.call.hidden = rows.data_ptr()
-    chosen = torch.empty(batch, count, dtype=torch.long)
+    chosen = torch.empty(len(tokens), dtype=torch.long)
     choice = CChoice(
         embedding=layers.embedding.data_ptr(),
         tokens=tokens.data_ptr() if hidden is None else None,
