@@ -27,7 +27,7 @@ from .recipe import TEXT_PRESETS
 from .sharding import process_index, world_size
 
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
-_FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
+FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
@@ -84,7 +84,7 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
         rows = list(load(data))
     if name is None:
         apart = apart if data.is_endless else min(apart, len(rows) // _SHARE)
-        count = len(rows) - (apart if is_drafter or apart >= _FEWEST else 0)
+        count = len(rows) - (apart if is_drafter or apart >= FEWEST else 0)
         return rows[:count], rows[count:]
     other = is_data(name)
     if not other and Path(data.name).is_file():
@@ -180,6 +180,12 @@ def with_whole_answers(rows: Any) -> list[dict[str, Any]]:
     """A few rows whose targets follow one another up to the end; no packed ones."""
     few = [(row, np.asarray(row["labels"]) != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
     return [row for row, targets in few if targets[max(1, targets.argmax()) :].all()]  # nothing predicts the first token
+
+
+def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The parts of a row `with_whole_answers`."""
+    ids, start = np.asarray(row["input_ids"]).tolist(), int((np.asarray(row["labels"]) != IGNORED).argmax())
+    return ids[:start], ids[start:]
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:

@@ -21,7 +21,6 @@ from torch.utils.data import ConcatDataset, Subset
 from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
-from ..checkpoint.loaded import decoder_of
 from ..checkpoint.locate import adapters_of, downloaded, locate
 from ..checkpoint.open import blank, for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
@@ -34,7 +33,7 @@ from ..losses import IGNORED
 from ..model.exit_blocks import NO_BLOCKS
 from ..model.vocabulary import ORDER_FILE
 from . import data
-from .answers import Answers, Writing, answered, digest, own_texts, plan_replay
+from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import Encoder, train_tokenizer
 from .exit_blocks import FrozenExits, States, new_readers, states_bytes, write_states
@@ -69,7 +68,7 @@ class WholeModel(Plan):
                 if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
                     needs = f"the adapter needs its base {base}, which `output` {config.output} would replace"
                     raise ConfigError(f"`lora_keep`: {needs}")
-        self.original: Original | None = None  # None from scratch, and of shards
+        self.original: Original | None = None  # None from scratch
         self.scratch = config.recipe.preset == "scratch"
         if not self.scratch:
             trainable = for_training(config.model, "cpu", "fp32")
@@ -148,11 +147,10 @@ class WholeModel(Plan):
         """
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
-        if process_index() == 0 and not self.scratch and not self.is_sharded:
+        if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
-            self.module.eval()
-            own = own_texts(decoder_of(self.trainable), self.config.seed)
-            self.original = Original(self.module, own, data.with_whole_answers(held_out or ()))
+            trained_rows = self.steps * data.data_rows(self.config)
+            self.original = Original(self.trainable, held_out or (), self.config.seed, trained_rows)
         if isinstance(rows, data.StreamedRows):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]

@@ -1,31 +1,35 @@
 """What drafts gain on this machine, by how many of them are accepted, and what a training costs the model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.info import Cost
+from ..checkpoint.loaded import Trainable, decoder_of
+from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
+from ..decoding import decode_batch
 from ..decoding.drafters.estimates import PassTimes, best_length
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.eagle3 import Eagle3Weights
-
-if TYPE_CHECKING:
-    from .module import RecipeModule
+from .answers import BATCH, own_texts
+from .data import FEWEST, prompt_and_answer, with_whole_answers
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 ACCEPTED = (0.5, 0.6, 0.7, 0.8)
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
 _MOST = 8  # drafts of a round at most
+_ANSWER = 64  # tokens of an answer at most
+_PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so the answers take less than 5% of a run
 
 
 @dataclass(frozen=True)
@@ -106,29 +110,50 @@ def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -
 
 
 class Original:
-    """A model before its training: how it read texts of its own, and held-out rows. Both are read again at the end, in fp32."""
+    """A model before its training: how it reads texts of its own and held-out rows, and how many of these it answers right.
+    `cost` measures all of it again, after the training. In fp32.
+    """
 
-    def __init__(self, module: "RecipeModule", own: Rows, held_out: Rows) -> None:
-        self._module, self._own, self._held_out = module, own, held_out
-        (self._best, self._loss), (_, self._task) = self._read(own), self._read(held_out)
+    def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
+        """`trained_rows`: of the data, over the whole run. A short run has fewer rows answered, or none."""
+        self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
+        self._own, self._held_out = own_texts(self._decoder, seed), with_whole_answers(held_out)
+        asked = [prompt_and_answer(row) for row in self._held_out if not row["truncated"]]
+        # One token before an answer is that of the beginning of a text.
+        asked = [(prompt, answer) for prompt, answer in asked if len(prompt) > 1 and len(answer) <= _ANSWER]
+        asked = asked[: trained_rows // _PER_ANSWERED]
+        self._asked = asked if len(asked) >= FEWEST else []
+        (self._best, self._loss), (_, self._task), self._right = self._measured()
 
     def cost(self) -> Cost:
-        (best, loss), (_, task) = self._read(self._own), self._read(self._held_out)
+        self._model.eval()
+        (best, loss), (_, task), right = self._measured()
+        losses, answered = (self._task, task) if self._held_out else None, (self._right, right) if self._asked else None
         same = float((best == self._best).float().mean())
-        return Cost(len(best), same, exp(self._loss), exp(loss), (self._task, task) if self._held_out else None)
+        return Cost(len(best), same, exp(self._loss), exp(loss), losses, answered, len(self._asked))
 
     @torch.no_grad()
+    def _measured(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float], float]:
+        return self._read(self._own), self._read(self._held_out), self._answered()
+
     def _read(self, rows: Rows) -> tuple[Tensor, float]:
         """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
-        module, backend, was_training = self._module, self._module.backend, self._module.training
-        module.eval()
-        best, loss = list[Tensor](), 0.0
+        backend, best, loss = self._backend, list[Tensor](), 0.0
         for row in rows:
             ids, labels = (torch.as_tensor(row[name]).to(backend.device).long()[None] for name in ("input_ids", "labels"))
-            states = module.texts.states(ids, (backend.num_layers,))[backend.num_layers]
+            states = backend.texts.states(ids, (backend.num_layers,))[backend.num_layers]
             hidden, targets = target_rows(states, labels)
             logits = backend.unembed(hidden).float()
             best.append(logits.argmax(-1).cpu())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        module.train(was_training)
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
+
+    def _answered(self) -> float:
+        """The share of rows whose greedy answer is theirs, but for white space around it."""
+        decoder, right = self._decoder, 0
+        for at in range(0, len(self._asked), BATCH):
+            prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
+            config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
+            for answer in decode_batch(self._backend, prompts, config, decoder.eos_ids, decoder.detokenize):
+                right += answer.text.strip() == decoder.detokenize(wanted[answer.row]).strip()
+        return right / max(1, len(self._asked))

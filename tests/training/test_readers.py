@@ -1,5 +1,6 @@
 """Readers of exits, trained together with the model, and what a training tells at its end."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from training_runs import RECIPE, batch, recipe_module, require_exact_resumption
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import decode
+from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
 from layerskip_core.training import worth
@@ -174,7 +176,7 @@ def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
     assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
-    assert set(info.details["cost"]) == {"tokens", "agreement", "before", "after", "task"} and info.cost.task is None
+    assert (info.cost.tokens, info.cost.task, info.cost.exact_match) == (4 * 4, None, None)
 
 
 def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
@@ -182,6 +184,27 @@ def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
     info = read_info(tmp_path / "out")
     before, after = info.cost.task
     assert after < before and after == pytest.approx(info.details["validation_losses"]["4"], rel=1e-3)
+
+
+def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_path):
+    """As the saved model answers them, one by one: 8 rows that were memorised, 8 others, and 2 that do not count."""
+    rows = [{"prompt": f"say {letter}", "completion": f"{letter} is said"} for letter in "abcdefgh"]
+    others = [{"prompt": f"tell {letter}", "completion": "nothing"} for letter in "ijklmnop"]
+    unasked = [{"prompt": "a long one", "completion": "word " * 65}, {"prompt": "", "completion": "plain text"}]
+    for name, written in (("rows", rows), ("held", unasked + rows + others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    data, held_out = DataConfig(str(tmp_path / "rows.jsonl")), str(tmp_path / "held.jsonl")
+    run = {"data": data, "validation": held_out, "recipe": RecipeSettings("none"), "batch_size": 8, "lr": 1e-2}
+    train(settings(**run, steps=80))  # 640 rows: a fortieth of them is answered
+    decoder, right = for_decoding(str(tmp_path / "out"), "cpu", "fp32"), 0
+    for row in rows + others:
+        config = DecodingConfig("autoregressive", max_new_tokens=64)
+        [answer] = decode_batch(decoder.backend, [decoder.encode_prompt(row["prompt"])], config, decoder.eos_ids)
+        right += decoder.detokenize(answer.ids) == row["completion"]
+    cost = read_info(tmp_path / "out").cost
+    assert (cost.answered, cost.exact_match) == (16, (0.0, right / 16)) and 4 <= right < 16
+    train(settings(**run, steps=79, output=str(tmp_path / "shorter")))
+    assert read_info(tmp_path / "shorter").cost.exact_match is None
 
 
 def test_rows_are_held_out_of_many_and_none_of_few(settings):

@@ -19,6 +19,7 @@ from training_runs import (
     weights,
 )
 
+from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
@@ -101,6 +102,10 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         for name, weight in weights(tmp_path / sharded).items():
             torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=2e-5)
         assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
+        cost, expected = (read_info(tmp_path / name).cost for name in (sharded, one))  # in fp32, of the whole model
+        for name in ("tokens", "agreement", "before", "after", *["task"] * (sharded == "whole")):
+            assert getattr(cost, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+        assert cost.before != pytest.approx(cost.after, rel=1e-3)
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
     read, expected = (load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("readers", "one-read"))
     for name, weight in read.items():  # Muon, in bf16, makes directions of hardly any gradient as long as the others
