@@ -22,9 +22,8 @@ from ..options import FLAGS, command
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
-    from layerskip_core.training.plan import Plan
+    from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.run import Job, Verdict
     from layerskip_core.training.trained import FrozenModel, WholeModel
 
 _PAYS = 1.05  # times plain decoding
@@ -89,29 +88,29 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
     reading = f"reading {settings.model} and {settings.data.name}"
     with waiting(reading):
         use_free_threads(threads)
-        from layerskip_core.training.run import prepare, run_lock
+        from layerskip_core.training.plan import run_lock
+        from layerskip_core.training.run import prepare
 
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):
-            job = prepare(settings)
-        narrate(plan_text(job.plan))
+            plan = prepare(settings)
+        narrate(plan_text(plan))
         if dry_run:
             return
-        info = _run(job)
+        info = _run(plan)
         with waiting("timing passes"):
-            verdicts = job.verdicts(info)
-    narrate("\n".join((result_text(info, job.plan, verdicts), f"saved {settings.output}; {_next(job.plan, verdicts)}")))
+            verdicts = plan.verdicts(info)
+    narrate("\n".join((result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")))
 
 
-def _run(job: "Job") -> "CheckpointInfo":
-    plan = job.plan
+def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
 
         def report_step(report: "StepReport") -> None:
             show("training", report.step, report.total_steps, report_text(report, plan.recipe is None))
 
         try:
-            return job.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
+            return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""

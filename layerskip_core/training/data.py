@@ -176,16 +176,11 @@ def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
-def with_whole_answers(rows: Any) -> list[dict[str, Any]]:
-    """A few rows whose targets follow one another up to the end; no packed ones."""
-    few = [(row, np.asarray(row["labels"]) != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
-    return [row for row, targets in few if targets[max(1, targets.argmax()) :].all()]  # nothing predicts the first token
-
-
-def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The parts of a row `with_whole_answers`."""
-    ids, start = np.asarray(row["input_ids"]).tolist(), int((np.asarray(row["labels"]) != IGNORED).argmax())
-    return ids[:start], ids[start:]
+def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
+    """A few rows whose targets follow one another up to the end, each with the index of the first; no packed ones."""
+    few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
+    found = [(row, targets, int(targets.argmax())) for row, targets in few]
+    return [(row, start) for row, targets, start in found if targets[max(1, start) :].all()]  # nothing predicts the very first
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:

@@ -7,7 +7,7 @@ after the final norm, in bf16. The file is written from its start to its end, so
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,9 @@ from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
 from ..errors import CheckpointError
 from ..files import synchronise
-from ..losses import IGNORED, Teacher, summed_losses
+from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
+from ..model.backend import states_at
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
 from .recipe import SMALL_MODEL, RunStep
@@ -177,7 +178,7 @@ class FrozenExits(DrafterModule):
         is_target = labels[:, 1:] != IGNORED
         finals = finals.float()
         head, vocab, exit_layers = self.backend.head, self.backend.spec.vocab, tuple(exits.tolist())
-        teacher = Teacher(finals[:, :-1][is_target], head)
+        teacher = finals[:, :-1][is_target]
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
             block = self.exits[str(exit_layer)]
@@ -185,8 +186,8 @@ class FrozenExits(DrafterModule):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            mean, how = [(0.0, 1 / len(runs))] * len(runs), {"teaches_all": True, "total_variation": self._loss == "tv"}
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher, **how))
+            mean = [(0.0, 1 / len(runs))] * len(runs)
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher, self._loss == "tv"))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
@@ -268,12 +269,10 @@ def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]]
     ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
     real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)
     positions = torch.arange(longest)[None].expand(len(texts), -1)
-    hidden, cache, found = backend.embed(ids), backend.new_cache(len(texts), longest), []
-    for start, stop in pairwise((0, *exits, backend.num_layers)):
-        hidden = backend.run_layers(hidden, start, stop, positions, cache)
-        state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
-        found.append(state[real][:, : backend.spec.hidden].bfloat16())
-    return torch.stack(found, dim=1)
+    cache, last = backend.new_cache(len(texts), longest), backend.num_layers
+    states = states_at(backend, backend.embed(ids), (*exits, last), positions, cache)
+    states[last] = model.normed(states[last].to(model.dtype))
+    return torch.stack([state[real][:, : backend.spec.hidden].bfloat16() for state in states.values()], dim=1)
 
 
 def _layout(texts: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], dict[int, int]]:

@@ -63,11 +63,9 @@ class WholeModel(Plan):
     def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
         if config.lora_keep:
-            adapters, below = adapters_of(config.model)
-            for base in (*adapters, below):
-                if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
-                    needs = f"the adapter needs its base {base}, which `output` {config.output} would replace"
-                    raise ConfigError(f"`lora_keep`: {needs}")
+            (adapters, below), output = adapters_of(config.model), config.output
+            if os.path.realpath(output) in map(os.path.realpath, (*adapters, below)):
+                raise ConfigError(f"`lora_keep`: the adapter needs its base {output}, which `output` {output} would replace")
         self.original: Original | None = None  # None from scratch
         self.scratch = config.recipe.preset == "scratch"
         if not self.scratch:
@@ -139,12 +137,7 @@ class WholeModel(Plan):
         return module
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """(the rows of the run in their order, the held-out rows).
-
-        `progress` gets a stage, the number of its texts and how many of them are done.
-
-        Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes.
-        """
+        """Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes."""
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
@@ -163,7 +156,7 @@ class WholeModel(Plan):
         return Subset(rows, data.ordered(self.config, lengths, self.steps, len(rows) - len(lengths))), held_out
 
     def save(self, history: LossHistory) -> CheckpointInfo:
-        """Writes the model in the first process. Its info has the last losses of every exit."""
+        """The info has the last losses of every exit."""
         config, recipe, first = self.config, self.recipe, process_index() == 0
         if config.fsdp:
             gather_whole(self.module, keep=first)
@@ -188,10 +181,8 @@ class WholeModel(Plan):
         if first:
             model = self.module.model
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
-            files = {
-                "losses.jsonl": history.to_jsonl().encode(),
-                ORDER_FILE: json.dumps(self.order, separators=(",", ":")).encode(),
-            }
+            order = json.dumps(self.order, separators=(",", ":")).encode()
+            files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: order}
             if self.module.readers:
                 files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
@@ -290,10 +281,7 @@ class FrozenModel(Plan):
         self.measure([example | states], self.tokens / len(longest))
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """As of `WholeModel`, of the states of rows, which are written where they are not there.
-
-        The run's rows come once for each exit, one exit after the other.
-        """
+        """Of the states of rows, written where they are not there. Rows come once for each exit, one exit after the other."""
         texts, exits, backend = self.texts, self.taps, self.trainable.backend
         if prompts := self.answers.prompts:
             texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
@@ -310,7 +298,7 @@ class FrozenModel(Plan):
         return ConcatDataset(phases), Subset(states(exits), range(trained, len(texts))) if self.held_out else None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
-        """Adds the blocks to the model's own folder, or to a copy of it. Its info has how each was trained."""
+        """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
         shared = {
             **self.module.details,

@@ -21,7 +21,7 @@ from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.eagle3 import Eagle3Weights
 from .answers import BATCH, own_texts
-from .data import FEWEST, prompt_and_answer, with_whole_answers
+from .data import FEWEST, with_whole_answers
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 ACCEPTED = (0.5, 0.6, 0.7, 0.8)
@@ -117,24 +117,27 @@ class Original:
     def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
         """`trained_rows`: of the data, over the whole run. A short run has fewer rows answered, or none."""
         self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
-        self._own, self._held_out = own_texts(self._decoder, seed), with_whole_answers(held_out)
-        asked = [prompt_and_answer(row) for row in self._held_out if not row["truncated"]]
-        # One token before an answer is that of the beginning of a text.
-        asked = [(prompt, answer) for prompt, answer in asked if len(prompt) > 1 and len(answer) <= _ANSWER]
-        asked = asked[: trained_rows // _PER_ANSWERED]
+        few = with_whole_answers(held_out)
+        self._own, self._held_out = own_texts(self._decoder, seed), [row for row, _ in few]
+        asked = [
+            (row["input_ids"][:start].tolist(), row["input_ids"][start:].tolist())
+            for row, start in few
+            if start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]  # 1: a text begins
+        ][: trained_rows // _PER_ANSWERED]
         self._asked = asked if len(asked) >= FEWEST else []
-        (self._best, self._loss), (_, self._task), self._right = self._measured()
+        self._before = self._measured()
 
     def cost(self) -> Cost:
         self._model.eval()
-        (best, loss), (_, task), right = self._measured()
-        losses, answered = (self._task, task) if self._held_out else None, (self._right, right) if self._asked else None
-        same = float((best == self._best).float().mean())
-        return Cost(len(best), same, exp(self._loss), exp(loss), losses, answered, len(self._asked))
+        (best, own, task, right), (new_best, new_own, new_task, new_right) = self._before, self._measured()
+        losses, answered = (task, new_task) if self._held_out else None, (right, new_right) if self._asked else None
+        same = float((best == new_best).float().mean())
+        return Cost(len(best), same, exp(own), exp(new_own), losses, answered, len(self._asked))
 
     @torch.no_grad()
-    def _measured(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float], float]:
-        return self._read(self._own), self._read(self._held_out), self._answered()
+    def _measured(self) -> tuple[Tensor, float, float, float]:
+        """(the best tokens and the mean loss of its own text, the mean loss of held-out rows, the share answered right)."""
+        return *self._read(self._own), self._read(self._held_out)[1], self._answered()
 
     def _read(self, rows: Rows) -> tuple[Tensor, float]:
         """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""

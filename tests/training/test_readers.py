@@ -75,13 +75,13 @@ def test_a_reader_sees_the_documents_of_a_row_apart(kind):
 
 def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
     """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as it is."""
-    job = prepare(settings(recipe=READ, lr=1e-30, steps=3))
-    start = {name: weight.clone() for name, weight in job.plan.module.readers.named_parameters()}
-    job.run(lambda report: None)
-    after = dict(job.plan.module.readers.named_parameters())
+    plan = prepare(settings(recipe=READ, lr=1e-30, steps=3))
+    start = {name: weight.clone() for name, weight in plan.module.readers.named_parameters()}
+    plan.run(lambda report: None)
+    after = dict(plan.module.readers.named_parameters())
     moved = {name for name, weight in start.items() if not torch.equal(weight, after[name])}
     assert moved == {name for name, weight in start.items() if weight.dim() == 2}
-    assert same_weights(tmp_path / "out", job.plan.config.model)
+    assert same_weights(tmp_path / "out", plan.config.model)
     cost = read_info(tmp_path / "out").details["cost"]
     assert cost["agreement"] == 1 and cost["before"] == pytest.approx(cost["after"])
 
@@ -107,22 +107,22 @@ def test_muon_trains_the_layers_matrices_alone(settings):
 
 @pytest.fixture(scope="module")
 def learnt(checkpoint, tmp_path_factory):
-    """A run long enough for its reader to be right now and then; job, info and folder."""
+    """A run long enough for its reader to be right now and then; plan, info and folder."""
     from training_runs import settings_on
 
     folder = tmp_path_factory.mktemp("learnt")
     data = {"validation": "train", "validation_samples": 40}
     make = settings_on(checkpoint, folder)
-    job = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
-    return job, job.run(lambda report: None), folder / "out"
+    plan = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
+    return plan, plan.run(lambda report: None), folder / "out"
 
 
 def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
     """First drafts while decoding the prompts that it learnt from, against the agreement on their rows."""
-    job, info, folder = learnt
+    plan, info, folder = learnt
     decoder, tested, accepted = for_decoding(str(folder), "cpu"), 0, 0
     assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
-    for row in job.plan.data.rows[:20]:
+    for row in plan.data.rows[:20]:
         ids = row["input_ids"].tolist()
         prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
         config = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16)
@@ -147,8 +147,8 @@ class Passes:
 def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A round of d drafts takes d + 1 times 2 layers, the block and the head, and 4/6 of a pass; a plain step 8 seconds."""
     monkeypatch.setattr(worth, "_Passes", Passes)
-    job, info, _ = learnt
-    [verdict] = job.verdicts(info)
+    plan, info, _ = learnt
+    [verdict] = plan.verdicts(info)
     share = info.agreement["2"]
     speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * (d + 1) + 16 / 3) for d in (1, 2, 3, 4, 5, 6, 8)}
     assert (verdict.name, verdict.accepted) == ("exit 2", share)
@@ -158,10 +158,10 @@ def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     """Others, and those of another exit, begin as copies of the last layer."""
     _, _, folder = learnt
-    job = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
-    known, readers = blocks(folder), dict(job.plan.module.readers.named_parameters())
+    plan = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
+    known, readers = blocks(folder), dict(plan.module.readers.named_parameters())
     assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
-    last = dict(TransformersBackend(job.plan.trainable.model).layers[-1].named_parameters())
+    last = dict(TransformersBackend(plan.trainable.model).layers[-1].named_parameters())
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
 
 
@@ -208,9 +208,9 @@ def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_pa
 
 
 def test_rows_are_held_out_of_many_and_none_of_few(settings):
-    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)).plan for limit in (32, 340)]
+    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)) for limit in (32, 340)]
     assert [(plan.rows, plan.held_out, plan.eval_steps) for plan in plans] == [(32, 0, 0), (323, 17, 4)]
-    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True)).plan
+    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True))
     assert (endless.rows, endless.held_out) == (16, 64)
 
 
@@ -233,7 +233,7 @@ def test_schedules_of_the_learning_rate(settings, scheduler):
 
 
 def test_further_arguments_of_transformers(settings):
-    job = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
-    job.run(lambda report: None)
+    plan = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
+    plan.run(lambda report: None)
     with pytest.raises(Exception, match=r"`training_arguments`: .*no_such_argument"):
         prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))
