@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
     from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.trained import FrozenModel, WholeModel
+    from layerskip_core.training.run import FrozenModel, WholeModel
 
 _PAYS = 1.05  # times plain decoding
 _LOST = 0.05  # of a model's next tokens: more is a warning
@@ -145,7 +145,7 @@ def _command(name: str, config: TrainingConfig) -> str:
 
 
 def plan_text(plan: "WholeModel | FrozenModel") -> str:
-    from layerskip_core.training.trained import WholeModel
+    from layerskip_core.training.run import WholeModel
 
     lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
     if plan.step_seconds is not None:

@@ -57,8 +57,7 @@ class Verdict:
 
 
 class Plan:
-    """A run, all defaults resolved. It trains a model under a `recipe`, or what drafts for a model that stays as it is; see
-    trained.py for both.
+    """A run, all defaults resolved. It trains a model under a `recipe`, or what drafts for a model that stays as it is.
 
     Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
     still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with

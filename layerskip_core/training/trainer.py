@@ -1,8 +1,8 @@
 """The training loop: transformers' Trainer around a module, and what happens around its steps.
 
 Trainer's public interface does not suffice: `_load_from_checkpoint`, `_save_optimizer_and_scheduler` and
-`_load_optimizer_and_scheduler` are overridden, and `_n_gpu` is set. Nothing else in training/ touches private names; if a new
-version of transformers changes these, tests/training/test_resume.py fails.
+`_load_optimizer_and_scheduler` are overridden, and `_n_gpu` is set. Nothing else in training/ touches its private names; if a
+new version of transformers changes these, tests/training/test_resume.py fails.
 """
 
 import math

@@ -23,7 +23,7 @@ from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
-from layerskip_core.training import trained
+from layerskip_core.training import run as running
 from layerskip_core.training.run import prepare
 
 DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
@@ -156,12 +156,12 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
     model = str(shutil.copytree(base, tmp_path / "model"))
     config = frozen(model=model, output=model, save_steps=2)
 
-    def killed(model, *arguments, save=trained.FrozenModel.save):
+    def killed(model, *arguments, save=running.FrozenModel.save):
         save(model, *arguments)
         raise Interrupted
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(trained.FrozenModel, "save", killed)
+        patched.setattr(running.FrozenModel, "save", killed)
         prepare(config).run(lambda report: None)
     written = hashes(model)
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):

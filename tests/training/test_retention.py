@@ -22,7 +22,8 @@ from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError, TrainingInterrupted
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import answers, trained
+from layerskip_core.training import answers
+from layerskip_core.training import run as running
 from layerskip_core.training.data import collate, with_replay
 from layerskip_core.training.run import prepare
 
@@ -165,5 +166,5 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
 )
 def test_a_model_that_may_know_more_than_its_task_replays_by_default(settings, monkeypatch, changes, share):
     assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == changes.get("replay", 0.0)
-    monkeypatch.setattr(trained, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(running, "SMALL_MODEL", 1000)
     assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == share
