@@ -41,6 +41,7 @@ class TrainingSettings:
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
+    streaming = fsdp = False  # which a model's training alone can turn on
     steps: Annotated[
         _RunSteps | None, Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation")
     ] = None

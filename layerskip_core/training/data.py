@@ -75,7 +75,7 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
     load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
     apart = _HELD_OUT if name is None else 0
-    if isinstance(config, FinetuneConfig) and config.streaming:
+    if config.streaming:
         rows = list(itertools.islice(stream_rows(data), 1))
     elif data.is_endless:
         seen = run_steps(config, 0) * data_rows(config) / (config.epochs or config.usual_epochs if is_drafter else 1.0)

@@ -123,7 +123,7 @@ class Plan:
         """
         module: nn.Module = self.module
         self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-        if self.is_sharded:
+        if self.config.fsdp:
             return
         device, on_gpu = torch.device(self.device), self.device.startswith("cuda")
         module.to(device).train()
@@ -217,10 +217,6 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.steps * self.phases
-
-    @property
-    def is_sharded(self) -> bool:
-        return getattr(self.config, "fsdp", False)
 
     @property
     def eval_steps(self) -> int:

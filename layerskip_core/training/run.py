@@ -144,8 +144,10 @@ class WholeModel(Plan):
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
-            trained_rows = self.steps * data.data_rows(self.config)
-            self.original = Original(self.trainable, held_out or (), self.config.seed, trained_rows)
+            trained_rows, few = self.steps * data.data_rows(self.config), held_out or ()
+            if self.config.fsdp:  # on the CPU, where a model that needs shards takes minutes for them, while processes wait
+                few = ()
+            self.original = Original(self.trainable, few, self.config.seed, trained_rows)
         if isinstance(rows, data.StreamedRows):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]

@@ -110,7 +110,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.plan.is_sharded:
+        if self.plan.config.fsdp:
             use_fsdp(self.accelerator, self.plan.module.backend.layers)
             self.is_fsdp_enabled = True
 
@@ -329,7 +329,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.is_sharded else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.config.fsdp else None,
         logging_strategy="no",  # on_step_end logs every step
         report_to=trackers(config.report_to),
         disable_tqdm=True,

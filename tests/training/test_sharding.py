@@ -103,9 +103,9 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
             torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=2e-5)
         assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
         cost, expected = (read_info(tmp_path / name).cost for name in (sharded, one))  # in fp32, of the whole model
-        for name in ("tokens", "agreement", "before", "after", *["task"] * (sharded == "whole")):
+        for name in ("tokens", "agreement", "before", "after"):
             assert getattr(cost, name) == pytest.approx(getattr(expected, name), rel=1e-4)
-        assert cost.before != pytest.approx(cost.after, rel=1e-3)
+        assert cost.before != pytest.approx(cost.after, rel=1e-3) and cost.task is None
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
     read, expected = (load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("readers", "one-read"))
     for name, weight in read.items():  # Muon, in bf16, makes directions of hardly any gradient as long as the others
