@@ -197,7 +197,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, answers, worth = plan.config, plan.answers, plan.worth
-    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
+    speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
     most = "at most " if len(answers.known) < len(answers.prompts) else ""
     writing = f"{len(answers.known)} answers are there, the others in {most}{_minutes(answers.seconds)}; "
     left_out = f", {plan.left_out} left out" if plan.left_out else ""

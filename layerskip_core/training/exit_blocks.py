@@ -28,7 +28,7 @@ from ..model.backend import states_at
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
 from .recipe import SMALL_MODEL, RunStep
-from .worth import ACCEPTED, Worth, worth_of_exit
+from .worth import Worth, worth_of_exit
 
 MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
 _LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
@@ -109,9 +109,9 @@ class DrafterModule(nn.Module):
         if all(weight.dim() == 2 for weight in weights):
             yield weights, lr, "original"
 
-    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
+    def worth(self, backend: Backend, exit_layer: int) -> Worth:
         """What drafts of this exit would gain, with the backend that decodes."""
-        return worth_of_exit(backend, exit_layer, True, shares)
+        return worth_of_exit(backend, exit_layer, True)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Before the training on some encoded rows."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ from ..model.eagle3 import Eagle3Weights
 from .answers import BATCH, own_texts
 from .data import FEWEST, with_whole_answers
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
-ACCEPTED = (0.5, 0.6, 0.7, 0.8)
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
 _MOST = 8  # drafts of a round at most
@@ -34,17 +32,17 @@ _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so th
 
 @dataclass(frozen=True)
 class Worth:
-    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speeds`: by the share of drafts that are accepted
+    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of drafts that are accepted
     after accepted ones, the speed over plain decoding with the best number of drafts, and this number.
     """
 
     step: float
     draft: float
-    speeds: Mapping[float, tuple[float, int]]
+    speed: Callable[[float], tuple[float, int]]
 
 
 @torch.inference_mode()
-def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Sequence[float] = ACCEPTED) -> Worth:
+def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool) -> Worth:
     """Of drafts through an exit, with or without a block, which takes as long as the last layer. The target goes on from the
     exit's states.
     """
@@ -53,11 +51,11 @@ def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Se
     draft = run.seconds(0, exit_layer, head=None if has_block else head)
     if has_block:
         draft += run.seconds(layers - 1, layers, head=head)
-    return _worth(run, draft, exit_layer / layers, shares)
+    return _worth(run, draft, exit_layer / layers)
 
 
 @torch.inference_mode()
-def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[float] = ACCEPTED) -> Worth:
+def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
@@ -71,7 +69,7 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[fl
         outputs = (drafter.run(backend, feature, feature, place, cache) for place in places)
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0, shares)
+    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
 
 
 class _Passes:
@@ -98,15 +96,17 @@ class _Passes:
         return self.timed(run, tokens)
 
 
-def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -> Worth:
+def _worth(run: _Passes, draft: float, shared: float) -> Worth:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
-    passes, step, speeds = PassTimes(known[0], 0.0, known), known[0], dict[float, tuple[float, int]]()
-    for share in shares:
-        rate, drafts = best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)
-        speeds[share] = rate * step, drafts
-    return Worth(step, draft / step, speeds)
+    step, passes = known[0], PassTimes(known[0], 0.0, known)
+
+    def speed(accepted: float) -> tuple[float, int]:
+        rate, drafts = best_length((accepted, accepted), draft, passes, _MOST, int(shared > 0), 1 - shared)
+        return rate * step, drafts
+
+    return Worth(step, draft / step, speed)
 
 
 class Original:
@@ -139,7 +139,7 @@ class Original:
         """(the best tokens and the mean loss of its own text, the mean loss of held-out rows, the share answered right)."""
         return *self._read(self._own), self._read(self._held_out)[1], self._answered()
 
-    def _read(self, rows: Rows) -> tuple[Tensor, float]:
+    def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
         """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
         backend, best, loss = self._backend, list[Tensor](), 0.0
         for row in rows:
