@@ -155,7 +155,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
 
 
 def _recipe_lines(plan: "WholeModel") -> list[str]:
-    from layerskip_core.training.data import replayed_rows, rows_per_step
+    from layerskip_core.training.data import step_rows
     from layerskip_core.training.sharding import world_size
 
     config, recipe, processes = plan.config, plan.recipe, world_size()
@@ -187,9 +187,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         )
     if (texts := plan.answers) is not None:
         there = f"{len(texts.known)} are there, the others" if texts.known else "written"
+        own, replayed = step_rows(config)
         longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
-            f"replay: {replayed_rows(config)} of the {rows_per_step(config)} rows of a step, of {len(texts.prompts)} texts of "
+            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of "
             f"at most {longest} tokens by the original, {there} in about {_minutes(texts.seconds)}"
         )
     return lines

@@ -37,30 +37,23 @@ _COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be co
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
-def rows_per_step(config: TrainingConfig) -> int:
-    """Rows of an optimizer step, over all processes."""
-    return config.batch_size * config.accumulation * world_size()
+def step_rows(config: TrainingConfig) -> tuple[int, int]:
+    """The rows of an optimizer step, over all processes: (those of the data, those that are the original's own text).
 
-
-def replayed_rows(config: TrainingConfig) -> int:
-    """Rows of a step that are the original's own text. Raises ConfigError for a share that gives no such row, or only such."""
-    share, rows = getattr(config, "replay", None) or 0.0, rows_per_step(config)
+    Raises ConfigError for a share of replay that gives no such row, or only such.
+    """
+    share, rows = getattr(config, "replay", None) or 0.0, config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
     require(not share or 0 < replayed < rows, "replay", needed, share)
-    return replayed
-
-
-def data_rows(config: TrainingConfig) -> int:
-    """Rows of a step that come from the data."""
-    return rows_per_step(config) - replayed_rows(config)
+    return rows - replayed, replayed
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
-    return config.steps or max(1, math.ceil(rows / data_rows(config) * (config.epochs or config.usual_epochs)))
+    return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
@@ -78,7 +71,7 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     if config.streaming:
         rows = list(itertools.islice(stream_rows(data), 1))
     elif data.is_endless:
-        seen = run_steps(config, 0) * data_rows(config) / (config.epochs or config.usual_epochs if is_drafter else 1.0)
+        seen = run_steps(config, 0) * step_rows(config)[0] / (config.epochs or config.usual_epochs if is_drafter else 1.0)
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
         rows = list(load(data))
@@ -240,9 +233,11 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
     """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
-    order = array("q", run_order(lengths, data_rows(config), steps, config.seed))
-    replayed = range(len(lengths), len(lengths) + texts)
-    return array("q", with_replay(order, replayed, replayed_rows(config), rows_per_step(config))) if texts else order
+    own, replayed = step_rows(config)
+    order = array("q", run_order(lengths, own, steps, config.seed))
+    return (
+        array("q", with_replay(order, range(len(lengths), len(lengths) + texts), replayed, own + replayed)) if texts else order
+    )
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:

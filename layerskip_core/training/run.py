@@ -75,7 +75,7 @@ class WholeModel(Plan):
             if config.replay is None:
                 large = trainable.backend.spec.parameters >= SMALL_MODEL  # which may know more than its task
                 knows = large and config.recipe.preset in ("auto", "none") and not config.streaming
-                config = replace(config, replay=_REPLAY if knows and data.rows_per_step(config) * _REPLAY >= 1 else 0.0)
+                config = replace(config, replay=_REPLAY if knows and sum(data.step_rows(config)) * _REPLAY >= 1 else 0.0)
         rows, held_out = data.read_rows(config)
         if self.scratch:
             tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
@@ -144,7 +144,7 @@ class WholeModel(Plan):
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
-            trained_rows, few = self.steps * data.data_rows(self.config), held_out or ()
+            trained_rows, few = self.steps * data.step_rows(self.config)[0], held_out or ()
             if self.config.fsdp:  # on the CPU, where a model that needs shards takes minutes for them, while processes wait
                 few = ()
             self.original = Original(self.trainable, few, self.config.seed, trained_rows)
