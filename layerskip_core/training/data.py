@@ -234,10 +234,8 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
     """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
     own, replayed = step_rows(config)
-    order = array("q", run_order(lengths, own, steps, config.seed))
-    return (
-        array("q", with_replay(order, range(len(lengths), len(lengths) + texts), replayed, own + replayed)) if texts else order
-    )
+    order, own_texts = array("q", run_order(lengths, own, steps, config.seed)), range(len(lengths), len(lengths) + texts)
+    return array("q", with_replay(order, own_texts, replayed, own + replayed))
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:
