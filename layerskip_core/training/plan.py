@@ -31,7 +31,6 @@ from .module import use_fp32_attention
 from .progress import LossHistory, ResumePoint, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe, RunStep
 from .sharding import process_index, world_size
-from .trainer import RunTrainer
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
@@ -164,6 +163,8 @@ class Plan:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
+        from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
+
         resume, repository, is_first = self.resume, self.config.push_to_hub, process_index() == 0
         if repository is not None and is_first:
             claim_repository(repository)
