@@ -1,7 +1,6 @@
 """Losses through an exit in chunks of tokens, used by training and evaluation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,22 @@ def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1][is_target], shifted[is_target]
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The reference of a divergence: constant hidden states (N, D), and the head that gives logits (N, V)."""
-
-    states: Tensor
-    unembed: Callable[[Tensor], Tensor]
-
-
 def summed_losses(
     unembed: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
     runs: Sequence[Tensor],
     targets: Tensor | None,
     vocab_size: int,
     weights: Sequence[tuple[float, float]],
-    teacher: Teacher | None = None,
-    teaches_all: bool = False,
+    teacher: Tensor | None = None,
     total_variation: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
 
     `runs` are the hidden states (N, D) of the exits, `targets` (N,), `unembed` the head of all of them or one for each.
     `weights` are the factors in the loss of an exit's cross-entropy and of its divergence KL(reference || exit). The reference
-    of the last exit is the `teacher`, that of the others the teacher too if it `teaches_all`, else the last exit if any of them
-    has a weight for it; without one the divergence is 0. No gradient flows into a reference; that of the loss reaches the runs
-    and the weights of the head.
+    is what the last exit's head makes of the states `teacher` (N, D); without a teacher it is the last exit, for those before
+    it, if any of them has a weight for it. Else the divergence is 0. No gradient flows into a reference; that of the loss
+    reaches the runs and the weights of the head.
     Agreement, which is counted without gradients alone, is the number of tokens where the best one is the reference's.
 
     With `total_variation`, for which there are no targets, the divergence is half the L1 distance of the probabilities: one
@@ -60,7 +50,7 @@ def summed_losses(
     last, distils = len(runs) - 1, any(share for _, share in weights[:-1])
     for chunk in _chunks(len(runs[0]), vocab_size):
         with torch.no_grad():
-            aim = None if teacher is None else teacher.unembed(teacher.states[chunk])
+            aim = None if teacher is None else unembeds[last](teacher[chunk])
         for index in range(last, -1, -1):
             part = runs[index].detach()[chunk].requires_grad_(trains[index])
             with torch.set_grad_enabled(trains[index]):
@@ -82,8 +72,8 @@ def summed_losses(
                     if leaf not in heads:
                         heads[leaf] = torch.zeros_like(leaf)
                     heads[leaf] += gradient
-            if index == last and not teaches_all:
-                aim = found if distils else None
+            if index == last and distils and teacher is None:
+                aim = found
     loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
         loss = _Known.apply(loss, list((gradients | heads).values()), *gradients, *heads)  # type: ignore[no-untyped-call]

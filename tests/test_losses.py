@@ -29,8 +29,8 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, to
 
     runs = [(2 * states.clone().requires_grad_()) for states in inputs]
     expected = [naive(head, run, taught, total_variation) for run in runs]
-    weights, teacher = [(0.0, 0.5), (0.0, 3.0)], losses.Teacher(taught, head)
-    loss, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, teacher, True, total_variation)
+    weights = [(0.0, 0.5), (0.0, 3.0)]
+    loss, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, taught, total_variation)
     torch.testing.assert_close(sums[:, 1], torch.stack(expected))
     wanted = 0.5 * expected[0] + 3 * expected[1]
     torch.testing.assert_close(loss, wanted)
@@ -38,7 +38,7 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, to
         torch.testing.assert_close(gradient, known)
 
     with torch.no_grad():
-        value, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, teacher, True, total_variation)
+        value, sums = losses.summed_losses(head, runs, None, VOCABULARY, weights, taught, total_variation)
         assert [int(agreeing) for agreeing in sums[:, 2]] == [
             int((head(run).argmax(-1) == head(taught).argmax(-1)).sum()) for run in runs
         ]
@@ -47,14 +47,14 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, to
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 100)])
 def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows, cached):
-    """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 2) after a matrix that trains with the head, behind a cap."""
+    """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 0) after a matrix that trains with the head, behind a cap."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
     monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
     torch.manual_seed(0)
     weight, matrix = torch.randn(VOCABULARY, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
-    taught, *inputs = torch.randn(4, 7, 5).unbind()
+    inputs = torch.randn(3, 7, 5).unbind()
     targets = torch.randint(VOCABULARY, (7,))
-    weights = [(0.0, 0.0), (0.3, 0.6), (0.5, 2.0)]
+    weights = [(0.0, 0.0), (0.3, 0.6), (0.5, 0.0)]
 
     def head(states):
         return torch.tanh(states @ weight.T) * 4
@@ -65,12 +65,11 @@ def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows,
     runs = [states @ matrix for states in inputs]
     logs = [head(run).log_softmax(-1) for run in runs]
     hard = [-one.gather(1, targets[:, None]).sum() for one in logs]
-    aims = [None, logs[2].detach(), (head(taught) / 2).log_softmax(-1).detach()]
-    soft = [torch.tensor(0.0), *((aim.exp() * (aim - one)).sum() for aim, one in zip(aims[1:], logs[1:], strict=True))]
+    last = logs[2].detach()
+    soft = [torch.tensor(0.0), (last.exp() * (last - logs[1])).sum(), torch.tensor(0.0)]
     expected = sum(a * ce + b * kl for (a, b), ce, kl in zip(weights, hard, soft, strict=True))
 
-    teacher = losses.Teacher(taught, lambda states: head(states) / 2)
-    loss, sums = losses.summed_losses(head, runs, targets, VOCABULARY, weights, teacher)
+    loss, sums = losses.summed_losses(head, runs, targets, VOCABULARY, weights)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(sums[:, 0], torch.stack(hard))
     torch.testing.assert_close(sums[1:, 1], torch.stack(soft[1:]))

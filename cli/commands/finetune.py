@@ -22,10 +22,9 @@ from ..options import FLAGS, command
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
-    from layerskip_core.training.plan import Plan
+    from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.run import Job, Verdict
-    from layerskip_core.training.trained import FrozenModel, WholeModel
+    from layerskip_core.training.run import FrozenModel, WholeModel
 
 _PAYS = 1.05  # times plain decoding
 _LOST = 0.05  # of a model's next tokens: more is a warning
@@ -89,29 +88,29 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
     reading = f"reading {settings.model} and {settings.data.name}"
     with waiting(reading):
         use_free_threads(threads)
-        from layerskip_core.training.run import prepare, run_lock
+        from layerskip_core.training.plan import run_lock
+        from layerskip_core.training.run import prepare
 
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):
-            job = prepare(settings)
-        narrate(plan_text(job.plan))
+            plan = prepare(settings)
+        narrate(plan_text(plan))
         if dry_run:
             return
-        info = _run(job)
+        info = _run(plan)
         with waiting("timing passes"):
-            verdicts = job.verdicts(info)
-    narrate("\n".join((result_text(info, job.plan, verdicts), f"saved {settings.output}; {_next(job.plan, verdicts)}")))
+            verdicts = plan.verdicts(info)
+    narrate("\n".join((result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")))
 
 
-def _run(job: "Job") -> "CheckpointInfo":
-    plan = job.plan
+def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
 
         def report_step(report: "StepReport") -> None:
             show("training", report.step, report.total_steps, report_text(report, plan.recipe is None))
 
         try:
-            return job.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
+            return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
@@ -146,7 +145,7 @@ def _command(name: str, config: TrainingConfig) -> str:
 
 
 def plan_text(plan: "WholeModel | FrozenModel") -> str:
-    from layerskip_core.training.trained import WholeModel
+    from layerskip_core.training.run import WholeModel
 
     lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
     if plan.step_seconds is not None:
@@ -156,7 +155,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
 
 
 def _recipe_lines(plan: "WholeModel") -> list[str]:
-    from layerskip_core.training.data import replayed_rows, rows_per_step
+    from layerskip_core.training.data import step_rows
     from layerskip_core.training.sharding import world_size
 
     config, recipe, processes = plan.config, plan.recipe, world_size()
@@ -188,9 +187,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         )
     if (texts := plan.answers) is not None:
         there = f"{len(texts.known)} are there, the others" if texts.known else "written"
+        own, replayed = step_rows(config)
         longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
-            f"replay: {replayed_rows(config)} of the {rows_per_step(config)} rows of a step, of {len(texts.prompts)} texts of "
+            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of "
             f"at most {longest} tokens by the original, {there} in about {_minutes(texts.seconds)}"
         )
     return lines
@@ -198,7 +198,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, answers, worth = plan.config, plan.answers, plan.worth
-    speeds = ", ".join(f"{speed:.2f}x at {share:.0%}" for share, (speed, _) in worth.speeds.items())
+    speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
     most = "at most " if len(answers.known) < len(answers.prompts) else ""
     writing = f"{len(answers.known)} answers are there, the others in {most}{_minutes(answers.seconds)}; "
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
@@ -256,11 +256,16 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for verdict in verdicts
     ]
     if (cost := info.cost) is not None:
-        lines.append(
+        told = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
             f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
-            + ("" if cost.task is None else f"; held-out loss {cost.task[0]:.3f} -> {cost.task[1]:.3f}")
-        )
+        ]
+        if cost.task is not None:
+            told.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
+        if cost.exact_match is not None:
+            before, after = cost.exact_match
+            told.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
+        lines.append("; ".join(told))
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..losses import Teacher, summed_losses
+from ..losses import summed_losses
 from ..model import TransformersBackend
 from ..model.weights import GROUP_SIZE, LEVELS, Int4
 
@@ -335,7 +335,7 @@ def tune(
     )
     for number, rows in enumerate(_batches(texts, steps, seed), start=1):
         hidden = backend.run_texts(backend.embed(texts[rows]), 0, backend.num_layers).flatten(0, 1)
-        teacher = Teacher(original[rows].flatten(0, 1), backend.unembed)
+        teacher = original[rows].flatten(0, 1)
         total, _ = summed_losses(backend.unembed, [hidden], None, backend.spec.vocab, [(0.0, 1.0)], teacher)
         divergence = total / len(hidden)
         torch.autograd.backward(divergence)

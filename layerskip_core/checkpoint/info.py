@@ -43,7 +43,8 @@ class _Block(msgspec.Struct, frozen=True):
 
 class Cost(msgspec.Struct, frozen=True):
     """What a training changed at full depth. Over `tokens` of the original's own text: the share of best next tokens that stay
-    the same (`agreement`), and the perplexity before and after. `task`: the loss on held-out rows before and after, in nats.
+    the same (`agreement`), and the perplexity before and after. `task`: the loss on held-out rows before and after, in nats;
+    `exact_match`: the share of the first `answered` of them that the model answers right.
     """
 
     tokens: int
@@ -51,6 +52,8 @@ class Cost(msgspec.Struct, frozen=True):
     before: float
     after: float
     task: tuple[float, float] | None = None
+    exact_match: tuple[float, float] | None = None
+    answered: int = 0
 
 
 class _Training(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..errors import refused, require
+from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Temperature, Text
 
@@ -27,6 +27,8 @@ _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
 _Epochs = Annotated[float, Meta(gt=0, le=1_000_000)]
 _RunSteps = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _BY_PRESET = "by --recipe"
+_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit"}
+_LAYOUTS |= {"layers": "eagle3", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class TrainingSettings:
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
+    streaming = fsdp = False  # which a model's training alone can turn on
     steps: Annotated[
         _RunSteps | None, Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation")
     ] = None
@@ -80,6 +83,9 @@ class TrainingSettings:
         require(self.validation is not None or asked is None, "validation_samples", "used with `validation`", asked)
         endless = self.data.is_endless and self.steps is None
         require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
+
+    def _is_usual(self, name: str) -> bool:
+        return bool(getattr(self, name) == getattr(type(self), name))
 
 
 @dataclass(frozen=True)
@@ -194,8 +200,7 @@ class FinetuneConfig(TrainingSettings):
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "lora_keep"):
-            usual = given[name] == getattr(FinetuneConfig, name)
-            require(usual or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
+            require(self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank")
         reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"
         require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
 
@@ -248,26 +253,21 @@ class DrafterConfig(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layout = self.implied_layout
-        for other, names in self._given_by_layout.items():
-            for name in names if layout not in (None, other) else ():
-                raise refused(name, f"used with `layout` {other}", getattr(self, name))
-        for name in self._given("answer_tokens", "answer_temperature") if self.answers == "data" else ():
-            raise refused(name, "left out with `answers` data", getattr(self, name))
+        for name, layout in self._of_one_layout.items():
+            require(layout == self.implied_layout, name, f"used with `layout` {layout}", getattr(self, name))
+        for name in ("answer_tokens", "answer_temperature") if self.answers == "data" else ():
+            require(self._is_usual(name), name, "left out with `answers` data", getattr(self, name))
 
     @property
     def implied_layout(self) -> BlockLayout | None:
         """The layout that was asked for, or that other settings belong to."""
-        return self.layout or next((layout for layout, names in self._given_by_layout.items() if names), None)
+        return self.layout or next(iter(self._of_one_layout.values()), None)
 
     @property
-    def _given_by_layout(self) -> dict[BlockLayout, tuple[str, ...]]:
-        eagle3 = self._given("layers", "draft_vocab", "start_from") + ("loss",) * (self.loss == "acceptance")
-        return {"exit": self._given("exits", "feature"), "eagle3": eagle3}
-
-    def _given(self, *names: str) -> tuple[str, ...]:
-        """Those of some settings that differ from their defaults."""
-        return tuple(name for name in names if getattr(self, name) != getattr(DrafterConfig, name))
+    def _of_one_layout(self) -> dict[str, BlockLayout]:
+        """The layout of each setting given that only one has."""
+        given = {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
+        return given if self.loss != "acceptance" else {**given, "loss": "eagle3"}
 
     @property
     def in_place(self) -> bool:

@@ -17,8 +17,9 @@ from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"
-OWN_AGREEMENT, OWN_PERPLEXITY = "own_text_agreement", "own_text_perplexity"  # see training.worth.Cost
-SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT, OWN_AGREEMENT, OWN_PERPLEXITY)  # after metrics
+# Of a training's Cost, see checkpoint.info.
+OWN_AGREEMENT, OWN_PERPLEXITY, ANSWERED = "own_text_agreement", "own_text_perplexity", "held_out_exact_match"
+SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT, ANSWERED, OWN_AGREEMENT, OWN_PERPLEXITY)  # last
 _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_per_second", "identical_outputs")
 _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
@@ -103,6 +104,8 @@ def read_run(path: str) -> Run:
         if (cost := info.cost) is not None:
             whole = Setting("all layers")
             run.figures.update({OWN_AGREEMENT: {whole: cost.agreement}, OWN_PERPLEXITY: {whole: cost.after}})
+            if cost.exact_match is not None:
+                run.figures[ANSWERED] = {whole: cost.exact_match[1]}
     if not run.figures:
         raise LayerSkipError(f"RUNS {path} has no held-out losses: `finetune` measures them with `validation`")
     return run

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
 from ..model.cache import Places
-from .data import EncodedData, replayed_rows
+from .data import EncodedData, step_rows
 from .encoding import Encoder
 from .progress import checkpoints_folder
 from .sharding import process_index
@@ -163,7 +163,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
-    count = min(steps * replayed_rows(config), MOST_REPLAYED)
+    count = min(steps * step_rows(config)[1], MOST_REPLAYED)
     tokens = config.replay_tokens or round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     starts = _beginnings(decoder, count, config.seed, encoder.max_length - 1)

@@ -27,7 +27,7 @@ from .recipe import TEXT_PRESETS
 from .sharding import process_index, world_size
 
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
-_FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
+FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
@@ -37,30 +37,23 @@ _COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be co
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
-def rows_per_step(config: TrainingConfig) -> int:
-    """Rows of an optimizer step, over all processes."""
-    return config.batch_size * config.accumulation * world_size()
+def step_rows(config: TrainingConfig) -> tuple[int, int]:
+    """The rows of an optimizer step, over all processes: (those of the data, those that are the original's own text).
 
-
-def replayed_rows(config: TrainingConfig) -> int:
-    """Rows of a step that are the original's own text. Raises ConfigError for a share that gives no such row, or only such."""
-    share, rows = getattr(config, "replay", None) or 0.0, rows_per_step(config)
+    Raises ConfigError for a share of replay that gives no such row, or only such.
+    """
+    share, rows = getattr(config, "replay", None) or 0.0, config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
     require(not share or 0 < replayed < rows, "replay", needed, share)
-    return replayed
-
-
-def data_rows(config: TrainingConfig) -> int:
-    """Rows of a step that come from the data."""
-    return rows_per_step(config) - replayed_rows(config)
+    return rows - replayed, replayed
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
-    return config.steps or max(1, math.ceil(rows / data_rows(config) * (config.epochs or config.usual_epochs)))
+    return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
@@ -75,16 +68,16 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
     load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
     apart = _HELD_OUT if name is None else 0
-    if isinstance(config, FinetuneConfig) and config.streaming:
+    if config.streaming:
         rows = list(itertools.islice(stream_rows(data), 1))
     elif data.is_endless:
-        seen = run_steps(config, 0) * data_rows(config) / (config.epochs or config.usual_epochs if is_drafter else 1.0)
+        seen = run_steps(config, 0) * step_rows(config)[0] / (config.epochs or config.usual_epochs if is_drafter else 1.0)
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
         rows = list(load(data))
     if name is None:
         apart = apart if data.is_endless else min(apart, len(rows) // _SHARE)
-        count = len(rows) - (apart if is_drafter or apart >= _FEWEST else 0)
+        count = len(rows) - (apart if is_drafter or apart >= FEWEST else 0)
         return rows[:count], rows[count:]
     other = is_data(name)
     if not other and Path(data.name).is_file():
@@ -176,10 +169,11 @@ def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
-def with_whole_answers(rows: Any) -> list[dict[str, Any]]:
-    """A few rows whose targets follow one another up to the end; no packed ones."""
-    few = [(row, np.asarray(row["labels"]) != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
-    return [row for row, targets in few if targets[max(1, targets.argmax()) :].all()]  # nothing predicts the first token
+def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
+    """A few rows whose targets follow one another up to the end, each with the index of the first; no packed ones."""
+    few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
+    found = [(row, targets, int(targets.argmax())) for row, targets in few]
+    return [(row, start) for row, targets, start in found if targets[max(1, start) :].all()]  # nothing predicts the very first
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
@@ -239,9 +233,9 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
     """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
-    order = array("q", run_order(lengths, data_rows(config), steps, config.seed))
-    replayed = range(len(lengths), len(lengths) + texts)
-    return array("q", with_replay(order, replayed, replayed_rows(config), rows_per_step(config))) if texts else order
+    own, replayed = step_rows(config)
+    order, own_texts = array("q", run_order(lengths, own, steps, config.seed)), range(len(lengths), len(lengths) + texts)
+    return array("q", with_replay(order, own_texts, replayed, own + replayed))
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:

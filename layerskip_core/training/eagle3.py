@@ -19,7 +19,7 @@ from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
 from .exit_blocks import DrafterModule, copy_into
 from .recipe import RunStep
-from .worth import ACCEPTED, Worth, worth_of_eagle3
+from .worth import Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
 _ALIKE = 0.9  # cosine of a head's rows and those of the model's
@@ -78,8 +78,8 @@ class FrozenEagle3(DrafterModule):
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
 
-    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
-        return worth_of_eagle3(backend, self.stored(backend.dtype), shares)
+    def worth(self, backend: Backend, exit_layer: int) -> Worth:
+        return worth_of_eagle3(backend, self.stored(backend.dtype))
 
     @property
     def _head(self) -> Tensor:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..data import Conversation, Example, Row
@@ -116,23 +117,12 @@ def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, An
     A document that does not fit continues in the next row, without a view of its beginning. `documents` numbers the documents
     of a row; the label of the first token of each is masked, because nothing predicts it.
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    numbers: list[int] = []
-    for document in documents:
-        at = 0
-        while at < len(document):
-            part = document[at : at + length - len(ids)]
-            number = numbers[-1] + 1 if numbers else 0
-            ids += part
-            labels += [IGNORED, *part[1:]]
-            numbers += [number] * len(part)
-            at += len(part)
-            if len(ids) == length:
-                yield {"input_ids": ids, "labels": labels, "documents": numbers}
-                ids, labels, numbers = [], [], []
-    if any(label != IGNORED for label in labels):
-        yield {"input_ids": ids, "labels": labels, "documents": numbers}
+    tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
+    while row := list(islice(tokens, length)):
+        numbers, ids = [number - row[0][0] for number, _ in row], [token for _, token in row]
+        labels = [token if at and numbers[at - 1] == numbers[at] else IGNORED for at, token in enumerate(ids)]
+        if len(ids) == length or any(label != IGNORED for label in labels):
+            yield {"input_ids": ids, "labels": labels, "documents": numbers}
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:

@@ -7,7 +7,7 @@ after the final norm, in bf16. The file is written from its start to its end, so
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,14 @@ from ..config.decoding import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
 from ..errors import CheckpointError
 from ..files import synchronise
-from ..losses import IGNORED, Teacher, summed_losses
+from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
+from ..model.backend import states_at
 from ..model.cache import Places
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .answers import batches_of
 from .recipe import SMALL_MODEL, RunStep
-from .worth import ACCEPTED, Worth, worth_of_exit
+from .worth import Worth, worth_of_exit
 
 MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
 _LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
@@ -109,9 +110,9 @@ class DrafterModule(nn.Module):
         if all(weight.dim() == 2 for weight in weights):
             yield weights, lr, "original"
 
-    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float] = ACCEPTED) -> Worth:
+    def worth(self, backend: Backend, exit_layer: int) -> Worth:
         """What drafts of this exit would gain, with the backend that decodes."""
-        return worth_of_exit(backend, exit_layer, True, shares)
+        return worth_of_exit(backend, exit_layer, True)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Before the training on some encoded rows."""
@@ -178,7 +179,7 @@ class FrozenExits(DrafterModule):
         is_target = labels[:, 1:] != IGNORED
         finals = finals.float()
         head, vocab, exit_layers = self.backend.head, self.backend.spec.vocab, tuple(exits.tolist())
-        teacher = Teacher(finals[:, :-1][is_target], head)
+        teacher = finals[:, :-1][is_target]
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
             block = self.exits[str(exit_layer)]
@@ -186,8 +187,8 @@ class FrozenExits(DrafterModule):
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
-            mean, how = [(0.0, 1 / len(runs))] * len(runs), {"teaches_all": True, "total_variation": self._loss == "tv"}
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher, **how))
+            mean = [(0.0, 1 / len(runs))] * len(runs)
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher, self._loss == "tv"))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
@@ -265,15 +266,12 @@ def write_states(
 
 def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]], exits: Sequence[int]) -> Tensor:
     """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm."""
-    lengths = list(map(len, texts))
-    hidden = backend.embed(torch.tensor([*chain(*texts)], device=backend.device))
+    lengths, last = list(map(len, texts)), backend.num_layers
+    tokens = torch.tensor([*chain(*texts)], device=backend.device)
     places = Places(backend.new_cache(len(texts), max(lengths)), [0] * len(texts), lengths, settled=True)
-    found = []
-    for start, stop in pairwise((0, *exits, backend.num_layers)):
-        hidden = backend.run_layers(hidden, start, stop, places)
-        state = model.normed(hidden.to(model.dtype)) if stop == backend.num_layers else hidden
-        found.append(state[:, : backend.spec.hidden].bfloat16())
-    return torch.stack(found, dim=1)
+    states = states_at(backend, backend.embed(tokens), (*exits, last), places)
+    states[last] = model.normed(states[last].to(model.dtype))
+    return torch.stack([state[:, : backend.spec.hidden].bfloat16() for state in states.values()], dim=1)
 
 
 def _layout(texts: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], dict[int, int]]:

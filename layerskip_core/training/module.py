@@ -5,7 +5,7 @@ Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act
 processes drift apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,9 @@ class RecipeModule(nn.Module):
         rows = DocumentRows(documents)
         return target_rows(rows.together(reader(rows.apart(states), states, rows.apart(ids))), labels)
 
-    def worth(self, backend: Backend, exit_layer: int, shares: Sequence[float]) -> Worth:
+    def worth(self, backend: Backend, exit_layer: int) -> Worth:
         """As `DrafterModule.worth`."""
-        return worth_of_exit(backend, exit_layer, str(exit_layer) in self.readers, shares)
+        return worth_of_exit(backend, exit_layer, str(exit_layer) in self.readers)
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""

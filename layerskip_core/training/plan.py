@@ -1,10 +1,12 @@
-"""A run with all defaults resolved, and its time and memory on this machine."""
+"""A run with all defaults resolved: its time and memory on this machine, and its course."""
 
+import ctypes
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
@@ -13,16 +15,22 @@ import psutil
 import torch
 from torch import nn
 
+from ..checkpoint.folder import quiet_transformers
+from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable, pick_dtype
+from ..checkpoint.open import for_decoding
+from ..checkpoint.save import claim_repository, push
 from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingInterrupted
+from ..files import hold
+from ..interruption import Interruption
 from ..model.native.compiled import multiplies_bf16
 from .answers import Answers
 from .data import collate
 from .module import use_fp32_attention
-from .progress import ResumePoint
+from .progress import LossHistory, ResumePoint, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe, RunStep
-from .sharding import world_size
+from .sharding import process_index, world_size
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
@@ -32,6 +40,19 @@ _FREE = (
     *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
     *("validation", "validation_samples", "eval_steps"),
 )
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`accepted`: the share of its first drafts that are right on held-out rows. `speed`: about what decoding with the best
+    number of `drafts` gains over plain decoding.
+    """
+
+    name: str
+    accepted: float
+    drafts: int
+    speed: float
 
 
 class Plan:
@@ -101,7 +122,7 @@ class Plan:
         """
         module: nn.Module = self.module
         self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-        if self.is_sharded:
+        if self.config.fsdp:
             return
         device, on_gpu = torch.device(self.device), self.device.startswith("cuda")
         module.to(device).train()
@@ -124,6 +145,72 @@ class Plan:
         self.step_seconds = seconds * self.config.batch_size * self.config.accumulation * mean_tokens / measured
         self.memory_mb = (peak + 8 * self.trained) / 2**20
 
+    def run(
+        self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
+    ) -> CheckpointInfo:
+        """Train to the end and write the result to the config's `output`.
+
+        Args:
+            on_step: called after each optimizer step; an exception of it ends the run.
+            on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
+
+        Returns:
+            The info of the saved model, with the last losses of every exit, or how each block was trained.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read or written.
+            TrainingError: the loss is not finite, or explodes.
+            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
+            LockedError: another process writes to the folder.
+        """
+        from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
+
+        resume, repository, is_first = self.resume, self.config.push_to_hub, process_index() == 0
+        if repository is not None and is_first:
+            claim_repository(repository)
+        with run_lock(self.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
+
+            def progress(stage: str, total: int, done: int) -> None:
+                if interruption.signal is not None:
+                    kept = f"interrupted after {done} of {total} {stage}, which are kept"
+                    raise TrainingInterrupted(kept, interruption.signal, 0)
+                on_progress(stage, done, total)
+
+            history = LossHistory() if resume is None else LossHistory.read(resume.folder)
+            RunTrainer(self, *self.data_sets(progress), history, on_step, interruption).run()
+            info = self.save(history)
+            if is_first:
+                discard_after(checkpoints_folder(self.config.output), 0)
+                if repository is not None:
+                    push(self.config.output, repository)
+        return info
+
+    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
+        """(the rows of the run in their order, the held-out rows).
+
+        `progress` gets a stage, the number of its texts and how many of them are done.
+        """
+        raise NotImplementedError
+
+    def save(self, history: LossHistory) -> CheckpointInfo:
+        """Writes the result in the first process, and returns its info."""
+        raise NotImplementedError
+
+    def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
+        """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
+
+        Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
+        """
+        names, measured, found = self.module.names, info.agreement, list[Verdict]()
+        known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
+        if not known or process_index() > 0:
+            return []
+        backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
+        for exit_layer, share in known.items():
+            speed, drafts = self.module.worth(backend, exit_layer).speed(share)
+            found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+        return found
+
     @property
     def dtype(self) -> str:
         return "bf16 autocast" if self.autocast else "fp32"
@@ -131,10 +218,6 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.steps * self.phases
-
-    @property
-    def is_sharded(self) -> bool:
-        return getattr(self.config, "fsdp", False)
 
     @property
     def eval_steps(self) -> int:
@@ -161,3 +244,26 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_lock(output: str) -> AbstractContextManager[None]:
+    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    return hold(output, "a training") if process_index() == 0 else nullcontext()
+
+
+@contextmanager
+def _kept_memory() -> Iterator[None]:
+    """glibc keeps the memory that a step frees for the next one.
+
+    Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
+    """
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(library, "mallopt", lambda option, value: 0)
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:  # the default, and the highest values that glibc would have come to by itself
+        mallopt(_MMAP_MAX, 1 << 16)
+        mallopt(_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_TRIM_THRESHOLD, 1 << 26)

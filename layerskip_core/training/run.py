@@ -1,135 +1,343 @@
-"""Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
+"""Training: `prepare` loads and plans a run, and writes nothing; the plan that it returns trains, and saves the result.
 
-Its settings say what is trained (trained.py): a model, or what drafts for one that stays as it is.
+There are two kinds: of a model, or adapters on it, under the recipe or not; and of what drafts for a model that stays as it is.
 """
 
-import ctypes
+import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
-from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
+from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
-from ..checkpoint.locate import EMBEDDED
-from ..checkpoint.open import for_decoding
-from ..checkpoint.save import claim_repository, push
-from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line, require
-from ..files import hold, run_staging
-from ..interruption import Interruption
-from .progress import LossHistory, StepReport, checkpoints_folder, discard_after, newest_first, resume_point
-from .sharding import process_index, resolve_sharding
-from .trained import FrozenModel, WholeModel
-from .trainer import RunTrainer, trackers, training_arguments
+from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
+from ..checkpoint.open import blank, for_decoding, for_training
+from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
+from ..checkpoint.transformers_read import stored_dtype
+from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
+from ..data import has_prompts
+from ..errors import CheckpointError, ConfigError, DataError, require
+from ..files import require_disk
+from ..losses import IGNORED
+from ..model.exit_blocks import NO_BLOCKS
+from ..model.vocabulary import ORDER_FILE
+from . import data
+from .answers import Answers, Writing, answered, digest, plan_replay
+from .eagle3 import FrozenEagle3, suits_engines
+from .encoding import Encoder, train_tokenizer
+from .exit_blocks import FrozenExits, States, new_readers, states_bytes, write_states
+from .module import RecipeModule, with_lora
+from .plan import Plan
+from .progress import KEPT, LossHistory, ResumePoint, checkpoints_folder, resume_point
+from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
+from .sharding import gather_whole, process_index, resolve_sharding, world_size
+from .trainer import trackers, training_arguments
+from .worth import Original, Worth
 
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+_PACKED = "documents are packed into whole rows; attention stays within a document"
+_STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
+_REPLAY = 0.25  # of the rows of a step
+_VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
+_SHALLOW = "a model of one layer has no place for exits or a drafter"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """`accepted`: the share of its first drafts that are right on held-out rows. `speed`: about what decoding with the best
-    number of `drafts` gains over plain decoding.
-    """
+class WholeModel(Plan):
+    """The training of a model."""
 
-    name: str
-    accepted: float
-    drafts: int
-    speed: float
+    config: FinetuneConfig
+    module: RecipeModule
+    recipe: Recipe
+    truncated: int  # rows
+    adapted_layers: int | None = None  # the first ones, to which LoRA is confined: those below the highest trained early exit
 
+    def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
+        refuse_overwrite(config.output, config.overwrite, RUN_FILES)
+        if config.lora_keep:
+            (adapters, below), output = adapters_of(config.model), config.output
+            if os.path.realpath(output) in map(os.path.realpath, (*adapters, below)):
+                raise ConfigError(f"`lora_keep`: the adapter needs its base {output}, which `output` {output} would replace")
+        self.original: Original | None = None  # None from scratch
+        self.scratch = config.recipe.preset == "scratch"
+        if not self.scratch:
+            trainable = for_training(config.model, "cpu", "fp32")
+            if config.replay is None:
+                large = trainable.backend.spec.parameters >= SMALL_MODEL  # which may know more than its task
+                knows = large and config.recipe.preset in ("auto", "none") and not config.streaming
+                config = replace(config, replay=_REPLAY if knows and sum(data.step_rows(config)) * _REPLAY >= 1 else 0.0)
+        rows, held_out = data.read_rows(config)
+        if self.scratch:
+            tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+            trainable = blank(config.model, config.seed, tokenizer)
+        self.place(config, device, trainable)
+        self.stored_dtype = stored_dtype(config.model)  # of the saved weights
+        encoder = data.make_encoder(config, trainable, rows)
+        self.template = encoder.template
+        self.data = (
+            data.encode_stream(config.data, encoder, config.seed) if config.streaming else data.encode_rows(rows, encoder)
+        )
+        self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
+        self._resolve(config, encoder, resume)
+        # Of weights and two moments in fp32; one checkpoint more than are kept, while it is written. With LoRA they are small.
+        every = 0 if config.lora_rank else config.save_steps
+        checkpoints = min(KEPT + 1, self.steps // every) if every else 0
+        needed = self.parameters * (self.stored_dtype.itemsize + 12 * checkpoints)
+        require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
+        self.module = self._module()
+        seen = self.data.seen
+        self.measure(sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size], self.tokens / len(seen))
+        self.order = data.token_order(self.data, trainable.backend.spec.vocab)
 
-@dataclass(frozen=True)
-class Job:
-    """A planned run, made by `prepare`: `plan` says what it will do, `run` does it."""
+    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: ResumePoint | None) -> None:
+        spec, rows, seen = self.trainable.backend.spec, self.data, self.data.seen
+        self.rows, self.tokens, self.left_out = None if config.streaming else len(seen), rows.tokens, rows.left_out
+        self.truncated = sum(row["truncated"] for row in seen)
+        self.held_out = 0 if self.held_out_data is None else len(self.held_out_data.seen)
+        self.notes = (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1)
+        self.steps = data.run_steps(config, len(seen))
+        self.recipe = resolve_recipe(config.recipe, spec, self.steps)
+        if config.lora_keep:  # beside an adapter alone nothing else is saved
+            self.recipe = replace(self.recipe, exit_reader="none")
+        self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
+        if config.lora_layers == "below-exit":
+            trains = self.recipe.curriculum != "none"
+            require(trains, "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
+            self.adapted_layers = max(self.recipe.exits, default=spec.layers - 1)
+        usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
+        self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)
+        facts = asdict(self.recipe) | {"original": None, "tokens": rows.tokens, "data_digest": rows.digest}
+        if config.replay or config.lora_rank:
+            facts["original"] = original = fingerprint(spec, self.trainable.model.get_parameter)
+            if config.replay:
+                self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
+                self.config = replace(self.config, replay_tokens=self.answers.how.tokens)
+                facts["replayed"] = self.answers.journal.name
+        self.seal(resume, facts)
 
-    plan: WholeModel | FrozenModel
+    def _module(self) -> RecipeModule:
+        config, model, readers, backend = self.config, self.trainable.model, None, self.trainable.backend
+        if self.recipe.exit_reader != "none":  # copies of layers that have no adapters yet
+            source, blocks = locate(config.model).folder, NO_BLOCKS
+            if source is not None and not self.scratch:
+                blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
+            readers = new_readers(backend, self.recipe.exits, blocks)
+        if config.lora_rank:
+            model = with_lora(model, config, self.adapted_layers)
+        module = RecipeModule(model, self.recipe, config.seed, config.gradient_checkpointing, readers)
+        module.tokenizer, module.by_muon = self.trainable.tokenizer, config.optimizer == "muon"
+        return module
 
-    def run(
-        self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
-    ) -> CheckpointInfo:
-        """Train to the end and write the result to the config's `output`.
+    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
+        """Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes."""
+        rows: Any = self.data.rows
+        held_out = None if self.held_out_data is None else self.held_out_data.rows
+        if process_index() == 0 and not self.scratch:
+            progress("texts", 1, 0)
+            trained_rows, few = self.steps * data.step_rows(self.config)[0], held_out or ()
+            if self.config.fsdp:  # on the CPU, where a model that needs shards takes minutes for them, while processes wait
+                few = ()
+            self.original = Original(self.trainable, few, self.config.seed, trained_rows)
+        if isinstance(rows, data.StreamedRows):
+            return rows, held_out
+        lengths = [len(row["input_ids"]) for row in rows]
+        if self.answers is not None:
+            starts, packed = self.answers.prompts, "documents" in rows[0]
+            answers = self.answers.write(partial(progress, "replay texts", len(starts)))
+            texts = [start + answer for start, answer in zip(starts, answers, strict=True)]
+            documents = [{"documents": [0] * len(text)} if packed else {} for text in texts]
+            rows = rows + [{"input_ids": text, "labels": text} | own for text, own in zip(texts, documents, strict=True)]
+        return Subset(rows, data.ordered(self.config, lengths, self.steps, len(rows) - len(lengths))), held_out
 
-        Args:
-            on_step: called after each optimizer step; an exception of it ends the run.
-            on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
-
-        Returns:
-            The info of the saved model, with the last losses of every exit, or how each block was trained.
-
-        Raises:
-            CheckpointError: a checkpoint cannot be read or written.
-            TrainingError: the loss is not finite, or explodes.
-            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
-            LockedError: another process writes to the folder.
-        """
-        plan, resume, repository = self.plan, self.plan.resume, self.plan.config.push_to_hub
-        if repository is not None and process_index() == 0:
-            claim_repository(repository)
-        with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
-
-            def progress(stage: str, total: int, done: int) -> None:
-                if interruption.signal is not None:
-                    kept = f"interrupted after {done} of {total} {stage}, which are kept"
-                    raise TrainingInterrupted(kept, interruption.signal, 0)
-                on_progress(stage, done, total)
-
-            history = LossHistory() if resume is None else LossHistory.read(resume.folder)
-            trainer = RunTrainer(plan, *plan.data_sets(progress), history, on_step, interruption)
-            self._train(trainer, interruption)
-            info = plan.save(history)
-            if process_index() == 0:
-                discard_after(checkpoints_folder(plan.config.output), 0)
-                if repository is not None:
-                    push(plan.config.output, repository)
+    def save(self, history: LossHistory) -> CheckpointInfo:
+        """The info has the last losses of every exit."""
+        config, recipe, first = self.config, self.recipe, process_index() == 0
+        if config.fsdp:
+            gather_whole(self.module, keep=first)
+        resolved = {"recipe": asdict(recipe), "epochs": config.epochs or config.usual_epochs}
+        details = {
+            "base_model": config.model,
+            "config": json.loads(json.dumps(asdict(config) | resolved)),  # as it is read back
+            "steps": self.steps,
+            "rows": self.rows,
+            "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
+            "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
+            "validation_rows": None if self.held_out_data is None else self.held_out_data.digest,
+            "trained_exits": list(trained_exits(recipe, self.steps, self.num_layers)),
+            "agreement": {str(layer): share for layer, share in history.agreement.items() if layer < self.num_layers},
+            "versions": _VERSIONS,
+        }
+        if self.original is not None:
+            details["cost"] = msgspec.to_builtins(self.original.cost())
+        if self.module.readers:
+            details[EXIT_BLOCKS] = {str(layer): {"feature": "none"} for layer in recipe.exits}
+        info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
+        if first:
+            model = self.module.model
+            trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
+            order = json.dumps(self.order, separators=(",", ":")).encode()
+            files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: order}
+            if self.module.readers:
+                files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
+            save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
         return info
 
-    def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
-        """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
 
-        Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
-        """
-        config, module, measured = self.plan.config, self.plan.module, info.agreement
-        known = {exit_layer: measured[name] for exit_layer, name in module.names.items() if name in measured}
-        if not known or process_index() > 0:
-            return []
-        backend, found = for_decoding(config.output, self.plan.device, config.dtype).backend, []
-        for exit_layer, share in known.items():
-            speed, drafts = module.worth(backend, exit_layer, (share,)).speeds[share]
-            found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
-        return found
+class FrozenModel(Plan):
+    """The training of what drafts for a model that stays as it is. The held-out prompts and texts are the last ones."""
 
-    def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
-        """Trains to the end, or raises what stopped it."""
-        folder, resume, steps = checkpoints_folder(self.plan.config.output), self.plan.resume, self.plan.total_steps
-        if process_index() == 0:
-            # What an earlier run left there must never be what a later `resume` finds.
-            discard_after(folder, 0 if resume is None else resume.step)
-        try:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-            trainer.accelerator.wait_for_everyone()  # each looks into the staging folder at its end
-        except LayerSkipError:
-            raise
-        except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
-            raise _explained(error, trainer) from error
-        finally:
-            if process_index() == 0:
-                shutil.rmtree(run_staging(folder), ignore_errors=True)
-                with suppress(OSError):
-                    folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
-        step = trainer.state.global_step
-        if step < steps:
-            saved = f"interrupted after step {step} of {steps}; saved {newest_first(folder)[0]}"
-            raise TrainingInterrupted(saved, interruption.signal or 0, step)
+    config: DrafterConfig
+    module: FrozenExits | FrozenEagle3
+    answers: Answers
+    worth: Worth  # of the first drafter that is trained
+    state_seconds: float
+    disk_mb: float  # of states
+
+    def __init__(self, config: DrafterConfig, device: torch.device, resume: ResumePoint | None) -> None:
+        if world_size() > 1:
+            raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
+        source = downloaded(config.model)
+        if not weight_files(source):
+            raise CheckpointError(
+                f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
+            )
+        refuse_overwrite(config.output, config.overwrite or config.in_place)
+        answers = config.answers or ("model" if has_prompts(config.data) else "data")
+        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding.
+        self.place(config, device, for_training(config.model, str(device), config.dtype))
+        backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
+        require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
+        layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
+        module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
+        self.phases, self.taps = len(module.phases), tuple(chain(*module.phases))
+        chosen: dict[str, Any] = {"layout": layout, "answers": answers, module.setting: self.taps}
+        self.config = config = replace(config, lr=config.lr or module.usual_lr, **chosen)
+        self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
+        held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
+        held |= {} if self.kept.eagle3 is None else {0: "a drafter"}
+        there = [held[exit_layer] for exit_layer in module.names if exit_layer in held]
+        if there and config.in_place and not (config.overwrite or resume):
+            raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
+        self.decoder = for_decoding(config.model, str(device), config.dtype)
+        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(self.decoder.backend, min(module.names))
+        self._encode()
+        self._resolve(resume)
+
+    def _encode(self) -> None:
+        """The rows, and the answers to them."""
+        given = data.read_rows(self.config)
+        encoder = data.make_encoder(self.config, self.trainable, given[0])
+        first, longest, self.template = self.module.first_target, encoder.max_length, encoder.template
+        self.config = config = replace(self.config, max_length=longest)
+        encoded: list[list[Any]]
+        if config.answers == "data":
+            encoded = [list(encoder.rows(rows)) for rows in given]
+            for text in chain(*encoded):
+                text["labels"] = [IGNORED if at < first else label for at, label in enumerate(text["labels"])]
+            encoded = [list(filter(data.has_target, rows)) for rows in encoded]
+        else:
+            encoded = [[ids for ids in encoder.prompts(rows) if first <= len(ids) < longest] for rows in given]
+        if not encoded[0]:
+            needed = f"{first} tokens before an answer, and room for it within `max_length` {longest}"
+            raise DataError(f"no row has at least {needed}")
+        self.rows, self.held_out = map(len, encoded)
+        self.left_out = sum(map(len, given)) - self.rows - self.held_out
+        self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows, once the answers are written
+        if config.answers == "model":
+            self.texts, prompts = [], self.texts
+        heat = config.answer_temperature
+        how = Writing(config.answer_tokens, longest, heat, config.seed if heat else 0)  # greedy ones need none
+        journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
+        self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
+
+    def _resolve(self, resume: ResumePoint | None) -> None:
+        config, answers, width = self.config, self.answers, self.trainable.backend.spec.hidden
+        kernels, prompts = self.decoder.backend.implementation, answers.journal.name
+        texts = [(text["input_ids"], text["labels"]) for text in self.texts]
+        named = digest(self.made_for, prompts, texts, self.taps, config.dtype, kernels)
+        self.states = answers.journal.with_name(f"states-{named}")
+        longest = self.texts or [  # as they may become
+            answered(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))
+            for row, prompt in enumerate(answers.prompts)
+        ]
+        self.tokens = sum(len(text["input_ids"]) for text in longest)
+        disk = states_bytes(self.tokens, width, len(self.taps))
+        self.disk_mb, self.state_seconds = disk / 2**20, self.tokens * answers.token_seconds
+        require_disk(self.states, disk, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
+        if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
+            why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
+            self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
+        self.steps = data.run_steps(config, self.rows or 0)
+        self.seal(resume, {"original": self.made_for, "texts": named})
+        exits, example = self.module.phases[0], max(longest, key=lambda text: len(text["input_ids"]))
+        shape = (len(example["input_ids"]), width)
+        states = {"exits": exits, "states": torch.randn(len(exits), *shape), "finals": torch.randn(shape)}
+        self.measure([example | states], self.tokens / len(longest))
+
+    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
+        """Of the states of rows, written where they are not there. Rows come once for each exit, one exit after the other."""
+        texts, exits, backend = self.texts, self.taps, self.trainable.backend
+        if prompts := self.answers.prompts:
+            texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
+        for other in self.states.parent.glob(f"states-{'[0-9a-f]' * 16}"):
+            if other != self.states:  # of an earlier run with other rows or settings
+                shutil.rmtree(other, ignore_errors=True)
+        write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
+        del self.decoder  # frees its weights
+        states = partial(States, texts, self.states, backend.spec.hidden, exits)
+        trained = len(texts) - self.held_out
+        self.module.begin(texts[:trained])
+        order = data.ordered(self.config, [len(text["input_ids"]) for text in texts[:trained]], self.steps)
+        phases = [Subset(states(chosen), order) for chosen in self.module.phases]
+        return ConcatDataset(phases), Subset(states(exits), range(trained, len(texts))) if self.held_out else None
+
+    def save(self, history: LossHistory) -> CheckpointInfo:
+        """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
+        config, info = self.config, self.trainable.info
+        shared = {
+            **self.module.details,
+            "loss": config.loss,
+            "data": asdict(config.data),
+            "validation": config.validation,
+            "answers": config.answers,
+            "rows": self.rows,
+            "target_tokens": sum(label != IGNORED for text in self.texts[: self.rows] for label in text["labels"][1:]),
+            "steps": self.steps,
+            "batch_size": config.batch_size * config.accumulation,
+            "lr": config.lr,
+            "seed": config.seed,
+            "versions": _VERSIONS,
+        }
+        trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
+        for layer, share in history.agreement.items():
+            trained[self.module.names[layer]]["agreement"] = share
+        verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
+        files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
+        if config.in_place:
+            for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
+                (Path(config.output) / name).unlink(missing_ok=True)
+            for name in sorted(files, reverse=True):  # the weights before their config.json
+                save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
+        else:
+            if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
+                info = replace(info, prompt_template=self.template.text, system=self.template.system)
+            copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
+        shutil.rmtree(self.states, ignore_errors=True)
+        return info.with_exit_blocks(trained)
 
 
-def prepare(config: TrainingConfig) -> Job:
-    """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
+def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
+    """The run that `config` asks for. Raises LayerSkipError for whatever would make it fail."""
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = own_device(pick_device(config.device))
     trackers(config.report_to)
@@ -141,12 +349,7 @@ def prepare(config: TrainingConfig) -> Job:
         plan = WholeModel(resolve_sharding(config, device), device, resume)
     if config.training_arguments:
         training_arguments(plan)
-    return Job(plan)
-
-
-def run_lock(output: str) -> AbstractContextManager[None]:
-    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
-    return hold(output, "a training") if process_index() == 0 else nullcontext()
+    return plan
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -164,34 +367,3 @@ def own_device(device: torch.device) -> torch.device:
         require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
         torch.cuda.set_device(number)
     return torch.device(device.type)
-
-
-@contextmanager
-def _kept_memory() -> Iterator[None]:
-    """glibc keeps the memory that a step frees for the next one.
-
-    Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
-    """
-    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(library, "mallopt", lambda option, value: 0)
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:  # the default, and the highest values that glibc would have come to by itself
-        mallopt(_MMAP_MAX, 1 << 16)
-        mallopt(_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_TRIM_THRESHOLD, 1 << 26)
-
-
-def _explained(error: Exception, trainer: RunTrainer) -> Exception:
-    """An error of the libraries as one for the user, if it came while a checkpoint was read or written."""
-    folder, resume = trainer.checkpoints, trainer.plan.resume
-    if trainer.phase == "loading" and resume is not None:
-        return CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}")
-    if trainer.phase != "saving":
-        return error
-    kept = "".join(f"; {last} before it is whole: go on from it with `resume`" for last in newest_first(folder)[:1])
-    free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
-    step = trainer.state.global_step
-    return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")

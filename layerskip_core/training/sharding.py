@@ -114,13 +114,16 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 def gather_whole(module: nn.Module, keep: bool) -> None:
     """Puts whole weights on the CPU in the place of sharded ones, weight by weight, where `keep`; elsewhere empty ones.
 
-    Every process must call it, because all send their shards. Tied weights stay tied. The module cannot be trained afterwards.
+    Every process must call it, because all send their shards. Tied weights stay tied. The module cannot be trained afterwards;
+    where `keep`, it runs on the CPU.
     """
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
     for owner in list(module.modules()):
         if isinstance(owner, FSDPModule):
             owner.__class__ = type(owner).__bases__[1]  # fully_shard has derived a class from FSDPModule and the module's own
+            owner._forward_pre_hooks.clear()  # which gather the weights
+            owner._forward_hooks.clear()
         for name, weight in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(weight, DTensor):
                 continue
@@ -128,6 +131,7 @@ def gather_whole(module: nn.Module, keep: bool) -> None:
                 whole = weight.full_tensor().detach()
                 gathered[weight] = nn.Parameter(whole.cpu() if keep else torch.empty(0), requires_grad=False)
             setattr(owner, name, gathered[weight])
+    module.cpu()  # its buffers, too
 
 
 def reshard(module: nn.Module) -> None:

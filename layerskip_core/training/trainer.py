@@ -1,17 +1,19 @@
 """The training loop: transformers' Trainer around a module, and what happens around its steps.
 
 Trainer's public interface does not suffice: `_load_from_checkpoint`, `_save_optimizer_and_scheduler` and
-`_load_optimizer_and_scheduler` are overridden, and `_n_gpu` is set. Nothing else in training/ touches private names; if a new
-version of transformers changes these, tests/training/test_resume.py fails.
+`_load_optimizer_and_scheduler` are overridden, and `_n_gpu` is set. Nothing else in training/ touches its private names; if a
+new version of transformers changes these, tests/training/test_resume.py fails.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +24,18 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import ConfigError, TrainingError, first_line
+from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingError, TrainingInterrupted, first_line
 from ..files import run_staging
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
 from .data import StreamedRows, collate
-from .plan import Plan
-from .progress import LossHistory, StepLosses, StepReport, checkpoints_folder, newest_first, publish
+from .progress import LossHistory, StepLosses, StepReport, checkpoints_folder, discard_after, newest_first, publish
 from .recipe import RunStep
-from .sharding import read_shard, use_fsdp, write_shard
+from .sharding import process_index, read_shard, use_fsdp, write_shard
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _BETAS = (0.9, 0.95)
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
@@ -52,7 +56,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        plan: Plan,
+        plan: "Plan",
         rows: Any,
         held_out: Any,
         history: LossHistory,
@@ -71,9 +75,42 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
+    def run(self) -> None:
+        """Trains to the end, or raises what stopped it."""
+        folder, resume, is_first = self.checkpoints, self.plan.resume, process_index() == 0
+        if is_first:  # what an earlier run left there must never be what a later `resume` finds
+            discard_after(folder, 0 if resume is None else resume.step)
+        try:
+            self.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+            self.accelerator.wait_for_everyone()  # each looks into the staging folder at its end
+        except LayerSkipError:
+            raise
+        except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
+            raise self._explained(error) from error
+        finally:
+            if is_first:
+                shutil.rmtree(run_staging(folder), ignore_errors=True)
+                with suppress(OSError):
+                    folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
+        step, steps = self.state.global_step, self.plan.total_steps
+        if step < steps:
+            saved = f"interrupted after step {step} of {steps}; saved {newest_first(folder)[0]}"
+            raise TrainingInterrupted(saved, self.interruption.signal or 0, step)
+
+    def _explained(self, error: Exception) -> Exception:
+        """An error of the libraries as one for the user, if it came while a checkpoint was read or written."""
+        folder, resume, step = self.checkpoints, self.plan.resume, self.state.global_step
+        if self.phase == "loading" and resume is not None:
+            return CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}")
+        if self.phase != "saving":
+            return error
+        kept = "".join(f"; {last} before it is whole: go on from it with `resume`" for last in newest_first(folder)[:1])
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
+        return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.plan.is_sharded:
+        if self.plan.config.fsdp:
             use_fsdp(self.accelerator, self.plan.module.backend.layers)
             self.is_fsdp_enabled = True
 
@@ -264,7 +301,7 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def training_arguments(plan: Plan) -> TrainingArguments:
+def training_arguments(plan: "Plan") -> TrainingArguments:
     """Raises ConfigError for further arguments that transformers refuses."""
     config, recipe = plan.config, plan.recipe
     # A backward pass may leave out readers of exits that are off, and experts that no token chose. (A layer without rows and an
@@ -292,7 +329,7 @@ def training_arguments(plan: Plan) -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.is_sharded else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.config.fsdp else None,
         logging_strategy="no",  # on_step_end logs every step
         report_to=trackers(config.report_to),
         disable_tqdm=True,

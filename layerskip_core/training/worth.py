@@ -1,47 +1,49 @@
 """What drafts gain on this machine, by how many of them are accepted, and what a training costs the model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.info import Cost
+from ..checkpoint.loaded import Trainable, decoder_of
+from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
+from ..decoding import decode_batch
 from ..decoding.drafters.estimates import PassTimes, best_length
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
+from .answers import BATCH, own_texts
+from .data import FEWEST, with_whole_answers
 
-if TYPE_CHECKING:
-    from .module import RecipeModule
-
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
-ACCEPTED = (0.5, 0.6, 0.7, 0.8)
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
 _MOST = 8  # drafts of a round at most
+_ANSWER = 64  # tokens of an answer at most
+_PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so the answers take less than 5% of a run
 
 
 @dataclass(frozen=True)
 class Worth:
-    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speeds`: by the share of drafts that are accepted
+    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of drafts that are accepted
     after accepted ones, the speed over plain decoding with the best number of drafts, and this number.
     """
 
     step: float
     draft: float
-    speeds: Mapping[float, tuple[float, int]]
+    speed: Callable[[float], tuple[float, int]]
 
 
 @torch.inference_mode()
-def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Sequence[float] = ACCEPTED) -> Worth:
+def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool) -> Worth:
     """Of drafts through an exit, with or without a block, which takes as long as the last layer. The target goes on from the
     exit's states.
     """
@@ -50,11 +52,11 @@ def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool, shares: Se
     draft = run.seconds(0, exit_layer, head=None if has_block else head)
     if has_block:
         draft += run.seconds(layers - 1, layers, head=head)
-    return _worth(run, draft, exit_layer / layers, shares)
+    return _worth(run, draft, exit_layer / layers)
 
 
 @torch.inference_mode()
-def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[float] = ACCEPTED) -> Worth:
+def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
@@ -67,7 +69,7 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights, shares: Sequence[fl
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0, shares)
+    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
 
 
 class _Passes:
@@ -94,41 +96,67 @@ class _Passes:
         return self.timed(run, tokens)
 
 
-def _worth(run: _Passes, draft: float, shared: float, shares: Sequence[float]) -> Worth:
+def _worth(run: _Passes, draft: float, shared: float) -> Worth:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
-    passes, step, speeds = PassTimes(known[0], 0.0, known), known[0], dict[float, tuple[float, int]]()
-    for share in shares:
-        rate, drafts = best_length((share, share), draft, passes, _MOST, int(shared > 0), 1 - shared)
-        speeds[share] = rate * step, drafts
-    return Worth(step, draft / step, speeds)
+    step, passes = known[0], PassTimes(known[0], 0.0, known)
+
+    def speed(accepted: float) -> tuple[float, int]:
+        rate, drafts = best_length((accepted, accepted), draft, passes, _MOST, int(shared > 0), 1 - shared)
+        return rate * step, drafts
+
+    return Worth(step, draft / step, speed)
 
 
 class Original:
-    """A model before its training: how it read texts of its own, and held-out rows. Both are read again at the end, in fp32."""
+    """A model before its training: how it reads texts of its own and held-out rows, and how many of these it answers right.
+    `cost` measures all of it again, after the training. In fp32.
+    """
 
-    def __init__(self, module: "RecipeModule", own: Rows, held_out: Rows) -> None:
-        self._module, self._own, self._held_out = module, own, held_out
-        (self._best, self._loss), (_, self._task) = self._read(own), self._read(held_out)
+    def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
+        """`trained_rows`: of the data, over the whole run. A short run has fewer rows answered, or none."""
+        self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
+        few = with_whole_answers(held_out)
+        self._own, self._held_out = own_texts(self._decoder, seed), [row for row, _ in few]
+        asked = [
+            (row["input_ids"][:start].tolist(), row["input_ids"][start:].tolist())
+            for row, start in few
+            if start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]  # 1: a text begins
+        ][: trained_rows // _PER_ANSWERED]
+        self._asked = asked if len(asked) >= FEWEST else []
+        self._before = self._measured()
 
     def cost(self) -> Cost:
-        (best, loss), (_, task) = self._read(self._own), self._read(self._held_out)
-        same = float((best == self._best).float().mean())
-        return Cost(len(best), same, exp(self._loss), exp(loss), (self._task, task) if self._held_out else None)
+        self._model.eval()
+        (best, own, task, right), (new_best, new_own, new_task, new_right) = self._before, self._measured()
+        losses, answered = (task, new_task) if self._held_out else None, (right, new_right) if self._asked else None
+        same = float((best == new_best).float().mean())
+        return Cost(len(best), same, exp(own), exp(new_own), losses, answered, len(self._asked))
 
     @torch.no_grad()
-    def _read(self, rows: Rows) -> tuple[Tensor, float]:
+    def _measured(self) -> tuple[Tensor, float, float, float]:
+        """(the best tokens and the mean loss of its own text, the mean loss of held-out rows, the share answered right)."""
+        return *self._read(self._own), self._read(self._held_out)[1], self._answered()
+
+    def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
         """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
-        module, backend, was_training = self._module, self._module.backend, self._module.training
-        module.eval()
-        best, loss = list[Tensor](), 0.0
+        backend, best, loss = self._backend, list[Tensor](), 0.0
         for row in rows:
             ids, labels = (torch.as_tensor(row[name]).to(backend.device).long()[None] for name in ("input_ids", "labels"))
-            states = module.texts.states(ids, (backend.num_layers,))[backend.num_layers]
+            states = backend.texts.states(ids, (backend.num_layers,))[backend.num_layers]
             hidden, targets = target_rows(states, labels)
             logits = backend.unembed(hidden).float()
             best.append(logits.argmax(-1).cpu())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        module.train(was_training)
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
+
+    def _answered(self) -> float:
+        """The share of rows whose greedy answer is theirs, but for white space around it."""
+        decoder, right = self._decoder, 0
+        for at in range(0, len(self._asked), BATCH):
+            prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
+            config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
+            for answer in decode_batch(self._backend, prompts, config, decoder.eos_ids, decoder.detokenize):
+                right += answer.text.strip() == decoder.detokenize(wanted[answer.row]).strip()
+        return right / max(1, len(self._asked))

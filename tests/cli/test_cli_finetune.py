@@ -11,6 +11,7 @@ from command_line import fails, run
 
 from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
+from layerskip_core.training import worth
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 
@@ -58,7 +59,9 @@ def test_the_papers_recipe_with_named_exits(finetune):
     assert not Path("out", "exit_blocks.safetensors").exists()
 
 
-def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
+def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypatch):
+    monkeypatch.setattr(worth, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
+    monkeypatch.setattr(worth, "FEWEST", 4)
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
@@ -70,7 +73,7 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
     )
     assert re.fullmatch(
         r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
-        r"held-out loss [\d.]+ -> [\d.]+",
+        r"held-out loss [\d.]+ -> [\d.]+; exact match of 4 held-out rows 0\.0 -> 0\.0%",
         cost,
     )
     drafter = f"layerskip train-drafter --model out --output out --data {Path('rows.jsonl')}"

@@ -179,6 +179,25 @@ def test_a_figure_that_one_run_of_a_label_lacks_is_left_out(tmp_path):
     assert compare(mixed).lines == ()
 
 
+def test_what_a_training_cost_is_compared(tmp_path):
+    """After the training, from layerskip.json: shares in points, perplexities by their ratio. Older ones lack some."""
+    costs = {
+        "none": {"tokens": 64, "agreement": 0.9, "before": 4.0, "after": 5.0, "exact_match": [0.0, 0.5], "answered": 16},
+        "recipe": {"tokens": 64, "agreement": 0.8, "before": 4.0, "after": 10.0, "exact_match": [0.0, 0.25], "answered": 16},
+        "older": {"tokens": 64, "agreement": 0.7, "before": 4.0, "after": 20.0},
+    }
+    for name, cost in costs.items():
+        trained(tmp_path / name, {4: 1.0})
+        saved(tmp_path / name, "layerskip.json", json.dumps({"validation_rows": "test", "cost": cost}))
+    result = run("compare", *(str(tmp_path / name) for name in costs), "--format", "markdown")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines() if "all layers" in line]
+    assert rows == [
+        ["held out exact match", "all layers", "50.0%", "25.0%", "-", "-25.0", "-"],
+        ["own text agreement", "all layers", "90.0%", "80.0%", "70.0%", "-10.0", "-20.0"],
+        ["own text perplexity", "all layers", "5", "10", "20", "x2", "x4"],
+    ]
+
+
 def test_documents_and_plots(tmp_path):
     for label, gain in (("a", 0.0), ("b", 1.0)):
         for seed in (1, 2):

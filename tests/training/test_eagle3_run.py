@@ -60,9 +60,9 @@ def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
     config = frozen(model=checkpoint, steps=60, lr=1e-2, eval_steps=60, validation="train", validation_samples=40)
     described, _, _ = train(config)
     decoder = for_decoding(config.output, "cpu")
-    job = prepare(replace(config, output=config.output + "-again"))
+    plan = prepare(replace(config, output=config.output + "-again"))
     tested = accepted = 0
-    for prompt in job.plan.answers.prompts[-40:]:
+    for prompt in plan.answers.prompts[-40:]:
         loop = decode(decoder.backend, prompt, DecodingConfig("eagle3", num_draft_tokens=1, max_new_tokens=8), decoder.eos_ids)
         plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=8), decoder.eos_ids)
         assert [token for [step] in loop for token in step.ids] == [token for [step] in plain for token in step.ids]
@@ -90,10 +90,10 @@ def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     lines.write_text("a\nb\nplay some jazz\n" * 8)
     asked = {"answers": answers, "answer_tokens": 1 if answers == "model" else DrafterConfig.answer_tokens}
     data, raw = DataConfig(name=str(lines)), PromptingConfig(raw=True)
-    job = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
-    assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
-    job.run(lambda report: None)
-    assert all(text["labels"][:2] == [IGNORED] * 2 for text in job.plan.texts)
+    plan = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
+    assert plan.rows + plan.held_out == 8 and plan.left_out == 16
+    plan.run(lambda report: None)
+    assert all(text["labels"][:2] == [IGNORED] * 2 for text in plan.texts)
 
 
 def test_a_drafter_is_trained_further(frozen, tmp_path):

@@ -129,13 +129,13 @@ def written(tmp_path, count=50):
 
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
-    job = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
-    assert {len(row["labels"]) for row in job.plan.data.rows[:-1]} == {32} and "packed into whole rows" in job.plan.notes[0]
-    assert job.plan.truncated == 0 and job.plan.tokens == prepare(settings(data=data)).plan.tokens
+    plan = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
+    assert {len(row["labels"]) for row in plan.data.rows[:-1]} == {32} and "packed into whole rows" in plan.notes[0]
+    assert plan.truncated == 0 and plan.tokens == prepare(settings(data=data)).tokens
     for changes in ({"preset": "finetune"}, {"preset": "continual", "pack": False}):
         recipe = replace(RECIPE, preset=changes.pop("preset"))
-        job = prepare(settings(data=data, recipe=recipe, **changes))
-        assert job.plan.rows == 50 and not job.plan.notes
+        plan = prepare(settings(data=data, recipe=recipe, **changes))
+        assert plan.rows == 50 and not plan.notes
     with pytest.raises(DataError, match="`pack` is for plain text"):
         prepare(settings(pack=True))
     assert len(train(settings(data=data, recipe=replace(RECIPE, preset="scratch"), max_length=32, steps=2))) == 2
@@ -154,7 +154,7 @@ def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, t
 def test_a_streamed_run_and_its_resumption(settings, tmp_path):
     """Not promised, but so it is while the file stays as it was: the rows already seen are read past."""
     changes = {"data": DataConfig(name=written(tmp_path)), "streaming": True}
-    plan = prepare(settings(**changes)).plan
+    plan = prepare(settings(**changes))
     assert plan.rows is None and "streaming: `resume` reads past" in plan.notes[0]
     require_exact_resumption(settings, tmp_path, **changes)
 
@@ -174,25 +174,25 @@ def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
 def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
-    job = prepare(settings(**changes))
-    assert job.plan.held_out_data.digest == prepare(settings(**changes)).plan.held_out_data.digest
-    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (job.plan.held_out_data, job.plan.data))
+    plan = prepare(settings(**changes))
+    assert plan.held_out_data.digest == prepare(settings(**changes)).held_out_data.digest
+    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (plan.held_out_data, plan.data))
     assert not held_out & own
     reports = []
-    info = job.run(reports.append)
+    info = plan.run(reports.append)
     assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
-    batch = collate([job.plan.held_out_data.rows[at] for at in range(6)])
-    logits = job.plan.trainable.model.eval()(batch["input_ids"]).logits
+    batch = collate([plan.held_out_data.rows[at] for at in range(6)])
+    logits = plan.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
-    assert info.details["validation_rows"] == job.plan.held_out_data.digest != job.plan.data.digest
+    assert info.details["validation_rows"] == plan.held_out_data.digest != plan.data.digest
 
 
 def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert prepare(settings(validation="test", validation_samples=2)).plan.held_out == 2
+    assert prepare(settings(validation="test", validation_samples=2)).held_out == 2
 
 
 def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
-from layerskip_core.training import trained
+from layerskip_core.training import run as running
 from layerskip_core.training.run import prepare
 
 DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
@@ -91,7 +91,7 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
         prepare(frozen(model=model, output=model, exits=(2, 3)))
 
     config = frozen(model=model, output=model, exits=(3,))
-    assert len(prepare(config).plan.answers.known) == 40
+    assert len(prepare(config).answers.known) == 40
     train(config)
     second = blocks(model)
     assert hashes(Path(model) / "checkpoints") == answers  # the same answers, not decoded again
@@ -116,10 +116,10 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     assert before.resolve({}, asked).strategy == "autoregressive"
 
     config = frozen(model=model, **({"output": model} if in_place else {}))
-    job = prepare(config)
-    assert len(job.plan.notes) == 1
-    assert job.plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
-    trained = job.run(lambda report: None).details["exit_blocks"]
+    plan = prepare(config)
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
+    trained = plan.run(lambda report: None).details["exit_blocks"]
     decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
@@ -127,7 +127,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     drafter = drafter_for(DrafterSetup(decoder.backend, Sampler(decoding, decoder.backend.device), decoding))
     assert "exit 2" in drafter._known.arms
     assert in_place or read_info(model) == saved
-    assert prepare(replace(config, overwrite=True)).plan.notes == (() if in_place else job.plan.notes)
+    assert prepare(replace(config, overwrite=True)).notes == (() if in_place else plan.notes)
 
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
@@ -156,12 +156,12 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
     model = str(shutil.copytree(base, tmp_path / "model"))
     config = frozen(model=model, output=model, save_steps=2)
 
-    def killed(model, *arguments, save=trained.FrozenModel.save):
+    def killed(model, *arguments, save=running.FrozenModel.save):
         save(model, *arguments)
         raise Interrupted
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(trained.FrozenModel, "save", killed)
+        patched.setattr(running.FrozenModel, "save", killed)
         prepare(config).run(lambda report: None)
     written = hashes(model)
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
@@ -172,25 +172,25 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
 
 
 def test_a_signal_before_the_training_keeps_what_is_done(frozen):
-    job = prepare(frozen())
+    plan = prepare(frozen())
 
     def interrupt(stage, done, total):
         if stage == "states":
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(TrainingInterrupted, match=r"interrupted after .* of 40 states, which are kept"):
-        job.run(lambda report: None, interrupt)
-    assert len(prepare(frozen(resume=True)).plan.answers.known) == 40
+        plan.run(lambda report: None, interrupt)
+    assert len(prepare(frozen(resume=True)).answers.known) == 40
 
 
 def test_answers_of_the_data_need_no_decoding(frozen, base):
     config = frozen(**DATA, validation="validation", validation_samples=7)
-    job = prepare(config)
+    plan = prepare(config)
     tokenizer = for_training(base).tokenizer
-    text = job.plan.texts[0]
+    text = plan.texts[0]
     answer = [label for label in text["labels"] if label >= 0]
     assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith("[IN:")
-    assert (job.plan.rows, job.plan.held_out) == (40, 7)
+    assert (plan.rows, plan.held_out) == (40, 7)
     _, _, stages = train(config)
     assert {stage for stage, _, _ in stages} == {"states"}
 
@@ -200,16 +200,16 @@ def test_rows_need_prompts_only(frozen, tmp_path):
     file.write_text(
         "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30)) + '{"prompt": "%s"}\n' % ("x " * 99)
     )
-    job = prepare(frozen(data=DataConfig(str(file)), steps=None))
-    assert (job.plan.rows, job.plan.held_out, job.plan.left_out) == (30, 0, 1)  # the long one was the one to hold out
-    assert job.plan.steps == 15  # two passes, 4 rows a step
+    plan = prepare(frozen(data=DataConfig(str(file)), steps=None))
+    assert (plan.rows, plan.held_out, plan.left_out) == (30, 0, 1)  # the long one was the one to hold out
+    assert plan.steps == 15  # two passes, 4 rows a step
     with pytest.raises(DataError, match="no column 'completion'"):
         prepare(frozen(data=DataConfig(str(file)), **DATA))
     file.write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         prepare(frozen(data=DataConfig(str(file))))
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
-    assert prepare(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).plan.rows == 2
+    assert prepare(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows == 2
 
 
 def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_model_of_one_layer_is_refused(frozen, tmp_path):
 def test_rows_without_prompts_are_their_own_answers(frozen, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
-    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).plan.config.answers == "data"
+    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers == "data"
 
 
 def test_rows_with_an_empty_prompt_are_left_out(frozen, tmp_path):
@@ -247,4 +247,4 @@ def test_rows_with_an_empty_prompt_are_left_out(frozen, tmp_path):
     rows.write_text("".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts))
     data = DataConfig(name=str(rows))
     assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
-    assert prepare(frozen(data=data)).plan.rows == 2
+    assert prepare(frozen(data=data)).rows == 2

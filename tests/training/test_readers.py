@@ -1,5 +1,6 @@
 """Readers of exits, trained together with the model, and what a training tells at its end."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from training_runs import RECIPE, batch, recipe_module, require_exact_resumption
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import decode
+from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
 from layerskip_core.training import worth
@@ -73,13 +75,13 @@ def test_a_reader_sees_the_documents_of_a_row_apart(kind):
 
 def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
     """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as it is."""
-    job = prepare(settings(recipe=READ, lr=1e-30, steps=3))
-    start = {name: weight.clone() for name, weight in job.plan.module.readers.named_parameters()}
-    job.run(lambda report: None)
-    after = dict(job.plan.module.readers.named_parameters())
+    plan = prepare(settings(recipe=READ, lr=1e-30, steps=3))
+    start = {name: weight.clone() for name, weight in plan.module.readers.named_parameters()}
+    plan.run(lambda report: None)
+    after = dict(plan.module.readers.named_parameters())
     moved = {name for name, weight in start.items() if not torch.equal(weight, after[name])}
     assert moved == {name for name, weight in start.items() if weight.dim() == 2}
-    assert same_weights(tmp_path / "out", job.plan.config.model)
+    assert same_weights(tmp_path / "out", plan.config.model)
     cost = read_info(tmp_path / "out").details["cost"]
     assert cost["agreement"] == 1 and cost["before"] == pytest.approx(cost["after"])
 
@@ -105,22 +107,22 @@ def test_muon_trains_the_layers_matrices_alone(settings):
 
 @pytest.fixture(scope="module")
 def learnt(checkpoint, tmp_path_factory):
-    """A run long enough for its reader to be right now and then; job, info and folder."""
+    """A run long enough for its reader to be right now and then; plan, info and folder."""
     from training_runs import settings_on
 
     folder = tmp_path_factory.mktemp("learnt")
     data = {"validation": "train", "validation_samples": 40}
     make = settings_on(checkpoint, folder)
-    job = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
-    return job, job.run(lambda report: None), folder / "out"
+    plan = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
+    return plan, plan.run(lambda report: None), folder / "out"
 
 
 def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
     """First drafts while decoding the prompts that it learnt from, against the agreement on their rows."""
-    job, info, folder = learnt
+    plan, info, folder = learnt
     decoder, tested, accepted = for_decoding(str(folder), "cpu"), 0, 0
     assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
-    for row in job.plan.data.rows[:20]:
+    for row in plan.data.rows[:20]:
         ids = row["input_ids"].tolist()
         prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
         config = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16)
@@ -145,8 +147,8 @@ class Passes:
 def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A round of d drafts takes d + 1 times 2 layers, the block and the head, and 4/6 of a pass; a plain step 8 seconds."""
     monkeypatch.setattr(worth, "_Passes", Passes)
-    job, info, _ = learnt
-    [verdict] = job.verdicts(info)
+    plan, info, _ = learnt
+    [verdict] = plan.verdicts(info)
     share = info.agreement["2"]
     speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * (d + 1) + 16 / 3) for d in (1, 2, 3, 4, 5, 6, 8)}
     assert (verdict.name, verdict.accepted) == ("exit 2", share)
@@ -156,10 +158,10 @@ def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     """Others, and those of another exit, begin as copies of the last layer."""
     _, _, folder = learnt
-    job = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
-    known, readers = blocks(folder), dict(job.plan.module.readers.named_parameters())
+    plan = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
+    known, readers = blocks(folder), dict(plan.module.readers.named_parameters())
     assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
-    last = dict(TransformersBackend(job.plan.trainable.model).layers[-1].named_parameters())
+    last = dict(TransformersBackend(plan.trainable.model).layers[-1].named_parameters())
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
 
 
@@ -174,7 +176,7 @@ def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
     assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
-    assert set(info.details["cost"]) == {"tokens", "agreement", "before", "after", "task"} and info.cost.task is None
+    assert (info.cost.tokens, info.cost.task, info.cost.exact_match) == (4 * 4, None, None)
 
 
 def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
@@ -184,10 +186,31 @@ def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
     assert after < before and after == pytest.approx(info.details["validation_losses"]["4"], rel=1e-3)
 
 
+def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_path):
+    """As the saved model answers them, one by one: 8 rows that were memorised, 8 others, and 2 that do not count."""
+    rows = [{"prompt": f"say {letter}", "completion": f"{letter} is said"} for letter in "abcdefgh"]
+    others = [{"prompt": f"tell {letter}", "completion": "nothing"} for letter in "ijklmnop"]
+    unasked = [{"prompt": "a long one", "completion": "word " * 65}, {"prompt": "", "completion": "plain text"}]
+    for name, written in (("rows", rows), ("held", unasked + rows + others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    data, held_out = DataConfig(str(tmp_path / "rows.jsonl")), str(tmp_path / "held.jsonl")
+    run = {"data": data, "validation": held_out, "recipe": RecipeSettings("none"), "batch_size": 8, "lr": 1e-2}
+    train(settings(**run, steps=80))  # 640 rows: a fortieth of them is answered
+    decoder, right = for_decoding(str(tmp_path / "out"), "cpu", "fp32"), 0
+    for row in rows + others:
+        config = DecodingConfig("autoregressive", max_new_tokens=64)
+        [answer] = decode_batch(decoder.backend, [decoder.encode_prompt(row["prompt"])], config, decoder.eos_ids)
+        right += decoder.detokenize(answer.ids) == row["completion"]
+    cost = read_info(tmp_path / "out").cost
+    assert (cost.answered, cost.exact_match) == (16, (0.0, right / 16)) and 4 <= right < 16
+    train(settings(**run, steps=79, output=str(tmp_path / "shorter")))
+    assert read_info(tmp_path / "shorter").cost.exact_match is None
+
+
 def test_rows_are_held_out_of_many_and_none_of_few(settings):
-    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)).plan for limit in (32, 340)]
+    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)) for limit in (32, 340)]
     assert [(plan.rows, plan.held_out, plan.eval_steps) for plan in plans] == [(32, 0, 0), (323, 17, 4)]
-    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True)).plan
+    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True))
     assert (endless.rows, endless.held_out) == (16, 64)
 
 
@@ -210,7 +233,7 @@ def test_schedules_of_the_learning_rate(settings, scheduler):
 
 
 def test_further_arguments_of_transformers(settings):
-    job = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
-    job.run(lambda report: None)
+    plan = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
+    plan.run(lambda report: None)
     with pytest.raises(Exception, match=r"`training_arguments`: .*no_such_argument"):
         prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))

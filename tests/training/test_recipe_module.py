@@ -284,7 +284,7 @@ def test_a_model_with_another_attention_keeps_it():
 def test_auto_is_bf16_where_the_cpu_is_faster_in_it(settings, monkeypatch, multiplies_bf16, dtype, attention):
     monkeypatch.setattr(plans, "multiplies_bf16", lambda: multiplies_bf16)
     config = settings(dtype="auto", steps=1)
-    job = prepare(config)
-    job.run(lambda report: None)
-    assert (job.plan.dtype, job.plan.trainable.model.config._attn_implementation) == (dtype, attention)
+    plan = prepare(config)
+    plan.run(lambda report: None)
+    assert (plan.dtype, plan.trainable.model.config._attn_implementation) == (dtype, attention)
     assert "sdpa" not in Path(config.output, "config.json").read_text()

@@ -87,9 +87,9 @@ def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(base, t
 def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(settings, tmp_path):
     whole = str(tmp_path / "whole")
     train(settings(save_steps=2, output=whole))
-    job = prepare(settings(save_steps=2))
+    plan = prepare(settings(save_steps=2))
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*: in the way is losses.jsonl"):
-        job.run(lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
+        plan.run(lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
     (tmp_path / "out" / "losses.jsonl").rmdir()
     assert steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
     assert train(settings(save_steps=2, resume=True)) == []
@@ -125,7 +125,7 @@ def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
 
 def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch):
     """No file may grow beyond 0.1 MB, as by a quota, from the end of step 2 on; the optimizer's has 0.3 MB."""
-    monkeypatch.setattr("layerskip_core.training.trained.require_disk", lambda *_: None)
+    monkeypatch.setattr("layerskip_core.training.run.require_disk", lambda *_: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(report):
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch
     first = checkpoint(tmp_path / "out", 1)
     assert f"{first} before it is whole: go on from it with `resume`" in str(error.value)
     assert [path.name for path in first.parent.iterdir()] == ["checkpoint-1"]
-    assert prepare(settings(save_steps=1, resume=True)).plan.resume.step == 1
+    assert prepare(settings(save_steps=1, resume=True)).resume.step == 1
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
@@ -203,11 +203,11 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     written = two_checkpoints / "checkpoints" / ".layerskip-staging-0" / "checkpoint-3"
     written.mkdir(parents=True)
     (written / "model.safetensors").write_bytes(b"half")
-    job = prepare(settings(save_steps=1, resume=True))
-    assert job.plan.resume.step == 2
+    plan = prepare(settings(save_steps=1, resume=True))
+    assert plan.resume.step == 2
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
-        job.run(lambda report: None)
+        plan.run(lambda report: None)
     assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()
 
 

@@ -22,7 +22,8 @@ from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError, TrainingInterrupted
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import answers, trained
+from layerskip_core.training import answers
+from layerskip_core.training import run as running
 from layerskip_core.training.data import collate, with_replay
 from layerskip_core.training.run import prepare
 
@@ -41,9 +42,9 @@ def ignored(done):
     pass
 
 
-def rows_of(job):
+def rows_of(plan):
     """Those that the run will train on, in their order."""
-    rows, _ = job.plan.data_sets(lambda stage, total, done: None)
+    rows, _ = plan.data_sets(lambda stage, total, done: None)
     return [rows[position] for position in range(len(rows))]
 
 
@@ -67,60 +68,60 @@ def test_the_places_of_the_texts_are_a_function_of_the_position(replayed, per_st
 def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     """Steps of 4 rows: 3 of the data, each once an epoch, and a text with a label on every token."""
     config = settings(**QUARTER, steps=None, data=DataConfig(limit=30, seed=1))
-    job = prepare(config)
-    assert (job.plan.steps, len(job.plan.answers.prompts)) == (10, 10)
-    rows = rows_of(job)
+    plan = prepare(config)
+    assert (plan.steps, len(plan.answers.prompts)) == (10, 10)
+    rows = rows_of(plan)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
-    assert own == Counter(tuple(row["input_ids"]) for row in job.plan.data.rows)
+    assert own == Counter(tuple(row["input_ids"]) for row in plan.data.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
-    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.answers.prompts, strict=True)}
+    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, plan.answers.prompts, strict=True)}
     assert lengths == {12}
     batch = collate(rows[:4])
     assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1  # nothing predicts the first
 
 
 def test_texts_are_sampled_by_the_seed(settings, tmp_path):
-    job = prepare(settings(**QUARTER, steps=20))
-    starts = job.plan.answers.prompts
+    plan = prepare(settings(**QUARTER, steps=20))
+    starts = plan.answers.prompts
     assert len(set(map(tuple, starts))) > 10 and {len(start) for start in starts} == {1}
     elsewhere = prepare(settings(**QUARTER, steps=20, output=str(tmp_path / "elsewhere")))
-    ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, job))
+    ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, plan))
     assert ids == other
     other = prepare(settings(**QUARTER, steps=20, seed=1))
-    assert other.plan.answers.journal != job.plan.answers.journal
-    assert other.plan.answers.prompts != starts
+    assert other.answers.journal != plan.answers.journal
+    assert other.answers.prompts != starts
 
 
 def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
     base = str(tmp_path / "templated")
     train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
-    starts = prepare(settings(model=base, **QUARTER)).plan.answers.prompts
+    starts = prepare(settings(model=base, **QUARTER)).answers.prompts
     templated = for_decoding(base).prompt_start()
     assert len(templated) > 1 and starts[1::2] == [templated] * 2 and [len(start) for start in starts[0::2]] == [1, 1]
 
 
 def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
-    job = prepare(settings(replay=0.5))
-    assert not job.plan.answers.known and job.plan.answers.seconds > 0
-    assert not Path(job.plan.config.output).exists()  # a plan writes nothing
-    assert job.plan.answers.how.tokens == round(job.plan.data.tokens / len(job.plan.data.rows)) > 2
-    long = prepare(settings(replay=0.5, replay_tokens=1000, max_length=256)).plan
+    plan = prepare(settings(replay=0.5))
+    assert not plan.answers.known and plan.answers.seconds > 0
+    assert not Path(plan.config.output).exists()  # a plan writes nothing
+    assert plan.answers.how.tokens == round(plan.data.tokens / len(plan.data.rows)) > 2
+    long = prepare(settings(replay=0.5, replay_tokens=1000, max_length=256))
     assert {long.answers.how.room(len(start)) + len(start) for start in long.answers.prompts} == {256}
 
 
 def test_packed_rows_have_packed_texts(settings, tmp_path):
     file = tmp_path / "plain.txt"
     file.write_text("some words in a row\n\n" * 40)
-    job = prepare(
+    plan = prepare(
         settings(data=DataConfig(str(file)), recipe=replace(RECIPE, preset="continual"), **QUARTER, max_length=32, steps=1)
     )
-    rows = rows_of(job)
+    rows = rows_of(plan)
     assert rows[3]["documents"] == [0] * len(rows[3]["input_ids"])
     assert collate(rows[:4])["documents"].shape == (4, 32)
     reports = []
-    job.run(reports.append)
+    plan.run(reports.append)
     assert len(reports) == 1
 
 
@@ -146,11 +147,11 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     with pytest.raises(TrainingInterrupted, match="interrupted after 6 of 8 replay texts, which are kept"):
         prepare(config).run(ignored, interrupting)
     assert stages == [0, 2, 4]
-    job = prepare(replace(config, resume=True))
-    assert (len(job.plan.answers.known), job.plan.resume) == (6, None)
-    job.run(ignored, lambda stage, done, total: stage == "replay texts" and stages.append(done))
+    plan = prepare(replace(config, resume=True))
+    assert (len(plan.answers.known), plan.resume) == (6, None)
+    plan.run(ignored, lambda stage, done, total: stage == "replay texts" and stages.append(done))
     assert stages[3:] == [6, 8]
-    assert len(prepare(replace(config, overwrite=True)).plan.answers.known) == 8
+    assert len(prepare(replace(config, overwrite=True)).answers.known) == 8
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,6 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     ],
 )
 def test_a_model_that_may_know_more_than_its_task_replays_by_default(settings, monkeypatch, changes, share):
-    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).plan.config.replay == changes.get("replay", 0.0)
-    monkeypatch.setattr(trained, "SMALL_MODEL", 1000)
-    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).plan.config.replay == share
+    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == changes.get("replay", 0.0)
+    monkeypatch.setattr(running, "SMALL_MODEL", 1000)
+    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == share

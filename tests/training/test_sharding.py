@@ -19,11 +19,12 @@ from training_runs import (
     weights,
 )
 
+from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
-from layerskip_core.training import run as running
+from layerskip_core.training import plan as plans
 from layerskip_core.training import trainer
 from layerskip_core.training.run import own_device, prepare
 
@@ -46,7 +47,7 @@ READERS = {"recipe": RecipeSettings(p_max=0.0, exits=(2,)), "batch_size": 2, "st
 def sharded_runs(rank, base, folder):
     settings = settings_on(base, Path(folder))
     run_quietly(settings(**WHOLE, fsdp=True, output=f"{folder}/whole"))
-    running.discard_after = lambda *_: None  # the last checkpoints are looked at
+    plans.discard_after = lambda *_: None  # the last checkpoints are looked at
     resumed = {**WHOLE, "fsdp": True, "output": f"{folder}/resumed", "save_steps": 2}
     try:
         prepare(settings(**resumed)).run(stop_at(3))
@@ -101,6 +102,10 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         for name, weight in weights(tmp_path / sharded).items():
             torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=2e-5)
         assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
+        cost, expected = (read_info(tmp_path / name).cost for name in (sharded, one))  # in fp32, of the whole model
+        for name in ("tokens", "agreement", "before", "after"):
+            assert getattr(cost, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+        assert cost.before != pytest.approx(cost.after, rel=1e-3) and cost.task is None
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
     read, expected = (load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("readers", "one-read"))
     for name, weight in read.items():  # Muon, in bf16, makes directions of hardly any gradient as long as the others
@@ -124,7 +129,7 @@ def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(setti
     with pytest.raises(ConfigError, match="accelerate's fsdp_version must be 2, got 1"):
         prepare(settings())
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert prepare(settings()).plan.config.fsdp
+    assert prepare(settings()).config.fsdp
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(
         ConfigError, match="fsdp_activation_checkpointing must be false; give `gradient_checkpointing` instead, got true"

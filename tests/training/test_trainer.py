@@ -39,11 +39,11 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
     losses, gradients = [], []
     for batch_size, accumulation in ((2, 1), (1, 2)):
         sizes = {"batch_size": batch_size, "accumulation": accumulation, "steps": 1, "overwrite": True}
-        job = prepare(settings(data=data, recipe=PLAIN, **sizes))
+        plan = prepare(settings(data=data, recipe=PLAIN, **sizes))
         accumulated = []
-        head = job.plan.trainable.model.lm_head.weight
+        head = plan.trainable.model.lm_head.weight
         head.register_post_accumulate_grad_hook(lambda weight, seen=accumulated: seen.append(weight.grad.clone()))
-        job.run(lambda report: losses.append(report.loss))
+        plan.run(lambda report: losses.append(report.loss))
         assert len(accumulated) == accumulation
         gradients.append(accumulated[-1])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -52,12 +52,12 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
 
 def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
     """A step of rows with 4 and 40 words, one second long: their tokens, not those of two rows of the longer one."""
-    job = prepare(settings(data=rows_file(tmp_path, "a " * 4, "a " * 40), batch_size=2, steps=1))
+    plan = prepare(settings(data=rows_file(tmp_path, "a " * 4, "a " * 40), batch_size=2, steps=1))
     seconds = itertools.count()
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(seconds)))
     reports = []
-    job.run(reports.append)
-    lengths = [len(row["input_ids"]) for row in job.plan.data.rows]
+    plan.run(reports.append)
+    lengths = [len(row["input_ids"]) for row in plan.data.rows]
     assert reports[0].tokens_per_second == sum(lengths) < 2 * max(lengths)
 
 
@@ -71,12 +71,12 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
         return arguments
 
     monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
-    job = prepare(settings(steps=1))
+    plan = prepare(settings(steps=1))
     batches = []
-    job.plan.module.register_forward_pre_hook(
+    plan.module.register_forward_pre_hook(
         lambda _, args, keywords: batches.append(len(keywords["input_ids"])), with_kwargs=True
     )
-    job.run(lambda report: None)
+    plan.run(lambda report: None)
     assert batches == [4]
     monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
     with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
@@ -95,10 +95,10 @@ def test_a_small_set_is_memorised(settings, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A run of four steps: the job, its reports, the info that it returned and its folder."""
+    """A run of four steps: the plan, its reports, the info that it returned and its folder."""
     folder, reports = tmp_path_factory.mktemp("trained"), []
-    job = prepare(settings_on(base, folder)(lr=2e-3, warmup=0.5))
-    return job, reports, job.run(reports.append), folder / "out"
+    plan = prepare(settings_on(base, folder)(lr=2e-3, warmup=0.5))
+    return plan, reports, plan.run(reports.append), folder / "out"
 
 
 def test_every_report_is_complete(trained):
@@ -183,10 +183,9 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
 
 
 def test_the_plan(settings, base):
-    job = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
-    plan = job.plan
-    assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in job.plan.data.rows)
-    assert plan.truncated == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in job.plan.data.rows) > 0
+    plan = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
+    assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in plan.data.rows)
+    assert plan.truncated == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in plan.data.rows) > 0
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
     assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
@@ -196,8 +195,8 @@ def test_the_plan(settings, base):
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
-    job = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2))
-    assert (job.plan.rows, job.plan.steps) == (40, 5)
+    plan = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2))
+    assert (plan.rows, plan.steps) == (40, 5)
 
 
 def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
@@ -206,12 +205,12 @@ def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
     assert not recwarn.list  # Python would print them
 
 
-def spoiling(job, step, factor):
+def spoiling(plan, step, factor):
     """A listener that multiplies the head by a factor once a step is done."""
 
     def listen(report):
         if report.step == step:
-            job.plan.trainable.model.lm_head.weight.data.mul_(factor)
+            plan.trainable.model.lm_head.weight.data.mul_(factor)
 
     return listen
 
@@ -226,20 +225,20 @@ def spoiling(job, step, factor):
 def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, message, save_steps):
     last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     where = r"no checkpoint was written" if not save_steps else f"the last good checkpoint is {last}: start from it"
-    job = prepare(settings(save_steps=save_steps, recipe=RECIPE))
+    plan = prepare(settings(save_steps=save_steps, recipe=RECIPE))
     with pytest.raises(TrainingError, match=f"{message}; {where}.* a lower `lr`"):
-        job.run(spoiling(job, 2, factor))
+        plan.run(spoiling(plan, 2, factor))
     assert last.exists() == bool(save_steps) and not (last.parent / "checkpoint-3").exists()
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
-    job = prepare(settings())
-    head = job.plan.trainable.model.lm_head.weight
+    plan = prepare(settings())
+    head = plan.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
     before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
-        job.run(lambda report: None)
+        plan.run(lambda report: None)
     assert torch.equal(head, before)
 
 
@@ -267,10 +266,10 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
 
 
 def test_the_order_of_its_tokens_stands_beside_the_model(trained):
-    job, _, _, output = trained
+    plan, _, _, output = trained
     order = token_order(output, 300)  # as `--draft-vocab` reads it
     assert order is not None and sorted(order) == list(range(300))
-    targets = [token for row in job.plan.data.rows for token in row["labels"].tolist()]
+    targets = [token for row in plan.data.rows for token in row["labels"].tolist()]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
 
 

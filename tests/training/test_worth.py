@@ -30,9 +30,9 @@ def test_speed_through_a_block_is_that_of_rounds_of_its_passes(monkeypatch, acce
     found = worth.worth_of_exit(Passes, 2, True)
     assert (found.step, found.draft) == (10.0, 0.4)
     tokens = sum(accepted**number for number in range(drafts + 1))
-    assert found.speeds[accepted] == (pytest.approx(10 * tokens / (4 * (drafts + 1) + 7.5)), drafts)
+    assert found.speed(accepted) == (pytest.approx(10 * tokens / (4 * (drafts + 1) + 7.5)), drafts)
 
 
 def test_an_exit_without_a_block_drafts_by_its_layers_and_the_head(monkeypatch):
     monkeypatch.setattr(worth, "_Passes", Passes)
-    assert worth.worth_of_exit(Passes, 2, False, (0.9,)).draft == 0.3
+    assert worth.worth_of_exit(Passes, 2, False).draft == 0.3
