@@ -5,9 +5,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import EXACT, UNLIMITED, DecodingConfig, RequestOptions, choices, implied_strategy
+from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
+from layerskip_core.config.resolution import EXACT, implied_strategy
 
 from .console import narrate
 

@@ -11,9 +11,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from layerskip_core.config.decoding import Remember, RequestOptions, require_exit_layer
+from layerskip_core.config.decoding import Remember, RequestOptions
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
+from layerskip_core.config.resolution import require_exit_layer
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate

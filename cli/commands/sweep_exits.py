@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, policy_text
+from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.options import Flag, counts_text
+from layerskip_core.config.resolution import EXACT, FAST, policy_text
 from layerskip_core.errors import ConfigError, require
 
 from .. import evaluation

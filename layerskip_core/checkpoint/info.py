@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile, Policy
+from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile
 from ..config.model import DataConfig, PackingConfig
 from ..config.options import Drafts, Layer
+from ..config.resolution import Policy
 from ..errors import CheckpointError
 from ..files import read_json
 from ..prompting import PromptTemplate

@@ -7,21 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..config.decoding import (
-    EXACT,
-    DecodingConfig,
-    DecodingOptions,
-    Policy,
-    Recommended,
-    RequestOptions,
-    choices,
-    policy_named,
-    policy_options,
-    policy_packing,
-    resolve,
-)
+from ..config.decoding import DecodingConfig, DecodingOptions, RequestOptions, choices
 from ..config.model import DTYPES, PackingConfig, Quantization
 from ..config.options import checked
+from ..config.resolution import EXACT, Policy, Recommended, policy_named, policy_options, policy_packing, resolve
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import target_block

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.decoding import policy_packing
 from ..config.model import PackingConfig
+from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError
 from ..model import (
     Backend,

@@ -64,8 +64,10 @@ def one_of(*names: str) -> Meta:
 
 
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
-UNICODE = Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description="a text of valid Unicode that is not empty")
-Text = Annotated[str, UNICODE]
+_UNICODE = "a text of valid Unicode that is not empty"
+Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
+# msgspec 0.22 crashes on a pattern beside a list.
+Texts = Annotated[Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]
 Steps = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -74,6 +76,7 @@ Drafts = Annotated[int, Meta(ge=1, le=10_000)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Ratio = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=1_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more

@@ -17,8 +17,8 @@ from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_
 from layerskip_core.checkpoint.open import blank, for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.checkpoint.transformers_read import stored_dtype
-from layerskip_core.config.decoding import Recommended
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import NativeBackend, TransformersBackend
 from layerskip_core.prompting import PromptTemplate, encode_prompt

@@ -16,7 +16,7 @@ from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.config.decoding import policy_text
+from layerskip_core.config.resolution import policy_text
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
 

@@ -14,8 +14,8 @@ from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
-from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.resolution import policy_packing
 from layerskip_core.decoding import DecodingLoop
 
 PROMPT = "wake me up"

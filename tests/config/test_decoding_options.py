@@ -2,12 +2,11 @@
 
 import pytest
 
-from layerskip_core.config.decoding import (
-    DecodingConfig,
-    DecodingOptions,
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, changed, choices
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.options import checked
+from layerskip_core.config.resolution import (
     Recommended,
-    changed,
-    choices,
     policy_named,
     policy_options,
     policy_packing,
@@ -16,8 +15,6 @@ from layerskip_core.config.decoding import (
     resolve_as,
     spread_exits,
 )
-from layerskip_core.config.model import PackingConfig
-from layerskip_core.config.options import checked
 from layerskip_core.errors import ConfigError
 
 TRAINED = Recommended(4, 12, "self-speculative")

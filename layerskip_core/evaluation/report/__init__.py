@@ -20,7 +20,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ...config.decoding import FAST
+from ...config.resolution import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
