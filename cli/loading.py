@@ -45,7 +45,7 @@ class DecoderFlags:
     """A model to decode with, and how."""
 
     model: ModelName = "embedded"
-    decoding: RequestOptions = field(default_factory=lambda: RequestOptions())
+    decoding: RequestOptions = field(default_factory=RequestOptions)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     packing: PackingConfig = _PLAIN
     machine: MachineConfig = field(default_factory=MachineConfig)

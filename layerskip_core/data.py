@@ -330,7 +330,7 @@ def require_data(name: str, setting: str = "data") -> None:
 
 
 def is_data(name: str) -> bool:
-    """Whether `validation` names data of its own, not a split of the training's."""
+    """Whether a name is that of data, not that of a split or of a task, as those of `validation` and `task` may be."""
     named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     return named and name not in commands.SPLITS
 

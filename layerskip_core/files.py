@@ -141,6 +141,11 @@ def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None
         raise CheckpointError(f"{what} need {needed >> 20} MB of disk in {folder}, {found}")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but its lock."""
+    return all(path.name == _LOCK for path in folder.iterdir())
+
+
 def new_staging(folder: Path) -> Path:
     """A new, empty folder inside `folder`, whose content is renamed into place when complete. Needs the lock of `folder`."""
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"

@@ -58,9 +58,7 @@ class ServeConfig:
         Count | None,
         Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="half of what is free"),
     ] = None
-    decoding: Annotated[RequestOptions, Without("seed", "logprobs", "prompt_logprobs")] = field(
-        default_factory=lambda: RequestOptions()
-    )
+    decoding: Annotated[RequestOptions, Without("seed", "logprobs", "prompt_logprobs")] = field(default_factory=RequestOptions)
 
 
 @command

@@ -13,23 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.model import PackingConfig
+from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError
-from ..model import (
-    Backend,
-    ModelSpec,
-    NativeBackend,
-    TorchBackend,
-    TransformersBackend,
-    can_run_native,
-    missing_feature,
-    suits_kernels,
-)
+from ..model.backend import Backend
 from ..model.cache import available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
-from ..model.transformers_backend import attention_for
+from ..model.spec import ModelSpec
+from ..model.torch_backend import TorchBackend
+from ..model.torch_layer import missing_feature
+from ..model.transformers_backend import TransformersBackend, attention_for
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
@@ -72,6 +67,7 @@ class Source:
     packing: PackingConfig
     int4: Take | None = None
     exit_blocks: ExitBlocks = NO_BLOCKS
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def for_decoding(
@@ -102,18 +98,17 @@ def for_decoding(
     requested_variant()
 
     def read() -> Decoder:
-        info, used = read_info(location.path), packing or PackingConfig()
-        if (folder := location.folder) is None:
-            return _repacked(_trainable(name, location, target, dtype), location, used)
-        if is_packed(folder):
-            mapped_to = _CPU if device == "auto" else target
-            return _mapped(name, folder, info, mapped_to, dtype, _with_policies(used, info, policies, mapped_to))
-        used = _with_policies(used, info, policies, target)
-        source = _lean_source(folder, target, dtype, used)
-        if source is None:
-            return _repacked(_trainable(name, location, target, dtype), location, used)
-        backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
-        return replace(_decoder(name, folder, info, backend), notes=notes)
+        info, used, folder = read_info(location.path), packing or PLAIN, location.folder
+        if folder is not None:
+            mapped = is_packed(folder)
+            on = _CPU if mapped and device == "auto" else target
+            used = _with_policies(used, info, policies, on)
+            if mapped:
+                return _mapped(name, folder, info, on, dtype, used)
+            if (source := _lean_source(folder, on, dtype, used)) is not None:
+                backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
+                return replace(_decoder(name, folder, info, backend), notes=notes)
+        return _repacked(_trainable(name, location, target, dtype), location, used)
 
     return reading(name, lambda: read_whole(location.path, read))
 
@@ -274,10 +269,15 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
         calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
-        copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
-        fits = spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * memory
-        if fits and can_run_native(spec, source.dtype, source.device, copied):
-            packing = copied
+        kind: Quantization = "int4" if calibrated else "int8"
+        copied = replace(packing, draft_weights=(kind,))
+        if can_run_native(spec, source.dtype, source.device, copied):
+            needed = spec.parameters * (source.dtype.itemsize + 1) / _MEMORY_SHARE
+            if needed <= memory:
+                packing = copied
+            else:
+                lacking = f"both need {needed / 1e6:,.0f} MB of memory, and there are {memory / 1e6:,.0f}"
+                source = replace(source, notes=(f"without the {kind} copy of the weights that drafts: {lacking}",))
     if folder is None:
         return replace(source, packing=packing)
     blocks = read_exit_blocks(folder, spec, source.weight_of)
@@ -287,13 +287,12 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
 
 
 def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
-    """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
-    spec, dtype, device, packing = source.spec, source.dtype, source.device, source.packing
-    note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
-    kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
-    order = token_order(path, spec.vocab)
-    backend = kind(spec, source.take(), packing, order, source.int4, source.exit_blocks)
-    return backend, () if note is None else (note,)
+    """The fastest backend for repacked weights on this machine, and notes for the user."""
+    spec, how = source.spec, (source.spec, source.dtype, source.device, source.packing)
+    note = kernel_note() if suits_kernels(*how) else None
+    kind = NativeBackend if can_run_native(*how) else TorchBackend
+    backend = kind(spec, source.take(), source.packing, token_order(path, spec.vocab), source.int4, source.exit_blocks)
+    return backend, source.notes if note is None else (note, *source.notes)
 
 
 def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder:

@@ -39,7 +39,8 @@ class Flag:
         panel: the heading; without one the field stands under that of the field before it.
         repeated: the flag can be repeated; a list has one flag otherwise, with commas.
         optional: a value that may follow the flag; without one the field is True.
-        reads: what the flag names: a file with the value; or data or a model, whose absence is told before torch is imported.
+        reads: what the flag names: a file with the value; or data, perhaps data, or a model, whose absence is told before torch
+            is imported.
     """
 
     help: str
@@ -48,7 +49,7 @@ class Flag:
     panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None
-    reads: Literal["file", "data", "model"] | None = None
+    reads: Literal["file", "data", "perhaps data", "model"] | None = None
 
 
 class Without(frozenset[str]):

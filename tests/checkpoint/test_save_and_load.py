@@ -156,9 +156,11 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype,
 
     def sides(available):
         monkeypatch.setattr(opening, "available_memory", lambda: available)
-        backend = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True)).backend
+        decoder = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True))
+        backend, told = decoder.backend, " ".join(decoder.notes)
         if not isinstance(backend, NativeBackend):
             pytest.skip("no kernels were built here")
+        assert ("int8" in backend.draft_sides) != ("without the int8 copy of the weights that drafts: both need" in told)
         return list(backend.draft_sides), backend.spec.parameters
 
     _, parameters = sides(0)

@@ -41,13 +41,14 @@ def test_help_loads_no_library_of_models(arguments):
     "arguments",
     [
         *(["finetune", "--data", "no.csv"], ["bench", "--data", "no.csv"], ["verify", "--data", "no.csv"]),
+        *(["finetune", "--validation", "no.csv"], ["bench", "--task", "no.csv"]),
         *(["finetune", "--model", "none"], ["generate", "hi", "--model", "none"], ["export", "none"]),
     ],
     ids=" ".join,
 )
 def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(arguments):
     result = finish(start(*arguments, command=LISTING_MODULES))
-    told = "--data no.csv: there is no such file" if "--data" in arguments else "no model 'none': needed embedded, "
+    told = f"{arguments[1]} no.csv: there is no such file" if "no.csv" in arguments else "no model 'none': needed embedded, "
     assert result.code == 1 and result.err.startswith(f"error: {told}")
     assert not {"torch", "transformers", "datasets", "numpy"} & set(result.err.split())
 
