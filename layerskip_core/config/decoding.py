@@ -258,7 +258,7 @@ def choices(options: DecodingOptions) -> dict[str, Any]:
     return {name: value for name, value in said(options).items() if value and name not in _OF_A_REQUEST}
 
 
-def changed(options: RequestOptions, changes: RequestOptions) -> RequestOptions:
+def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
     """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
