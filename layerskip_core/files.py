@@ -201,16 +201,10 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
     A missing folder is created, and removed again if it is still empty at the end. A thread may take a lock that it already
-    holds. The system releases the lock of a process that is killed.
+    holds. The system releases the lock of a process that is killed. `doing`: what this process does there, for the message that
+    others get. `wait`: seconds to wait for another process.
 
-    Args:
-        folder: the folder to write to.
-        doing: what this process does there, for the message that others get.
-        wait: seconds to wait for another process.
-
-    Raises:
-        LockedError: another process holds the lock; the message names it.
-        LayerSkipError: the folder cannot be created or written.
+    Raises LockedError if another process holds the lock, LayerSkipError for a folder that cannot be created or written.
     """
     from filelock import FileLock, Timeout
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import GUIDES, changed
+from layerskip_core.config.decoding import GUIDES, RequestOptions, changed
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
@@ -180,7 +180,7 @@ class Service:
                 self._narrate_once("the chat template knows no tools: texts describe them, and a grammar makes the calls")
             if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
                 calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
-                options = [changed(each, {"grammar": calls}) for each in options]
+                options = [changed(each, RequestOptions(grammar=calls)) for each in options]
             finder = partial(Calls, self._format, tools)
         prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
         jobs = list[Job]()

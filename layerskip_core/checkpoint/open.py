@@ -77,22 +77,15 @@ def for_decoding(
     packing: PackingConfig | None = None,
     policies: Collection[str] | None = (),
 ) -> Decoder:
-    """Load a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
+    """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    Args:
-        name: an embedded model, a folder, a GGUF file or a hub id.
-        device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, fp32 or bf16.
-        packing: how the weights are stored. Drafts that it leaves open have the head and vocabulary of the policies.
-        policies: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
+    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, fp32
+    or bf16. `packing`: how the weights are stored; drafts that it leaves open have the head and vocabulary of the policies.
+    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
 
-    Returns:
-        The model in memory.
-
-    Raises:
-        CheckpointError: the model is absent, incomplete or damaged, or of an unsupported architecture.
-        ConfigError: the device is absent, `packing` asks for something that this architecture or device cannot do, or the
-            environment variable that chooses kernels has an unknown value.
+    Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
+    an absent device, a packing that this architecture or device cannot do, and an unknown value of the environment variable
+    that chooses kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()

@@ -84,12 +84,7 @@ def save_checkpoint(
     """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
 
     An adapter (a peft model) is written alone and names its base. `files` are written too, by name. `model` is converted to
-    `dtype` in place.
-
-    Raises:
-        CheckpointError: the disk is full or not writable, or files that belong to no model are in the way. The folder is
-            unchanged then.
-        LockedError: another process writes to the folder.
+    `dtype` in place. Raises as `save_files` does.
     """
 
     def write(staging: Path) -> None:
@@ -103,7 +98,7 @@ def save_checkpoint(
 def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
     """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info`.
 
-    `files` are written too, by name. Raises as `save_checkpoint` does.
+    `files` are written too, by name. Raises as `save_files` does.
     """
     folder = Path(source)
 
@@ -118,7 +113,8 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`, which lists them.
 
-    `files` are written too, by name. Raises as `save_checkpoint` does.
+    `files` are written too, by name. Raises CheckpointError for a disk that is full or not writable and for files that belong
+    to no model and are in the way, LockedError if another process writes to the folder: it is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):

@@ -88,9 +88,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a user gave for the fields of `kind`, converted to their types. None is as if it were left out.
 
-    Raises:
-        TypeError: a name is no field.
-        ConfigError: a value has another type or is out of its range.
+    Raises TypeError for a name that is no field, ConfigError for a value of another type or out of its range.
     """
     hints = hints_of(kind)
     for name in values:
