@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .cache import SpanWriter
-from .spec import ModelSpec, RopeSpec
+from .configuration import RopeSpec
+from .spec import ModelSpec
 
 
 class Rope:

@@ -17,7 +17,7 @@ from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.cache import EntryWriter
-from layerskip_core.model.cut import PositionCache
+from layerskip_core.model.position_cache import PositionCache
 
 LAYERS, MOST = 6, 5
 PROMPT = [5, 11, 23, 42, 8]
