@@ -1,7 +1,7 @@
 """config.json: the values that a model is read from, with their types and ranges, and what follows from them for its layers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -43,14 +43,6 @@ class Values:
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None
     no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
     no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
-    query_pre_attn_scalar: _Positive | None
-    embedding_multiplier: _Positive | None
-    attention_multiplier: _Positive | None
-    residual_multiplier: _Positive | None
-    logits_scaling: _Positive | None
-    attn_logit_softcapping: _Positive | None
-    final_logit_softcapping: _Positive | None
-    logit_scale: _Positive | None
     num_experts: _ExpertCount | None
     num_local_experts: _ExpertCount | None
     num_experts_per_tok: _ExpertCount | None
@@ -58,8 +50,17 @@ class Values:
     norm_topk_prob: bool | None
     decoder_sparse_step: Annotated[int, Meta(ge=1)] | None
     mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
-    clip_qkv: _Positive | None
     eos_token_id: _TokenId | list[_TokenId] | None
+    # Where an architecture uses them.
+    query_pre_attn_scalar: _Positive | None = None  # scores are scaled by this^-0.5, not by head_dim^-0.5
+    attention_multiplier: _Positive | None = None  # Granite's scale of scores
+    embedding_multiplier: _Positive | None = None
+    residual_multiplier: _Positive | None = None
+    logits_scaling: _Positive | None = None  # a divisor
+    logit_scale: _Positive | None = None
+    attn_logit_softcapping: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+    clip_qkv: _Positive | None = None  # which no kernel of ours has
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -158,10 +159,12 @@ class ExpertsSpec:
 def read_values(config: Any, architecture: Architecture) -> Values:
     """Of a configuration object. Raises CheckpointError for the first one of another type or out of range."""
     names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
-    values = {}
-    for attribute, hint in hints_of(Values).items():
-        name = names.get(attribute, attribute)  # or a value that is not read
-        values[attribute] = _checked(getattr(config, name, None), hint, name) if isinstance(name, str) else name
+    hints, values = hints_of(Values), {}
+    for field in fields(Values):
+        if field.default is not None or field.name in architecture.uses:
+            name = names.get(field.name, field.name)  # or a value that is not read
+            known = isinstance(name, str)
+            values[field.name] = _checked(getattr(config, name, None), hints[field.name], name) if known else name
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
     return Values(**values)

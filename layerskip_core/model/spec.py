@@ -97,19 +97,11 @@ class ModelSpec:
         kv_heads, head_dim = values.head_sizes
         kinds, window, rotating = values.layers(architecture)
         ropes = ropes_of(config, architecture, kinds)
+        query_bias, output_bias, mlp_bias = (is_on(switch, config) for switch in architecture.biases)
+        width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
         indices = {rope.kind: index for index, rope in enumerate(ropes)}
         # A longrope changes all frequencies after its original context: cached keys would no longer fit.
         ends = (rope.parameters.get("original_max_position_embeddings") for rope in ropes if rope.type == "longrope")
-        scales = {"attention_scale": head_dim**-0.5, "embedding_scale": 1.0, "residual_scale": 1.0, "logits_divisor": 1.0}
-        if architecture.scales_queries:
-            scales["attention_scale"] = (values.query_pre_attn_scalar or 256) ** -0.5
-        if architecture.scales_embeddings:
-            scales["embedding_scale"] = sqrt(values.hidden_size)
-        if architecture.scales_logits:
-            scales["logits_divisor"] = 1 / (values.logit_scale or 1.0)
-        if architecture.multipliers:
-            given = values.attention_multiplier, values.embedding_multiplier, values.residual_multiplier, values.logits_scaling
-            scales = dict(zip(scales, (factor or 1.0 for factor in given), strict=True))
         return cls(
             model_type=config.model_type,
             architecture=architecture,
@@ -130,14 +122,17 @@ class ModelSpec:
             rope_of=tuple(indices.get(kind, 0) if rotates else None for kind, rotates in zip(kinds, rotating, strict=True)),
             rotary=rotary_size(head_dim, ropes, architecture),
             parallel=is_on(architecture.parallel, config),
-            query_bias=is_on(architecture.query_bias, config),
-            output_bias=is_on(architecture.output_bias, config),
-            mlp_bias=is_on(architecture.mlp_bias, config),
+            query_bias=query_bias,
+            output_bias=output_bias,
+            mlp_bias=mlp_bias,
             tied=values.tie_word_embeddings,
-            **scales,
-            score_cap=values.attn_logit_softcapping if architecture.caps_scores else None,
-            logits_cap=values.final_logit_softcapping if architecture.caps_logits else None,
-            clip=values.clip_qkv if architecture.clips_projections else None,
+            attention_scale=values.attention_multiplier or (values.query_pre_attn_scalar or head_dim) ** -0.5,
+            embedding_scale=values.embedding_multiplier or width_scale,
+            residual_scale=values.residual_multiplier or 1.0,
+            logits_divisor=values.logits_scaling or 1 / (values.logit_scale or 1.0),
+            score_cap=values.attn_logit_softcapping,
+            logits_cap=values.final_logit_softcapping,
+            clip=values.clip_qkv,
             config=config,
         )
 
