@@ -153,24 +153,22 @@ def refuse_packed(folder: str | Path) -> None:
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it."""
+    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it.
+
+    No weight is read. Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not
+    floating point; not if none has its name, because transformers knows older names.
+    """
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
         return dict(files)
     joined = JoinedWeights(files, spec)
-    return {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
-
-
-def check_stored_weights(files: Mapping[str, WeightFile | JoinedWeights], spec: ModelSpec) -> None:
-    """Checks the headers of the files; no weight is read.
-
-    Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.
-    """
-    entries = {name: files[name].entries[name] for name in spec.shapes if name in files}
-    spec.check_weights({name: shape for name, (_, shape) in entries.items()})
+    known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
+    entries = {name: known[name].entries[name] for name in spec.shapes if name in known}
+    spec.check_weights({name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes)
     for name, (kind, _) in entries.items():
         if kind not in FLOATS:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}")
+    return known
 
 
 # Tokenizers

@@ -1,4 +1,4 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained.
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model.
 
 `import_checkpoint` writes any of them as a folder of safetensors.
 """
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,29 +23,17 @@ from ..model.native.compiled import kernel_note, kernels, requested_variant, why
 from ..model.spec import ModelSpec
 from ..model.torch_backend import TorchBackend
 from ..model.torch_layer import missing_feature
-from ..model.transformers_backend import TransformersBackend, attention_for
+from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
-from .folder import (
-    EXIT_BLOCKS_FILE,
-    INT4_FILE,
-    check_stored_weights,
-    checked_tokenizer,
-    generation_config,
-    is_packed,
-    lean_spec,
-    lean_tokenizer,
-    open_weights,
-    quiet_transformers,
-    refuse_packed,
-)
+from .folder import EXIT_BLOCKS_FILE, INT4_FILE, generation_config, is_packed, lean_spec, open_weights, refuse_packed
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
-from .locate import Location, adapters_of, fetched, locate, present, reading
+from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, tokenizer_of, written_dtype
+from .transformers_read import merge_adapters, open_model, read_model, tokenizer_in, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
@@ -181,30 +168,6 @@ def import_checkpoint(
     return precision, left_out
 
 
-@quiet_transformers()
-def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """The architecture of a checkpoint with random weights, in fp32 on the CPU. The folder needs no weights.
-
-    With a `tokenizer` the model's vocabulary takes the tokenizer's size; without one the checkpoint's own is used.
-    """
-    location = locate(name)
-    from transformers import AutoModelForCausalLM
-
-    def read() -> Trainable:
-        files = open_model(location)
-        config, words = files.config, tokenizer or tokenizer_of(files)
-        if tokenizer:
-            config.vocab_size = len(words)
-            for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                setattr(config, special, getattr(words, special))
-        torch.manual_seed(seed)
-        attention = attention_for(config)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
-
-    return reading(name, read)
-
-
 def _trainable(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
     adapters, base = adapters_of(name)
     if adapters:
@@ -234,9 +197,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     """A folder that is read without importing transformers; None where only transformers can read it."""
     if (spec := lean_spec(folder)) is None:
         return None
-    files = open_weights(folder, spec)
-    check_stored_weights(files, spec)
-    precision = pick_dtype(dtype, device, spec.parameters)
+    files, precision = open_weights(folder, spec), pick_dtype(dtype, device, spec.parameters)
 
     def take(name: str) -> Tensor | None:
         """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
@@ -309,8 +270,8 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
 
 
 def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:
-    tokenizer = checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), backend.spec.vocab)
-    return decoder(name, backend, tokenizer, info, backend.spec.config, generation_config(folder))
+    spec = backend.spec
+    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:

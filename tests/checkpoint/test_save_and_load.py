@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layerskip_core.checkpoint import open as opening
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
-from layerskip_core.checkpoint.open import blank, for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
-from layerskip_core.checkpoint.transformers_read import stored_dtype
+from layerskip_core.checkpoint.transformers_read import blank, stored_dtype
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError

@@ -12,9 +12,9 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.loaded import decoder_of
-from layerskip_core.checkpoint.open import blank as blank_model
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.checkpoint.transformers_read import blank as blank_model
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.native.compiled import kernels
