@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from unittest.mock import patch
 
 from cli.main import main
@@ -30,10 +31,12 @@ class Result:
 def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
     """Calls `main()`, which turns every error into its message and exit status, as for a user."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
-    source = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding)
-    with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source), patch("sys.argv", ["layerskip", *arguments]):
+    with TemporaryFile() as file, redirect_stdout(out), redirect_stderr(err), patch("sys.argv", ["layerskip", *arguments]):
+        file.write(stdin.encode() if isinstance(stdin, str) else stdin)
+        file.seek(0)
         try:
-            main()
+            with patch("sys.stdin", io.TextIOWrapper(file, encoding)):
+                main()
         except SystemExit as exit:
             code = exit.code or 0
     return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
