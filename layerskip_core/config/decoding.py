@@ -10,7 +10,7 @@ from .model import Quantization
 from .options import Count, CountOrNone, Drafts, Flag, Fraction, Layer, Ratio, Seed, Share, Temperature, Text, Texts, one_of
 
 if TYPE_CHECKING:
-    from ..grammar import Guide
+    from ..grammar import Matcher
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -219,7 +219,7 @@ class DecodingConfig:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     guided: tuple[str, str] | None = None
-    guide: "Guide | None" = None
+    guide: "Matcher | None" = field(default=None, compare=False)
     logprobs: int | None = None
     prompt_logprobs: bool = False
     profile: DraftProfile = field(default=_UNKNOWN, hash=False)
