@@ -231,8 +231,7 @@ class _Message(msgspec.Struct):
 def load_examples(config: DataConfig) -> list[Example]:
     """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
 
-    Raises:
-        DataError: no such data or column, or an empty or malformed row, named as file:line.
+    Raises DataError for data or a column that is not there, and for an empty or malformed row, named as file:line.
     """
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]

@@ -138,15 +138,12 @@ class Calls:
             said += before.rstrip() if found else before + _START + body + closed
             calls, self._held = calls + found, after.lstrip() if found else after
         else:
-            kept = 0 if finished else self._start_at_end()
-            said, self._held = said + self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+            told = self._held  # but for an end where a call may begin, white space before it included
+            if not finished:
+                size = next((size for size in range(len(_START) - 1, 0, -1) if told.endswith(_START[:size])), 0)
+                told = told[: len(told) - size].rstrip()
+            said, self._held = said + told, self._held[len(told) :]
         return said, calls
-
-    def _start_at_end(self) -> int:
-        """The length of what is held at its end because a call may begin there, white space before it included."""
-        size = next((size for size in range(len(_START) - 1, 0, -1) if self._held.endswith(_START[:size])), 0)
-        before = self._held[: len(self._held) - size]
-        return len(self._held) - len(before.rstrip())
 
     def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
         start = self._held.lstrip()

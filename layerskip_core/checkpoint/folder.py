@@ -73,7 +73,7 @@ class WeightFile:
         """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
         from safetensors import safe_open
 
-        self._bytes = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._bytes = open(path, "rb")  # noqa: SIM115
         weakref.finalize(self, self._bytes.close)
         self._file: Any = safe_open(path, "pt", device="cpu")  # checks the header
         length = int.from_bytes(self._bytes.read(8), "little")
@@ -91,13 +91,9 @@ class WeightFile:
         """A weight in memory of its own, which is free again without it. Raises OSError."""
         like = self.mapped(name)
         tensor = torch.empty(like.shape, dtype=like.dtype)
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
         self._bytes.seek(self._start + self._header[name]["data_offsets"][0])
-        while rest:
-            count = self._bytes.readinto(rest)
-            if not count:
-                raise OSError("the file ends too early")
-            rest = rest[count:]
+        if self._bytes.readinto(tensor.view(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
+            raise OSError("the file ends too early")
         return tensor
 
 

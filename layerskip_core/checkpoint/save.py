@@ -52,11 +52,6 @@ def model_files(folder: Path) -> set[str]:
     return {name for name in names if (folder / name).is_file()}
 
 
-def files_below(folder: Path) -> list[str]:
-    """Names of all files below a folder, relative to it, with / between the parts, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
     """Raises ConfigError if `output` holds a model that may not be replaced, or files that are in the way.
 
@@ -125,7 +120,8 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             for name, content in files.items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(content)
-            listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
+            written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir())
+            listed = tuple(dict.fromkeys((*written, INFO_FILE)))
             (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
             readers = (staging / INFO_FILE).stat().st_mode
             for name in listed:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
