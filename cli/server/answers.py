@@ -28,14 +28,14 @@ class Document:
         model: str,
         jobs: Sequence[Request],
         echoes: Sequence[str],
-        calls: Callable[[], Calls] | None,
+        calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
         """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one.
 
         `include_usage`: at the end of a stream.
         """
-        self._calls = None if calls is None else [calls() for _ in jobs]
+        self._calls = [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._include_usage = include_usage
         self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
@@ -46,7 +46,7 @@ class Document:
         """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
         choices = []
         for number, answer in sorted(answers.items()):
-            said, calls = (answer.text, []) if self._calls is None else self._calls[number].add(answer.text, True)
+            said, calls = self._calls[number].add(answer.text, True)
             message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
             if calls:
                 message |= {"content": said or None, "tool_calls": calls}
@@ -60,10 +60,8 @@ class Document:
             contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
         else:
             role = {} if number in self._begun else {"role": "assistant"}
-            said, first, calls = update.text, 0, list[Call]()
-            if self._calls is not None:
-                first = self._calls[number].count
-                said, calls = self._calls[number].add(update.text, update.is_last)
+            first = self._calls[number].count
+            said, calls = self._calls[number].add(update.text, update.is_last)
             contents = [{"delta": {**role, "content": said} if said or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
         # The last one says why the answer ended; log probabilities are those of all.
@@ -89,7 +87,7 @@ class Document:
 
     def _choice(self, number: int, content: dict[str, Any], update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
         reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
-        if reason == "stop" and self._calls is not None and self._calls[number].count:
+        if reason == "stop" and self._calls[number].count:
             reason = "tool_calls"
         logprobs = None
         if self._jobs[number].config.logprobs is not None:
@@ -170,9 +168,9 @@ class Vectors:
 class ResponseDocument:
     """Makes the document or the events of one response."""
 
-    def __init__(self, model: str, job: Request, calls: Callable[[], Calls] | None, body: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, job: Request, calls: Callable[[], Calls], body: Mapping[str, Any]) -> None:
         """`calls`: finds calls of tools. `body`: the request's, of which a response says again what was asked for."""
-        self._calls = None if calls is None else calls()
+        self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
         self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
         self._logprobs = list[Any]()  # of tokens whose text was not said yet
@@ -195,7 +193,7 @@ class ResponseDocument:
         if not self._told:
             self._tell("response.created", response=self._document())
             self._tell("response.in_progress", response=self._document())
-        said, calls = (update.text, list[Call]()) if self._calls is None else self._calls.add(update.text, update.is_last)
+        said, calls = self._calls.add(update.text, update.is_last)
         if self._config.logprobs is not None:
             self._logprobs += chat_logprobs(update, texts)["content"]
         if said or (update.is_last and not (calls or self._output)):

@@ -160,7 +160,7 @@ class Service:
         self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
     ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
         """For `in_encoding`: what the engine is handed, and what makes documents of it."""
-        decoder, tools, options, finder = self._decoder, request.tools, request.options, None
+        decoder, tools, options = self._decoder, request.tools, request.options
         if family == "embeddings":
             layers = self._config.embedding_layer or decoder.backend.num_layers
             texts = [_ids(self._plain, prompt) for prompt in request.prompts]
@@ -174,7 +174,7 @@ class Service:
             if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
                 calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
                 options = [changed(each, RequestOptions(grammar=calls)) for each in options]
-            finder = partial(Calls, self._format, tools)
+        finder = partial(Calls, self._format, tools)
         prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
         jobs = list[Job]()
         for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):

@@ -114,14 +114,17 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
 class Calls:
     """Parts the text of one answer, as it comes, into what is said and the tools that are called."""
 
-    def __init__(self, form: Format, tools: Tools) -> None:
-        self._form, self._names = form, {tool.function.name for tool in tools.known}
+    def __init__(self, form: Format | None, tools: Tools | None) -> None:
+        """Without `tools` all of the text is said."""
+        self._form, self._names = form, set() if tools is None else {tool.function.name for tool in tools.known}
         self._held = ""  # text that may be of a call
         self._is_text = False  # so that no call can come any more, where calls are not marked
         self.count = 0  # of calls so far
 
     def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
         """Takes more text; returns what can be told now."""
+        if not self._names:
+            return text, []
         self._held += text
         said, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
         self.count += len(calls)
