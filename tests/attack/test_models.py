@@ -49,7 +49,7 @@ def shapes(draw, architecture):
     }
     kind = ARCHITECTURES[architecture]
     shape[kind.norm_eps] = shape.pop("rms_norm_eps")
-    shape |= {name: draw(st.booleans()) for name in (kind.query_bias, kind.output_bias, kind.mlp_bias) if isinstance(name, str)}
+    shape |= {name: draw(st.booleans()) for name in kind.biases if isinstance(name, str)}
     if kind.partial_rope:
         shape["head_dim"] = of(16, 64)
     if "head_dim" in kind.values or architecture == "olmoe":  # whose norms of queries are as wide as its states

@@ -90,25 +90,6 @@ def test_a_depth_for_each_token(generate, expected):
     assert mean == pytest.approx(answer["mean_layers"], abs=0.051)
 
 
-def test_sampling_follows_the_seed(generate):
-    hot = ("--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--strategy", "autoregressive")
-    one, again, other = (generate(PROMPT, *hot, "--seed", seed).out for seed in ("1", "1", "2"))
-    assert one == again != other
-
-
-def test_raw_leaves_out_the_template(generate, expected):
-    assert generate(PROMPT, "--raw").out == expected(raw=True) + "\n" != generate(PROMPT).out
-    assert generate(PROMPT + "\n", "--raw").out == generate(PROMPT).out  # the template is the prompt and a line end
-
-
-def test_stop_may_be_repeated(generate, expected):
-    text = expected()
-    characters = [character for character in dict.fromkeys(text) if character != "\ufffd"]
-    early, late = characters[2], characters[5]  # by their first places
-    assert generate(PROMPT, "--stop", late).out == text[: text.index(late)] + "\n"
-    assert generate(PROMPT, "--stop", late, "--stop", early).out == text[: text.index(early)] + "\n"
-
-
 def test_stats_are_on_stderr(generate, expected):
     result = generate(PROMPT, "--exit", "4", "--spec", "5", "--stats")
     assert (result.code, result.out) == (0, expected() + "\n")
@@ -167,24 +148,6 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
     assert lines.err.startswith("error: line 1: the prompt is empty\n")
 
 
-def answers_of(result):
-    """Without the counts of drafts: in a batch, a drafted EOS does not end the drafts."""
-    fields = ("text", "finish_reason", "prompt_tokens", "new_tokens", "error")
-    return [[row.get(field) for field in fields] for row in map(json.loads, result.out.splitlines())]
-
-
-@pytest.mark.parametrize("strategy", ["autoregressive", "early-exit", "self-speculative"])
-def test_batches_give_the_same_answers_in_the_same_places(generate, strategy):
-    rows = [PROMPT, "play jazz", TOO_LONG, "set an alarm", "what is the weather like in the mountains"]
-    fixed = ("--strategy", strategy, "--exit", "4", "--spec", "5")
-    stdin = "\n".join([*(json.dumps({"prompt": row}) for row in rows), "{"])
-    singly, together = (generate("--jsonl", *fixed, *more, stdin=stdin) for more in ((), ("--batch-size", "4")))
-    assert singly.code == together.code == 1
-    assert answers_of(together) == answers_of(singly)
-    lines = [generate("--lines", *fixed, *more, stdin="\n".join(rows)) for more in ((), ("--batch-size", "2"))]
-    assert lines[0] == lines[1]
-
-
 def test_flags_that_cannot_be(checkpoint):
     for arguments, message in (
         (["--exit", "6"], "in 1..5, got 6 (model has 6 layers)"),
@@ -208,12 +171,6 @@ def test_flags_that_cannot_be(checkpoint):
     # A wrong flag is no failure of a prompt: it is told once.
     told = "--exit must be in 1..5, got 9 (model has 6 layers)"
     fails(told, "generate", "--lines", "--exit", "9", "--model", checkpoint, stdin="a\nb\n")
-
-
-def test_prompts_that_cannot_be(generate):
-    result = generate(TOO_LONG)
-    assert (result.code, result.out) == (1, "")
-    assert LONGER.fullmatch(result.err.removeprefix("error: ").rstrip("\n"))
 
 
 @pytest.mark.parametrize("template", [(), ("--raw",), ("--template", "{prompt}:"), ("--template", "chat")])

@@ -53,14 +53,6 @@ def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(argument
     assert not {"torch", "transformers", "datasets", "numpy"} & set(result.err.split())
 
 
-def test_help_names_every_command():
-    result = run("--help")
-    assert result.code == 0
-    for name in ("finetune", "sweep-exits", "generate", "bench", "data"):
-        assert f"  {name} " in result.out
-    assert "--debug" in result.out
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -17,6 +17,7 @@ from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
 from layerskip_core.decoding import DecodingLoop
+from layerskip_core.errors import ConfigError
 
 PROMPT = "wake me up"
 POLICIES = {
@@ -235,12 +236,6 @@ def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
     assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
-def test_lines_by_confidence_are_decoded_singly_in_a_batch(generate):
-    for flags in (("--policy", "confident"), ("--exit-confidence", "0.05", "--exits", "2,3")):
-        one, two = (generate("--lines", *flags, *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
-        assert one == two and one.code == 0
-
-
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
 def test_bad_settings_are_errors_of_their_rows(ask, batch):
     rows = [{"prompt": PROMPT}, *({"prompt": PROMPT, **row} for row, _ in BAD), {"prompt": PROMPT}]
@@ -343,10 +338,6 @@ def test_policies_from_python(model, ask):
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
-    from layerskip_core.checkpoint.open import for_decoding
-    from layerskip_core.config.model import PackingConfig
-    from layerskip_core.errors import ConfigError
-
     loaded = for_decoding(folder, "cpu", "fp32")
     assert loaded.resolve({}, PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies
     with pytest.raises(ConfigError, match="`policy` must be given with `draft_weights` int8, which it drafts with, got exact"):
