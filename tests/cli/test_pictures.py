@@ -1,8 +1,8 @@
 """Pictures in the terminal: where points lie."""
 
 import pytest
-from layerskip_cli.commands.sweep_exits import front
 
+from cli.commands.sweep_exits import front
 from layerskip_core.evaluation.report.tables import points_of
 from layerskip_core.evaluation.results import Result, RunRecord
 
