@@ -47,6 +47,12 @@ def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
     assert run(*arguments, **keywords) == Result(1, "", f"error: {message}\n")
 
 
+def refused(part: str, *arguments: str, **keywords: str | bytes) -> None:
+    """The command ends with status 1, one line of error that has this part, and nothing on stdout."""
+    result = run(*arguments, **keywords)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1) and part in result.err, (part, result)
+
+
 def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:
     """Starts a command that reacts to Ctrl-C, even if the tests run in the background, where the shell ignores it."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -57,7 +57,7 @@ def require_model(name: str) -> None:
 
 def is_folder(name: str) -> bool:
     """Whether a name is a folder's; not of an empty one that a command made for its output and named like a hub id."""
-    return Path(name).is_dir() and not (_may_be_hub_id(name) and is_empty(Path(name)))
+    return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
 def locate(name: str) -> Location:

@@ -10,6 +10,7 @@ from pathlib import Path
 import command_line
 import pytest
 import torch
+from command_line import refused
 from evaluating import own_answers, tiny_loaded
 
 from layerskip_core import load
@@ -47,12 +48,6 @@ def run(*arguments):
     result = command_line.run(*arguments)
     assert result.code == 0, result.err
     return result
-
-
-def refused(message, *arguments):
-    result = command_line.run(*arguments)
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert message in result.err
 
 
 def test_sweep_prints_json_and_writes_files(tmp_path, model):

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from command_line import LISTING_MODULES, Result, fails, finish, run, start
+from command_line import LISTING_MODULES, Result, fails, finish, refused, run, start
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import decoder_of
@@ -165,9 +165,7 @@ def test_flags_that_cannot_be(checkpoint):
         (["--draft-head", "int8"], "used with --draft-weights, got int8"),
         (["--device", "abacus"], "auto, cpu, cuda, cuda:N or mps, got abacus"),
     ):
-        result = run("generate", PROMPT, "--model", checkpoint, *arguments)
-        assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-        assert result.err.startswith(f"error: {arguments[0]} must be {message}"), result.err
+        refused(f"error: {arguments[0]} must be {message}", "generate", PROMPT, "--model", checkpoint, *arguments)
     # A wrong flag is no failure of a prompt: it is told once.
     told = "--exit must be in 1..5, got 9 (model has 6 layers)"
     fails(told, "generate", "--lines", "--exit", "9", "--model", checkpoint, stdin="a\nb\n")
@@ -191,9 +189,7 @@ def test_models_that_cannot_be(tmp_path):
         "generate", PROMPT, "--model", "nonesuch",
     )  # fmt: skip
     fails(f"folder {tmp_path} holds no model: there is no config.json in it", "generate", PROMPT, "--model", str(tmp_path))
-    result = run("generate", PROMPT, "--model", "nobody/nothing")
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert result.err.startswith("error: cannot load model nobody/nothing: ")
+    refused("error: cannot load model nobody/nothing: ", "generate", PROMPT, "--model", "nobody/nothing")
 
 
 @pytest.mark.parametrize(
@@ -273,9 +269,7 @@ def test_what_drafts(copy, expected, info, flags, drafters):
 def test_a_damaged_layerskip_json(copy, text, message):
     file = copy / "layerskip.json"
     file.write_bytes(text)
-    result = run("generate", PROMPT, "--model", str(copy))
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert result.err.startswith("error: ") and message.format(file=file) in result.err
+    refused(message.format(file=file), "generate", PROMPT, "--model", str(copy))
 
 
 def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):
