@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import older
+from conftest import logits_of, older
 from exit_block_models import add_int4
 from safetensors.torch import load_file, save_file
 
@@ -24,9 +24,7 @@ INT4 = PackingConfig("int4")
 
 def logits(folder, packing=INT4, dtype="fp32"):
     model = for_decoding(str(folder), "cpu", dtype, packing).backend
-    with torch.inference_mode():
-        hidden = model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None])
-        return model.unembed(hidden), model.implementation
+    return logits_of(model, torch.tensor([[5, 9, 33]])), model.implementation
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, older])

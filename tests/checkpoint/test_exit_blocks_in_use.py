@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import older
+from conftest import logits_of, older
 from exit_block_models import add_blocks
 
 from layerskip_core.checkpoint.open import for_decoding
@@ -38,9 +38,7 @@ def folder(checkpoint, tmp_path_factory):
 
 
 def logits(decoder):
-    model = decoder.backend
-    with torch.inference_mode():
-        return model.unembed(model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None]))
+    return logits_of(decoder.backend, torch.tensor([[5, 9, 33]]))
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, older])

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import READY, read_whole, save_checkpoint, save_files, settle, write_info
-from layerskip_core.checkpoint.transformers_read import blank, stored_dtype
+from layerskip_core.checkpoint.transformers_read import blank
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -203,14 +203,6 @@ def test_layerskip_json_is_documented_and_readable(folder):
 
 def test_all_files_have_the_same_permissions(folder):
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
-
-
-def test_weights_are_stored_in_the_precision_asked_for(tmp_path, tokenizer):
-    save_checkpoint(model_of(), tokenizer, INFO, str(tmp_path), torch.bfloat16)
-    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
-    assert stored_dtype(str(tmp_path)) == torch.bfloat16
-    assert for_training(str(tmp_path), "cpu", "fp32").backend.dtype == torch.float32
-    assert for_training(str(tmp_path), "cpu", "bf16").backend.dtype == torch.bfloat16
 
 
 def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):

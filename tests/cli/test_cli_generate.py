@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, refused, run, start
 
-from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import write_info
@@ -210,20 +210,6 @@ def test_drafts_skip_layers(generate, expected):
         result = generate(PROMPT, *arguments, "--stats")
         assert result.out == expected() + "\n" and result.code == 0
         assert "drafted 0," not in result.err and " rounds; " in result.err
-
-
-def test_exit_and_spec_come_from_the_checkpoint(copy, expected):
-    write_info(str(copy), replace(read_info(str(copy)), exit_layer=5, num_draft_tokens=2))
-
-    def counts(*arguments):
-        fixed = ("generate", "--jsonl", "--model", str(copy), "--max-new-tokens", "20", "--dtype", "fp32")
-        answer = json.loads(run(*fixed, *arguments, stdin=json.dumps({"prompt": PROMPT})).out)
-        assert answer["text"] == expected()
-        return answer["drafted"], answer["rounds"], answer["accepted"]
-
-    default = counts("--strategy", "self-speculative")
-    assert default == counts("--exit", "5", "--spec", "2") == counts("--exit", "5") == counts("--spec", "2")
-    assert default not in (counts("--exit", "1"), counts("--spec", "7"))
 
 
 EXITS = {"config": {"recipe": {"curriculum": "rotational", "exits": [2, 3]}}}
