@@ -159,12 +159,13 @@ class ExpertsSpec:
 def read_values(config: Any, architecture: Architecture) -> Values:
     """Of a configuration object. Raises CheckpointError for the first one of another type or out of range."""
     names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
-    hints, values = hints_of(Values), {}
+    hints, values = hints_of(Values), dict[str, Any]()
     for field in fields(Values):
-        if field.default is not None or field.name in architecture.uses:
-            name = names.get(field.name, field.name)  # or a value that is not read
-            known = isinstance(name, str)
-            values[field.name] = _checked(getattr(config, name, None), hints[field.name], name) if known else name
+        name = names.get(field.name, field.name)
+        if not isinstance(name, str):  # a value that is not read
+            values[field.name] = name
+        elif field.default is not None or field.name in architecture.uses:
+            values[field.name] = _checked(getattr(config, name, None), hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
     return Values(**values)
