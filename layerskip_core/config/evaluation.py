@@ -157,7 +157,7 @@ class BenchConfig(MeasurementConfig):
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
-    generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(
+    generation: Annotated[DecodingOptions, Without(("strategy", "policy", "exits", *_OF_THE_TASK))] = field(
         default_factory=DecodingOptions
     )
 
@@ -211,7 +211,7 @@ class SweepConfig(MeasurementConfig):
     ] = False
     generation: Annotated[
         DecodingOptions,
-        Without("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK),
+        Without(("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK)),
     ] = field(default_factory=DecodingOptions)
 
     def __post_init__(self) -> None:
@@ -258,4 +258,4 @@ class VerifyConfig:
         Meta(ge=0, le=1_000_000),
         Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
     ] = 400
-    machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)
+    machine: Annotated[MachineConfig, Without(("dtype",))] = field(default_factory=MachineConfig)

@@ -52,11 +52,8 @@ class Flag:
     reads: Literal["file", "data", "perhaps data", "model"] | None = None
 
 
-class Without(frozenset[str]):
+class Without(tuple[str, ...]):
     """In the annotation of a group of settings: names of settings without a flag in this command."""
-
-    def __new__(cls, *names: str) -> "Without":
-        return super().__new__(cls, names)
 
 
 def one_of(*names: str) -> Meta:
