@@ -35,11 +35,7 @@ _UNSUPPORTED: dict[str, Any] = {
     **{key: [] for key in ("bad_words", "functions")},
     **{"suffix": "", "modalities": ["text"]},
 }
-
-_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {  # for conversations, and for completions
-    True: {"echo": False},
-    False: {"top_logprobs": 0, "tools": []},
-}
+_NOT_IN_COMPLETIONS: dict[str, Any] = {"top_logprobs": 0, "tools": []}
 # The RequestOptions that a body names as they are.
 _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
@@ -215,7 +211,7 @@ def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
 
 def _asked(document: Mapping[str, Any], is_chat: bool, model: str, most: int, config: ServeConfig) -> Asked:
     """A conversation or texts to continue; the options of `config` are for what the body does not say."""
-    _refuse_unsupported(document, _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat])
+    _refuse_unsupported(document, _UNSUPPORTED | ({"echo": False} if is_chat else _NOT_IN_COMPLETIONS))
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
     if "model" not in given:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, groupby
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -193,10 +193,6 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
 
 def counts_text(counts: Sequence[int]) -> str:
     """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
-    runs = [[counts[0]]] if counts else []
-    for count in counts[1:]:
-        if count == runs[-1][-1] + 1:
-            runs[-1].append(count)
-        else:
-            runs.append([count])
+    numbered = groupby(enumerate(counts), key=lambda pair: pair[1] - pair[0])  # equal within a run
+    runs = [[count for _, count in run] for _, run in numbered]
     return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
