@@ -107,12 +107,10 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout.
+    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout;
+    NO_BLOCKS if it has neither. `weight_of` gives the model's own weights, in any precision.
 
-    NO_BLOCKS if the folder has neither.
-
-    `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
-    not trained for these weights.
+    Raises CheckpointError for a file that is damaged, or that was not trained for these weights.
     """
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():

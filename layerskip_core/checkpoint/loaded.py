@@ -139,9 +139,8 @@ class Decoder:
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
 
-        Where exits have blocks, these are the trained ones.
-
-        The strategy is the one that a sweep saved, self-speculative if it saved only an exit. `packing`: how drafts are stored.
+        Where exits have blocks, these are the trained ones. The strategy is the one that a sweep saved, self-speculative if it
+        saved only an exit. `packing`: how drafts are stored.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
