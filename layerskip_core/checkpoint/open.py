@@ -230,8 +230,8 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
             if needed <= memory:
                 packing = copied
             else:
-                lacking = f"both need {needed / 1e6:,.0f} MB of memory, and there are {memory / 1e6:,.0f}"
-                source = replace(source, notes=(f"without the {kind} copy of the weights that drafts: {lacking}",))
+                lacking = f"the model needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available"
+                source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
     if folder is None:
         return replace(source, packing=packing)
     blocks = read_exit_blocks(folder, spec, source.weight_of)

@@ -162,7 +162,9 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype,
         backend, told = decoder.backend, " ".join(decoder.notes)
         if not isinstance(backend, NativeBackend):
             pytest.skip("no kernels were built here")
-        assert ("int8" in backend.draft_sides) != ("without the int8 copy of the weights that drafts: both need" in told)
+        assert ("int8" in backend.draft_sides) != (
+            "drafting without an int8 copy of the weights: with it the model needs" in told
+        )
         return list(backend.draft_sides), backend.spec.parameters
 
     _, parameters = sides(0)
