@@ -214,15 +214,12 @@ class PromptLines(Iterator[str]):
 
     def __init__(self) -> None:
         self._read, self._is_over, self._encoding = bytearray(), _taken is None, "utf-8-sig"
-        self._descriptor: int | None = None  # of a stream in memory
-        with suppress(OSError):
-            self._descriptor = prompts_stream().fileno()
+        self._descriptor = -1 if _taken is None else _taken.fileno()
 
     def __next__(self) -> str:
         while b"\n" not in self._read and not self._is_over:
-            descriptor = self._descriptor
-            part = prompts_stream().buffer.read() if descriptor is None else os.read(descriptor, 1 << 16)
-            self._is_over = descriptor is None or not part
+            part = os.read(self._descriptor, 1 << 16)
+            self._is_over = not part
             self._read += part
         if not self._read:
             raise StopIteration
@@ -233,7 +230,7 @@ class PromptLines(Iterator[str]):
 
     def is_ready(self) -> bool:
         """Whether the next line, or the end, can be had without waiting for the process that writes it, as far as is known."""
-        if self._is_over or self._descriptor is None or b"\n" in self._read or stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+        if self._is_over or b"\n" in self._read or stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             return True
         try:
             return bool(select.select([self._descriptor], [], [], 0)[0])

@@ -5,9 +5,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import EXACT, UNLIMITED, DecodingConfig, RequestOptions, choices, implied_strategy
-from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
+from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices
+from layerskip_core.config.model import PLAIN, MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
+from layerskip_core.config.resolution import EXACT, implied_strategy
 
 from .console import narrate
 
@@ -16,13 +17,12 @@ if TYPE_CHECKING:
 
 _SMALL_WIDTH = 256  # of the hidden states
 _INTERVAL = 0.25  # seconds in which other processes are watched
-_PLAIN = PackingConfig()
 
 
 def load_model(
     model: str,
     machine: MachineConfig,
-    packing: PackingConfig = _PLAIN,
+    packing: PackingConfig = PLAIN,
     policies: Collection[str] | None = (),
     prompting: PromptingConfig | None = None,
 ) -> "Decoder":
@@ -44,9 +44,9 @@ class DecoderFlags:
     """A model to decode with, and how."""
 
     model: ModelName = "embedded"
-    decoding: RequestOptions = field(default_factory=lambda: RequestOptions())
+    decoding: RequestOptions = field(default_factory=RequestOptions)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    packing: PackingConfig = _PLAIN
+    packing: PackingConfig = PLAIN
     machine: MachineConfig = field(default_factory=MachineConfig)
 
 

@@ -13,8 +13,9 @@ from msgspec import Meta
 from typer.core import TyperCommand
 
 from layerskip_core.checkpoint.locate import require_model
+from layerskip_core.config.evaluation import HARNESS
 from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, needed, parse_list
-from layerskip_core.data import require_data
+from layerskip_core.data import is_data, require_data
 from layerskip_core.errors import ConfigError
 from layerskip_core.files import parse_json, text_lines
 
@@ -55,20 +56,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    present = dict[str, Callable[[str], None]]()  # tells what is not there before torch is imported
+    read = dict[str, str]()  # by field, what it names: its absence is told before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
-            reads = "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None)
-            if reads in ("model", "data"):
-                present[field] = require_model if reads == "model" else require_data
+            read[field] = "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
 
     @wraps(function)
     def run(**values: Any) -> None:
         arguments = {name: _made(name, hints[name], defaults[name], values) for name in given}
-        for field, require in present.items():
-            if values[field] is not None:
-                require(values[field])
+        for field, reads in read.items():
+            match reads, values[field]:
+                case "model", str(name):
+                    require_model(name)
+                case "perhaps data", str(name) if name.startswith(HARNESS) or not is_data(name):
+                    pass
+                case "data" | "perhaps data", str(name):
+                    require_data(name, field)
         function(**arguments)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]

@@ -23,9 +23,10 @@ import torch
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, decoding, resolve
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, decoding
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import parse_counts
+from layerskip_core.config.resolution import resolve
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.exit import ExitDrafter, drafter_name

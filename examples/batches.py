@@ -19,9 +19,10 @@ import torch
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, resolve
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import parse_counts
+from layerskip_core.config.resolution import resolve
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode_batch
 from layerskip_core.serving import Request, Scheduler, Update

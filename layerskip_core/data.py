@@ -231,8 +231,7 @@ class _Message(msgspec.Struct):
 def load_examples(config: DataConfig) -> list[Example]:
     """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
 
-    Raises:
-        DataError: no such data or column, or an empty or malformed row, named as file:line.
+    Raises DataError for data or a column that is not there, and for an empty or malformed row, named as file:line.
     """
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
@@ -330,7 +329,7 @@ def require_data(name: str, setting: str = "data") -> None:
 
 
 def is_data(name: str) -> bool:
-    """Whether `validation` names data of its own, not a split of the training's."""
+    """Whether a name is that of data, not that of a split or of a task, as those of `validation` and `task` may be."""
     named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     return named and name not in commands.SPLITS
 

@@ -141,6 +141,11 @@ def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None
         raise CheckpointError(f"{what} need {needed >> 20} MB of disk in {folder}, {found}")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but its lock."""
+    return all(path.name == _LOCK for path in folder.iterdir())
+
+
 def new_staging(folder: Path) -> Path:
     """A new, empty folder inside `folder`, whose content is renamed into place when complete. Needs the lock of `folder`."""
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
@@ -196,16 +201,10 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
     A missing folder is created, and removed again if it is still empty at the end. A thread may take a lock that it already
-    holds. The system releases the lock of a process that is killed.
+    holds. The system releases the lock of a process that is killed. `doing`: what this process does there, for the message that
+    others get. `wait`: seconds to wait for another process.
 
-    Args:
-        folder: the folder to write to.
-        doing: what this process does there, for the message that others get.
-        wait: seconds to wait for another process.
-
-    Raises:
-        LockedError: another process holds the lock; the message names it.
-        LayerSkipError: the folder cannot be created or written.
+    Raises LockedError if another process holds the lock, LayerSkipError for a folder that cannot be created or written.
     """
     from filelock import FileLock, Timeout
 

@@ -15,59 +15,41 @@ from .errors import ConfigError, LayerSkipError, first_line, refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from .prompting import Tokenizer
-
 # JSON as json.dumps writes it: with its white space fixed, all of an object but its values is forced.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class Guide:
-    """A grammar, compiled for the tokenizer of a model. Guides of the same grammar and tokenizer are equal."""
+@lru_cache(maxsize=64)  # of a server many requests have the same
+def guide(asked: tuple[str, str], tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "Matcher":
+    """A grammar, compiled for the tokenizer of a model. `asked`: `guided` of DecodingConfig.
 
-    def __init__(self, asked: tuple[str, str], tokenizer: "Tokenizer", vocab: int, eos_ids: frozenset[int]) -> None:
-        """`asked`: `schema`, `regex`, `grammar` or `choice`, and its text; see `guided` of DecodingConfig.
-
-        Raises:
-            ConfigError: llguidance cannot compile it, or the model has no EOS token or no tokenizer of the tokenizers library.
-            LayerSkipError: llguidance is not installed.
-        """
-        try:
-            from llguidance import LLMatcher
-        except ModuleNotFoundError:
-            raise LayerSkipError(f"`{asked[0]}` needs the extra `grammar`: pip install 'layerskip[grammar]'") from None
-        (kind, text), self.eos_ids = asked, eos_ids
-        self._key = asked, tokenizer
-        if not eos_ids:
-            raise refused(kind, "used with a model that has an EOS token", "one without")
-        words = _words(tokenizer, vocab, eos_ids)
-        try:
-            if kind == "schema":
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
-            elif kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
-            else:
-                if kind == "choice":
-                    text = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
-                grammar = LLMatcher.grammar_from_lark(text)
-            self._compiled = LLMatcher(words, grammar, log_level=0)
-            fault = self._compiled.get_error()
-        except ValueError as error:
-            fault = str(error)
-        if fault:
-            raise ConfigError(f"`{kind}` cannot be compiled: {fault.strip().splitlines()[0]:.200}", kind)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Guide) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def matcher(self) -> "Matcher":
-        """For a row that begins."""
-        return Matcher(self._compiled.deep_copy(), self.eos_ids)
-
-
-guide = lru_cache(maxsize=64)(Guide)  # of a server many requests have the same
+    Raises ConfigError if llguidance cannot compile it, and for a model without an EOS token or a tokenizer of the tokenizers
+    library; LayerSkipError if llguidance is not installed.
+    """
+    kind, text = asked
+    try:
+        from llguidance import LLMatcher
+    except ModuleNotFoundError:
+        raise LayerSkipError(f"`{kind}` needs the extra `grammar`: pip install 'layerskip[grammar]'") from None
+    if not eos_ids:
+        raise refused(kind, "used with a model that has an EOS token", "one without")
+    words = _words(tokenizer, vocab, eos_ids)
+    try:
+        if kind == "schema":
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
+        elif kind == "regex":
+            grammar = LLMatcher.grammar_from_regex(text)
+        else:
+            if kind == "choice":
+                text = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
+            grammar = LLMatcher.grammar_from_lark(text)
+        compiled = LLMatcher(words, grammar, log_level=0)
+        fault = compiled.get_error()
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ConfigError(f"`{kind}` cannot be compiled: {fault.strip().splitlines()[0]:.200}", kind)
+    return Matcher(compiled, eos_ids)
 
 
 @lru_cache(maxsize=4)
@@ -90,6 +72,10 @@ class Matcher:
         self._read: list[int] = []  # by the matcher
         self._masks: dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.bool_]]] = {}  # after drafts, for the same output
         self._masks_of = -1  # tokens of that output
+
+    def matcher(self) -> "Matcher":
+        """One for a row that begins."""
+        return Matcher(self._matcher.deep_copy(), self._eos_ids)
 
     def forbidden(self, output: list[int], drafts: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """(V,) or longer, True for the tokens that may not come after the drafts; None if these end the answer."""

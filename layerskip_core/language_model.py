@@ -84,11 +84,7 @@ class LanguageModel:
     def generate_batch(self, prompts: Sequence[str], **options: Unpack[RequestOptions]) -> list[Answer]:
         """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
         decoder, config = self.decoder, self._resolved(options)
-        encoded: list[list[int]] = []
-        for prompt in prompts:
-            encoded.append(decoder.encode_prompt(prompt))
-            check_prompt(encoded[-1], decoder.backend)
-        if not encoded:
+        if not (encoded := [decoder.encode_prompt(prompt) for prompt in prompts]):
             return []
         ends, earlier = decoder.ends_of(config), EarlierAnswers() if self._earlier is None else self._earlier
         answers = decode_batch(decoder.backend, encoded, config, ends, decoder.detokenize, earlier=earlier)

@@ -102,16 +102,10 @@ class PromptTemplate:
 def resolve_template(
     requested: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
 ) -> PromptTemplate:
-    """The template to use: the requested one, else the stored one, else the tokenizer's chat template, else `raw`.
+    """The template to use: the requested one, else the one that the checkpoint names (`stored`), else the tokenizer's chat
+    template, else `raw`. `system`: a system message, which replaces the stored one.
 
-    Args:
-        requested: `chat`, `raw` or a text with {prompt} in it.
-        system: a system message, which replaces the stored one.
-        stored: the template that the checkpoint names.
-        tokenizer: the model's.
-
-    Raises:
-        ConfigError: `chat` without a chat template, or a system message in another template.
+    Raises ConfigError for `chat` without a chat template, and for a system message in another template.
     """
     if requested == CHAT:
         require_chat_template(tokenizer)
@@ -144,13 +138,8 @@ def render_chat(
 ) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
 
-    Args:
-        messages: objects with a role and a content, and what else the template knows.
-        tools: functions that the model may call, as OpenAI's API describes them.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-        CheckpointError: its template is damaged or refuses the conversation.
+    `messages` have a role, a content, and what else the template knows; `tools`: functions that the model may call, as OpenAI's
+    API describes them. Raises ConfigError without a chat template, CheckpointError for one that is damaged or refuses them.
     """
     require_chat_template(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
@@ -200,11 +189,8 @@ def encode_prompt(
 
     Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
     template those of the prompt become tokens. `turns`: earlier prompts with their answers, for the chat template only; special
-    tokens in them stay text too.
-
-    Raises:
-        ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
-        CheckpointError: the chat template or the tokenizer fails.
+    tokens in them stay text too. Raises ConfigError for a prompt that is not valid Unicode and for `chat` without such a
+    template, CheckpointError if the template or the tokenizer fails.
     """
     try:
         prompt.encode()

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from unittest.mock import patch
 
 from cli.main import main
@@ -30,10 +31,12 @@ class Result:
 def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
     """Calls `main()`, which turns every error into its message and exit status, as for a user."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
-    source = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding)
-    with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source), patch("sys.argv", ["layerskip", *arguments]):
+    with TemporaryFile() as file, redirect_stdout(out), redirect_stderr(err), patch("sys.argv", ["layerskip", *arguments]):
+        file.write(stdin.encode() if isinstance(stdin, str) else stdin)
+        file.seek(0)
         try:
-            main()
+            with patch("sys.stdin", io.TextIOWrapper(file, encoding)):
+                main()
         except SystemExit as exit:
             code = exit.code or 0
     return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
@@ -42,6 +45,12 @@ def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> R
 def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
     """The command ends with status 1, one line that is exactly `error: message`, and nothing on stdout."""
     assert run(*arguments, **keywords) == Result(1, "", f"error: {message}\n")
+
+
+def refused(part: str, *arguments: str, **keywords: str | bytes) -> None:
+    """The command ends with status 1, one line of error that has this part, and nothing on stdout."""
+    result = run(*arguments, **keywords)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1) and part in result.err, (part, result)
 
 
 def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:

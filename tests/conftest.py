@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import chdir
 from dataclasses import replace
-from itertools import accumulate, count, repeat, starmap
+from itertools import accumulate, count, pairwise, repeat, starmap
 from pathlib import Path
 from random import Random
 
@@ -112,6 +112,23 @@ def as_on_this_cpu(model):
         for parameter in model.parameters():
             parameter.data.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=rounding, dtype=torch.float64))
     return model
+
+
+def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
+    return torch.arange(start, stop).expand(batch, -1)
+
+
+def logits_of(model, ids, edges=(), side=None):
+    """Logits (B, T, V) of tokens that run in pieces between the edges, through one cache. `side`: one that drafts."""
+    unembed, layers, cache, pieces = model.unembed, model, model.new_cache(len(ids)), []
+    if side is not None:
+        unembed, layers = side.whole.unembed, side.layers
+    with torch.inference_mode():
+        for start, stop in pairwise([0, *edges, ids.shape[1]]):
+            hidden, places = layers.embed(ids[:, start:stop]), cache.span(start, stop)
+            hidden = layers.run_layers(hidden, 0, 1, places)
+            pieces.append(unembed(layers.run_layers(hidden, 1, (side or model).num_layers, places)))
+    return torch.cat(pieces, dim=1)
 
 
 def edit_json(file, **changes):

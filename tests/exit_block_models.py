@@ -1,15 +1,17 @@
-"""Exit blocks, and drafters in the EAGLE-3 layout, with random weights for the tiny models."""
+"""What lies beside tiny models: exit blocks and drafters in the EAGLE-3 layout with random weights, calibrated int4 weights."""
 
 import torch
 
+from layerskip_core.checkpoint import beside
 from layerskip_core.checkpoint.beside import EAGLE3_FOLDER, eagle3_content, exit_blocks_content, fingerprint
-from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
 from layerskip_core.model.spec import ModelSpec
+from layerskip_core.model.weights import int4_of, stored
 from layerskip_core.training.exit_blocks import FrozenExits
 
 _ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
@@ -51,3 +53,11 @@ def add_eagle3(folder) -> None:
     (folder / EAGLE3_FOLDER).mkdir()
     for name, content in eagle3_content(random_eagle3(spec), spec, str(folder)).items():
         (folder / name).write_bytes(content)
+
+
+def add_int4(folder, change=lambda weight: weight):
+    """Calibrated weights that differ visibly from rounded ones, if `change` does."""
+    model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
+    names = beside.matrix_names(spec)
+    rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
+    save_beside(str(folder), INT4_FILE, beside.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))

@@ -35,7 +35,7 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 
 @command
 def chat(
-    flags: Annotated[DecoderFlags, Without("logprobs", "prompt_logprobs")],
+    flags: Annotated[DecoderFlags, Without(("logprobs", "prompt_logprobs"))],
     show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
     stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
 ) -> None:

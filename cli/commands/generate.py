@@ -24,11 +24,8 @@ from ..options import Prompt, command
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import Answer, DecodeStats
-    from layerskip_core.decoding.dialogue import TextStream
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.decoding.output import TokenLogprobs
-
-    Answers = Iterator[tuple["Request", TextStream | Answer | LayerSkipError]]
 
 _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(RequestOptions))})`")
@@ -82,10 +79,11 @@ def generate(
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 
     earlier, is_ready = EarlierAnswers(remember), given.is_ready
-    together = batch_size > 1
-    answers = _together(loaded, requests, earlier, batch_size, is_ready) if together else _singly(loaded, requests, earlier)
+    answers: Answers = ((request, None) for request in requests)
+    if batch_size > 1:
+        answers = _together(loaded, requests, earlier, batch_size, is_ready)
     try:
-        failed, total = print_answers(answers, not several, jsonl, loaded.token_text)
+        failed, total = print_answers(loaded, answers, earlier, not several, jsonl)
     except KeyboardInterrupt:
         if not jsonl:  # whose lines are objects
             sys.stdout.write("\n")
@@ -137,20 +135,25 @@ def requests_of(
             yield request
 
 
-def print_answers(answers: "Answers", alone: bool, jsonl: bool, text_of: Callable[[int], str]) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order; returns whether one failed, and the counts of all. Raises the error of one `alone`.
+Answers = Iterator[tuple[Request, "Answer | None"]]
 
-    `text_of`: of a token id.
+
+def print_answers(
+    loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
+) -> tuple[bool, "DecodeStats"]:
+    """Prints every answer in order, decoding those that are not there yet; returns whether one failed, and the counts of all.
+    Raises the error of one `alone`.
     """
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
     failed, total = False, DecodeStats()
-    for request, answer in answers:
+    for request, ready in answers:
         named = {"line": request.number} | ({} if request.id is None else {"id": request.id})
         try:
-            if isinstance(answer, LayerSkipError):
-                raise answer
+            if request.error is not None:
+                raise request.error
+            answer = ready or TextStream(loaded, request.prompt, request.config, earlier=earlier)
             for piece in answer if isinstance(answer, TextStream) else [answer.text]:
                 if not jsonl:
                     _write(piece)
@@ -173,27 +176,15 @@ def print_answers(answers: "Answers", alone: bool, jsonl: bool, text_of: Callabl
                 whole = answer.answer if isinstance(answer, TextStream) else answer
                 for name in ("logprobs", "prompt_logprobs"):
                     if listed := getattr(whole, name):
-                        document[name] = [_told(one, text_of) for one in listed]
+                        document[name] = [_told(one, loaded.token_text) for one in listed]
                 _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
 
 
-def _singly(loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers") -> "Answers":
-    from layerskip_core.decoding.dialogue import TextStream
-
-    for request in requests:
-        answer: TextStream | LayerSkipError
-        try:
-            answer = request.error or TextStream(loaded, request.prompt, request.config, earlier=earlier)
-        except LayerSkipError as error:
-            answer = error
-        yield request, answer
-
-
 def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
-) -> "Answers":
+) -> Answers:
     """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
 
     `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
@@ -230,7 +221,8 @@ def _together(
         while unanswered and (updates := unanswered[0][2]) and updates[-1].is_last:
             (request, job, updates), end = unanswered.popleft(), updates[-1]
             if isinstance(end.error, LayerSkipError):
-                yield request, end.error
+                request.error = end.error
+                yield request, None
             elif end.finish_reason is not None:
                 stats, seconds = job.stats + DecodeStats(total_seconds=seconds), 0.0
                 text = "".join(update.text for update in updates)

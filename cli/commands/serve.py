@@ -11,9 +11,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from layerskip_core.config.decoding import Remember, RequestOptions, require_exit_layer
+from layerskip_core.config.decoding import Remember, RequestOptions
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
+from layerskip_core.config.resolution import require_exit_layer
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
@@ -23,6 +24,7 @@ from ..options import command
 KEY = "LAYERSKIP_API_KEY"
 _GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
 _BACKLOG = 2048  # connections that the system holds until they are accepted
+_WITHOUT = Without(("seed", "logprobs", "prompt_logprobs"))  # which are a request's
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -57,9 +59,7 @@ class ServeConfig:
         Count | None,
         Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="half of what is free"),
     ] = None
-    decoding: Annotated[RequestOptions, Without("seed", "logprobs", "prompt_logprobs")] = field(
-        default_factory=lambda: RequestOptions()
-    )
+    decoding: Annotated[RequestOptions, _WITHOUT] = field(default_factory=RequestOptions)
 
 
 @command

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, policy_text
+from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.options import Flag, counts_text
+from layerskip_core.config.resolution import EXACT, FAST, policy_text
 from layerskip_core.errors import ConfigError, require
 
 from .. import evaluation
@@ -131,32 +132,27 @@ def front(points: "Points", width: int) -> Text:
         strategy: (_MARKERS.get(strategy, "◆"), _COLOURS[number % len(_COLOURS)])
         for number, strategy in enumerate(points.strategies)
     }
-    cells: dict[tuple[int, int], tuple[str, str]] = {}
-    for place, result in zip(zip(up, across, strict=True), points.results, strict=True):
-        cells[place] = markers[strategy_name(result)]
+    places = list(zip(up, across, strict=True))
+    cells = {place: markers[strategy_name(result)] for place, result in zip(places, points.results, strict=True)}
     # One of several points in the same place is shown: the frontier's, and of these the fastest.
     ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
-    for rank, index in enumerate(ranked, start=1):
-        cells[up[index], across[index]] = str(rank % 10), "bold"
-    text = Text()
-    text.append(f"{points.quality_label}\n", style="dim")
-    ends = (low, high) if points.lower_is_better else (high, low)
+    cells |= {places[index]: (str(rank % 10), "bold") for rank, index in enumerate(ranked, start=1)}
+    ends = {0: low, _HEIGHT - 1: high} if points.lower_is_better else {0: high, _HEIGHT - 1: low}
+    text = Text.assemble((f"{points.quality_label}\n", "dim"))
     for row in range(_HEIGHT):
-        text.append(f"{ends[0] if row == 0 else ends[1] if row == _HEIGHT - 1 else '':>{margin}} │", style="dim")
-        for column in range(max(across) + 1):
-            text.append(*cells.get((row, column), (" ", "")))
+        text.append(f"{ends.get(row, ''):>{margin}} │", style="dim")
+        text.append_tokens(cells.get((row, column), (" ", "")) for column in range(max(across) + 1))
         text.append("\n")
-    text.append(f"{'':>{margin}} └{'─' * (width - margin - 2)}\n", style="dim")
     slow, fast = f"{min(points.speeds):.0f}", f"{max(points.speeds):.0f} tokens/s"
-    text.append(f"{'':>{margin}}  {slow}{fast:>{width - margin - 2 - len(slow)}}\n", style="dim")
+    room = width - margin - 2
+    text.append(f"{'':>{margin}} └{'─' * room}\n{'':>{margin}}  {slow}{fast:>{room - len(slow)}}\n", style="dim")
     for strategy, (marker, colour) in markers.items():
         text.append(f"{marker} {strategy}  ", style=colour)
-    text.append("\n")
     for rank, index in enumerate(ranked, start=1):
         result = points.results[index]
         speedup = f" {result.speedup:.2f}x" if result.speedup else ""
-        text.append(f"{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}\n")
-    return text
+        text.append(f"\n{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}")
+    return text.append("\n")
 
 
 def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""What answers look like: completions and conversations, whole and in chunks, and embeddings."""
+"""What answers look like: completions, conversations and responses, whole and in pieces, and embeddings."""
 
 import json
 import secrets
@@ -13,7 +13,7 @@ from layerskip_core.decoding import DecodeStats
 from layerskip_core.decoding.output import TokenLogprobs
 from layerskip_core.serving import Embedding, Request, Update
 
-from .errors import ApiError
+from .bodies import ApiError
 from .tools import Call, Calls, deltas
 
 _DONE = b"data: [DONE]\n\n"
@@ -28,14 +28,14 @@ class Document:
         model: str,
         jobs: Sequence[Request],
         echoes: Sequence[str],
-        calls: Callable[[], Calls] | None,
+        calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
         """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one.
 
         `include_usage`: at the end of a stream.
         """
-        self._calls = None if calls is None else [calls() for _ in jobs]
+        self._calls = [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._include_usage = include_usage
         self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
@@ -46,7 +46,7 @@ class Document:
         """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
         choices = []
         for number, answer in sorted(answers.items()):
-            said, calls = (answer.text, []) if self._calls is None else self._calls[number].add(answer.text, True)
+            said, calls = self._calls[number].add(answer.text, True)
             message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
             if calls:
                 message |= {"content": said or None, "tool_calls": calls}
@@ -60,10 +60,8 @@ class Document:
             contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
         else:
             role = {} if number in self._begun else {"role": "assistant"}
-            said, first, calls = update.text, 0, list[Call]()
-            if self._calls is not None:
-                first = self._calls[number].count
-                said, calls = self._calls[number].add(update.text, update.is_last)
+            first = self._calls[number].count
+            said, calls = self._calls[number].add(update.text, update.is_last)
             contents = [{"delta": {**role, "content": said} if said or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
         # The last one says why the answer ended; log probabilities are those of all.
@@ -89,7 +87,7 @@ class Document:
 
     def _choice(self, number: int, content: dict[str, Any], update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
         reason = {"context": "length", "eos": "stop"}.get(update.finish_reason or "", update.finish_reason)
-        if reason == "stop" and self._calls is not None and self._calls[number].count:
+        if reason == "stop" and self._calls[number].count:
             reason = "tool_calls"
         logprobs = None
         if self._jobs[number].config.logprobs is not None:
@@ -165,3 +163,129 @@ class Vectors:
         data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in found]
         counts = {key: usage["prompt_tokens"] for key in ("prompt_tokens", "total_tokens")}
         return {"object": "list", "model": self._model, "data": data, "usage": counts}
+
+
+class ResponseDocument:
+    """Makes the document or the events of one response."""
+
+    def __init__(self, model: str, job: Request, calls: Callable[[], Calls], body: Mapping[str, Any]) -> None:
+        """`calls`: finds calls of tools. `body`: the request's, of which a response says again what was asked for."""
+        self._calls = calls()
+        self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
+        self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
+        self._logprobs = list[Any]()  # of tokens whose text was not said yet
+        asked: dict[str, Any] = {"instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto"}
+        asked |= {"parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "max_output_tokens": None}
+        self._common = {
+            **{"id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time()), "model": model},
+            **{key: body.get(key, usual) for key, usual in asked.items()},
+            **{"temperature": job.config.temperature, "top_p": job.config.top_p or 1, "truncation": "disabled"},
+            **{"store": False, "background": False, "previous_response_id": None},
+        }
+
+    def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
+        """As `Document.whole`."""
+        self.chunk(0, answers[0], texts)
+        return self._document(usage)
+
+    def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
+        """Server-sent events of the next piece of the answer."""
+        if not self._told:
+            self._tell("response.created", response=self._document())
+            self._tell("response.in_progress", response=self._document())
+        said, calls = self._calls.add(update.text, update.is_last)
+        if self._config.logprobs is not None:
+            self._logprobs += chat_logprobs(update, texts)["content"]
+        if said or (update.is_last and not (calls or self._output)):
+            self._say(said)
+        for call in calls:
+            self._call(call)
+        if update.is_last:
+            self._reason = update.finish_reason or ""
+            self._end_message("incomplete" if self._is_cut else "completed")
+        return self._unsent()
+
+    def end(self, usage: dict[str, Any]) -> bytes:
+        """The last event of a stream."""
+        self._tell("response.incomplete" if self._is_cut else "response.completed", response=self._document(usage))
+        return self._unsent()
+
+    def failure(self, error: ApiError) -> bytes:
+        """Instead of the last event."""
+        failed = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+        self._tell("response.failed", response=self._document() | failed)
+        return self._unsent()
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._reason in ("length", "context")
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Of what is said of the last item."""
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+
+    def _say(self, said: str) -> None:
+        """Adds to the message that is open; opens one if there is none."""
+        if not self._output or self._output[-1]["status"] != "in_progress":
+            self._add({"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []})
+            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self._tell("response.content_part.added", **self._place, content_index=0, part=part)
+            self._output[-1]["content"].append(part)
+        [part] = self._output[-1]["content"]
+        part["text"] += said
+        part["logprobs"] += (logprobs := self._logprobs)
+        self._logprobs = []
+        if said:
+            self._tell("response.output_text.delta", **self._place, content_index=0, delta=said, logprobs=logprobs)
+
+    def _call(self, call: Call) -> None:
+        self._end_message("completed")
+        function, item = call["function"], {"id": f"fc_{secrets.token_hex(12)}", "call_id": call["id"]}
+        self._add({"type": "function_call", **item, "name": function["name"], "arguments": ""})
+        for kind, key in (("delta", "delta"), ("done", "arguments")):
+            self._tell(f"response.function_call_arguments.{kind}", **self._place, **{key: function["arguments"]})
+        self._output[-1]["arguments"] = function["arguments"]
+        self._end("completed")
+
+    def _end_message(self, status: str) -> None:
+        """If there is one."""
+        if self._output and self._output[-1]["status"] == "in_progress":
+            [part] = self._output[-1]["content"]
+            part["logprobs"] += self._logprobs
+            text = {"text": part["text"], "logprobs": part["logprobs"]}
+            self._tell("response.output_text.done", **self._place, content_index=0, **text)
+            self._tell("response.content_part.done", **self._place, content_index=0, part=part)
+            self._end(status)
+
+    def _add(self, item: dict[str, Any]) -> None:
+        self._output.append({**item, "status": "in_progress"})
+        self._tell("response.output_item.added", output_index=len(self._output) - 1, item=self._output[-1])
+
+    def _end(self, status: str) -> None:
+        self._output[-1]["status"] = status
+        self._tell("response.output_item.done", output_index=len(self._output) - 1, item=self._output[-1])
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        self._events.append(f"event: {kind}\n".encode() + event({"type": kind, "sequence_number": self._told, **fields}))
+        self._told += 1
+
+    def _unsent(self) -> bytes:
+        events, self._events = self._events, []
+        return b"".join(events)
+
+    def _document(self, usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The response so far, and whole with the usage of its conversation."""
+        made = {**self._common, "status": "in_progress", "error": None, "incomplete_details": None, "output": self._output}
+        if usage is None:
+            return {**made, "usage": None}
+        if self._is_cut:
+            made["incomplete_details"] = {"reason": "max_output_tokens"}
+        counts = {f"{of}_tokens": usage[f"{name}_tokens"] for of, name in (("input", "prompt"), ("output", "completion"))}
+        details = {"input_tokens_details": {"cache_write_tokens": 0, **usage["prompt_tokens_details"]}}
+        details["output_tokens_details"] = usage["completion_tokens_details"]
+        return {
+            **made,
+            "status": "incomplete" if self._is_cut else "completed",
+            "usage": {**counts, **details, "total_tokens": usage["total_tokens"]},
+        }

@@ -10,7 +10,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import GUIDES, changed
+from layerskip_core.config.decoding import GUIDES, RequestOptions, changed
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
@@ -32,13 +32,10 @@ from layerskip_core.serving.engine import Engine
 
 from ..commands.serve import ServeConfig
 from ..console import narrate, tell_error
-from .answers import Document, Vectors, usage_of
-from .bodies import Asked, Prompt, asked, embedded, parsed, text_of
-from .errors import ApiError, api_error, invalid
-from .responses import NAMES, ResponseDocument, as_conversation
+from .answers import Document, ResponseDocument, Vectors, usage_of
+from .bodies import ApiError, Asked, Family, Prompt, api_error, invalid, parsed, request_of, text_of
 from .tools import Calls, Tools, as_texts, format_of, grammar
 
-Family = Literal["completions", "chat", "responses", "embeddings"]  # of endpoints whose work is queued
 Result = TypeVar("Result")
 
 _BODY_SECONDS = 30.0  # for a body to arrive
@@ -145,11 +142,7 @@ class Service:
         engine.hold(held)
         try:
             given = parsed(body)
-            if family == "embeddings":
-                request = embedded(given, self.name, self._config)
-            else:
-                document = as_conversation(given) if family == "responses" else given
-                request = asked(document, family != "completions", self.name, self._config)
+            request = request_of(given, family, self.name, self._config)
             engine.hold(len(request.options) - held)
             held = len(request.options)
             jobs, made = await self.in_encoding(self._made, request, family, given, deliver)
@@ -167,7 +160,7 @@ class Service:
         self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
     ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
         """For `in_encoding`: what the engine is handed, and what makes documents of it."""
-        decoder, tools, options, finder = self._decoder, request.tools, request.options, None
+        decoder, tools, options = self._decoder, request.tools, request.options
         if family == "embeddings":
             layers = self._config.embedding_layer or decoder.backend.num_layers
             texts = [_ids(self._plain, prompt) for prompt in request.prompts]
@@ -180,8 +173,8 @@ class Service:
                 self._narrate_once("the chat template knows no tools: texts describe them, and a grammar makes the calls")
             if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
                 calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
-                options = [changed(each, {"grammar": calls}) for each in options]
-            finder = partial(Calls, self._format, tools)
+                options = [changed(each, RequestOptions(grammar=calls)) for each in options]
+        finder = partial(Calls, self._format, tools)
         prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
         jobs = list[Job]()
         for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):
@@ -199,10 +192,7 @@ class Service:
         ids = {token for one in told for token in (one.id, *(top for top, _ in one.top))}
         if ids:  # and perhaps the first ones of prompts
             ids |= {job.ids[0] for job in jobs}
-        return await self.in_encoding(self._texts, ids) if ids else {}
-
-    def _texts(self, ids: set[int]) -> dict[int, str]:
-        return {token: self._decoder.token_text(token) for token in ids}
+        return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}
 
     def _echo(self, prompt: Prompt) -> str:
         return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
@@ -281,8 +271,10 @@ class Updates:
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
 
-    def disconnect(self) -> None:
-        """The client went away."""
+    async def watch(self, receive: Receive) -> None:
+        """Waits until the client goes away: after the body nothing else is received."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
         self._queue.put_nowait(None)
 
     async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
@@ -315,7 +307,7 @@ class _Endpoint:
         except (ClientDisconnect, OSError):
             pass
         except (ApiError, LayerSkipError) as error:
-            refused = api_error(error).renamed(NAMES if self._family == "responses" else {})
+            refused = api_error(error).renamed(self._family)
             outcome = "refused" if refused.status < 500 else "failed"
             raise refused from None
         except Exception:
@@ -332,7 +324,7 @@ class _Endpoint:
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
         streamed = None if isinstance(document, Vectors) or not asked.stream else document
-        watch, begun, answers = asyncio.create_task(_watch(receive, updates)), False, dict[int, Update]()
+        watch, begun, answers = asyncio.create_task(updates.watch(receive)), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
@@ -366,13 +358,6 @@ class _Endpoint:
 
 async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
-
-
-async def _watch(receive: Receive, updates: Updates) -> None:
-    """Waits until the client goes away: after the body nothing else is received."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    updates.disconnect()
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

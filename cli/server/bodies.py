@@ -1,5 +1,6 @@
-"""What requests say: a body's prompts, options and tools. Raises ApiError with the parameter's name for what is wrong."""
+"""What requests say: a body's prompts, options and tools. For what is wrong an error in OpenAI's form names the parameter."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
@@ -9,13 +10,21 @@ from msgspec import Meta, Struct
 
 from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, changed
 from layerskip_core.config.options import checked
-from layerskip_core.errors import DataError
+from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
 from layerskip_core.files import parse_json
+from layerskip_core.serving import QueueFull, Stopped
 
 from ..commands.serve import ServeConfig
-from .errors import invalid
 from .tools import Tool, Tools
 
+# Options that have another name in the API.
+_NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"}
+_NAMES |= {name: f"guided_{name}" for name in ("regex", "grammar", "choice")}
+# Parameters of conversations that have another name in responses.
+_RESPONSE_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+_STATE: dict[str, Any] = {"store": False, "background": False, "previous_response_id": None, "conversation": None}
+_NOT_IN_RESPONSES: dict[str, Any] = {"n": 1, "truncation": "disabled", "prompt": None, "max_tool_calls": None}
+_LOGPROBS = "message.output_text.logprobs"
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
@@ -26,21 +35,61 @@ _UNSUPPORTED: dict[str, Any] = {
     **{key: [] for key in ("bad_words", "functions")},
     **{"suffix": "", "modalities": ["text"]},
 }
-
-_ONLY_ELSEWHERE: dict[bool, dict[str, Any]] = {  # for conversations, and for completions
-    True: {"echo": False},
-    False: {"top_logprobs": 0, "tools": []},
-}
+_NOT_IN_COMPLETIONS: dict[str, Any] = {"top_logprobs": 0, "tools": []}
 # The RequestOptions that a body names as they are.
 _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
 )
 
+Family = Literal["completions", "chat", "responses", "embeddings"]  # of endpoints whose work is queued
 Prompt = str | list[int] | tuple[dict[str, Any], ...]
 """A text, token ids, or the messages of a conversation, as chat templates read them."""
 _Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
+
+
+class ApiError(Exception):
+    """A request that is refused or fails, with the status and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.document: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def renamed(self, family: Family) -> "ApiError":
+        """With the parameter, the message's first word, as it is named there."""
+        said = self.document["error"]
+        if family == "responses" and (name := _RESPONSE_NAMES.get(param := said["param"])) is not None:
+            said |= {"param": name, "message": said["message"].replace(param, name, 1)}
+        return self
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
+    """The client's fault."""
+    return ApiError(status, message, "invalid_request_error", param, code)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The response for an exception. An unexpected one says only that the server failed."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, f"{error}; try again later", "rate_limit_error", code="queue_full")
+    if isinstance(error, Stopped):
+        return ApiError(503, str(error), "server_error", code="shutting_down")
+    if isinstance(error, ConfigError):
+        param = None if error.field is None else _NAMES.get(error.field, error.field)
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        return invalid(_named(str(error)), param, code)
+    if isinstance(error, LayerSkipError):
+        return invalid(_named(str(error)))
+    return ApiError(500, "the server failed to answer this request; its log says why", "server_error")
+
+
+def _named(message: str) -> str:
+    """A message of the core, with the API's names of the settings in it."""
+    return re.sub(r"`(\w+)`", lambda match: _NAMES.get(match[1], match[1]), message)
 
 
 class _Part(Struct):
@@ -99,6 +148,15 @@ class _Body(TypedDict, total=False):
     parallel_tool_calls: bool
 
 
+class _ResponseBody(TypedDict, total=False):
+    """Keys that conversations have in another form."""
+
+    instructions: str
+    text: Annotated[dict[str, Any], Meta(description="an object with a format")]
+    tools: Annotated[list[dict[str, Any]], Meta(description="a list of functions")]
+    include: list[str]
+
+
 def text_of(document: Mapping[str, Any], model: str) -> Prompt:
     """What is encoded but not answered: a text or a conversation."""
     _require_model(document.get("model", model), model)
@@ -121,7 +179,7 @@ class Asked(NamedTuple):
     tools: Tools | None = None  # of a conversation
 
 
-def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
+def _refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
     """Raises ApiError for a key with another value than the one that changes nothing."""
     for key in document.keys() & unsupported.keys():
         value, harmless = document[key], unsupported[key]
@@ -129,36 +187,37 @@ def refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, An
             raise invalid(f"{key} is not supported by this server{why}", key, "unsupported_parameter")
 
 
-def embedded(document: Mapping[str, Any], model: str, config: ServeConfig) -> Asked:
-    """The texts of which a body asks for vectors. Raises ApiError."""
+def request_of(document: Mapping[str, Any], family: Family, model: str, config: ServeConfig) -> Asked:
+    """What a body asks the model of this name for. Raises ApiError, and ConfigError for an option outside its range."""
+    most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)  # answers or texts, which the queue has to take whole
+    if family == "embeddings":
+        return _embedded(document, model, most)
+    document = _as_conversation(document) if family == "responses" else document
+    return _asked(document, family != "completions", model, most, config)
+
+
+def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
+    """The texts of which a body asks for vectors."""
     form = document.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise invalid(f"encoding_format must be float or base64, got {form!r:.50}", "encoding_format")
-    refuse_unsupported(document, {"dimensions": None})
+    _refuse_unsupported(document, {"dimensions": None})
     _require_model(document.get("model", model), model)
-    prompts, most = _prompts(document.get("input"), "input"), _most(config)
+    prompts = _prompts(document.get("input"), "input")
     if len(prompts) > most:
         raise invalid(f"input must be at most {most} texts, got {len(prompts)}", "input")
     return Asked(prompts, [{} for _ in prompts])
 
 
-def _most(config: ServeConfig) -> int:
-    """Answers or texts of one request, which the queue has to take whole."""
-    return min(_MOST_ANSWERS, config.batch_size + config.queue_size)
-
-
-def asked(document: Mapping[str, Any], is_chat: bool, model: str, config: ServeConfig) -> Asked:
-    """What a body asks the model of this name for; the options of `config` are for what it does not say.
-
-    Raises ApiError, and ConfigError for an option outside its range.
-    """
-    refuse_unsupported(document, _UNSUPPORTED | _ONLY_ELSEWHERE[is_chat])
+def _asked(document: Mapping[str, Any], is_chat: bool, model: str, most: int, config: ServeConfig) -> Asked:
+    """A conversation or texts to continue; the options of `config` are for what the body does not say."""
+    _refuse_unsupported(document, _UNSUPPORTED | ({"echo": False} if is_chat else _NOT_IN_COMPLETIONS))
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
     if "model" not in given:
         raise invalid(f"model is missing; this server has {model}", "model")
     _require_model(given["model"], model)
-    n, most = given.get("n", 1), _most(config)
+    n = given.get("n", 1)
     if not 1 <= n * len(prompts) <= most:
         raise invalid(f"n times the number of prompts must be in 1..{most}, got {n * len(prompts)}", "n")
     options = {name: document[name] for name in _OPTIONS if name in document}
@@ -258,3 +317,57 @@ def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
         return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
     except msgspec.ValidationError:
         raise invalid(f"{key} must be a text, a list of token ids, or a list of several of these", key) from None
+
+
+def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a conversation that asks for the same. Raises ApiError and ConfigError."""
+    _refuse_unsupported(body, _STATE, ", which keeps no responses: the input must be the whole conversation")
+    _refuse_unsupported(body, _NOT_IN_RESPONSES)
+    given = checked(_ResponseBody, {key: body[key] for key in _ResponseBody.__annotations__ if key in body})
+    text, choice, made = given.get("text", {}), body.get("tool_choice"), dict(body)
+    if text.get("verbosity") not in (None, "medium"):
+        raise invalid(f"text.verbosity must be medium, got {text['verbosity']!r:.50}", "text.verbosity")
+    if form := text.get("format"):
+        made["response_format"] = {"type": form.get("type"), "json_schema": form} if isinstance(form, dict) else form
+    system = [{"role": "system", "content": given["instructions"]}] if "instructions" in given else []
+    made["messages"] = system + _messages(body.get("input"))
+    tools = [{key: value for key, value in tool.items() if value is not None} for tool in given.get("tools", [])]
+    made["tools"] = [{"type": tool.pop("type", None), "function": tool} for tool in tools]
+    if isinstance(choice, dict) and "name" in choice:
+        made["tool_choice"] = {"type": choice.get("type"), "function": choice}
+    if "max_output_tokens" in body:
+        made["max_completion_tokens"] = body["max_output_tokens"]
+    if _LOGPROBS in given.get("include", []) or body.get("top_logprobs"):
+        made["logprobs"] = True
+    return made
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    """Items of an input as messages, whose values are checked as those of a conversation.
+
+    The assistant's message before a call has it; without one it has a message of its own.
+    """
+    messages: list[dict[str, Any]] = []
+    for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
+        match {"type": "message", **item} if isinstance(item, dict) else item:
+            case {"type": "message", "role": "system" | "developer" | "user" | "assistant" as role, "content": content}:
+                messages.append({"role": role, "content": _content(content)})
+            case {"type": "function_call_output", "call_id": call, "output": output}:
+                messages.append({"role": "tool", "tool_call_id": call, "content": _content(output)})
+            case {"type": "function_call", "call_id": call, "name": name, "arguments": arguments}:
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                function = {"name": name, "arguments": arguments}
+                messages[-1].setdefault("tool_calls", []).append({"id": call, "function": function})
+            case _:
+                needed = "a text, or a list of messages with texts, function_call and function_call_output items"
+                raise invalid(f"input must be {needed}, got {item!r:.200}", "input")
+    return messages
+
+
+def _content(content: Any) -> Any:
+    """Texts of an input and of an output as those of a conversation."""
+    parts = content if isinstance(content, list) else []
+    if all(isinstance(part, dict) and part.get("type") in ("input_text", "output_text") for part in parts):
+        return [{**part, "type": "text"} for part in parts] or content
+    raise invalid("input must have contents that are texts, or lists of input_text and output_text parts", "input")

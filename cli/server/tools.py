@@ -114,14 +114,17 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
 class Calls:
     """Parts the text of one answer, as it comes, into what is said and the tools that are called."""
 
-    def __init__(self, form: Format, tools: Tools) -> None:
-        self._form, self._names = form, {tool.function.name for tool in tools.known}
+    def __init__(self, form: Format | None, tools: Tools | None) -> None:
+        """Without `tools` all of the text is said."""
+        self._form, self._names = form, set() if tools is None else {tool.function.name for tool in tools.known}
         self._held = ""  # text that may be of a call
         self._is_text = False  # so that no call can come any more, where calls are not marked
         self.count = 0  # of calls so far
 
     def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
         """Takes more text; returns what can be told now."""
+        if not self._names:
+            return text, []
         self._held += text
         said, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
         self.count += len(calls)
@@ -138,15 +141,12 @@ class Calls:
             said += before.rstrip() if found else before + _START + body + closed
             calls, self._held = calls + found, after.lstrip() if found else after
         else:
-            kept = 0 if finished else self._start_at_end()
-            said, self._held = said + self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+            told = self._held  # but for an end where a call may begin, white space before it included
+            if not finished:
+                size = next((size for size in range(len(_START) - 1, 0, -1) if told.endswith(_START[:size])), 0)
+                told = told[: len(told) - size].rstrip()
+            said, self._held = said + told, self._held[len(told) :]
         return said, calls
-
-    def _start_at_end(self) -> int:
-        """The length of what is held at its end because a call may begin there, white space before it included."""
-        size = next((size for size in range(len(_START) - 1, 0, -1) if self._held.endswith(_START[:size])), 0)
-        before = self._held[: len(self._held) - size]
-        return len(self._held) - len(before.rstrip())
 
     def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
         start = self._held.lstrip()

@@ -89,7 +89,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     if not path.is_file():
         return None
-    with _naming(path):
+    with naming(path):
         file = open_formed(path, _INT4)
         _check_made_for(file, spec, weight_of)
         _check_entries(file.entries, shapes, ("U8",))
@@ -97,7 +97,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     def take(name: str) -> Tensor | None:
         if name not in shapes:
             return None
-        with _naming(path):
+        with naming(path):
             rows = file.read(name)
             if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
@@ -107,16 +107,14 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout.
+    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout;
+    NO_BLOCKS if it has neither. `weight_of` gives the model's own weights, in any precision.
 
-    NO_BLOCKS if the folder has neither.
-
-    `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
-    not trained for these weights.
+    Raises CheckpointError for a file that is damaged, or that was not trained for these weights.
     """
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
-        with _naming(path):
+        with naming(path):
             file = open_formed(path, _BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
@@ -159,12 +157,12 @@ def _check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: S
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Any error becomes a CheckpointError that names the file."""
+def naming(what: object, advice: str = "remove it, or make it again") -> Iterator[None]:
+    """Any error becomes a CheckpointError that names the file or folder."""
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; remove it, or make it again") from error
+        raise CheckpointError(f"{what} cannot be used: {first_line(error)}; {advice}") from error
 
 
 def _content(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, str]) -> bytes:
@@ -295,7 +293,7 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
     Raises CheckpointError, naming the first value that it cannot have or weight that it lacks.
     """
     path = Path(folder)
-    try:
+    with naming(f"the drafter {folder}"):
         values = msgspec.convert(document := read_json(path / CONFIG_FILE, CheckpointError), _Values)
         own = values.transformer_layer_config or msgspec.convert(document, _Layer)
         file, form = WeightFile(path / "model.safetensors"), _form(values, own, spec)
@@ -308,8 +306,6 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
         weights = {name: file.read(names[name]) for name in form.shapes}
         require(bool(((tokens >= 0) & (tokens < spec.vocab)).all()), TOKENS, f"tokens below {spec.vocab}", "others")
         require(len(set(tokens.tolist())) == len(tokens), TOKENS, "different tokens", "some of them twice")
-    except Exception as error:
-        raise CheckpointError(f"the drafter {folder} cannot be used: {first_line(error)}") from error
     return Eagle3Weights(form, tokens, weights)
 
 

@@ -73,7 +73,7 @@ class WeightFile:
         """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
         from safetensors import safe_open
 
-        self._bytes = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._bytes = open(path, "rb")  # noqa: SIM115
         weakref.finalize(self, self._bytes.close)
         self._file: Any = safe_open(path, "pt", device="cpu")  # checks the header
         length = int.from_bytes(self._bytes.read(8), "little")
@@ -91,13 +91,9 @@ class WeightFile:
         """A weight in memory of its own, which is free again without it. Raises OSError."""
         like = self.mapped(name)
         tensor = torch.empty(like.shape, dtype=like.dtype)
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
         self._bytes.seek(self._start + self._header[name]["data_offsets"][0])
-        while rest:
-            count = self._bytes.readinto(rest)
-            if not count:
-                raise OSError("the file ends too early")
-            rest = rest[count:]
+        if self._bytes.readinto(tensor.view(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
+            raise OSError("the file ends too early")
         return tensor
 
 
@@ -153,24 +149,22 @@ def refuse_packed(folder: str | Path) -> None:
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it."""
+    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it.
+
+    No weight is read. Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not
+    floating point; not if none has its name, because transformers knows older names.
+    """
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
         return dict(files)
     joined = JoinedWeights(files, spec)
-    return {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
-
-
-def check_stored_weights(files: Mapping[str, WeightFile | JoinedWeights], spec: ModelSpec) -> None:
-    """Checks the headers of the files; no weight is read.
-
-    Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.
-    """
-    entries = {name: files[name].entries[name] for name in spec.shapes if name in files}
-    spec.check_weights({name: shape for name, (_, shape) in entries.items()})
+    known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
+    entries = {name: known[name].entries[name] for name in spec.shapes if name in known}
+    spec.check_weights({name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes)
     for name, (kind, _) in entries.items():
         if kind not in FLOATS:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}")
+    return known
 
 
 # Tokenizers

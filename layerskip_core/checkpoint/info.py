@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile, Policy
-from ..config.model import DataConfig, PackingConfig
+from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile
+from ..config.model import PLAIN, DataConfig, PackingConfig
 from ..config.options import Drafts, Layer
+from ..config.resolution import Policy
 from ..errors import CheckpointError
 from ..files import read_json
 from ..prompting import PromptTemplate
@@ -20,7 +21,6 @@ INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
-_PLAIN = PackingConfig()
 _TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
 
 
@@ -139,7 +139,7 @@ class CheckpointInfo:
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
 
-    def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
+    def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
         Of drafters that it did not measure so, what training measured of exits, else a guess by its losses: exp(-gap / 2)

@@ -7,21 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..config.decoding import (
-    EXACT,
-    DecodingConfig,
-    DecodingOptions,
-    Policy,
-    Recommended,
-    RequestOptions,
-    choices,
-    policy_named,
-    policy_options,
-    policy_packing,
-    resolve,
-)
-from ..config.model import DTYPES, PackingConfig, Quantization
+from ..config.decoding import DecodingConfig, DecodingOptions, RequestOptions, choices
+from ..config.model import DTYPES, PLAIN, PackingConfig, Quantization
 from ..config.options import checked
+from ..config.resolution import EXACT, Policy, Recommended, policy_named, policy_options, policy_packing, resolve
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..model.exit_blocks import target_block
@@ -62,7 +51,6 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
 
 
 _USUAL_DRAFTS = 6  # draft tokens where nothing recommends a number
-_PLAIN = PackingConfig()
 
 
 @dataclass(frozen=True)
@@ -148,12 +136,11 @@ class Decoder:
         """The exits that can only draft: their blocks read the final states of the model."""
         return frozenset(exit_layer for exit_layer, block in self.backend.exit_blocks.items() if block.is_fed)
 
-    def recommended(self, packing: PackingConfig = _PLAIN) -> Recommended:
+    def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
 
-        Where exits have blocks, these are the trained ones.
-
-        The strategy is the one that a sweep saved, self-speculative if it saved only an exit. `packing`: how drafts are stored.
+        Where exits have blocks, these are the trained ones. The strategy is the one that a sweep saved, self-speculative if it
+        saved only an exit. `packing`: how drafts are stored.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
@@ -165,7 +152,7 @@ class Decoder:
         profile = info.draft_profile(self.backend.num_layers, packing)
         return Recommended(exit_layer, drafts, info.strategy or found, exits, info.skip, profile)
 
-    def resolve(self, options: DecodingOptions, packing: PackingConfig = _PLAIN) -> DecodingConfig:
+    def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
         """What was asked, completed by this checkpoint. `packing`: as it was asked for.
 
         Where nothing is said, the policy `exact` decodes if it is saved. Raises ConfigError for early exit at an exit that can

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LockedError, first_line
-from ..files import read_json
+from ..files import is_empty, read_json
 from .info import ADAPTER_FILE, holds_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
@@ -41,20 +41,23 @@ class Location:
     @property
     def folder(self) -> str | None:
         """The folder of a whole model in the layout of transformers; None for a GGUF file, a hub id and an adapter."""
-        whole = self.gguf_file is None and Path(self.path).is_dir() and not is_adapter(self.path)
+        whole = self.gguf_file is None and is_folder(self.path) and not is_adapter(self.path)
         return self.path if whole else None
 
 
 def require_model(name: str) -> None:
     """Raises CheckpointError for a name that is none of the four kinds. Reads nothing, and imports no torch."""
     path = Path(name)
-    if name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-        return
-    if _hub_id(name)[0].count("/") != 1 or path.is_absolute() or name.startswith("."):
+    if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or _may_be_hub_id(name)):
         names = ", ".join(EMBEDDED)
         raise CheckpointError(
             f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name or owner/name@revision"
         )
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is a folder's; not of an empty one that a command made for its output and named like a hub id."""
+    return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
 def locate(name: str) -> Location:
@@ -63,7 +66,7 @@ def locate(name: str) -> Location:
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
     path = Path(name)
-    if path.is_dir():
+    if is_folder(name):
         from .save import settle
 
         settle(path)
@@ -78,7 +81,7 @@ def present(name: str) -> Location:
     A hub id stays one where it has no safetensors; transformers may know what to read. Raises CheckpointError.
     """
     location = locate(name)
-    if Path(location.path).is_dir():
+    if is_folder(location.path):
         return location
     from .folder import is_packed, weight_files
 
@@ -107,7 +110,7 @@ def downloaded(name: str) -> str:
 
 def fetched(name: str) -> str:
     """A folder as it is, and that of the files of a hub id. Raises CheckpointError."""
-    if Path(name).is_dir():
+    if is_folder(name):
         return name
     from huggingface_hub import snapshot_download
 
@@ -120,6 +123,10 @@ def _hub_id(name: str) -> tuple[str, str | None]:
     """`owner/name@revision` as the id and the branch, tag or commit."""
     hub_id, _, revision = name.partition("@")
     return hub_id, revision or None
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return _hub_id(name)[0].count("/") == 1 and not Path(name).is_absolute() and not name.startswith(".")
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained.
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model.
 
 `import_checkpoint` writes any of them as a folder of safetensors.
 """
@@ -8,50 +8,32 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config.decoding import policy_packing
-from ..config.model import PackingConfig
+from ..config.model import PLAIN, PackingConfig, Quantization
+from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError
-from ..model import (
-    Backend,
-    ModelSpec,
-    NativeBackend,
-    TorchBackend,
-    TransformersBackend,
-    can_run_native,
-    missing_feature,
-    suits_kernels,
-)
+from ..model.backend import Backend
 from ..model.cache import available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
-from ..model.transformers_backend import attention_for
+from ..model.spec import ModelSpec
+from ..model.torch_backend import TorchBackend
+from ..model.torch_layer import missing_feature
+from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
-from .folder import (
-    EXIT_BLOCKS_FILE,
-    INT4_FILE,
-    check_stored_weights,
-    checked_tokenizer,
-    generation_config,
-    is_packed,
-    lean_spec,
-    lean_tokenizer,
-    open_weights,
-    quiet_transformers,
-    refuse_packed,
-)
+from .folder import EXIT_BLOCKS_FILE, INT4_FILE, generation_config, is_packed, lean_spec, open_weights, refuse_packed
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
-from .locate import Location, adapters_of, fetched, locate, present, reading
+from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer, tokenizer_of, written_dtype
+from .transformers_read import merge_adapters, open_model, read_model, tokenizer_in, written_dtype
 
 _MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
@@ -72,6 +54,7 @@ class Source:
     packing: PackingConfig
     int4: Take | None = None
     exit_blocks: ExitBlocks = NO_BLOCKS
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def for_decoding(
@@ -81,39 +64,31 @@ def for_decoding(
     packing: PackingConfig | None = None,
     policies: Collection[str] | None = (),
 ) -> Decoder:
-    """Load a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
+    """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    Args:
-        name: an embedded model, a folder, a GGUF file or a hub id.
-        device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, fp32 or bf16.
-        packing: how the weights are stored. Drafts that it leaves open have the head and vocabulary of the policies.
-        policies: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
+    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, fp32
+    or bf16. `packing`: how the weights are stored; drafts that it leaves open have the head and vocabulary of the policies.
+    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
 
-    Returns:
-        The model in memory.
-
-    Raises:
-        CheckpointError: the model is absent, incomplete or damaged, or of an unsupported architecture.
-        ConfigError: the device is absent, `packing` asks for something that this architecture or device cannot do, or the
-            environment variable that chooses kernels has an unknown value.
+    Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
+    an absent device, a packing that this architecture or device cannot do, and an unknown value of the environment variable
+    that chooses kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
 
     def read() -> Decoder:
-        info, used = read_info(location.path), packing or PackingConfig()
-        if (folder := location.folder) is None:
-            return _repacked(_trainable(name, location, target, dtype), location, used)
-        if is_packed(folder):
-            mapped_to = _CPU if device == "auto" else target
-            return _mapped(name, folder, info, mapped_to, dtype, _with_policies(used, info, policies, mapped_to))
-        used = _with_policies(used, info, policies, target)
-        source = _lean_source(folder, target, dtype, used)
-        if source is None:
-            return _repacked(_trainable(name, location, target, dtype), location, used)
-        backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
-        return replace(_decoder(name, folder, info, backend), notes=notes)
+        info, used, folder = read_info(location.path), packing or PLAIN, location.folder
+        if folder is not None:
+            mapped = is_packed(folder)
+            on = _CPU if mapped and device == "auto" else target
+            used = _with_policies(used, info, policies, on)
+            if mapped:
+                return _mapped(name, folder, info, on, dtype, used)
+            if (source := _lean_source(folder, on, dtype, used)) is not None:
+                backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
+                return replace(_decoder(name, folder, info, backend), notes=notes)
+        return _repacked(_trainable(name, location, target, dtype), location, used)
 
     return reading(name, lambda: read_whole(location.path, read))
 
@@ -193,30 +168,6 @@ def import_checkpoint(
     return precision, left_out
 
 
-@quiet_transformers()
-def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """The architecture of a checkpoint with random weights, in fp32 on the CPU. The folder needs no weights.
-
-    With a `tokenizer` the model's vocabulary takes the tokenizer's size; without one the checkpoint's own is used.
-    """
-    location = locate(name)
-    from transformers import AutoModelForCausalLM
-
-    def read() -> Trainable:
-        files = open_model(location)
-        config, words = files.config, tokenizer or tokenizer_of(files)
-        if tokenizer:
-            config.vocab_size = len(words)
-            for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                setattr(config, special, getattr(words, special))
-        torch.manual_seed(seed)
-        attention = attention_for(config)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
-
-    return reading(name, read)
-
-
 def _trainable(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
     adapters, base = adapters_of(name)
     if adapters:
@@ -246,9 +197,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     """A folder that is read without importing transformers; None where only transformers can read it."""
     if (spec := lean_spec(folder)) is None:
         return None
-    files = open_weights(folder, spec)
-    check_stored_weights(files, spec)
-    precision = pick_dtype(dtype, device, spec.parameters)
+    files, precision = open_weights(folder, spec), pick_dtype(dtype, device, spec.parameters)
 
     def take(name: str) -> Tensor | None:
         """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
@@ -274,10 +223,15 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
         calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
-        copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
-        fits = spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * memory
-        if fits and can_run_native(spec, source.dtype, source.device, copied):
-            packing = copied
+        kind: Quantization = "int4" if calibrated else "int8"
+        copied = replace(packing, draft_weights=(kind,))
+        if can_run_native(spec, source.dtype, source.device, copied):
+            needed = spec.parameters * (source.dtype.itemsize + 1) / _MEMORY_SHARE
+            if needed <= memory:
+                packing = copied
+            else:
+                lacking = f"the model needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available"
+                source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
     if folder is None:
         return replace(source, packing=packing)
     blocks = read_exit_blocks(folder, spec, source.weight_of)
@@ -287,13 +241,12 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
 
 
 def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
-    """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
-    spec, dtype, device, packing = source.spec, source.dtype, source.device, source.packing
-    note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
-    kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
-    order = token_order(path, spec.vocab)
-    backend = kind(spec, source.take(), packing, order, source.int4, source.exit_blocks)
-    return backend, () if note is None else (note,)
+    """The fastest backend for repacked weights on this machine, and notes for the user."""
+    spec, how = source.spec, (source.spec, source.dtype, source.device, source.packing)
+    note = kernel_note() if suits_kernels(*how) else None
+    kind = NativeBackend if can_run_native(*how) else TorchBackend
+    backend = kind(spec, source.take(), source.packing, token_order(path, spec.vocab), source.int4, source.exit_blocks)
+    return backend, source.notes if note is None else (note, *source.notes)
 
 
 def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder:
@@ -317,8 +270,8 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
 
 
 def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:
-    tokenizer = checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), backend.spec.vocab)
-    return decoder(name, backend, tokenizer, info, backend.spec.config, generation_config(folder))
+    spec = backend.spec
+    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:

@@ -20,19 +20,20 @@ from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
 from ..config.training import Feature
-from ..errors import CheckpointError, first_line, require
+from ..errors import require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
-from .beside import open_formed
+from .beside import naming, open_formed
 from .folder import PACKED_FILE
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # of types, in safetensors
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
 _ENTRY = 256  # bytes of the header that an entry takes at most
 
@@ -72,14 +73,12 @@ class PackedFile:
     def __init__(self, folder: str | Path) -> None:
         """Reads the header and the fingerprint's rows. Raises CheckpointError for a file that is damaged or foreign."""
         self._path = Path(folder) / PACKED_FILE
-        try:
+        with naming(self._path, _ADVICE):
             self._file = open_formed(self._path, _FORM)
             self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
             samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
             if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
-        except Exception as error:
-            raise self._unusable(first_line(error)) from error
         self.dtype = _DTYPES[self.content.dtype]
         blocks = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
         # Only the weights of their norms can be taken.
@@ -105,12 +104,10 @@ class PackedFile:
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
         needed, found = (_NAMES[dtype], shape), self._file.entries.get(name)
-        if found != needed:
-            raise self._unusable(f"{name} must be {needed}, as config.json says, found {found}")
-        return self._file.mapped(name)
-
-    def _unusable(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self._path} cannot be used: {reason}; export the model again with `--format packed`")
+        with naming(self._path, _ADVICE):
+            if found != needed:
+                raise ValueError(f"{name} must be {needed}, as config.json says, found {found}")
+            return self._file.mapped(name)
 
 
 class PackedWriter:

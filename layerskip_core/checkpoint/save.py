@@ -52,11 +52,6 @@ def model_files(folder: Path) -> set[str]:
     return {name for name in names if (folder / name).is_file()}
 
 
-def files_below(folder: Path) -> list[str]:
-    """Names of all files below a folder, relative to it, with / between the parts, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
     """Raises ConfigError if `output` holds a model that may not be replaced, or files that are in the way.
 
@@ -84,12 +79,7 @@ def save_checkpoint(
     """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
 
     An adapter (a peft model) is written alone and names its base. `files` are written too, by name. `model` is converted to
-    `dtype` in place.
-
-    Raises:
-        CheckpointError: the disk is full or not writable, or files that belong to no model are in the way. The folder is
-            unchanged then.
-        LockedError: another process writes to the folder.
+    `dtype` in place. Raises as `save_files` does.
     """
 
     def write(staging: Path) -> None:
@@ -103,7 +93,7 @@ def save_checkpoint(
 def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
     """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info`.
 
-    `files` are written too, by name. Raises as `save_checkpoint` does.
+    `files` are written too, by name. Raises as `save_files` does.
     """
     folder = Path(source)
 
@@ -118,7 +108,8 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`, which lists them.
 
-    `files` are written too, by name. Raises as `save_checkpoint` does.
+    `files` are written too, by name. Raises CheckpointError for a disk that is full or not writable and for files that belong
+    to no model and are in the way, LockedError if another process writes to the folder: it is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):
@@ -129,7 +120,8 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             for name, content in files.items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(content)
-            listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
+            written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir())
+            listed = tuple(dict.fromkeys((*written, INFO_FILE)))
             (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
             readers = (staging / INFO_FILE).stat().st_mode
             for name in listed:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask

@@ -17,7 +17,7 @@ from ..model.architectures import known_architecture
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
-from .folder import check_stored_weights, checked_tokenizer, generation_config, open_weights, quiet_transformers
+from .folder import checked_tokenizer, generation_config, lean_tokenizer, open_weights, quiet_transformers
 from .info import read_info
 from .loaded import Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
@@ -66,9 +66,7 @@ class PretrainedModel:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         generation_config(self._path)  # transformers would go on without a damaged one
-        files = open_weights(self._path, self.spec)
-        if self.spec is not None and self.spec.shapes.keys() & files.keys():  # else they have older names, for transformers
-            check_stored_weights(files, self.spec)
+        open_weights(self._path, self.spec)  # which checks them
         kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         how = {"dtype": "auto", "attn_implementation": attention_for(self.config), **_NO_FOREIGN_CODE}
         model, report = kind.from_pretrained(self._path, output_loading_info=True, **how)
@@ -220,6 +218,11 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
     return GgufFile(Path(location.path) / location.gguf_file)
 
 
+def tokenizer_in(folder: str, vocab_size: int) -> Any:
+    """A folder's tokenizer, of transformers only where there is no other way. Raises as `checked_tokenizer` does."""
+    return checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), vocab_size)
+
+
 def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
     """transformers' tokenizer. Raises CheckpointError for one that does not suit the model's vocabulary."""
     return checked_tokenizer(files.tokenizer(), files.config.get_text_config(decoder=True).vocab_size)
@@ -236,6 +239,30 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
         if parameter.dtype == stored:  # transformers keeps the others in the precision that they need
             parameter.data = parameter.data.to(precision)
     return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
+
+
+@quiet_transformers()
+def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
+    """The architecture of a checkpoint with random weights, in fp32 on the CPU. The folder needs no weights.
+
+    With a `tokenizer` the model's vocabulary takes the tokenizer's size; without one the checkpoint's own is used.
+    """
+    location = locate(name)
+    from transformers import AutoModelForCausalLM
+
+    def read() -> Trainable:
+        files = open_model(location)
+        config, words = files.config, tokenizer or tokenizer_of(files)
+        if tokenizer:
+            config.vocab_size = len(words)
+            for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                setattr(config, special, getattr(words, special))
+        torch.manual_seed(seed)
+        attention = attention_for(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
+
+    return reading(name, read)
 
 
 @quiet_transformers()

@@ -49,6 +49,7 @@ class TaskConfig:
             f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
             default="by --data, else what the model was trained on, else commands",
             panel="Task",
+            reads="perhaps data",
         ),
     ] = None
     data: Annotated[
@@ -98,9 +99,8 @@ class TaskConfig:
     @property
     def harness_tasks(self) -> tuple[str, ...]:
         """The tasks of lm-evaluation-harness that `task` names; empty if it is none of those."""
-        if self.task is None or not self.task.startswith(HARNESS):
-            return ()
-        return tuple(filter(None, map(str.strip, self.task.removeprefix(HARNESS).split(","))))
+        other, _, names = (self.task or "").partition(HARNESS)
+        return () if other else tuple(filter(None, map(str.strip, names.split(","))))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class MeasurementConfig:
         Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
     ] = None
     remember: int = 0
-    generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
+    generation: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
 
@@ -157,8 +157,8 @@ class BenchConfig(MeasurementConfig):
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")] = ()
     draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
-    generation: Annotated[DecodingOptions, Without("strategy", "policy", "exits", *_OF_THE_TASK)] = field(
-        default_factory=lambda: DecodingOptions()
+    generation: Annotated[DecodingOptions, Without(("strategy", "policy", "exits", *_OF_THE_TASK))] = field(
+        default_factory=DecodingOptions
     )
 
     @property
@@ -211,8 +211,8 @@ class SweepConfig(MeasurementConfig):
     ] = False
     generation: Annotated[
         DecodingOptions,
-        Without("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK),
-    ] = field(default_factory=lambda: DecodingOptions())
+        Without(("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK)),
+    ] = field(default_factory=DecodingOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,4 +258,4 @@ class VerifyConfig:
         Meta(ge=0, le=1_000_000),
         Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
     ] = 400
-    machine: Annotated[MachineConfig, Without("dtype")] = field(default_factory=MachineConfig)
+    machine: Annotated[MachineConfig, Without(("dtype",))] = field(default_factory=MachineConfig)

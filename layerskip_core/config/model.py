@@ -84,6 +84,9 @@ class PackingConfig:
         return f", {' and '.join(self.draft_weights)} drafts" if self.draft_weights else ""
 
 
+PLAIN = PackingConfig()
+
+
 @dataclass(frozen=True)
 class PromptingConfig:
     """What was asked; None: the checkpoint's own template, else the tokenizer's chat template if it has one.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, groupby
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -39,7 +39,8 @@ class Flag:
         panel: the heading; without one the field stands under that of the field before it.
         repeated: the flag can be repeated; a list has one flag otherwise, with commas.
         optional: a value that may follow the flag; without one the field is True.
-        reads: what the flag names: a file with the value; or data or a model, whose absence is told before torch is imported.
+        reads: what the flag names: a file with the value; or data, perhaps data, or a model, whose absence is told before torch
+            is imported.
     """
 
     help: str
@@ -48,14 +49,11 @@ class Flag:
     panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None
-    reads: Literal["file", "data", "model"] | None = None
+    reads: Literal["file", "data", "perhaps data", "model"] | None = None
 
 
-class Without(frozenset[str]):
+class Without(tuple[str, ...]):
     """In the annotation of a group of settings: names of settings without a flag in this command."""
-
-    def __new__(cls, *names: str) -> "Without":
-        return super().__new__(cls, names)
 
 
 def one_of(*names: str) -> Meta:
@@ -64,8 +62,10 @@ def one_of(*names: str) -> Meta:
 
 
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
-UNICODE = Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description="a text of valid Unicode that is not empty")
-Text = Annotated[str, UNICODE]
+_UNICODE = "a text of valid Unicode that is not empty"
+Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
+# msgspec 0.22 crashes on a pattern beside a list.
+Texts = Annotated[Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]
 Steps = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -74,6 +74,7 @@ Drafts = Annotated[int, Meta(ge=1, le=10_000)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Ratio = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=1_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
@@ -84,9 +85,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a user gave for the fields of `kind`, converted to their types. None is as if it were left out.
 
-    Raises:
-        TypeError: a name is no field.
-        ConfigError: a value has another type or is out of its range.
+    Raises TypeError for a name that is no field, ConfigError for a value of another type or out of its range.
     """
     hints = hints_of(kind)
     for name in values:
@@ -194,10 +193,6 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
 
 def counts_text(counts: Sequence[int]) -> str:
     """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
-    runs = [[counts[0]]] if counts else []
-    for count in counts[1:]:
-        if count == runs[-1][-1] + 1:
-            runs[-1].append(count)
-        else:
-            runs.append([count])
+    numbered = groupby(enumerate(counts), key=lambda pair: pair[1] - pair[0])  # equal within a run
+    runs = [[count for _, count in run] for _, run in numbered]
     return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)

@@ -64,7 +64,12 @@ class TrainingSettings:
         Flag("Tokens per row, prompt included.", default="512; 2048 in the recipes for plain text", panel="Data"),
     ] = None
     validation: Annotated[
-        Text | None, Flag("A split of --data, or other data, to measure on.", default="one row in twenty of --data, at most 64")
+        Text | None,
+        Flag(
+            "A split of --data, or other data, to measure on.",
+            default="one row in twenty of --data, at most 64",
+            reads="perhaps data",
+        ),
     ] = None
     validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
     eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0

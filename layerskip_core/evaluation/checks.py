@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.loaded import Decoder
-from ..config.decoding import DecodingConfig, require_exit_layer
+from ..config.decoding import DecodingConfig
 from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
+from ..config.resolution import require_exit_layer
 from ..decoding import DecodingLoop, Prefixes, decode, decode_batch
 from ..decoding.sampling import probabilities
 from ..errors import plural

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from ..config.decoding import EXACT, DecodingOptions, DraftProfile, Policy
+from ..config.decoding import DecodingOptions, DraftProfile
 from ..config.model import Quantization
+from ..config.resolution import EXACT, Policy
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError, plural, shown
 from ..files import append_lines, parse_json, read_bytes, require_writable, whole_lines, write_file

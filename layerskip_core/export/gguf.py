@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, require_overwrite
+from ..model.configuration import RopeSpec
 from ..model.eagle3 import TOKENS, Eagle3Form, Eagle3Weights
 from ..model.rope import llama3_factors
-from ..model.spec import ModelSpec, RopeSpec
+from ..model.spec import ModelSpec
 
 TARGET, DRAFT = "target.gguf", "draft.gguf"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}

@@ -24,8 +24,8 @@ from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
 from ..checkpoint.transformers_read import open_model, written_dtype
-from ..config.decoding import require_exit_layer
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
+from ..config.resolution import require_exit_layer
 from ..errors import CheckpointError, ConfigError, first_line, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native

@@ -24,8 +24,9 @@ from typing import Any
 import numpy
 
 from ..checkpoint.loaded import Decoder
-from ..config.decoding import DecodingConfig, decoding, require_exit_layer
+from ..config.decoding import DecodingConfig, decoding
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig, TaskConfig
+from ..config.resolution import require_exit_layer
 from ..data import Example, quiet_datasets
 from ..errors import DataError, LayerSkipError, first_line, refused, require
 from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure

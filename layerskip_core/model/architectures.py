@@ -15,6 +15,12 @@ _AROUND: Norms = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+# Biases of queries, keys and values, of the attention's output, and of the MLP: always, never, or where this value of
+# config.json says so.
+Biases = tuple[str | bool, str | bool, str | bool]
+_NOWHERE: Biases = (False, False, False)
+_IN_ATTENTION: Biases = ("attention_bias", "attention_bias", False)
+_EVERYWHERE: Biases = ("attention_bias", "attention_bias", "mlp_bias")
 
 
 @dataclass(frozen=True)
@@ -77,34 +83,25 @@ class Architecture:
     mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     fused_by_head: bool = False  # stored as one: for each key head its queries, key and value; otherwise all queries first
     transposed: bool = False  # weights are stored as (inputs, outputs)
-    query_bias: str | bool = "attention_bias"  # of keys and values too
-    output_bias: str | bool = "attention_bias"
-    mlp_bias: str | bool = False
+    biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
     activation: str = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
-    own_head_dim: bool = False  # head_dim has a default other than hidden_size / num_attention_heads
+    uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
     interleaved_rope: bool = False  # neighbours rotate together, not one of each half
-    scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
     scales_embeddings: bool = False  # by sqrt(hidden_size)
-    multipliers: bool = False  # Granite's: of embeddings, scores, residual branches and logits
-    clips_projections: bool = False  # `clip_qkv`, which no kernel of ours has
-    caps_scores: bool = False  # `attn_logit_softcapping`
-    caps_logits: bool = False  # `final_logit_softcapping`
-    scales_logits: bool = False  # `logit_scale`
     head_bias: bool = False
 
     @property
     def reads(self) -> set[str]:
         """The values of config.json that a model is read from."""
-        read = {*_ALWAYS_READ, *(() if self.rope == "none" else ("rope_parameters",))}
-        for (variation, value), names in _READ_WITH.items():
-            read.update(names if getattr(self, variation) == value else ())
-        switches = [self.query_bias, self.output_bias, self.mlp_bias, self.parallel, self.norm_eps, self.activation]
+        read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[self.windows], *self.uses}
+        read |= {"rope_parameters"} if self.rope != "none" else set()
+        switches = [*self.biases, self.parallel, self.norm_eps, self.activation]
         if self.experts is not None:
             read |= {"num_experts_per_tok"}
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
@@ -114,14 +111,18 @@ class Architecture:
 
 
 _GELU = "gelu_pytorch_tanh"
-_GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True)
-_GEMMA2 = replace(
-    _GEMMA, norms=_AROUND, activation="hidden_activation", windows="listed", scales_queries=True, caps_logits=True
+_GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, uses=("head_dim",), scales_embeddings=True)
+_GEMMA3 = replace(
+    _GEMMA,
+    norms=_AROUND,
+    activation="hidden_activation",
+    windows="listed",
+    uses=("head_dim", "query_pre_attn_scalar", "final_logit_softcapping"),
 )
 _GLM = Architecture(
     mlp_projections=("gate_up_proj", "down_proj"),
-    output_bias=False,
-    own_head_dim=True,
+    biases=("attention_bias", False, False),
+    uses=("head_dim",),
     partial_rope=True,
     interleaved_rope=True,
 )
@@ -131,14 +132,13 @@ _COHERE = Architecture(
     norm="layer_without_bias",
     norm_eps="layer_norm_eps",
     interleaved_rope=True,
-    scales_logits=True,
+    uses=("logit_scale",),
 )
 _STABLELM = Architecture(
     values={"head_dim": None},
     norm="layer",
     norm_eps="layer_norm_eps",
-    query_bias="use_qkv_bias",
-    output_bias=False,
+    biases=("use_qkv_bias", False, False),
     partial_rope=True,
 )
 _FALCON = Architecture(
@@ -151,13 +151,12 @@ _FALCON = Architecture(
     attention_projections=("query_key_value", "dense"),
     mlp_projections=("dense_h_to_4h", "dense_4h_to_h"),
     fused_by_head=True,
-    query_bias="bias",
-    output_bias="bias",
-    mlp_bias="bias",
+    biases=("bias",) * 3,
     gated=False,
     activation="activation",
 )
 
+_MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"
 _EXPERTS = Experts(
     {
         "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
@@ -184,31 +183,30 @@ _GRANITE_EXPERTS = Experts(
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(mlp_bias="mlp_bias"),
-    "mistral": Architecture(query_bias=False, output_bias=False, windows="all"),
-    "ministral": Architecture(query_bias=False, output_bias=False, windows="listed"),
-    "mixtral": Architecture(query_bias=False, output_bias=False, windows="all", experts=_MIXTRAL_EXPERTS),
-    "qwen2": Architecture(query_bias=True, output_bias=False, windows="optional"),
-    "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
+    "llama": Architecture(biases=_EVERYWHERE),
+    "mistral": Architecture(biases=_NOWHERE, windows="all"),
+    "ministral": Architecture(biases=_NOWHERE, windows="listed"),
+    "mixtral": Architecture(biases=_NOWHERE, windows="all", experts=_MIXTRAL_EXPERTS),
+    "qwen2": Architecture(biases=(True, False, False), windows="optional"),
+    "qwen3": Architecture(query_key_norms="head", windows="optional", uses=("head_dim",)),
     "qwen3_moe": Architecture(
         query_key_norms="head",
         windows="all",
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
     ),
     "gemma": _GEMMA,
-    "gemma2": replace(_GEMMA2, caps_scores=True),
-    "gemma3_text": replace(_GEMMA2, query_key_norms="head"),
-    "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", rope="listed"),
+    "gemma2": replace(_GEMMA3, uses=(*_GEMMA3.uses, "attn_logit_softcapping")),
+    "gemma3_text": replace(_GEMMA3, query_key_norms="head"),
+    "smollm3": Architecture(biases=_EVERYWHERE, windows="optional", rope="listed", uses=("no_rope_layers",)),
     "olmo2": Architecture(norms=_AFTER, query_key_norms="projection"),
     "olmo3": Architecture(norms=_AFTER, query_key_norms="projection", windows="listed"),
-    "olmoe": Architecture(query_key_norms="projection", clips_projections=True, experts=_EXPERTS),
-    "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
-    "granitemoe": Architecture(multipliers=True, experts=_GRANITE_EXPERTS),
+    "olmoe": Architecture(query_key_norms="projection", uses=("clip_qkv",), experts=_EXPERTS),
+    "granite": Architecture(biases=_EVERYWHERE, uses=_MULTIPLIERS),
+    "granitemoe": Architecture(uses=_MULTIPLIERS, experts=_GRANITE_EXPERTS),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
         mlp_projections=("gate_up_proj", "down_proj"),
-        query_bias=False,
-        output_bias=False,
+        biases=_NOWHERE,
         windows="all",
         partial_rope=True,
     ),
@@ -216,17 +214,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="layer",
         norm_eps="norm_epsilon",
         mlp_projections=("c_fc", "c_proj"),
-        query_bias="use_bias",
-        output_bias="use_bias",
-        mlp_bias="use_bias",
+        biases=("use_bias",) * 3,
         gated=False,
         default_activation=_GELU,
         windows="all",
     ),
-    "seed_oss": Architecture(output_bias="attention_out_bias", mlp_bias="mlp_bias", own_head_dim=True),
-    "ernie4_5": Architecture(
-        query_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", own_head_dim=True, interleaved_rope=True
-    ),
+    "seed_oss": Architecture(biases=("attention_bias", "attention_out_bias", "mlp_bias"), uses=("head_dim",)),
+    "ernie4_5": Architecture(biases=("use_bias",) * 3, uses=("head_dim",), interleaved_rope=True),
     "glm": _GLM,
     "glm4": replace(
         _GLM, norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
@@ -234,9 +228,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan_v1_dense": Architecture(
         names=Names(query_norm="query_layernorm", key_norm="key_layernorm"), query_key_norms="head", norms_rotated=True
     ),
-    "exaone4": Architecture(
-        norms=_AFTER, query_key_norms="head", query_bias=False, output_bias=False, windows="listed", rope="sliding"
-    ),
+    "exaone4": Architecture(norms=_AFTER, query_key_norms="head", biases=_NOWHERE, windows="listed", rope="sliding"),
     "cohere": replace(_COHERE, needs={"use_qk_norm": False}),
     "cohere2": replace(_COHERE, windows="listed", rope="sliding"),
     "stablelm": replace(
@@ -253,9 +245,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm_eps="layer_norm_eps",
         attention_projections=("q_proj", "k_proj", "v_proj", "dense"),
         mlp_projections=("fc1", "fc2"),
-        query_bias=True,
-        output_bias=True,
-        mlp_bias=True,
+        biases=(True, True, True),
         gated=False,
         partial_rope=True,
         head_bias=True,
@@ -264,7 +254,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="layer_plus_one",
         norm_eps="norm_eps",
         mlp_projections=("up_proj", "down_proj"),
-        mlp_bias="mlp_bias",
+        biases=_EVERYWHERE,
         gated=False,
         partial_rope=True,
     ),
@@ -297,7 +287,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_projections=("query_key_value", "dense"),
         mlp_projections=("dense_h_to_4h", "dense_4h_to_h"),
         fused_by_head=True,
-        mlp_bias=True,
+        biases=("attention_bias", "attention_bias", True),
         gated=False,
         partial_rope=True,
     ),
@@ -315,9 +305,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_projections=("c_attn", "c_proj"),
         mlp_projections=("c_fc", "c_proj"),
         transposed=True,
-        query_bias=True,
-        output_bias=True,
-        mlp_bias=True,
+        biases=(True, True, True),
         gated=False,
         activation="activation_function",
         rope="none",
@@ -336,23 +324,16 @@ def known_architecture(config: Any) -> Architecture | None:
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too
 
-# The values of config.json that are always read, and those that a field of Architecture asks for.
+# The values of config.json that are always read, and those that say which layers have windows.
 _ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
 )
-_READ_WITH: dict[tuple[str, Any], tuple[str, ...]] = {
-    ("own_head_dim", True): ("head_dim",),
-    ("rope", "listed"): ("no_rope_layers",),
-    ("scales_queries", True): ("query_pre_attn_scalar",),
-    ("multipliers", True): ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-    ("clips_projections", True): ("clip_qkv",),
-    ("caps_scores", True): ("attn_logit_softcapping",),
-    ("caps_logits", True): ("final_logit_softcapping",),
-    ("scales_logits", True): ("logit_scale",),
-    ("windows", "all"): ("sliding_window",),
-    ("windows", "optional"): ("sliding_window", "use_sliding_window"),
-    ("windows", "listed"): ("sliding_window", "layer_types"),
+_READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "all": ("sliding_window",),
+    "optional": ("sliding_window", "use_sliding_window"),
+    "listed": ("sliding_window", "layer_types"),
 }
 
 

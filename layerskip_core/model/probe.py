@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
 from .cache import Places
-from .cut import SHARED, CutModel, Form, Forward, PositionCache, hidden_of, replaced
+from .cut import SHARED, CutModel, Form
+from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
 _TOKENS, _KNOWN = 7, 4  # of the probe's two rows; how many are prefilled
@@ -38,24 +39,17 @@ def cut_at_layers(model: Any) -> CutModel:
 
 
 class Recorder:
-    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all.
-
-    Attributes:
-        running: modules whose forwards run, the innermost last.
-        linear: the linear layer that ran last, and its output.
-        last: by module, the linear layer that gave its output.
-        recurrent: modules that wrote a state; None for one of convolutions.
-    """
+    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all."""
 
     begins, contiguous, first_kept = True, True, 0
 
     def __init__(self, count: int) -> None:
         self.start, self.stop = 0, count
         self.kept: dict[Entry, Tensor] = {}
-        self.running: list[nn.Module] = []
-        self.linear: tuple[nn.Linear, Tensor] | None = None
-        self.last: dict[nn.Module, nn.Linear] = {}
-        self.recurrent: list[nn.Module | None] = []
+        self.running: list[nn.Module] = []  # modules whose forwards run, the innermost last
+        self.linear: tuple[nn.Linear, Tensor] | None = None  # the linear layer that ran last, and its output
+        self.last: dict[nn.Module, nn.Linear] = {}  # by module, the linear layer that gave its output
+        self.recurrent: list[nn.Module | None] = []  # modules that wrote a state; None for one of convolutions
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         self.kept[entry] = new

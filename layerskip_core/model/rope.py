@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration import RopeSpec
 from .row_cache import SpanWriter
-from .spec import ModelSpec, RopeSpec
+from .spec import ModelSpec
 
 
 class Rope:

@@ -2,106 +2,23 @@
 backend is built from its ModelSpec.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-from msgspec import Meta
-
-from ..config.options import hints_of, needed
-from ..errors import CheckpointError, shown
-from .architectures import EXPERT_COUNTS, SUPPORTED, Architecture, Names, known_architecture
+from ..errors import CheckpointError
+from .architectures import SUPPORTED, Architecture, Names, known_architecture
+from .configuration import SLIDING, ExpertsSpec, RopeSpec, is_on, read_values, ropes_of, rotary_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Block = Literal["attention", "mlp"]
 Shapes = Mapping[str, tuple[int, ...]]
-LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
 _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
-_MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
-_Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
-_Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
-_Window = Annotated[int, Meta(ge=0, le=1 << 31)]
-_TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
-_ExpertCount = Annotated[int, Meta(ge=1, le=1024)]  # as the kernels have room for
-_Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
-_Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
-
-
-@dataclass(frozen=True)
-class _Values:
-    """The values of config.json that are read here, with their types and ranges. Null stands for the architecture's default."""
-
-    num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
-    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
-    hidden_size: _Width
-    intermediate_size: _Width | None
-    num_attention_heads: _Width
-    num_key_value_heads: _Width | None
-    head_dim: Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")] | None
-    max_position_embeddings: _Positions
-    norm_eps: _Epsilon
-    tie_word_embeddings: bool
-    activation: str | None
-    use_sliding_window: bool | None
-    sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
-    max_window_layers: _Window | None
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None
-    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
-    no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
-    query_pre_attn_scalar: _Positive | None
-    embedding_multiplier: _Positive | None
-    attention_multiplier: _Positive | None
-    residual_multiplier: _Positive | None
-    logits_scaling: _Positive | None
-    attn_logit_softcapping: _Positive | None
-    final_logit_softcapping: _Positive | None
-    logit_scale: _Positive | None
-    num_experts: _ExpertCount | None
-    num_local_experts: _ExpertCount | None
-    num_experts_per_tok: _ExpertCount | None
-    moe_intermediate_size: _Width | None
-    norm_topk_prob: bool | None
-    decoder_sparse_step: Annotated[int, Meta(ge=1)] | None
-    mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
-    clip_qkv: _Positive | None
-    eos_token_id: _TokenId | list[_TokenId] | None
-
-
-@dataclass(frozen=True)
-class _RopeValues:
-    """Those of rope_parameters that are checked here; transformers computes the rarer types and reads the others."""
-
-    rope_type: str | None
-    type: str | None
-    rope_theta: Annotated[float, Meta(ge=1, le=1e15)] | None
-    factor: _Positive | None
-    alpha: _Positive | None
-    partial_rotary_factor: Annotated[float, Meta(ge=1e-3, le=1)] | None
-    original_max_position_embeddings: _Positions | None
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """A rotary embedding, by rope_parameters of config.json."""
-
-    parameters: Mapping[str, Any]
-    kind: str | None  # of the layers that use it, where config.json has parameters for each kind
-
-    @property
-    def type(self) -> str:
-        stated = str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
-        return "default" if stated == "dynamic" and self.parameters.get("alpha") else stated
-
-    @property
-    def share(self) -> float:
-        """Of a head that rotates."""
-        return float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
 @dataclass(frozen=True)
@@ -133,17 +50,6 @@ class TransformersSpec:
         parts = [named for part, module in block_parts.items() for named in module.named_parameters(part)]
         sizes = layers, config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
         return cls(model.config.model_type, *sizes, shapes, {name: tuple(weight.shape) for name, weight in parts}, model.config)
-
-
-@dataclass(frozen=True)
-class ExpertsSpec:
-    """The experts of a model, in the layers that have them."""
-
-    layers: tuple[bool, ...]  # whether each layer has experts
-    count: int
-    chosen: int  # by each token
-    inner: int  # width of an expert
-    normalised: bool  # whether the weights of a token's experts sum to 1
 
 
 @dataclass(frozen=True)
@@ -187,77 +93,46 @@ class ModelSpec:
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         if (architecture := known_architecture(config)) is None:
             raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
-        names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
-        values: _Values = _read(_Values, lambda name: getattr(config, name, None), names=names)
-
-        def has(switch: str | bool) -> bool:
-            return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
-
-        bidirectional = getattr(config, "use_bidirectional_attention", None)
-        _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
-        layers, hidden, heads = values.num_hidden_layers, values.hidden_size, values.num_attention_heads
-        kv_heads, head_dim = values.num_key_value_heads or heads, values.head_dim
-        if head_dim is None:
-            _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
-            head_dim = hidden // heads
-            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
-        _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
-        _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
-        rotates = _rotates(values) if architecture.rope == "listed" else (architecture.rope != "none",) * layers
-        kinds, window = _kinds_and_window(values, architecture, rotates)
-        if architecture.rope == "sliding" and window is not None:
-            rotates = tuple(kind == SLIDING for kind in kinds)
-        ropes = () if architecture.rope == "none" else _ropes(getattr(config, "rope_parameters", None) or {}, kinds)
-        context = values.max_position_embeddings
-        for rope in ropes:  # a longrope changes all frequencies after its original context: cached keys would no longer fit
-            original = rope.parameters.get("original_max_position_embeddings") if rope.type == "longrope" else None
-            context = min(context, original or context)
-        rope_indices = {rope.kind: index for index, rope in enumerate(ropes)}
-        rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
-        _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
-        attention_scale, embedding_scale, residual_scale, logits_divisor = head_dim**-0.5, 1.0, 1.0, 1.0
-        if architecture.scales_queries:
-            attention_scale = (values.query_pre_attn_scalar or 256) ** -0.5
-        if architecture.scales_embeddings:
-            embedding_scale = sqrt(hidden)
-        if architecture.multipliers:
-            attention_scale, embedding_scale = values.attention_multiplier or 1.0, values.embedding_multiplier or 1.0
-            residual_scale, logits_divisor = values.residual_multiplier or 1.0, values.logits_scaling or 1.0
-        if architecture.scales_logits:
-            logits_divisor = 1 / (values.logit_scale or 1.0)
+        values = read_values(config, architecture)
+        kv_heads, head_dim = values.head_sizes
+        kinds, window, rotating = values.layers(architecture)
+        ropes = ropes_of(config, architecture, kinds)
+        query_bias, output_bias, mlp_bias = (is_on(switch, config) for switch in architecture.biases)
+        width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
+        indices = {rope.kind: index for index, rope in enumerate(ropes)}
+        # A longrope changes all frequencies after its original context: cached keys would no longer fit.
+        ends = (rope.parameters.get("original_max_position_embeddings") for rope in ropes if rope.type == "longrope")
         return cls(
             model_type=config.model_type,
             architecture=architecture,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
+            layers=values.num_hidden_layers,
+            hidden=values.hidden_size,
+            heads=values.num_attention_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            inner=values.intermediate_size or 4 * hidden,
-            experts=_experts(values, architecture),
+            inner=values.intermediate_size or 4 * values.hidden_size,
+            experts=values.experts(architecture),
             vocab=values.vocab_size,
-            context=context,
+            context=min(filter(None, (values.max_position_embeddings, *ends))),
             eps=values.norm_eps,
             activation=values.activation or architecture.default_activation,
             kinds=kinds,
             window=window,
             ropes=ropes,
-            rope_of=tuple(
-                rope_indices.get(kind, 0) if rotating else None for kind, rotating in zip(kinds, rotates, strict=True)
-            ),
-            rotary=rotary,
-            parallel=has(architecture.parallel),
-            query_bias=has(architecture.query_bias),
-            output_bias=has(architecture.output_bias),
-            mlp_bias=has(architecture.mlp_bias),
+            rope_of=tuple(indices.get(kind, 0) if rotates else None for kind, rotates in zip(kinds, rotating, strict=True)),
+            rotary=rotary_size(head_dim, ropes, architecture),
+            parallel=is_on(architecture.parallel, config),
+            query_bias=query_bias,
+            output_bias=output_bias,
+            mlp_bias=mlp_bias,
             tied=values.tie_word_embeddings,
-            attention_scale=attention_scale,
-            embedding_scale=embedding_scale,
-            residual_scale=residual_scale,
-            logits_divisor=logits_divisor,
-            score_cap=values.attn_logit_softcapping if architecture.caps_scores else None,
-            logits_cap=values.final_logit_softcapping if architecture.caps_logits else None,
-            clip=values.clip_qkv if architecture.clips_projections else None,
+            attention_scale=values.attention_multiplier or (values.query_pre_attn_scalar or head_dim) ** -0.5,
+            embedding_scale=values.embedding_multiplier or width_scale,
+            residual_scale=values.residual_multiplier or 1.0,
+            logits_divisor=values.logits_scaling or 1 / (values.logit_scale or 1.0),
+            score_cap=values.attn_logit_softcapping,
+            logits_cap=values.final_logit_softcapping,
+            clip=values.clip_qkv,
             config=config,
         )
 
@@ -429,91 +304,3 @@ def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> 
     """Raises CheckpointError for a weight of another shape than is needed."""
     if tuple(stored) != needed:
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
-
-
-def _read(
-    kind: Any, value_of: Callable[[str], Any], where: str = "", names: Mapping[str, str | int | None] | None = None
-) -> Any:
-    """An object of `kind`. `names`: of values by field, where they have others; or a value that is not read, None among them.
-
-    Raises CheckpointError for the first value of another type or out of range.
-    """
-    values = {}
-    for attribute, hint in hints_of(kind).items():
-        name = (names or {}).get(attribute, attribute)
-        values[attribute] = _checked(value_of(name), hint, where + name) if isinstance(name, str) else name
-    return kind(**values)
-
-
-def _checked(value: Any, hint: Any, name: str) -> Any:
-    try:
-        return msgspec.convert(value, hint)
-    except msgspec.ValidationError:
-        raise CheckpointError(f"{name} must be {needed(hint)}, got {shown(value)}") from None
-
-
-def _ropes(parameters: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
-    """One rotary embedding for all layers, or one for each kind of layer (as in Gemma 3)."""
-    by_kind: dict[str | None, Any] = {None: parameters}
-    if isinstance(parameters, Mapping) and any(kind in parameters for kind in LAYER_KINDS):
-        by_kind = {kind: parameters.get(kind) or {} for kind in dict.fromkeys(kinds)}
-    for kind, values in by_kind.items():
-        where = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
-        _require(isinstance(values, Mapping), where, "an object", values)
-        _read(_RopeValues, values.get, f"{where}.")
-    return tuple(RopeSpec(values, kind) for kind, values in by_kind.items())
-
-
-def _kinds_and_window(
-    values: _Values, architecture: Architecture, rotates: tuple[bool, ...]
-) -> tuple[tuple[str, ...], int | None]:
-    """The kind of each layer, and how many positions the sliding ones see."""
-    layers, window, listed = values.num_hidden_layers, values.sliding_window, values.layer_types
-    if listed is not None:
-        _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
-    unused = window is None or (architecture.windows == "optional" and not values.use_sliding_window)
-    if architecture.windows == "none" or (architecture.windows != "listed" and unused):
-        return (FULL,) * layers, None
-    if architecture.windows == "all":
-        slides = [True] * layers
-    elif listed is not None:
-        slides = [kind == SLIDING for kind in listed]
-    elif architecture.rope == "listed":
-        slides = [not rotating for rotating in rotates]
-    else:
-        slides = [layer >= (values.max_window_layers or 0) for layer in range(layers)]
-    _require(window is not None or not any(slides), "sliding_window", "given for layers of sliding_attention", "null")
-    return tuple(SLIDING if sliding else FULL for sliding in slides), window
-
-
-def _rotates(values: _Values) -> tuple[bool, ...]:
-    layers, listed = values.num_hidden_layers, values.no_rope_layers
-    if listed is None:
-        return tuple((layer + 1) % (values.no_rope_layer_interval or 4) != 0 for layer in range(layers))
-    _require(len(listed) >= layers, "no_rope_layers", f"a list of at least num_hidden_layers, {layers}, entries", len(listed))
-    return tuple(map(bool, listed[:layers]))
-
-
-def _experts(values: _Values, architecture: Architecture) -> ExpertsSpec | None:
-    if (experts := architecture.experts) is None:
-        return None
-    count = _given(" or ".join(EXPERT_COUNTS), values.num_local_experts or values.num_experts)
-    chosen = _given("num_experts_per_tok", values.num_experts_per_tok)
-    _require(chosen <= count, "num_experts_per_tok", f"at most the number of experts, {count}", chosen)
-    layers, normalised = [True] * values.num_hidden_layers, experts.normalised
-    if experts.on_some_layers:
-        dense, step = values.mlp_only_layers or [], values.decoder_sparse_step or 1
-        layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
-    if isinstance(normalised, str):
-        normalised = bool(getattr(values, normalised))
-    return ExpertsSpec(tuple(layers), count, chosen, _given(experts.inner, getattr(values, experts.inner)), normalised)
-
-
-def _given(name: str, value: int | None) -> int:
-    _require(value is not None, name, "a whole number", value)
-    return value or 0
-
-
-def _require(condition: bool, name: str, needed: str, found: object) -> None:
-    if not condition:
-        raise CheckpointError(f"{name} must be {needed}, got {shown(found)}")

@@ -16,9 +16,10 @@ from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
 from .backend import DraftHead, DraftSide, choose_by_head
 from .cache import Places
-from .cut import CutModel, Form, Forward, hidden_of, replaced, with_hidden
+from .cut import CutModel, Form
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
+from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
 from .spec import AnySpec, ModelSpec, TransformersSpec

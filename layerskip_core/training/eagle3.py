@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
-from ..config.decoding import require_exit_layer
+from ..config.resolution import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
 from ..errors import require
 from ..losses import IGNORED

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
-from ..config.decoding import require_exit_layer
+from ..config.resolution import require_exit_layer
 from ..config.training import BlockLoss, DrafterConfig
 from ..errors import CheckpointError
 from ..files import synchronise

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..config.decoding import require_exit_layer
+from ..config.resolution import require_exit_layer
 from ..config.training import Curriculum, DropoutProfile, DropoutSchedule, ExitReader, ExitWeights, Preset, RecipeSettings
 from ..errors import ConfigError, require
 from ..model.spec import AnySpec

@@ -23,9 +23,9 @@ from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
-from ..checkpoint.open import blank, for_decoding, for_training
+from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
-from ..checkpoint.transformers_read import stored_dtype
+from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require

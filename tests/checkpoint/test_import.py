@@ -1,20 +1,27 @@
-"""`layerskip import` of a folder and of an adapter, with the files of further weights beside them."""
+"""Models by hub ids, adapters, and `layerskip import` of folders and adapters, with what lies beside their weights."""
 
 import json
+import os
 import shutil
+import subprocess
 
+import huggingface_hub
 import pytest
 import torch
-from command_line import fails, run
+from command_line import COMMAND, fails, run
+from conftest import edit_json
 from exit_block_models import add_blocks, add_eagle3
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.locate import present
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.model import CalibrationConfig
+from layerskip_core.errors import CheckpointError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.vocabulary import ORDER_FILE, token_order
 
@@ -113,3 +120,158 @@ def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wi
         f"left out: {wide / INT4_FILE} cannot be used: " in run("import", str(wide), "--output", str(output), "--overwrite").err
     )
     assert not (output / INT4_FILE).exists() and INT4_FILE not in json.loads((output / "layerskip.json").read_text())["files"]
+
+
+def adapter(folder, base, rank=4, **changes):
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "task_type": "CAUSAL_LM", **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_circle_of_adapters(tmp_path):
+    first, second = adapter(tmp_path / "first", tmp_path / "second"), adapter(tmp_path / "second", tmp_path / "first")
+    alone = adapter(tmp_path / "alone", tmp_path / "alone")
+    for folder in (first, second, alone):
+        for load in (for_training, stored_dtype):
+            with pytest.raises(CheckpointError, match=r"adapter_config\.json names a base that needs this adapter itself"):
+                load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        ("{}", "base_model_name_or_path must be the name of a model, got None"),
+        ('{"base_model_name_or_path": 7}', "base_model_name_or_path must be the name of a model, got 7"),
+    ],
+)
+def test_damaged_adapters(tmp_path, content, message):
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/adapter_config\.json: {message}"):
+        for_training(str(tmp_path))
+
+
+def test_an_adapter_without_one_of_its_weights(checkpoint, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    del weights[next(name for name in weights if "lora_B" in name)]
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    message = r"the adapter is incomplete: 1 weights are missing, .*q_proj\.lora_B\.weight the"
+    with pytest.raises(CheckpointError, match=message):
+        for_training(str(tmp_path), "cpu")
+
+
+def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capfd):
+    from peft import LoraConfig, get_peft_model
+
+    base = for_training(checkpoint, "cpu", "fp32")
+    expected = base.model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    below = checkpoint
+    for name in ("inner", "outer"):
+        torch.manual_seed(len(name) + ord(name[0]))
+        model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        expected += layer.get_delta_weight("default").detach()
+        model.peft_config["default"].base_model_name_or_path = below
+        model.save_pretrained(tmp_path / name)
+        base.tokenizer.save_pretrained(tmp_path / name)
+        below = str(tmp_path / name)
+    capfd.readouterr()
+    merged = for_training(below, "cpu", "fp32").model.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, expected)
+    assert capfd.readouterr() == ("", "")
+
+
+TEMPLATE = "ask: {prompt}\n"
+
+
+@pytest.fixture
+def snapshot(checkpoint, tmp_path, monkeypatch):
+    """The files of team/model: a model with a drafter and a template."""
+    folder = shutil.copytree(checkpoint, tmp_path / "hub" / "models--team--model" / "snapshots" / "1f")
+    add_eagle3(folder)
+    info = json.loads((folder / "layerskip.json").read_text())
+    (folder / "layerskip.json").write_text(json.dumps(info | {"prompt_template": TEMPLATE}))
+    (folder.parents[1] / "refs").mkdir()
+    for name in ("main", "v2"):
+        (folder.parents[1] / "refs" / name).write_text("1f")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    return folder
+
+
+def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_path):
+    edit_json(snapshot / "generation_config.json", do_sample=True, temperature=0.5)
+    decoder = for_decoding("team/model", "cpu")
+    assert decoder.own_sampling == {"temperature": 0.5}
+    assert decoder.name == "team/model" and decoder.template.text == TEMPLATE
+    assert decoder.backend.eagle3 is not None and decoder.info.exit_layer == 1
+    assert for_training("team/model", "cpu").info == decoder.info
+    told = run("export", "team/model", "--exit", "1", "--engine", "vllm", "--output", str(tmp_path / "draft"))
+    assert "vllm serve team/model " in told.out
+    assert run("import", "team/model", "--output", "team/model").code == 0  # below the folder where it is given
+    assert for_decoding("./team/model", "cpu").backend.eagle3 is not None
+
+
+def test_a_model_without_safetensors_is_left_to_transformers(snapshot):
+    (snapshot / "model.safetensors").unlink()
+    assert present("team/model").folder is None
+
+
+@pytest.mark.parametrize("name", ["team/model", "team/model@v2"])
+def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, name):
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [*COMMAND, "generate", "--model", name, "hello", "--max-new-tokens", "4", "--stats"]
+    done = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
+
+
+def test_a_revision_is_asked_of_the_hub(snapshot, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot)
+    )
+    assert present("team/model@refs/pr/1").folder == str(snapshot)
+    assert present("team/model").folder == str(snapshot)
+    assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
+    wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
+    assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
+
+
+class Hub:
+    """Of huggingface_hub.HfApi what a push calls."""
+
+    uploads, refused = [], False
+
+    def create_repo(self, repository, exist_ok):
+        if repository != "me/mine":
+            raise OSError("401 Client Error\nand more")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns):
+        if self.refused:
+            raise OSError("the network is down")
+        self.uploads.append((repo_id, folder_path, allow_patterns))
+
+
+def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out, short = tmp_path / "out", ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
+    command = ("finetune", "--model", checkpoint, *short, "--output", str(out), "--overwrite", "--push-to-hub")
+    refused = run(*command, "other/theirs")
+    assert refused.code == 1 and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    assert not (out / "config.json").exists()
+    assert run(*command, "me/mine").code == 0
+    [(repository, folder, files)] = Hub.uploads
+    assert (repository, folder) == ("me/mine", str(out)) and {"model.safetensors", "exit_blocks.safetensors"} <= set(files)
+    monkeypatch.setattr(Hub, "refused", True)
+    failed = run(*command, "me/mine")
+    assert failed.code == 1 and failed.err.endswith(
+        f"the network is down; it is saved; upload it by: hf upload me/mine {out}\n"
+    )
+    assert (out / "config.json").exists()

@@ -10,13 +10,14 @@ from pathlib import Path
 import command_line
 import pytest
 import torch
+from command_line import refused
 from evaluating import own_answers, tiny_loaded
 
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.config.decoding import policy_text
+from layerskip_core.config.resolution import policy_text
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
 
@@ -47,12 +48,6 @@ def run(*arguments):
     result = command_line.run(*arguments)
     assert result.code == 0, result.err
     return result
-
-
-def refused(message, *arguments):
-    result = command_line.run(*arguments)
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert message in result.err
 
 
 def test_sweep_prints_json_and_writes_files(tmp_path, model):

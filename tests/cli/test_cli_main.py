@@ -1,5 +1,6 @@
-"""The command itself: fast help, one-line errors, exit statuses."""
+"""The command itself: fast help, one-line errors, exit statuses; and `layerskip data`: rows as JSON lines."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,6 +10,8 @@ import pytest
 import torch
 from command_line import ENVIRONMENT, LISTING_MODULES, Result, fails, finish, run, start
 
+from layerskip_core.config.model import DataConfig
+from layerskip_core.data import load_examples
 from layerskip_core.errors import LayerSkipError
 
 
@@ -41,23 +44,16 @@ def test_help_loads_no_library_of_models(arguments):
     "arguments",
     [
         *(["finetune", "--data", "no.csv"], ["bench", "--data", "no.csv"], ["verify", "--data", "no.csv"]),
+        *(["finetune", "--validation", "no.csv"], ["bench", "--task", "no.csv"]),
         *(["finetune", "--model", "none"], ["generate", "hi", "--model", "none"], ["export", "none"]),
     ],
     ids=" ".join,
 )
 def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(arguments):
     result = finish(start(*arguments, command=LISTING_MODULES))
-    told = "--data no.csv: there is no such file" if "--data" in arguments else "no model 'none': needed embedded, "
+    told = f"{arguments[1]} no.csv: there is no such file" if "no.csv" in arguments else "no model 'none': needed embedded, "
     assert result.code == 1 and result.err.startswith(f"error: {told}")
     assert not {"torch", "transformers", "datasets", "numpy"} & set(result.err.split())
-
-
-def test_help_names_every_command():
-    result = run("--help")
-    assert result.code == 0
-    for name in ("finetune", "sweep-exits", "generate", "bench", "data"):
-        assert f"  {name} " in result.out
-    assert "--debug" in result.out
 
 
 @pytest.mark.parametrize(
@@ -224,3 +220,32 @@ def test_any_locale(tmp_path, locale):
     assert (result.code, result.out, result.err) == (0, file.read_text(encoding="utf-8"), "")
     result = finish(start("data", "--data", "n\u00e9.csv", env={**ENVIRONMENT, **locale}))
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize("split", ["test", "compositional"])
+def test_rows_of_commands(split):
+    result = run("data", "--samples", "3", "--split", split, "--seed", "4")
+    expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
+    assert (result.code, result.err) == (0, "")
+    rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]
+    assert rows == [(example.prompt, example.completion) for example in expected]
+
+
+def test_ten_test_rows_by_default():
+    assert run("data") == run("data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0")
+
+
+def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
+    result = run("data", "--data", str(file), encoding="ascii")
+    assert result.out == file.read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
+    fails("--split must be one of train, validation, test, compositional for commands, got dev", "data", "--split", "dev")
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
+    fails(message, "data", "--data", str(file))

@@ -7,16 +7,17 @@ import threading
 
 import pytest
 import torch
-from command_line import run, start
+from command_line import refused, run, start
 
 from cli import console
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
-from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.resolution import policy_packing
 from layerskip_core.decoding import DecodingLoop
+from layerskip_core.errors import ConfigError
 
 PROMPT = "wake me up"
 POLICIES = {
@@ -177,8 +178,7 @@ def test_drafts_are_stored_as_the_policy_says(model):
     ],
 )
 def test_policies_that_cannot_be(model, flags, message):
-    result = run("generate", PROMPT, *flags, "--model", model)
-    assert (result.code, result.out) == (1, "") and result.err.startswith(f"error: {message}")
+    refused(f"error: {message}", "generate", PROMPT, *flags, "--model", model)
 
 
 # A row's own settings, and the flags that mean the same.
@@ -233,12 +233,6 @@ def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
     """`--exit` kept only the first layers of the same copies, so that the row failed."""
     (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
     assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
-
-
-def test_lines_by_confidence_are_decoded_singly_in_a_batch(generate):
-    for flags in (("--policy", "confident"), ("--exit-confidence", "0.05", "--exits", "2,3")):
-        one, two = (generate("--lines", *flags, *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
-        assert one == two and one.code == 0
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
@@ -343,10 +337,6 @@ def test_policies_from_python(model, ask):
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
-    from layerskip_core.checkpoint.open import for_decoding
-    from layerskip_core.config.model import PackingConfig
-    from layerskip_core.errors import ConfigError
-
     loaded = for_decoding(folder, "cpu", "fp32")
     assert loaded.resolve({}, PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies
     with pytest.raises(ConfigError, match="`policy` must be given with `draft_weights` int8, which it drafts with, got exact"):

@@ -7,7 +7,7 @@ import pytest
 NEEDED = "needs the extras dev and serve"
 openai = pytest.importorskip("openai", reason=NEEDED)
 server = pytest.importorskip("test_server", reason=NEEDED)
-errors = pytest.importorskip("cli.server.errors", reason=NEEDED)
+bodies = pytest.importorskip("cli.server.bodies", reason=NEEDED)
 tools = pytest.importorskip("test_tools", reason=NEEDED)
 
 ASKED = {"model": "tiny", "input": "wake me", "max_output_tokens": 12}
@@ -133,7 +133,7 @@ def test_a_wrong_request_is_told_its_parameter(client, changes, param):
 
 def test_a_stream_that_fails_ends_with_its_error(client, monkeypatch):
     def broken(*_):
-        raise errors.ApiError(500, "broken", "server_error")
+        raise bodies.ApiError(500, "broken", "server_error")
 
     monkeypatch.setattr("cli.server.app.usage_of", broken)
     *_, last = client.responses.create(**ASKED, stream=True)

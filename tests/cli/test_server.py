@@ -185,12 +185,9 @@ def test_options_that_change_logits_are_those_of_decoding(client):
     own = {**options, **more, "logit_bias": ((30, 5.0), (31, -100.0)), "stop_token_ids": (44,)}
     text = expected(PROMPT, 30, **own)[0]
     assert text != expected(PROMPT, 30)[0]
-    assert (
-        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, extra_body=more, **options).choices[0].text
-        == text
-    )
-    messages = [{"role": "user", "content": PROMPT}]
-    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=30, extra_body=more, **options)
+    asked = {"model": "tiny", "max_tokens": 30, "extra_body": more, **options}
+    assert client.completions.create(prompt=PROMPT, **asked).choices[0].text == text
+    answer = client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **asked)
     assert answer.choices[0].message.content == text
 
 

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
-from layerskip_core.grammar import Guide
+from layerskip_core.grammar import guide
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate, encode_conversation
 
@@ -241,10 +241,10 @@ def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
     known = tools.Tools(tuple(msgspec.convert([WEATHER, TIME], list[tools.Tool])), [WEATHER, TIME])
     lark, ends = tools.grammar("hermes", known, {}), frozenset({tokenizer.eos_token_id})
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    permitted = Guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    permitted = guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
     assert (permitted == len(ids)) == is_permitted
     alone = tools.grammar("hermes", known._replace(parallel=False), {})
-    permitted = Guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    permitted = guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
     assert (permitted == len(ids)) == (is_permitted and text.count(CALL) < 2)
 
 

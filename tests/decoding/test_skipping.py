@@ -16,7 +16,7 @@ from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.cut import PositionCache
+from layerskip_core.model.position_cache import PositionCache
 from layerskip_core.model.row_cache import EntryWriter
 
 LAYERS, MOST = 6, 5

@@ -6,9 +6,10 @@ import pytest
 import torch
 from evaluating import outputs_of
 
-from layerskip_core.config.decoding import DecodingConfig, policy_packing
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.resolution import policy_packing
 from layerskip_core.evaluation.measure import Measured
 from layerskip_core.evaluation.measure.figures import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.metrics import Scores, margin

@@ -11,10 +11,10 @@ from evaluating import LAYERS, early_exit_share, own_answers, tiny_loaded
 from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import default_exits
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import counts_text, parse_counts
+from layerskip_core.config.resolution import default_exits
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import Progress
 from layerskip_core.evaluation.measure.cost_model import PassTimes

@@ -9,8 +9,7 @@ import torch
 from command_line import fails, run
 from conftest import CHANGES, older, run_texts, tiny_model
 from evaluating import tiny_loaded
-from exit_block_models import add_blocks, add_eagle3
-from int4_models import add_int4
+from exit_block_models import add_blocks, add_eagle3, add_int4
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.folder import PACKED_FILE

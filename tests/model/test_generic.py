@@ -1,8 +1,6 @@
-from itertools import pairwise
-
 import pytest
 import torch
-from conftest import CHANGES, at, run_texts, tiny_model
+from conftest import CHANGES, at, logits_of, run_texts, tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
@@ -11,23 +9,6 @@ from layerskip_core.model.architectures import SUPPORTED
 
 def ids_of(batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
-    return torch.arange(start, stop).expand(batch, -1)
-
-
-def logits_of(model, ids, edges=(), side=None):
-    """Logits (B, T, V) of tokens that run in pieces between the edges, through one cache. `side`: one that drafts."""
-    unembed, layers, cache, pieces = model.unembed, model, model.new_cache(len(ids)), list[torch.Tensor]()
-    if side is not None:
-        unembed, layers = side.whole.unembed, side.layers
-    with torch.inference_mode():
-        for start, stop in pairwise([0, *edges, ids.shape[1]]):
-            hidden, positions = layers.embed(ids[:, start:stop]), positions_of(start, stop, len(ids))
-            hidden = layers.run_layers(hidden, 0, 1, at(positions, cache))
-            pieces.append(unembed(layers.run_layers(hidden, 1, (side or model).num_layers, at(positions, cache))))
-    return torch.cat(pieces, dim=1)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)

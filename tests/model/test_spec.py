@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_texts, tiny_model
+from conftest import tiny_model
 from test_generic import CHANGES
 from test_packed import BIASES
 
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED, is_complete
 
 LLAMA = {
@@ -70,20 +70,6 @@ def test_windows(model_type, changes, kinds):
     spec = spec_of(model_type=model_type, **changes)
     assert list(spec.kinds) == kinds
     assert [spec.window_of(kind) for kind in spec.kinds] == [5 if kind == SLIDING else None for kind in kinds]
-
-
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("used", [True, False])
-def test_windows_equal_those_of_transformers(model_type, used):
-    """Logits over 11 tokens, the first of which are outside a window of 5."""
-    window = {"sliding_window": 5, "use_sliding_window": used, "max_window_layers": 0}
-    model, ids = tiny_model(model_type, **window), torch.randint(3, 67, (1, 11), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(ids).logits
-        backend = TransformersBackend(model)
-        actual = backend.unembed(run_texts(backend, backend.embed(ids), 0, 6))
-    torch.testing.assert_close(actual, expected)
-    assert backend.spec.window == (5 if used or model_type == "mistral" else None)
 
 
 def test_layers_without_rotary_positions():

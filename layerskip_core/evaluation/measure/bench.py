@@ -22,8 +22,9 @@ from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import GgufFile
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
+from ...config.resolution import Recommended, resolve_as
 from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DRAFTERS, EXACT, FAST, STRATEGIES, DecodingConfig, Policy, policy_text, used_by
+from ...config.decoding import DRAFTERS, STRATEGIES, DecodingConfig, used_by
 from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
+from ...config.resolution import EXACT, FAST, Policy, policy_text
 from ...decoding import DecodeStats
 from ...errors import plural
 from ..metrics import Estimate, Margin, change, estimate, finite, frontier, margin, metric, speed_ratio

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer, resolve_as, spread_exits
+from ...config.decoding import DecodingConfig, decoding
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
+from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
 from ...errors import require
 from ..metrics import Scores, estimate, metric, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord

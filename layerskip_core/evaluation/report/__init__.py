@@ -20,7 +20,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ...config.decoding import FAST
+from ...config.resolution import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, read_bytes, require_writable
 from ..inspection import Inspection
@@ -159,9 +159,10 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
         tables.append(_table("By category", by_category, columns, cell))
     parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
+    parts += [plural(machine["threads"], "thread")] if "threads" in machine else []
     return _template("report").render(
         title=title(record),
-        machine=", ".join([*parts, plural(machine.get("threads", 0), "thread")]),
+        machine=", ".join(parts),
         findings=findings,
         notes=notes,
         tables=tables,

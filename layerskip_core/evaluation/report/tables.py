@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
+from ...config.resolution import EXACT, FAST, policy_text
 from ...errors import number, plural
 from ..metrics import frontier, is_share, lower_is_better
 from ..results import NEAR_TIE, Result, RunRecord, result_name

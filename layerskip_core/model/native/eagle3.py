@@ -11,9 +11,10 @@ from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
 from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import Places
+from ..configuration import FULL
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
 from ..pages import PagePool
-from ..spec import FULL, ModelSpec
+from ..spec import ModelSpec
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Weights
 from .compiled import Kernels

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import Places
+from ..configuration import ExpertsSpec
 from ..exit_blocks import PlacedBlock
 from ..pages import PAGE, PagedCache, PagePool
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
-from ..spec import ExpertsSpec, ModelSpec
+from ..spec import ModelSpec
 from ..weights import (
     Affine,
     Weights,

@@ -1,0 +1,191 @@
+"""What a checkpoint says of decoding, and options completed by it: recommendations, saved policies, and exits."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, cast
+
+from ..errors import refused, require
+from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, said, used_by
+from .model import PLAIN, PackingConfig, Quantization
+from .options import CountOrNone, counts_text
+
+EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
+FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
+_MOST_DRAFTS = 32  # of a round of adaptive drafting
+# The strategies that options imply, the first one that is given.
+_IMPLIED = {
+    **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
+    **dict.fromkeys(("exit_layer", "num_draft_tokens", "draft_confidence"), "self-speculative"),
+}
+
+
+class Measured(TypedDict):
+    """What a sweep measured of a policy: the task's metric, its value at full depth, and the speed over plain decoding."""
+
+    task: str
+    metric: str
+    value: float
+    full_depth: float
+    speedup: float
+
+
+class Policy(DecodingOptions, total=False):
+    """Options that a sweep saved with a model, with what it measured. Limit, stop strings and sampling are the request's.
+
+    `draft_weights` is the copy that drafts. `draft_copies`, `draft_head` and `draft_vocab` say how drafts were stored, as in
+    PackingConfig; the copies are those of adaptive drafting, none: the one that it gets without being asked.
+    """
+
+    draft_weights: Quantization
+    draft_copies: Sequence[Quantization]
+    draft_head: Quantization
+    draft_vocab: CountOrNone
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """What a checkpoint recommends. No `strategy`: its exits were not trained or measured.
+
+    `exits`: those that were trained. `skip`: the layers that a search found, with its draft length.
+    """
+
+    exit_layer: int
+    num_draft_tokens: int
+    strategy: str | None = None
+    exits: tuple[int, ...] = ()
+    skip: DecodingOptions | None = None
+    profile: DraftProfile = field(default_factory=DraftProfile)
+
+
+def implied_strategy(options: DecodingOptions) -> str | None:
+    """The strategy that was named, or that another option implies; None if it is left open."""
+    return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
+
+
+def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
+    """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
+
+    A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
+    options that contradict each other.
+    """
+    strategy, given, asked = implied_strategy(options), choices(options), said(options)
+    if strategy is None:
+        strategy = "adaptive" if packing.drafts_apart or known.strategy is None else known.strategy
+        if options.get("lookup") and strategy not in used_by("lookup"):
+            strategy = "adaptive"
+    if "exit_confidence" in given:
+        for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
+            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
+            raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
+    if asked.get("prompt_logprobs"):
+        require("logprobs" in asked, "prompt_logprobs", "used with `logprobs`", "none")
+        require("exit_confidence" not in given, "prompt_logprobs", "left out with `exit_confidence`", "both")
+    require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
+    for name in given:
+        users = used_by(name)
+        require(strategy in users, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
+    return resolve_as(strategy, options, known, num_layers, packing)
+
+
+def resolve_as(
+    strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN
+) -> DecodingConfig:
+    """The same for one strategy; options that it does not use have no effect.
+
+    The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
+    """
+    asked = said(options)
+    completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
+    if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
+        completed["draft_weights"] = packing.draft_weights[0]
+    match strategy:
+        case "early-exit" if asked.get("exit_confidence"):
+            needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
+            require(bool(asked.get("exits") or known.exits), "exit_confidence", needed, "neither")
+            for exit_layer in asked.get("exits", ()):
+                require_exit_layer(exit_layer, num_layers, field="exits")
+            completed["exits"] = spread_exits(known.exits, num_layers)
+        case "early-exit" | "self-speculative":
+            of_copies = "draft_weights" in completed
+            all_layers = of_copies and "exit_layer" not in asked and not known.exits
+            completed["exit_layer"] = exit_layer = num_layers if all_layers else asked.get("exit_layer", known.exit_layer)
+            require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
+        case "draft-and-verify":
+            completed |= {} if "skip" in asked else said(known.skip or {})
+            skip = (completed | asked).get("skip", ())
+            needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+            require(bool(skip), "skip", needed, "none")
+            for layer in skip:
+                require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
+            require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")
+        case "adaptive":
+            completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
+    return decoding(strategy, cast(DecodingOptions, completed | asked))
+
+
+def _guided(asked: dict[str, Any]) -> tuple[str, str] | None:
+    """Takes from the options what the answer must match. Raises ConfigError for two such options, and others that forbid it."""
+    given = {name: asked.pop(name) for name in GUIDES if name in asked}
+    if not given:
+        return None
+    (kind, value), *others = given.items()
+    for other in [*dict(others), *(name for name in ("min_tokens", "ignore_eos") if asked.get(name))]:
+        raise refused(other, f"left out with `{kind}`", "both")
+    return kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
+    """Raises ConfigError, which lists the saved policies, for an unknown name."""
+    there = ", ".join(policies) or "there are none"
+    how = f"`layerskip sweep-exits --save` saves {EXACT}, and {FAST} where an early exit keeps the quality"
+    require(name in policies, "policy", f"one that is saved with the model ({there}; {how})", name)
+    return policies[name]
+
+
+def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
+    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError if it says more."""
+    for name, value in choices(request).items():
+        if name != "policy":
+            text = counts_text(value) if isinstance(value, tuple) else value
+            raise refused("policy", f"given without `{name}`", f"`{name}` {text}")
+    own = {name: value for name, value in policy.items() if name in DecodingOptions.__annotations__}
+    return changed(request, cast(DecodingOptions, own))
+
+
+def policy_packing(policy: Policy) -> PackingConfig:
+    """How the weights that a policy drafts with are stored."""
+    copies = (policy["draft_weights"],) if "draft_weights" in policy else tuple(policy.get("draft_copies", ()))
+    return PackingConfig(draft_weights=copies, draft_head=policy.get("draft_head"), draft_vocab=policy.get("draft_vocab", 0))
+
+
+def policy_text(policy: Policy) -> str:
+    """`exit 8 with 6 draft tokens`, as reports name it."""
+    strategy, exit_layer, drafts = policy["strategy"], policy.get("exit_layer"), policy.get("num_draft_tokens")
+    if strategy == "early-exit":
+        confidence = policy.get("exit_confidence")
+        return f"exits by confidence {confidence:g}" if confidence else f"exit {exit_layer}"
+    name = "plain decoding" if strategy == "autoregressive" else strategy
+    if strategy == "self-speculative":
+        name = f"exit {exit_layer}" + (f" of the {policy['draft_weights']} copies" if "draft_weights" in policy else "")
+    return name if drafts is None else f"{name} with {drafts} draft tokens"
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """Six exits, denser among the early layers, where drafts are cheap. Of 24 layers: 3, 4, 6, 8, 12 and 18."""
+    shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
+    return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
+
+
+def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """At most six of the exits, the nearest to `default_exits`: each one that is tested costs a pass of the head."""
+    if len(exits) <= 6:
+        return exits
+    return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))
+
+
+def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = False, field: str = "exit_layer") -> None:
+    """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
+    last = num_layers if may_be_last else num_layers - 1
+    require(1 <= exit_layer <= last, field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")

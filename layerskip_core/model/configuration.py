@@ -1,0 +1,216 @@
+"""config.json: the values that a model is read from, with their types and ranges, and what follows from them for its layers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ..config.options import hints_of, needed
+from ..errors import CheckpointError, shown
+from .architectures import EXPERT_COUNTS, Architecture
+
+LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
+_MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
+_Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
+_Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
+_Window = Annotated[int, Meta(ge=0, le=1 << 31)]
+_TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
+_ExpertCount = Annotated[int, Meta(ge=1, le=1024)]  # as the kernels have room for
+_Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
+_Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of config.json that are read here, with their types and ranges. Null stands for the architecture's default."""
+
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    hidden_size: _Width
+    intermediate_size: _Width | None
+    num_attention_heads: _Width
+    num_key_value_heads: _Width | None
+    head_dim: Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")] | None
+    max_position_embeddings: _Positions
+    norm_eps: _Epsilon
+    tie_word_embeddings: bool
+    activation: str | None
+    use_sliding_window: bool | None
+    sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
+    max_window_layers: _Window | None
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None
+    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
+    no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
+    num_experts: _ExpertCount | None
+    num_local_experts: _ExpertCount | None
+    num_experts_per_tok: _ExpertCount | None
+    moe_intermediate_size: _Width | None
+    norm_topk_prob: bool | None
+    decoder_sparse_step: Annotated[int, Meta(ge=1)] | None
+    mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
+    eos_token_id: _TokenId | list[_TokenId] | None
+    # Where an architecture uses them.
+    query_pre_attn_scalar: _Positive | None = None  # scores are scaled by this^-0.5, not by head_dim^-0.5
+    attention_multiplier: _Positive | None = None  # Granite's scale of scores
+    embedding_multiplier: _Positive | None = None
+    residual_multiplier: _Positive | None = None
+    logits_scaling: _Positive | None = None  # a divisor
+    logit_scale: _Positive | None = None
+    attn_logit_softcapping: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+    clip_qkv: _Positive | None = None  # which no kernel of ours has
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """The number of key heads, and the size of a head."""
+        hidden, heads, head_dim = self.hidden_size, self.num_attention_heads, self.head_dim
+        kv_heads = self.num_key_value_heads or heads
+        if head_dim is None:
+            _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
+            head_dim = hidden // heads
+            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
+        _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
+        _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
+        return kv_heads, head_dim
+
+    def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
+        """The kind of each layer, how many positions the sliding ones see, and which layers have rotary positions."""
+        layers, window, listed = self.num_hidden_layers, self.sliding_window, self.layer_types
+        if listed is not None:
+            _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
+        rotates = [architecture.rope != "none"] * layers
+        if architecture.rope == "listed":
+            usual = [bool((layer + 1) % (self.no_rope_layer_interval or 4)) for layer in range(layers)]
+            rotates = usual if self.no_rope_layers is None else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
+            needed = f"a list of at least num_hidden_layers, {layers}, entries"
+            _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
+        unused = window is None or (architecture.windows == "optional" and not self.use_sliding_window)
+        if architecture.windows == "none" or (architecture.windows != "listed" and unused):
+            return (FULL,) * layers, None, rotates
+        if architecture.windows == "all":
+            slides = [True] * layers
+        elif listed is not None:
+            slides = [kind == SLIDING for kind in listed]
+        elif architecture.rope == "listed":
+            slides = [not rotating for rotating in rotates]
+        else:
+            slides = [layer >= (self.max_window_layers or 0) for layer in range(layers)]
+        _require(window is not None or not any(slides), "sliding_window", "given for layers of sliding_attention", "null")
+        if architecture.rope == "sliding" and window is not None:
+            rotates = slides
+        return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
+
+    def experts(self, architecture: Architecture) -> "ExpertsSpec | None":
+        if (experts := architecture.experts) is None:
+            return None
+        count = _given(" or ".join(EXPERT_COUNTS), self.num_local_experts or self.num_experts)
+        chosen = _given("num_experts_per_tok", self.num_experts_per_tok)
+        _require(chosen <= count, "num_experts_per_tok", f"at most the number of experts, {count}", chosen)
+        layers, normalised = [True] * self.num_hidden_layers, experts.normalised
+        if experts.on_some_layers:
+            dense, step = self.mlp_only_layers or [], self.decoder_sparse_step or 1
+            layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
+        if isinstance(normalised, str):
+            normalised = bool(getattr(self, normalised))
+        return ExpertsSpec(tuple(layers), count, chosen, _given(experts.inner, getattr(self, experts.inner)), normalised)
+
+
+# The values of rope_parameters that are checked here; transformers computes the rarer types and reads the others.
+_ROPE_VALUES: dict[str, Any] = {
+    **dict.fromkeys(("rope_type", "type"), str | None),
+    **dict.fromkeys(("factor", "alpha"), _Positive | None),
+    "rope_theta": Annotated[float, Meta(ge=1, le=1e15)] | None,
+    "partial_rotary_factor": Annotated[float, Meta(ge=1e-3, le=1)] | None,
+    "original_max_position_embeddings": _Positions | None,
+}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """A rotary embedding, by rope_parameters of config.json."""
+
+    parameters: Mapping[str, Any]
+    kind: str | None  # of the layers that use it, where config.json has parameters for each kind
+
+    @property
+    def type(self) -> str:
+        stated = str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
+        return "default" if stated == "dynamic" and self.parameters.get("alpha") else stated
+
+    @property
+    def share(self) -> float:
+        """Of a head that rotates."""
+        return float(self.parameters.get("partial_rotary_factor") or 1.0)
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a model, in the layers that have them."""
+
+    layers: tuple[bool, ...]  # whether each layer has experts
+    count: int
+    chosen: int  # by each token
+    inner: int  # width of an expert
+    normalised: bool  # whether the weights of a token's experts sum to 1
+
+
+def read_values(config: Any, architecture: Architecture) -> Values:
+    """Of a configuration object. Raises CheckpointError for the first one of another type or out of range."""
+    names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
+    hints, values = hints_of(Values), dict[str, Any]()
+    for field in fields(Values):
+        name = names.get(field.name, field.name)
+        if not isinstance(name, str):  # a value that is not read
+            values[field.name] = name
+        elif field.default is not None or field.name in architecture.uses:
+            values[field.name] = _checked(getattr(config, name, None), hints[field.name], name)
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
+    return Values(**values)
+
+
+def is_on(switch: str | bool, config: Any) -> bool:
+    """A field of Architecture that holds always, never, or where a value of the configuration says so."""
+    return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise CheckpointError(f"{name} must be {needed(hint)}, got {shown(value)}") from None
+
+
+def ropes_of(config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
+    """One rotary embedding for all layers, or one for each kind of layer (as in Gemma 3)."""
+    if architecture.rope == "none":
+        return ()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind: dict[str | None, Any] = {None: parameters}
+    if isinstance(parameters, Mapping) and any(kind in parameters for kind in LAYER_KINDS):
+        by_kind = {kind: parameters.get(kind) or {} for kind in dict.fromkeys(kinds)}
+    for kind, values in by_kind.items():
+        where = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
+        _require(isinstance(values, Mapping), where, "an object", values)
+        for name, hint in _ROPE_VALUES.items():
+            _checked(values.get(name), hint, f"{where}.{name}")
+    return tuple(RopeSpec(values, kind) for kind, values in by_kind.items())
+
+
+def rotary_size(head_dim: int, ropes: Sequence[RopeSpec], architecture: Architecture) -> int:
+    """How many dimensions of a head rotate."""
+    rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
+    _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
+    return rotary
+
+
+def _given(name: str, value: int | None) -> int:
+    _require(value is not None, name, "a whole number", value)
+    return value or 0
+
+
+def _require(condition: bool, name: str, needed: str, found: object) -> None:
+    if not condition:
+        raise CheckpointError(f"{name} must be {needed}, got {shown(found)}")

@@ -1,0 +1,192 @@
+"""What transformers' layers get instead of their own: a cache, as they address it, other forwards, and other hidden states."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .row_cache import Entry, EntryWriter, State
+
+if TYPE_CHECKING:
+    from .probe import Recorder
+
+Forward = Callable[..., Any]
+Writer: TypeAlias = "EntryWriter | Recorder"
+
+
+class Written(Exception):
+    """Ends a layer that had to write its entries only."""
+
+
+class PositionCache:
+    """The cache as transformers' layers address it, for one call: keys and values, and recurrent states."""
+
+    is_compileable = False
+    is_sliding = is_linear = is_dummy = ()
+
+    def __init__(self, writer: "Writer", ends: Collection[Entry] = ()) -> None:
+        """`ends`: entries after which a layer has written all, and ends."""
+        self.writer, self._ends = writer, ends
+        self._states: dict[State, Tensor | None] = {}  # after the tokens so far, of the recurrent module that runs
+        self._column: int | None = None  # the last token of the piece that a recurrent module runs over
+        self._has_past = not writer.begins
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Takes keys and values (B, heads, T, width), and returns those of all positions."""
+        return self._put((layer_idx, "keys"), keys), self._put((layer_idx, "values"), values)
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """The same for the keys (B, T, width) of an indexer, which chooses what sparse attention reads."""
+        return self._put((layer_idx, "indexer"), keys[:, None])[:, 0]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state((layer_idx, "conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state((layer_idx, "recurrent", state_idx))
+
+    def update_conv_state(
+        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
+    ) -> Tensor:
+        """Takes a convolution's inputs (B, channels, T), and returns them after those that it had before."""
+        state, width = (layer_idx, "conv", state_idx), conv_kernel_size or new.shape[-1]
+        before = self._state(state)
+        inputs = F.pad(new, (width, 0)) if before is None else torch.cat([before, new], dim=-1)
+        if self._column is not None:
+            self._states[state] = inputs[..., -width:]
+        else:
+            for column in range(self.writer.first_kept, new.shape[-1]):
+                self.writer.keep(state, column, inputs[..., column + 1 : column + 1 + width])
+        return new if before is None else inputs
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: object) -> Tensor:
+        if self._column is None:  # in the probe, which asks for the module
+            self.writer.keep((layer_idx, "recurrent", state_idx), 0, new)
+        self._states[layer_idx, "recurrent", state_idx] = new
+        return new
+
+    get_linear_cache = get_recurrent_state  # as MiniMax asks for the state
+
+    def set_linear_cache(self, layer_idx: int, new: Tensor) -> None:
+        self.update_recurrent_state(new, layer_idx)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Then convolutions give their inputs to `update_conv_state` in calls of one token too."""
+        return True
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self._has_past
+
+    @property
+    def layers(self) -> Any:
+        """By layer, what transformers before 5.24 reads there."""
+        return _Indexed(
+            lambda layer: SimpleNamespace(
+                record_past=True,
+                conv_states=_Indexed(partial(self.get_conv_state, layer)),
+                recurrent_states=_Indexed(partial(self.get_recurrent_state, layer)),
+            )
+        )
+
+    def stepped(
+        self, module: nn.Module, last: nn.Linear | None, whole: bool, forward: Forward, /, *args: Any, **keywords: Any
+    ) -> Any:
+        """The `forward` of a module with a recurrent state, over all tokens of the call.
+
+        It runs over the first of them in one piece, and keeps the state after each of the others. `whole`: whether it can do
+        so if there is a state already. Linear layers of its input run once, and so does `last`, which gives its output.
+        """
+        hidden: Tensor = args[0] if args else keywords["hidden_states"]
+        self._states.clear()
+        first = self.writer.first_kept if whole or not self._has_past else 0
+        pieces, outputs, inputs = pairwise((0, *range(first + 1, hidden.shape[1] + 1))), [], list[Tensor]()
+        known: dict[Callable[[Tensor], Tensor], Tensor] = {}
+        piece, bounds = hidden, slice(None)
+
+        def projected(linear: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+            if given is not piece:
+                return linear(given)
+            if linear not in known:
+                known[linear] = linear(hidden)
+            return known[linear][:, bounds].contiguous()
+
+        def postponed(given: Tensor) -> Tensor:
+            inputs.append(given)
+            return given.new_empty(*given.shape[:-1], 0)
+
+        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        changes = [(part, postponed if part is last else partial(projected, part.forward)) for part in linears]
+        with replaced(changes):
+            for start, stop in pieces:
+                self._column, bounds = stop - 1, slice(start, stop)
+                piece = hidden[:, bounds]
+                of_piece, named = with_hidden(piece, args, keywords)
+                outputs.append(forward(*of_piece, **named))
+                if self._column >= self.writer.first_kept:
+                    for state, new in self._states.items():
+                        assert new is not None
+                        self.writer.keep(state, self._column, new)
+                self._has_past = True
+        self._column, self._has_past = None, not self.writer.begins
+        output = last(torch.cat(inputs, dim=1)) if last else torch.cat([hidden_of(output) for output in outputs], dim=1)
+        return output if isinstance(outputs[0], Tensor) else (output, *outputs[-1][1:])
+
+    def _state(self, state: State) -> Tensor | None:
+        if state not in self._states:
+            self._states[state] = self.writer.before(state)
+        return self._states[state]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.writer.start
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
+        return self.writer.stop, 0
+
+    def _put(self, entry: Entry, new: Tensor) -> Tensor:
+        written = self.writer.put(entry, new)
+        if entry in self._ends:
+            raise Written
+        return written
+
+
+class _Indexed(dict[int, Any]):
+    def __init__(self, get: Callable[[int], Any]) -> None:
+        self._get = get
+
+    def __missing__(self, index: int) -> Any:
+        return self._get(index)
+
+
+def with_hidden(hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments, the first of which are hidden states, with others."""
+    return ((hidden, *args[1:]), keywords) if args else ((), {**keywords, "hidden_states": hidden})
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a layer returns, alone or first."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+@contextmanager
+def replaced(changes: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Modules have other forwards."""
+    before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
+    try:
+        for module, forward in changes:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for attributes, own in before:
+            if own is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = own

@@ -1,0 +1,330 @@
+"""int4.safetensors and exit_blocks.safetensors beside a model: used, extended, replaced with it, and refused elsewhere."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run
+from conftest import logits_of, older, run_texts
+from exit_block_models import add_blocks, add_int4
+from safetensors.torch import load_file, save_file
+
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
+from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
+from layerskip_core.data import load_examples
+from layerskip_core.decoding import decode
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.evaluation.inspection import inspect
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.cost_model import agreement
+from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.metrics import reference_losses
+from layerskip_core.evaluation.results import RunRecord
+from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named, features_of
+from layerskip_core.training.exit_blocks import FrozenExits
+
+INT4 = PackingConfig("int4")
+
+
+def quantized_logits(folder, packing=INT4, dtype="fp32"):
+    model = for_decoding(str(folder), "cpu", dtype, packing).backend
+    return logits_of(model, torch.tensor([[5, 9, 33]])), model.implementation
+
+
+@pytest.mark.parametrize("prepare", [lambda folder: None, older])
+def test_the_stored_weights_are_used_in_every_precision(wide, prepare):
+    prepare(wide)
+    before = {dtype: quantized_logits(wide, dtype=dtype)[0] for dtype in ("fp32", "bf16")}
+    add_int4(wide)
+    same, implementation = quantized_logits(wide)
+    assert torch.equal(same, before["fp32"]) and "calibrated int4" in implementation
+    add_int4(wide, lambda weight: 0.9 * weight)
+    for dtype in ("fp32", "bf16"):
+        other, implementation = quantized_logits(wide, dtype=dtype)
+        assert not torch.equal(other, before[dtype]) and "calibrated int4" in implementation
+    for packing in (PackingConfig(), PackingConfig("int8")):
+        assert "calibrated" not in quantized_logits(wide, packing)[1]
+    assert quantized_logits(wide, PackingConfig(draft_weights=("int4",)))[1].endswith(", calibrated int4 drafts")
+
+
+def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, tmp_path):
+    files, plain = read_info(wide).files, shutil.copytree(wide, tmp_path / "plain")
+    add_int4(wide)
+    assert set(read_info(wide).files) == {*files, INT4_FILE}
+    add_int4(wide)
+    refuse_overwrite(str(wide), overwrite=True)
+    import_checkpoint(str(plain), str(wide), "fp32")
+    assert not (wide / INT4_FILE).exists() and set(read_info(wide).files) == set(files)
+    assert "calibrated" not in quantized_logits(wide)[1]
+
+
+def test_a_file_of_another_model_is_refused(wide, tmp_path):
+    add_int4(wide)
+    other = shutil.copytree(wide, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"int4.safetensors cannot be used: it was made from other weights"):
+        quantized_logits(other)
+    quantized_logits(other, PackingConfig())
+    quantized_logits(wide)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda rows: rows.pop("lm_head.weight"), "lm_head.weight must be U8"),
+        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"][:9].clone()}), "lm_head.weight must be U8"),
+        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"].float()}), "lm_head.weight must be U8"),
+        (lambda rows: rows["lm_head.weight"].fill_(255), "lm_head.weight is not finite"),
+    ],
+)
+def test_damaged_files_are_refused(wide, damage, found):
+    add_int4(wide)
+    rows = load_file(wide / INT4_FILE)
+    damage(rows)
+    loaded = for_training(str(wide), "cpu")
+    made_for = fingerprint(loaded.backend.spec, loaded.model.get_parameter)
+    (wide / INT4_FILE).write_bytes(int4_content(rows, made_for, {}))
+    with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
+        quantized_logits(wide)
+
+
+@pytest.fixture
+def loaded(checkpoint, tmp_path):
+    """A copy of the tiny model, as transformers reads it."""
+    return for_training(shutil.copytree(checkpoint, tmp_path / "model"), "cpu")
+
+
+def content(loaded, *blocks, kept=NO_BLOCKS, factor=1.0):
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    weights = {name: factor * weight for name, weight in FrozenExits(loaded.backend, blocks).weights().items()}
+    return exit_blocks_content(spec, weights, fingerprint(spec, weight_of), kept)
+
+
+def read(loaded, folder=None):
+    return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
+
+
+def test_exits_and_features_follow_from_the_names(loaded):
+    assert read(loaded) is NO_BLOCKS
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
+    found = read(loaded)
+    assert found.blocks == (ExitBlock(2), ExitBlock(4, "final"))
+    assert found.take("exits.4.input.weight").shape == (32, 64)
+    assert found.take("exits.2.input.weight") is None
+    assert EXIT_BLOCKS_FILE in read_info(loaded.name).files
+    refuse_overwrite(loaded.name, overwrite=True)
+
+
+def test_another_exit_is_added_and_the_same_one_replaced(loaded):
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3, "final")))
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
+    found = read(loaded)
+    assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
+    norm = loaded.model.model.norm.weight
+    kept = [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)]
+    assert kept == [True, False, False]
+
+
+def test_the_same_blocks_give_the_same_bytes(loaded):
+    written = {content(loaded, ExitBlock(2), ExitBlock(3, "final")) for _ in range(12)}
+    assert len(written) == 1
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, written.pop())
+    assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3, "final"))
+
+
+def test_the_precision_of_the_model_does_not_matter(loaded):
+    spec = loaded.backend.spec
+    lower = for_training(loaded.name, "cpu", "bf16").model
+    assert fingerprint(spec, lower.get_parameter) == fingerprint(spec, loaded.model.get_parameter)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda weights: weights.pop("exits.2.norm.weight"), "exits.2.norm.weight must be .* found nothing"),
+        (lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}), "exits.2.layer.x.weight must be left out"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}), "exits.2.norm.weight must be"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}), "found I8"),
+        (lambda weights: weights.update({"exits.6.norm.weight": torch.zeros(32)}), "no weight of a block at an exit in 1..5"),
+    ],
+)
+def test_damaged_blocks_are_refused(loaded, change, found):
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    weights = FrozenExits(loaded.backend, [ExitBlock(2)]).weights()
+    change(weights)
+    metadata = {"format": "1", "fingerprint": fingerprint(spec, weight_of)}
+    save_file(weights, f"{loaded.name}/{EXIT_BLOCKS_FILE}", metadata)
+    with pytest.raises(CheckpointError, match=rf"exit_blocks\.safetensors cannot be used: .*({found})"):
+        read(loaded)
+
+
+def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
+    path = f"{loaded.name}/{EXIT_BLOCKS_FILE}"
+    whole = content(loaded, ExitBlock(2), factor=float("nan"))
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, whole)
+    with pytest.raises(CheckpointError, match=r"exits\.2\..* holds NaN"):
+        for_decoding(loaded.name, "cpu")
+    for cut in (b"", whole[:-9]):
+        Path(path).write_bytes(cut)
+        with pytest.raises(CheckpointError, match="cannot be used"):
+            read(loaded)
+    save_file({"exits.2.norm.weight": torch.zeros(32)}, path)
+    with pytest.raises(CheckpointError, match="its format must be 1, found None"):
+        read(loaded)
+
+
+def test_a_name_needs_an_exit_and_a_part():
+    assert blocks_named(["exits.3.layer.mlp.down_proj.weight", "exits.1.input.weight"], 4) == (
+        ExitBlock(1, "final"),
+        ExitBlock(3),
+    )
+    for name in ("exits.3.head.weight", "exits.4.norm.weight", "exits.0.norm.weight", "exits.-1.norm.weight", "3.norm.bias"):
+        with pytest.raises(CheckpointError, match="no weight of a block"):
+            blocks_named([name], 4)
+
+
+BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    copy = str(shutil.copytree(checkpoint, tmp_path_factory.mktemp("blocks") / "model"))
+    add_blocks(copy, *BLOCKS)
+    return copy
+
+
+def logits(decoder):
+    return logits_of(decoder.backend, torch.tensor([[5, 9, 33]]))
+
+
+@pytest.mark.parametrize("prepare", [lambda folder: None, older])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_full_depth_stays_as_it_is(checkpoint, tmp_path, prepare, dtype):
+    copy = str(shutil.copytree(checkpoint, tmp_path / "model"))
+    prepare(copy)
+    before, weights = logits(for_decoding(copy, "cpu", dtype)), Path(copy) / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).digest()
+    add_blocks(copy, *BLOCKS)
+    decoder = for_decoding(copy, "cpu", dtype)
+    assert [placed.block for placed in decoder.backend.exit_blocks.values()] == list(BLOCKS)
+    assert torch.equal(logits(decoder), before) and hashlib.sha256(weights.read_bytes()).digest() == digest
+
+
+def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
+    adaptive = PackingConfig(adaptive=True)
+    with_blocks, without = (for_decoding(name, "cpu", "fp32", adaptive) for name in (folder, checkpoint))
+    assert with_blocks.recommended().exits == (2, 4) and without.recommended().exits == ()
+    assert list(with_blocks.backend.draft_sides) == [None]  # no copy of all layers is made to draft with
+    nothing_saved = replace(with_blocks, info=replace(with_blocks.info, exit_layer=None))
+    assert nothing_saved.recommended().exit_layer == 2
+    told = replace(with_blocks.info, details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": None}}})
+    assert told.draft_profile(6).acceptance == {"exit 2": 0.75}
+    copies = for_decoding(folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3))
+    assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]
+
+
+def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
+    asked = PackingConfig(draft_weights=("int8",), adaptive=True)
+    loaded = for_decoding(folder, "cpu", "fp32", asked)
+    cheap = DraftProfile({"int8 exit 4": 1.0}, (10.0, 10.1), {"int8 exit 4": 0.01})
+    decoder = replace(loaded, info=replace(loaded.info, exit_layer=None, profile=cheap))
+    config = decoder.resolve({"max_new_tokens": 12}, asked)
+    assert (config.strategy, config.exits) == ("adaptive", (2, 4))
+    prompt = decoder.encode_prompt("wake me up")
+    decoding = decode(decoder.backend, prompt, config)
+    ids = [token for [step] in decoding for token in step.ids]
+    plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=12))
+    assert ids == [token for [step] in plain for token in step.ids]
+    assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
+
+
+def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    decoder.resolve({"strategy": "early-exit", "exit_layer": 2}, PackingConfig())
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        decoder.resolve({"strategy": "early-exit", "exit_layer": 4}, PackingConfig())
+    result = run("generate", "wake me", "--model", folder, "--strategy", "early-exit", "--exit", "4")
+    assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
+
+
+def test_generate_uses_the_blocks(folder):
+    arguments = ("generate", "wake me up", "--model", folder, "--max-new-tokens", "12", "--dtype", "fp32", "--stats")
+    plain = run(*arguments, "--strategy", "autoregressive")
+    for exit_layer in ("2", "4"):
+        drafted = run(*arguments, "--exit", exit_layer, "--spec", "3")
+        assert (drafted.code, drafted.out) == (0, plain.out) and f"steps by exit {exit_layer}" in drafted.err
+    assert run(*arguments).out == plain.out
+
+
+def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
+    """Agreement by features of the target's own states for every token, perplexity where the block stands alone."""
+    decoder = for_decoding(folder, "cpu", "fp32")
+    model, prompt, output = decoder.backend, [5, 9, 33, 12], [7, 8, 60, 23, 40]
+    tokens = torch.tensor([prompt + output])
+    with torch.inference_mode():
+        features = features_of(model.normed(run_texts(model, model.embed(tokens), 0, 6)))
+        chosen, scores = {}, {}
+        for exit_layer, block in model.exit_blocks.items():
+            states = run_texts(model, model.embed(tokens), 0, exit_layer)
+            hidden = run_texts(model, block.enter(states, features), block.layer, block.layer + 1)
+            scores[exit_layer] = block.head(hidden)[0]
+            chosen[exit_layer] = scores[exit_layer].argmax(-1)[3:-1].tolist()
+    assert agreement(decoder, prompt, output, (2, 4)) == chosen
+    row = load_examples(DataConfig("commands", "test", limit=1))[0]
+    _, losses = reference_losses(decoder, row, (2, 4, 6))
+    _, plain = reference_losses(for_decoding(checkpoint, "cpu", "fp32"), row, (6,))
+    assert losses.keys() == {2, 6} and losses[6] == plain[6]
+
+
+def test_inspect_shows_what_blocks_predict(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    found = inspect(decoder, "wake me up", 5)
+    prompt = decoder.encode_prompt("wake me up")
+    plain = DecodingConfig("autoregressive", max_new_tokens=5)
+    answer = [token for [step] in decode(decoder.backend, prompt, plain) for token in step.ids]
+    choices = agreement(decoder, prompt, answer, (2, 4))
+    for place, trace in enumerate(found.tokens):
+        for exit_layer in (2, 4):
+            assert trace.blocks[exit_layer].token == (
+                decoder.detokenize([choices[exit_layer][place]])
+                or decoder.tokenizer.convert_ids_to_tokens(choices[exit_layer][place])
+            )
+
+
+def test_bench_and_sweep_measure_blocks(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
+    *_, record = bench(decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1))
+    assert isinstance(record, RunRecord)
+    strategies = [result.strategy for result in record.results]
+    assert "self-speculative" in strategies and "early-exit" not in strategies
+    assert all(result.identical_outputs == 1 for result in record.results)
+    *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
+    assert isinstance(record, RunRecord)
+    by_confidence = BenchConfig(generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1)
+    *_, benched = bench(replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence)
+    assert isinstance(benched, RunRecord)
+    assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2,), ())]
+    rows = {(result.strategy, result.exit_layer) for result in record.results}
+    assert {("early-exit", 2), ("self-speculative", 2), ("self-speculative", 4)} <= rows
+    assert ("early-exit", 4) not in rows
+
+
+def test_only_exits_that_can_answer_are_chosen_by_confidence(folder):
+    decoder, confident = for_decoding(folder, "cpu", "fp32"), {"exit_confidence": 0.5}
+    assert decoder.recommended().exits == (2, 4)
+    assert decoder.resolve({**confident}, PackingConfig()).exits == (2,)
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        decoder.resolve({**confident, "exits": [2, 4]}, PackingConfig())
