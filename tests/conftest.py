@@ -114,10 +114,6 @@ def as_on_this_cpu(model):
     return model
 
 
-def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
-    return torch.arange(start, stop).expand(batch, -1)
-
-
 def logits_of(model, ids, edges=(), side=None):
     """Logits (B, T, V) of tokens that run in pieces between the edges, through one cache. `side`: one that drafts."""
     unembed, layers, cache, pieces = model.unembed, model, model.new_cache(len(ids)), []

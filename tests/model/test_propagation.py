@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import at, tiny_model
+from conftest import CHANGES, at, tiny_model
 from decodings import entries
-from test_generic import CHANGES, ids_of, positions_of
+from test_generic import ids_of
 from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
 
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
@@ -25,7 +25,7 @@ def assert_propagates(model, positions):
     with torch.inference_mode():
         cache, reference = model.new_cache(rows), model.new_cache(rows)
         for each in (cache, reference):
-            model.run_layers(model.embed(prompt), 0, LAYERS, at(positions_of(0, 9, rows), each))
+            model.run_layers(model.embed(prompt), 0, LAYERS, each.span(0, 9))
         hidden = model.run_layers(model.embed(ids), 0, 2, at(positions, reference))
         before, states = [kept(cache, layer) for layer in range(LAYERS)], hidden.clone()
         model.write_kv(hidden, 2, 5, at(positions, cache))
@@ -66,4 +66,4 @@ def test_one_token_and_a_long_text_in_parts():
     """300 tokens are more than the part that a call of the packed layers has."""
     assert_propagates(TorchBackend.of(tiny_model()), torch.tensor([[9]]))
     model = TorchBackend.of(tiny_model(max_position_embeddings=400))
-    assert_propagates(model, positions_of(9, 309))
+    assert_propagates(model, torch.arange(9, 309)[None])
