@@ -5,10 +5,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices
+from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices, used_by
 from layerskip_core.config.model import PLAIN, MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 from layerskip_core.config.resolution import EXACT, implied_strategy
+from layerskip_core.errors import require
 
 from .console import narrate
 
@@ -62,7 +63,11 @@ def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[De
     kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
     policies = None if all_policies else () if policy is None else (policy,)
     loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting)
-    return loaded, loaded.resolve(decoding, packing)
+    config, users = loaded.resolve(decoding, packing), used_by("draft_model")
+    if packing.draft_model is not None:
+        needed = f"used with `strategy` {' or '.join(users)}"
+        require(config.strategy in users, "draft_model", needed, f"`strategy` {config.strategy}")
+    return loaded, config
 
 
 def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:

@@ -124,6 +124,7 @@ def load(
     draft_weights: Quantization | None = None,
     draft_head: Quantization | None = None,
     draft_vocab: int = 0,
+    draft_model: str | None = None,
     exact: bool = False,
     remember: int = 0,
 ) -> LanguageModel:
@@ -140,7 +141,7 @@ def load(
     """
     copies = () if draft_weights is None else (draft_weights,)
     weights = {"quantize": quantize, "draft_weights": copies, "draft_head": draft_head, "draft_vocab": draft_vocab}
-    packing = PackingConfig(**checked(PackingConfig, weights), exact=exact, adaptive=True)
+    packing = PackingConfig(**checked(PackingConfig, weights | {"draft_model": draft_model}), exact=exact, adaptive=True)
     prompting = PromptingConfig(template, system)
     decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(prompting.asked, system)
     for note in decoder.notes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require
 from ..model.backend import Backend
 from ..model.cache import available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
@@ -71,8 +71,8 @@ def for_decoding(
     `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
 
     Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
-    an absent device, a packing that this architecture or device cannot do, and an unknown value of the environment variable
-    that chooses kernels.
+    an absent device, a packing that this architecture or device cannot do, a draft model of another vocabulary, and an unknown
+    value of the environment variable that chooses kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -90,7 +90,10 @@ def for_decoding(
                 return replace(_decoder(name, folder, info, backend), notes=notes)
         return _repacked(_trainable(name, location, target, dtype), location, used)
 
-    return reading(name, lambda: read_whole(location.path, read))
+    found = reading(name, lambda: read_whole(location.path, read))
+    if packing is not None and packing.draft_model is not None:
+        found.backend.draft_model = _draft_model(packing.draft_model, found, dtype, packing)
+    return found
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
@@ -175,6 +178,18 @@ def _trainable(name: str, location: Location, device: torch.device, dtype: str) 
     if location.folder is not None:
         refuse_packed(location.folder)
     return read_model(name, location, device, dtype)
+
+
+def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig) -> Backend:
+    """Raises ConfigError for another vocabulary than the target's."""
+    packing = PackingConfig(packing.quantize, draft_vocab=packing.draft_vocab)
+    draft = for_decoding(name, str(target.backend.device), dtype, packing)
+    vocab, size = target.backend.spec.vocab, draft.backend.spec.vocab
+    differing = target.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()
+    found = f"{name} with {size}" + "".join(f", of which id {token} differs" for _, token in list(differing)[:1])
+    needed = f"a model with the tokenizer of {target.name} and its {vocab} tokens"
+    require(vocab == size and not differing, "draft_model", needed, found)
+    return draft.backend
 
 
 def _with_policies(

@@ -19,13 +19,15 @@ DRAFTERS = {
     "eagle3": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.exit",
+    "draft-model": "layerskip_core.decoding.drafters.draft_model",
 }
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 # The strategies that use an option; all use those that are not here.
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": ("adaptive", "self-speculative", "eagle3", "draft-and-verify"),
+    "draft_confidence": ("adaptive", "self-speculative", "eagle3", "draft-and-verify", "draft-model"),
+    "draft_model": ("adaptive", "draft-model"),
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),
     "skip": ("draft-and-verify",),

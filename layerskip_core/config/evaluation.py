@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
-from .model import MachineConfig, PackingConfig, PromptingConfig
+from .model import DraftModel, MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 
 # Each task, and the TaskLoader that loads it. It is imported when the task is used.
@@ -22,7 +22,7 @@ TASKS = {
     "mbpp": "layerskip_core.evaluation.tasks.code:MBPP",
     "lm": "layerskip_core.evaluation.tasks.texts:LANGUAGE_MODELLING",
 }
-TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
+TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "assistant-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
 # Columns of rows of `jsonl`.
 PROMPT_NAMES = ("prompt", "instruction", "article", "document", "source", "question", "input", "turns", "messages")
@@ -155,7 +155,6 @@ class BenchConfig(MeasurementConfig):
         Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
     ] = 3
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")] = ()
-    draft_model: Annotated[Text | None, Flag("Model that the baseline draft-model drafts with.")] = None
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: Annotated[DecodingOptions, Without(("strategy", "policy", "exits", *_OF_THE_TASK))] = field(
         default_factory=DecodingOptions
@@ -173,10 +172,12 @@ class BenchConfig(MeasurementConfig):
         require(compared, "strategies", "a list with autoregressive, which the others are compared with", listed)
         temperature = self.generation.get("temperature", 0.0)
         require(not self.baselines or temperature == 0, "temperature", "0 with `baselines`, which are greedy", temperature)
-        for name, baseline in (("draft_model", "draft-model"), ("gguf", "llama.cpp")):
-            given = getattr(self, name)
-            needed = (baseline in self.baselines) == (given is not None)
-            require(needed, name, f"given with the baseline {baseline}, and only then", given or "none")
+        suits = ("llama.cpp" in self.baselines) == (self.gguf is not None)
+        require(suits, "gguf", "given with the baseline llama.cpp, and only then", self.gguf or "none")
+        given, chosen = self.packing.draft_model, {*(self.strategies or ("adaptive",)), *self.baselines}
+        users = {"draft-model", "assistant-model"} if given is None else {"draft-model", "assistant-model", "adaptive"}
+        needed = "given for the strategy draft-model or the baseline assistant-model, and else only for adaptive"
+        require(bool(chosen & users) == (given is not None), "draft_model", needed, given or "none")
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class SweepConfig(MeasurementConfig):
         ),
     ] = None
     quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
+    packing: Annotated[PackingConfig, Without(("draft_model",))] = field(default_factory=PackingConfig)
     search_skips: Annotated[
         bool, Flag("Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.")
     ] = False
@@ -253,6 +255,7 @@ class VerifyConfig:
         Flag("Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", panel="Decoding"),
     ] = ()
     specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
+    draft_model: DraftModel = None
     draws: Annotated[
         int,
         Meta(ge=0, le=1_000_000),

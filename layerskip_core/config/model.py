@@ -29,16 +29,22 @@ class MachineConfig:
     threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
 
 
+DraftModel = Annotated[
+    Text | None,
+    Flag("Draft with this smaller model of the same tokenizer, too. The output stays the same.", default="none", reads="model"),
+]
+
+
 @dataclass(frozen=True)
 class PackingConfig:
-    """How the weights of a model that only decodes are stored; the embedding keeps its precision.
+    """How the weights of a model that only decodes are stored, and what drafts for it; the embedding keeps its precision.
 
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
     agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
-    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `adaptive`: the model gets a
-    low-bit copy of all layers where nothing else was asked for and a kernel is there. `rounds_drafter`: a drafter in the
-    EAGLE-3 layout has low bits without being asked for.
+    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `quantize` and `draft_vocab` are
+    those of the `draft_model` too. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and
+    a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
@@ -51,6 +57,7 @@ class PackingConfig:
         CountOrNone,
         Flag("Draft among the N most frequent tokens only.", default="all; 4096 at exits trained here with a large vocabulary"),
     ] = 0
+    draft_model: DraftModel = None
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
     adaptive: bool = False
     rounds_drafter: bool = True
@@ -61,13 +68,13 @@ class PackingConfig:
 
     @property
     def drafts_apart(self) -> bool:
-        """Whether drafts have a head of their own, and possibly layers."""
-        return bool(self.draft_weights) or self.draft_vocab > 0
+        """Whether drafts have a head of their own, and possibly layers or a whole model."""
+        return bool(self.draft_weights or self.draft_vocab or self.draft_model)
 
     @property
     def is_plain(self) -> bool:
         """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
-        return self.quantize is None and not self.drafts_apart and not self.exact
+        return not (self.quantize or self.draft_weights or self.draft_vocab or self.exact)
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:

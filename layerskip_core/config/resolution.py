@@ -15,8 +15,8 @@ FAST = "fast"  # the policy with the fastest early exit that keeps a share of th
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 # The strategies that options imply, the first one that is given.
 _IMPLIED = {
-    **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
-    **dict.fromkeys(("exit_layer", "num_draft_tokens", "draft_confidence"), "self-speculative"),
+    **{"exit_confidence": "early-exit", "skip": "draft-and-verify", "exit_layer": "self-speculative"},
+    **dict.fromkeys(("num_draft_tokens", "draft_confidence"), "draft-model"),  # self-speculative without such a model
 }
 
 
@@ -59,9 +59,12 @@ class Recommended:
     profile: DraftProfile = field(default_factory=DraftProfile)
 
 
-def implied_strategy(options: DecodingOptions) -> str | None:
+def implied_strategy(options: DecodingOptions, packing: PackingConfig = PLAIN) -> str | None:
     """The strategy that was named, or that another option implies; None if it is left open."""
-    return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
+    implied = next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
+    if implied == "draft-model" and packing.draft_model is None:
+        implied = "self-speculative"
+    return options.get("strategy") or implied
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
@@ -70,7 +73,7 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
     A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
     options that contradict each other.
     """
-    strategy, given, asked = implied_strategy(options), choices(options), said(options)
+    strategy, given, asked = implied_strategy(options, packing), choices(options), said(options)
     if strategy is None:
         strategy = "adaptive" if packing.drafts_apart or known.strategy is None else known.strategy
         if options.get("lookup") and strategy not in used_by("lookup"):
@@ -120,6 +123,8 @@ def resolve_as(
             for layer in skip:
                 require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
             require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")
+        case "draft-model":
+            require(packing.draft_model is not None, "draft_model", "given for `strategy` draft-model", "none")
         case "adaptive":
             completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
     return decoding(strategy, cast(DecodingOptions, completed | asked))

@@ -167,7 +167,7 @@ class DecodingLoop:
         self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
-        self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched)
+        self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched, prefixes)
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(self._setup)
         self._drafter = drafter
@@ -320,6 +320,7 @@ class DecodingLoop:
             {exit_layer: found[drafting] for exit_layer, found in features.items()},
             [processors[index] for index in drafting] if processors else (),
             self._seconds["total_seconds"],
+            piece=self.piece,
         )
         first = instant(device)
         draft = self._drafter.draft(context, limits)

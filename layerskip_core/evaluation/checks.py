@@ -218,6 +218,8 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
     settings["lookup"] = setting("lookup", lookup=1)
     if backend.eagle3 is not None:
         settings["drafter in the EAGLE-3 layout"] = setting("eagle3")
+    if backend.draft_model is not None:
+        settings["draft model"] = setting("draft-model")
     if layers > 2:
         skip = tuple(range(2, layers, 3))
         settings[f"skipping {plural(len(skip), 'layer')}"] = setting("draft-and-verify", skip=skip)

@@ -93,7 +93,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
         blocks = read_exit_blocks(folder, generic.backend.spec, trainable.model.get_parameter)
         return replace(generic, backend=TransformersBackend(trainable.model, blocks))
     dtype = "auto" if quantize else precision
-    packing = PackingConfig(quantize, exact=kernels == "exact")
+    packing = PackingConfig(quantize, draft_model=config.draft_model, exact=kernels == "exact")
     with requesting(kernels if kernels in VARIANTS else "torch"):
         try:
             copies = () if quantize or packing.exact else tuple(LOW_BIT.values())

@@ -127,13 +127,13 @@ class DraftHead(NamedTuple):
 
 
 DraftKernel = Callable[
-    [DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None], tuple[Tensor, dict[int, Tensor], list[float]]
+    [DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], tuple[Tensor, dict[int, Tensor], list[float]]
 ]
 """Drafts greedily for one row: at most d tokens after a token (1,), which has the first of d + 1 places.
 
-Its last argument is that token's feature (1, D), if the exit block reads one. Returns the tokens (K+1,), the newest first; the
-states (K+1, D) after each of the submodel's stops, with other layers than the backend's own of the first K alone; and the
-probabilities of the drafts, empty if the ends need none.
+Its last arguments are that token's feature (1, D), if the exit block reads one, and whether the last draft runs too. Returns
+the tokens (K+1,), the newest first; the states of those that ran, (K+1, D) or (K, D), after each of the submodel's stops; and
+the probabilities of the drafts, empty if the ends need none.
 """
 
 
@@ -192,6 +192,7 @@ class Backend(Layers, Protocol):
         room: positions of the longest text, which are the context's, or fewer if memory has no room for more.
         exit_blocks: the blocks of its exits, by their exits.
         eagle3: its drafter in the EAGLE-3 layout, if it has one.
+        draft_model: a smaller model of the same vocabulary that drafts for it, if one was loaded.
         draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
     """
 
@@ -199,6 +200,7 @@ class Backend(Layers, Protocol):
     exact: bool
     batch_invariant: bool
     recordable: bool
+    draft_model: "Backend | None"
 
     @property
     def spec(self) -> AnySpec: ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from .backend import DraftHead, DraftKernel, DraftSide, choose_by_head
+from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
@@ -99,6 +99,7 @@ class RepackedBackend(ABC):
     """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
 
     exact = batch_invariant = recordable = False
+    draft_model: Backend | None = None
     row_cost = 0.11
 
     def __init__(
@@ -150,7 +151,7 @@ class RepackedBackend(ABC):
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             own = layers is self._layers
-            kernel = self._draft_kernel(layers, own)
+            kernel = self._draft_kernel(layers)
             side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
@@ -210,8 +211,8 @@ class RepackedBackend(ABC):
     @abstractmethod
     def _layers_of(self, layers: list[Any], exact: bool) -> RepackedLayers: ...
 
-    def _draft_kernel(self, layers: Any, own: bool) -> DraftKernel | None:
-        """The function that writes a whole draft in one call, or None. `own`: the layers also verify."""
+    def _draft_kernel(self, layers: Any) -> DraftKernel | None:
+        """The function that writes a whole draft in one call, or None."""
         return None
 
     def _headed_chains(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config.model import PackingConfig, Quantization
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
-from .backend import DraftHead, DraftSide, choose_by_head
+from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
 from .cut import CutModel, Form
 from .eagle3 import Eagle3Weights, PlacedEagle3
@@ -48,6 +48,7 @@ class TransformersBackend:
 
     implementation = "generic"
     exact = batch_invariant = recordable = False
+    draft_model: Backend | None = None
 
     def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
         """A model type that our kernels do not run is tried at once, others when they first run.

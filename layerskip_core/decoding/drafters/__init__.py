@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import accumulate
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from ..processing import LogitsProcessor
 from ..sampling import Sampler
 
 if TYPE_CHECKING:
+    from ..target import Prefixes
     from .lookup import EarlierAnswers
 
 
@@ -42,6 +44,7 @@ class Context:
     processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
     seconds: float = 0.0  # that the steps before took, without the caller's time between them
     recorded: Tensor | None = None  # of a draft that is recorded: the positions (d+1,) of its tokens, on the device
+    piece: float = inf  # tokens of texts that a step may run
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
         """Those of so many tokens of each row, which stand so many tokens after its newest."""
@@ -79,6 +82,7 @@ class Draft:
     lookups: frozenset[int] = frozenset()  # the indices of rows whose drafts were looked up, whatever `source`
     confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
     survival: Sequence[float] = ()  # of such a draft, by token: the estimated chance that it and all before it are accepted
+    ran: Sequence[int] = ()  # by row: how many of its tokens have KV entries, of a draft by layers
 
     @property
     def drafts(self) -> Tensor:
@@ -99,6 +103,7 @@ class DrafterSetup:
     """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
 
     `recorder`: of the passes of this decoding, if they are recorded. `earlier`: answers that lookups search too.
+    `prefixes`: texts that prompts may begin with.
     """
 
     model: Backend
@@ -108,6 +113,7 @@ class DrafterSetup:
     reuse_exit_states: bool = True
     recorder: Recorder | None = None
     earlier: "EarlierAnswers | None" = None
+    prefixes: "Prefixes | None" = None
 
 
 class Drafter(Protocol):

@@ -14,22 +14,23 @@ import torch
 from ...model.backend import DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from . import Context, Draft, DrafterSetup
+from .draft_model import DRAFT_MODEL, ModelDrafter
 from .estimates import NO_OTHERS, Acceptance
 from .exit import ExitDrafter, drafter_name
-from .knowledge import Arm, knowledge_of
+from .knowledge import Arm, Drafting, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _LONGER = 1.25  # a draft that stays certain may be this many times as long as is best on average
 
 
 class AdaptiveDrafter:
-    """Drafts by lookups, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
+    """Drafts by lookups, exits, low-bit copies or a draft model, or not at all, whichever promises the most tokens per second.
 
     A pass may verify looked-up tokens of some rows and another drafter's of the others. The times of passes are measured while
     decoding where they cannot change the output; elsewhere they are the profile's, so that a sample depends on its seed alone.
     """
 
-    def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter]) -> None:
+    def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by their names in reports."""
         self._drafters, self._is_greedy = drafters, setup.sampler.is_greedy
         self._on_cpu = setup.model.device.type == "cpu"
@@ -94,31 +95,33 @@ class AdaptiveDrafter:
 
     def _best_draft(self, context: Context, limits: Sequence[int]) -> Draft:
         looked_up, rate, others = self._lookups(context.rows)
-        plan = self._plan(rate, max(limits), looked_up, others)
+        plan = self._plan(rate, max(limits), looked_up, others, min(map(len, context.ids)))
         if plan is None:
             return copied(context, looked_up, self._source)
         self._arm, rows, length, ends = plan
         self._drafted_rows = [context.rows[index] for index in rows]
         within = set(rows)
         capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
+        if isinstance(drafter := self._drafters[self._arm.name], ModelDrafter):
+            capped = drafter.follow(context, capped)  # which takes its time once for a text
         started = time.perf_counter()  # the choice takes its time whatever drafts, and is not the arm's
-        draft = self._drafters[self._arm.name].draft(context, capped, ends)
+        draft = drafter.draft(context, capped, ends)
         self._draft_seconds, self._steps = time.perf_counter() - started, max(draft.counts)
         draft = replace(draft, survival=self._arm.calibration.survival(draft.confidence))
         return draft if len(rows) == len(limits) else _merged(draft, copied(context, looked_up))
 
     def _plan(
-        self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int]
+        self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int], shortest: int
     ) -> tuple[Arm, list[int], int, DraftEnds] | None:
         """The arm that may beat lookups, which give this `rate`; the rows that it drafts for, how much, and where it ends.
 
         It drafts for all rows or, as `others` says, for those without a lookup. A drafter whose states the target goes on from
-        needs all.
+        needs all. `shortest`: tokens of the shortest text.
         """
         known, batch = self._known, len(looked_up)
         alone = [index for index, tokens in enumerate(looked_up) if not tokens]
         mixes = self._is_greedy and 0 < len(alone) < batch
-        chosen = known.choose(rate, most, batch, (len(alone), others) if mixes else None)
+        chosen = known.choose(rate, most, batch, (len(alone), others) if mixes else None, shortest)
         if chosen is None:
             return None
         arm, is_mixed = chosen
@@ -171,9 +174,9 @@ def _merged(draft: Draft, lookups: Draft) -> Draft:
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, by low-bit copies with as many layers and with all, and in the EAGLE-3 layout."""
+    """Drafts by the trained exits, low-bit copies with as many layers and with all, in the EAGLE-3 layout, by a draft model."""
     model, config = setup.model, setup.config
-    drafters: dict[str, ExitDrafter] = {}
+    drafters: dict[str, Drafting] = {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
     blocks: list[DraftBlock] = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits]
     if model.eagle3 is not None:
         blocks.append(model.eagle3)

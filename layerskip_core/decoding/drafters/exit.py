@@ -18,7 +18,7 @@ from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.eagle3 import NO_DRAFTER
 from . import Context, Draft, DrafterSetup
 
-_NO_ENDS = DraftEnds()
+NO_ENDS = DraftEnds()
 
 
 class _ByRow:
@@ -109,7 +109,7 @@ class ExitDrafter:
         self._head = side.head(submodel)
         self.vocabulary = self._head.vocabulary
 
-    def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
+    def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = NO_ENDS) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident.
 
         A greedy draft of one row ends by the `survival` of `ends` too.
@@ -120,8 +120,10 @@ class ExitDrafter:
             return self._step_by_step(context, limits, ends)
         places = context.places([limits[0] + 1], [0])
         if self._kernel is not None:
-            tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features)
-            return Draft(tokens, (len(tokens) - 1,), None, states if self._reuses else {}, self.source, confidence=probs)
+            reuses = self._reuses
+            tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features, reuses)
+            count, states = len(tokens) - 1, states if reuses else {}
+            return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
         if recorder is None or ends.needs_probs or features is not None:
             return self._step_by_step(context, limits, ends)
 
@@ -154,7 +156,7 @@ class ExitDrafter:
             states = self._completed(made, counts, tokens)
         probs = made.probs.by_row(counts) if made.probs.parts and any(counts) else None
         confidence = made.likely[0][: counts[0]] if len(counts) == 1 else ()
-        return Draft(tokens, tuple(counts), probs, states, self.source, confidence=confidence)
+        return Draft(tokens, tuple(counts), probs, states, self.source, confidence=confidence, ran=made.run)
 
     def _runs_on(self, made: "_Unfinished", ends: DraftEnds) -> bool:
         """What a grammar forces is no choice: such tokens of a row that is alone run through the layers together.

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
 from ...model.spec import AnySpec
+from .draft_model import DRAFT_MODEL, ModelDrafter
 from .estimates import (
     JUMP,
     LEAST_STEPS,
@@ -28,15 +29,17 @@ from .estimates import (
 )
 from .exit import ExitDrafter
 
+Drafting = ExitDrafter | ModelDrafter
+
 _MEASURED = 8.0  # observations that an acceptance counts as that was measured, on other texts
 _DEVIATIONS = 1.0  # standard deviations between what is expected of an arm and what it is judged by
 _UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be faster than expected; by less after each try
 
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
-_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92}  # of calibrated int4 weights
+_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 # Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are right more often than they say.
-_CALIBRATIONS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
+_CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
 # Least evidence of a lookup; acceptance of its first token, and of further ones.
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
 # The same in earlier answers. A text that follows one of them for 64 tokens repeats it.
@@ -64,6 +67,7 @@ class Arm:
         ahead: passes besides one per token: 1 where the target needs the last draft's state.
         share: of a pass of the target that is left to verify its drafts.
         tries: rounds of it whose times were measured.
+        reach: it drafts for texts of fewer tokens.
     """
 
     def __init__(
@@ -75,9 +79,10 @@ class Arm:
         share: float,
         calibration: Calibration,
         tries: float,
+        reach: float,
     ) -> None:
         self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
-        self.steps, self.pace, self.share, self.ahead = steps, pace, share, int(share < 1)
+        self.steps, self.pace, self.share, self.ahead, self.reach = steps, pace, share, int(share < 1), reach
         self.length = 1  # of the draft that was last found best
         self.last_choice = 0  # the number of the choice at which it was chosen, or up to which it has faded
 
@@ -182,16 +187,24 @@ class Knowledge:
         return found
 
     def choose(
-        self, rate: float, most: int, rows: int, mixed: tuple[int, tuple[float, int]] | None = None
+        self,
+        rate: float,
+        most: int,
+        rows: int,
+        mixed: tuple[int, tuple[float, int]] | None = None,
+        shortest: int = 0,
     ) -> tuple[Arm, bool] | None:
         """The arm that may give the most tokens per unit of time, if more than `rate`, for all `rows`; or, and then True, for
         some of them, as `mixed` says, while the others look up. A drafter whose states the target goes on from needs all rows.
+        `shortest`: tokens of the shortest text, which the arm must reach.
         """
         best = None
         self._choices += 1
         last = self._last if self._choices > _SETTLED and self._choices % _COMPARED else None
         for arm in self.arms.values() if last is None else [last]:
             arm.fade(self._choices)
+            if shortest >= arm.reach:
+                continue
             plans = [(rows, NO_OTHERS)] if mixed is None or arm.share < 1 else [(rows, NO_OTHERS), mixed]
             for count, others in plans:
                 promised, _ = self.best_length(arm, count, most, _DEVIATIONS, others)
@@ -229,7 +242,7 @@ _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionar
 
 
 def knowledge_of(
-    model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, remembered: bool, kind: str = "plain"
+    model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile, remembered: bool, kind: str = "plain"
 ) -> Knowledge:
     """What is known of drafters by their names.
 
@@ -243,31 +256,34 @@ def knowledge_of(
     return by_drafters[key]
 
 
-def _at_first(model: Backend, drafters: Mapping[str, ExitDrafter], profile: DraftProfile, measures: bool) -> Knowledge:
+def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile, measures: bool) -> Knowledge:
     """`measures`: whether times will be measured; else those that are known count as if they were."""
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
     passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost, spec))
     arms: dict[str, Arm] = {}
-    paces: dict[str | None, Pace] = defaultdict(Pace)
+    paces = defaultdict[str, Pace](Pace)
     for name, drafter in drafters.items():
-        weights, exit_layer = drafter.weights, drafter.submodel.exit_layer
-        is_exit = exit_layer < spec.layers
         known = profile.drafts if profile.passes else {}  # without both the units would differ
-        block = drafter.submodel.block
-        scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
-        part = (exit_layer + (block is not None)) * layer + head * scored
-        steps = passes.of_part(known.get(name, part * passes.of(1) * _COPY_COST.get(weights or "", 1.0)), part)
+        if isinstance(drafter, ModelDrafter):
+            kind, exit_layer, reach = DRAFT_MODEL, spec.layers, drafter.model.room
+            part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
+        else:
+            kind, exit_layer, reach = drafter.weights or "", drafter.submodel.exit_layer, inf
+            scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
+            part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
+        is_exit = exit_layer < spec.layers
+        steps = passes.of_part(known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0)), part)
         acceptance, strength = profile.acceptance.get(name), _MEASURED
         if acceptance is None:
             of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
-            acceptance, strength = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0), STRENGTH
-        calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
-        share = 1.0 if weights else 1 - exit_layer * layer  # the target goes on from the exit
-        kernels = weights if exit_layer else name
+            acceptance, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), STRENGTH
+        calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
+        share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
+        pace, tries = paces[kind if exit_layer else name], 0.0 if measures else inf
         known_acceptance = Acceptance(acceptance, acceptance, strength)
-        arms[name] = Arm(name, known_acceptance, steps, paces[kernels], share, calibration, tries=0.0 if measures else inf)
+        arms[name] = Arm(name, known_acceptance, steps, pace, share, calibration, tries, reach)
     return Knowledge(passes, arms)
 
 

@@ -120,6 +120,7 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
         *(["early-exit"] if exits else []),
         *(["self-speculative"] if exits or config.packing.draft_weights else []),
         *(["eagle3"] if loaded.backend.eagle3 is not None else []),
+        *(["draft-model"] if loaded.backend.draft_model is not None else []),
     }
 
 
@@ -159,8 +160,8 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
                 found[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
             case "prompt-lookup":
                 found[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
-            case "draft-model":
-                draft = transformers_model(config.draft_model or "")
+            case "assistant-model":
+                draft = transformers_model(config.packing.draft_model or "")
                 if draft.tokenizer.get_vocab() != vocabulary:
                     raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
                 found[name] = transformers_generate(model, assistant=draft.model)

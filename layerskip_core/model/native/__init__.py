@@ -81,8 +81,11 @@ class NativeBackend(RepackedBackend):
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
 
     def limit_memory(self, kv_bytes: int) -> None:
-        """At most so many bytes for keys and values, from now on."""
-        self._pool.most = kv_bytes // self._pool.page_bytes
+        """At most so many bytes for keys and values, from now on; a draft model has room for as many tokens."""
+        pools = [model._pool for model in (self, self.draft_model) if isinstance(model, NativeBackend)]
+        pages = kv_bytes // sum(pool.page_bytes for pool in pools)
+        for pool in pools:
+            pool.most = pages
 
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
@@ -119,5 +122,5 @@ class NativeBackend(RepackedBackend):
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
         return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers, self._pool)
 
-    def _draft_kernel(self, layers: NativeLayers, own: bool) -> DraftKernel:
-        return partial(draft, layers, self.spec, own)
+    def _draft_kernel(self, layers: NativeLayers) -> DraftKernel:
+        return partial(draft, layers, self.spec)

@@ -88,10 +88,11 @@ class NativeEagle3:
         places: Places,
         ends: DraftEnds,
         feature: Tensor | None,
+        runs_last: bool,
     ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
         """A `DraftKernel`."""
         layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        return draft(self._layers, self._spec, False, head, token, layer, places.moved(-1), ends, feature)
+        return draft(self._layers, self._spec, head, token, layer, places.moved(-1), ends, feature, runs_last)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:

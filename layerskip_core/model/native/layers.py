@@ -297,19 +297,15 @@ class NativeLinear:
 def draft(
     layers: NativeLayers,
     spec: ModelSpec,
-    runs_last: bool,
     chosen_by: DraftHead,
     token: Tensor,
     submodel: Submodel,
     places: Places,
     ends: DraftEnds,
     feature: Tensor | None,
+    runs_last: bool,
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
-    """A `DraftKernel`, after the arguments that stay the same.
-
-    The states are those of K+1 tokens. Without `runs_last` the last draft, whose states a target needs that continues from
-    them, is not run: they are those of K tokens.
-    """
+    """A `DraftKernel`, after the arguments that stay the same."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:

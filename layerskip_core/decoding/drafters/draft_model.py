@@ -1,0 +1,100 @@
+"""Drafts by a smaller model of the same vocabulary (Leviathan et al., ICML 2023), on a cache of its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ...config.decoding import DecodingConfig
+from ...model.backend import DraftEnds, Submodel
+from ..target import FixedTarget, Prefixes
+from . import Context, Draft, DrafterSetup
+from .exit import NO_ENDS, ExitDrafter
+
+DRAFT_MODEL = "draft model"  # in reports
+_KEPT = 32  # tokens of a text that ran at once and are worth being kept for later prompts
+
+
+class ModelDrafter:
+    """Drafts with all layers of the draft model: its cache has the rows that drafted last, and new ones as they come.
+
+    A row drafts as far as the draft model's context and memory reach.
+    """
+
+    def __init__(self, setup: DrafterSetup) -> None:
+        assert setup.model.draft_model is not None
+        self.model, self._prefixes = setup.model.draft_model, setup.prefixes or Prefixes(0)
+        own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
+        self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
+        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
+        self._cache = self.model.new_cache(0)
+        self._cache.steps_back = setup.config.num_draft_tokens
+        self._filled = dict[int, int]()  # by prompt, in the order of the cache's rows: how many tokens have KV entries
+        self._tried = dict[int, Tensor]()  # by prompt: the tokens after these that had entries in the last draft
+
+    def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = NO_ENDS) -> Draft:
+        limits = self.follow(context, limits)
+        if not any(limits):
+            return Draft(context.newest, (0,) * len(limits), source=DRAFT_MODEL)
+        draft = self._drafter.draft(self._own(context), limits, ends)
+        self._tried = {row: ids[:ran] for row, ids, ran in zip(context.rows, draft.by_row(), draft.ran, strict=True)}
+        return draft
+
+    def follow(self, context: Context, limits: Sequence[int]) -> list[int]:
+        """Runs all but the newest token of the rows that may draft. Returns the limits, of rows that cannot draft yet 0."""
+        self._take_rows(context)
+        room = context.piece if len(limits) > 1 else inf
+        starts, counts, allowed, stops = list[int](), list[int](), list[int](), list[int]()
+        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
+            tried = zip(self._tried.pop(row, torch.empty(0)).tolist(), ids[self._filled[row] : -1], strict=False)
+            self._filled[row] += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], tried))
+            limit = max(0, min(limit, self.model.room - len(ids)))
+            lacking = len(ids) - 1 - self._filled[row] if limit else 0
+            count = int(min(lacking, room))
+            room -= count
+            starts.append(self._filled[row])
+            counts.append(count)
+            allowed.append(limit if count == lacking else 0)
+            stops.append(starts[-1] + count + 1 + limit if limit else 0)
+        for index in reversed(range(len(stops))):  # where memory lacks, the oldest rows draft
+            while (is_full := self._cache.lacking(stops) > self._cache.free_pages) and self._prefixes.drop():
+                pass
+            if not is_full:
+                break
+            counts[index] = allowed[index] = stops[index] = 0
+        if any(counts):
+            pieces = zip(context.ids, starts, counts, strict=True)
+            tokens = [token for ids, start, count in pieces for token in ids[start : start + count]]
+            hidden = self.model.embed(torch.tensor(tokens, device=self.model.device))
+            self.model.run_layers(hidden, 0, self.model.num_layers, self._own(context).places(counts, [0] * len(counts)))
+            for index, (row, ids, count) in enumerate(zip(context.rows, context.ids, counts, strict=True)):
+                self._filled[row] += count
+                if count >= _KEPT:
+                    self._prefixes.keep(self.model, self._target, list(ids[: self._filled[row]]), self._cache, index)
+        return allowed
+
+    def _own(self, context: Context) -> Context:
+        filled = list(self._filled.values())
+        return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, features={})
+
+    def _take_rows(self, context: Context) -> None:
+        """The cache gets the rows of the context, in their order."""
+        for row, ids in zip(context.rows, context.ids, strict=True):
+            if row not in self._filled:
+                cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self.model.room)
+                self._cache.join(cache)
+        rows = list(self._filled)
+        order = [rows.index(row) for row in context.rows]
+        if order != list(range(len(rows))):
+            self._cache.keep_rows(order)
+            self._filled = {row: self._filled[row] for row in context.rows}
+
+    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+        """What was accepted stands in the next context."""
+
+
+def drafter(setup: DrafterSetup) -> ModelDrafter:
+    return ModelDrafter(setup)
