@@ -42,8 +42,8 @@ class PackingConfig:
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
     agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
-    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `quantize` and `draft_vocab` are
-    those of the `draft_model` too. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and
+    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `quantize` and `draft_vocab`
+    hold for the `draft_model` too. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and
     a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
     """
 

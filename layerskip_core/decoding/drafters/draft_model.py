@@ -72,7 +72,7 @@ class ModelDrafter:
             self.model.run_layers(hidden, 0, self.model.num_layers, self._own(context).places(counts, [0] * len(counts)))
             for index, (row, ids, count) in enumerate(zip(context.rows, context.ids, counts, strict=True)):
                 self._filled[row] += count
-                if count >= _KEPT:
+                if count >= _KEPT and self._cache.lacking(stops) < self._cache.free_pages:
                     self._prefixes.keep(self.model, self._target, list(ids[: self._filled[row]]), self._cache, index)
         return allowed
 

@@ -267,7 +267,7 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
     for name, drafter in drafters.items():
         known = profile.drafts if profile.passes else {}  # without both the units would differ
         if isinstance(drafter, ModelDrafter):
-            kind, exit_layer, reach = DRAFT_MODEL, spec.layers, drafter.model.room
+            kind, exit_layer, reach = DRAFT_MODEL, spec.layers, float(drafter.model.room)
             part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
         else:
             kind, exit_layer, reach = drafter.weights or "", drafter.submodel.exit_layer, inf

@@ -1,0 +1,271 @@
+"""Drafts by a draft model: whatever it says, and whoever joins, outputs are the target's."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from math import inf
+
+import decoder_types
+import pytest
+import torch
+from conftest import tiny_model
+from decodings import WIDE, answer_of, ids_of, letters, native_or_skip, plainly, prompt_of
+from evaluating import tiny_loaded
+
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
+from layerskip_core.decoding.sampling import probabilities
+from layerskip_core.evaluation.checks import chi_square
+from layerskip_core.evaluation.measure import logits
+from layerskip_core.model import TorchBackend, TransformersBackend
+from layerskip_core.model.pages import PAGE
+from layerskip_core.serving import Request, Scheduler
+
+KINDS = ("generic", "packed", "native")
+DRAFTED = DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=24)
+# Drafts of the draft model that cost little, so that it is chosen where times are not measured.
+ADAPTIVE = replace(DRAFTED, strategy="adaptive", profile=DraftProfile({}, (1.0, 1.0), {"draft model": 0.05}))
+
+
+def backend_on(kind, model):
+    if kind == "generic":
+        return TransformersBackend(model)
+    return native_or_skip(model) if kind == "native" else TorchBackend.of(model)
+
+
+def pair_of(kind, context=128, layers=4, model_type="llama", **changes):
+    """A target of six layers, of which the last two add little, and a draft model: as many layers of the same weights."""
+    dtype = torch.float32 if kind == "native" else torch.float64
+    target = tiny_model(model_type, dtype, **WIDE, **changes)
+    with torch.no_grad():
+        for layer in target.model.layers[4:]:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    sizes = {**WIDE, **changes, "num_hidden_layers": layers, "max_position_embeddings": context}
+    draft = tiny_model(model_type, dtype, **sizes)
+    draft.load_state_dict(target.state_dict(), strict=False)
+    backend = backend_on(kind, target)
+    backend.draft_model = backend_on(kind, draft)
+    return backend
+
+
+cached_pair = cache(pair_of)
+
+
+def together(backend, prompts, config, eos_ids=frozenset(), **options):
+    found = sorted(decode_batch(backend, prompts, config, eos_ids, letters, **options), key=lambda answer: answer.row)
+    return [answer.ids for answer in found], [answer.stats for answer in found]
+
+
+def passes_of(model, monkeypatch):
+    """Records how many tokens of each row run in the passes of a model that are no draft's steps, and all other calls."""
+    passes, run = [], model.run_layers
+
+    def recorded(hidden, start, stop, places):
+        passes.append(list(places.counts))
+        return run(hidden, start, stop, places)
+
+    monkeypatch.setattr(model, "run_layers", recorded)
+    return passes
+
+
+@pytest.mark.parametrize("strategy", ["draft-model", "adaptive"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_is_the_target_s(kind, strategy):
+    """Alone and in a batch of rows that end at different times: at an EOS, at their limit, at the end of the context."""
+    backend, prompts = cached_pair(kind), [prompt_of(length) for length in (1, 14, 60, 5, 120)]
+    config = replace(ADAPTIVE if strategy == "adaptive" else DRAFTED, max_new_tokens=40)
+    free = [plainly(backend, prompt) for prompt in prompts]
+    eos_ids = frozenset({free[0][21], free[2][9]})
+    expected = [plainly(backend, prompt, eos_ids=eos_ids) for prompt in prompts]
+    assert len({*map(len, expected)}) > 2
+    alone = [answer_of(backend, prompt, config, eos_ids) for prompt in prompts]
+    assert [ids for ids, _, _ in alone] == expected
+    assert any(0 < stats.accepted < stats.drafted for _, _, stats in alone)
+    assert any("draft model" in stats.steps_by_drafter for _, _, stats in alone)
+    ids, counted = together(backend, prompts, config, eos_ids)
+    assert ids == expected
+    if strategy == "draft-model":
+        assert [(each.drafted, each.accepted) for each in counted] == [(each.drafted, each.accepted) for _, _, each in alone]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_itself_as_draft_model_is_always_right(kind):
+    backend = pair_of(kind, layers=6)
+    for length in (1, 30):
+        ids, _, stats = answer_of(backend, prompt_of(length), DRAFTED)
+        assert ids == plainly(backend, prompt_of(length), 24)
+        assert stats.accepted == stats.drafted == 18  # 1 token from the prefill, rounds of 5, 5, 5, 5 and 3
+
+
+def test_stop_strings_penalties_lookups_and_confidence_keep_the_output():
+    backend, prompt = cached_pair("packed"), prompt_of(9)
+    plain = replace(DRAFTED, strategy="autoregressive")
+    stop = letters(plainly(backend, prompt, 24)[10:12])
+    for changes in (
+        {"stop": (stop,)},
+        {"frequency_penalty": 0.8, "repetition_penalty": 1.3},
+        {"lookup": 1},
+        {"draft_confidence": 0.1},
+    ):
+        config = replace(DRAFTED, **changes)
+        expected, reason, _ = answer_of(backend, prompt, replace(plain, **changes))
+        ids, found, stats = answer_of(backend, prompt, config)
+        assert (ids, found) == (expected, reason) and stats.drafted
+        assert together(backend, [prompt, prompt_of(3)], config)[0][0] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_of_a_text_runs_twice(kind, monkeypatch):
+    """But for rejected ones: the prompt in one pass before the first draft, and the last draft where all were accepted."""
+    backend, config = pair_of(kind), replace(DRAFTED, num_draft_tokens=3)
+    passes, prompt = passes_of(backend.draft_model, monkeypatch), prompt_of(30)
+    loop, drafts = decode(backend, prompt, config), 0
+    for [step] in loop:
+        drafts += step.counts.drafted
+    counted = kind == "generic"  # elsewhere the steps of drafts are those of its layers
+    caught_up = [counts for counts in passes if counts[0] > 1 or not counted]
+    assert caught_up[0] == [30] and all(counts == [1] for counts in caught_up[1:])
+    whole = loop.stats.accepted_by_position[2]  # rounds in which all three drafts were accepted
+    assert whole and loop.stats.rounds - whole > 2
+    ran = len(passes) - 1 - (drafts if counted else 0)
+    assert whole - 1 <= ran <= whole  # not after the last round
+
+
+@pytest.mark.parametrize("kind", ["packed", "native"])
+@pytest.mark.parametrize(
+    "config", [DRAFTED, ADAPTIVE, replace(DRAFTED, temperature=0.8)], ids=["greedy", "adaptive", "sampled"]
+)
+def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
+    backend, prompts = cached_pair(kind), [prompt_of(length) for length in (9, 3, 40, 17)]
+    if kind == "packed" and config.temperature:
+        pytest.skip("PyTorch's kernels round otherwise among others")
+    loop, found, owner = None, [[] for _ in prompts], {}
+    for number, prompt in enumerate(prompts):
+        own = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number])
+        if loop is None:
+            loop, owner[0] = own, number
+        else:
+            (row,) = loop.join(own)
+            owner[row] = number
+        for _ in range(2):
+            for step in next(loop):
+                found[owner[step.row]] += step.ids
+    for step in (step for steps in loop for step in steps):
+        found[owner[step.row]] += step.ids
+    for number, prompt in enumerate(prompts):
+        alone = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number], isolated=True)
+        assert found[number] == ids_of(alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_output_follows_the_target_s_distribution(kind):
+    vocabulary, prompt, draws = 5, [3, 1, 4], 400
+    config = replace(DRAFTED, temperature=3.0, top_k=3, num_draft_tokens=2, max_new_tokens=4)
+    backend = pair_of(kind, vocab_size=vocabulary, eos_token_id=None)
+    loop = DecodingLoop(backend, [prompt] * draws, config, seeds=range(draws))
+    list(loop)
+    joint = {(): 1.0}
+    for _ in range(4):
+        longer = {}
+        for ids, mass in joint.items():
+            probs = probabilities(logits(backend, torch.tensor([[*prompt, *ids]]), last=1)[0, -1], config)
+            longer |= {(*ids, int(token)): mass * float(probs[token]) for token in probs.nonzero()[:, 0]}
+        joint = longer
+    assert 0.2 < loop.stats.acceptance_rate < 0.95
+    found = Counter(tuple(row.output) for row in loop.rows)
+    assert chi_square(found, joint, draws) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "mamba2"])
+def test_recurrent_draft_models_go_back_too(model_type):
+    """As a draft model of itself one is always right, also where a lookup drafted before, and as that of another it is not."""
+    backend, other = (TransformersBackend(decoder_types.tiny(model_type)) for _ in range(2))
+    backend.draft_model, target = other, TransformersBackend(tiny_model(dtype=torch.float32))
+    target.draft_model = other
+    prompts = [prompt_of(9), [5, 6, 7, 8] * 4]
+    for config in (DRAFTED, replace(DRAFTED, lookup=2)):
+        plain = [plainly(backend, prompt, 24) for prompt in prompts]
+        assert [ids_of(decode(backend, prompt, config)) for prompt in prompts] == plain == together(backend, prompts, config)[0]
+        assert [ids_of(decode(target, prompt, config)) for prompt in prompts] == [plainly(target, p, 24) for p in prompts]
+    stats = answer_of(backend, prompts[0], DRAFTED)[2]
+    assert stats.accepted == stats.drafted > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_drafts_as_far_as_its_context_reaches(kind):
+    """Beyond it the target goes on alone, and adaptive drafting by something else."""
+    backend, prompts, config = pair_of(kind, context=32, layers=6), [prompt_of(20), prompt_of(60)], DRAFTED
+    config = replace(config, max_new_tokens=30)
+    (near, far), (counted, none) = together(backend, prompts, config)
+    assert [near, far] == [plainly(backend, prompt, 30) for prompt in prompts]
+    alone = answer_of(backend, prompts[0], config)[2]
+    # 21 tokens after the prefill: rounds of 4 drafts give 26 and 31; then there is room for 1 draft.
+    assert (alone.drafted, alone.accepted) == (counted.drafted, counted.accepted) == (9, 9)
+    assert none.drafted == 0
+    exits = replace(
+        ADAPTIVE, exits=(5,), max_new_tokens=30, profile=DraftProfile({"exit 5": 0.5}, (1.0, 1.0), {"draft model": 0.01})
+    )
+    ids, _, stats = answer_of(backend, prompts[1], exits)
+    assert ids == far and "draft model" not in stats.steps_by_drafter
+
+
+def test_memory_bounds_what_is_drafted_and_loses_nothing():
+    """The draft model's pool has as many pages as the target's; where rows share pages there, it cannot hold all of them."""
+    backend = pair_of("native", max_position_embeddings=512, context=512)
+    draft, bytes_of_both = backend.draft_model, sum(each._pool.page_bytes for each in (backend, backend.draft_model))
+    assert draft._pool.page_bytes < backend._pool.page_bytes
+    config, prompts = replace(DRAFTED, max_new_tokens=60), [prompt_of(100), prompt_of(70), prompt_of(90)]
+    expected = [plainly(backend, prompt, 60) for prompt in prompts]
+    backend.limit_memory(12 * bytes_of_both + 7)
+    assert (backend._pool.most, draft._pool.most) == (12, 12)
+    draft._pool.most, loop = 5, DecodingLoop(backend, prompts, config)
+    for _ in range(4):
+        next(loop)
+    assert [sum(step.drafted for step in row.steps) > 0 for row in loop.rows] == [True, True, False]
+    list(loop)
+    assert [row.output for row in loop.rows] == expected and loop.rows[2].steps[-1].drafted
+
+
+@pytest.mark.parametrize("kind", ["packed", "native"])
+def test_a_common_beginning_runs_once(kind, monkeypatch):
+    """As in a conversation: only what is new of a text runs."""
+    backend, prefixes = pair_of(kind, max_position_embeddings=512, context=512), Prefixes(inf, most_texts=2, least=1)
+    first = prompt_of(100)
+    ids = ids_of(decode(backend, first, DRAFTED, prefixes=prefixes))
+    following, passes = [*first, *ids, *prompt_of(40)], passes_of(backend.draft_model, monkeypatch)
+    loop = decode(backend, following, DRAFTED, prefixes=prefixes)
+    assert ids_of(loop) == plainly(backend, following, 24) and loop.reused_tokens > 110 and loop.stats.drafted
+    assert max(counts[0] for counts in passes) <= 24 + 40
+
+
+class Told:
+    def __init__(self, ids, config):
+        self.text, self.reason = "", None
+        self.request = Request(ids, config, self.hear)
+
+    def hear(self, update):
+        assert update.error is None
+        self.text, self.reason = self.text + update.text, update.finish_reason
+
+
+@pytest.mark.parametrize("config", [DRAFTED, ADAPTIVE], ids=["draft-model", "adaptive"])
+def test_requests_are_answered_while_long_prompts_are_read(config, monkeypatch):
+    """A long prompt runs in pieces in the draft model too, and one that was set aside comes back."""
+    backend = pair_of("native", vocab_size=300, max_position_embeddings=2048, context=2048)
+    decoder, config = replace(tiny_loaded(), backend=backend), replace(config, ignore_eos=True, max_new_tokens=50)
+    lengths = (120, 600, 60, 120, 500, 64)
+    clients = [Told(prompt_of(length, vocabulary=300), config) for length in lengths]
+    expected = [decoder.detokenize(plainly(backend, client.request.ids, 50)) for client in clients]
+    passes = passes_of(backend.draft_model, monkeypatch)
+    scheduler, aside = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30)), 0
+    backend.limit_memory(13 * (backend._pool.page_bytes + backend.draft_model._pool.page_bytes))
+    for client in clients:
+        scheduler.add(client.request)
+    while scheduler.held:
+        scheduler.step()
+        aside = max(aside, len(scheduler._aside))
+    assert [client.text for client in clients] == expected and aside
+    assert all(sum(counts) <= 256 for counts in passes if len(counts) > 1)
+    assert sum(client.request.stats.drafted for client in clients) > 100
+    assert backend.draft_model._pool.used <= 13 and sum(lengths) > PAGE * 13
