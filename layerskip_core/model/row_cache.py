@@ -179,9 +179,9 @@ class MixedCache(KVCache):
             part.join(added)
         for state in {*self.states, *other.states}:
             parts = [(self.states.get(state), self.rows), (other.states.get(state), other.rows)]
-            like = next(held for held, _ in parts if held is not None)
-            both = [like.new_zeros(len(like), count, *like.shape[2:]) if held is None else held for held, count in parts]
-            self.states[state] = torch.cat(both, dim=1)
+            like = max((held for held, _ in parts if held is not None), key=len)
+            both = [like.new_zeros(1, count, *like.shape[2:]) if held is None else held for held, count in parts]
+            self.states[state] = torch.cat([held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1)
         self.rows, self.max_positions = self.rows + other.rows, max(self.max_positions, other.max_positions)
 
     def branch(
@@ -269,7 +269,9 @@ class EntryWriter:
         state, count = self._shifted(state), self._cache.steps_back + 2
         held = self._cache.states.get(state)
         if held is None or len(held) != count:
-            held = self._cache.states[state] = new.new_zeros(count, self._cache.rows, *new.shape[1:])
+            if held is None or len(held) > 1:  # the only one is of rows that go on from a kept text, perhaps after this call
+                held = new.new_zeros(1, self._cache.rows, *new.shape[1:])
+            held = self._cache.states[state] = held.repeat_interleave(count, 0)
         self._rows_of(held)[self._places(self._positions[:, column], count)] = new.to(held.dtype)
 
     def _shifted(self, state: State) -> State:

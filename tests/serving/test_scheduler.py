@@ -6,6 +6,7 @@ from math import inf
 from random import Random
 from types import SimpleNamespace
 
+import decoder_types
 import decodings
 import pytest
 import torch
@@ -21,6 +22,7 @@ from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ContextError
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
 from layerskip_core.serving import Embedding, Request, Scheduler
@@ -451,3 +453,21 @@ def test_requests_with_a_common_beginning_get_their_own_answers(kind):
         for client in clients:
             assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
         assert [client.request.reused > 60 for client in clients] == [False] + [True] * 5
+
+
+def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
+    """Some wait for their first pass while others run theirs."""
+    backend, config = TransformersBackend(decoder_types.tiny("lfm2")), DecodingConfig("lookup", 0, 3, 6, ignore_eos=True)
+    decoder, text = replace(tiny_loaded(), backend=backend), decodings.prompt_of(20)
+    scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30, least=4))
+    first, running = Client(text, replace(config, max_new_tokens=1)), Client([5, 6, 7], replace(config, max_new_tokens=20))
+    following = [Client([*text, *decodings.prompt_of(length)], config) for length in (4, 6, 5)]
+    run(scheduler, [[first]])
+    run(scheduler, [[running], [], following])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "_PREFILLED", 5)
+        others = [Client(client.request.ids, config) for client in following]
+        run(Scheduler(decoder, 4, prefixes=scheduler._prefixes), [others])
+    for client in (first, running, *following, *others):
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+    assert {client.request.reused for client in following} == {20}
