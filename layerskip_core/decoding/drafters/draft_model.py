@@ -44,48 +44,55 @@ class ModelDrafter:
         return draft
 
     def follow(self, context: Context, limits: Sequence[int]) -> list[int]:
-        """Runs all but the newest token of the rows that may draft. Returns the limits, of rows that cannot draft yet 0."""
+        """Runs all but the newest token of each row that may draft. Returns the limits; 0 for a row that cannot draft yet."""
         self._take_rows(context)
-        room = context.piece if len(limits) > 1 else inf
-        starts, counts, allowed, stops = list[int](), list[int](), list[int](), list[int]()
-        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
-            tried = zip(self._tried.pop(row, torch.empty(0)).tolist(), ids[self._filled[row] : -1], strict=False)
-            self._filled[row] += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], tried))
+        counts, allowed, room = list[int](), list[int](), context.piece if len(limits) > 1 else inf
+        for ids, filled, limit in zip(context.ids, self._filled.values(), limits, strict=True):
             limit = max(0, min(limit, self.model.room - len(ids)))
-            lacking = len(ids) - 1 - self._filled[row] if limit else 0
-            count = int(min(lacking, room))
-            room -= count
-            starts.append(self._filled[row])
-            counts.append(count)
-            allowed.append(limit if count == lacking else 0)
-            stops.append(starts[-1] + count + 1 + limit if limit else 0)
-        for index in reversed(range(len(stops))):  # where memory lacks, the oldest rows draft
-            while (is_full := self._cache.lacking(stops) > self._cache.free_pages) and self._prefixes.drop():
-                pass
-            if not is_full:
-                break
-            counts[index] = allowed[index] = stops[index] = 0
+            lacking = len(ids) - 1 - filled if limit else 0
+            counts.append(int(min(lacking, room)))
+            room -= counts[-1]
+            allowed.append(limit if counts[-1] == lacking else 0)
+        while self._spare(counts, allowed) < 0 and self._prefixes.drop():
+            pass
+        for index in reversed(range(len(counts))):
+            if self._spare(counts, allowed) < 0:  # then the oldest rows draft
+                counts[index] = allowed[index] = 0
         if any(counts):
-            pieces = zip(context.ids, starts, counts, strict=True)
-            tokens = [token for ids, start, count in pieces for token in ids[start : start + count]]
-            hidden = self.model.embed(torch.tensor(tokens, device=self.model.device))
-            self.model.run_layers(hidden, 0, self.model.num_layers, self._own(context).places(counts, [0] * len(counts)))
-            for index, (row, ids, count) in enumerate(zip(context.rows, context.ids, counts, strict=True)):
-                self._filled[row] += count
-                if count >= _KEPT and self._cache.lacking(stops) < self._cache.free_pages:
-                    self._prefixes.keep(self.model, self._target, list(ids[: self._filled[row]]), self._cache, index)
+            self._run(context, counts)
+            for index, (ids, count) in enumerate(zip(context.ids, counts, strict=True)):
+                if count >= _KEPT and self._spare([0] * len(counts), allowed) >= 1:
+                    ids = list(ids[: self._filled[context.rows[index]]])
+                    self._prefixes.keep(self.model, self._target, ids, self._cache, index)
         return allowed
+
+    def _run(self, context: Context, counts: Sequence[int]) -> None:
+        """A pass over the next tokens of each row, so many."""
+        own, tokens = self._own(context), list[int]()
+        for row, ids, start, count in zip(context.rows, context.ids, own.filled, counts, strict=True):
+            tokens += ids[start : start + count]
+            self._filled[row] += count
+        hidden = self.model.embed(torch.tensor(tokens, device=self.model.device))
+        self.model.run_layers(hidden, 0, self.model.num_layers, own.places(counts, [0] * len(counts)))
+
+    def _spare(self, counts: Sequence[int], limits: Sequence[int]) -> float:
+        """How many pages there may be besides those that rows need for so many tokens and drafts."""
+        sizes = zip(self._filled.values(), counts, limits, strict=True)
+        stops = [filled + count + limit + (limit > 0) for filled, count, limit in sizes]
+        return self._cache.free_pages - self._cache.lacking(stops)
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())
         return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, features={})
 
     def _take_rows(self, context: Context) -> None:
-        """The cache gets the rows of the context, in their order."""
+        """The cache gets the rows of the context, in their order. Entries of drafts that were accepted count."""
         for row, ids in zip(context.rows, context.ids, strict=True):
             if row not in self._filled:
                 cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self.model.room)
                 self._cache.join(cache)
+            tried = zip(self._tried.pop(row, torch.empty(0)).tolist(), ids[self._filled[row] : -1], strict=False)
+            self._filled[row] += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], tried))
         rows = list(self._filled)
         order = [rows.index(row) for row in context.rows]
         if order != list(range(len(rows))):
