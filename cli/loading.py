@@ -9,7 +9,7 @@ from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOpt
 from layerskip_core.config.model import PLAIN, MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 from layerskip_core.config.resolution import EXACT, implied_strategy
-from layerskip_core.errors import require
+from layerskip_core.errors import refused
 
 from .console import narrate
 
@@ -64,9 +64,8 @@ def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[De
     policies = None if all_policies else () if policy is None else (policy,)
     loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting)
     config, users = loaded.resolve(decoding, packing), used_by("draft_model")
-    if packing.draft_model is not None:
-        needed = f"used with `strategy` {' or '.join(users)}"
-        require(config.strategy in users, "draft_model", needed, f"`strategy` {config.strategy}")
+    if packing.draft_model and config.strategy not in users:
+        raise refused("draft_model", f"used with `strategy` {' or '.join(users)}", f"`strategy` {config.strategy}")
     return loaded, config
 
 

@@ -15,8 +15,8 @@ FAST = "fast"  # the policy with the fastest early exit that keeps a share of th
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 # The strategies that options imply, the first one that is given.
 _IMPLIED = {
-    **{"exit_confidence": "early-exit", "skip": "draft-and-verify", "exit_layer": "self-speculative"},
-    **dict.fromkeys(("num_draft_tokens", "draft_confidence"), "draft-model"),  # self-speculative without such a model
+    **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
+    **dict.fromkeys(("exit_layer", "num_draft_tokens", "draft_confidence"), "self-speculative"),
 }
 
 
@@ -59,12 +59,9 @@ class Recommended:
     profile: DraftProfile = field(default_factory=DraftProfile)
 
 
-def implied_strategy(options: DecodingOptions, packing: PackingConfig = PLAIN) -> str | None:
+def implied_strategy(options: DecodingOptions) -> str | None:
     """The strategy that was named, or that another option implies; None if it is left open."""
-    implied = next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
-    if implied == "draft-model" and packing.draft_model is None:
-        implied = "self-speculative"
-    return options.get("strategy") or implied
+    return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
@@ -73,7 +70,9 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
     A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
     options that contradict each other.
     """
-    strategy, given, asked = implied_strategy(options, packing), choices(options), said(options)
+    strategy, given, asked = implied_strategy(options), choices(options), said(options)
+    if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
+        strategy = "draft-model"
     if strategy is None:
         strategy = "adaptive" if packing.drafts_apart or known.strategy is None else known.strategy
         if options.get("lookup") and strategy not in used_by("lookup"):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places
 from ..model.exit_blocks import DraftBlock, target_block
-from .drafters import Draft
 from .graphs import Recorder
+
+if TYPE_CHECKING:
+    from .drafters import Draft
 
 
 class TargetOutput(NamedTuple):
@@ -67,7 +69,7 @@ class FixedTarget:
         states = self._run(tokens, {0: self._model.embed(tokens)}, places)
         return TargetOutput(self.head(states[scored]) if scored else None, self._layers, states=states)
 
-    def verify(self, draft: Draft, places: Places) -> TargetOutput:
+    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
         """Logits (N, V), or choices, after each of the draft's tokens."""
         recorder, stops = self.recorder, tuple(draft.exit_states)
         if recorder is None:
@@ -150,7 +152,7 @@ class CalmTarget:
                 chosen = chosen or self._leaving(after[scored], stop)
         return chosen or TargetOutput(None, self._model.num_layers)
 
-    def verify(self, draft: Draft, places: Places) -> TargetOutput:
+    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
         count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):

@@ -27,9 +27,9 @@ class ModelDrafter:
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
         self.model, self._prefixes = setup.model.draft_model, setup.prefixes or Prefixes(0)
+        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
         own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
-        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
         self._filled = dict[int, int]()  # by prompt, in the order of the cache's rows: how many tokens have KV entries

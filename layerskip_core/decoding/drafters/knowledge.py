@@ -187,12 +187,7 @@ class Knowledge:
         return found
 
     def choose(
-        self,
-        rate: float,
-        most: int,
-        rows: int,
-        mixed: tuple[int, tuple[float, int]] | None = None,
-        shortest: int = 0,
+        self, rate: float, most: int, rows: int, mixed: tuple[int, tuple[float, int]] | None = None, shortest: int = 0
     ) -> tuple[Arm, bool] | None:
         """The arm that may give the most tokens per unit of time, if more than `rate`, for all `rows`; or, and then True, for
         some of them, as `mixed` says, while the others look up. A drafter whose states the target goes on from needs all rows.
