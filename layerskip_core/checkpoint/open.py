@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
-from ..errors import CheckpointError, ConfigError, require
+from ..errors import CheckpointError, ConfigError, refused
 from ..model.backend import Backend
 from ..model.cache import available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
@@ -186,9 +186,10 @@ def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig)
     draft = for_decoding(name, str(target.backend.device), dtype, packing)
     vocab, size = target.backend.spec.vocab, draft.backend.spec.vocab
     differing = target.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()
-    found = f"{name} with {size}" + "".join(f", of which id {token} differs" for _, token in list(differing)[:1])
-    needed = f"a model with the tokenizer of {target.name} and its {vocab} tokens"
-    require(vocab == size and not differing, "draft_model", needed, found)
+    if vocab != size or differing:
+        where = f", of which id {min(token for _, token in differing)} differs" if differing else ""
+        needed = f"a model with the tokenizer of {target.name} and its {vocab} tokens"
+        raise refused("draft_model", needed, f"{name} with {size} tokens{where}")
     return draft.backend
 
 

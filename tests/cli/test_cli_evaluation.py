@@ -163,7 +163,7 @@ def test_bench_formats(tmp_path, model, data):
 
 def test_all_baselines_at_80_columns(model, data, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    names = ["transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse"]
+    names = ["transformers", "assistant-early-exit", "prompt-lookup", "assistant-model", "no-reuse"]
     result = run(
         "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
         "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model, "--strategies", STRATEGIES,

@@ -14,6 +14,7 @@ from evaluating import NEW_TOKENS, own_answers, tiny_loaded
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
@@ -129,7 +130,7 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
 
 def test_a_draft_model_with_another_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
-        answer("draft-model", "hi", draft_model="embedded-base")
+        answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):

@@ -66,7 +66,8 @@ def bench(
     if folder is not None:
         rows = [*((example.prompt, example.completion) for example in task.examples), task.text]
         made = {name: machine[name] for name in ("versions", "device_name", "threads", "dtype", "implementation")}
-        digests = {"model_files": files_digest(loaded.name), "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+        files = " ".join(map(files_digest, filter(None, (loaded.name, config.packing.draft_model))))
+        digests = {"model_files": files, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
         head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {}) | digests
         journal = Journal(folder, head | {"machine": made}, resume)
     depths = [depth_of(setting, layers) or layers for setting in settings]

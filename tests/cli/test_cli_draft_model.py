@@ -1,0 +1,124 @@
+"""`--draft-model` with every command that has it, and what is wrong with one."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chatml import talking_model
+from command_line import ENVIRONMENT, fails, finish, refused, run, start
+from evaluating import own_answers, tiny_loaded
+
+from layerskip_core import load
+from layerskip_core.checkpoint.save import save_checkpoint
+
+PROMPT = "set an alarm for 7 am"
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    """The first four of the six layers of `checkpoint`."""
+    loaded, folder = tiny_loaded(torch.float32, num_hidden_layers=4), str(tmp_path_factory.mktemp("draft") / "draft")
+    loaded.backend.model.load_state_dict(tiny_loaded(torch.float32).backend.model.state_dict(), strict=False)
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, replace(loaded.info), folder, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def plain(checkpoint):
+    return run("generate", PROMPT, "--model", checkpoint, "--strategy", "autoregressive", "--max-new-tokens", "30").out
+
+
+def test_generate(checkpoint, draft, plain):
+    """By itself with a flag about drafts, and as an arm of adaptive drafting, whatever the checkpoint recommends."""
+    common = ("generate", PROMPT, "--model", checkpoint, "--max-new-tokens", "30", "--stats", "--draft-model")
+    for flags in (("--spec", "3"), ("--strategy", "draft-model"), ("--draft-confidence", "0.01")):
+        result = run(*common, draft, *flags)
+        assert result.out == plain and "steps by draft model: " in result.err
+    result = run(*common, checkpoint)  # itself
+    assert result.out == plain and "steps by " in result.err
+    result = run(*common, checkpoint, "--strategy", "draft-model", "--draft-vocab", "300")
+    assert result.out == plain and "(100.0%) in " in result.err
+
+
+def test_rows_of_generate_may_decode_otherwise(checkpoint, draft, plain):
+    rows = [{"prompt": PROMPT}, {"prompt": PROMPT, "strategy": "lookup"}, {"prompt": PROMPT, "strategy": "draft-model"}]
+    flags = ("--jsonl", "--batch-size", "2", "--max-new-tokens", "30", "--draft-model", draft)
+    result = run("generate", "--model", checkpoint, *flags, stdin="".join(json.dumps(row) + "\n" for row in rows))
+    answers = [json.loads(line) for line in result.out.splitlines()]
+    assert [answer["text"] + "\n" for answer in answers] == [plain] * 3
+    assert "draft model" not in answers[1]["steps_by_drafter"] and "draft model" in answers[2]["steps_by_drafter"]
+
+
+def test_chat(tmp_path):
+    model = talking_model(tmp_path, 512)
+    common = ("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32")
+    messages = "remind me\nstart the system\nand then\n"
+    result = run(*common, "--draft-model", model, "--strategy", "draft-model", "--stats", stdin=messages)
+    assert result.out == run(*common, "--strategy", "autoregressive", stdin=messages).out
+    assert result.err.count("(100.0%) in ") >= 3
+
+
+def test_serve(checkpoint, draft, plain):
+    openai = pytest.importorskip("openai", reason="needs the extras dev and serve")
+    flags = ("--spec", "3", "--threads", "1", "--kv-memory", "8", "--max-new-tokens", "30")
+    process = start("serve", "--model", checkpoint, "--draft-model", draft, "--port", "0", *flags, env=ENVIRONMENT)
+    address = re.search(r"http://[\d.:]+/v1", process.stderr.readline())[0]
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        answer = client.completions.create(model="tiny", prompt=PROMPT)
+        assert answer.choices[0].text + "\n" == plain
+        counts = answer.usage.completion_tokens_details
+        assert counts.accepted_prediction_tokens + counts.rejected_prediction_tokens > 0
+    process.terminate()
+    assert finish(process).code == 0
+
+
+def test_bench(checkpoint, draft, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = ({"prompt": example.prompt, "reference": example.completion} for example in own_answers().examples)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("bench", "--model", checkpoint, "--data", str(data), "--repeats", "1", "--samples", "2", "--format", "json")
+    arguments = (*common, "--max-new-tokens", "8", "--draft-model", draft)
+    document = json.loads(run(*arguments, "--baselines", "assistant-model").out)
+    results = {one["strategy"]: one for one in document["results"]}
+    assert {"draft-model", "adaptive", "assistant-model"} <= results.keys() and "lookup" in results
+    assert {one["identical_outputs"] for name, one in results.items() if name != "early-exit"} == {1.0}
+    assert results["draft-model"]["num_draft_tokens"] == results["assistant-model"]["num_draft_tokens"] == 6
+    assert document["config"]["packing"]["draft_model"] == draft
+    needed = "given for the strategy draft-model or the baseline assistant-model, and else only for adaptive"
+    fails(f"--draft-model must be {needed}, got {draft}", *arguments, "--strategies", "autoregressive,lookup")
+    fails(f"--draft-model must be {needed}, got none", *common, "--baselines", "assistant-model")
+    assert "--draft-model" in run("sweep-exits", "--draft-model", draft).err  # no such option: a policy cannot name a model
+
+
+def test_verify(checkpoint, draft):
+    flags = ("--precisions", "fp32", "--kernels", "torch", "--samples", "2", "--max-new-tokens", "4", "--draws", "0")
+    result = run("verify", checkpoint, "--draft-model", draft, *flags, "--format", "json")
+    assert result.code == 0 and "draft model" in {one["setting"] for one in json.loads(result.out)["results"]}
+
+
+def test_python(checkpoint, draft, plain):
+    model = load(checkpoint, draft_model=draft)
+    answer = model.generate(PROMPT, max_new_tokens=30, num_draft_tokens=3)
+    assert answer.text + "\n" == plain and answer.stats.steps_by_drafter["draft model"] > 3
+
+
+def test_what_is_wrong_is_one_error(checkpoint, draft, tmp_path):
+    common, name = ("generate", "hi", "--model", checkpoint), Path(checkpoint)
+    needed = f"--draft-model must be a model with the tokenizer of {checkpoint} and its 300 tokens"
+    refused(f"{needed}, got embedded-base with 1024 tokens, of which id ", *common, "--draft-model", "embedded-base")
+    other = shutil.copytree(draft, tmp_path / "other")
+    stored = json.loads((other / "tokenizer.json").read_text())
+    first, second = list(stored["model"]["vocab"])[60:62]
+    vocab = stored["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(stored))
+    fails(f"{needed}, got {other} with 300 tokens, of which id {vocab[second]} differs", *common, "--draft-model", str(other))
+    used = "--draft-model must be used with --strategy adaptive or draft-model, got --strategy"
+    for flags, strategy in ((("--exit", "3"), "self-speculative"), (("--strategy", "lookup"), "lookup")):
+        fails(f"{used} {strategy}", *common, "--draft-model", draft, *flags)
+    fails("--draft-model must be given for --strategy draft-model, got none", *common, "--strategy", "draft-model")
+    assert f"{name.parent}/none" in run(*common, "--draft-model", f"{name.parent}/none").err
