@@ -41,6 +41,8 @@ SETTINGS = {
     "exits by confidence": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
     "lookup": {"strategy": "lookup"},
     "eagle3": {"strategy": "eagle3", "num_draft_tokens": 4},
+    "draft-model": {"strategy": "draft-model", "num_draft_tokens": 4},
+    "sampled by a draft model": {"strategy": "draft-model", "num_draft_tokens": 4, **SAMPLED},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
     "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
     "penalties": {**DRAFTED, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": ((3, 2.0),), "min_tokens": 4},
@@ -57,9 +59,10 @@ ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("final", "none")}  # of the exits that SETTINGS name
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
-    "packed": tuple(name for name in SETTINGS if name != "eagle3"),
+    "packed": tuple(name for name in SETTINGS if name not in ("eagle3", "draft-model", "sampled by a draft model")),
     "drafter": ("eagle3",),
     "generic drafter": ("eagle3",),
+    "draft model": ("draft-model", "sampled by a draft model"),
     "packed without graphs": ("self-speculative", "sampled", "layers left out"),
     "windows": ("autoregressive", "self-speculative"),
     "few tokens": ("self-speculative", "sampled", "exits by confidence"),
@@ -85,7 +88,10 @@ def backend_on(device, kind):
     if kind.startswith("generic"):
         return TransformersBackend(model, **keywords)
     packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None
-    return TorchBackend.of(model, packing, ORDER, **keywords)
+    backend = TorchBackend.of(model, packing, ORDER, **keywords)
+    if kind == "draft model":
+        backend.draft_model = TorchBackend.of(tiny_model(num_hidden_layers=4).to(device))
+    return backend
 
 
 @contextmanager

@@ -90,6 +90,7 @@ class AdaptiveDrafter:
             acceptance.compare(found, verified)
         if self._arm is not None and row in self._drafted_rows:
             self._arm.acceptance.observe(drafted, len(verified) - 1)
+            self._drafters[self._arm.name].observe(row, drafted, verified)
             if draft.confidence:
                 self._arm.calibration.observe(len(verified) - 1, draft.confidence)
 

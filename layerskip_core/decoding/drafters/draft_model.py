@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 from math import inf
 
 import torch
-from torch import Tensor
 
 from ...config.decoding import DecodingConfig
 from ...model.backend import DraftEnds, Submodel
@@ -33,14 +31,14 @@ class ModelDrafter:
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
         self._filled = dict[int, int]()  # by prompt, in the order of the cache's rows: how many tokens have KV entries
-        self._tried = dict[int, Tensor]()  # by prompt: the tokens after these that had entries in the last draft
+        self._ran = dict[int, int]()  # by prompt: how many tokens after these had entries in the last draft
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = NO_ENDS) -> Draft:
         limits = self.follow(context, limits)
         if not any(limits):
             return Draft(context.newest, (0,) * len(limits), source=DRAFT_MODEL)
         draft = self._drafter.draft(self._own(context), limits, ends)
-        self._tried = {row: ids[:ran] for row, ids, ran in zip(context.rows, draft.by_row(), draft.ran, strict=True)}
+        self._ran = dict(zip(context.rows, draft.ran, strict=True))
         return draft
 
     def follow(self, context: Context, limits: Sequence[int]) -> list[int]:
@@ -86,13 +84,11 @@ class ModelDrafter:
         return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, features={})
 
     def _take_rows(self, context: Context) -> None:
-        """The cache gets the rows of the context, in their order. Entries of drafts that were accepted count."""
+        """The cache gets the rows of the context, in their order."""
         for row, ids in zip(context.rows, context.ids, strict=True):
             if row not in self._filled:
                 cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self.model.room)
                 self._cache.join(cache)
-            tried = zip(self._tried.pop(row, torch.empty(0)).tolist(), ids[self._filled[row] : -1], strict=False)
-            self._filled[row] += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], tried))
         rows = list(self._filled)
         order = [rows.index(row) for row in context.rows]
         if order != list(range(len(rows))):
@@ -100,7 +96,7 @@ class ModelDrafter:
             self._filled = {row: self._filled[row] for row in context.rows}
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
-        """What was accepted stands in the next context."""
+        self._filled[row] += min(self._ran.pop(row, 0), len(verified))  # which are one more than drafts that were accepted
 
 
 def drafter(setup: DrafterSetup) -> ModelDrafter:
