@@ -94,9 +94,7 @@ def generate(
             from layerskip_core.evaluation.measure.cost_model import speed_of
 
             if (speed := speed_of(loaded, total)) < 1:
-                narrate(
-                    f"about {speed:.2f}x of plain decoding: without --exit and --spec the fastest is chosen for every round"
-                )
+                narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
     if failed:
         raise typer.Exit(1)
 
