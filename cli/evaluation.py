@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerskip_core.config.options import Flag
 from layerskip_core.errors import LayerSkipError, plural
 
 from .console import ResultsConsole, narrate, stage_bars
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 Found = TypeVar("Found")
+LogSamples = Annotated[
+    bool,
+    Flag(
+        "Also write lm-eval's records of all rows to --output, as samples.jsonl; other tasks have answers.jsonl.",
+        panel="Output",
+    ),
+]
 
 
-def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
+def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
     """The model, packed for what is measured, and the Task or HarnessTasks; prints their notes."""
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
 
-        rows: Any = load_tasks(config.task)
+        rows: Any = load_tasks(config.task, log_samples)
     else:
         from layerskip_core.evaluation.tasks.texts import load_trained
 

@@ -22,6 +22,7 @@ def bench(
     format: Format = "table",
     output: ReportFolder = None,
     overwrite: Overwrite = False,
+    log_samples: evaluation.LogSamples = False,
     saved: SavedReport = None,
     resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
@@ -30,6 +31,7 @@ def bench(
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     scored = bool(config.task.harness_tasks)
+    require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
     require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
@@ -41,7 +43,7 @@ def bench(
         if saved is not None:
             record = with_answers(read_record(saved, "bench"), saved)
         else:
-            loaded, rows = evaluation.load(config)
+            loaded, rows = evaluation.load(config, log_samples)
             if not config.strategies and "early-exit" not in suiting_strategies(loaded, config):
                 console.narrate(_NO_EXITS)
             if scored:

@@ -1,16 +1,18 @@
-"""Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals over prompts.
+"""Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals.
 
-Intervals are those of the percentile bootstrap: how a figure varies with the prompts drawn (Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, chapter 13). Two settings are compared on the same resampled prompts, so that a hard prompt
-is hard for both (Koehn, Statistical Significance Tests for Machine Translation Evaluation, EMNLP 2004). Prompts are resampled
-with all answers to a prompt, because several answers to one prompt are not independent.
+Intervals say how a figure varies with the prompts drawn and with the repeats. The variance over prompts is the jackknife's:
+from the figure without each of them (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11). Two settings
+are compared on the same prompts, so that a hard prompt is hard for both. A prompt counts with all its answers, because several
+answers to one prompt are not independent. The variance over repeats is added, and Student's t allows for few of either: a
+bootstrap over 12 prompts covers 90% where it says 95%, and half of that where repeats differ.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from statistics import fmean, pvariance
+from functools import cache
+from itertools import accumulate
+from statistics import NormalDist, fmean, pvariance
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,9 @@ from .results import Bounds, Result
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 _HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
-_RESAMPLES = (200, 1000)  # fewer of many prompts
-_DRAWS = 4_000_000  # that take a moment and 50 MB
-_ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
-NORMAL_QUANTILE = 1.959964  # at 97.5%
+SHARE, _NO_LIMITS = (0.0, 1.0), (-math.inf, math.inf)
+_ROUNDING = 1e-9  # of values around 1: less is no spread
+_OF_A_MEDIAN = math.pi / 2  # its variance over a mean's, at most
 _WINDOW_TOKENS = 512
 _MOST_NATS = 700  # per token; exp of more is no finite number
 
@@ -208,10 +209,14 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
 
 
 class Estimate(NamedTuple):
-    """A figure, None if it is not finite, and its interval. No interval of a figure that is equal in all resamples."""
+    """A figure, None if it is not finite, and its 95% interval. No interval without spread, and of a single prompt.
+
+    `rows`: about how many prompts would halve the interval; 0 if only more repeats would.
+    """
 
     value: float | None
-    bounds: Bounds | None
+    bounds: Bounds | None = None
+    rows: int | None = None
 
 
 def finite(value: float) -> float | None:
@@ -219,8 +224,45 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@cache
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """Student's t of so many degrees of freedom lies between plus and minus this with probability `level`."""
+
+    def within(angle: float) -> float:  # Abramowitz and Stegun, 26.7.3 and 26.7.4
+        odd, cosine = freedom % 2, math.cos(angle)
+        terms = accumulate(range(2 + odd, freedom - 1, 2), lambda term, n: term * cosine**2 * (n - 1) / n, initial=1.0)
+        series = math.sin(angle) * sum(terms) * (cosine if odd else 1) * (freedom > 1)
+        return 2 / math.pi * (angle + series) if odd else series
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def bounds_of(
+    value: float, parts: Sequence[tuple[float, int]], limits: tuple[float, float] = _NO_LIMITS, level: float = 0.95
+) -> Bounds | None:
+    """Student's t interval around a value whose variance has these parts, each with its degrees of freedom.
+
+    Those of all parts follow Welch and Satterthwaite, rounded down. None without spread, which rounding is not.
+    """
+    total = sum(variance for variance, _ in parts)
+    if not total > (_ROUNDING * max(1.0, abs(value))) ** 2:  # NaN included
+        return None
+    freedom = int(total**2 / sum(variance**2 / own for variance, own in parts) + 1e-6)  # 2 can be computed as 1.9999999
+    half = t_quantile(max(1, freedom), level) * math.sqrt(total)
+    return Bounds(max(value - half, limits[0]), min(value + half, limits[1]))
+
+
 def estimate(
-    figure: Callable[..., Tensor], columns: Tensor | Sequence[Sequence[float]], answers_per_prompt: int = 1
+    figure: Callable[..., Tensor],
+    columns: Tensor | Sequence[Sequence[float]],
+    answers_per_prompt: int = 1,
+    limits: tuple[float, float] = _NO_LIMITS,
+    logarithmic: bool = False,
+    level: float = 0.95,
 ) -> Estimate:
     """A figure that is computed from sums over the prompts, such as the ratio of two.
 
@@ -228,34 +270,44 @@ def estimate(
         figure: of the sums, one argument per column.
         columns: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats.
         answers_per_prompt: how many values in a row belong to the same prompt.
+        limits: where the interval ends at the latest.
+        logarithmic: the interval is made of logarithms; for figures above 0.
     """
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
-    drawn = values.float() @ _resamples(values.shape[-1])
-    value = figure(*values.sum(-1)).quantile(0.5).item()
-    resampled = figure(*drawn).quantile(0.5, 0)
-    known = resampled[resampled.isfinite()].double()
-    low, high = known.quantile(_ENDS).tolist() if len(known) else (0.0, 0.0)
-    return Estimate(finite(value), Bounds(low, high) if low < high else None)
+    sums, (repeats, prompts) = values.sum(-1, keepdim=True), values.shape[1:]
+    found = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
+    value = found[:, 0].quantile(0.5).item()
+    if not math.isfinite(value) or prompts < 2:
+        return Estimate(finite(value))
+    found = found.log() if logarithmic else found
+    influence = (prompts - 1) * (found[:, :1] - found[:, 1:]).mean(0)
+    of_prompts, of_repeats = influence.var().item() / prompts, 0.0
+    parts = [(of_prompts, prompts - 1)]
+    if repeats > 1:
+        of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats
+        parts.append((of_repeats, repeats - 1))
+    bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, level)
+    if bounds is not None and logarithmic:
+        bounds = Bounds(*map(math.exp, bounds))
+    left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts
+    return Estimate(value, bounds, bounds and (math.ceil(prompts * of_prompts / left) if left > 0 else 0))
 
 
-@lru_cache(maxsize=2)
-def _resamples(prompts: int) -> Tensor:
-    """(prompts, resamples): how often each prompt was drawn, of as many draws with replacement. The same in every run."""
-    fewest, most = _RESAMPLES
-    shape = (min(most, max(fewest, _DRAWS // max(prompts, 1))), prompts)
-    drawn = torch.randint(max(prompts, 1), shape, generator=torch.Generator().manual_seed(0))
-    return torch.zeros(shape).scatter_add_(1, drawn, torch.ones(shape)).T
-
-
-def speed_ratio(slower: Tensor, faster: Tensor) -> Estimate:
+def speed_ratio(slower: Tensor, faster: Tensor, level: float = 0.95) -> Estimate:
     """The ratio of their seconds per token; both (2, repeats, prompts): seconds and tokens."""
-    return estimate(lambda seconds, tokens, own, new: seconds / tokens / (own / new), torch.cat([slower, faster]))
+
+    def ratio(seconds: Tensor, tokens: Tensor, own: Tensor, new: Tensor) -> Tensor:
+        return seconds / tokens / (own / new)
+
+    return estimate(ratio, torch.cat([slower, faster]), logarithmic=True, level=level)
 
 
 def metric(scores: Scores) -> Estimate:
     """The mean over the prompts, or the perplexity per token of all texts together."""
-    return estimate(scores.mean_of, scores.columns)
+    is_perplexity = scores.tokens is not None
+    limits = _NO_LIMITS if is_perplexity else SHARE
+    return estimate(scores.mean_of, scores.columns, limits=limits, logarithmic=is_perplexity)
 
 
 def change(scores: Scores, full_depth: Scores) -> Estimate:
@@ -276,10 +328,10 @@ class Margin(NamedTuple):
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
     """Compares one metric of a setting with this share of full depth's. A perplexity may grow by 1 / share.
 
-    The interval is that of the paired bootstrap. On a few prompts most exits have the scores of full depth, and resampling
-    equal scores gives no spread at all. So two prompts are added to those of metrics in 0..1: one that only the setting gets
-    right, one that only full depth does. Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37) add these
-    to the pairs of which an interval of a difference of paired shares is made.
+    The interval is paired. On a few prompts most exits have the scores of full depth, which have no spread at all. So two
+    prompts are added to those of metrics in 0..1: one that only the setting gets right, one that only full depth does. Bonett
+    and Price (2012, Journal of Educational and Behavioral Statistics 37) add these to the pairs of which an interval of a
+    difference of paired shares is made.
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     if lower_is_better(name):
@@ -288,11 +340,12 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
         values = [full + count * allowed - nats for (nats, full), count in zip(pairs, tokens, strict=True)]
     else:
         values, added = [value - share * full for value, full in pairs], [1.0, -share]
-    ends = metric(Scores((*values, *added))).bounds
+    ends = estimate(torch.div, Scores((*values, *added)).columns).bounds
     mean, needed = fmean(values), None
     if mean > 0:
         # The n for which n * mean = z * sqrt(n * variance + the squares of what is added), by the normal approximation.
-        spread, extra = NORMAL_QUANTILE**2 * pvariance(values), NORMAL_QUANTILE**2 * sum(value**2 for value in added)
+        square = NormalDist().inv_cdf(0.975) ** 2
+        spread, extra = square * pvariance(values), square * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))
         needed = max(enough, len(values) + 1)
     return Margin(mean, -math.inf if ends is None else ends.low, len(values), needed)

@@ -1,7 +1,7 @@
 """The output for one prompt, the result of each way of decoding, the record of a run, and the journal to resume it from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,7 +46,7 @@ class Output:
 
 
 class Bounds(NamedTuple):
-    """The ends of a figure's 95% interval over the prompts, see metrics.py."""
+    """The ends of a figure's 95% interval over prompts and repeats, see metrics.py."""
 
     low: float
     high: float
@@ -111,6 +111,7 @@ class Result:
     longest_answer: tuple[Step, ...] = ()  # of adaptive decoding, to show how its speed changes on the way
     intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
     changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
+    rows_to_halve: int | None = None  # with so many the speedup's interval would be half as wide; 0: only with more repeats
     categories: dict[str, "Result"] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)  # of lm-evaluation-harness's metrics, by their names
     samples: int | dict[str, int] = field(default_factory=dict)  # rows of a category; of lm-evaluation-harness, by task
@@ -126,11 +127,11 @@ class Recommendation:
 
     exit_layer: int | None
     num_draft_tokens: int | None
-    speedup: float | None
-    baseline_drift: float  # share by which the autoregressive time changed between its two measurements, median over prompts
+    speedup: float | None  # of the best setting, also where plain decoding is recommended
     reason: str
     fast_reason: str  # why there is a policy `fast`, or why not
     policies: dict[str, Policy]  # the recommendation as `exact`, and `fast` if there is one
+    lower_end: float | None = None  # of the speedup, with 95%, on prompts that did not choose the setting
 
     @property
     def pays(self) -> bool:
@@ -167,12 +168,14 @@ class RunRecord:
     recommendation: Recommendation | None = None  # of a sweep
     prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
-    answered: tuple[Answered, ...] = ()  # not part of the document
+    # Not part of the document:
+    answered: tuple[Answered, ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()  # lm-evaluation-harness's own records of rows, each with the number of its result
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
-        fields = asdict(replace(self, answered=()))
-        return {key: value for key, value in fields.items() if key != "answered" and value is not None}
+        fields = asdict(replace(self, answered=(), samples=()))
+        return {key: value for key, value in fields.items() if key not in ("answered", "samples") and value is not None}
 
 
 def result_name(result: Result) -> str:
@@ -188,6 +191,13 @@ def result_name(result: Result) -> str:
         parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
     parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
     return ", ".join(parts)
+
+
+def bandwidth_text(read: Mapping[str, float]) -> str:
+    """What `cost_model.bandwidth` found, in words."""
+    share = read["bytes_per_second"] / read["sum_bytes_per_second"]
+    speeds = f"{read['bytes_per_second'] / 1e9:.1f} GB/s, {share:.0%} of what a plain sum of as many bytes reaches"
+    return f"plain decoding reads {read['bytes_per_token'] / 1e6:.3g} MB per token at {speeds}"
 
 
 def drafts_name(result: Result) -> str:

@@ -101,6 +101,11 @@ def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item
     return examples if timed is None else spread(examples, timed) if timed else ()
 
 
+def in_turn(turn: int, count: int) -> list[int]:
+    """An order of settings that rotates and reverses from turn to turn, so that none always follows the same other one."""
+    return [(turn - step if turn % 2 else turn + step) % count for step in range(count)]
+
+
 def measure(
     loaded: Decoder,
     task: Task,
@@ -138,17 +143,16 @@ def measure(
     earlier = defaultdict[tuple[int, int], EarlierAnswers](lambda: EarlierAnswers(config.remember))  # by setting and repeat
     places = range(len(settings))
 
-    def in_turn(prompts: Sequence[str], repeat: int, sample: int) -> list[list[Output]]:
-        """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
+    def outputs_of(prompts: Sequence[str], repeat: int, sample: int) -> list[list[Output]]:
+        """The outputs of every setting, in turn.
 
         Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample
         has a seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
         """
         found: dict[int, list[Output]] = {}
         distinct = [settings.index(settings[place]) if repeat == _BATCHES else place for place in places]
-        turn = repeat + sample
-        for step in places:
-            place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
+        for place in in_turn(repeat + sample, len(settings)):
+            place = distinct[place]
             if place not in found:
                 setting = settings[place]
                 setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
@@ -165,7 +169,7 @@ def measure(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             prompts = [examples[sample].prompt for _, sample in batch]
-            outputs = in_turn(prompts, *batch[0])
+            outputs = outputs_of(prompts, *batch[0])
             for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:

@@ -29,7 +29,8 @@ from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
-REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, OUTPUTS, JOURNAL)
+SAMPLES_FILE = "samples.jsonl"
+REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
 _HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
@@ -108,10 +109,12 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
     }
     if record.answered:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
+    if record.samples:
+        texts[SAMPLES_FILE] = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in record.samples)
     files = {name: text.encode() for name, text in texts.items()} | {
         f"{name}.png": to_png(figure) for name, figure in drawn.items()
     }
-    return files | without(files, [ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in FIGURES)])
+    return files | without(files, [ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)])
 
 
 def without(files: Mapping[str, bytes], earlier: Iterable[str]) -> dict[str, None]:

@@ -61,7 +61,7 @@ def to_csv(comparison: Comparison) -> str:
 def _note(comparison: Comparison) -> str:
     counts = {len(paths) for paths in comparison.paths.values()}
     runs = " or ".join(map(str, sorted(counts)))
-    spread = "" if counts == {1} else ", with 95% intervals (Student t)"
+    spread = "" if max(counts) < 3 else ", with 95% intervals (Student t) of three runs and more that are not all equal"
     lines = [f"Means over {runs} run{'' if counts == {1} else 's'} of a label, of perplexities the geometric mean{spread}."]
     if len(comparison.paths) > 1:
         how = "paired run by run" if comparison.paired else "not paired"

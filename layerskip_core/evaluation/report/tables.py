@@ -12,11 +12,11 @@ from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...errors import number, plural
 from ..metrics import frontier, is_share, lower_is_better
-from ..results import NEAR_TIE, Result, RunRecord, result_name
+from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
-_HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
+_HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 _SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
@@ -91,7 +91,7 @@ def results_table(record: RunRecord) -> TextTable:
     if any(result.exit_confidence is not None for result in results):
         note.append("exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average.")
     if any(result.intervals for result in results):
-        note.append(_HALF_NOTE)
+        note.append(_HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else ""))
     if any(name.endswith("_change") for _, name, _ in columns):
         note.append(f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts.")
     note += _settings_notes(record)
@@ -169,7 +169,9 @@ def _verdict(record: RunRecord) -> Iterator[str]:
         best = max(timed, key=lambda result: result.speedup or 0.0)
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
         told = f"{result_name(best)}, {speedup:.2f}x autoregressive"
-        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f})" if ends else ""
+        rows = best.rows_to_halve
+        halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
+        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
         if best.differences and not sampled:
             told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
         surely = speedup > 1 and (ends is None or ends.low > 1)
@@ -283,6 +285,8 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
             speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
             method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
         yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
+    if read := machine.get("bandwidth"):
+        yield bandwidth_text(read).capitalize() + "."
     if "prompt_template" in config:
         yield f"Prompt template: {config['prompt_template']}."
     if temperature := generation.get("temperature"):
