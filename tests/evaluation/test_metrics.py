@@ -23,6 +23,7 @@ from layerskip_core.evaluation.metrics import (
     rouge,
     scores_by_exit,
     speed_ratio,
+    t_quantile,
     text_losses,
 )
 
@@ -105,30 +106,44 @@ def test_a_prompt_that_fills_the_context_has_no_reference_tokens():
     assert reference_losses(tiny_loaded(), TOO_LONG, [2, 6]) == (0, {})
 
 
-PROMPTS = 60
+def measured(generator, prompts=20, repeats=1, of_repeats=0.0):
+    """Times of two settings; a prompt that is slow for one is slow for the other. Their ratio is 2, to a tenth by prompt."""
 
+    def noise(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-def measured(generator, prompts=PROMPTS):
-    """Times of two settings on some prompts; a prompt that is slow for one is slow for the other. Their ratio is about 2."""
-    tokens = torch.randint(5, 40, (prompts,), generator=generator)
-    base = tokens * (1 + 0.3 * torch.rand(prompts, generator=generator))
-    faster = base / (1.2 + 1.6 * torch.rand(prompts, generator=generator))
-    return [torch.stack([seconds, tokens])[:, None].double() for seconds in (base, faster)]
+    tokens = torch.randint(5, 40, (prompts,), generator=generator).double().expand(repeats, prompts)
+    base = tokens * (0.3 * noise(prompts) + 0.03 * noise(repeats, prompts)).exp()
+    faster = base / 2 * (0.1 * noise(prompts) + of_repeats * noise(repeats, 1) + 0.03 * noise(repeats, prompts)).exp()
+    return [torch.stack([seconds, tokens]) for seconds in (base, faster)]
 
 
 def times(seconds, tokens=(1, 2, 3, 4)):
     return torch.tensor([seconds, tokens], dtype=torch.float64)[:, None]
 
 
-def test_the_interval_is_as_wide_as_fresh_samples_of_prompts_differ():
+def test_quantiles_of_student_are_those_of_published_tables():
+    published = {1: 12.7062, 2: 4.3027, 3: 3.1824, 7: 2.3646, 12: 2.1788, 31: 2.0395, 100: 1.9840}
+    assert {freedom: t_quantile(freedom) for freedom in published} == pytest.approx(published, abs=1e-4)
+    assert (t_quantile(2, 0.99), t_quantile(9, 0.9)) == pytest.approx((9.9248, 1.8331), abs=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "repeats", "of_repeats"), [(12, 1, 0.0), (20, 3, 0.0), (20, 3, 0.05), (12, 2, 0.03)])
+def test_intervals_cover_the_truth_as_often_as_they_say(prompts, repeats, of_repeats):
+    """Also where a repeat is slower than another for one of the settings."""
     generator = torch.Generator().manual_seed(1)
-    found = [speed_ratio(*measured(generator)) for _ in range(200)]
-    ratios = torch.tensor([ratio for ratio, _ in found])
-    truth = ratios.mean().item()
-    covering = sum(ends.low <= truth <= ends.high for _, ends in found) / len(found)
-    assert 0.89 <= covering <= 0.99
-    widths = torch.tensor([ends.high - ends.low for _, ends in found])
-    assert widths.median().item() == pytest.approx(2 * 1.96 * ratios.std().item(), rel=0.15)
+    found = [speed_ratio(*measured(generator, prompts, repeats, of_repeats)).bounds for _ in range(300)]
+    assert 0.91 <= sum(ends.low <= 2.0 <= ends.high for ends in found) / len(found) <= 0.98
+
+
+def test_how_many_rows_halve_an_interval():
+    """Four times as many, if all of its width is of the prompts: their spread stays, and repeats agree."""
+    columns = measured(torch.Generator().manual_seed(3), 100)
+    alone, again = speed_ratio(*columns), speed_ratio(*(each.repeat(1, 1, 4) for each in columns))
+    assert alone.rows == 400
+    assert again.bounds.high - again.bounds.low == pytest.approx((alone.bounds.high - alone.bounds.low) / 2, rel=0.02)
+    more = speed_ratio(*measured(torch.Generator().manual_seed(3), 100, 3, 0.004)).rows
+    assert more > 400 and speed_ratio(*measured(torch.Generator().manual_seed(3), 100, 3, 0.1)).rows == 0
 
 
 def test_prompts_are_paired_and_repeats_give_their_median():
@@ -136,34 +151,33 @@ def test_prompts_are_paired_and_repeats_give_their_median():
     base, slow = times((1.0, 9.0, 3.0, 40.0)), times((0.9, 8.0, 3.1, 39.0))  # a repeat that something disturbed
     half = base.clone()
     half[0] /= 2
-    assert speed_ratio(base, half) == (2.0, None)
-    alone = speed_ratio(base, slow).bounds
-    assert alone.low < alone.high
-    assert speed_ratio(base.expand(2, 3, 4), torch.cat([half, slow, half], dim=1)) == (2.0, None)  # in every resample
+    assert speed_ratio(base, half) == (2.0, None, None)
+    value, ends, _ = speed_ratio(base.expand(2, 3, 4), torch.cat([half, slow, half], dim=1))
+    assert value == 2.0 and ends.low < 1 < 3 < ends.high
 
 
 def test_what_has_no_interval_or_no_value():
     assert speed_ratio(times((1.0,), (2,)), times((0.7,), (3,))).bounds is None
-    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]) == (None, None)
+    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]).value is None
 
 
 def test_the_interval_of_a_share():
-    value, (low, high) = estimate(torch.div, [[10, 5, 0, 10], [10] * 4])
-    assert value == 25 / 40 and 0 <= low < value < high <= 1
-    assert estimate(torch.div, [[1] * 4, [1] * 4]) == (1.0, None)  # the same in every resample
+    value, (low, high), _ = estimate(torch.div, [[10, 5, 0, 10], [10] * 4], limits=(0.0, 1.0))
+    assert value == 25 / 40 and 0 <= low < value < high == 1
+    assert estimate(torch.div, [[1] * 4, [1] * 4]) == (1.0, None, None)
 
 
-def test_the_answers_to_a_prompt_are_resampled_together():
+def test_the_answers_to_a_prompt_count_together():
     """Ten copies of a dozen prompts say no more about other prompts than one of each: the interval does not shrink."""
     pair = measured(torch.Generator().manual_seed(2), prompts=12)
-    _, alone = speed_ratio(*pair)
+    alone = speed_ratio(*pair).bounds
     columns = torch.cat([times.repeat_interleave(10, dim=-1) for times in pair])
 
     def ratio(base, tokens, own, new):
         return base / tokens / (own / new)
 
-    assert estimate(ratio, columns, answers_per_prompt=10).bounds == pytest.approx(alone, rel=1e-5)
-    low, high = estimate(ratio, columns).bounds
+    assert estimate(ratio, columns, answers_per_prompt=10, logarithmic=True).bounds == pytest.approx(alone)
+    low, high = estimate(ratio, columns, logarithmic=True).bounds
     assert high - low < 0.5 * (alone.high - alone.low)
     both = Measured(DecodingConfig(), (), [outputs_of([(1, 1.0)], [(2, 4.0)])], answers_per_prompt=2)
     assert both.times.tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
@@ -171,13 +185,12 @@ def test_the_answers_to_a_prompt_are_resampled_together():
 
 def test_changes_are_paired():
     full, worse = Scores((0.0, 1.0) * 20), Scores((0.0, 0.9) * 20)
-    assert change(full, full) == (0.0, None)
+    assert change(full, full) == (0.0, None, None)
     paired, own = change(worse, full).bounds, metric(worse).bounds
     assert paired.low < -0.05 < paired.high < 0
     assert own.high - own.low > 5 * (paired.high - paired.low)
     texts = metric(Scores((10.0, 40.0, 30.0), (10, 20, 10)))
-    assert texts.value == pytest.approx(math.exp(2.0))
-    assert texts.bounds == pytest.approx((math.exp(1.0), math.exp(3.0)), rel=1e-3)
+    assert texts.value == pytest.approx(math.exp(2.0)) and 0 < texts.bounds.low < texts.value < texts.bounds.high
 
 
 def test_times_leave_out_the_prefill_or_not():

@@ -42,7 +42,7 @@ SWEEP = RunRecord(
     {"model": "tiny", "task": {"task": "commands"}},
     MACHINE,
     (PLAIN, EARLY, DRAFTED),
-    Recommendation(12, 12, 1.824, 0.01, "it is the only one", "none", {"exact": {"strategy": "lookup", "num_draft_tokens": 4}}),
+    Recommendation(12, 12, 1.824, "it is the only one", "none", {"exact": {"strategy": "lookup", "num_draft_tokens": 4}}),
     PredictionError(1, 0.0428, 0.0428, 0.0428),
 )
 POEM = Result(
@@ -107,7 +107,7 @@ def test_the_table_of_a_sweep():
     )
     assert table.text == (
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
-        "±: half-width of the 95% bootstrap interval over prompts.\n"
+        "±: half-width of the 95% interval over prompts.\n"
         "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Policy fast: none.\nPolicy exact: lookup with 4 draft tokens.\nRecommended: it is the only one."
     )
@@ -165,6 +165,8 @@ def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
             "Nothing was certainly faster with the same outputs; best: exit 8",
         ),
         ({"differences": (Difference(0, 3, 1e-4),)}, "(95% interval 1.94 to 2.10); 1 output differed at a near-tie."),
+        ({"rows_to_halve": 75}, "2.00x autoregressive (95% interval 1.94 to 2.10; about 75 rows would halve it)."),
+        ({"rows_to_halve": 0}, "2.00x autoregressive (95% interval 1.94 to 2.10; more repeats would halve it)."),
         ({"differences": (Difference(0, 3, 1.0),)}, "No other strategy had the same outputs as autoregressive decoding."),
         ({"failures": (Failure(1, "x"),)}, "No other strategy had the same outputs as autoregressive decoding."),
         ({"strategy": "early-exit"}, "No other strategy had the same outputs as autoregressive decoding."),
@@ -184,6 +186,13 @@ def test_a_benchmark_says_what_drafted_adaptively():
     adaptive = replace(FASTER, strategy="adaptive", steps_by_drafter=steps, categories={})
     found = results_table(replace(BENCH, results=(BENCHED, adaptive))).findings
     assert found[0] == "Steps of adaptive decoding: int8 75%, lookup 20%, plain 5%."
+
+
+def test_a_benchmark_says_how_near_plain_decoding_is_to_the_memory_bandwidth():
+    read = {"bytes_per_token": 212e6, "bytes_per_second": 30.8e9, "sum_bytes_per_second": 35e9}
+    note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
+    told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."
+    assert told in note.splitlines()
 
 
 def test_columns_without_room_go_into_another_table():

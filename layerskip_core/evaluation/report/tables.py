@@ -286,7 +286,7 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
             method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
         yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
     if read := machine.get("bandwidth"):
-        yield bandwidth_text(read).capitalize() + "."
+        yield f"P{bandwidth_text(read)[1:]}."
     if "prompt_template" in config:
         yield f"Prompt template: {config['prompt_template']}."
     if temperature := generation.get("temperature"):
