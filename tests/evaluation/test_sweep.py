@@ -47,7 +47,9 @@ def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
     phases = (("perplexity", 3), ("prediction", 4), ("prompts", 3))  # 3 prompts, and all settings timed once
-    assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
+    expected = [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
+    once_more = progress[len(expected) :]  # as far as a draft was faster than full depth
+    assert progress[: len(expected)] == expected and {event.phase for event in once_more} <= {"the best once more"}
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     exits = [("early-exit", layer, None) for layer in (2, 5)]
     drafting = [("self-speculative", layer, drafts) for layer in (2, 5) for drafts in (2, 4)]
@@ -81,7 +83,9 @@ def test_a_sweep_of_the_tiny_model():
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
     advice = record.recommendation
-    assert advice.policies["exact"]["measured"]["speedup"] >= 1 and advice.baseline_drift >= 0
+    assert advice.policies["exact"]["measured"]["speedup"] >= 1
+    assert (advice.lower_end is not None) == bool(once_more) and advice.pays == ((advice.lower_end or 0) > 1)
+    assert not once_more or re.search(r"speed of autoregressive decoding on \d+ prompts \(at least [\d.]+x", advice.reason)
     assert advice.fast_reason.startswith("none, because no early exit keeps more than 0.98 of exact_match, 1 at full depth")
     assert early_exits[1].changes["exact_match"].high <= 0 and plain.changes == drafted[0].changes == {}
     assert re.search(r"(exit \d|lookup) with \d draft tokens|adaptive", advice.reason)
