@@ -8,7 +8,7 @@ from math import exp
 from random import Random
 
 from layerskip_core.config.evaluation import SweepConfig
-from layerskip_core.evaluation.measure.advice import contest, finalists, recommend
+from layerskip_core.evaluation.measure.figures import contest, finalists, recommend
 from layerskip_core.evaluation.results import Result
 
 SETTINGS, PROMPTS = 20, 12

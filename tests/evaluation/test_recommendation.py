@@ -11,7 +11,7 @@ from layerskip_core.config.decoding import DecodingConfig, policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.evaluation.measure import Measured
-from layerskip_core.evaluation.measure.advice import Contest, contest, finalists, recommend
+from layerskip_core.evaluation.measure.figures import Contest, contest, finalists, recommend
 from layerskip_core.evaluation.measure.sweep import prediction_error
 from layerskip_core.evaluation.metrics import Scores, frontier, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
@@ -20,7 +20,7 @@ from layerskip_core.evaluation.results import Difference, Failure, Result
 @pytest.fixture(autouse=True)
 def usual_turns(monkeypatch):
     """Not the few of other tests."""
-    monkeypatch.setattr("layerskip_core.evaluation.measure.advice._FEWEST_TURNS", 8)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._FEWEST_TURNS", 8)
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **changes):
@@ -39,7 +39,7 @@ def known_contest(places, speeds, spread=0.01):
 
 
 def advise(table, speeds=None, spread=0.01, scores=None, **config):
-    """`speeds`: on other prompts, if they are not those of the table. Each row's score is certain, unless `scores` has others."""
+    """`speeds`: on other prompts, if not those of the table. Each row's score is certain, unless `scores` are given."""
     places, speeds = finalists(table, 1e-3), speeds or [result.speedup for result in table]
     sure = [scores or Scores((result.metrics["exact_match"],) * 5000) for result in table]
     measured = [Measured(DecodingConfig(), (), (), scores={"exact_match": each}) for each in sure]

@@ -15,9 +15,8 @@ from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, PredictionError, Result, RunRecord
 from ..tasks import Task, other_rows
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt, timed_examples
-from .advice import Contest, contest, finalists, recommend
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
-from .figures import environment, result_of, setting_of
+from .figures import Contest, contest, environment, finalists, recommend, result_of, setting_of
 from .skip_search import search_skips
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
