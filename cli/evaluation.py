@@ -74,10 +74,10 @@ def deliver_report(
     `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
     """
     from layerskip_core.evaluation.report import report_files, to_csv
-    from layerskip_core.evaluation.report.tables import table_of
+    from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
 
-    table, told = table_of(record), []
+    table, told = results_table(record), []
     for result in record.results:
         if result.failures and result.failures not in told:
             told.append(result.failures)

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.info import read_info
 from ..errors import ConfigError, LayerSkipError, refused
 from ..files import parse_json, read_bytes
-from .metrics import bounds_of, is_share, lower_is_better
+from .metrics import MOST_NATS, bounds_of, is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
@@ -24,7 +24,6 @@ _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "toke
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
 _FEWEST_RUNS = 3  # that have an interval: of two it is twelve standard errors wide on each side, and says nothing
-_LARGEST = 700.0  # the largest power of e that is taken: beyond it floats overflow
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def interval_of(
     mean, known = fmean(samples[0]) - sum(map(fmean, samples[1:])), min(map(len, samples)) >= _FEWEST_RUNS
     parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in samples if known]
     limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
-    ends = (mean, *(bounds_of(mean, parts, limits) or ()))
-    return Interval(*(math.exp(min(end, _LARGEST)) if logarithmic else end for end in ends))
+    ends = bounds_of(mean, parts, limits, logarithmic) or ()
+    return Interval(math.exp(min(mean, MOST_NATS)) if logarithmic else mean, *ends)
 
 
 @dataclass(frozen=True)

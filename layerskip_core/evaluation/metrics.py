@@ -8,7 +8,7 @@ bootstrap over 12 prompts covers 90% where it says 95%, and half of that where r
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -32,7 +32,7 @@ SHARE, _NO_LIMITS = (0.0, 1.0), (-math.inf, math.inf)
 _ROUNDING = 1e-9  # of values around 1: less is no spread
 _OF_A_MEDIAN = math.pi / 2  # its variance over a mean's, at most
 _WINDOW_TOKENS = 512
-_MOST_NATS = 700  # per token; exp of more is no finite number
+MOST_NATS = 700.0  # exp of more is no finite number
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,13 @@ def is_share(name: str) -> bool:
     return not lower_is_better(name) and " " not in name
 
 
-def quality(metrics: Mapping[str, float], name: str) -> float:
-    """The metric, negated if lower is better, so that more is always better. Minus infinity if it is missing."""
-    value = metrics.get(name)
-    if value is None:
-        return -math.inf
-    return -value if lower_is_better(name) else value
-
-
 def frontier(results: Sequence[Result], name: str) -> list[int]:
     """The indices of the measured results that no other one beats in quality or speed without losing in the other."""
-    measured = [index for index, result in enumerate(results) if result.metrics]
-    points = [(quality(results[index].metrics, name), results[index].tokens_per_second or 0.0) for index in measured]
+    measured, sign = [index for index, result in enumerate(results) if result.metrics], -1 if lower_is_better(name) else 1
+    points = [
+        (sign * results[index].metrics.get(name, -sign * math.inf), results[index].tokens_per_second or 0.0)
+        for index in measured
+    ]
     beaten = [any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in points) for own in points]
     return [index for index, is_beaten in zip(measured, beaten, strict=True) if not is_beaten]
 
@@ -159,7 +154,7 @@ def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
     found = {}
     for exit_layer in counted[0][1] if counted else ():
         values = tuple(nats[exit_layer] for _, nats in counted)
-        if sum(values) / total < _MOST_NATS:
+        if sum(values) / total < MOST_NATS:
             found[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
     return found
 
@@ -242,18 +237,24 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
 
 
 def bounds_of(
-    value: float, parts: Sequence[tuple[float, int]], limits: tuple[float, float] = _NO_LIMITS, level: float = 0.95
+    value: float,
+    parts: Sequence[tuple[float, int]],
+    limits: tuple[float, float] = _NO_LIMITS,
+    logarithmic: bool = False,
+    level: float = 0.95,
 ) -> Bounds | None:
     """Student's t interval around a value whose variance has these parts, each with its degrees of freedom.
 
-    Those of all parts follow Welch and Satterthwaite, rounded down. None without spread, which rounding is not.
+    Those of all parts follow Welch and Satterthwaite, rounded down. None without spread, which rounding is not. `logarithmic`:
+    value and parts are of a logarithm; the ends are not.
     """
     total = sum(variance for variance, _ in parts)
     if not total > (_ROUNDING * max(1.0, abs(value))) ** 2:  # NaN included
         return None
     freedom = int(total**2 / sum(variance**2 / own for variance, own in parts) + 1e-6)  # 2 can be computed as 1.9999999
     half = t_quantile(max(1, freedom), level) * math.sqrt(total)
-    return Bounds(max(value - half, limits[0]), min(value + half, limits[1]))
+    low, high = (math.exp(min(end, MOST_NATS)) if logarithmic else end for end in (value - half, value + half))
+    return Bounds(max(low, limits[0]), min(high, limits[1]))
 
 
 def estimate(
@@ -287,9 +288,7 @@ def estimate(
     if repeats > 1:
         of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats
         parts.append((of_repeats, repeats - 1))
-    bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, level)
-    if bounds is not None and logarithmic:
-        bounds = Bounds(*map(math.exp, bounds))
+    bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, logarithmic, level)
     left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts
     return Estimate(value, bounds, bounds and (math.ceil(prompts * of_prompts / left) if left > 0 else 0))
 

@@ -20,7 +20,7 @@ from ..config.decoding import DecodingConfig
 from ..config.model import CheckConfig, DataConfig, PackingConfig
 from ..data import load_prompts
 from ..decoding import decode
-from ..errors import CheckpointError, ConfigError, DataError, refused
+from ..errors import CheckpointError, ConfigError, refused
 from ..model.eagle3 import NO_DRAFTER
 
 TOLERANCE = 0.01  # of the rates of acceptance
@@ -100,20 +100,12 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
         looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])
     except OSError as error:
         raise refused("python", "the Python of an environment", python) from error
-    prompts, here = _here(config, folder)
-    return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
-
-
-def _here(config: CheckConfig, folder: str) -> tuple[list[list[int]], Drafted]:
-    """The prompts as ids, and what they gave."""
     decoder = for_decoding(folder, "cpu", "fp32", PackingConfig(rounds_drafter=False))
-    rows = load_prompts(DataConfig(config.data, "test", limit=config.samples))
-    if not rows:
-        raise DataError(f"`data` {config.data} has no rows")
-    prompts = [decoder.encode_prompt(row.prompt) for row in rows]
+    prompts = [decoder.encode_prompt(row.prompt) for row in load_prompts(DataConfig(config.data, "test", limit=config.samples))]
     decoding = DecodingConfig("eagle3", num_draft_tokens=PROPOSED, max_new_tokens=_ANSWER)
     loops = (decode(decoder.backend, prompt, decoding, decoder.eos_ids) for prompt in prompts)
-    return prompts, Drafted("layerskip", [[list(step.ids) for [step] in loop] for loop in loops])
+    here = Drafted("layerskip", [[list(step.ids) for [step] in loop] for loop in loops])
+    return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
 
 
 def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:

@@ -276,8 +276,8 @@ def test_answers_are_read_from_beside_their_results(tmp_path):
     file.write_text(to_jsonl(record.answered))
     assert with_answers(record_of(), saved) == record
     assert "answered" not in record.document()
-    file.write_text('{"prompt": "p", "reference": "", "answers": ["a"]}\n')
-    with pytest.raises(LayerSkipError, match="4 results, got 1"):
+    file.write_text('{"prompt": "p", "reference": "", "answers": "a"}\n')
+    with pytest.raises(LayerSkipError, match=r"answers.jsonl, beside `saved`, must be one that a measurement wrote"):
         with_answers(record_of(), saved)
 
 

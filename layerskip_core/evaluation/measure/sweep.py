@@ -10,11 +10,12 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, decoding, default_exits, require_exit_layer, resolve_as, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
+from ...data import spread
 from ...errors import require
 from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, PredictionError, Result, RunRecord
 from ..tasks import Task, other_rows
-from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt, timed_examples
+from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
 from .figures import Contest, contest, environment, finalists, recommend, result_of, setting_of
 from .skip_search import search_skips
@@ -32,7 +33,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     if no prompt could be answered.
     """
     started, (task, generation) = time.perf_counter(), task.asked(config.generation)
-    copies = _copies(loaded, config)
+    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # for adaptive drafting
+    copies = config.packing.draft_weights or (() if config.exits else made)
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
     loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
     machine, losses = environment(loaded), []
@@ -46,7 +48,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         weights = next(iter(config.packing.draft_weights), None)
         choice, share, of_skips = yield from search_skips(loaded, task, generation, weights)
         settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=weights))
-    timed = timed_examples(task.examples, config.timed)
+    timed = spread(task.examples, config.timed or 0)
     predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
     if config.search_skips:
         predictions[settings[-1]] = of_skips
@@ -96,12 +98,6 @@ def prediction_error(results: Sequence[Result]) -> PredictionError | None:
     ]
     sizes = [abs(error) for error in errors]
     return PredictionError(len(errors), median(sizes), max(sizes), fmean(errors)) if errors else None
-
-
-def _copies(loaded: Decoder, config: SweepConfig) -> tuple[Quantization, ...]:
-    """The low-bit copies that draft: those asked for, else the one that adaptive drafting has, unless the exits were given."""
-    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)
-    return config.packing.draft_weights or (() if config.exits else made)
 
 
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:

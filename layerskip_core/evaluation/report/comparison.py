@@ -70,24 +70,20 @@ def _note(comparison: Comparison) -> str:
 
 
 def comparison_files(comparison: Comparison, table: TextTable, rows: str, folder: Path) -> dict[str, bytes | None]:
-    """All files by name; None for the plots that an earlier comparison left in the folder, and this one lacks."""
+    """Tables, and plots of each figure that two exits have; None for plots that an earlier comparison left, and this one lacks."""
     earlier, names = folder / "comparison.json", [OVER_STEPS]
     if earlier.exists():
         names += [line.figure for line in read_json(earlier, LayerSkipError, Comparison).lines]
-    files = table_files("comparison", comparison, [table], rows) | plots(comparison)
+    with style():
+        drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
+        drawn[OVER_STEPS] = _over_steps(comparison)
+    files = table_files("comparison", comparison, [table], rows)
+    files |= {_file(name): to_png(figure) for name, figure in drawn.items() if figure is not None}
     return files | without(files, map(_file, names))
 
 
 def _file(figure: str) -> str:
     return re.sub(r"\W", "_", figure) + ".png"
-
-
-def plots(comparison: Comparison) -> dict[str, bytes]:
-    """PNG files by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
-    with style():
-        drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
-        drawn[OVER_STEPS] = _over_steps(comparison)
-    return {_file(name): to_png(figure) for name, figure in drawn.items() if figure is not None}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:

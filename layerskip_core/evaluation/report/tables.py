@@ -73,16 +73,13 @@ def form_of(metric: str) -> str:
     return ".1%" if is_share(metric) else ".4g"
 
 
-def table_of(record: RunRecord) -> TextTable:
-    """The table of a record, with its notes and findings."""
-    return score_table(record) if has_scores(record) else results_table(record)
-
-
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category of the data. Fits 80 columns with one metric, without the `spare` ones.
+    """A row per setting, and below it one per category of the data, with notes and findings; of lm-eval `score_table`.
 
-    A dash marks what was not measured.
+    Fits 80 columns with one metric, without the `spare` ones. A dash marks what was not measured.
     """
+    if has_scores(record):
+        return score_table(record)
     rows = named_rows(record)
     columns, note, results = columns_of(record, rows), [], record.results
     cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
