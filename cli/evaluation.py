@@ -86,7 +86,7 @@ def deliver_report(
     files = {} if folder is None else report_files(record, table)
     if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
         files[OUTPUTS] = None
-    deliver(record, [table], form, to_csv(record), folder, files, picture)
+    deliver(record, [table], form, to_csv(record), folder, files, picture=picture)
 
 
 def deliver(
@@ -96,28 +96,30 @@ def deliver(
     rows: str,
     folder: Path | None,
     files: Mapping[str, bytes | None],
+    name: str | None = None,
     picture: Callable[[int], Text] | None = None,
 ) -> None:
     """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
 
-    A file without content is removed: an earlier result left it.
+    With a `name`, these three are files too. A file without content is removed: an earlier result left it.
     """
-    from layerskip_core.evaluation.report import to_json, to_markdown
+    from layerskip_core.evaluation.report import table_files, to_json, to_markdown
     from layerskip_core.files import write_file
 
+    texts = {"json": to_json(record), "markdown": to_markdown(tables), "csv": rows}
     if folder is not None:
-        written = {name: content for name, content in files.items() if content is not None}
-        for name, content in written.items():
-            write_file(folder / name, content, LayerSkipError)
-        for name in files.keys() - written.keys():
-            (folder / name).unlink(missing_ok=True)
+        files = {**(table_files(name, list(texts.values())) if name else {}), **files}
+        written = {file: content for file, content in files.items() if content is not None}
+        for file, content in written.items():
+            write_file(folder / file, content, LayerSkipError)
+        for file in files.keys() - written.keys():
+            (folder / file).unlink(missing_ok=True)
         narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
         for table in tables:
             _print_table(table, picture)
-        return
-    texts = {"json": to_json(record), "csv": rows, "markdown": to_markdown(tables)}
-    typer.echo(texts[form], nl=False)
+    else:
+        typer.echo(texts[form], nl=False)
 
 
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:

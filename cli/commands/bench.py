@@ -36,12 +36,12 @@ def bench(
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search, suiting_strategies
-    from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
+    from layerskip_core.evaluation.report import REPORT, output_folder
     from layerskip_core.evaluation.results import close_journal, read_record
 
     with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:
         if saved is not None:
-            record = with_answers(read_record(saved, "bench"), saved)
+            record = read_record(saved, "bench")
         else:
             loaded, rows = evaluation.load(config, log_samples)
             if not config.strategies and "early-exit" not in suiting_strategies(loaded, config):

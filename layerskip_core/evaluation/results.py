@@ -15,6 +15,7 @@ from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError, plural, shown
 from ..files import append_lines, parse_json, read_bytes, require_writable, whole_lines, write_file
 
+ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
 FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
@@ -206,20 +207,25 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json back. Raises LayerSkipError, which says what `named` the file, if it is none that `command` wrote
-    (None: sweep-exits or bench).
+    """Reads a results.json back, for a `command` with the answers beside it. Raises LayerSkipError, which says what `named` the
+    file, if it is none that the command wrote (None: sweep-exits or bench).
     """
-    data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
+    data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)
         written = "bench" if "repeats" in record.config else "sweep-exits"
         if record.results and command in (None, written):
-            return record
+            beside = Path(file).with_name(ANSWERS_FILE)
+            if command is None or not beside.exists():
+                return record
+            named, file, kind = f"beside {named}", str(beside), "an answers.jsonl"
+            lines = read_bytes(beside, f"{named} {file}", LayerSkipError)
+            return replace(record, answered=tuple(msgspec.json.Decoder(Answered).decode_lines(lines)))
         fault: object = f"its {len(record.results)} results are those of {written}"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         fault = error
     what = command or "sweep-exits or bench"
-    raise LayerSkipError(f"{named} {file} must be a results.json that {what} wrote: {fault}")
+    raise LayerSkipError(f"{named} {file} must be {kind} that {what} wrote: {fault}")
 
 
 def require_outputs(outputs: Sequence[Output]) -> None:

@@ -8,26 +8,24 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ...config.decoding import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
-from ...files import hold, read_bytes, require_writable
+from ...files import hold, require_writable
 from ..inspection import Inspection
-from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
+from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
 from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows
 
-ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
 REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
@@ -46,14 +44,9 @@ def to_markdown(tables: Sequence[TextTable]) -> str:
     return "\n".join(table.markdown() for table in tables)
 
 
-def table_files(name: str, record: Any, tables: Sequence[TextTable], rows: str) -> dict[str, bytes]:
-    """NAME.md of tables, NAME.json of the record and NAME.csv of the rows."""
-    texts = to_json(record), to_markdown(tables), rows
-    return {file: text.encode() for file, text in zip(table_names(name), texts, strict=True)}
-
-
-def table_names(name: str) -> list[str]:
-    return [f"{name}.{ending}" for ending in ("json", "md", "csv")]
+def table_files(name: str, texts: Sequence[str] = ("", "", "")) -> dict[str, bytes]:
+    """NAME.json, NAME.md and NAME.csv."""
+    return {f"{name}.{ending}": text.encode() for ending, text in zip(("json", "md", "csv"), texts, strict=True)}
 
 
 def to_csv(record: RunRecord) -> str:
@@ -76,18 +69,6 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered)
 
 
-def with_answers(record: RunRecord, saved: str) -> RunRecord:
-    """The record of the results.json `saved`, with the answers that lie beside it, if they do. Raises LayerSkipError."""
-    file = Path(saved).with_name(ANSWERS_FILE)
-    if not file.exists():
-        return record
-    try:
-        answered = msgspec.json.Decoder(Answered).decode_lines(read_bytes(file, f"`saved` {file}", LayerSkipError))
-    except msgspec.DecodeError as error:
-        raise LayerSkipError(f"{file}, beside `saved`, must be one that a measurement wrote: {error}") from None
-    return replace(record, answered=tuple(answered))
-
-
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
     """All report files by name; None for those that an earlier report may have left, and this one lacks."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
@@ -108,12 +89,7 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
     files = {name: text.encode() for name, text in texts.items()} | {
         f"{name}.png": to_png(figure) for name, figure in drawn.items()
     }
-    return files | without(files, [ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)])
-
-
-def without(files: Mapping[str, bytes], earlier: Iterable[str]) -> dict[str, None]:
-    """None for the names that `earlier` files may have and these lack, so that nothing stale stays beside them."""
-    return {name: None for name in earlier if name not in files}
+    return {**dict.fromkeys([ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)]), **files}
 
 
 @contextmanager
