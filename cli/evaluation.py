@@ -24,13 +24,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 Found = TypeVar("Found")
-LogSamples = Annotated[
-    bool,
-    Flag(
-        "Also write lm-eval's records of all rows to --output, as samples.jsonl; other tasks have answers.jsonl.",
-        panel="Output",
-    ),
-]
+LogSamples = Annotated[bool, Flag("Also write lm-eval's records of rows, samples.jsonl, to --output.", panel="Output")]
 
 
 def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from statistics import NormalDist, fmean, pvariance
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from .results import Bounds, Result
 ROUGES = ("rouge1", "rouge2", "rougeL")
 _HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
 SHARE, _NO_LIMITS = (0.0, 1.0), (-math.inf, math.inf)
+_ANGLES = 100_001  # of a numerical integral
 _ROUNDING = 1e-9  # of values around 1: less is no spread
 _OF_A_MEDIAN = math.pi / 2  # its variance over a mean's, at most
 _WINDOW_TOKENS = 512
@@ -221,19 +222,11 @@ def finite(value: float) -> float | None:
 
 @cache
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Student's t of so many degrees of freedom lies between plus and minus this with probability `level`."""
-
-    def within(angle: float) -> float:  # Abramowitz and Stegun, 26.7.3 and 26.7.4
-        odd, cosine = freedom % 2, math.cos(angle)
-        terms = accumulate(range(2 + odd, freedom - 1, 2), lambda term, n: term * cosine**2 * (n - 1) / n, initial=1.0)
-        series = math.sin(angle) * sum(terms) * (cosine if odd else 1) * (freedom > 1)
-        return 2 / math.pi * (angle + series) if odd else series
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+    """Student's t of so many degrees of freedom n lies between plus and minus this with probability `level`."""
+    angles = numpy.linspace(0, math.pi / 2, _ANGLES)  # of t = sqrt(n) tan(a), whose density is proportional to cos(a)^(n-1)
+    density = numpy.cos(angles) ** (freedom - 1)
+    below = numpy.concatenate([[0.0], numpy.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(numpy.interp(level, below / below[-1], angles))
 
 
 def bounds_of(

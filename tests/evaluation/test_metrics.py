@@ -18,7 +18,6 @@ from layerskip_core.evaluation.metrics import (
     exact_match,
     metric,
     pass_at_k,
-    quality,
     reference_losses,
     rouge,
     scores_by_exit,
@@ -48,11 +47,6 @@ def test_pass_at_k_is_the_unbiased_estimate():
     verdicts = [[True, False, True, False, False], [False] * 5, [True] * 5]
     found = pass_at_k(verdicts, [1, 2, 4])
     assert [*found["pass@1"], *found["pass@2"], *found["pass@4"]] == pytest.approx([0.4, 0, 1, 0.7, 0, 1, 1, 0, 1])
-
-
-def test_more_is_better_of_every_quality():
-    assert quality({"rouge2": 0.5}, "rouge2") > quality({"rouge2": 0.25}, "rouge2") > quality({}, "rouge2")
-    assert quality({"perplexity": 5.0}, "perplexity") > quality({"perplexity": 9.0}, "perplexity") > quality({}, "perplexity")
 
 
 EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to call mom ]")

@@ -77,6 +77,8 @@ def test_the_frontier_of_a_known_table():
         row("self-speculative", 8, 8, speedup=1.5),
     ]
     assert frontier(table, "exact_match") == [1, 4, 5, 6]
+    texts = [replace(each, metrics={"perplexity": value}) for each, value in zip(table, (5.0, 9.0, 7.0), strict=False)]
+    assert frontier([*texts, replace(PLAIN, metrics={"other": 1.0})], "perplexity") == [0, 1, 2]  # lower is better
 
 
 def test_the_fastest_faithful_setting_is_recommended_by_its_speed_on_other_prompts():

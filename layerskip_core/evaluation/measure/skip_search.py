@@ -16,7 +16,7 @@ from ...config.model import Quantization
 from ...decoding import DecodeStats
 from ...decoding.drafters.exit import kept_layers
 from ...errors import LayerSkipError, require
-from ...model.backend import run_spans
+from ...model.backend import run_spans, states_at
 from ..results import require_outputs
 from ..tasks import Task, other_rows
 from . import Progress, measure_prompt
@@ -49,10 +49,8 @@ class Probe:
         with torch.inference_mode():
             if first:
                 model.run_layers(model.embed(tokens[:, :first]), 0, model.num_layers, positions[:, :first], self._cache)
-            self._states = [model.embed(tokens[:, first:])]  # after each number of layers
-            for layer in range(model.num_layers):
-                hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
-                self._states.append(hidden)
+            embedded, stops = model.embed(tokens[:, first:]), range(1, model.num_layers + 1)
+            self._states = {0: embedded} | states_at(model, embedded, stops, self._positions, self._cache)
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:
         """The greedy draft at each position of the output, given the prompt and the output before it."""
