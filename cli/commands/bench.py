@@ -37,7 +37,7 @@ def bench(
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search, suiting_strategies
     from layerskip_core.evaluation.report import REPORT, output_folder
-    from layerskip_core.evaluation.results import close_journal, read_record
+    from layerskip_core.evaluation.results import JOURNAL, OUTPUTS, read_record
 
     with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:
         if saved is not None:
@@ -56,4 +56,4 @@ def bench(
                 record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
         evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:
-            close_journal(folder)
+            (folder / JOURNAL).replace(folder / OUTPUTS)  # a complete run cannot be resumed, and its answers can be read

@@ -133,15 +133,13 @@ def front(points: "Points", width: int) -> Text:
         strategy: (_MARKERS.get(strategy, "◆"), _COLOURS[number % len(_COLOURS)])
         for number, strategy in enumerate(points.strategies)
     }
-    cells: dict[tuple[int, int], tuple[str, str]] = {}
-    for place, result in zip(zip(up, across, strict=True), points.results, strict=True):
-        cells[place] = markers[strategy_name(result)]
+    cells = {
+        (row, column): markers[strategy_name(result)] for row, column, result in zip(up, across, points.results, strict=True)
+    }
     # One of several points in the same place is shown: the frontier's, and of these the fastest.
     ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
-    for rank, index in enumerate(ranked, start=1):
-        cells[up[index], across[index]] = str(rank % 10), "bold"
-    text = Text()
-    text.append(f"{points.quality_label}\n", style="dim")
+    cells |= {(up[index], across[index]): (str(rank % 10), "bold") for rank, index in enumerate(ranked, start=1)}
+    text = Text.assemble((f"{points.quality_label}\n", "dim"))
     ends = (low, high) if points.lower_is_better else (high, low)
     for row in range(_HEIGHT):
         text.append(f"{ends[0] if row == 0 else ends[1] if row == _HEIGHT - 1 else '':>{margin}} │", style="dim")

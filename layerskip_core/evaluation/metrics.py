@@ -276,11 +276,9 @@ def estimate(
         return Estimate(finite(value))
     found = found.log() if logarithmic else found
     influence = (prompts - 1) * (found[:, :1] - found[:, 1:]).mean(0)
-    of_prompts, of_repeats = influence.var().item() / prompts, 0.0
-    parts = [(of_prompts, prompts - 1)]
-    if repeats > 1:
-        of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats
-        parts.append((of_repeats, repeats - 1))
+    of_prompts = influence.var().item() / prompts
+    of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats if repeats > 1 else 0.0
+    parts = (of_prompts, prompts - 1), (of_repeats, max(repeats - 1, 1))
     bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, logarithmic, level)
     left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts
     return Estimate(value, bounds, bounds and (math.ceil(prompts * of_prompts / left) if left > 0 else 0))
@@ -288,11 +286,8 @@ def estimate(
 
 def speed_ratio(slower: Tensor, faster: Tensor, level: float = 0.95) -> Estimate:
     """The ratio of their seconds per token; both (2, repeats, prompts): seconds and tokens."""
-
-    def ratio(seconds: Tensor, tokens: Tensor, own: Tensor, new: Tensor) -> Tensor:
-        return seconds / tokens / (own / new)
-
-    return estimate(ratio, torch.cat([slower, faster]), logarithmic=True, level=level)
+    columns = torch.cat([slower, faster])
+    return estimate(lambda seconds, tokens, own, new: seconds / tokens / (own / new), columns, logarithmic=True, level=level)
 
 
 def metric(scores: Scores) -> Estimate:

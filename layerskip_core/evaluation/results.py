@@ -13,7 +13,7 @@ from ..config.decoding import EXACT, DecodingOptions, DraftProfile, Policy
 from ..config.model import Quantization
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError, plural, shown
-from ..files import append_lines, parse_json, read_bytes, require_writable, whole_lines, write_file
+from ..files import append_lines, parse_json, read_bytes, whole_lines, write_file
 
 ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
@@ -285,9 +285,3 @@ def found_skip(folder: Path) -> DecodingOptions | None:
     lines = whole_lines(folder / JOURNAL, LayerSkipError)
     settings = parse_json(lines[0], f"`resume`: {folder / JOURNAL}", LayerSkipError) if lines else {}
     return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)
-
-
-def close_journal(folder: Path) -> None:
-    """Renames the journal of a complete run to OUTPUTS: it cannot be resumed any more, and its answers can be read."""
-    require_writable(folder / OUTPUTS, LayerSkipError)
-    (folder / JOURNAL).replace(folder / OUTPUTS)

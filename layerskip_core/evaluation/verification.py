@@ -44,13 +44,14 @@ class VerifyRecord:
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
 
-    Raises ConfigError for exits and kernels that there are not, CheckpointError, DataError, and ContextError for long prompts.
+    Raises ConfigError for exits and kernels that there are not, DataError, ContextError for long prompts, and LayerSkipError if
+    no kernels run the model.
     """
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]
     results: list[CheckResult] = []
-    skipped: dict[str, LayerSkipError] = {}
+    skipped: dict[str, list[str]] = {}  # names by the reason
     machine = None
     setups = [(kernels, precision) for precision in config.precisions for kernels in config.kernels or KERNELS]
     for done, names in enumerate(setups):
@@ -58,7 +59,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
         try:
             loaded = opened(config, *names)
         except LayerSkipError as error:
-            skipped[" ".join(names)] = error
+            skipped.setdefault(str(error), []).append(" ".join(names))
             continue
         machine = machine or environment(loaded)
         slow = names[0] not in VARIANTS
@@ -69,11 +70,8 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
                 results.append(result)
                 yield Progress(done, len(setups), " ".join(names))
     if machine is None:
-        raise next(iter(skipped.values()))
-    notes = [
-        f"not verified: {', '.join(name for name in skipped if str(skipped[name]) == reason)}: {reason}"
-        for reason in dict.fromkeys(map(str, skipped.values()))
-    ]
+        raise LayerSkipError(next(iter(skipped)))
+    notes = [f"not verified: {', '.join(names)}: {reason}" for reason, names in skipped.items()]
     machine = {key: value for key, value in machine.items() if key not in ("dtype", "implementation", "notes")}
     yield VerifyRecord(asdict(config), machine | {"skipped": notes}, tuple(results))
 

@@ -61,14 +61,13 @@ class DrafterCheck:
     @property
     def difference(self) -> float:
         """The largest between the two rates of a position; 0 without vLLM."""
-        other = self.here if self.vllm is None else self.vllm
+        other = self.vllm or self.here
         return max(abs(ours - theirs) for ours, theirs in zip(self.here.rates, other.rates, strict=True))
 
     @property
     def same(self) -> int:
         """How many answers are the same."""
-        other = self.here if self.vllm is None else self.vllm
-        return sum(ours == theirs for ours, theirs in zip(self.here.ids, other.ids, strict=True))
+        return sum(ours == theirs for ours, theirs in zip(self.here.ids, (self.vllm or self.here).ids, strict=True))
 
     @property
     def passed(self) -> bool:

@@ -45,7 +45,7 @@ def test_every_layer_predicts_as_transformers_does():
 
 def test_no_text_of_an_inspection_becomes_markup():
     text = """</pre></title><script>alert("1")</script><img src=x onerror='1'>&lt;"""
-    page = inspection_page(Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),)))
+    page = inspection_page(Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),), 1.0))
     assert re.findall(r"<(script|img)", page) == []
     assert page.count("</title>") == 1
     assert html.unescape(re.search(r'title="(.*?)"', page)[1]) == f"layer 1: {text!r} 50%"
@@ -56,7 +56,7 @@ def test_the_page_of_a_known_inspection():
     said = LayerPrediction
     first = TokenTrace(" x", 2, (said("y", 0.25), said(" x", 0.5), said(" x", 1.0)))
     second = TokenTrace("<", 3, (said("<", 0.5), said("\n", 0.5), said("<", 0.75)))
-    page = inspection_page(Inspection("tiny", "a <b>", 3, (first, second)))
+    page = inspection_page(Inspection("tiny", "a <b>", 3, (first, second), 2.5))
     assert "On average, a token needed 2.5 of 3 layers." in page
     rows = re.findall(r'<tr><th scope="row">(\d)</th>(.*?)</tr>', page, re.DOTALL)
     cells = {int(layer): re.findall(r'<td class="(\w+)" .*?>(.*?)</td>', row) for layer, row in rows}
@@ -71,7 +71,7 @@ def test_the_page_of_a_known_inspection():
 
 def test_the_page_shows_blocks_and_tabs():
     trace = TokenTrace("\t", 2, (LayerPrediction("y", 0.25), LayerPrediction("\t", 1.0)), {1: LayerPrediction("\t", 0.5)})
-    page = inspection_page(Inspection("tiny", "a", 2, (trace,)))
+    page = inspection_page(Inspection("tiny", "a", 2, (trace,), 2.0))
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>\n<td class="(\w+)".*?title="(.*?)">(.*?)</td>', page)
     assert [(name, kind, token) for name, kind, _, token in rows] == [
         ("2", "right", "␣"), ("block 1", "early", "␣"), ("1", "wrong", "y"),

@@ -23,8 +23,9 @@ from ...config.decoding import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, require_writable
 from ..inspection import Inspection
+from ..metrics import is_share
 from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows
+from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, named_rows
 
 ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
@@ -171,7 +172,7 @@ def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
     metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    return [(name.replace("_", " "), name, form_of(name) if name in metrics else ".4g") for name in columns]
+    return [(name.replace("_", " "), name, ".1%" if name in metrics and is_share(name) else ".4g") for name in columns]
 
 
 def _text(row: Row, name: str, form: str) -> str:

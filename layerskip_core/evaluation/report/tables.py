@@ -68,11 +68,6 @@ def strategy_name(result: Result) -> str:
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
-def form_of(metric: str) -> str:
-    """A share in percent; a perplexity, or a metric of lm-eval with a scale of its own, with four digits."""
-    return ".1%" if is_share(metric) else ".4g"
-
-
 def results_table(record: RunRecord) -> TextTable:
     """A row per setting, and below it one per category of the data, with notes and findings; of lm-eval `score_table`.
 
@@ -140,8 +135,11 @@ def findings(record: RunRecord) -> Iterator[str]:
         yield f"Layers that drafts skip: --skip {skip}."
     if "repeats" in record.config:
         for result in record.results:
-            if result.strategy == "adaptive" and len(result.steps_by_drafter) > 1:
-                yield f"Steps of adaptive decoding: {_shares(result.steps_by_drafter)}."
+            steps = result.steps_by_drafter
+            if result.strategy == "adaptive" and len(steps) > 1:
+                ordered = sorted(steps, key=lambda name: (name == "plain", -steps[name]))
+                shares = ", ".join(f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered)
+                yield f"Steps of adaptive decoding: {shares}."
         yield from _verdict(record)
     if error := record.prediction_error:
         over = f"Prediction error over {plural(error.settings, 'setting')}"
@@ -303,13 +301,6 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
     if blocks := machine.get("exit_blocks", {}):
         named = ", ".join(f"{exit_layer} (feature {feature})" for exit_layer, feature in blocks.items())
         yield f"Exits with a block: {named}."
-
-
-def _shares(steps_by_drafter: dict[str, int]) -> str:
-    """`lookup 21%, int8 72%, plain 7%`: the share of steps by what drafted."""
-    total = sum(steps_by_drafter.values())
-    ordered = sorted(steps_by_drafter.items(), key=lambda item: (item[0] == "plain", -item[1]))
-    return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
 
 
 def _short(metric: str) -> str:
