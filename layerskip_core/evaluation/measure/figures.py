@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from itertools import count
 from operator import truediv
 from pathlib import Path
 from statistics import median
@@ -33,7 +32,7 @@ from . import Measured, Progress, drafts_tokens, in_turn
 _WITH_EXIT = ("early-exit", "self-speculative", "no-reuse", "assistant-early-exit")
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
 _FINALISTS = 2  # fixed settings that are timed once more
-_FEWEST_TURNS = 8
+_FEWEST_TURNS, _MOST_TURNS = 8, 256
 _NARROW = 0.02  # share of a speed that its lower end is below it, from which on no more prompts are needed
 # The settings that are columns of a sweep.
 _COLUMNS = sorted(hints_of(Policy).keys() & {field.name for field in fields(Result)})
@@ -208,14 +207,14 @@ def contest(
         timed: seconds and tokens of the answer to a prompt, by its number, of the setting at a place.
     """
     times, started = torch.zeros(len(places), 2, prompts, dtype=torch.float64), clock()
-    for turn in count():
+    for turn in range(_MOST_TURNS):
         for place in in_turn(turn, len(places)):
             times[place, :, turn % prompts] += torch.tensor(timed(turn % prompts, places[place]), dtype=torch.float64)
         found, share = Contest(places, times[..., : turn + 1], noun), (clock() - started) / max(seconds, 1e-9)
         yield Progress(min(100, int(100 * share)), 100, "the best once more")
         if turn + 1 >= _FEWEST_TURNS and (share >= 1 or found.is_narrow()):
-            return found
-    raise AssertionError
+            break
+    return found
 
 
 def winner(found: Contest, results: Sequence[Result]) -> tuple[int, int]:
