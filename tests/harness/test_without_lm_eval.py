@@ -16,4 +16,6 @@ def test_the_missing_package_and_how_to_install_it(monkeypatch):
 
 def test_where_the_flags_of_lm_eval_belong():
     fails("--include-path must be used with --task lm-eval:..., got here", "bench", "--include-path", "here")
+    fails("--tasks must be left out with --task, got piqa", "bench", "--task", "commands", "--tasks", "piqa")
+    fails("--log-samples must be used with --output, got none", "sweep-exits", "--log-samples")
     fails("--task must be lm-eval: with the name of a task, got lm-eval: ,", "bench", "--task", "lm-eval: ,")
