@@ -97,10 +97,10 @@ def deliver(
 
     With a `name`, these three are files too. A file without content is removed: an earlier result left it.
     """
-    from layerskip_core.evaluation.report import table_files, to_json, to_markdown
+    from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 
-    texts = {"json": to_json(record), "markdown": to_markdown(tables), "csv": rows}
+    texts = {"json": to_json(record), "markdown": "\n".join(table.markdown() for table in tables), "csv": rows}
     if folder is not None:
         files = {**(table_files(name, list(texts.values())) if name else {}), **files}
         written = {file: content for file, content in files.items() if content is not None}

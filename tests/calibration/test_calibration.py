@@ -6,7 +6,6 @@ from conftest import tiny_model
 
 from layerskip_core.calibration.model import (
     Aim,
-    Moments,
     descended,
     gptq,
     quantize,
@@ -92,14 +91,7 @@ def inputs(count=600, rank=40):
 
 
 def aim(given, original=None):
-    return Aim.of(weight(), moments(given, original))
-
-
-def moments(given, original=None):
-    made = Moments(INPUTS)
-    for part, reference in zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True):
-        made.add(part, reference)
-    return made
+    return Aim.of(weight(), zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True))
 
 
 def output_error(made, given, original=None):

@@ -25,7 +25,7 @@ from ...files import hold, require_writable
 from ..inspection import Inspection
 from ..metrics import is_share
 from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, named_rows
+from .tables import NAMES, PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows
 
 ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
@@ -41,10 +41,6 @@ def to_json(record: Any) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_markdown(tables: Sequence[TextTable]) -> str:
-    return "\n".join(table.markdown() for table in tables)
-
-
 def table_files(name: str, texts: Sequence[str] = ("", "", "")) -> dict[str, bytes]:
     """NAME.json, NAME.md and NAME.csv."""
     return {f"{name}.{ending}": text.encode() for ending, text in zip(("json", "md", "csv"), texts, strict=True)}
@@ -52,7 +48,7 @@ def table_files(name: str, texts: Sequence[str] = ("", "", "")) -> dict[str, byt
 
 def to_csv(record: RunRecord) -> str:
     """A row per result, and below it one per category, with a column for each figure."""
-    return csv_text(flat_rows(record))
+    return csv_text([{name: value for name, value in row.items() if name not in NAMES} for row in flat_rows(record)])
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -126,10 +122,10 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
 
     The first table has the columns of the text table, a folded one every figure.
     """
-    machine, rows, named = record.environment, flat_rows(record), named_rows(record)
-    columns = [column for column in columns_of(record, named) if column[0]]
-    tables = [_table("", [row for row in named if "category" not in row], columns, cell, bool(record.answered))]
-    if by_category := [row for row in named if "category" in row]:
+    machine, rows = record.environment, flat_rows(record)
+    columns = [column for column in columns_of(record, rows) if column[0]]
+    tables = [_table("", [row for row in rows if "category" not in row], columns, cell, bool(record.answered))]
+    if by_category := [row for row in rows if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
         tables.append(_table("By category", by_category, columns, cell))
     parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
@@ -167,7 +163,8 @@ def _table(
 
 def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     """A column for every figure that any row has."""
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row if not _HIDDEN.fullmatch(name))
+    every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    names = [name for name in every if name not in NAMES and not _HIDDEN.fullmatch(name)]
     # A measured 0.0 is shown; a count of nothing is not.
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))

@@ -19,10 +19,11 @@ _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
+NAMES = ("setting", "exit", "front")  # in tables: a setting, its exit or mean layers, and a mark on the frontier
 _SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
 
 Column = tuple[str, str, str]
-"""Header, the figure's name in `flat_rows` or `named_rows`, and format."""
+"""Header, the figure's name in `flat_rows`, and format."""
 Row = Mapping[str, Any]
 """One of `flat_rows`: a figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
 
@@ -75,7 +76,7 @@ def results_table(record: RunRecord) -> TextTable:
     """
     if has_scores(record):
         return score_table(record)
-    rows = named_rows(record)
+    rows = flat_rows(record)
     columns, note, results = columns_of(record, rows), [], record.results
     cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
     if any(result.pareto for result in results):
@@ -113,20 +114,6 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
         ("", "front", "*"),
     ]
     return setting + [column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)]
-
-
-def named_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """The rows of `flat_rows` with what names a setting, and which of them are on the frontier."""
-    rows = []
-    every = iter(flat_rows(record))
-    for result in record.results:
-        row, depth = next(every), result.mean_layers
-        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
-        exit_layer = row["exit_layer"] if depth is None else f"{depth:.1f}"
-        rows.append({**row, "setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""})
-        for category, each in result.categories.items():
-            rows.append({**next(every), "setting": f"  {category} ({each.samples})", "exit": exit_layer})
-    return rows
 
 
 def findings(record: RunRecord) -> Iterator[str]:
@@ -169,7 +156,7 @@ def _verdict(record: RunRecord) -> Iterator[str]:
         told += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
         if best.differences and not sampled:
             told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
-        surely = speedup > 1 and (ends is None or ends.low > 1)
+        surely = ends is not None and ends.low > 1
         yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {told}."
 
 
@@ -216,17 +203,22 @@ def _score(result: Result, name: str) -> str:
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result, and below it one per category, with a plain value for each figure.
+    """A row per result, and below it one per category, with a plain value for each figure, and NAMES.
 
     Metrics, times and the ends of intervals have a column each; differences and failures are counted.
     """
     rows, full = [], record.results[0].metrics if record.results else {}
-    for result in record.document()["results"]:
-        categories = result.pop("categories")
-        setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
-        changes = {f"{name}_change": result["metrics"][name] - full[name] for name in result["changes"]}
-        rows.append({**_flat(result), **changes})
-        rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
+    for result, figures in zip(record.results, record.document()["results"], strict=True):
+        categories, depth = figures.pop("categories"), result.mean_layers
+        own = {name: figures[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
+        changes = {f"{name}_change": result.metrics[name] - full[name] for name in result.changes}
+        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
+        exit_layer = result.exit_layer if depth is None else f"{depth:.1f}"
+        named = {"setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""}
+        rows.append({**_flat(figures), **changes, **named})
+        for category, each in categories.items():
+            named |= {"setting": f"  {category} ({each['samples']})", "front": ""}
+            rows.append({**_flat({**each, **own, "category": category}), **named})
     return rows
 
 
