@@ -21,6 +21,7 @@ from ...config.model import PackingConfig, Quantization
 from ...data import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
+from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.exit_blocks import features_of
 from ...model.vocabulary import most_probable
@@ -127,9 +128,9 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
     matrix = getattr(backend.draft_sides[None].whole.unembed, "matrix", None)  # of our own kernels
     kind = matrix.form.kind if matrix else backend.implementation.partition(")")[0]
     stored = next((size for name, size in _STORED.items() if name in kind), width)
-    per_position = 2 * width * getattr(spec, "keys", 0)
-    seen = [min(positions, spec.window_of(kind) or positions) for kind in getattr(spec, "kinds", ())]
-    total = stored * spec.weights_read(1) + per_position * sum(seen)
+    total = stored * spec.weights_read(1)
+    if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
+        total += 2 * width * spec.keys * sum(min(positions, spec.window_of(kind) or positions) for kind in spec.kinds)
     memory, times = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device), []
     for _ in range(_SUMS):
         started = time.perf_counter()

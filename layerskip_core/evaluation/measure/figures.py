@@ -173,7 +173,8 @@ class Contest:
     def told(self, place: int) -> str:
         """`1.82x the speed of autoregressive decoding on 16 other prompts (at least 1.74x with 95% confidence)`."""
         prompts, value = plural(self.times.shape[-1], self.noun), self.speed(place).value or 0.0
-        least = f"at least {self.lower_end(place):.2f}x with 95% confidence"
+        low = self.lower_end(place)
+        least = f"at least {low:.2f}x with 95% confidence" if low else "too few for an interval"
         return f"{value:.2f}x the speed of autoregressive decoding on {prompts} ({least})"
 
 

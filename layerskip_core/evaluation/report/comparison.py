@@ -77,7 +77,7 @@ def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
     with style():
         drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    files = {name: figure and to_png(figure) for name, figure in {**dict.fromkeys(names), **drawn}.items()}
+    files = {name: None if figure is None else to_png(figure) for name, figure in {**dict.fromkeys(names), **drawn}.items()}
     return {re.sub(r"\W", "_", name) + ".png": content for name, content in files.items()}
 
 
