@@ -1,11 +1,16 @@
-"""What a sweep advises: from known tables and known times on other prompts, and of simulated sweeps."""
+"""What a sweep advises: from known tables and known times on other prompts, and of simulated sweeps.
 
+`python tests/evaluation/test_recommendation.py 1000` prints how often something is recommended in so many of these.
+"""
+
+import sys
 from dataclasses import replace
+from math import exp
+from random import Random
 
 import pytest
 import torch
 from evaluating import collect
-from simulated_sweeps import simulated
 
 from layerskip_core.config.decoding import DecodingConfig, policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
@@ -102,6 +107,45 @@ def test_what_was_only_lucky_in_the_sweep_is_not_recommended():
     assert advise([PLAIN, lucky, other], [1.0, 1.01, 1.2]).exit_layer == 6
     slow = advise([PLAIN, row("self-speculative", 8, 6, speedup=0.97)])  # nothing is timed again
     assert slow.reason.endswith("the best setting, reaches 0.97x") and slow.lower_end is None
+
+
+SETTINGS, PROMPTS = 20, 12
+NAMES = ["autoregressive", *["self-speculative"] * (SETTINGS - 1), "adaptive"]
+
+
+class Machine:
+    """Its speed wanders by 10%, and times have 3% of noise. Prompts suit settings more or less, by `spread`."""
+
+    def __init__(self, seed, speeds, spread):
+        self.draw, self.speeds, self.spread = Random(seed), speeds, spread
+        self.prompts, self.own, self.now, self.load = {}, {}, 0.0, 0.0
+
+    def answer(self, prompt, place):
+        """Seconds and tokens."""
+        draw = self.draw
+        tokens, base = self.prompts.setdefault(prompt, (draw.randint(20, 60), 0.001 * exp(draw.gauss(0, 0.2))))
+        own = self.own.setdefault((prompt, place), draw.gauss(0, self.spread) if place else 0.0)
+        self.load = 0.98 * self.load + draw.gauss(0, 0.02)
+        seconds = tokens * base / self.speeds[place] * exp(self.load - own + draw.gauss(0, 0.03))
+        self.now += seconds
+        return seconds, tokens
+
+
+def simulated(seed, speed, spread):
+    """(the advice, the place of the setting that has this speed, the best measured speed) of a sweep where others gain 0."""
+    right = 1 + seed % (SETTINGS - 1)
+    machine = Machine(seed, [speed if place == right else 1.0 for place in range(SETTINGS + 1)], spread)
+    totals = [0.0] * (SETTINGS + 1)
+    for prompt in range(PROMPTS):
+        for place in range(SETTINGS + 1):
+            totals[place] += machine.answer(prompt, place)[0]
+    speeds = [totals[0] / total for total in totals]
+    results = [Result(name, place, 4, {"known": 1.0}, speedup=speeds[place]) for place, name in enumerate(NAMES)]
+    found, budget = None, 0.25 * machine.now
+    if places := finalists(results, 1e-3):
+        run = contest(places, 256, lambda *asked: machine.answer(1000 + asked[0], asked[1]), budget, clock=lambda: machine.now)
+        _, found = collect(run)
+    return recommend(results, 1e-3, "known", SweepConfig(), [None] * len(results), found), right, max(speeds)
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.15])
@@ -254,3 +298,14 @@ def test_how_drafts_were_stored_belongs_to_the_policy():
     assert policy_packing(policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"]) == PackingConfig()
     fixed, _ = policies(row("self-speculative", 4, 6, speedup=1.6), row("early-exit", 2, speedup=1.7), packing=packing)
     assert policy_packing(fixed["exact"]) == PackingConfig(draft_vocab=500) and policy_packing(fixed["fast"]) == PackingConfig()
+
+
+if __name__ == "__main__":
+    print("prompts differ by | one gains | something recommended | that one | fastest of the sweep above 1.05")
+    for spread in (0.05, 0.1, 0.15):
+        for speed in (1.0, 1.1, 1.2):
+            sweeps = [simulated(seed, speed, spread) for seed in range(int(sys.argv[1]))]
+            some = sum(advice.pays for advice, _, _ in sweeps) / len(sweeps)
+            that = sum(advice.exit_layer == right for advice, right, _ in sweeps) / len(sweeps)
+            old = sum(best >= 1.05 for _, _, best in sweeps) / len(sweeps)
+            print(f"{spread:.0%} | {speed:.2f} | {some:.1%} | {that:.1%} | {old:.1%}", flush=True)
