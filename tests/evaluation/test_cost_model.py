@@ -36,12 +36,12 @@ from layerskip_core.evaluation.measure.cost_model import (
     timed_part,
     timed_visits,
 )
-from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
+from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import to_csv, to_json
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Result, read_record
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks import load_task, other_rows
 
 EOS = frozenset({9})
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -260,18 +260,21 @@ def test_models_answers_and_contexts_can_be_too_short():
         collect(search_skips(silenced(max_position_embeddings=shortest + 3), own_answers(), GENERATION))
 
 
-def test_rows_of_the_search_are_not_those_measured(tmp_path):
+def test_rows_that_choose_or_check_a_setting_are_not_those_measured(tmp_path):
     task = load_task(TaskConfig("commands", samples=5))
-    prompts = [example.prompt for example in validation_rows(task).examples]
+    own, splits = {example.prompt for example in task.examples}, ("validation", "train")
+    prompts = {example.prompt for example in other_rows(task, 8, splits)}
     validation = {row.prompt for row in load_examples(DataConfig("commands", "validation", limit=13))}
-    assert len(prompts) == 8 and set(prompts) <= validation - {example.prompt for example in task.examples}
+    assert len(prompts) == 8 and prompts <= validation - own
+    same = {example.prompt for example in other_rows(task, 8, ("test", *splits))}
+    assert len(same) == 8 and not same & (own | validation)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": "x"}) + "\n" for number in range(9)))
     task = load_task(TaskConfig(data=str(file), samples=4))
-    measured, others = ({example.prompt for example in rows.examples} for rows in (task, validation_rows(task)))
+    measured, others = ({example.prompt for example in rows} for rows in (task.examples, other_rows(task, 8, splits)))
     assert len(others) == 5 and not measured & others  # a file has no splits
     everything = load_task(TaskConfig(data=str(file), samples=0))
-    assert len(validation_rows(everything).examples) == 8
+    assert len(other_rows(everything, 8, splits)) == 8
 
 
 def test_a_sweep_measures_what_it_found(known_times, tmp_path):
