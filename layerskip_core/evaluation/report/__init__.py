@@ -86,7 +86,8 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
     files = {name: text.encode() for name, text in texts.items()} | {
         f"{name}.png": to_png(figure) for name, figure in drawn.items()
     }
-    return {**dict.fromkeys([ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)]), **files}
+    earlier = {ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)}
+    return files | dict.fromkeys(earlier - files.keys())
 
 
 @contextmanager
