@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat, starmap
 from math import inf
 from pathlib import Path
 
@@ -99,8 +99,11 @@ class Places:
     def positions(self) -> Tensor:
         """(N,) on the host, unless they are `recorded`."""
         if self._positions is None:
-            ranges = [torch.arange(start, start + count) for start, count in zip(self.starts, self.counts, strict=True)]
-            self._positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+            spans = [(start, start + count) for start, count in zip(self.starts, self.counts, strict=True) if count]
+            if len(spans) == 1:
+                self._positions = torch.arange(*spans[0])
+            else:
+                self._positions = torch.tensor([*chain.from_iterable(starmap(range, spans))], dtype=torch.long)
         return self._positions
 
     @property
@@ -108,7 +111,7 @@ class Places:
         """(N,) on the host: the row of each token."""
         if len(self.counts) == 1:
             return torch.zeros(self.counts[0], dtype=torch.long)
-        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return torch.tensor([*chain.from_iterable(map(repeat, range(len(self.counts)), self.counts))], dtype=torch.long)
 
     @property
     def bounds(self) -> list[int]:
