@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerskip_core.config.options import Flag
 from layerskip_core.errors import LayerSkipError, plural
 
 from .console import ResultsConsole, narrate, stage_bars
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 Found = TypeVar("Found")
+LogSamples = Annotated[bool, Flag("Also write lm-eval's records of rows, samples.jsonl, to --output.", panel="Output")]
 
 
-def load(config: "MeasurementConfig") -> "tuple[Decoder, Any]":
+def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
     """The model, packed for what is measured, and the Task or HarnessTasks; prints their notes."""
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
 
-        rows: Any = load_tasks(config.task)
+        rows: Any = load_tasks(config.task, log_samples)
     else:
         from layerskip_core.evaluation.tasks.texts import load_trained
 
@@ -66,10 +68,10 @@ def deliver_report(
     `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
     """
     from layerskip_core.evaluation.report import report_files, to_csv
-    from layerskip_core.evaluation.report.tables import table_of
+    from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
 
-    table, told = table_of(record), []
+    table, told = results_table(record), []
     for result in record.results:
         if result.failures and result.failures not in told:
             told.append(result.failures)
@@ -78,7 +80,7 @@ def deliver_report(
     files = {} if folder is None else report_files(record, table)
     if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
         files[OUTPUTS] = None
-    deliver(record, [table], form, to_csv(record), folder, files, picture)
+    deliver(record, [table], form, to_csv(record), folder, files, picture=picture)
 
 
 def deliver(
@@ -88,28 +90,30 @@ def deliver(
     rows: str,
     folder: Path | None,
     files: Mapping[str, bytes | None],
+    name: str | None = None,
     picture: Callable[[int], Text] | None = None,
 ) -> None:
     """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
 
-    A file without content is removed: an earlier result left it.
+    With a `name`, these three are files too. A file without content is removed: an earlier result left it.
     """
-    from layerskip_core.evaluation.report import to_json, to_markdown
+    from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 
+    texts = {"json": to_json(record), "markdown": "\n".join(table.markdown() for table in tables), "csv": rows}
     if folder is not None:
-        written = {name: content for name, content in files.items() if content is not None}
-        for name, content in written.items():
-            write_file(folder / name, content, LayerSkipError)
-        for name in files.keys() - written.keys():
-            (folder / name).unlink(missing_ok=True)
+        files = {**(table_files(name, list(texts.values())) if name else {}), **files}
+        written = {file: content for file, content in files.items() if content is not None}
+        for file, content in written.items():
+            write_file(folder / file, content, LayerSkipError)
+        for file in files.keys() - written.keys():
+            (folder / file).unlink(missing_ok=True)
         narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
         for table in tables:
             _print_table(table, picture)
-        return
-    texts = {"json": to_json(record), "csv": rows, "markdown": to_markdown(tables)}
-    typer.echo(texts[form], nl=False)
+    else:
+        typer.echo(texts[form], nl=False)
 
 
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:

@@ -206,10 +206,11 @@ def tmp_path(folders, request):
 def few_visits():
     """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
     from layerskip_core.evaluation import measure
-    from layerskip_core.evaluation.measure import cost_model, skip_search
+    from layerskip_core.evaluation.measure import cost_model, figures, skip_search
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_WARM_UP_TOKENS", 1)
+        patch.setattr(figures, "_FEWEST_TURNS", 2)
         patch.setattr(cost_model, "_MOST", 1)
         patch.setattr(cost_model, "_TIMES", 1)
         patch.setattr(skip_search, "_VISITS", 1)

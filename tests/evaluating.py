@@ -1,5 +1,6 @@
 """A tiny random model with a real tokenizer, for the tests of evaluation."""
 
+from dataclasses import replace
 from functools import cache
 from statistics import fmean
 
@@ -10,14 +11,14 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder, Trainable, decoder_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.config.model import DataConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match, metric
 from layerskip_core.evaluation.results import Output, Step
 from layerskip_core.evaluation.tasks import Task
-from layerskip_core.model import TransformersBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.training.encoding import train_tokenizer
 
 LAYERS = 6
@@ -38,6 +39,15 @@ def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decode
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
     return decoder_of(Trainable("tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
+
+
+TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
+
+
+def repacked(packing: PackingConfig, **changes: object) -> Decoder:
+    """The tiny model on PyTorch's kernels, with copies to draft with."""
+    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
+    return replace(tiny_loaded(torch.float32), backend=TorchBackend.of(model, packing), **changes)
 
 
 def collect(events):

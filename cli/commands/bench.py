@@ -22,6 +22,7 @@ def bench(
     format: Format = "table",
     output: ReportFolder = None,
     overwrite: Overwrite = False,
+    log_samples: evaluation.LogSamples = False,
     saved: SavedReport = None,
     resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
@@ -30,18 +31,19 @@ def bench(
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     scored = bool(config.task.harness_tasks)
+    require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
     require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search, suiting_strategies
-    from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
-    from layerskip_core.evaluation.results import close_journal, read_record
+    from layerskip_core.evaluation.report import REPORT, output_folder
+    from layerskip_core.evaluation.results import JOURNAL, OUTPUTS, read_record
 
     with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:
         if saved is not None:
-            record = with_answers(read_record(saved, "bench"), saved)
+            record = read_record(saved, "bench")
         else:
-            loaded, rows = evaluation.load(config)
+            loaded, rows = evaluation.load(config, log_samples)
             if not config.strategies and "early-exit" not in suiting_strategies(loaded, config):
                 console.narrate(_NO_EXITS)
             if scored:
@@ -54,4 +56,4 @@ def bench(
                 record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
         evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:
-            close_journal(folder)
+            (folder / JOURNAL).replace(folder / OUTPUTS)  # a complete run cannot be resumed, and its answers can be read

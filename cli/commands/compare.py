@@ -43,10 +43,10 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.report import output_folder, table_names
-    from layerskip_core.evaluation.report.comparison import compare_table, comparison_files, to_csv
+    from layerskip_core.evaluation.report import output_folder, table_files
+    from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
 
-    with output_folder(output, "layerskip compare", table_names("comparison"), overwrite) as folder:
+    with output_folder(output, "layerskip compare", list(table_files("comparison")), overwrite) as folder:
         if runs:
             groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
         else:
@@ -60,9 +60,8 @@ def compare(
             raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
-        shown, rows = compare_table(comparison), to_csv(comparison)
-        files = {} if folder is None else comparison_files(comparison, shown, rows, folder)
-        evaluation.deliver(comparison, [shown], format, rows, folder, files)
+        files = {} if folder is None else plots(comparison, folder)
+        evaluation.deliver(comparison, [compare_table(comparison)], format, to_csv(comparison), folder, files, "comparison")
 
 
 def _measured(model: str) -> "Run":

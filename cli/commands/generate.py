@@ -47,7 +47,9 @@ def generate(
     *,
     flags: DecoderFlags,
     remember: Remember = REMEMBERED,
-    stats: Annotated[bool, Flag("Print counts, speed and the prompt template to stderr.", panel="Output")] = False,
+    stats: Annotated[
+        bool, Flag("Print counts, speed, memory bandwidth and the prompt template to stderr.", panel="Output")
+    ] = False,
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 
@@ -89,14 +91,13 @@ def generate(
             sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
-        narrate(stats_text(total, loaded, usual.policy))
-        if usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1:
-            from layerskip_core.evaluation.measure.cost_model import speed_of
+        from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
 
-            if (speed := speed_of(loaded, total)) < 1:
-                narrate(
-                    f"about {speed:.2f}x of plain decoding: without --exit and --spec the fastest is chosen for every round"
-                )
+        narrate(plain_bandwidth(loaded))
+        narrate(stats_text(total, loaded, usual.policy))
+        by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
+        if by_exit and (speed := speed_of(loaded, total)) < 1:
+            narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
     if failed:
         raise typer.Exit(1)
 

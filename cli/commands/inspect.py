@@ -1,6 +1,5 @@
 """Show what the model predicts after every layer."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,7 +42,7 @@ def inspect(
     """
     from layerskip_core.checkpoint.save import model_files
     from layerskip_core.evaluation.inspection import inspect as run_inspect
-    from layerskip_core.evaluation.report import inspection_page
+    from layerskip_core.evaluation.report import inspection_page, to_json
     from layerskip_core.files import require_writable, write_file
 
     if output is not None:
@@ -62,7 +61,7 @@ def inspect(
         write_file(Path(output), inspection_page(inspection).encode(), LayerSkipError)
         narrate(f"wrote {output}")
     if format == "json":
-        typer.echo(json.dumps(inspection.document(), indent=2, ensure_ascii=False))
+        typer.echo(to_json(inspection), nl=False)
     else:
         _print(inspection, layers, room, console)
 

@@ -36,6 +36,7 @@ def sweep_exits(
     format: Format = "table",
     output: ReportFolder = None,
     overwrite: Overwrite = False,
+    log_samples: evaluation.LogSamples = False,
     saved: SavedReport = None,
     save: Annotated[
         bool, Flag("Write the recommendation and the policies exact and fast into the model's layerskip.json.", panel="Output")
@@ -46,18 +47,19 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.report import REPORT, output_folder, with_answers
+    from layerskip_core.evaluation.report import REPORT, output_folder
     from layerskip_core.evaluation.report.tables import has_scores, points_of
     from layerskip_core.evaluation.results import read_record
 
-    record = None if saved is None else with_answers(read_record(saved, "sweep-exits"), saved)
+    require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
+    record = None if saved is None else read_record(saved, "sweep-exits")
     scored = bool(config.task.harness_tasks) if record is None else has_scores(record)
     require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
     model = config.model if record is None else str(record.config["model"])
     holding = output_folder(output, "layerskip sweep-exits", REPORT, overwrite)
     with _model_folder(model) if save else nullcontext(), holding as folder:
         if record is None:
-            loaded, rows = evaluation.load(config)
+            loaded, rows = evaluation.load(config, log_samples)
             if scored:
                 from layerskip_core.harness.tasks import sweep_scores
 

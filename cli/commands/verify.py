@@ -30,14 +30,13 @@ def verify(
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
-    from layerskip_core.evaluation.report import output_folder, table_files, table_names
+    from layerskip_core.evaluation.report import output_folder, table_files
     from layerskip_core.evaluation.verification import tables, to_csv
     from layerskip_core.evaluation.verification import verify as run_verify
 
-    with output_folder(output, "layerskip verify", table_names("verification"), overwrite) as folder:
+    with output_folder(output, "layerskip verify", list(table_files("verification")), overwrite) as folder:
         load_model(model, config.machine)  # for its notes and threads; freed before the checks, which load their own
         record = evaluation.watch(run_verify(replace(config, model=model)))
-        shown, rows = tables(record), to_csv(record)
-        evaluation.deliver(record, shown, format, rows, folder, table_files("verification", record, shown, rows))
+        evaluation.deliver(record, tables(record), format, to_csv(record), folder, {}, "verification")
     if not all(result.passed for result in record.results):
         raise typer.Exit(1)

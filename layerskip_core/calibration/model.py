@@ -18,7 +18,7 @@ as the loss, which knows of errors that cancel out, or grow, in later layers.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
@@ -48,22 +48,6 @@ _WARMUP = 6  # steps
 _DECAYS = (0.9, 0.99)  # of Adam
 
 
-class Moments:
-    """Sums over the inputs x of a layer and over those of the original layer, y, both (in, in) in fp32.
-
-    `square` is that of x x^T, `shift` that of (y - x) x^T.
-    """
-
-    def __init__(self, inputs: int) -> None:
-        self.square, self.shift = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
-
-    def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Both (..., in)."""
-        wide = inputs.flatten(0, -2).float()
-        self.square.addmm_(wide.T, wide)
-        self.shift.addmm_((original.flatten(0, -2).float() - wide).T, wide)
-
-
 class Aim(NamedTuple):
     """Rounds a weight to 4 bits: near `weight` (out, in), in the norm that `square` (in, in) gives."""
 
@@ -71,14 +55,18 @@ class Aim(NamedTuple):
     square: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, moments: Moments) -> "Aim":
-        """The outputs of the original layer, on the inputs that the moments are of."""
-        square = moments.square.clone()
+    def of(cls, weight: Tensor, inputs: Iterable[tuple[Tensor, Tensor]]) -> "Aim":
+        """The outputs of the original layer, on inputs x (..., in) of which each comes with y, that of the original layer."""
+        original = weight.float()
+        square, shift = torch.zeros(2, original.shape[1], original.shape[1])  # the sums of x x^T and of (y - x) x^T
+        for given, wanted in inputs:
+            wide = given.flatten(0, -2).float()
+            square.addmm_(wide.T, wide)
+            shift.addmm_((wanted.flatten(0, -2).float() - wide).T, wide)
         square.diagonal()[square.diagonal() == 0] = 1
         mean = square.diagonal().mean()
-        original = weight.float()
         ridge = square + _CORRECTION_DAMPING * mean * torch.eye(len(square))
-        correction = torch.cholesky_solve(moments.shift.T, torch.linalg.cholesky(ridge)).T
+        correction = torch.cholesky_solve(shift.T, torch.linalg.cholesky(ridge)).T
         square.diagonal().add_(_DAMPING * mean)
         return cls(torch.addmm(original, original, correction), square)
 
@@ -214,11 +202,8 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
         prefix = backend.own_spec.layer_prefix(index)
         weights |= {f"{prefix}{name}.weight": weight for name, weight in made.items()}
         report(index + 1)
-    moments = Moments(backend.spec.hidden)
-    for hidden, original in zip(low, full, strict=True):
-        moments.add(backend.normed(hidden), backend.normed(original))
-    head = backend.own_spec.head_name
-    weights[head] = descended(Aim.of(backend.model.get_parameter(head), moments))
+    head, inputs = backend.own_spec.head_name, zip(map(backend.normed, low), map(backend.normed, full), strict=True)
+    weights[head] = descended(Aim.of(backend.model.get_parameter(head), inputs))
     report(backend.num_layers + 1)
     return weights, torch.cat(full)
 
@@ -239,11 +224,9 @@ def _quantized_layer(
     made = {}
     for names in stages.values():
         matrices: list[Tensor] = [layer.get_parameter(f"{name}.weight") for name in names]
-        moments = Moments(originals[0][names[0]].shape[-1])
-        for hidden, original in zip(low, originals, strict=True):
-            found, _ = _inputs(layer, run, hidden, names[0])
-            moments.add(found[names[0]], original[names[0]])
-        joint = descended(Aim.of(torch.cat(matrices), moments))
+        given = (_inputs(layer, run, hidden, names[0])[0][names[0]] for hidden in low)
+        inputs = zip(given, (original[names[0]] for original in originals), strict=True)
+        joint = descended(Aim.of(torch.cat(matrices), inputs))
         sizes = list(map(len, matrices))
         for name, matrix, *part in zip(names, matrices, *(torch.split(part, sizes) for part in joint), strict=True):
             made[name] = Int4(*part)

@@ -56,7 +56,7 @@ class TaskConfig:
         Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub", reads="data")
     ] = None
     split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
-    samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.")] = 12
+    samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.", "--samples/--limit")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
     max_new_tokens: Annotated[
         Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
@@ -72,7 +72,8 @@ class TaskConfig:
         Flag("What answers of the task jsonl are ranked by.", default="by the references"),
     ] = None
     shots: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag("Solved rows before each prompt.", default="the task's")
+        Annotated[int, Meta(ge=0, le=1_000)] | None,
+        Flag("Solved rows before each prompt.", "--shots/--num-fewshot", "the task's"),
     ] = None
     pass_k: Annotated[tuple[Count, ...], Flag("The k of pass@k, such as 1,10.")] = (1,)
     problem_samples: Annotated[
@@ -87,9 +88,14 @@ class TaskConfig:
         ),
     ] = False
     include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
+    tasks: Annotated[Text | None, Flag(f"As lm-evaluation-harness's own flag: the same as --task {HARNESS}TASK,TASK.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
+        if self.tasks is not None:
+            require(self.task is None, "tasks", "left out with `task`", self.tasks)
+            object.__setattr__(self, "task", HARNESS + self.tasks)
+            object.__setattr__(self, "tasks", None)
         most = max(self.pass_k)
         require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
         named = self.task is not None and self.task.startswith(HARNESS)

@@ -277,7 +277,7 @@ class DrafterConfig(TrainingSettings):
     @property
     def in_place(self) -> bool:
         """Whether the model gets its drafter in its own folder."""
-        return os.path.realpath(self.output) == os.path.realpath(self.model)
+        return os.path.isdir(self.model) and os.path.realpath(self.output) == os.path.realpath(self.model)
 
 
 TrainingConfig = FinetuneConfig | DrafterConfig

@@ -22,17 +22,7 @@ from ..model.cache import KVCache, Places
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
-from .output import (
-    Answer,
-    DecodeStats,
-    Detokenize,
-    OutputText,
-    Row,
-    RowStep,
-    StopReason,
-    StopScanner,
-    logprobs_of,
-)
+from .output import Answer, DecodeStats, Detokenize, OutputText, Row, RowStep, StopReason, StopScanner, logprobs_of
 from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices
 from .target import FixedTarget, Prefixes, TargetOutput, target_of
@@ -309,19 +299,13 @@ class DecodingLoop:
         if self._drafter is None or max(limits) == 0:
             return Draft(newest, (0,) * len(rows), source=_NOTHING), None
         features = {} if self._target.exit_cache is None else self._target.exit_cache.features
-        processors = self._sampler.processors
-        context = Context(
-            [row.number for row in rows],
-            [row.ids for row in rows],
-            newest,
-            self._cache,
-            drafting,
-            [row.filled for row in self._active],
-            {exit_layer: found[drafting] for exit_layer, found in features.items()},
-            [processors[index] for index in drafting] if processors else (),
-            self._seconds["total_seconds"],
-            piece=self.piece,
-        )
+        processors: Sequence[LogitsProcessor] = self._sampler.processors
+        if len(rows) < len(self._active):
+            features = {exit_layer: found[drafting] for exit_layer, found in features.items()}
+            processors = [processors[index] for index in drafting] if processors else ()
+        numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
+        seconds = self._seconds["total_seconds"]
+        context = Context(numbers, ids, newest, self._cache, drafting, filled, features, processors, seconds, piece=self.piece)
         first = instant(device)
         draft = self._drafter.draft(context, limits)
         return draft, (first, instant(device)) if any(draft.counts) else None

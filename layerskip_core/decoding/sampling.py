@@ -119,7 +119,7 @@ class Sampler:
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
     """Accepts the longest prefix of each row's drafts (N,) that are the target's choices (N + B,); returns as `verify`."""
-    ids: list[int] = torch.cat((draft_ids, choices)).tolist()
+    ids: list[int] = (torch.cat((draft_ids, choices)) if len(draft_ids) else choices).tolist()
     verified, first, after = list[list[int]](), 0, len(draft_ids)
     for count in counts:
         drafts, chosen = ids[first : first + count], ids[after : after + count + 1]

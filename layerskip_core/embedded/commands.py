@@ -89,11 +89,7 @@ class Grammar:
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
-        """Draws one row of a split.
-
-        Raises:
-            ValueError: the grammar has no row on this side of the split (a rule with too few expansions).
-        """
+        """Draws one row of a split. Raises ValueError if the grammar has none on its side: a rule with too few expansions."""
         domains, compositional = sorted(self.roots), split == "compositional"
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
@@ -150,11 +146,7 @@ class Grammar:
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
-    """`count` rows of a split with distinct utterances, always the same for a (split, seed).
-
-    Raises:
-        ValueError: the split has too few distinct rows.
-    """
+    """`count` distinct rows, always the same for a (split, seed). Raises ValueError if the split has too few."""
     grammar, index = load_grammar(), 0
     seen: set[str] = set()
     while len(seen) < count:

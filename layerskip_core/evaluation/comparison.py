@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.info import read_info
 from ..errors import ConfigError, LayerSkipError, refused
 from ..files import parse_json, read_bytes
-from .metrics import NORMAL_QUANTILE, is_share, lower_is_better
+from .metrics import MOST_NATS, bounds_of, is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
@@ -24,12 +24,7 @@ _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_pe
 _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
-# The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom.
-_QUANTILES = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448, 2.1314,
-    2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
-_LARGEST = 700.0  # the largest power of e that is taken: beyond it floats overflow
+_FEWEST_RUNS = 3  # that have an interval: of two it is twelve standard errors wide on each side, and says nothing
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def add_record(run: Run, record: RunRecord) -> Run:
 
     Where something drafts, its quality is left out: drafts leave the output as it is, so it is that of plain decoding.
     """
-    run.rows[RESULTS] = record.config["task"]
+    run.rows[RESULTS] = {name: value for name, value in record.config["task"].items() if value is not None}
     for result in record.results:
         drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
         fixed = result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None
@@ -131,7 +126,7 @@ def add_record(run: Run, record: RunRecord) -> Run:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95% interval; the ends are None where a single run tells nothing about others."""
+    """A mean and the ends of its 95% interval; the ends are None where the runs say nothing about others: few, or all equal."""
 
     mean: float
     low: float | None = None
@@ -145,36 +140,20 @@ def interval_of(
     logarithmic: bool = False,
     share: bool = False,
 ) -> Interval:
-    """The mean of one value per run, less that of the `others` if there are any.
+    """The mean of one value per run, less that of the `others` if there are any, with Student's t interval.
 
-    `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ, with the
-    degrees of freedom of Welch and Satterthwaite, rounded down. `logarithmic`: on the scale of logarithms, so a geometric
-    mean, or a ratio; all values must be positive. `share`: values are in 0..1, and so is the interval, or
-    that of a difference in -1..1.
+    `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ. `logarithmic`:
+    on the scale of logarithms, so a geometric mean, or a ratio; all values must be positive. `share`: values are in 0..1, and
+    so is the interval, or that of a difference in -1..1.
     """
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
         samples = [[value - other for value, other in zip(*samples, strict=True)]]
-    mean = fmean(samples[0]) - sum(map(fmean, samples[1:]))
-    half = 0.0
-    if known := all(len(sample) > 1 for sample in samples):
-        squares = [variance(sample) / len(sample) for sample in samples]  # of the standard error of each mean
-        if total := sum(squares):
-            parts = zip(squares, samples, strict=True)
-            freedom = 1 / sum((square / total) ** 2 / (len(sample) - 1) for square, sample in parts)
-            half = t_quantile(int(freedom + 1e-6)) * math.sqrt(total)  # 2 can be computed as 1.9999999
-    least, most = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
-    ends = (mean, max(mean - half, least), min(mean + half, most)) if known else (mean,)
-    return Interval(*(math.exp(min(end, _LARGEST)) if logarithmic else end for end in ends))
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t; above 30 degrees of freedom by its expansion around the normal
-    (Abramowitz and Stegun, 26.7.5)."""
-    if freedom <= len(_QUANTILES):
-        return _QUANTILES[max(freedom, 1) - 1]
-    z = NORMAL_QUANTILE
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    mean, known = fmean(samples[0]) - sum(map(fmean, samples[1:])), min(map(len, samples)) >= _FEWEST_RUNS
+    parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in samples if known]
+    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
+    ends = bounds_of(mean, parts, limits, logarithmic) or ()
+    return Interval(math.exp(min(mean, MOST_NATS)) if logarithmic else mean, *ends)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """The prediction after every layer, and of every exit block, for each generated token: figure 2 of the LayerSkip paper."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -40,15 +39,7 @@ class Inspection:
     prompt: str
     num_layers: int
     tokens: tuple[TokenTrace, ...]
-
-    @property
-    def mean_layers(self) -> float:
-        """Mean of `settled`: the layers per token that a perfect exit rule would need."""
-        return mean(token.settled for token in self.tokens)
-
-    def document(self) -> dict[str, Any]:
-        """The inspection as plain values, for JSON."""
-        return asdict(self) | {"mean_layers": self.mean_layers}
+    mean_layers: float  # of `settled`: the layers per token that a perfect exit rule would need
 
 
 @torch.inference_mode()
@@ -88,7 +79,8 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
         chosen, predictions = zip(*(layer[index] for layer in by_layer), strict=True)
         blocks = {exit_layer: block[index][1] for exit_layer, block in by_block.items()}
         traces.append(TokenTrace(text(token), settled_layer(chosen), predictions, blocks))
-    return Inspection(loaded.name, prompt, model.num_layers, tuple(traces))
+    settled = mean(trace.settled for trace in traces)
+    return Inspection(loaded.name, prompt, model.num_layers, tuple(traces), settled)
 
 
 def settled_layer(chosen: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """The output for one prompt, the result of each way of decoding, the record of a run, and the journal to resume it from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,8 +14,9 @@ from ..config.model import Quantization
 from ..config.resolution import EXACT, Policy
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError, plural, shown
-from ..files import append_lines, parse_json, read_bytes, require_writable, whole_lines, write_file
+from ..files import append_lines, parse_json, read_bytes, whole_lines, write_file
 
+ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
 FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
@@ -47,7 +48,7 @@ class Output:
 
 
 class Bounds(NamedTuple):
-    """The ends of a figure's 95% interval over the prompts, see metrics.py."""
+    """The ends of a figure's 95% interval over prompts and repeats, see metrics.py."""
 
     low: float
     high: float
@@ -112,6 +113,7 @@ class Result:
     longest_answer: tuple[Step, ...] = ()  # of adaptive decoding, to show how its speed changes on the way
     intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
     changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
+    rows_to_halve: int | None = None  # with so many the speedup's interval would be half as wide; 0: only with more repeats
     categories: dict[str, "Result"] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)  # of lm-evaluation-harness's metrics, by their names
     samples: int | dict[str, int] = field(default_factory=dict)  # rows of a category; of lm-evaluation-harness, by task
@@ -127,11 +129,11 @@ class Recommendation:
 
     exit_layer: int | None
     num_draft_tokens: int | None
-    speedup: float | None
-    baseline_drift: float  # share by which the autoregressive time changed between its two measurements, median over prompts
+    speedup: float | None  # of the best setting, also where plain decoding is recommended
     reason: str
     fast_reason: str  # why there is a policy `fast`, or why not
     policies: dict[str, Policy]  # the recommendation as `exact`, and `fast` if there is one
+    lower_end: float | None = None  # of the speedup, with 95%, on prompts that did not choose the setting
 
     @property
     def pays(self) -> bool:
@@ -168,12 +170,14 @@ class RunRecord:
     recommendation: Recommendation | None = None  # of a sweep
     prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
-    answered: tuple[Answered, ...] = ()  # not part of the document
+    # Not part of the document:
+    answered: tuple[Answered, ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()  # lm-evaluation-harness's own records of rows, each with the number of its result
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
-        fields = asdict(replace(self, answered=()))
-        return {key: value for key, value in fields.items() if key != "answered" and value is not None}
+        fields = asdict(replace(self, answered=(), samples=()))
+        return {key: value for key, value in fields.items() if key not in ("answered", "samples") and value is not None}
 
 
 def result_name(result: Result) -> str:
@@ -191,26 +195,38 @@ def result_name(result: Result) -> str:
     return ", ".join(parts)
 
 
+def bandwidth_text(read: Mapping[str, float]) -> str:
+    """What `cost_model.bandwidth` found, in words."""
+    share = read["bytes_per_second"] / read["sum_bytes_per_second"]
+    speeds = f"{read['bytes_per_second'] / 1e9:.1f} GB/s, {share:.0%} of what a plain sum of as many bytes reaches"
+    return f"plain decoding reads {read['bytes_per_token'] / 1e6:.3g} MB per token at {speeds}"
+
+
 def drafts_name(result: Result) -> str:
     """The drafts of a round, in words: `6 drafts`, `6 int8 drafts`."""
     return " ".join(filter(None, (str(result.num_draft_tokens), result.draft_weights, "drafts")))
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json back. Raises LayerSkipError, which says what `named` the file, if it is none that `command` wrote
-    (None: sweep-exits or bench).
+    """Reads a results.json back, for a `command` with the answers beside it. Raises LayerSkipError, which says what `named` the
+    file, if it is none that the command wrote (None: sweep-exits or bench).
     """
-    data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
+    data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)
         written = "bench" if "repeats" in record.config else "sweep-exits"
         if record.results and command in (None, written):
-            return record
+            beside = Path(file).with_name(ANSWERS_FILE)
+            if command is None or not beside.exists():
+                return record
+            named, file, kind = f"beside {named}", str(beside), "an answers.jsonl"
+            lines = read_bytes(beside, f"{named} {file}", LayerSkipError)
+            return replace(record, answered=tuple(msgspec.json.Decoder(Answered).decode_lines(lines)))
         fault: object = f"its {len(record.results)} results are those of {written}"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         fault = error
     what = command or "sweep-exits or bench"
-    raise LayerSkipError(f"{named} {file} must be a results.json that {what} wrote: {fault}")
+    raise LayerSkipError(f"{named} {file} must be {kind} that {what} wrote: {fault}")
 
 
 def require_outputs(outputs: Sequence[Output]) -> None:
@@ -270,9 +286,3 @@ def found_skip(folder: Path) -> DecodingOptions | None:
     lines = whole_lines(folder / JOURNAL, LayerSkipError)
     settings = parse_json(lines[0], f"`resume`: {folder / JOURNAL}", LayerSkipError) if lines else {}
     return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)
-
-
-def close_journal(folder: Path) -> None:
-    """Renames the journal of a complete run to OUTPUTS: it cannot be resumed any more, and its answers can be read."""
-    require_writable(folder / OUTPUTS, LayerSkipError)
-    (folder / JOURNAL).replace(folder / OUTPUTS)

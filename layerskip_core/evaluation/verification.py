@@ -12,7 +12,7 @@ from ..checkpoint.open import for_decoding, for_training
 from ..config.evaluation import VerifyConfig
 from ..config.model import DataConfig, PackingConfig
 from ..data import load_prompts
-from ..errors import ConfigError, ContextError, DataError, LayerSkipError, number, plural, require_choice
+from ..errors import ConfigError, ContextError, LayerSkipError, number, plural, require_choice
 from ..model import TransformersBackend
 from ..model.native.compiled import VARIANTS, requesting
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
@@ -44,15 +44,14 @@ class VerifyRecord:
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
 
-    Raises ConfigError for exits and kernels that there are not, CheckpointError, and DataError without prompts that fit.
+    Raises ConfigError for exits and kernels that there are not, DataError, ContextError for long prompts, and LayerSkipError if
+    no kernels run the model.
     """
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]
-    if not texts:
-        raise DataError(f"`data` {config.data} has no rows")
     results: list[CheckResult] = []
-    skipped: dict[str, LayerSkipError] = {}
+    skipped: dict[str, list[str]] = {}  # names by the reason
     machine = None
     setups = [(kernels, precision) for precision in config.precisions for kernels in config.kernels or KERNELS]
     for done, names in enumerate(setups):
@@ -60,7 +59,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
         try:
             loaded = opened(config, *names)
         except LayerSkipError as error:
-            skipped[" ".join(names)] = error
+            skipped.setdefault(str(error), []).append(" ".join(names))
             continue
         machine = machine or environment(loaded)
         slow = names[0] not in VARIANTS
@@ -71,11 +70,8 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
                 results.append(result)
                 yield Progress(done, len(setups), " ".join(names))
     if machine is None:
-        raise next(iter(skipped.values()))
-    notes = [
-        f"not verified: {', '.join(name for name in skipped if str(skipped[name]) == reason)}: {reason}"
-        for reason in dict.fromkeys(map(str, skipped.values()))
-    ]
+        raise LayerSkipError(next(iter(skipped)))
+    notes = [f"not verified: {', '.join(names)}: {reason}" for reason, names in skipped.items()]
     machine = {key: value for key, value in machine.items() if key not in ("dtype", "implementation", "notes")}
     yield VerifyRecord(asdict(config), machine | {"skipped": notes}, tuple(results))
 
@@ -113,7 +109,7 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[
     encoded = [loaded.encode_prompt(text) for text in texts]
     fitting = [list(ids) for ids in encoded if ids and len(ids) < room]
     if not fitting:
-        shortest = min(map(len, encoded))
+        shortest = min(map(len, encoded), default=0)
         raise ContextError(f"every prompt of `data` must be of 1 to {room - 1} tokens, got {shortest} for the shortest")
     random, most = Random(config.seed), max(1, min(_MOST_RANDOM, room // 3))
     lengths = [random.randint(1, most) for _ in range(config.samples - len(fitting))]

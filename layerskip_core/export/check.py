@@ -1,6 +1,6 @@
 """`layerskip export --check`: whether vLLM accepts as many drafts of a model's drafter as this toolkit does.
 
-Both decode the same prompts greedily in fp32, one at a time. vLLM runs in a process of its own (`vllm_drafts`).
+Both decode the same prompts greedily in fp32, one at a time. vLLM runs in a process of its own.
 """
 
 import json
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from inspect import getsource
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from ..config.decoding import DecodingConfig
 from ..config.model import CheckConfig, DataConfig, PackingConfig
 from ..data import load_prompts
 from ..decoding import decode
-from ..errors import CheckpointError, ConfigError, DataError, refused
+from ..errors import CheckpointError, ConfigError, refused
 from ..model.eagle3 import NO_DRAFTER
 
 TOLERANCE = 0.01  # of the rates of acceptance
@@ -60,14 +61,13 @@ class DrafterCheck:
     @property
     def difference(self) -> float:
         """The largest between the two rates of a position; 0 without vLLM."""
-        other = self.here if self.vllm is None else self.vllm
+        other = self.vllm or self.here
         return max(abs(ours - theirs) for ours, theirs in zip(self.here.rates, other.rates, strict=True))
 
     @property
     def same(self) -> int:
         """How many answers are the same."""
-        other = self.here if self.vllm is None else self.vllm
-        return sum(ours == theirs for ours, theirs in zip(self.here.ids, other.ids, strict=True))
+        return sum(ours == theirs for ours, theirs in zip(self.here.ids, (self.vllm or self.here).ids, strict=True))
 
     @property
     def passed(self) -> bool:
@@ -99,27 +99,53 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
         looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])
     except OSError as error:
         raise refused("python", "the Python of an environment", python) from error
-    prompts, here = _here(config, folder)
-    return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
-
-
-def _here(config: CheckConfig, folder: str) -> tuple[list[list[int]], Drafted]:
-    """The prompts as ids, and what they gave."""
     decoder = for_decoding(folder, "cpu", "fp32", PackingConfig(rounds_drafter=False))
-    rows = load_prompts(DataConfig(config.data, "test", limit=config.samples))
-    if not rows:
-        raise DataError(f"`data` {config.data} has no rows")
-    prompts = [decoder.encode_prompt(row.prompt) for row in rows]
+    prompts = [decoder.encode_prompt(row.prompt) for row in load_prompts(DataConfig(config.data, "test", limit=config.samples))]
     decoding = DecodingConfig("eagle3", num_draft_tokens=PROPOSED, max_new_tokens=_ANSWER)
     loops = (decode(decoder.backend, prompt, decoding, decoder.eos_ids) for prompt in prompts)
-    return prompts, Drafted("layerskip", [[list(step.ids) for [step] in loop] for loop in loops])
+    here = Drafted("layerskip", [[list(step.ids) for [step] in loop] for loop in loops])
+    return DrafterCheck(here, _in_vllm(python, folder, prompts) if looked.returncode == 0 else None)
 
 
 def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:
     asked = json.dumps({"model": str(Path(folder).resolve()), "prompts": prompts, "drafts": PROPOSED, "tokens": _ANSWER})
-    program = [python, "-c", Path(__file__).with_name("vllm_drafts.py").read_text(encoding="utf-8")]
+    program = [python, "-c", f"{getsource(vllm_drafts)}\nvllm_drafts()"]
     done = subprocess.run(program, input=asked, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise CheckpointError(f"vLLM ended with status {done.returncode}: {told[-1].strip()}")
     return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Drafted)
+
+
+def vllm_drafts() -> None:
+    """For the Python of vLLM, which need not have this package: reads as JSON a model's folder, prompts, drafts and tokens.
+
+    The last line that it prints is JSON: vLLM's version, and each greedy answer in fp32 as the token ids of its steps.
+    """
+    import json
+    import sys
+
+    import vllm
+
+    asked = json.load(sys.stdin)
+    speculative = {"method": "eagle3", "model": f"{asked['model']}/eagle3", "num_speculative_tokens": asked["drafts"]}
+    llm = vllm.LLM(
+        asked["model"],
+        speculative_config=speculative,
+        dtype="float32",
+        max_model_len=max(map(len, asked["prompts"])) + asked["tokens"] + asked["drafts"] + 1,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=1 << 28,
+        enforce_eager=True,
+    )
+    greedy, answers = vllm.SamplingParams(temperature=0, max_tokens=asked["tokens"]), []
+    for number, prompt in enumerate(asked["prompts"]):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, greedy)
+        ids: list[int] = []
+        steps: list[list[int]] = []
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                known, ids = len(ids), list(output.outputs[0].token_ids)
+                steps.append(ids[known:])
+        answers.append(steps)
+    print(json.dumps({"engine": f"vLLM {vllm.__version__}", "answers": answers}))

@@ -42,7 +42,6 @@ from .gguf import DRAFT, TARGET, refuse_gguf, write_eagle3, write_gguf
 README = "README.md"
 _MOST_TOKENS = 16
 _USUAL_TOKENS = 6
-_AS_VLLM = "the number that the drafter's folder tells vLLM"
 _NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things, whatever their length
 _PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
 _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
@@ -93,7 +92,8 @@ def export(config: ExportConfig) -> Exported:
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
     readme, files = None, {}
     if config.engine is not None:
-        length = (PROPOSED, _AS_VLLM) if drafter else recommended_length(decoder, exit_layer, draft_layers)
+        length = recommended_length(decoder, exit_layer, draft_layers)
+        length = (PROPOSED, "the number that the drafter's folder tells vLLM") if drafter else length
         readme = _readme(config, None if drafter else exit_layer, layers, *length)
         files[README] = readme.encode()
     if config.as_gguf:

@@ -67,6 +67,8 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
         self.decoder = for_decoding(pretrained, device, dtype, packing) if isinstance(pretrained, str) else pretrained
         self.tokenizer = self.decoder.tokenizer
+        bos, self.eot_token_id = self.tokenizer.special_tokens_map.get("bos_token"), self.tokenizer.eos_token_id
+        self._bos_token = None if bos is None else str(bos)
         size = str(batch_size).partition(":")[0]
         require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)
         self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
@@ -87,15 +89,6 @@ class LayerSkipLM(LM):  # type: ignore[misc]
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
         ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
         return self.decoder.known_ids(list(ids))
-
-    @property
-    def _bos_token(self) -> str | None:
-        token = self.tokenizer.special_tokens_map.get("bos_token")
-        return None if token is None else str(token)
-
-    @property
-    def eot_token_id(self) -> int | None:
-        return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:

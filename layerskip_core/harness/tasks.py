@@ -50,9 +50,9 @@ _HERE = f"left out for `task` {HARNESS}..."
 class HarnessTasks:
     """Loaded tasks. `requests` comes first, then `scores` as often as there are models. `notes` are for the user."""
 
-    def __init__(self, loaded: Mapping[str, Any], config: TaskConfig) -> None:
+    def __init__(self, loaded: Mapping[str, Any], config: TaskConfig, log_samples: bool = False) -> None:
         """`loaded`: as lm-eval's TaskManager returns it. Raises ConfigError for tasks that cannot run here."""
-        self._loaded, self._config = loaded, config
+        self._loaded, self._config, self._log_samples = loaded, config, log_samples
         self._tasks: dict[str, Any] = loaded["tasks"]
         self.notes: list[str] = []
         for name, task in self._tasks.items():
@@ -99,7 +99,7 @@ class HarnessTasks:
         """What lm-eval computes of responses, by the `id` of their requests. Tasks with a request that has none are left out.
 
         `metrics` and `stderr` (standard errors, of the metrics that have one), by `TASK METRIC`, or by `TASK METRIC FILTER`
-        where several filters read the answers; `samples`: the number of rows, by task.
+        where several filters read the answers; `samples`: the number of rows, by task; `logged`: lm-eval's records of rows.
         """
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate
@@ -112,7 +112,7 @@ class HarnessTasks:
 
             loglikelihood_rolling = generate_until = loglikelihood
 
-        found: dict[str, dict[str, Any]] = {"metrics": {}, "stderr": {}, "samples": {}}
+        found: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
         answered = {name: task for name, task in self._tasks.items() if all(id(each) in responses for each in task.instances)}
         if not answered:
             return found
@@ -124,8 +124,10 @@ class HarnessTasks:
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are not worth processes
         limit, named = self._config.samples or None, f"answers to {HARNESS}{','.join(answered)}"
         with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):  # it tells that it resamples
-            results = evaluate(Recorded(), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=False)["results"]
-        for task_name, values in results.items():
+            results = evaluate(Recorded(), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=self._log_samples)
+        for task_name, rows in results.get("samples", {}).items():
+            found["logged"] += [{"task": task_name, **row} for row in rows]
+        for task_name, values in results["results"].items():
             if "sample_len" in values:
                 found["samples"][task_name] = int(values["sample_len"])
             for key, value in values.items():  # such as `acc,none` and `acc_stderr,none`: a metric and a filter
@@ -147,7 +149,7 @@ def _blaming(what: str) -> Iterator[None]:
         raise DataError(f"`task`: {what}: {first_line(error)}") from error
 
 
-def load_tasks(config: TaskConfig) -> HarnessTasks:
+def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
     """The tasks of `config.task`: names and groups of lm-eval, patterns of them, or files that end in .yaml.
 
     Raises ConfigError without lm-eval, for tasks that there are not and for settings of other tasks, DataError for their rows.
@@ -178,7 +180,7 @@ def load_tasks(config: TaskConfig) -> HarnessTasks:
             raise refused("task", what, f"{HARNESS}{missing[0]}{hint}")
         with _blaming(f"{HARNESS}{','.join(names)} cannot be loaded ({local})"):
             try:
-                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*found.values())))), config)
+                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*found.values())))), config, log_samples)
             except KeyError:
                 if built_in:  # else it may be a group of built-in tasks
                     raise
@@ -246,7 +248,7 @@ def _run(
         unscored = Task(examples, config.task, "", lambda _: {})
         more = yield from measure(given, unscored, settings, config, repeats, name=task)
         measured = list(map(add, measured, more)) if measured else more
-    results = []
+    results, logged = [], list[dict[str, Any]]()
     for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):
         said = dict(found[depth])
         result = setting_of(method)
@@ -254,11 +256,14 @@ def _run(
             result = result_of(measured[number], measured[0])
             for request, output in zip(generated, measured[number].answers, strict=True):
                 said[id(request)] = lm.answer(output.ids, lm.answering(method, request.args[1]).stop)
-        results.append(replace(result, **tasks.scores(said)))
+        scores = tasks.scores(said)
+        logged += [{"result": number, **row} for row in scores.pop("logged")]
+        results.append(replace(result, **scores))
     machine = environment(loaded)
     machine["versions"]["lm_eval"] = version("lm_eval")
     metric, template = next(iter(results[0].metrics), None), config.task.prompting.asked or "raw"
-    yield RunRecord(asdict(config) | {"quality_metric": metric, "prompt_template": template}, machine, tuple(results))
+    named = {"quality_metric": metric, "prompt_template": template}
+    yield RunRecord(asdict(config) | named, machine, tuple(results), samples=tuple(logged))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat, starmap
 from math import inf
 from pathlib import Path
 
@@ -90,23 +89,29 @@ class Places:
     ) -> None:
         """Raises ConfigError for a token beyond the cache's `max_positions`."""
         self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
+        self._positions = recorded
         self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
         if self.stop > cache.max_positions:
             last = self.stop - 1
             raise ConfigError(f"the context limit of {cache.max_positions} tokens is reached: position {last} was requested")
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """(N,) on the host, unless they are `recorded`."""
-        if self.recorded is not None:
-            return self.recorded
-        ranges = [torch.arange(start, start + count) for start, count in zip(self.starts, self.counts, strict=True)]
-        return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+        if self._positions is None:
+            spans = [(start, start + count) for start, count in zip(self.starts, self.counts, strict=True) if count]
+            if len(spans) == 1:
+                self._positions = torch.arange(*spans[0])
+            else:
+                self._positions = torch.tensor([*chain.from_iterable(starmap(range, spans))], dtype=torch.long)
+        return self._positions
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """(N,) on the host: the row of each token."""
-        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        if len(self.counts) == 1:
+            return torch.zeros(self.counts[0], dtype=torch.long)
+        return torch.tensor([*chain.from_iterable(map(repeat, range(len(self.counts)), self.counts))], dtype=torch.long)
 
     @property
     def bounds(self) -> list[int]:

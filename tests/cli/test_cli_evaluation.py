@@ -93,9 +93,18 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
 SAVED = ("--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save")
 
 
+def only(monkeypatch, strategy, pays=True):
+    """Sweeps whose finalists are the settings of this strategy, and whether these certainly gain."""
+    measure, chosen = "layerskip_core.evaluation.measure", lambda result: result.strategy == strategy and result.metrics
+    monkeypatch.setattr(f"{measure}.figures.DRAFTERS", (strategy,))
+    monkeypatch.setattr(f"{measure}.figures.Contest.lower_end", lambda *_: 2.0 if pays else 0.5)
+    monkeypatch.setattr(
+        f"{measure}.sweep.finalists", lambda every, _: [0, *(n for n, each in enumerate(every) if chosen(each))]
+    )
+
+
 def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._WORTHWHILE", 0.0)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.figures.DRAFTERS", ("lookup",))
+    only(monkeypatch, "lookup")
     result = run("sweep-exits", "--model", copy, *SAVED)
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
@@ -106,8 +115,7 @@ def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypatch, pays):
-    monkeypatch.setattr("layerskip_core.evaluation.measure.figures.DRAFTERS", ("self-speculative",))
-    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._WORTHWHILE", 0.0 if pays else 1e9)
+    only(monkeypatch, "self-speculative", pays)
     result = run("sweep-exits", "--model", copy, *SAVED, "--output", str(tmp_path / "out"))
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))

@@ -95,10 +95,11 @@ def test_stats_are_on_stderr(generate, expected):
     result = generate(PROMPT, "--exit", "4", "--spec", "5", "--stats")
     assert (result.code, result.out) == (0, expected() + "\n")
     counts = re.fullmatch(
+        r"plain decoding reads [\d.]+ MB per token at [\d.]+ GB/s, \d+% of what a plain sum of as many bytes reaches\n"
         r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
         r"steps by exit 4: (\d+)(?:, plain: 1)?; "
         r"layers: (?:native \(\w+\)|packed|packed \(oneDNN\)), float32 on cpu; prompt template: '{prompt}\\n'\n"
-        r"(?:about 0\.\d\dx of plain decoding: without --exit and --spec the fastest is chosen for every round\n)?",
+        r"(?:about 0\.\d\dx of plain decoding: --strategy adaptive chooses the fastest for every round\n)?",
         result.err,
     )
     drafted, accepted, share, rounds, steps = map(float, counts.groups())
@@ -138,7 +139,7 @@ def test_stats_warn_of_a_setting_that_loses_against_plain_decoding(generate, mon
     is_fixed = "--spec" in flags
     assert result.code == 0 and [bool(stats.rounds) for stats in rounds] == [True] * is_fixed
     told = [line for line in result.err.splitlines() if "of plain decoding" in line]
-    warning = f"about {speed:.2f}x of plain decoding: without --exit and --spec the fastest is chosen for every round"
+    warning = f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round"
     assert told == ([warning] if is_fixed and speed < 1 else [])
 
 

@@ -5,9 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import tiny_model
-from evaluating import NEW_TOKENS, early_exit_share, outputs_of, own_answers, tiny_loaded
+from evaluating import NEW_TOKENS, TRAINED, early_exit_share, outputs_of, own_answers, repacked, tiny_loaded
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig
@@ -25,10 +23,8 @@ from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import JOURNAL, Difference, Failure, Journal, Output, Result, Step
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.model import TorchBackend
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
-TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=4)
 DRAFTED = DecodingConfig("self-speculative", 5, 3)
 
@@ -154,8 +150,7 @@ def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
 
 def test_every_low_bit_copy_drafts():
     packing = PackingConfig(draft_weights=("int8", "int4"))
-    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
-    loaded = replace(tiny_loaded(torch.float32), backend=TorchBackend.of(model, packing))
+    loaded = repacked(packing)
     settings = {"strategies": ("autoregressive", "self-speculative"), "repeats": 1, "packing": packing}
     *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
     assert [(result.draft_weights, result.exit_layer) for result in record.results] == [(None, None), ("int8", 6), ("int4", 6)]
@@ -197,13 +192,12 @@ def test_strategies_that_the_model_was_not_made_for_are_left_out_unless_asked_fo
         assert {each.strategy for each in strategies_of(model, config, model.recommended(config.packing))} == names
     record = record_of(own_answers(1), BenchConfig("tiny", repeats=1))
     assert {result.strategy for result in record.results} == set(record.config["strategies"]) == usual
-
-
-def test_the_document_has_the_documented_names():
-    document = json.loads(to_json(record_of(own_answers(1), BenchConfig("tiny", repeats=1))))
+    document = json.loads(to_json(record))
     assert list(document) == ["config", "environment", "results"]
     # A checkpoint without a recommendation gets a quarter of its six layers, and 6 drafts.
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
+    read = document["environment"]["bandwidth"]
+    assert read["bytes_per_second"] > 0 and 8 * tiny_loaded().backend.spec.weights_read(1) < read["bytes_per_token"]
 
 
 @pytest.mark.parametrize(("exit_layer", "last"), [(0, 6), (6, 5), (7, 6)])

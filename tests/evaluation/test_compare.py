@@ -18,7 +18,6 @@ from layerskip_core.evaluation.comparison import (
     interval_of,
     labelled,
     read_run,
-    t_quantile,
 )
 from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.comparison import compare_table
@@ -92,20 +91,25 @@ def test_the_interval_of_three_runs():
     """Mean 2, standard deviation 1, t = 4.3027 for 2 degrees of freedom: 2 +- 4.3027 / sqrt(3)."""
     interval = interval_of([1.0, 2.0, 3.0])
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2, -0.48417, 4.48417), abs=1e-4)
-    assert interval_of([5.0]) == Interval(5.0)
-    assert interval_of([7.0, 7.0]) == Interval(7.0, 7.0, 7.0)
+
+
+def test_few_runs_and_equal_ones_have_no_interval():
+    """Two say hardly more about others than one; equal ones, of coarse figures, say nothing about the spread."""
+    assert [interval_of(values) for values in ([5.0], [5.0, 6.0], [7.0] * 3)] == [Interval(5.0), Interval(5.5), Interval(7.0)]
+    assert interval_of([0.35, 0.45, 0.55], [0.3, 0.4, 0.5], paired=True) == Interval(pytest.approx(0.05))
+    assert interval_of([4.0, 5.0], [1.0, 2.0, 3.0]) == Interval(2.5)
 
 
 def test_the_interval_of_perplexities_is_that_of_their_logarithms():
     interval = interval_of([math.e, math.e**2, math.e**3], logarithmic=True)
     assert (interval.mean, interval.high) == pytest.approx((math.e**2, math.exp(4.48417)), rel=1e-4)
-    assert all(math.isfinite(end) for end in vars(interval_of([1.0, 1e300], logarithmic=True)).values())
+    assert all(math.isfinite(end) for end in vars(interval_of([1.0, 2.0, 1e300], logarithmic=True)).values())
 
 
 def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
-    groups = groups_of(a=[sweep(tmp_path / f"a{match}", match, 8.0) for match in (0.1, 0.9)])
+    groups = groups_of(a=[sweep(tmp_path / f"a{match}", match, 8.0) for match in (0.1, 0.5, 0.9)])
     (cell,) = compare(groups, ["exact_match"], [9]).lines[0].cells
-    assert cell.interval == Interval(0.5, 0.0, 1.0)
+    assert cell.interval == Interval(pytest.approx(0.5), 0.0, 1.0)
 
 
 def test_paired_differences_leave_out_what_pairs_share():
@@ -115,16 +119,10 @@ def test_paired_differences_leave_out_what_pairs_share():
     assert (paired.mean, paired.low) == pytest.approx((2, -0.48417), abs=1e-4)
     welch = interval_of(values, others, paired=False)
     assert (welch.mean, welch.high) == pytest.approx((2, 2 + 3.1824 * math.sqrt(20201 / 3)), abs=1e-2)
-    assert interval_of([4.0], [1.0, 2.0], paired=False) == Interval(2.5)
-    equal = interval_of([1 / 12, 5 / 12], [0, 4 / 12], paired=False)  # 2 degrees of freedom, computed as a little less
-    assert (equal.low, equal.high) == pytest.approx((1 / 12 - 1.01415, 1 / 12 + 1.01415), abs=1e-4)
-    ratio = interval_of([2.0, 8.0], [1.0, 4.0], paired=True, logarithmic=True)
-    assert (ratio.mean, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
-
-
-def test_quantiles_beyond_the_table():
-    assert t_quantile(31) == pytest.approx(2.0395, abs=2e-4)  # of published tables
-    assert t_quantile(100) == pytest.approx(1.9840, abs=2e-4)
+    equal = interval_of([1 / 12, 5 / 12, 9 / 12], [0, 4 / 12, 8 / 12])  # 4 degrees of freedom, computed as a little less
+    assert equal.high == pytest.approx(1 / 12 + 2.7764 * math.sqrt(2 / 27), abs=1e-4)
+    ratio = interval_of([2.0, 8.0, 16.0], [1.0, 4.0, 7.9], paired=True, logarithmic=True)
+    assert ratio.low < 2 < ratio.mean < ratio.high
 
 
 def test_a_sweep_and_its_training_are_one_run(tmp_path):
@@ -146,17 +144,17 @@ def test_held_out_rows_are_the_same_whatever_a_run_was_trained_on(tmp_path, rows
 
 
 def test_means_and_differences_over_seeds(tmp_path):
-    """Exact match at full depth 50, 60, 70% and 60, 70, 80%; perplexity at exit 2 falls to a half in every pair."""
+    """Exact match at full depth 50, 60, 70% and 60, 70, 83%; perplexity at exit 2 falls to a half in every pair."""
     none = [sweep(tmp_path / f"none-seed{n}", 0.4 + n / 10, 8.0 * n) for n in (1, 2, 3)]
-    both = [sweep(tmp_path / f"both-seed{n}", 0.5 + n / 10, 4.0 * n) for n in (1, 2, 3)]
+    both = [sweep(tmp_path / f"both-seed{n}", match, 4.0 * n) for n, match in enumerate((0.6, 0.7, 0.83), start=1)]
     result = run("compare", *none, *both, "--only", "exact_match,perplexity", "--exits", "2", "--format", "markdown")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines() if line.startswith("|")]
     assert rows[0] == ["figure", "setting", "none", "both", "both vs none"]
     assert rows[2] == [
-        "exact match", "exit 2 alone", "30.0% (17.6% to 42.4%)", "35.0% (22.6% to 47.4%)", "+5.0 (+5.0 to +5.0)",
+        "exact match", "exit 2 alone", "30.0% (17.6% to 42.4%)", "35.5% (21.2% to 49.8%)", "+5.5 (+3.3 to +7.7)",
     ]  # fmt: skip
     assert rows[3][1:3] == ["autoregressive", "60.0% (35.2% to 84.8%)"]
-    assert rows[4][:2] == ["perplexity", "exit 2 alone"] and rows[4][4] == "x0.5 (x0.5 to x0.5)"
+    assert rows[4][:2] == ["perplexity", "exit 2 alone"] and rows[4][4] == "x0.5"  # equal in all pairs
     assert len(rows) == 6 and "paired run by run" in result.out and result.err == ""
 
 

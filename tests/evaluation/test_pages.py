@@ -17,10 +17,10 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_jsonl, with_answers
+from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_json, to_jsonl
 from layerskip_core.evaluation.report.plots import COLORS, figures, to_png, to_svg
 from layerskip_core.evaluation.report.tables import results_table
-from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step
+from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step, read_record
 
 FULL = replace(
     SWEEP,
@@ -271,14 +271,14 @@ def test_tables_link_to_the_answers_of_a_setting():
 
 def test_answers_are_read_from_beside_their_results(tmp_path):
     record = record_of(Answered("p\n", "r", ("a", None, "b", "c")), Answered("q", "", (None,) * 4))
-    saved, file = str(tmp_path / "results.json"), tmp_path / "answers.jsonl"
-    assert with_answers(record_of(), saved) == record_of()
+    saved, file = tmp_path / "results.json", tmp_path / "answers.jsonl"
+    saved.write_text(to_json(record))
+    assert "answered" not in record.document() and read_record(str(saved), "sweep-exits") == record_of()
     file.write_text(to_jsonl(record.answered))
-    assert with_answers(record_of(), saved) == record
-    assert "answered" not in record.document()
-    file.write_text('{"prompt": "p", "reference": "", "answers": ["a"]}\n')
-    with pytest.raises(LayerSkipError, match="4 results, got 1"):
-        with_answers(record_of(), saved)
+    assert read_record(str(saved), "sweep-exits") == record
+    file.write_text('{"prompt": "p", "reference": "", "answers": "a"}\n')
+    with pytest.raises(LayerSkipError, match=r"beside `saved` .*answers.jsonl must be"):
+        read_record(str(saved), "sweep-exits")
 
 
 @pytest.mark.parametrize("measure", [sweep, bench])

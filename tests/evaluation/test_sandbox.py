@@ -322,19 +322,19 @@ def start_with(patch):
     """The code that starts a supervisor in which something fails."""
     return (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from layerskip_core.evaluation.sandbox import layers, seccomp, supervisor\n"
+        "from layerskip_core.evaluation.sandbox import seccomp, supervisor\n"
         f"def fail(*all): raise OSError(22, 'Invalid argument')\n{patch}\nsupervisor.main()"
     )
 
 
-NO_LANDLOCK, NO_NAMESPACES = "layers._allow_files_only = lambda *all: 0", "layers.enter_namespaces = fail"
+NO_LANDLOCK, NO_NAMESPACES = "supervisor._allow_files_only = lambda *all: 0", "supervisor.enter_namespaces = fail"
 
 
 @pytest.mark.parametrize(
     ("patch", "missing"),
     [
         (NO_NAMESPACES, {"file names", "processes"}),
-        ("layers._enter_small_tree = fail", {"file names", "processes"}),
+        ("supervisor._enter_small_tree = fail", {"file names", "processes"}),
         (NO_LANDLOCK, {"files"}),
         ("seccomp.filter_calls = lambda *all: False", {"system calls"}),
     ],
@@ -370,7 +370,7 @@ def test_a_program_that_could_remove_files_is_not_run(monkeypatch, patch, protec
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "_START", start_with("layers._set_limits = fail"))
+    monkeypatch.setattr(sandbox, "_START", start_with("supervisor._set_limits = fail"))
     with pytest.raises(LayerSkipError, match=r"cannot be set up: OSError: \[Errno 22\] Invalid argument"):
         run_tests("", "", namespaces=False)
 

@@ -5,9 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import tiny_model
-from evaluating import LAYERS, early_exit_share, own_answers, tiny_loaded
+from evaluating import LAYERS, TRAINED, early_exit_share, own_answers, repacked, tiny_loaded
 from exit_block_models import add_eagle3
 
 from layerskip_core.checkpoint.open import for_decoding
@@ -20,7 +18,6 @@ from layerskip_core.evaluation.measure import Progress
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import metric, reference_losses, scores_by_exit
-from layerskip_core.model import TorchBackend
 
 CONFIDENCE = 0.03  # that the tiny model has in some tokens
 
@@ -47,7 +44,9 @@ def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
     phases = (("perplexity", 3), ("prediction", 4), ("prompts", 3))  # 3 prompts, and all settings timed once
-    assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
+    expected = [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
+    once_more = progress[len(expected) :]  # as far as a draft was faster than full depth
+    assert progress[: len(expected)] == expected and {event.phase for event in once_more} <= {"the best once more"}
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     exits = [("early-exit", layer, None) for layer in (2, 5)]
     drafting = [("self-speculative", layer, drafts) for layer in (2, 5) for drafts in (2, 4)]
@@ -81,17 +80,19 @@ def test_a_sweep_of_the_tiny_model():
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
     advice = record.recommendation
-    assert advice.policies["exact"]["measured"]["speedup"] >= 1 and advice.baseline_drift >= 0
+    assert advice.policies["exact"]["measured"]["speedup"] >= 1
+    assert (advice.lower_end is not None) == bool(once_more) and advice.pays == ((advice.lower_end or 0) > 1)
+    assert not once_more or re.search(r"speed of autoregressive decoding on \d+ prompts \(at least [\d.]+x", advice.reason)
     assert advice.fast_reason.startswith("none, because no early exit keeps more than 0.98 of exact_match, 1 at full depth")
-    assert early_exits[1].changes["exact_match"].high <= 0 and plain.changes == drafted[0].changes == {}
+    low, high = early_exits[1].changes["exact_match"]
+    assert low < shares[1] - 1 < high and plain.changes == drafted[0].changes == {}
     assert re.search(r"(exit \d|lookup) with \d draft tokens|adaptive", advice.reason)
 
 
 def test_low_bit_copies_draft_with_all_layers():
     """Of a model without trained exits only the copies' full depth is swept; exits are if they are given."""
     packing = PackingConfig(draft_weights=("int8", "int4"))
-    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
-    untrained = replace(tiny_loaded(torch.float32), backend=TorchBackend.of(model, packing))
+    untrained = repacked(packing)
     config = SweepConfig("tiny", specs=(3,), packing=packing)
     *_, record = sweep(untrained, own_answers(), config)
     drafted = [result for result in record.results if result.strategy == "self-speculative"]
@@ -124,10 +125,7 @@ def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_wh
         return PassTimes(draft=0.1 if setting.draft_weights else 1.0, verify=1.0, other=0.0, plain=1.0)
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
-    recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
-    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
-    made = TorchBackend.of(model, PackingConfig(draft_weights=("int8",)))  # as adaptive drafting asks for
-    trained = replace(tiny_loaded(torch.float32), backend=made, info=replace(tiny_loaded().info, details=recipe))
+    trained = repacked(PackingConfig(draft_weights=("int8",)), info=TRAINED)  # as adaptive drafting asks for
     generation = {"max_new_tokens": 48}
     *_, record = sweep(trained, own_answers(1), SweepConfig("tiny", exit_confidences=(), generation=generation))
     lengths: dict[tuple[str | None, int], list[int]] = {}
@@ -145,8 +143,7 @@ def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_wh
 
 
 def test_exits_by_confidence_are_swept_where_exits_were_trained():
-    recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
-    trained = replace(tiny_loaded(), info=replace(tiny_loaded().info, details=recipe))
+    trained = replace(tiny_loaded(), info=TRAINED)
     settings = SweepConfig("tiny", exits=(2,), specs=(2,))
 
     def by_confidence(loaded, task, **changes):

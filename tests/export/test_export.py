@@ -1,10 +1,17 @@
-"""`layerskip export`: the folder of a draft model, and how engines use it."""
+"""`layerskip export`: the folder of a draft model, how engines use it, `--check`, and the plugin for vLLM."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -15,12 +22,14 @@ from exit_block_models import add_blocks, add_eagle3, random_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layerskip_core import load
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable, decoder_of
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.config.model import Engine
+from layerskip_core.config.model import CheckConfig, Engine
 from layerskip_core.errors import ConfigError
+from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
@@ -199,3 +208,170 @@ def test_a_block_that_reads_the_final_states_is_refused():
     with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
         cut_to_exit(loaded, 2, blocks)
     assert loaded.model.config.num_hidden_layers == 6
+
+
+@pytest.fixture
+def drafting(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
+    add_eagle3(folder)
+    return folder
+
+
+def python_printing(path, output, status=0):
+    """Stands for the Python of an environment with vLLM."""
+    program = f"import sys\nif 'find_spec' not in sys.argv[2]:\n    print({output!r})\n    sys.exit({status} and {output!r})\n"
+    path.write_text(f"#!{sys.executable}\n{program}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_acceptance_is_that_of_rounds_that_end_no_answer():
+    """Of 3 rounds, 2 accept their first draft, 1 its second; an answer's first and last step are none."""
+    here = Drafted("layerskip", [[[5], [1, 2, 3], [4, 5], [6, 7, 8, 9]], [[5], [9], [2]], [[5]]])
+    assert here.rates == [2 / 3, 1 / 3, 0, 0] and here.ids[1] == [5, 9, 2]
+    other = Drafted("vLLM", [[[5], [1, 2], [3, 4, 5], [6, 7, 8, 9]], [[5], [9], [3]], [[5]]])
+    checked = DrafterCheck(here, other)
+    assert (checked.difference, checked.same, checked.passed) == (0, 2, False)
+    assert checked.table().splitlines()[2:] == [
+        "| layerskip | 3 | 66.7% | 33.3% | 0.0% | 0.0% | 2.00 |",
+        "| vLLM | 3 | 66.7% | 33.3% | 0.0% | 0.0% | 2.00 |",
+    ]
+    assert not DrafterCheck(here, Drafted("vLLM", [[[5], [1, 2, 3], [4], [5, 6, 7, 8, 9]], *here.answers[1:]])).passed
+    assert DrafterCheck(here, here).passed
+
+
+def test_the_exit_status_says_whether_engines_agree(drafting, tmp_path):
+    here = check_drafter(CheckConfig(samples=2, python=sys.executable), str(drafting)).here
+    assert len(here.ids) == 2 and len(here.accepted) > 2
+    for answers, code in ((here.answers, 0), (here.answers[::-1], 1)):
+        python = python_printing(tmp_path / "python", json.dumps({"engine": "vLLM 9", "answers": answers}))
+        done = run("export", str(drafting), "--check", "--samples", "2", "--python", python)
+        assert done.code == code and [line.split(" | ")[0] for line in done.out.splitlines()[2:]] == ["| layerskip", "| vLLM 9"]
+        assert f"{2 - 2 * code} of 2 answers the same, rates of acceptance at most 0.0 points apart (1 allowed)" in done.err
+
+
+def test_what_cannot_be_compared_is_one_line(drafting, checkpoint, tmp_path):
+    message = "this model has no EAGLE-3 drafter; `layerskip train-drafter --layout eagle3` makes one"
+    fails(f"--check: {message}", "export", checkpoint, "--check")
+    fails(f"--strategy eagle3: {message}", "generate", "hi", "--model", checkpoint, "--strategy", "eagle3")
+    flags = ("export", str(drafting), "--check", "--samples", "1")
+    fails("vLLM ended with status 1: no memory", *flags, "--python", python_printing(tmp_path / "python", "no memory", 1))
+    fails("--python must be the Python of an environment, got no/where", *flags, "--python", "no/where")
+
+
+PROMPTS = ["remind me to call mom at 5", "play some jazz", "set an alarm for 7 am"]
+PROGRAM = """
+import json, sys
+from types import SimpleNamespace
+
+from layerskip_core.export.vllm_plugin import exported_exit
+from vllm import LLM, SamplingParams
+
+target, draft, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+speculative = {"method": "draft_model", "model": draft, "num_speculative_tokens": 6}
+settings = dict(enforce_eager=True, max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=1 << 24, dtype="float32")
+llm = LLM(target, load_format="layerskip", speculative_config=speculative, disable_log_stats=False, **settings)
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+runner = llm.collective_rpc(lambda worker: worker.model_runner)[0]
+layers = runner.compilation_config.static_forward_context
+caches = {name: layer.kv_cache.data_ptr() for name, layer in layers.items() if hasattr(layer, "kv_cache")}
+theirs = {id(weight) for weight in runner.model.parameters()}
+sizes = runner.model.config.to_dict()
+
+
+def refused(folder, **change):
+    config = SimpleNamespace(**{**sizes, "num_hidden_layers": 5, **change})
+    try:
+        exported_exit(SimpleNamespace(model=folder, hf_config=config), runner.model)
+    except ValueError as error:
+        return str(error)
+
+
+print("RESULT", json.dumps({
+    "texts": [output.outputs[0].text for output in outputs],
+    "counts": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
+    "own": [name for name, weight in runner.drafter.model.named_parameters() if id(weight) not in theirs],
+    "mine": [caches[f"draft_model.model.layers.{layer}.self_attn.attn"] for layer in range(5)],
+    "theirs": [caches[f"model.layers.{layer}.self_attn.attn"] for layer in range(24)],
+    "refused": [refused(draft), refused(target), refused(draft, hidden_size=99), refused("/")],
+}))
+"""
+ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
+    """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round."""
+    target = str(tmp_path / "target")
+    flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
+    assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
+    done = check_drafter(CheckConfig(samples=3), target)
+    assert done.vllm.answers == done.here.answers and sum(done.here.accepted) > 10
+    shown = run("export", target, "--check", "--samples", "1")
+    assert shown.code == 0 and shown.out.splitlines()[3].startswith("| vLLM 0.")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+def test_the_draft_is_part_of_the_target(tmp_path):
+    """The draft is exit 5 of `embedded`, taken for exit 4 with a block: four shared layers, one layer and norm of its own."""
+    target, draft = str(tmp_path / "target"), tmp_path / "draft"
+    run("export", "embedded", "--exit", "24", "--output", target, "--dtype", "fp32")
+    run("export", "embedded", "--exit", "5", "--output", str(draft), "--dtype", "fp32")
+    info = json.loads((draft / "layerskip.json").read_text())
+    (draft / "layerskip.json").write_text(json.dumps({**info, "exported_exit": 4}))
+    program = [sys.executable, "-c", PROGRAM, target, str(draft), json.dumps([f"{prompt}\n" for prompt in PROMPTS])]
+    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+    model = load("embedded", device="cpu")
+    assert result["texts"] == [model.generate(prompt, strategy="autoregressive", max_new_tokens=64).text for prompt in PROMPTS]
+    counts = result["counts"]
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0.7 * counts["vllm:spec_decode_num_draft_tokens"] > 0
+    assert {name.split(".")[2] for name in result["own"] if ".layers." in name} == {"4"}
+    assert [name for name in result["own"] if ".layers." not in name] == ["model.norm.weight"]
+    assert result["mine"][:4] == result["theirs"][:4]
+    assert result["mine"][4] not in result["theirs"]
+    accepted, whole, other, nothing = result["refused"]
+    assert accepted is None
+    assert whole == f"load format layerskip needs a draft that `layerskip export` wrote, got {target}"
+    assert other == "load format layerskip needs a draft of this target: hidden_size must be 160, got 99"
+    assert nothing.endswith("got /")
+
+
+class _Stub(ModuleType):
+    """A module of vLLM: any name in it is a class."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The plugin, imported without vLLM."""
+    name = "layerskip_core.export.vllm_plugin"
+    wanted = re.findall(r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE)
+    for module in ("vllm", *wanted):
+        monkeypatch.setitem(sys.modules, module, _Stub(module))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
+    """As the target may: what `layerskip export` wrote, sent to the hub."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"), 8)
+    target = SimpleNamespace(config=SimpleNamespace(**sizes))
+    (tmp_path / "layerskip.json").write_text('{"exported_exit": 4}')
+
+    def download(repo, name, revision=None):
+        assert (repo, name, revision) == ("me/draft", "layerskip.json", "v1")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(plugin, "hf_hub_download", download)
+    config = SimpleNamespace(num_hidden_layers=4, **sizes)
+    for model in ("me/draft", str(tmp_path)):
+        assert plugin.exported_exit(SimpleNamespace(model=model, revision="v1", hf_config=config), target) == 4

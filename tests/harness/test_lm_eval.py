@@ -100,11 +100,12 @@ def test_full_depth_equals_hf_and_an_exit_equals_hf_on_its_exported_folder(check
 
 
 def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp_path):
-    arguments = ("--model", checkpoint, "--include-path", str(tasks), "--samples", "0", "--dtype", "fp32", "--batch-size", "8")
+    """By lm-eval's own flags, with its records of the rows."""
+    arguments = ("--model", checkpoint, "--include-path", str(tasks), "--limit", "0", "--dtype", "fp32", "--batch-size", "8")
     output = tmp_path / "out"
     done = run(
-        "sweep-exits", *arguments, "--task", "lm-eval:choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
-        "--format", "json", "--output", str(output),
+        "sweep-exits", *arguments, "--tasks", "choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
+        "--format", "json", "--output", str(output), "--log-samples",
     )  # fmt: skip
     assert done.code == 0, done.err
     document = json.loads(done.out)
@@ -120,6 +121,11 @@ def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp
     names = {file.name for file in output.iterdir()}
     assert {"scores_by_exit.png", "lower_scores_by_exit.png", "results.csv", "report.html"} <= names
     assert "choice acc" in (output / "results.csv").read_text().splitlines()[0]
+    logged = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    for number, result in enumerate(document["results"]):
+        rows = [row for row in logged if (row["result"], row["task"]) == (number, "choice")]
+        assert sum(row["acc"] for row in rows) / 10 == result["metrics"]["choice acc"]
+    assert len(logged) == 3 * 4 * 10
     again = run("sweep-exits", "--from", str(output / "results.json"), "--format", "markdown")
     assert f"| answer | exact_match | 10 | {accuracy:.3f}±.133 |" in again.out
     assert "exit 2 | exit 5 |" in again.out.splitlines()[0]

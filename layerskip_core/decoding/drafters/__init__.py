@@ -6,7 +6,7 @@ A drafter is one module here, with a function `drafter(setup)`, and one line in 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,9 +89,9 @@ class Draft:
         """(N - B,), the drafts alone."""
         if len(self.counts) == 1:
             return self.tokens[1:]
-        ends = list(accumulate(1 + count for count in self.counts))
-        places = [place for end, count in zip(ends, self.counts, strict=True) for place in range(end - count, end)]
-        return self.tokens[torch.tensor(places, dtype=torch.long)]
+        ends = accumulate(1 + count for count in self.counts)
+        spans = (range(end - count, end) for end, count in zip(ends, self.counts, strict=True))
+        return self.tokens[torch.tensor([*chain.from_iterable(spans)], dtype=torch.long)]
 
     def by_row(self) -> tuple[Tensor, ...]:
         """Each row's tokens, (1 + K,)."""

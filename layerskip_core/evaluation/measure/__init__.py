@@ -15,7 +15,7 @@ from torch import Tensor
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import STRATEGIES, DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
-from ...data import Example, Item, spread
+from ...data import Example, spread
 from ...decoding import check_prompt, decode, decode_batch
 from ...decoding.drafters.lookup import EarlierAnswers
 from ...errors import LayerSkipError
@@ -96,9 +96,9 @@ def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
     return setting.exit_layer if setting.strategy == "early-exit" else num_layers
 
 
-def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
-    """The examples to time, or their indices, evenly spaced: as many as the config's `timed`, None: all."""
-    return examples if timed is None else spread(examples, timed) if timed else ()
+def in_turn(turn: int, count: int) -> list[int]:
+    """An order of settings that rotates and reverses from turn to turn, so that none always follows the same other one."""
+    return [(turn - step if turn % 2 else turn + step) % count for step in range(count)]
 
 
 def measure(
@@ -122,7 +122,7 @@ def measure(
     the same setting in the same repeat only, and after a resumption those since then.
 
     Args:
-        settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
+        settings: the first is full depth, which the others are compared with.
         journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
         perplexity: by exit, the metric of a task on text.
         name: stands before the phases of progress.
@@ -131,29 +131,11 @@ def measure(
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
-    timed = timed_examples(every, config.timed)
+    timed = () if config.timed == 0 else spread(every, config.timed or 0)  # None: all
     phases = [("answers", [(_BATCHES, sample) for sample in every], config.batch_size)] if batches else []
     phases += [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)] if timed else []
     rows = {} if journal is None else dict(journal.known)  # the outputs of all settings by repeat and sample
     earlier = defaultdict[tuple[int, int], EarlierAnswers](lambda: EarlierAnswers(config.remember))  # by setting and repeat
-    places = range(len(settings))
-
-    def in_turn(prompts: Sequence[str], repeat: int, sample: int) -> list[list[Output]]:
-        """The outputs of every setting. Their order rotates and reverses, so that none always follows the same other one.
-
-        Answers from batches are not timed, so those of a setting that stands in the list twice are computed once. Each sample
-        has a seed of its own, so that sampled answers to one prompt differ; the largest seed is 2**32 - 1.
-        """
-        found: dict[int, list[Output]] = {}
-        distinct = [settings.index(settings[place]) if repeat == _BATCHES else place for place in places]
-        turn = repeat + sample
-        for step in places:
-            place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
-            if place not in found:
-                setting = settings[place]
-                setting = replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
-                found[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
-        return [found[place] for place in distinct]
 
     for phase, wanted, size in phases:
         missing = [each for each in wanted if each not in rows]
@@ -164,8 +146,13 @@ def measure(
             answer_prompts(loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines)
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
-            prompts = [examples[sample].prompt for _, sample in batch]
-            outputs = in_turn(prompts, *batch[0])
+            prompts, (repeat, sample) = [examples[each].prompt for _, each in batch], batch[0]
+            outputs: list[list[Output]] = [[] for _ in settings]
+            for place in in_turn(repeat + sample, len(settings)):
+                setting = settings[place]
+                if setting.temperature:  # sampled answers to one prompt differ; the largest seed is 2**32 - 1
+                    setting = replace(setting, seed=(setting.seed + sample) % 2**32)
+                outputs[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
             for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:

@@ -32,6 +32,7 @@ from ..metrics import scores_by_exit
 from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
 from ..tasks import Task
 from . import Baseline, Progress, depth_of, measure, own_output
+from .cost_model import bandwidth
 from .figures import environment, result_of
 from .skip_search import search_skips
 
@@ -75,6 +76,10 @@ def bench(
     settings += [replace(speculative, strategy=name) for name in baselines]
     measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
     full = measured[0]
+    stats = sum((output.stats for output in full.answers), DecodeStats())
+    if full.repeats and (tokens := float(full.times[3].sum())):
+        positions = (stats.prompt_tokens + stats.new_tokens / 2) / max(stats.sequences, 1)
+        machine["bandwidth"] = bandwidth(loaded, float(full.times[2].sum()) / tokens, positions)
     transformers = next((each for each in measured if each.setting.strategy == "transformers"), None)
     results = []
     for each in measured:

@@ -21,10 +21,11 @@ from ...config.model import PackingConfig, Quantization
 from ...data import Example
 from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
+from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.exit_blocks import features_of
 from ...model.vocabulary import most_probable
-from ..results import Output, Result, require_outputs
+from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
@@ -32,6 +33,9 @@ from . import Progress, measure_prompt
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
+_FEW_STEPS = 8  # plain ones, where nothing else was measured
+_STORED = {"fp32": 4.0, "widened": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625}  # bytes of a weight, with scales
+_SUMS, _MOST_SUMMED = 5, 1 << 30  # bytes
 _ROWS = 17  # of the longest pass that is timed for adaptive drafting
 _TIMES = 5  # per number of rows
 
@@ -98,11 +102,42 @@ def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> l
     return steps[1:]
 
 
+def _plain_step(loaded: Decoder) -> float:
+    """Seconds of a plain step: the mean of a few after a short prompt."""
+    part = loaded.encode_prompt("a"), _FEW_STEPS
+    return fmean(total for *_, total in _steps(loaded, part, DecodingConfig("autoregressive"), _FEW_STEPS))
+
+
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
-    """About what rounds with drafts gained over plain decoding: by a few plain steps after a short prompt."""
-    steps = _steps(loaded, (loaded.encode_prompt("a"), _STEPS), DecodingConfig("autoregressive"), _STEPS)
-    plain = fmean(total for *_, total in steps)
-    return plain * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
+    """About what rounds with drafts gained over plain decoding, of which a few steps are timed."""
+    return _plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
+
+
+def plain_bandwidth(loaded: Decoder) -> str:
+    """How near plain decoding comes to the bandwidth of this machine's memory, of which a few steps are timed, in words."""
+    return bandwidth_text(bandwidth(loaded, _plain_step(loaded)))
+
+
+def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
+    """How fast plain decoding, by the seconds of a `step`, reads weights and the KV entries of so many `positions`.
+
+    Beside it stands the bandwidth of a sum over as many bytes (at most 1 GB), in the same caches: the most that the machine
+    would give.
+    """
+    backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
+    matrix = getattr(backend.draft_sides[None].whole.unembed, "matrix", None)  # of our own kernels
+    kind = matrix.form.kind if matrix else backend.implementation.partition(")")[0]
+    stored = next((size for name, size in _STORED.items() if name in kind), width)
+    total = stored * spec.weights_read(1)
+    if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
+        total += 2 * width * spec.keys * sum(min(positions, spec.window_of(kind) or positions) for kind in spec.kinds)
+    memory, times = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device), []
+    for _ in range(_SUMS):
+        started = time.perf_counter()
+        memory.sum().item()
+        times.append(time.perf_counter() - started)
+    summed = 4 * len(memory) / min(times)
+    return {"bytes_per_token": total, "bytes_per_second": total / step, "sum_bytes_per_second": summed}
 
 
 def timed_visits(

@@ -1,19 +1,20 @@
 """What a measurement says: the figures of each way of decoding, the machine, and a sweep's advice.
 
-The advice is made of the Pareto frontier, the cost model's error, the recommended setting, and the policies to store.
+The fastest of twenty settings on a dozen prompts looks faster than it is. So a sweep times the best few once more, in turns
+with plain and adaptive decoding, on prompts that chose none of them, and the lower end of the interval of their speed decides.
 """
 
 import math
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from itertools import zip_longest
 from operator import truediv
 from pathlib import Path
-from statistics import mean, median
-from typing import Any, NamedTuple, cast
+from statistics import median
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,15 +26,15 @@ from ...config.options import hints_of
 from ...config.resolution import EXACT, FAST, Policy, policy_text
 from ...decoding import DecodeStats
 from ...errors import plural
-from ..metrics import Estimate, Margin, change, estimate, finite, frontier, margin, metric, speed_ratio
-from ..results import Bounds, Failure, PredictionError, Recommendation, Result
-from . import Measured, drafts_tokens
+from ..metrics import SHARE, Estimate, Margin, change, estimate, finite, margin, metric, speed_ratio
+from ..results import Failure, Recommendation, Result
+from . import Measured, Progress, drafts_tokens, in_turn
 
 _WITH_EXIT = ("early-exit", "self-speculative", "no-reuse", "assistant-early-exit")
-_WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
-_NAMED = 3  # settings that a sentence lists
-_NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
+_FINALISTS = 2  # fixed settings that are timed once more
+_FEWEST_TURNS, _MOST_TURNS = 8, 256
+_NARROW = 0.02  # share of a speed that its lower end is below it, from which on no more prompts are needed
 # The settings that are columns of a sweep.
 _COLUMNS = sorted(hints_of(Policy).keys() & {field.name for field in fields(Result)})
 
@@ -53,26 +54,24 @@ def setting_of(setting: DecodingConfig) -> Result:
     )
 
 
-def result_of(measured: Measured, full: Measured, transformers: Measured | None = None, base: Tensor | None = None) -> Result:
-    """The figures of one way of decoding, compared with those of full depth, and of transformers if that ran.
-
-    `base`: the times (4, repeats, prompts) that speedups are relative to; None: those of `full`.
-    """
+def result_of(measured: Measured, full: Measured, transformers: Measured | None = None) -> Result:
+    """The figures of one way of decoding, compared with those of full depth, and of transformers if that ran."""
     answers, scores, drafts = measured.answers, measured.scores, drafts_tokens(measured.setting)
     result, stats = setting_of(measured.setting), sum((output.stats for output in answers), DecodeStats())
     figures: dict[str, Estimate] = {}
     if measured.repeats:
-        times, base = measured.times, full.times if base is None else base
+        times, base = measured.times, full.times
         figures |= {"speedup": speed_ratio(base[:2], times[:2]), "decode_speedup": speed_ratio(base[2:], times[2:])}
         if transformers is not None:
             figures["speedup_over_transformers"] = speed_ratio(transformers.times[:2], times[:2])
         result = replace(result, **_speeds(measured), tokens_per_second=estimate(torch.div, times[[1, 0]]).value)
     known = [output.error is None for output in full.answers]
     same = [there and mine.ids == other.ids for there, mine, other in zip(known, answers, full.answers, strict=True)]
-    figures["identical_outputs"] = estimate(torch.div, [same, known], measured.answers_per_prompt)
-    for name, count in (("acceptance_rate", "drafted"), ("mean_accepted_tokens", "rounds")) if drafts else ():
-        counts = [[getattr(output.stats, part) for output in answers] for part in ("accepted", count)]
-        found = estimate(torch.div, counts, measured.answers_per_prompt)
+    figures["identical_outputs"] = estimate(torch.div, [same, known], measured.answers_per_prompt, SHARE)
+    counted = (("acceptance_rate", "drafted", 1.0), ("mean_accepted_tokens", "rounds", math.inf))
+    for name, of, most in counted if drafts else ():
+        counts = [[getattr(output.stats, part) for output in answers] for part in ("accepted", of)]
+        found = estimate(torch.div, counts, measured.answers_per_prompt, (0.0, most))
         figures[name] = found._replace(value=getattr(stats, name))  # 0 without drafts
     metrics = {name: metric(each) for name, each in scores.items()}
     changes = {name: change(each, full.scores[name]).bounds for name, each in scores.items() if name in full.scores}
@@ -90,6 +89,7 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
         mean_layers=stats.mean_layers if result.exit_confidence else None,
         intervals={name: found.bounds for name, found in (figures | metrics).items() if found.bounds is not None},
         changes={name: ends for name, ends in changes.items() if ends is not None},
+        rows_to_halve=figures["speedup"].rows if "speedup" in figures else None,
     )
 
 
@@ -148,101 +148,154 @@ def environment(loaded: Decoder) -> dict[str, Any]:
     }
 
 
-class Row(NamedTuple):
-    """A setting: its figures, what they were computed from (None: only predicted), and its policy."""
+@dataclass(frozen=True)
+class Contest:
+    """Seconds and tokens (settings, 2, prompts) of plain decoding and of the best settings, in turns on the same prompts.
 
-    result: Result
-    measured: Measured | None
-    policy: Policy
+    `places`: of these settings among a sweep's results. `noun`: what a prompt is called.
+    """
 
-    @property
-    def speed(self) -> float:
-        return self.result.speedup or 0.0
+    places: Sequence[int]
+    times: Tensor
+    noun: str = "other prompt"
 
-    def lead(self, other: "Row") -> Bounds | None:
-        """The interval of its speed over another's, on the same prompts."""
-        one, slower = self.measured, other.measured
-        return speed_ratio(slower.times[:2], one.times[:2]).bounds if one and slower else None
+    def speed(self, place: int, other: int = 0) -> Estimate:
+        """Of a setting over another one. Over plain decoding (0) the lower ends of all intervals hold at once with 95%."""
+        mine, theirs = (self.times[self.places.index(each)][:, None] for each in (place, other))
+        return speed_ratio(theirs, mine, 0.95 if other else 1 - 0.1 / (len(self.places) - 1))
+
+    def lower_end(self, place: int) -> float:
+        bounds = self.speed(place).bounds
+        return 0.0 if bounds is None else bounds.low
+
+    def is_narrow(self) -> bool:
+        return all(self.lower_end(place) > (1 - _NARROW) * (self.speed(place).value or 0.0) for place in self.places[1:])
+
+    def told(self, place: int) -> str:
+        """`1.82x the speed of autoregressive decoding on 16 other prompts (at least 1.74x with 95% confidence)`."""
+        prompts, value = plural(self.times.shape[-1], self.noun), self.speed(place).value or 0.0
+        low = self.lower_end(place)
+        least = f"at least {low:.2f}x with 95% confidence" if low else "too few for an interval"
+        return f"{value:.2f}x the speed of autoregressive decoding on {prompts} ({least})"
+
+
+def faithful(results: Sequence[Result], near_tie: float) -> list[int]:
+    """The places of measured settings that draft and have the outputs of the first one, up to differences at near-ties."""
+    drafting = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
+    return [place for place in drafting if results[place].keeps_outputs(results[0], near_tie)]
+
+
+def finalists(results: Sequence[Result], near_tie: float) -> list[int]:
+    """Full depth, the fastest faithful settings and adaptive drafting. Empty if none of them was faster than full depth."""
+    known = sorted(faithful(results, near_tie), key=lambda place: -(results[place].speedup or 0.0))
+    faster = [place for place in known if (results[place].speedup or 0.0) > 1]
+    fixed = [place for place in faster if results[place].strategy != "adaptive"][:_FINALISTS]
+    return [0, *fixed, *(place for place in known if results[place].strategy == "adaptive")] if faster else []
+
+
+def contest(
+    places: Sequence[int],
+    prompts: int,
+    timed: Callable[[int, int], tuple[float, int]],
+    seconds: float,
+    noun: str = "other prompt",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generator[Progress, None, Contest]:
+    """Times settings on one prompt after the other until their intervals are narrow or so many seconds are over.
+
+    Yields progress in percent of the time. If there are too few prompts, they come again.
+
+    Args:
+        timed: seconds and tokens of the answer to a prompt, by its number, of the setting at a place.
+    """
+    times, started = torch.zeros(len(places), 2, prompts, dtype=torch.float64), clock()
+    for turn in range(_MOST_TURNS):
+        for place in in_turn(turn, len(places)):
+            times[place, :, turn % prompts] += torch.tensor(timed(turn % prompts, places[place]), dtype=torch.float64)
+        found, share = Contest(places, times[..., : turn + 1], noun), (clock() - started) / max(seconds, 1e-9)
+        yield Progress(min(100, int(100 * share)), 100, "the best once more")
+        if turn + 1 >= _FEWEST_TURNS and (share >= 1 or found.is_narrow()):
+            break
+    return found
+
+
+def winner(found: Contest, results: Sequence[Result]) -> tuple[int, int]:
+    """The setting to recommend, and the one with the highest lower end.
+
+    They differ where adaptive drafting gains too, and the other is hardly faster, and not certainly.
+    """
+    first = max(found.places[1:], key=found.lower_end)
+    for place in found.places[1:]:
+        if results[place].strategy == "adaptive" and found.lower_end(place) > 1:
+            lead, ends, _ = found.speed(first, place)
+            if lead is None or (lead <= _CLOSE and (ends is None or ends.low <= 1)):
+                return place, first
+    return first, first
 
 
 def recommend(
     results: Sequence[Result],
     near_tie: float,
-    drift: float,
     quality_metric: str,
     config: SweepConfig,
-    measured: Sequence[Measured | None] = (),
+    measured: Sequence[Measured | None],
+    found: Contest | None = None,
 ) -> Recommendation:
-    """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
-
-    Adaptive drafting is preferred to a fixed setting that is hardly faster, and not certainly, and to plain decoding unless
-    that is faster.
+    """The setting that drafts and gains certainly, or plain decoding, and the policies.
 
     Args:
         results: the first is full depth.
-        drift: by how much the time of full depth changed, see `Recommendation`.
-        measured: what was measured of each result, on the same prompts, None of one that was only predicted. If given, it tells
-            which settings may be as fast, and which early exits keep their quality.
+        measured: what was measured of each result, None of one that was only predicted.
+        found: what `contest` found of the `finalists`, if there are any.
     """
-    rows = [
-        Row(result, found, policy_of(result, results[0], quality_metric, config))
-        for result, found in zip_longest(results, measured)
-    ]
-    plain, tried = rows[0], [row for row in rows if row.result.strategy in DRAFTERS and row.result.metrics]
-    faithful = [row for row in tried if row.result.keeps_outputs(plain.result, near_tie)]
-    fastest = best = max(faithful, key=lambda row: row.speed, default=plain)
-    pays = best.speed >= _WORTHWHILE
-    adaptive = next((row for row in faithful if row.result.strategy == "adaptive"), plain)
-    if adaptive is not plain and adaptive.speed >= max(1.0, best.speed / _CLOSE):
-        lead = best.lead(adaptive)
-        if lead is None or lead.low <= 1:
-            best, pays = adaptive, True
-    alike = [row for row in faithful if row is not best and (lead := best.lead(row)) and lead.low <= 1 <= lead.high]
-    alike.sort(key=lambda row: -row.speed)
-    names = ", ".join(policy_text(row.policy) for row in alike[:_NAMED])
-    more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
-    changed = len(tried) - len(faithful)
+    known, policies = faithful(results, near_tie), [policy_of(result, results[0], quality_metric, config) for result in results]
+    best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
+    speed, lower_end, told = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
+    alike: list[int] = []
+    if found is not None:
+        best, first = winner(found, results)
+        speed, lower_end, told = found.speed(best).value, found.lower_end(best), found.told(best)
+        leads = {place: found.speed(best, place).bounds for place in found.places[1:] if place != best}
+        alike = [place for place, ends in leads.items() if ends is not None and ends.low <= 1 <= ends.high]
+        policies[best]["measured"]["speedup"] = speed or 0.0
+    pays = lower_end is not None and lower_end > 1
+    result, name = results[best], policy_text(policies[best])
+    if not known:
+        verdict = "no setting that drafts kept the autoregressive outputs"
+    elif found is None or not pays:
+        verdict = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {told}"
+    else:
+        rank = "the fastest" if best == first else f"close to the fastest ({found.speed(first).value or 0.0:.2f}x)"
+        ties = len(result.differences)
+        verdict = (
+            f"{name} is {rank} of {len(known)} settings: {told}, "
+            f"{result.acceptance_rate or 0:.0%} of drafts accepted, {result.identical_outputs or 0:.0%} of outputs identical"
+            + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
+        )
+    tried = sum(bool(result.strategy in DRAFTERS and result.metrics) for result in results)
     skipped = sum(1 for result in results if result.predicted_speedup and not result.metrics)
-    noise = f"the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     reason = (
-        _verdict(plain.result, best, fastest.speed, len(faithful), pays),
-        f"on these prompts it cannot be told from {names}{more}" if pays and alike else "",
-        f"{changed} of {len(tried)} settings changed the output and were excluded" if changed else "",
+        verdict,
+        f"it cannot be told from {', '.join(policy_text(policies[place]) for place in alike)}" if pays and alike else "",
+        f"{tried - len(known)} of {tried} settings changed the output and were excluded" if tried > len(known) else "",
         f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
-        noise if drift > _NOISY else "",
     )
-    chosen = best if pays else plain
-    full = plain.measured.scores.get(quality_metric) if plain.measured else None
+    chosen = best if pays else 0
+    full = measured[0].scores.get(quality_metric) if measured[0] else None
     exits = [
-        (row.policy, margin(row.measured.scores[quality_metric], full, config.keep, quality_metric))
-        for row in rows
-        if full and row.measured and row.result.strategy == "early-exit" and quality_metric in row.measured.scores
+        (policy, margin(each.scores[quality_metric], full, config.keep, quality_metric))
+        for result, policy, each in zip(results, policies, measured, strict=True)
+        if full and each and result.strategy == "early-exit" and quality_metric in each.scores
     ]
-    fast, fast_reason = fast_policy(exits, chosen.policy, quality_metric, config.keep)
+    fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(
-        chosen.result.exit_layer,
-        chosen.result.num_draft_tokens,
-        best.result.speedup if faithful else None,
-        drift,
+        results[chosen].exit_layer,
+        results[chosen].num_draft_tokens,
+        speed if known else None,
         "; ".join(filter(None, reason)),
         fast_reason,
-        {EXACT: chosen.policy} | ({} if fast is None else {FAST: fast}),
-    )
-
-
-def _verdict(plain: Result, best: Row, fastest: float, settings: int, pays: bool) -> str:
-    """Why the best of the faithful settings is recommended, or none."""
-    found, name, ties = best.result, policy_text(best.policy), len(best.result.differences)
-    if not settings:
-        return "no setting that drafts kept the autoregressive outputs"
-    if not pays:
-        return f"speculation does not pay on this model and machine: {name}, the best setting, reaches {found.speedup:.2f}x"
-    rank = "the fastest" if fastest == found.speedup else f"close to the fastest ({fastest:.2f}x)"
-    return (
-        f"{name} is {rank} of {settings} settings: {found.speedup:.2f}x the speed of autoregressive decoding "
-        f"({found.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), "
-        f"{found.acceptance_rate or 0.0:.0%} of drafts accepted, {found.identical_outputs or 0.0:.0%} of outputs identical"
-        + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
+        {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
+        lower_end,
     )
 
 
@@ -305,24 +358,3 @@ def fast_policy(
         f"none, because {plural(found.prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "
         f"{quality_metric}; for {policy_text(best)} ({described(best)}) it would take about {found.needed} (`samples`)"
     )
-
-
-def mark_pareto(results: Sequence[Result], quality_metric: str) -> list[Result]:
-    """The results, with `pareto` set among measured ones by the quality metric and tokens per second."""
-    optimal = frontier(results, quality_metric)
-    return [replace(result, pareto=index in optimal) for index, result in enumerate(results)]
-
-
-def prediction_error(results: Sequence[Result]) -> PredictionError | None:
-    """The error over the results that were both predicted and measured; None if there are none."""
-    errors = [
-        result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
-    ]
-    sizes = [abs(error) for error in errors]
-    return PredictionError(len(errors), median(sizes), max(sizes), mean(errors)) if errors else None
-
-
-def baseline_drift(first: Tensor, second: Tensor) -> float:
-    """Median over the prompts of the relative change in time per token between two measurements (2, prompts) of a setting."""
-    change = (second[0] / second[1]) / (first[0] / first[1]) - 1
-    return change[change.isfinite()].abs().quantile(0.5).item()

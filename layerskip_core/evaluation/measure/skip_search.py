@@ -5,7 +5,6 @@ agreement with the model's own greedy outputs. The size of the set and the draft
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from operator import eq
 from typing import NamedTuple
 
@@ -14,13 +13,12 @@ import torch
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DecodingOptions
 from ...config.model import Quantization
-from ...data import spread
 from ...decoding import DecodeStats
 from ...decoding.drafters.exit import kept_layers
-from ...errors import ConfigError, DataError, LayerSkipError, require
-from ...model.backend import run_spans
+from ...errors import LayerSkipError, require
+from ...model.backend import run_spans, states_at
 from ..results import require_outputs
-from ..tasks import Task, load_task
+from ..tasks import Task, other_rows
 from . import Progress, measure_prompt
 from .cost_model import PassTimes, Prediction, averages, prediction_of, simulate, timed_visits
 
@@ -50,9 +48,8 @@ class Probe:
         with torch.inference_mode():
             if first:
                 model.run_layers(model.embed(tokens[:first]), 0, model.num_layers, self._cache.span(0, first))
-            self._states, places = [model.embed(tokens[first:])], self._cache.span(first, len(ids))  # after each layer count
-            for layer in range(model.num_layers):
-                self._states.append(model.run_layers(self._states[-1], layer, layer + 1, places))
+            embedded, stops = model.embed(tokens[first:]), range(1, model.num_layers + 1)
+            self._states = {0: embedded} | states_at(model, embedded, stops, self._cache.span(first, len(ids)))
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:
         """The greedy draft at each position of the output, given the prompt and the output before it."""
@@ -91,12 +88,12 @@ def search_skips(
     """
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
-    rows = validation_rows(task)
+    rows = other_rows(task, _PROMPTS, ("validation", "train"))
     limit = min(_TOKENS, generation["max_new_tokens"])
     plain = DecodingConfig("autoregressive", max_new_tokens=limit, stop=task.stop)
-    outputs = [measure_prompt(loaded, example.prompt, plain) for example in rows.examples]
+    outputs = [measure_prompt(loaded, row.prompt, plain) for row in rows]
     require_outputs(outputs)
-    answered = [(row.prompt, output) for row, output in zip(rows.examples, outputs, strict=True) if output.error is None]
+    answered = [(row.prompt, output) for row, output in zip(rows, outputs, strict=True) if output.error is None]
     probes = [Probe(loaded, loaded.encode_prompt(prompt), output.ids, weights) for prompt, output in answered]
     prefill = sum(output.steps[0].seconds for _, output in answered)
     tokens = sum(len(probe.output_ids) for probe in probes)
@@ -153,22 +150,6 @@ def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, N
         del agreement[best]
         candidates = sorted(agreement, key=lambda layer: (-agreement[layer], -layer))[:_CANDIDATES]
         yield tried[best]
-
-
-def validation_rows(task: Task) -> Task:
-    """A few validation rows of the task, or training rows, that are not measured: a file may hold no splits.
-
-    The task's own rows if there are no others.
-    """
-    measured = {example.prompt for example in task.examples}
-    for split in ("validation", "train"):
-        try:
-            rows = load_task(replace(task.config, split=split, samples=len(task.examples) + _PROMPTS))
-        except (DataError, ConfigError):
-            continue
-        if others := [example for example in rows.examples if example.prompt not in measured]:
-            return replace(rows, examples=tuple(spread(others, _PROMPTS)))
-    return replace(task, examples=tuple(spread(task.examples, _PROMPTS)))
 
 
 def _timed(

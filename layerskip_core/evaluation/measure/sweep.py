@@ -1,38 +1,41 @@
 """Exits and drafters with several draft lengths on one task: quality, speed, and which setting to decode with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
-
-import torch
-from torch import Tensor
+from statistics import fmean, median
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, decoding
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
+from ...data import spread
 from ...errors import require
-from ..metrics import Scores, estimate, metric, scores_by_exit
-from ..results import NEAR_TIE, Result, RunRecord
-from ..tasks import Task
-from . import Measured, Progress, depth_of, drafts_tokens, measure, timed_examples
+from ..metrics import Scores, frontier, metric, scores_by_exit
+from ..results import NEAR_TIE, PredictionError, Result, RunRecord
+from ..tasks import Task, other_rows
+from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, Side, draft_profile, predict, side_of
-from .figures import baseline_drift, environment, mark_pareto, prediction_error, recommend, result_of, setting_of
+from .figures import Contest, contest, environment, finalists, recommend, result_of, setting_of
 from .skip_search import search_skips
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
 _UNPREDICTED = (4, 8, 16)  # the same of drafters whose speed is not predicted: all are measured
 _BEST, _QUICK = 12, 3  # settings with the best predictions that are measured, and that a quick sweep measures
 _CONFIDENCES = (0.8, 0.9, 0.95)
+_ONCE_MORE = 0.25  # of the time that the sweep took before, for the best settings once more
+_OTHERS = 256  # prompts for that
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model, LayerSkipError
     if no prompt could be answered.
     """
-    task, generation = task.asked(config.generation)
-    copies = _copies(loaded, config)
+    started, (task, generation) = time.perf_counter(), task.asked(config.generation)
+    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # for adaptive drafting
+    copies = config.packing.draft_weights or (() if config.exits else made)
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
     loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
     machine, losses = environment(loaded), []
@@ -46,41 +49,56 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         weights = next(iter(config.packing.draft_weights), None)
         choice, share, of_skips = yield from search_skips(loaded, task, generation, weights)
         settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=weights))
-    timed = timed_examples(task.examples, config.timed)
+    timed = spread(task.examples, config.timed or 0)
     predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
     if config.search_skips:
         predictions[settings[-1]] = of_skips
     if not config.specs:
         settings = _with_best_lengths(settings, predictions)
-    # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
-    chosen = _promising(settings, predictions) if config.quick else settings
-    half = len(chosen) // 2
-    methods = [plain, *chosen[:half], plain, *chosen[half:]]
+    methods = [plain, *(_promising(settings, predictions) if config.quick else settings)]
     measured = yield from measure(loaded, task, methods, config, perplexity=perplexity)
-    full, again = measured[0], measured.pop(1 + half)
-    every, base = [plain, *settings], full.times + again.times
-    rows: dict[DecodingConfig, Measured] = {row.setting: row for row in measured}
-    results = _results(every, rows, base, perplexity, predictions, agreement, layers)
+    rows, settings = dict(zip(methods, measured, strict=True)), [plain, *settings]
+    results = _results(settings, rows, perplexity, predictions, agreement, layers)
     if config.search_skips:
         results[-1] = replace(results[-1], agreement=share)
-    results = mark_pareto(results, name)
-    found = [rows.get(setting) for setting in every]
-    drift = baseline_drift(full.times[:2, 0], again.times[:2, 0])
+    optimal = frontier(results, name)
+    results = [replace(result, pareto=place in optimal) for place, result in enumerate(results)]
+    near_tie, again = NEAR_TIE[loaded.backend.dtype], None
+    if places := finalists(results, near_tie):
+        again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
+    found = [rows.get(setting) for setting in settings]
     yield RunRecord(
         asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, NEAR_TIE[loaded.backend.dtype], drift, name, config, found),
+        recommend(results, near_tie, name, config, found, again),
         prediction_error(results),
         draft_profile(loaded, results, config.packing, context),
         task.answered([None if row is None else row.texts for row in found]),
     )
 
 
-def _copies(loaded: Decoder, config: SweepConfig) -> tuple[Quantization, ...]:
-    """The low-bit copies that draft: those asked for, else the one that adaptive drafting has, unless the exits were given."""
-    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)
-    return config.packing.draft_weights or (() if config.exits else made)
+def _once_more(
+    loaded: Decoder, task: Task, settings: Sequence[DecodingConfig], places: Sequence[int], seconds: float
+) -> Generator[Progress, None, Contest]:
+    """Times the settings at these places on rows of the task that were not measured, or where there are none on its own."""
+    rows = other_rows(task, _OTHERS, (task.config.split, "validation", "train"))
+
+    def timed(row: int, place: int) -> tuple[float, int]:
+        steps = measure_prompt(loaded, rows[row].prompt, settings[place]).steps
+        return sum(step.seconds for step in steps), sum(step.tokens for step in steps)
+
+    noun = "prompt" if rows[0] in task.examples else "other prompt"
+    return (yield from contest(places, len(rows), timed, seconds, noun))
+
+
+def prediction_error(results: Sequence[Result]) -> PredictionError | None:
+    """The error over the results that were both predicted and measured; None if there are none."""
+    errors = [
+        result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
+    ]
+    sizes = [abs(error) for error in errors]
+    return PredictionError(len(errors), median(sizes), max(sizes), fmean(errors)) if errors else None
 
 
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
@@ -164,16 +182,15 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[Decoding
 def _results(
     settings: Sequence[DecodingConfig],
     rows: Mapping[DecodingConfig, Measured],
-    base: Tensor,
     perplexity: Mapping[int, Scores],
     predictions: Mapping[DecodingConfig, Prediction],
     agreement: Mapping[Side, float],
     num_layers: int,
 ) -> list[Result]:
-    """The figures of each setting (full depth first), measured and predicted. `base`: the times of full depth."""
-    full, results = rows[settings[0]], list[Result]()
+    """The figures of each setting (full depth first), measured and predicted."""
+    results = list[Result]()
     for setting in settings:
-        result = result_of(rows[setting], full, base=base) if setting in rows else setting_of(setting)
+        result = result_of(rows[setting], rows[settings[0]]) if setting in rows else setting_of(setting)
         losses = None if drafts_tokens(setting) else perplexity.get(depth_of(setting, num_layers) or 0)
         if losses is not None:
             result = replace(result, perplexity=metric(losses).value)
@@ -187,7 +204,4 @@ def _results(
                 pass_times_ms={name: 1000 * part for name, part in prediction.times._asdict().items() if name != "length"},
             )
         results.append(result)
-    intervals = {name: ends for name, ends in results[0].intervals.items() if not name.endswith("speedup")}  # they are the unit
-    speed = estimate(torch.div, base[[1, 0]]).value
-    results[0] = replace(results[0], speedup=1.0, decode_speedup=1.0, tokens_per_second=speed, intervals=intervals)
     return results

@@ -8,28 +8,28 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ...config.resolution import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
-from ...files import hold, read_bytes, require_writable
+from ...files import hold, require_writable
 from ..inspection import Inspection
-from ..results import JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, form_of, named_rows
+from ..metrics import is_share
+from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
+from .tables import NAMES, PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows
 
-ANSWERS_FILE = "answers.jsonl"
 ANSWERS_PAGE = "answers.html"
-REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, OUTPUTS, JOURNAL)
+SAMPLES_FILE = "samples.jsonl"
+REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
 _HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
@@ -41,23 +41,14 @@ def to_json(record: Any) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_markdown(tables: Sequence[TextTable]) -> str:
-    return "\n".join(table.markdown() for table in tables)
-
-
-def table_files(name: str, record: Any, tables: Sequence[TextTable], rows: str) -> dict[str, bytes]:
-    """NAME.md of tables, NAME.json of the record and NAME.csv of the rows."""
-    texts = to_json(record), to_markdown(tables), rows
-    return {file: text.encode() for file, text in zip(table_names(name), texts, strict=True)}
-
-
-def table_names(name: str) -> list[str]:
-    return [f"{name}.{ending}" for ending in ("json", "md", "csv")]
+def table_files(name: str, texts: Sequence[str] = ("", "", "")) -> dict[str, bytes]:
+    """NAME.json, NAME.md and NAME.csv."""
+    return {f"{name}.{ending}": text.encode() for ending, text in zip(("json", "md", "csv"), texts, strict=True)}
 
 
 def to_csv(record: RunRecord) -> str:
     """A row per result, and below it one per category, with a column for each figure."""
-    return csv_text(flat_rows(record))
+    return csv_text([{name: value for name, value in row.items() if name not in NAMES} for row in flat_rows(record)])
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -75,24 +66,6 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered)
 
 
-def with_answers(record: RunRecord, saved: str) -> RunRecord:
-    """The record of the results.json `saved`, with the answers that lie beside it, if they do.
-
-    Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.
-    """
-    file, results = Path(saved).with_name(ANSWERS_FILE), len(record.results)
-    if not file.exists():
-        return record
-    try:
-        answered = msgspec.json.Decoder(Answered).decode_lines(read_bytes(file, f"`saved` {file}", LayerSkipError))
-    except msgspec.DecodeError as error:
-        raise LayerSkipError(f"{file}, beside `saved`, must be one that a measurement wrote: {error}") from None
-    for row in answered:
-        if len(row.answers) != results:
-            raise LayerSkipError(f"{file} must have an answer for each of the {results} results, got {len(row.answers)}")
-    return replace(record, answered=tuple(answered))
-
-
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
     """All report files by name; None for those that an earlier report may have left, and this one lacks."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
@@ -108,15 +81,13 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
     }
     if record.answered:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
+    if record.samples:
+        texts[SAMPLES_FILE] = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in record.samples)
     files = {name: text.encode() for name, text in texts.items()} | {
         f"{name}.png": to_png(figure) for name, figure in drawn.items()
     }
-    return files | without(files, [ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in FIGURES)])
-
-
-def without(files: Mapping[str, bytes], earlier: Iterable[str]) -> dict[str, None]:
-    """None for the names that `earlier` files may have and these lack, so that nothing stale stays beside them."""
-    return {name: None for name in earlier if name not in files}
+    earlier = {ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)}
+    return files | dict.fromkeys(earlier - files.keys())
 
 
 @contextmanager
@@ -152,10 +123,10 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
 
     The first table has the columns of the text table, a folded one every figure.
     """
-    machine, rows, named = record.environment, flat_rows(record), named_rows(record)
-    columns = [column for column in columns_of(record, named) if column[0]]
-    tables = [_table("", [row for row in named if "category" not in row], columns, cell, bool(record.answered))]
-    if by_category := [row for row in named if "category" in row]:
+    machine, rows = record.environment, flat_rows(record)
+    columns = [column for column in columns_of(record, rows) if column[0]]
+    tables = [_table("", [row for row in rows if "category" not in row], columns, cell, bool(record.answered))]
+    if by_category := [row for row in rows if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
         tables.append(_table("By category", by_category, columns, cell))
     parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
@@ -194,12 +165,13 @@ def _table(
 
 def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     """A column for every figure that any row has."""
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row if not _HIDDEN.fullmatch(name))
+    every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    names = [name for name in every if name not in NAMES and not _HIDDEN.fullmatch(name)]
     # A measured 0.0 is shown; a count of nothing is not.
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
     metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    return [(name.replace("_", " "), name, form_of(name) if name in metrics else ".4g") for name in columns]
+    return [(name.replace("_", " "), name, ".1%" if name in metrics and is_share(name) else ".4g") for name in columns]
 
 
 def _text(row: Row, name: str, form: str) -> str:

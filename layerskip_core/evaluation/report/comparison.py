@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ...errors import LayerSkipError
 from ...files import read_json
 from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
-from . import csv_text, table_files, without
+from . import csv_text
 from .plots import MOST_LINES, SIZE, draw_line, logarithmic, name_ends, new_figure, style, to_png
 from .tables import TextTable
 
@@ -61,7 +61,7 @@ def to_csv(comparison: Comparison) -> str:
 def _note(comparison: Comparison) -> str:
     counts = {len(paths) for paths in comparison.paths.values()}
     runs = " or ".join(map(str, sorted(counts)))
-    spread = "" if counts == {1} else ", with 95% intervals (Student t)"
+    spread = "" if max(counts) < 3 else ", with 95% intervals (Student t) of three runs and more that are not all equal"
     lines = [f"Means over {runs} run{'' if counts == {1} else 's'} of a label, of perplexities the geometric mean{spread}."]
     if len(comparison.paths) > 1:
         how = "paired run by run" if comparison.paired else "not paired"
@@ -69,25 +69,16 @@ def _note(comparison: Comparison) -> str:
     return "\n".join((*lines, *comparison.notes))
 
 
-def comparison_files(comparison: Comparison, table: TextTable, rows: str, folder: Path) -> dict[str, bytes | None]:
-    """All files by name; None for the plots that an earlier comparison left in the folder, and this one lacks."""
+def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
+    """Of each figure that two exits have, and of the perplexity over the steps; None for others that an earlier one left."""
     earlier, names = folder / "comparison.json", [OVER_STEPS]
     if earlier.exists():
         names += [line.figure for line in read_json(earlier, LayerSkipError, Comparison).lines]
-    files = table_files("comparison", comparison, [table], rows) | plots(comparison)
-    return files | without(files, map(_file, names))
-
-
-def _file(figure: str) -> str:
-    return re.sub(r"\W", "_", figure) + ".png"
-
-
-def plots(comparison: Comparison) -> dict[str, bytes]:
-    """PNG files by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
     with style():
         drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    return {_file(name): to_png(figure) for name, figure in drawn.items() if figure is not None}
+    files = {name: None if figure is None else to_png(figure) for name, figure in {**dict.fromkeys(names), **drawn}.items()}
+    return {re.sub(r"\W", "_", name) + ".png": content for name, content in files.items()}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:

@@ -12,17 +12,18 @@ from ...config.options import counts_text
 from ...config.resolution import EXACT, FAST, policy_text
 from ...errors import number, plural
 from ..metrics import frontier, is_share, lower_is_better
-from ..results import NEAR_TIE, Result, RunRecord, result_name
+from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
-_HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
+_HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
+NAMES = ("setting", "exit", "front")  # in tables: a setting, its exit or mean layers, and a mark on the frontier
 _SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
 
 Column = tuple[str, str, str]
-"""Header, the figure's name in `flat_rows` or `named_rows`, and format."""
+"""Header, the figure's name in `flat_rows`, and format."""
 Row = Mapping[str, Any]
 """One of `flat_rows`: a figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
 
@@ -68,22 +69,14 @@ def strategy_name(result: Result) -> str:
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
-def form_of(metric: str) -> str:
-    """A share in percent; a perplexity, or a metric of lm-eval with a scale of its own, with four digits."""
-    return ".1%" if is_share(metric) else ".4g"
-
-
-def table_of(record: RunRecord) -> TextTable:
-    """The table of a record, with its notes and findings."""
-    return score_table(record) if has_scores(record) else results_table(record)
-
-
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category of the data. Fits 80 columns with one metric, without the `spare` ones.
+    """A row per setting, and below it one per category of the data, with notes and findings; of lm-eval `score_table`.
 
-    A dash marks what was not measured.
+    Fits 80 columns with one metric, without the `spare` ones. A dash marks what was not measured.
     """
-    rows = named_rows(record)
+    if has_scores(record):
+        return score_table(record)
+    rows = flat_rows(record)
     columns, note, results = columns_of(record, rows), [], record.results
     cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
     if any(result.pareto for result in results):
@@ -91,7 +84,7 @@ def results_table(record: RunRecord) -> TextTable:
     if any(result.exit_confidence is not None for result in results):
         note.append("exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average.")
     if any(result.intervals for result in results):
-        note.append(_HALF_NOTE)
+        note.append(_HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else ""))
     if any(name.endswith("_change") for _, name, _ in columns):
         note.append(f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts.")
     note += _settings_notes(record)
@@ -123,28 +116,17 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     return setting + [column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)]
 
 
-def named_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """The rows of `flat_rows` with what names a setting, and which of them are on the frontier."""
-    rows = []
-    every = iter(flat_rows(record))
-    for result in record.results:
-        row, depth = next(every), result.mean_layers
-        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
-        exit_layer = row["exit_layer"] if depth is None else f"{depth:.1f}"
-        rows.append({**row, "setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""})
-        for category, each in result.categories.items():
-            rows.append({**next(every), "setting": f"  {category} ({each.samples})", "exit": exit_layer})
-    return rows
-
-
 def findings(record: RunRecord) -> Iterator[str]:
     """What was found, the recommendation or the verdict last."""
     for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
         yield f"Layers that drafts skip: --skip {skip}."
     if "repeats" in record.config:
         for result in record.results:
-            if result.strategy == "adaptive" and len(result.steps_by_drafter) > 1:
-                yield f"Steps of adaptive decoding: {_shares(result.steps_by_drafter)}."
+            steps = result.steps_by_drafter
+            if result.strategy == "adaptive" and len(steps) > 1:
+                ordered = sorted(steps, key=lambda name: (name == "plain", -steps[name]))
+                shares = ", ".join(f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered)
+                yield f"Steps of adaptive decoding: {shares}."
         yield from _verdict(record)
     if error := record.prediction_error:
         over = f"Prediction error over {plural(error.settings, 'setting')}"
@@ -169,10 +151,12 @@ def _verdict(record: RunRecord) -> Iterator[str]:
         best = max(timed, key=lambda result: result.speedup or 0.0)
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
         told = f"{result_name(best)}, {speedup:.2f}x autoregressive"
-        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f})" if ends else ""
+        rows = best.rows_to_halve
+        halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
+        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
         if best.differences and not sampled:
             told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
-        surely = speedup > 1 and (ends is None or ends.low > 1)
+        surely = ends is not None and ends.low > 1
         yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {told}."
 
 
@@ -219,17 +203,22 @@ def _score(result: Result, name: str) -> str:
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result, and below it one per category, with a plain value for each figure.
+    """A row per result, and below it one per category, with a plain value for each figure, and NAMES.
 
     Metrics, times and the ends of intervals have a column each; differences and failures are counted.
     """
     rows, full = [], record.results[0].metrics if record.results else {}
-    for result in record.document()["results"]:
-        categories = result.pop("categories")
-        setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
-        changes = {f"{name}_change": result["metrics"][name] - full[name] for name in result["changes"]}
-        rows.append({**_flat(result), **changes})
-        rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
+    for result, figures in zip(record.results, record.document()["results"], strict=True):
+        categories, depth = figures.pop("categories"), result.mean_layers
+        own = {name: figures[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
+        changes = {f"{name}_change": result.metrics[name] - full[name] for name in result.changes}
+        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
+        exit_layer = result.exit_layer if depth is None else f"{depth:.1f}"
+        named = {"setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""}
+        rows.append({**_flat(figures), **changes, **named})
+        for category, each in categories.items():
+            named |= {"setting": f"  {category} ({each['samples']})", "front": ""}
+            rows.append({**_flat({**each, **own, "category": category}), **named})
     return rows
 
 
@@ -283,6 +272,8 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
             speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
             method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
         yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
+    if read := machine.get("bandwidth"):
+        yield f"P{bandwidth_text(read)[1:]}."
     if "prompt_template" in config:
         yield f"Prompt template: {config['prompt_template']}."
     if temperature := generation.get("temperature"):
@@ -302,13 +293,6 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
     if blocks := machine.get("exit_blocks", {}):
         named = ", ".join(f"{exit_layer} (feature {feature})" for exit_layer, feature in blocks.items())
         yield f"Exits with a block: {named}."
-
-
-def _shares(steps_by_drafter: dict[str, int]) -> str:
-    """`lookup 21%, int8 72%, plain 7%`: the share of steps by what drafted."""
-    total = sum(steps_by_drafter.values())
-    ordered = sorted(steps_by_drafter.items(), key=lambda item: (item[0] == "plain", -item[1]))
-    return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
 
 
 def _short(metric: str) -> str:

@@ -2,8 +2,8 @@
 
     harness -> supervisor (its own session) -> program, then its tests
 
-supervisor.py starts, watches and ends the program; layers.py and seccomp.py isolate it. README.md says what each layer prevents
-and what remains possible.
+supervisor.py isolates, starts, watches and ends the program, seccomp.py filters its calls. README.md says what each layer
+prevents and what remains possible.
 """
 
 import json
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from ...errors import LayerSkipError
-from .layers import LAYERS
+from .supervisor import LAYERS
 
 __all__ = ["LAYERS", "Limits", "run_tests", "standing_layers"]
 

@@ -1,31 +1,59 @@
-"""The process that starts one program, watches and ends it. Standard library only.
+"""The process that isolates one program by every layer that the kernel offers, starts, watches and ends it.
 
-The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason why not.
+The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason why not. Standard library
+only.
 """
 
+import ctypes
 import json
 import os
 import signal
+import struct
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from . import layers
-from .layers import FOLDER_FILES, FOLDER_MB
+from . import seccomp
+
+with suppress(ImportError):  # Windows has none; tasks of code are scored there without running it
+    import resource
+
+LAYERS = ("files", "file names", "network", "processes", "system calls", "privileges")
+FOLDER_MB, FOLDER_FILES = 16, 1000
+
+_LINUX = sys.platform == "linux"
+_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/alternatives")  # the last one has links to numeric libraries on Debian
+_FIRST_IDENTITY, _NOBODY = 1_879_048_192, 65534
+_DEATH_SIGNAL, _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES = 1, 8, 38  # prctl(2)
+_READ_ANY_FILE = 1 << 2  # CAP_DAC_READ_SEARCH, capabilities(7)
+
+_MOUNTS, _USERS, _NETWORK_PROCESSES_IPC_NAME = 0x20000, 0x10000000, 0x6C000000  # unshare(2)
+_READ_ONLY, _NO_SETUID, _NO_DEVICES = 1, 2, 4  # mount(2) and, with the same values, mount_setattr(2)
+_BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x40000
+_DETACH = 2  # umount2(2)
+_MOUNT_SETATTR, _WHOLE_TREE = 442, 0x8000  # AT_RECURSIVE
+
+# landlock(7). Access bits: 1 is writing and 2 reading a file, 3 is listing a folder, the others create and remove entries.
+_CREATE_RULES, _ADD_RULE, _RESTRICT = 444, 445, 446
+_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of access bits in each version; later ones have no more
+_WRITE, _READ, _READ_AND_LIST = 1 << 1, 1 << 2, 1 << 2 | 1 << 3
+_SIGNALS_SINCE = 6  # the version that restricts signals
 
 
 def main() -> None:
     """Ends with all processes of its group. A traceback on stderr means that the sandbox cannot be set up."""
     signal.signal(signal.SIGTERM, _end_all)
-    layers.end_with_parent(signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     os.set_blocking(1, False)
     request = json.load(sys.stdin)
-    identity = layers.own_identity(request["folder"])
+    identity = own_identity(request["folder"])
     if request["namespaces"]:
-        layers.enter_namespaces(identity)
+        enter_namespaces(identity)
     ready, start = os.pipe()
     program = os.fork()
     if program == 0:
@@ -80,7 +108,7 @@ def _run_program(request: dict[str, Any], start: int, identity: int | None) -> N
     write, leave, own_id = os.write, os._exit, os.getpid()  # before the program can replace them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     verdict, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    standing = layers.isolate(request["folder"], request["limits"], identity, request["namespaces"])
+    standing = isolate(request["folder"], request["limits"], identity, request["namespaces"])
     write(verdict, json.dumps(standing).encode() + b"\n")
     for output in (1, 2):
         os.dup2(nowhere, output)
@@ -98,3 +126,183 @@ def _run_program(request: dict[str, Any], start: int, identity: int | None) -> N
     if os.getpid() == own_id:  # not a process that the program forked
         write(verdict, reason.encode(errors="replace") + b"\n")
     leave(0)
+
+
+def isolate(folder: str, limits: dict[str, Any], identity: int | None, separate: bool) -> list[str]:
+    """Restricts this process to its `folder`, permanently. Returns the names of the layers that are up.
+
+    `identity`: the user that it becomes. `separate`: it has its own namespaces. What the kernel does not offer is left out.
+    """
+    if separate:
+        _enter_small_tree(folder)
+    os.chdir(folder)
+    counted_alone = separate if identity is None else identity != _NOBODY
+    _set_limits(limits, 0 if counted_alone else _tasks_of(os.getuid() if identity is None else identity))
+    if not _LINUX:
+        return []
+    _prctl(_NO_NEW_PRIVILEGES, 1)
+    landlock = _allow_files_only(folder)
+    _drop_privileges(folder, identity, may_read=landlock > 0)
+    end_with_parent(signal.SIGKILL)
+    only_signalled = None if separate or landlock >= _SIGNALS_SINCE else os.getpid()
+    filtered = seccomp.filter_calls(separate, only_signalled)
+    standing = (landlock > 0, separate, filtered or separate, separate, filtered, os.getuid() != 0)
+    return [layer for layer, stands in zip(LAYERS, standing, strict=True) if stands]
+
+
+def end_with_parent(number: int) -> None:
+    """Makes the kernel send this signal when the parent ends. A change of user undoes this."""
+    if _LINUX:
+        _prctl(_DEATH_SIGNAL, number)
+
+
+def own_identity(folder: str) -> int | None:
+    """Under root: an otherwise unused user id, so that the limit of processes counts the program's alone; it gets `folder`.
+
+    `nobody` if that id does not exist in this user namespace. None for other users, and for a root who knows no other user.
+    """
+    if _LINUX and os.getuid() == 0:
+        for identity in (_FIRST_IDENTITY + os.getpid() % 65536, _NOBODY):
+            with suppress(OSError):
+                os.chown(folder, identity, identity)
+                return identity
+    return None
+
+
+def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
+    """Becomes an unprivileged user, who gets `folder`, and drops the capabilities.
+
+    `may_read` keeps root's right to read any file, which Landlock must restrict: an interpreter under /root could not load its
+    library otherwise.
+    """
+    kept = [0]
+    if identity is not None:
+        os.chown(folder, identity, identity)
+        _prctl(_KEEP_CAPABILITIES, 1)
+        os.setgroups([])
+        os.setresgid(identity, identity, identity)
+        os.setresuid(identity, identity, identity)
+        kept = [_READ_ANY_FILE, 0] if may_read else kept
+    for bits in kept:
+        with suppress(OSError) if bits else nullcontext():  # in a container without this capability
+            _call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", bits, bits, 0, 0, 0, 0))  # none inheritable
+            return
+
+
+def _set_limits(limits: dict[str, Any], others: int) -> None:
+    """The only restriction outside Linux. `others`: tasks of other programs that count against the limit of processes."""
+    for kind, value in (
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_AS, limits["memory_mb"] << 20),
+        (resource.RLIMIT_FSIZE, limits["file_mb"] << 20),
+        (resource.RLIMIT_NPROC, limits["processes"] + others),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):  # a lower limit stands; macOS does not limit the address space
+            resource.setrlimit(kind, (value, value))
+
+
+def _tasks_of(uid: int) -> int:
+    """How many tasks, threads included, already run as this user."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*/task"):
+        with suppress(OSError):
+            if process.stat().st_uid == uid:
+                count += len(os.listdir(process))
+    return count
+
+
+def enter_namespaces(identity: int | None) -> None:
+    """Gives this process its own network, host name and IPC, and its children their own process ids.
+
+    Without an `identity` to become, in a user namespace with this user alone. Raises OSError if the kernel forbids it.
+    """
+    uid, gid = os.getuid(), os.getgid()
+    _call("unshare", _NETWORK_PROCESSES_IPC_NAME | (_USERS if identity is None else 0))
+    if identity is None:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+
+
+def _enter_small_tree(folder: str) -> None:
+    """Replaces this process's root by a tree in memory: read-only views of what may be read, and an empty, limited `folder`."""
+    _call("unshare", _MOUNTS)
+    _mount(None, "/", None, _RECURSIVE | _PRIVATE)
+    _mount("tmpfs", folder, "tmpfs", _NO_SETUID | _NO_DEVICES, "size=1m,nr_inodes=1000,mode=755")
+    for path in _readable_folders():
+        os.makedirs(folder + path, exist_ok=True)
+        _bind(path, folder + path, _NO_SETUID | _NO_DEVICES)
+    for path in filter(os.path.exists, _SYSTEM_FILES):
+        os.makedirs(os.path.dirname(folder + path), exist_ok=True)
+        os.close(os.open(folder + path, os.O_CREAT | os.O_WRONLY, 0o644))
+        _bind(path, folder + path, _NO_SETUID)
+    own = folder + folder
+    os.makedirs(own)
+    _mount("tmpfs", own, "tmpfs", _NO_SETUID | _NO_DEVICES, f"size={FOLDER_MB}m,nr_inodes={FOLDER_FILES},mode=700")
+    os.chdir(folder)
+    _call("pivot_root", b".", b".")  # mounts the old root on top of the new one
+    _call("umount2", b".", _DETACH)
+
+
+def _bind(source: str, target: str, flags: int) -> None:
+    """A read-only bind mount, including the mounts below it."""
+    _mount(source, target, None, _BIND | _RECURSIVE)
+    attributes = (_READ_ONLY | flags).to_bytes(8, "little") + bytes(24)
+    _system_call(_MOUNT_SETATTR, -100, target.encode(), _WHOLE_TREE, attributes, len(attributes))
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    source_, kind_, options_ = (text.encode() if text else None for text in (source, kind, options))
+    _call("mount", source_, target.encode(), kind_, flags, options_)
+
+
+def _readable_folders() -> list[str]:
+    """The folders of the system, of the standard library and of installed packages, the outer ones first."""
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    return sorted(filter(os.path.isdir, {*_SYSTEM_FOLDERS, *packages, sys.prefix, sys.base_prefix, sys.exec_prefix}))
+
+
+def _allow_files_only(folder: str) -> int:
+    """Allows reading the libraries of Python and the system, and everything in one folder; no signals to others.
+
+    Returns the version of the kernel's Landlock; 0 if it has none.
+    """
+    try:
+        version = _system_call(_CREATE_RULES, None, 0, 1)
+    except OSError:
+        return 0
+    every_file_bit = (1 << _FILE_BITS_BY_VERSION[min(version, 5)]) - 1
+    handled = [every_file_bit, *([3] if version >= 4 else []), *([3] if version >= _SIGNALS_SINCE else [])]
+    attributes = struct.pack(f"{len(handled)}Q", *handled)
+    rules = _system_call(_CREATE_RULES, attributes, len(attributes), 0)
+    allowed = [(path, _READ_AND_LIST) for path in _readable_folders()]
+    allowed += [(path, _READ) for path in _SYSTEM_FILES]
+    allowed += [("/dev/null", _READ | _WRITE), (folder, every_file_bit & ~1)]
+    for path, access in allowed:
+        with suppress(FileNotFoundError):
+            opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            _system_call(_ADD_RULE, rules, 1, struct.pack("=Qi", access, opened), 0)
+            os.close(opened)
+    _system_call(_RESTRICT, rules, 0)
+    os.close(rules)
+    return version
+
+
+def _call(name: str, *arguments: Any) -> int:
+    """Calls a function of the C library. Raises OSError if it returns a negative value."""
+    result = int(getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _system_call(number: int, *arguments: Any) -> int:
+    """A system call by its number. Integers are passed as longs, so that their upper halves are defined."""
+    longs = (ctypes.c_long(value) if type(value) is int else value for value in arguments)
+    return _call("syscall", ctypes.c_long(number), *longs)
+
+
+def _prctl(option: int, value: int) -> None:
+    _call("prctl", option, *map(ctypes.c_ulong, (value, 0, 0, 0)))

@@ -1,6 +1,7 @@
 """A task: prompts with references, the end of answers and their scores; how it is found by its name, and its prompts made."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
-from ...data import Example, Record, file_records, hub_records
+from ...data import Example, Record, file_records, hub_records, spread
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
@@ -125,6 +126,20 @@ def load_task(config: TaskConfig) -> Task:
         if not example.prompt.strip():
             raise DataError(f"`data` {task.config.data}: every row needs a prompt, found none in row {number} of those read")
     return task
+
+
+def other_rows(task: Task, count: int, splits: Iterable[str]) -> Sequence[Example]:
+    """At most `count` rows that the task does not have, of the first of the splits with any: a file may hold no splits.
+
+    Some of the task's own rows if there are no others.
+    """
+    own = {example.prompt for example in task.examples}
+    for split in dict.fromkeys(splits):
+        with suppress(DataError, ConfigError):
+            rows = load_task(replace(task.config, split=split, samples=len(task.examples) + count)).examples
+            if others := list({row.prompt: row for row in rows if row.prompt not in own}.values()):
+                return spread(others, count)
+    return spread(task.examples, count)
 
 
 def _task_of(data: str | None) -> str:

@@ -247,7 +247,7 @@ class NativeLayers(RepackedLayers):
         call = buffers.call
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
-        bounds = sorted({*places.bounds}) if rows is None else range(rows + 1)
+        bounds = [0, rows] if rows else sorted({*places.bounds})
         buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
         call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
         call.row_pages, call.first_layer = pages.shape[1], start
