@@ -70,7 +70,7 @@ class ModelDrafter:
         for row, ids, start, count in zip(context.rows, context.ids, own.filled, counts, strict=True):
             tokens += ids[start : start + count]
             self._filled[row] += count
-        hidden = self.model.embed(torch.tensor(tokens, device=self.model.device))
+        hidden = self.model.embed(torch.tensor(tokens).to(self.model.device, non_blocking=True))
         self.model.run_layers(hidden, 0, self.model.num_layers, own.places(counts, [0] * len(counts)))
 
     def _spare(self, counts: Sequence[int], limits: Sequence[int]) -> float:
