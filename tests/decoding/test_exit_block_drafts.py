@@ -99,7 +99,7 @@ class Scheduled(AdaptiveDrafter):
 
     schedule: list[tuple[int, int]]
 
-    def _plan(self, rate, most, looked_up, others):
+    def _plan(self, rate, most, looked_up, others, shortest):
         choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
         arms = [None, *self._known.arms.values()]
         arm, rows = arms[choice % len(arms)], range(len(looked_up))
