@@ -412,6 +412,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
 #define FEW_ROWS 16
 
 #include "experts.h"
+#include "recurrence.h"
 
 /* The input of a drafter's layer in the EAGLE-3 layout: an entry is an embedding and a feature. Both are normed, and the feature
  * is the residual, before its norm or after. */
@@ -672,9 +673,10 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
 int layerskip_interface(void) { return 19; }
 
-/* Bytes of a structure, by its place in compiled.STRUCTURES. */
+/* Bytes of a structure, by its place in compiled.STRUCTURES; then those of recurrence.py. */
 int layerskip_size_of(int structure) {
-    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice)};
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
+                            sizeof(Recurrence), sizeof(Passage)};
     return (int)sizes[structure];
 }
 
@@ -718,3 +720,30 @@ void layerskip_draft(
     work.logits = draft->logits, work.draft = draft;
     run(&work, threads);
 }
+
+typedef struct {
+    const Recurrence *layer;
+    const Passage *passage;
+    Team team;
+} Turn;
+
+static void remember_in_thread(void *at) {
+    Turn *turn = at;
+    remember(turn->layer, turn->passage, &turn->team, thread_number(), thread_count());
+}
+
+/* Between its projections, a layer with a memory over the tokens of a passage, and what is settled to the state. */
+void layerskip_remember(const Recurrence *layer, const Passage *passage, int threads) {
+    Turn turn = {.layer = layer, .passage = passage};
+    int now = parallel ? threads_now(threads) : 1;
+    if (now == 1) {
+        remember(layer, passage, &turn.team, 0, 1);
+        return;
+    }
+    Moment started = moment();
+    parallel(remember_in_thread, &turn, (unsigned)now, 0);
+    learn(now, started);
+}
+
+/* Bytes of a text's memory of such a layer. */
+int64_t layerskip_memory_bytes(const Recurrence *layer) { return (int64_t)memory_of(layer).bytes; }
