@@ -30,6 +30,7 @@ typedef struct {
     int32_t key_heads, heads, key_dim, value_dim;
     int32_t norm_size, gates_first; /* outputs that are normed together, 0 for no norm; whether gates come before the norm */
     float eps, least_step, most_step;
+    int64_t place;            /* of the layer in a text's memory, in bytes */
     const float *filter;      /* (tap, channel), the newest token's tap last */
     const float *filter_bias; /* by channel, or NULL */
     const float *rate;        /* of the decay, by head: below 0 */
@@ -42,7 +43,7 @@ typedef struct {
 typedef struct {
     const int64_t *positions; /* by token; consecutive in a text */
     const int32_t *starts;    /* by text its first token; then the number of tokens */
-    char *const *memories;    /* by text, of memory_of(..).bytes each; zeros at its first position */
+    char *const *memories;    /* by text, of all layers; zeros at its first position */
     const int64_t *settled;   /* by text: its tokens before this position stay */
     int32_t texts;
     float *rows;  /* (token, width): projections; channels are replaced by outputs of the convolution */
@@ -50,7 +51,7 @@ typedef struct {
     float *out;   /* (token, output) */
 } Passage;
 
-/* Where the parts of a text's memory begin, in bytes. `base` comes first. */
+/* Where the parts of a text's memory of a layer begin, in bytes. `base` comes first. */
 typedef struct {
     size_t inputs; /* of the convolution: (position modulo ring, channel) */
     size_t state;  /* (head, panel of 16 values, key dimension, 16) */
@@ -83,7 +84,7 @@ typedef struct {
 } Text;
 
 static Text text_of(const Recurrence *l, const Memory *m, const Passage *p, int text) {
-    char *memory = p->memories[text];
+    char *memory = p->memories[text] + l->place;
     Text t = {.first = p->starts[text], .settled = p->settled[text]};
     t.count = p->starts[text + 1] - t.first;
     t.start = t.count ? p->positions[t.first] : t.settled, t.end = t.start + t.count;
@@ -280,7 +281,9 @@ static void pass_panels(
 }
 
 /* A text's tokens in C panels of a head's state, from the panel-th on. `copy`: room for the state beyond what is settled. */
-static void advance(const Recurrence *l, const Memory *m, const Passage *p, const Text *t, int head, int panel, int C, float *copy) {
+static void advance(
+    const Recurrence *l, const Memory *m, const Passage *p, const Text *t, int head, int panel, int C, float *copy
+) {
     int size = l->key_dim, own = head / (l->heads / l->key_heads) * size; /* own: the first of its keys */
     size_t place = (size_t)(head * panels_of(l) + panel) * 16, kept_keys = in_vectors((size_t)l->heads);
     size_t kept_deltas = kept_keys + in_vectors(keys_of(l)) + place;
@@ -362,7 +365,8 @@ static void remember(const Recurrence *l, const Passage *p, Team *team, int thre
     if (l->kind == CONVOLUTION) return;
     recur(l, &m, p, thread, threads);
     meet(team, threads);
-    for (int text = 0; text < p->texts && thread == 0; text++) *(int64_t *)p->memories[text] = text_of(l, &m, p, text).settled;
+    for (int text = 0; text < p->texts && thread == 0; text++)
+        *(int64_t *)(p->memories[text] + l->place) = text_of(l, &m, p, text).settled;
     gate_outputs(l, p, thread, threads);
     meet(team, threads);
 }

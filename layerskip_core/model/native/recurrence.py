@@ -20,6 +20,7 @@ class CRecurrence(Structure):
         *_fields(c_int32, "kind taps channels slots width convolved query key value factor gate"),
         *_fields(c_int32, "key_heads heads key_dim value_dim norm_size gates_first"),
         *_fields(c_float, "eps least_step most_step"),
+        *_fields(c_int64, "place"),
         *_fields(c_void_p, "filter filter_bias rate rate_bias skip norm"),
     ]
 
@@ -143,8 +144,16 @@ class Recurrence:
             out.data_ptr(),
         )
         assert len(bounds) == len(stops) + 1 == len(memories) + 1 and rows.is_contiguous() and bounds[-1] == len(rows)
+        assert all(self._can_run(*text, positions) for text in zip(memories, bounds, bounds[1:], stops, strict=False))
         self.library.layerskip_remember(self.structure, passage, threads)
         return out
+
+    def _can_run(self, memory: Tensor, first: int, last: int, settled: int, positions: Tensor) -> bool:
+        """Whether a text's tokens follow what its state has, and there are slots for all that is not settled."""
+        if self.structure.kind == CONVOLUTION or first == last:
+            return True
+        base, start, stop = int(memory[:8].view(torch.int64)), int(positions[first]), int(positions[last - 1]) + 1
+        return base <= start and (settled >= stop or stop - base <= self.structure.slots)
 
     def settle(self, memories: Sequence[Tensor], settled: Sequence[int], threads: int = 1) -> None:
         """Applies the changes of tokens before the `settled` positions to the states. The next call does it as well."""
