@@ -23,11 +23,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mi
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, torch_recurrent_gated_delta_rule
 
 from layerskip_core.model.native.compiled import STRUCTURES, VARIANTS, kernels
-from layerskip_core.model.native.recurrence import CPassage, CRecurrence, Recurrence
+from layerskip_core.model.native.recurrence import CPassage, CRecurrence, Recurrence, TextMemory
 
 RUNNABLE = [name for name in VARIANTS if (found := kernels(name)) is not None and found.variant == name]
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no kernels are built that this CPU can run")
-SLOTS = 8
+SLOTS = 9
 EPS = 1e-6
 SHAPES = {  # kind, heads of keys and values, their dimensions, taps
     "qwen3.5": ("delta", (2, 2), (128, 128), 4),
@@ -56,20 +56,20 @@ class Layer:
         if self.kind == "delta":
             self.norm = 1 + 0.1 * torch.randn(self.width)
             rates = (self.log_rate, self.rate_bias, self.norm, EPS)
-            self.kernel = Recurrence.delta_rule(own, heads, dims, self.filters, *rates, SLOTS, most_step=2.0)
+            self.kernel = Recurrence.delta_rule(own, heads, dims, self.filters, *rates, most_step=2.0)
         elif self.kind == "mamba2":
             self.norm = 1 + 0.1 * torch.randn(self.values)
-            rates = (self.log_rate, self.rate_bias, self.skip, self.norm, EPS, SLOTS, (0.1, 2.0), self.groups)
+            rates = (self.log_rate, self.rate_bias, self.skip, self.norm, EPS, (0.1, 2.0), self.groups)
             self.kernel = Recurrence.mamba2(own, heads, dims, self.filters, self.bias, *rates)
         else:
-            self.kernel = Recurrence.short_convolution(own, self.filters, self.bias, SLOTS)
+            self.kernel = Recurrence.short_convolution(own, self.filters, self.bias)
 
     def text(self, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(seed)
         return torch.randn(count, self.kernel.structure.width), torch.randn(count, 2, self.heads)
 
-    def memory(self) -> torch.Tensor:
-        return torch.zeros(self.kernel.memory_bytes, dtype=torch.uint8)
+    def memory(self) -> TextMemory:
+        return self.kernel.memory(SLOTS)
 
     def run(self, texts, memories, parts, settled, threads=1):
         """The outputs of `parts` (start, stop) of texts (rows, steps)."""
@@ -83,16 +83,10 @@ class Layer:
         count = len(text[0])
         return self.run([text], [self.memory()], [(0, count)], [count])[0]
 
-    def base(self, memory: torch.Tensor) -> int | None:
-        """The position that the state has reached."""
-        return int(memory[:8].view(torch.int64)) if self.heads else None
-
-    def state(self, memory: torch.Tensor) -> torch.Tensor:
-        """The part of a memory that has the state, (heads, key dim, value dim)."""
-        panels, inputs = -(-self.width // 16), len(self.filters) * (SLOTS + self.filters.shape[1] - 1)
-        start = 64 + 4 * (-(-inputs // 16) * 16)
-        held = memory[start : start + 4 * self.heads * panels * self.size * 16].view(torch.float32)
-        return held.view(self.heads, panels, self.size, 16).transpose(1, 2).flatten(2)[..., : self.width]
+    def state(self, memory: TextMemory) -> torch.Tensor:
+        """(heads, key dim, value dim)."""
+        panels = memory.state[64:].view(torch.float32).view(self.heads, -1, self.size, 16)
+        return panels.transpose(1, 2).flatten(2)[..., : self.width]
 
     def expected(self, text) -> torch.Tensor:
         """By the formulas, in fp64, one token after the other."""
@@ -172,12 +166,12 @@ def test_the_division_of_a_text_into_calls_changes_no_bit(shape, settles):
     text, memory, other = layer.text(40, 2), layer.memory(), layer.memory()
     whole = layer.run([text], [other], [(0, 40)], [40])[0]
     for start, stop in pairwise([0, 5, 6, 7, 9, 12, 13, 14, 16, 17, 19, 21, 24, 27, 28, 31, 34, 37, 40]):
-        settled = {"at once": stop, "in the next call": start, "by itself": 0, "late": start - start % 3}[settles]
+        settled = {"at once": stop, "in the next call": start, "by itself": start, "late": start - start % 3}[settles]
         assert torch.equal(layer.run([text], [memory], [(start, stop)], [settled], 2)[0], whole[start:stop])
         if settles == "by itself":
             layer.kernel.settle([memory], [stop])
     layer.kernel.settle([memory], [40], 2)
-    assert layer.base(memory) == layer.base(other) and torch.equal(layer.state(memory), layer.state(other))
+    assert torch.equal(memory.state, other.state)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -202,12 +196,12 @@ def test_rejected_tokens_leave_no_trace(shape, threads):
             outs = map(torch.cat, zip(*(layer.run(drafts, memories, step, filled, threads) for step in steps), strict=True))
         for out, own, memory, at, count in zip(outs, alone, memories, filled, counts, strict=True):
             assert torch.equal(out[:count], own[at : at + count])
-            assert layer.base(memory) == (at if layer.heads else None)
+            assert memory.base == (at if layer.heads else 0)
         filled = list(map(int.__add__, filled, counts))
     layer.kernel.settle(memories, filled, threads)
     for text, own, memory, at in zip(texts, alone, memories, filled, strict=True):
         layer.run([text], [plain := layer.memory()], [(0, at)], [at])
-        assert torch.equal(layer.state(memory), layer.state(plain))
+        assert torch.equal(memory.state, plain.state)
         assert torch.equal(layer.run([text], [memory], [(at, 60)], [60], threads)[0], own[at:])
 
 
@@ -216,12 +210,12 @@ def test_a_call_changes_the_state_only_by_what_is_settled(shape):
     layer = Layer(shape)
     text, memory, other = layer.text(20, 3), layer.memory(), layer.memory()
     layer.run([text], [memory], [(0, 9)], [9])
-    before = layer.state(memory).clone()
+    before = memory.state.clone()
     layer.run([text], [memory], [(9, 13)], [9])
-    assert torch.equal(layer.state(memory), before) and layer.base(memory) == 9
+    assert torch.equal(memory.state, before) and memory.base == 9
     layer.run([text], [memory], [(13, 15)], [14])
     layer.run([text], [other], [(0, 14)], [14])
-    assert torch.equal(layer.state(memory), layer.state(other)) and layer.base(memory) == 14
+    assert torch.equal(memory.state, other.state) and memory.base == 14
 
 
 def test_the_delta_rule_is_that_of_transformers():
@@ -254,8 +248,7 @@ def of_transformers(module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compare(kernel: Recurrence, rows, steps, expected) -> None:
-    memory = torch.zeros(kernel.memory_bytes, dtype=torch.uint8)
-    found = kernel.run(rows.contiguous(), steps, torch.arange(50), [0, 50], [memory], [50], 2)
+    found = kernel.run(rows.contiguous(), steps, torch.arange(50), [0, 50], [kernel.memory(SLOTS)], [50], 2)
     assert distance(found, expected) < 1e-5
 
 
@@ -265,7 +258,7 @@ def test_the_layer_of_qwen3_5():
     module = Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(hidden_size=64, num_hidden_layers=4, **sizes), 0)
     expected, hidden = of_transformers(module)
     weights = (module.conv1d.weight[:, 0], module.A_log, module.dt_bias, module.norm.weight)
-    kernel = Recurrence.delta_rule(RUNNABLE[0], (2, 4), (32, 48), *weights, module.layer_norm_epsilon, SLOTS)
+    kernel = Recurrence.delta_rule(RUNNABLE[0], (2, 4), (32, 48), *weights, module.layer_norm_epsilon)
     rows = torch.cat([module.in_proj_qkv(hidden), module.in_proj_z(hidden)], 1)
     compare(kernel, rows, torch.stack([module.in_proj_b(hidden), module.in_proj_a(hidden)], 1), expected)
 
@@ -274,7 +267,7 @@ def test_the_layer_of_qwen3_5():
 def test_the_layer_of_lfm2():
     module = Lfm2ShortConv(Lfm2Config(hidden_size=64, num_hidden_layers=2, conv_bias=True, layer_types=["conv"] * 2), 0)
     expected, hidden = of_transformers(module)
-    kernel = Recurrence.short_convolution(RUNNABLE[0], module.conv.weight[:, 0], module.conv.bias, SLOTS)
+    kernel = Recurrence.short_convolution(RUNNABLE[0], module.conv.weight[:, 0], module.conv.bias)
     compare(kernel, module.in_proj(hidden), None, expected)
 
 
@@ -301,7 +294,7 @@ def test_the_mamba_layers(name):
         module.mup_vector = torch.ones(1)
     expected, hidden = of_transformers(module)
     groups, norm, eps = module.n_groups, getattr(module.norm, "weight", None), getattr(module.norm, "variance_epsilon", EPS)
-    weights = (module.conv1d.weight[:, 0], module.conv1d.bias, module.A_log, module.dt_bias, module.D, norm, eps, SLOTS)
+    weights = (module.conv1d.weight[:, 0], module.conv1d.bias, module.A_log, module.dt_bias, module.D, norm, eps)
     limits, gates_first = module.time_step_limit, not getattr(module.norm, "norm_before_gate", False)
     dims = (module.ssm_state_size, 32)
     kernel = Recurrence.mamba2(RUNNABLE[0], (groups, 4), dims, *weights, limits, groups, gates_first)

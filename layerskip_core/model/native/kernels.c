@@ -745,5 +745,7 @@ void layerskip_remember(const Recurrence *layer, const Passage *passage, int thr
     learn(now, started);
 }
 
-/* Bytes of a text's memory of such a layer. */
-int64_t layerskip_memory_bytes(const Recurrence *layer) { return (int64_t)memory_of(layer).bytes; }
+/* Bytes of such a layer in a text's state, or in a slot of its ring. */
+int64_t layerskip_memory_bytes(const Recurrence *layer, int of_slot) {
+    return (int64_t)(of_slot ? entry_bytes(layer) : state_bytes(layer));
+}

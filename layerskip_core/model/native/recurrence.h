@@ -7,30 +7,29 @@
  *
  * Heads of values share heads of keys and queries in groups, which Mamba-2 calls B and C.
  *
- * What a token adds is kept by its position, as keys and values are: its input of the convolution, and its change of the state
- * (decay, k, d), in rings of a few positions. So what is rejected costs nothing: later tokens overwrite it. The state itself is
- * that before the position `base`. A call first moves it on to what is settled by then; beyond that it works on a copy.
+ * What a token leaves is kept by its position, as keys and values are, in a ring of a few slots: its input of the convolution, and
+ * its change of the state (decay, k, d). So what is rejected costs nothing: later tokens overwrite it. The state itself is that
+ * before the position `base`. A call first moves it on to what is settled by then; beyond that it works on a copy.
  *
  * Sums are taken in the order of key dimensions, for each value dimension by itself, and tokens one after the other, each with the
  * same operations. So no bit depends on how tokens are divided into calls, or on which of them are settled when.
  */
-#define MOST_TAPS 8      /* of a convolution */
-#define LARGEST_KEY 256  /* dimensions */
-#define BLOCK_FLOATS (16 * LARGEST_KEY)  /* of a state that is worked on together: with its copy it is in a core's first cache */
+#define MOST_TAPS 8     /* of a convolution */
+#define LARGEST_KEY 256 /* dimensions */
+#define BLOCK_FLOATS (16 * LARGEST_KEY) /* of a state that is worked on together: with its copy it is in a core's first cache */
 #define MOST_COLUMNS (SUMS >= 8 ? 4 : 2) /* its panels */
 
 enum { CONVOLUTION, DECAY, DELTA }; /* kinds of such layers */
 
 typedef struct {
-    int32_t kind, taps, channels;  /* of the convolution, whose channels stand side by side */
-    int32_t slots;                 /* most positions from `base` on that a text has at a time, unless they are settled */
-    int32_t width;                 /* of a row of projections, and where in it begins: */
+    int32_t kind, taps, channels;   /* of the convolution, whose channels stand side by side */
+    int32_t width;                  /* of a row of projections, and where in it begins: */
     int32_t convolved, query, key, value; /* the channels, and what they are */
-    int32_t factor, gate;          /* of a CONVOLUTION: what multiplies its inputs, -1 for nothing; what multiplies outputs */
+    int32_t factor, gate;           /* what multiplies the convolution's inputs, -1 for nothing; what gates outputs */
     int32_t key_heads, heads, key_dim, value_dim;
     int32_t norm_size, gates_first; /* outputs that are normed together, 0 for no norm; whether gates come before the norm */
     float eps, least_step, most_step;
-    int64_t place;            /* of the layer in a text's memory, in bytes */
+    int64_t state, entry;     /* where the layer begins in a text's state, and in a slot of its ring; in bytes */
     const float *filter;      /* (tap, channel), the newest token's tap last */
     const float *filter_bias; /* by channel, or NULL */
     const float *rate;        /* of the decay, by head: below 0 */
@@ -39,64 +38,62 @@ typedef struct {
     const float *norm;        /* by output */
 } Recurrence;
 
-/* Some tokens of each of some texts, text after text; a text that has none is only settled. */
+/* Some tokens of each of some texts, text after text; a text that has none is only settled. Tokens that are not settled at once
+ * need slots for all positions from `base` on, and for the taps before the first that may be rejected. */
 typedef struct {
     const int64_t *positions; /* by token; consecutive in a text */
     const int32_t *starts;    /* by text its first token; then the number of tokens */
-    char *const *memories;    /* by text, of all layers; zeros at its first position */
+    char *const *states;      /* by text, of all layers; zeros at its first position */
+    char *const *rings;       /* by text: (position modulo slots, slot_bytes) */
+    const int32_t *slots;     /* by text; at least as many as taps */
     const int64_t *settled;   /* by text: its tokens before this position stay */
+    int64_t slot_bytes;       /* of all layers */
     int32_t texts;
     float *rows;  /* (token, width): projections; channels are replaced by outputs of the convolution */
     float *steps; /* (token, 2, head): what steps and decays are computed from, which replace it; DECAY has no first half */
     float *out;   /* (token, output) */
 } Passage;
 
-/* Where the parts of a text's memory of a layer begin, in bytes. `base` comes first. */
-typedef struct {
-    size_t inputs; /* of the convolution: (position modulo ring, channel) */
-    size_t state;  /* (head, panel of 16 values, key dimension, 16) */
-    size_t kept;   /* changes: (position modulo slots, change); a change is decays, keys and d (head, panel, 16) */
-    size_t change, bytes;
-    int ring;
-} Memory;
+/* A slot's entry of a layer is inputs (channel), decays (head), keys (head, dimension), deltas (head, panel of 16 values, 16). A
+ * layer's state is `base`, and from HEADER on (head, panel of 16 values, key dimension, 16). */
+#define HEADER 64 /* bytes */
 
-INLINE size_t in_vectors(size_t floats) { return (floats + 15) & ~(size_t)15; }
+INLINE size_t in_vectors(int floats) { return ((size_t)floats + 15) & ~(size_t)15; }
 INLINE int panels_of(const Recurrence *l) { return (l->value_dim + 15) / 16; }
-INLINE size_t keys_of(const Recurrence *l) { return (size_t)(l->key_heads * l->key_dim); }
+INLINE size_t decays_of(const Recurrence *l) { return in_vectors(l->channels); }
+INLINE size_t keys_of(const Recurrence *l) { return decays_of(l) + in_vectors(l->heads); }
+INLINE size_t deltas_of(const Recurrence *l) { return keys_of(l) + in_vectors(l->key_heads * l->key_dim); }
+INLINE size_t values_of(const Recurrence *l) { return (size_t)(l->heads * panels_of(l)) * 16; }
 
-static Memory memory_of(const Recurrence *l) {
-    Memory m = {.inputs = 64, .ring = l->slots + l->taps - 1};
-    size_t values = (size_t)(l->heads * panels_of(l)) * 16;
-    m.state = m.inputs + 4 * in_vectors((size_t)m.ring * (size_t)l->channels);
-    m.bytes = m.kept = m.state;
-    if (l->kind == CONVOLUTION) return m;
-    m.change = in_vectors((size_t)l->heads) + in_vectors(keys_of(l)) + values;
-    m.kept = m.state + 4 * values * (size_t)l->key_dim;
-    m.bytes = m.kept + 4 * m.change * (size_t)l->slots;
-    return m;
+static size_t entry_bytes(const Recurrence *l) { return 4 * (l->kind == CONVOLUTION ? decays_of(l) : deltas_of(l) + values_of(l)); }
+
+static size_t state_bytes(const Recurrence *l) {
+    return l->kind == CONVOLUTION ? 0 : HEADER + 4 * values_of(l) * (size_t)l->key_dim;
 }
 
-/* A text in a call. */
+/* A text in a call, and a layer. */
 typedef struct {
-    int first, count;                   /* its tokens */
-    int64_t base, settled, start, end;  /* positions; start and end are those of its tokens */
-    float *inputs, *state, *kept;
+    int first, count, slots;           /* first, count: of its tokens */
+    int64_t base, settled, start, end; /* positions; start and end are those of its tokens */
+    float *state;
+    char *ring;
+    size_t slot_bytes;
 } Text;
 
-static Text text_of(const Recurrence *l, const Memory *m, const Passage *p, int text) {
-    char *memory = p->memories[text] + l->place;
-    Text t = {.first = p->starts[text], .settled = p->settled[text]};
+static Text text_of(const Recurrence *l, const Passage *p, int text) {
+    char *state = p->states[text] + l->state;
+    Text t = {.first = p->starts[text], .slots = p->slots[text], .settled = p->settled[text], .slot_bytes = (size_t)p->slot_bytes};
     t.count = p->starts[text + 1] - t.first;
     t.start = t.count ? p->positions[t.first] : t.settled, t.end = t.start + t.count;
-    t.base = l->kind == CONVOLUTION ? t.start : *(int64_t *)memory;
+    t.base = l->kind == CONVOLUTION ? t.start : *(int64_t *)state;
     if (t.settled > t.end) t.settled = t.end;
     if (t.settled < t.base) t.settled = t.base;
-    t.inputs = (float *)(memory + m->inputs), t.state = (float *)(memory + m->state), t.kept = (float *)(memory + m->kept);
+    t.state = (float *)(state + HEADER), t.ring = p->rings[text] + l->entry;
     return t;
 }
 
-INLINE float *change_at(const Recurrence *l, const Memory *m, const Text *t, int64_t position) {
-    return t->kept + (size_t)(position % l->slots) * m->change;
+INLINE float *entry_at(const Text *t, int64_t position) {
+    return (float *)(t->ring + (size_t)(position % t->slots) * t->slot_bytes);
 }
 
 INLINE vf load_up_to(const float *p, int n) { return n >= 16 ? f_load(p) : f_load_some(p, n); }
@@ -172,25 +169,24 @@ INLINE void convolve_token(
     }
 }
 
-static void convolve_chunk(const Recurrence *l, const Memory *m, const Passage *p, const Text *t, Chunk chunk) {
-    for (int i = 0; i < t->count; i++) {
+static void convolve_chunk(const Recurrence *l, const Passage *p, const Text *t, Chunk chunk) {
+    int taps = l->taps, slot = (int)(t->start % t->slots); /* slot: of the token */
+    for (int i = 0; i < t->count; i++, slot = slot + 1 < t->slots ? slot + 1 : 0) {
         int64_t position = t->start + i;
-        int taps = l->taps, skipped = position < taps - 1 ? taps - 1 - (int)position : 0, slot = (int)(position % m->ring);
+        int skipped = position < taps - 1 ? taps - 1 - (int)position : 0;
         size_t token = (size_t)(t->first + i);
         float *row = p->rows + token * (size_t)l->width, *out = row + chunk.column, *at[MOST_TAPS];
         for (int tap = 0; tap < taps; tap++) {
             int place = slot - (taps - 1 - tap);
-            at[tap] = t->inputs + (size_t)(place < 0 ? place + m->ring : place) * (size_t)l->channels;
+            at[tap] = (float *)(t->ring + (size_t)(place < 0 ? place + t->slots : place) * t->slot_bytes);
         }
         if (l->kind == CONVOLUTION) out = p->out + token * (size_t)l->channels + (chunk.column - l->convolved);
         if (taps == 3 && !skipped) convolve_token(l, 3, 0, chunk, row, at, out);
         else if (taps == 4 && !skipped) convolve_token(l, 4, 0, chunk, row, at, out);
         else convolve_token(l, taps, skipped, chunk, row, at, out);
         if (chunk.scale > 0) lengthen(out, chunk.size, chunk.scale);
-        if (chunk.is_key && position >= t->settled) {
-            size_t place = in_vectors((size_t)l->heads) + (size_t)(chunk.column - l->key);
-            memcpy(change_at(l, m, t, position) + place, out, 4 * (size_t)chunk.size);
-        }
+        if (chunk.is_key && position >= t->settled)
+            memcpy(at[taps - 1] + keys_of(l) + (chunk.column - l->key), out, 4 * (size_t)chunk.size);
     }
 }
 
@@ -210,16 +206,16 @@ static void take_steps(const Recurrence *l, float *steps, float *kept) {
 }
 
 /* This thread's part of all channels, and of all tokens' steps. */
-static void convolve(const Recurrence *l, const Memory *m, const Passage *p, int thread, int threads) {
+static void convolve(const Recurrence *l, const Passage *p, int thread, int threads) {
     int chunks = chunks_of_channels(l), tokens = p->starts[p->texts];
     int first = share(tokens, thread, threads), last = share(tokens, thread + 1, threads);
     for (int text = 0; text < p->texts; text++) {
-        Text t = text_of(l, m, p, text);
+        Text t = text_of(l, p, text);
         for (int c = share(chunks, thread, threads); c < share(chunks, thread + 1, threads); c++)
-            convolve_chunk(l, m, p, &t, chunk_of(l, c));
+            convolve_chunk(l, p, &t, chunk_of(l, c));
         for (int i = 0; i < t.count && l->kind != CONVOLUTION; i++) {
             if (t.first + i < first || t.first + i >= last) continue;
-            float *kept = t.start + i >= t.settled ? change_at(l, m, &t, t.start + i) : NULL;
+            float *kept = t.start + i >= t.settled ? entry_at(&t, t.start + i) + decays_of(l) : NULL;
             take_steps(l, p->steps + (size_t)(t.first + i) * 2 * (size_t)l->heads, kept);
         }
     }
@@ -281,21 +277,19 @@ static void pass_panels(
 }
 
 /* A text's tokens in C panels of a head's state, from the panel-th on. `copy`: room for the state beyond what is settled. */
-static void advance(
-    const Recurrence *l, const Memory *m, const Passage *p, const Text *t, int head, int panel, int C, float *copy
-) {
+static void advance(const Recurrence *l, const Passage *p, const Text *t, int head, int panel, int C, float *copy) {
     int size = l->key_dim, own = head / (l->heads / l->key_heads) * size; /* own: the first of its keys */
-    size_t place = (size_t)(head * panels_of(l) + panel) * 16, kept_keys = in_vectors((size_t)l->heads);
-    size_t kept_deltas = kept_keys + in_vectors(keys_of(l)) + place;
+    size_t place = (size_t)(head * panels_of(l) + panel) * 16, decays = decays_of(l) + (size_t)head;
+    size_t keys = keys_of(l) + (size_t)own, kept_deltas = deltas_of(l) + place;
     float *state = t->state + place * (size_t)size, deltas[64];
     const float *before = state, *ahead = state + 16 * (size_t)(C * size);
     vf of_query[4], of_key[4];
     Change last, *change = NULL; /* of the token before; NULL: the state has it */
     for (int64_t position = t->base; position < t->end; position++) {
-        float *after = position <= t->settled ? state : copy, *kept = change_at(l, m, t, position);
+        float *after = position <= t->settled ? state : copy, *kept = entry_at(t, position);
         if (position < t->start) {
             if (change) pass_panels(C, 0, before, after, size, change, NULL, NULL, ahead, NULL, NULL), before = after;
-            last = (Change){kept[head], kept + kept_keys + own, kept + kept_deltas}, change = &last;
+            last = (Change){kept[decays], kept + keys, kept + kept_deltas}, change = &last;
             continue;
         }
         size_t token = (size_t)(t->first + (int)(position - t->start));
@@ -321,7 +315,7 @@ static void advance(
 }
 
 /* This thread's part of all states: of each text the same heads, so that threads have the same work where texts differ. */
-static void recur(const Recurrence *l, const Memory *m, const Passage *p, int thread, int threads) {
+static void recur(const Recurrence *l, const Passage *p, int thread, int threads) {
     float copy[BLOCK_FLOATS] __attribute__((aligned(64)));
     int most = BLOCK_FLOATS / (16 * l->key_dim) < MOST_COLUMNS ? BLOCK_FLOATS / (16 * l->key_dim) : MOST_COLUMNS;
     int panels = panels_of(l), all = l->heads * panels, stop = share(all, thread + 1, threads);
@@ -329,8 +323,8 @@ static void recur(const Recurrence *l, const Memory *m, const Passage *p, int th
         int left = panels - at % panels < stop - at ? panels - at % panels : stop - at;
         for (C = most >= 4 ? 4 : most >= 2 ? 2 : 1; C > left; C /= 2) {}
         for (int text = 0; text < p->texts; text++) {
-            Text t = text_of(l, m, p, text);
-            advance(l, m, p, &t, at / panels, at % panels, C, copy);
+            Text t = text_of(l, p, text);
+            advance(l, p, &t, at / panels, at % panels, C, copy);
         }
     }
 }
@@ -359,14 +353,13 @@ static void gate_outputs(const Recurrence *l, const Passage *p, int thread, int 
 
 /* A layer between its projections, which all threads have met after. */
 static void remember(const Recurrence *l, const Passage *p, Team *team, int thread, int threads) {
-    Memory m = memory_of(l);
-    convolve(l, &m, p, thread, threads);
+    convolve(l, p, thread, threads);
     meet(team, threads);
     if (l->kind == CONVOLUTION) return;
-    recur(l, &m, p, thread, threads);
+    recur(l, p, thread, threads);
     meet(team, threads);
     for (int text = 0; text < p->texts && thread == 0; text++)
-        *(int64_t *)(p->memories[text] + l->place) = text_of(l, &m, p, text).settled;
+        *(int64_t *)(p->states[text] + l->state) = text_of(l, p, text).settled;
     gate_outputs(l, p, thread, threads);
     meet(team, threads);
 }

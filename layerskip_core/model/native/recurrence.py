@@ -3,7 +3,9 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 
@@ -13,31 +15,46 @@ from torch import Tensor
 from .compiled import _fields
 
 CONVOLUTION, DECAY, DELTA = range(3)  # kinds, as the C code numbers them
+_MOST_TAPS, _LARGEST_KEY = 8, 256  # as in recurrence.h
 
 
 class CRecurrence(Structure):
     _fields_ = [
-        *_fields(c_int32, "kind taps channels slots width convolved query key value factor gate"),
+        *_fields(c_int32, "kind taps channels width convolved query key value factor gate"),
         *_fields(c_int32, "key_heads heads key_dim value_dim norm_size gates_first"),
         *_fields(c_float, "eps least_step most_step"),
-        *_fields(c_int64, "place"),
+        *_fields(c_int64, "state entry"),
         *_fields(c_void_p, "filter filter_bias rate rate_bias skip norm"),
     ]
 
 
 class CPassage(Structure):
     _fields_ = [
-        *_fields(c_void_p, "positions starts memories settled"),
+        *_fields(c_void_p, "positions starts states rings slots settled"),
+        *_fields(c_int64, "slot_bytes"),
         *_fields(c_int32, "texts"),
         *_fields(c_void_p, "rows steps out"),
     ]
 
 
+@dataclass(frozen=True)
+class TextMemory:
+    """What a text leaves in a layer: a state, which begins as zeros, and a ring of slots for its last positions."""
+
+    state: Tensor  # bytes
+    ring: Tensor  # (slots, bytes)
+
+    @property
+    def base(self) -> int:
+        """The position that the state has reached."""
+        return int(self.state[:8].view(torch.int64)) if len(self.state) else 0
+
+
 class Recurrence:
     """What stands between the projections of such a layer, and how it is called.
 
-    A text has a memory of `memory_bytes`, which begins as zeros. Its convolution's inputs and its changes of the state are kept
-    by position, and what is not yet settled can be overwritten. So a token that was rejected costs nothing.
+    What tokens leave is kept by their positions, and what is not yet settled can be overwritten. So a token that is rejected
+    costs nothing.
     """
 
     def __init__(self, variant: str, outputs: int, weights: Mapping[str, Tensor | None], **sizes: float) -> None:
@@ -45,13 +62,22 @@ class Recurrence:
         self.library, self.outputs = _library(variant), outputs
         self._weights = {name: part.detach().float().contiguous() for name, part in weights.items() if part is not None}
         self.structure = CRecurrence(**sizes, **{name: part.data_ptr() for name, part in self._weights.items()})
-        self.memory_bytes = int(self.library.layerskip_memory_bytes(self.structure))
+        assert self.structure.taps <= _MOST_TAPS and self.structure.key_dim <= _LARGEST_KEY
+        self._bytes = [int(self.library.layerskip_memory_bytes(self.structure, of_slot)) for of_slot in (0, 1)]
+
+    def memory(self, slots: int) -> TextMemory:
+        """Of a text that begins. `slots`: for all positions from the state's to the end of a call that does not settle them, and
+        for `taps` - 1 more than may be rejected.
+        """
+        assert slots >= self.structure.taps
+        state, slot = self._bytes
+        return TextMemory(torch.zeros(state, dtype=torch.uint8), torch.zeros(slots, slot, dtype=torch.uint8))
 
     @classmethod
-    def short_convolution(cls, variant: str, filters: Tensor, bias: Tensor | None, slots: int) -> "Recurrence":
+    def short_convolution(cls, variant: str, filters: Tensor, bias: Tensor | None) -> "Recurrence":
         """LFM2's: rows are (B, C, x), and the output C * convolution(B * x). `filters`: (channels, taps)."""
         channels, taps = filters.shape
-        sizes = {"kind": CONVOLUTION, "taps": taps, "channels": channels, "slots": slots, "width": 3 * channels}
+        sizes = {"kind": CONVOLUTION, "taps": taps, "channels": channels, "width": 3 * channels}
         columns = {"convolved": 2 * channels, "factor": 0, "gate": channels}
         return cls(variant, channels, {"filter": filters.T, "filter_bias": bias}, **sizes, **columns)
 
@@ -66,7 +92,6 @@ class Recurrence:
         rate_bias: Tensor,
         norm: Tensor,
         eps: float,
-        slots: int,
         most_step: float = 1.0,
     ) -> "Recurrence":
         """Gated DeltaNet's, as in Qwen3.5: rows are (q, k, v, z), steps (b, a).
@@ -74,7 +99,7 @@ class Recurrence:
         `heads` and `dims`: of keys, and of values. `norm`: (value dim,), before the gate.
         """
         keys, values = heads[0] * dims[0], heads[1] * dims[1]
-        sizes = _sizes(DELTA, filters, heads, dims, slots) | {"width": 2 * keys + 2 * values}
+        sizes = _sizes(DELTA, filters, heads, dims) | {"width": 2 * keys + 2 * values}
         columns = {"query": 0, "key": keys, "value": 2 * keys, "gate": 2 * keys + values}
         weights = {"filter": filters.T, "rate": -log_rate.float().exp(), "rate_bias": rate_bias, "norm": norm.repeat(heads[1])}
         return cls(variant, values, weights, **sizes, **columns, norm_size=dims[1], eps=eps, most_step=most_step)
@@ -92,7 +117,6 @@ class Recurrence:
         skip: Tensor,
         norm: Tensor | None,
         eps: float,
-        slots: int,
         step_limits: tuple[float, float] = (0.0, inf),
         norm_groups: int = 1,
         gates_first: bool = True,
@@ -103,7 +127,7 @@ class Recurrence:
         `norm_groups`; None for gates alone.
         """
         keys, values = heads[0] * dims[0], heads[1] * dims[1]
-        sizes = _sizes(DECAY, filters, heads, dims, slots) | {"width": 2 * values + 2 * keys}
+        sizes = _sizes(DECAY, filters, heads, dims) | {"width": 2 * values + 2 * keys}
         columns = {"gate": 0, "convolved": values, "value": values, "key": 2 * values, "query": 2 * values + keys}
         weights = {"filter": filters.T, "filter_bias": bias, "rate": -log_rate.float().exp(), "rate_bias": rate_bias}
         norms = {"norm_size": 0 if norm is None else values // norm_groups, "gates_first": gates_first, "eps": eps}
@@ -116,7 +140,7 @@ class Recurrence:
         steps: Tensor | None,
         positions: Tensor,
         starts: Sequence[int],
-        memories: Sequence[Tensor],
+        memories: Sequence[TextMemory],
         settled: Sequence[int],
         threads: int = 1,
     ) -> Tensor:
@@ -131,39 +155,41 @@ class Recurrence:
             settled: of each text the position before which no token will be rejected. A position at or beyond it may be run
                 again, with another token.
         """
-        out = rows.new_empty(len(rows), self.outputs)
-        addresses = (c_void_p * len(memories))(*(memory.data_ptr() for memory in memories))
-        passage = CPassage(
-            positions.data_ptr(),
-            ctypes.addressof(bounds := (c_int32 * len(starts))(*starts)),
-            ctypes.addressof(addresses),
-            ctypes.addressof(stops := (c_int64 * len(settled))(*settled)),
-            len(memories),
-            rows.data_ptr(),
-            None if steps is None else steps.data_ptr(),
-            out.data_ptr(),
+        out, spans = rows.new_empty(len(rows), self.outputs), list(pairwise(starts))
+        assert rows.is_contiguous() and len(spans) == len(memories) == len(settled) and starts[-1] == len(rows)
+        assert all(self._can_run(*text, positions) for text in zip(memories, spans, settled, strict=True))
+        arrays = (
+            (c_int32 * len(starts))(*starts),
+            (c_void_p * len(spans))(*(memory.state.data_ptr() for memory in memories)),
+            (c_void_p * len(spans))(*(memory.ring.data_ptr() for memory in memories)),
+            (c_int32 * len(spans))(*(len(memory.ring) for memory in memories)),
+            (c_int64 * len(spans))(*settled),
         )
-        assert len(bounds) == len(stops) + 1 == len(memories) + 1 and rows.is_contiguous() and bounds[-1] == len(rows)
-        assert all(self._can_run(*text, positions) for text in zip(memories, bounds, bounds[1:], stops, strict=False))
+        addresses = (rows.data_ptr(), None if steps is None else steps.data_ptr(), out.data_ptr())
+        passage = CPassage(
+            positions.data_ptr(), *(ctypes.addressof(part) for part in arrays), self._bytes[1], len(spans), *addresses
+        )
         self.library.layerskip_remember(self.structure, passage, threads)
         return out
 
-    def _can_run(self, memory: Tensor, first: int, last: int, settled: int, positions: Tensor) -> bool:
+    def _can_run(self, memory: TextMemory, span: tuple[int, int], settled: int, positions: Tensor) -> bool:
         """Whether a text's tokens follow what its state has, and there are slots for all that is not settled."""
-        if self.structure.kind == CONVOLUTION or first == last:
+        (first, last), slots = span, len(memory.ring)
+        if first == last:
             return True
-        base, start, stop = int(memory[:8].view(torch.int64)), int(positions[first]), int(positions[last - 1]) + 1
-        return base <= start and (settled >= stop or stop - base <= self.structure.slots)
+        start, stop = int(positions[first]), int(positions[last - 1]) + 1
+        base = memory.base if len(memory.state) else start
+        return base <= start and (settled >= stop or max(stop - base, stop - settled + self.structure.taps - 1) <= slots)
 
-    def settle(self, memories: Sequence[Tensor], settled: Sequence[int], threads: int = 1) -> None:
+    def settle(self, memories: Sequence[TextMemory], settled: Sequence[int], threads: int = 1) -> None:
         """Applies the changes of tokens before the `settled` positions to the states. The next call does it as well."""
         none = torch.empty(0, self.structure.width), torch.empty(0), torch.empty(0, dtype=torch.long)
         self.run(*none, [0] * (len(memories) + 1), memories, settled, threads)
 
 
-def _sizes(kind: int, filters: Tensor, heads: tuple[int, int], dims: tuple[int, int], slots: int) -> dict[str, int]:
+def _sizes(kind: int, filters: Tensor, heads: tuple[int, int], dims: tuple[int, int]) -> dict[str, int]:
     """Without a factor of the convolution's inputs."""
-    sizes = {"kind": kind, "channels": filters.shape[0], "taps": filters.shape[1], "slots": slots, "factor": -1}
+    sizes = {"kind": kind, "channels": filters.shape[0], "taps": filters.shape[1], "factor": -1}
     return sizes | {"key_heads": heads[0], "heads": heads[1], "key_dim": dims[0], "value_dim": dims[1]}
 
 
@@ -173,5 +199,6 @@ def _library(variant: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(Path(__file__).with_name(f"_{variant}.so")))
     library.layerskip_remember.argtypes = [POINTER(CRecurrence), POINTER(CPassage), c_int]
     library.layerskip_remember.restype = None
-    library.layerskip_memory_bytes.argtypes, library.layerskip_memory_bytes.restype = [POINTER(CRecurrence)], c_int64
+    library.layerskip_memory_bytes.argtypes = [POINTER(CRecurrence), c_int]
+    library.layerskip_memory_bytes.restype = c_int64
     return library
