@@ -66,7 +66,7 @@ class Recurrence:
         self._bytes = [int(self.library.layerskip_memory_bytes(self.structure, of_slot)) for of_slot in (0, 1)]
 
     def memory(self, slots: int) -> TextMemory:
-        """Of a text that begins. `slots`: for all positions from the state's to the end of a call that does not settle them, and
+        """Of a text that begins. `slots`: for all positions from its base to the end of a call that does not settle them, and
         for `taps` - 1 more than may be rejected.
         """
         assert slots >= self.structure.taps
