@@ -17,7 +17,7 @@ _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fe
 
 
 class PagePool:
-    """Memory for keys and values in pages, (L, 2 for key and value, kv heads, PAGE, head dim) each.
+    """Memory for keys and values in pages, (layers that have them, 2 for key and value, kv heads, PAGE, head dim) each.
 
     A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
     kernels' way with what is not seen (attention.h) they change no bit.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, Architecture, Names, known_architecture
-from .configuration import SLIDING, ExpertsSpec, RopeSpec, is_on, read_values, ropes_of, rotary_size
+from .configuration import LAYER_KINDS, SLIDING, ExpertsSpec, RopeSpec, is_on, read_values, ropes_of, rotary_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,10 +183,15 @@ class ModelSpec:
             shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.shapes_of_layer(index).items()}
         return shapes
 
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have keys and values."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind in LAYER_KINDS)
+
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of an exit block's weights: of a layer, and of a norm."""
-        last = self.shapes_of_layer(self.layers - 1)  # which the layers of exit blocks are like
+        last = self.shapes_of_layer(self.attending[-1])  # which the layers of exit blocks are like
         return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
 
     @property

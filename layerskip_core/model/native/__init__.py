@@ -87,7 +87,7 @@ class NativeBackend(RepackedBackend):
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
-        self._pool = PagePool(spec.layers, spec.kv_heads, spec.head_dim, self._embedding.dtype)
+        self._pool = PagePool(len(spec.attending), spec.kv_heads, spec.head_dim, self._embedding.dtype)
 
     def _described(self, packing: PackingConfig) -> str:
         return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"

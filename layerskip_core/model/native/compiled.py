@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 19  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 20  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -64,6 +64,7 @@ class CLayer(Structure):
         *_fields(CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"),
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
+        *_fields(c_int32, "place"),
     ]
 
 
@@ -82,7 +83,7 @@ class CCall(Structure):
         *_fields(c_int32, "rows"),
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
         *_fields(c_void_p, "pages page_rows starts"),
-        *_fields(c_int64, "row_pages first_layer"),
+        *_fields(c_int64, "row_pages"),
         *_fields(c_void_p, "hidden qkv mixed inside entries block"),
         *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
         *_fields(c_int64, "scratch_bytes"),

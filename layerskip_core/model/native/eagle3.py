@@ -112,7 +112,7 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         experts=None,
         eps=form.eps,
         activation="silu",
-        kinds=(FULL,) * count,
+        kinds=(*spec.kinds[:-1], FULL),
         window=None,
         rope_of=(0,) * count,
         rotary=form.head_dim,

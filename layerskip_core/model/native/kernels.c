@@ -38,6 +38,7 @@ typedef struct {
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
     float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
+    int32_t place;        /* among the layers that have keys and values */
 } Layer;
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU }; /* activations */
@@ -66,10 +67,10 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *const *pages;       /* (text, page), each (layer, key or value, kv head, place, dimension) */
+    char *const *pages;       /* (text, page), each (layer that has some, key or value, kv head, place, dimension) */
     const int64_t *page_rows; /* by row: its text */
     const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
-    int64_t row_pages, first_layer; /* pages of a text; the layer that the span begins with */
+    int64_t row_pages;        /* pages of a text */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
@@ -436,8 +437,7 @@ static void span(Work *work, int first, int last, int thread, int threads) {
     const Call *call = work->call;
     int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
     for (int i = first; i < last; i++) {
-        int index = work->order ? work->order[i] : i;
-        const Layer *l = work->layers + index;
+        const Layer *l = work->layers + (work->order ? work->order[i] : i);
         Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
         if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
         Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
@@ -448,13 +448,13 @@ static void span(Work *work, int first, int last, int thread, int threads) {
             meet(&work->team, threads);
         }
         if (rows <= FEW_ROWS && !work->keys_only) {
-            place_keys(s, l, call, index, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
+            place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
         } else {
-            place_keys(s, l, call, index, thread, threads);
+            place_keys(s, l, call, thread, threads);
             meet(&work->team, threads);
         }
         if (work->keys_only) continue;
-        mix_values(s, l, call, index, thread, threads);
+        mix_values(s, l, call, thread, threads);
         meet(&work->team, threads);
         if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
@@ -671,7 +671,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 19; }
+int layerskip_interface(void) { return 20; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then those of recurrence.py. */
 int layerskip_size_of(int structure) {
@@ -710,7 +710,7 @@ void layerskip_choose(
 }
 
 /* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call is of one
- * row, and its cache that of layer 0. */
+ * row. */
 void layerskip_draft(
     const Shape *shape, const Layer *layers, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {

@@ -184,6 +184,7 @@ class NativeLayer:
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
+            spec.attending.index(index),
         )
 
 
@@ -221,7 +222,7 @@ class NativeLayers(RepackedLayers):
         kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
         for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
-            buffers = self.call_at(part, start)
+            buffers = self.call_at(part)
             buffers.call.hidden = rows[first:].data_ptr()
             if entries is not None:
                 buffers.call.entries = entries[first:].data_ptr()
@@ -236,11 +237,8 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def call_at(self, places: Places, start: int, rows: int | None = None) -> Buffers:
-        """The buffers of a call for the tokens at `places`, over layers from `start` on.
-
-        `rows`: that run at once, if they are not all tokens.
-        """
+    def call_at(self, places: Places, rows: int | None = None) -> Buffers:
+        """The buffers of a call for the tokens at `places`. `rows`: that run at once, if they are not all tokens."""
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
         buffers = self.engine.buffers(rows or len(places.positions))
@@ -250,7 +248,7 @@ class NativeLayers(RepackedLayers):
         bounds = [0, rows] if rows else sorted({*places.bounds})
         buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
         call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
-        call.row_pages, call.first_layer = pages.shape[1], start
+        call.row_pages = pages.shape[1]
         return buffers
 
 
@@ -319,7 +317,7 @@ def draft(
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
     most, engine = sum(places.counts) - 1, layers.engine
-    buffers = layers.call_at(places, 0, rows=1)
+    buffers = layers.call_at(places, rows=1)
     tokens = torch.empty(most + 1, dtype=torch.long)
     tokens[0] = int(token)
     states = torch.empty(len(stops), most + 1, spec.hidden)
@@ -383,7 +381,7 @@ def choose(
         rows = torch.empty(len(tokens), layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers = layers.engine, layers.call_at(places, start)
+    engine, buffers = layers.engine, layers.call_at(places)
     buffers.call.hidden = rows.data_ptr()
     chosen = torch.empty(len(tokens), dtype=torch.long)
     choice = CChoice(
