@@ -73,6 +73,7 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
         "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
     },
 }
+MIXERS = {"lfm2": "conv"}  # types whose layers are not all of attention, and what the others are
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
@@ -94,6 +95,9 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
     torch.manual_seed(0)
     kind = CONFIG_MAPPING[model_type]
     shape = {name: size for name, size in _SHAPE.items() if not isinstance(getattr(kind, name, None), property)}
+    if model_type in MIXERS:
+        layers = range(changes.get("num_hidden_layers", shape["num_hidden_layers"]))
+        shape["layer_types"] = ["full_attention" if layer % 3 == 1 else MIXERS[model_type] for layer in layers]
     config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):

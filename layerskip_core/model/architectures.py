@@ -43,6 +43,25 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """A short convolution in the place of attention, in some layers. Names of weights follow a layer's prefix.
+
+    `projections`: those of the hidden states, and the output's. `taps` and `biased` name values of config.json.
+    """
+
+    kind: str  # in layer_types
+    projections: tuple[str, ...]
+    convolution: str
+    taps: str
+    biased: str | bool = False
+
+    @property
+    def unpacked(self) -> tuple[str, ...]:
+        """Weights that stand in no matrix of the kernels."""
+        return (self.convolution,)
+
+
+@dataclass(frozen=True)
 class Names:
     """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
 
@@ -85,8 +104,9 @@ class Architecture:
     transposed: bool = False  # weights are stored as (inputs, outputs)
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
+    mixer: Mixer | None = None
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
-    activation: str = "hidden_act"
+    activation: str | None = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
     uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
@@ -106,6 +126,9 @@ class Architecture:
             read |= {"num_experts_per_tok"}
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
+        if self.mixer is not None:
+            read |= {"layer_types", self.mixer.taps}
+            switches += [self.mixer.biased]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
@@ -257,6 +280,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         biases=_EVERYWHERE,
         gated=False,
         partial_rope=True,
+    ),
+    "lfm2": Architecture(
+        names=Names(norm="model.embedding_norm", mlp="feed_forward.", query_norm="q_layernorm", key_norm="k_layernorm"),
+        norms=("operator_norm", None, "ffn_norm", None),
+        norm_eps="norm_eps",
+        query_key_norms="head",
+        attention_projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp_projections=("w1", "w3", "w2"),
+        biases=_NOWHERE,
+        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", "conv_bias"),
+        activation=None,
+        uses=("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
     ),
     "apertus": Architecture(
         norms=("attention_layernorm", None, "feedforward_layernorm", None),

@@ -162,7 +162,7 @@ def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
 
     The keys and values of a drafter in the EAGLE-3 layout are those of a further layer.
     """
-    count, experts, last = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts, spec.attending[-1]
+    count, experts, last = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts, max(spec.attending, default=0)
     return replace(
         spec,
         experts=experts and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),

@@ -102,7 +102,8 @@ static void remember_part(
 ) {
     size_t before = used, width = (size_t)l->width, both = 2 * (size_t)l->heads, outputs = (size_t)outputs_of(l);
     int64_t *positions = room(16 * (size_t)(count + 1)), stops[] = {settled, settled};
-    int32_t starts[] = {0, count, 2 * count}, slots[] = {SLOTS, SLOTS + 3};
+    int32_t starts[] = {0, count, 2 * count};
+    int64_t slots[] = {SLOTS, SLOTS + 3};
     float *own = room(8 * (size_t)count * width), *own_steps = room(8 * (size_t)count * both), *own_out = room(8 * (size_t)count * outputs);
     for (int i = 0; i < 2 * count; i++) {
         size_t token = (size_t)(i / count * MOST_TOKENS + first + i % count);

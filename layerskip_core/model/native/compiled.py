@@ -65,6 +65,7 @@ class CLayer(Structure):
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
         *_fields(c_int32, "place"),
+        *_fields(c_void_p, "recurrence steps"),
     ]
 
 
@@ -84,6 +85,10 @@ class CCall(Structure):
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
         *_fields(c_void_p, "pages page_rows starts"),
         *_fields(c_int64, "row_pages"),
+        *_fields(c_void_p, "states rings slots settled"),
+        *_fields(c_int64, "slot_bytes"),
+        *_fields(c_int32, "sequences"),
+        *_fields(c_void_p, "steps"),
         *_fields(c_void_p, "hidden qkv mixed inside entries block"),
         *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
         *_fields(c_int64, "scratch_bytes"),
@@ -107,7 +112,17 @@ class CChoice(Structure):
     ]
 
 
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice)  # as layerskip_size_of in kernels.c numbers them
+class CRecurrence(Structure):
+    _fields_ = [
+        *_fields(c_int32, "kind taps channels width convolved query key value factor gate"),
+        *_fields(c_int32, "key_heads heads key_dim value_dim norm_size gates_first"),
+        *_fields(c_float, "eps least_step most_step"),
+        *_fields(c_int64, "state entry"),
+        *_fields(c_void_p, "filter filter_bias rate rate_bias skip norm"),
+    ]
+
+
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence)  # as layerskip_size_of in kernels.c numbers them
 
 
 class Kernels:

@@ -110,6 +110,7 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         head_dim=form.head_dim,
         inner=form.inner,
         experts=None,
+        recurrence=None,
         eps=form.eps,
         activation="silu",
         kinds=(*spec.kinds[:-1], FULL),

@@ -16,6 +16,8 @@
 #define PANEL 32
 #define GROUP 32 /* inputs that share a scale */
 
+typedef struct Recurrence Recurrence; /* see recurrence.h */
+
 enum { FP32, BF16, INT8, INT4, WIDENED }; /* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway */
 
 typedef struct {
@@ -39,6 +41,8 @@ typedef struct {
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
     float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
     int32_t place;        /* among the layers that have keys and values */
+    const Recurrence *recurrence; /* in the place of attention, with a row of its own between qkv and output; else NULL */
+    const float *steps;   /* (2, head, hidden), of its steps and decays; NULL where it has none */
 } Layer;
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU }; /* activations */
@@ -71,6 +75,11 @@ typedef struct {
     const int64_t *page_rows; /* by row: its text */
     const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
     int64_t row_pages;        /* pages of a text */
+    char *const *states, *const *rings; /* as a Passage's, of the texts of the sequences */
+    const int64_t *slots, *settled;
+    int64_t slot_bytes;
+    int32_t sequences;
+    float *steps;             /* (row, 2, head) of layers with a recurrence */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
@@ -431,31 +440,64 @@ static void enter(Work *work, const Layer *l, int thread, int threads) {
     meet(&work->team, threads);
 }
 
+/* A layer with a memory in the place of attention, up to what its last matrix reads. */
+static void recall(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    const Recurrence *r = l->recurrence;
+    int n = s->hidden, outputs = 2 * r->heads, normed_row = -1;
+    Multiplication inward = {&l->qkv, call->hidden, &l->before_attention, call->rows, call->qkv, r->width, PUT};
+    multiply(work, inward, 0, thread, threads);
+    int64_t tasks = l->steps ? (int64_t)call->rows * outputs : 0, end = share_of_many(tasks, thread + 1, threads);
+    float *own = own_room(work, thread).row;
+    for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
+        int row = (int)(task / outputs);
+        if (row != normed_row) normed(call->hidden + (size_t)row * (size_t)n, &l->before_attention, n, s->eps, own), normed_row = row;
+        call->steps[task] = dot(own, l->steps + (size_t)(task % outputs) * (size_t)n, n);
+    }
+    meet(&work->team, threads);
+    Passage passage = {
+        .positions = call->positions, .starts = call->starts, .states = call->states, .rings = call->rings, .slots = call->slots,
+        .settled = call->settled, .slot_bytes = call->slot_bytes, .texts = call->sequences,
+        .rows = call->qkv, .steps = call->steps, .out = call->mixed,
+    };
+    remember(r, &passage, &work->team, thread, threads);
+}
+
+/* Attention of a layer, up to what its last matrix reads. */
+static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
+    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
+    if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
+    multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
+    meet(&work->team, threads);
+    if (s->norms_projections) {
+        norm_projections(s, l, call, work->keys_only, thread, threads);
+        meet(&work->team, threads);
+    }
+    if (rows <= FEW_ROWS && !work->keys_only) {
+        place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
+    } else {
+        place_keys(s, l, call, thread, threads);
+        meet(&work->team, threads);
+    }
+    if (work->keys_only) return;
+    mix_values(s, l, call, thread, threads);
+    meet(&work->team, threads);
+}
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
-    int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
     for (int i = first; i < last; i++) {
         const Layer *l = work->layers + (work->order ? work->order[i] : i);
-        Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
-        if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
-        Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
-        multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
-        meet(&work->team, threads);
-        if (s->norms_projections) {
-            norm_projections(s, l, call, work->keys_only, thread, threads);
-            meet(&work->team, threads);
-        }
-        if (rows <= FEW_ROWS && !work->keys_only) {
-            place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
-        } else {
-            place_keys(s, l, call, thread, threads);
-            meet(&work->team, threads);
-        }
+        Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
+        if (l->recurrence) recall(work, l, thread, threads);
+        else attend_layer(work, l, thread, threads);
         if (work->keys_only) continue;
-        mix_values(s, l, call, thread, threads);
-        meet(&work->team, threads);
         if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);

@@ -30,6 +30,7 @@ from ..weights import (
 )
 from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
 from .matrix import MatrixForm, NativeMatrix, PackMatrix
+from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
 _KEPT = 16  # row counts whose buffers are kept
@@ -70,9 +71,12 @@ class Engine:
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
         chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
         inside = max(spec.inner, chosen * inner)
-        self.widths = (spec.queries + 2 * spec.keys, spec.queries, inside, block_output)  # of rows that threads share
+        read, mixed, steps = spec.queries + 2 * spec.keys, spec.queries, 0
+        if (recurrence := spec.recurrence) is not None:
+            read, mixed, steps = max(read, recurrence.width), max(mixed, recurrence.outputs), recurrence.steps
+        self.widths = (read, mixed, inside, block_output, steps)  # of rows that threads share
         self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
-        self.make_room(max(2 * spec.hidden, spec.queries, spec.inner, inner))  # a block's map reads two states
+        self.make_room(max(2 * spec.hidden, mixed, spec.inner, inner))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._experts, self._rope_length = spec.experts, 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
@@ -111,7 +115,8 @@ class Buffers:
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
-        self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
+        for name, part in zip(("qkv", "mixed", "inside", "block", "steps"), self._shared, strict=True):
+            setattr(self.call, name, part.data_ptr())
         if experts is not None:
             choices, most = rows * experts.chosen, experts.count + 1
             sizes = {
@@ -156,10 +161,11 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms = feature_norm is not None, layer_norms(weights, spec)
+        is_fed, norms, first = feature_norm is not None, layer_norms(weights, spec, index), spec.first_block(index)
         before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
-        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), spec.queries + 2 * spec.keys, biased=spec.query_bias)
-        output = MatrixForm(kind, spec.queries, spec.hidden, biased=spec.output_bias)
+        _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
+        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+        output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
         up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
         read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
@@ -169,13 +175,14 @@ class NativeLayer:
             down = replace(down, inputs=experts.inner, experts=experts.count)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "attention"))]),
-            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "attention")]),
+            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, first))]),
+            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)]),
             pack(f"layers.{index}.up", up, read_up),
             pack(f"layers.{index}.down", down, read_down),
         ]
         self._router = None if experts is None else router(weights, spec).float().contiguous()
         self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
+        self._recurrence = None if first == "attention" else NativeRecurrence(weights, spec, index)
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrix.structure for matrix in self.matrices),
@@ -184,7 +191,8 @@ class NativeLayer:
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
-            spec.attending.index(index),
+            spec.attending.index(index) if self._recurrence is None else 0,
+            *((None, None) if self._recurrence is None else self._recurrence.addresses),
         )
 
 
@@ -248,7 +256,11 @@ class NativeLayers(RepackedLayers):
         bounds = [0, rows] if rows else sorted({*places.bounds})
         buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
         call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
-        call.row_pages = pages.shape[1]
+        call.row_pages, call.sequences = pages.shape[1], len(bounds) - 1
+        if self.spec.recurrence is not None:
+            memories = places.cache.memories(places)
+            call.states, call.rings, call.slots, call.settled = (part.data_ptr() for part in memories)
+            call.slot_bytes, buffers.read = self._pool.memory[1], (*buffers.read, memories)
         return buffers
 
 

@@ -21,7 +21,7 @@
 
 enum { CONVOLUTION, DECAY, DELTA }; /* kinds of such layers */
 
-typedef struct {
+struct Recurrence {
     int32_t kind, taps, channels;   /* of the convolution, whose channels stand side by side */
     int32_t width;                  /* of a row of projections, and where in it begins: */
     int32_t convolved, query, key, value; /* the channels, and what they are */
@@ -36,16 +36,16 @@ typedef struct {
     const float *rate_bias;   /* by head */
     const float *skip;        /* by head, or NULL */
     const float *norm;        /* by output */
-} Recurrence;
+};
 
 /* Some tokens of each of some texts, text after text; a text that has none is only settled. Tokens that are not settled at once
  * need slots for all positions from `base` on, and for the taps before the first that may be rejected. */
 typedef struct {
     const int64_t *positions; /* by token; consecutive in a text */
     const int32_t *starts;    /* by text its first token; then the number of tokens */
-    char *const *states;      /* by text, of all layers; zeros at its first position */
+    char *const *states;      /* by text, of all layers */
     char *const *rings;       /* by text: (position modulo slots, slot_bytes) */
-    const int32_t *slots;     /* by text; at least as many as taps */
+    const int64_t *slots;     /* by text; at least as many as taps */
     const int64_t *settled;   /* by text: its tokens before this position stay */
     int64_t slot_bytes;       /* of all layers */
     int32_t texts;
@@ -73,7 +73,7 @@ static size_t state_bytes(const Recurrence *l) {
 
 /* A text in a call, and a layer. */
 typedef struct {
-    int first, count, slots;           /* first, count: of its tokens */
+    int first, count, slots;           /* first, count: of its tokens; slots fit in 32 bits */
     int64_t base, settled, start, end; /* positions; start and end are those of its tokens */
     float *state;
     char *ring;
@@ -82,10 +82,11 @@ typedef struct {
 
 static Text text_of(const Recurrence *l, const Passage *p, int text) {
     char *state = p->states[text] + l->state;
-    Text t = {.first = p->starts[text], .slots = p->slots[text], .settled = p->settled[text], .slot_bytes = (size_t)p->slot_bytes};
+    Text t = {.first = p->starts[text], .slots = (int)p->slots[text], .settled = p->settled[text], .slot_bytes = (size_t)p->slot_bytes};
     t.count = p->starts[text + 1] - t.first;
     t.start = t.count ? p->positions[t.first] : t.settled, t.end = t.start + t.count;
-    t.base = l->kind == CONVOLUTION ? t.start : *(int64_t *)state;
+    t.base = l->kind == CONVOLUTION ? t.start : t.count && !t.start ? 0 : *(int64_t *)state;
+    if (t.count && t.base > t.start) t.base = t.start; /* of a text that goes further back than it may */
     if (t.settled > t.end) t.settled = t.end;
     if (t.settled < t.base) t.settled = t.base;
     t.state = (float *)(state + HEADER), t.ring = p->rings[text] + l->entry;
@@ -284,6 +285,7 @@ static void advance(const Recurrence *l, const Passage *p, const Text *t, int he
     float *state = t->state + place * (size_t)size, deltas[64];
     const float *before = state, *ahead = state + 16 * (size_t)(C * size);
     vf of_query[4], of_key[4];
+    if (t->count && !t->start) memset(state, 0, 64 * (size_t)(C * size)); /* a text begins */
     Change last, *change = NULL; /* of the token before; NULL: the state has it */
     for (int64_t position = t->base; position < t->end; position++) {
         float *after = position <= t->settled ? state : copy, *kept = entry_at(t, position);
