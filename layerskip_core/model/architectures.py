@@ -44,9 +44,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A short convolution in the place of attention, in some layers. Names of weights follow a layer's prefix.
+    """A short convolution in the place of attention, in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
 
-    `projections`: those of the hidden states, and the output's. `taps` and `biased` name values of config.json.
+    `projections`: those of the hidden states, and the output's, by names after a layer's prefix. `steps`: those that the steps
+    of a recurrence and its decays are computed from; `rates`: what else. `norm` is over each head, before its gate. `taps`,
+    `biased` and `sizes` name values of config.json: how many heads of keys and of values there are, and their dimensions.
     """
 
     kind: str  # in layer_types
@@ -54,11 +56,10 @@ class Mixer:
     convolution: str
     taps: str
     biased: str | bool = False
-
-    @property
-    def unpacked(self) -> tuple[str, ...]:
-        """Weights that stand in no matrix of the kernels."""
-        return (self.convolution,)
+    steps: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    norm: str | None = None
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Architecture:
     uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
+    gates_attention: bool = False  # what a query gets, by numbers that are projected with it
     interleaved_rope: bool = False  # neighbours rotate together, not one of each half
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     head_bias: bool = False
@@ -127,7 +129,7 @@ class Architecture:
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
         if self.mixer is not None:
-            read |= {"layer_types", self.mixer.taps}
+            read |= {"layer_types", self.mixer.taps, *self.mixer.sizes}
             switches += [self.mixer.biased]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
@@ -216,6 +218,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         query_key_norms="head",
         windows="all",
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
+    ),
+    "qwen3_5_text": Architecture(
+        norm="rms_plus_one",
+        query_key_norms="head",
+        mixer=Mixer(
+            "linear_attention",
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+            "linear_attn.conv1d",
+            "linear_conv_kernel_dim",
+            steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            rates=("linear_attn.A_log", "linear_attn.dt_bias"),
+            norm="linear_attn.norm",
+            sizes=tuple(f"linear_{size}" for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+        ),
+        uses=("head_dim",),
+        partial_rope=True,
+        gates_attention=True,
     ),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA3, uses=(*_GEMMA3.uses, "attn_logit_softcapping")),

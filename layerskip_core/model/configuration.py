@@ -123,7 +123,15 @@ class Values:
         if (mixer := architecture.mixer) is None:
             return None
         taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
-        return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, is_on(mixer.biased, config))
+        biased = is_on(mixer.biased, config)
+        if not mixer.sizes:
+            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, biased)
+        sized = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
+        key_heads, heads, key_dim, value_dim = sized
+        _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
+        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, biased)
+        _require(sizes.channels <= _MOST_WIDTH, f"the width of {mixer.kind}", f"at most {_MOST_WIDTH}", sizes.channels)
+        return sizes
 
     def experts(self, architecture: Architecture) -> "ExpertsSpec | None":
         if (experts := architecture.experts) is None:
@@ -181,7 +189,7 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class RecurrenceSpec:
-    """The short convolutions of a model, in layers without attention."""
+    """The short convolutions and recurrences of a model, in layers without attention."""
 
     taps: int
     key_heads: int  # 0 where there is no recurrence
@@ -206,14 +214,16 @@ class RecurrenceSpec:
         return 2 * self.keys + self.outputs
 
     @property
-    def width(self) -> int:
-        """Of a row of projections: of a convolution alone, what multiplies its inputs, its outputs, and the inputs."""
-        return 3 * self.channels
+    def widths(self) -> tuple[int, ...]:
+        """Of a row of projections: queries, keys, values, and gates; of a convolution alone, what multiplies its inputs, its
+        outputs, and the inputs.
+        """
+        return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
 
     @property
     def steps(self) -> int:
         """How many numbers a recurrence reads besides."""
-        return 0
+        return 2 * self.heads if self.key_heads else 0
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:

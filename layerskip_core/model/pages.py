@@ -104,7 +104,7 @@ class Memory:
         if pool.used + self._pages > pool.most:
             raise LayerSkipError(f"the memory for keys and values is full: {pool.used} pages of {pool.page_bytes} bytes")
         pool.remembered += self._pages
-        self.state = torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
+        self.state: Tensor = torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
         self.ring = torch.zeros(slots, slot, dtype=torch.uint8)
         self.bytes = state + slots * slot
         if of is not None:

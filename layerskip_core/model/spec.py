@@ -257,9 +257,10 @@ class ModelSpec:
             return Projections(names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2)
         if block == "attention":
             names = tuple(prefixes.attention + name for name in of.attention_projections)
-            return Projections(names, (self.queries, self.keys, self.keys), self.queries, (self.query_bias, self.output_bias))
+            widths = self.queries * (1 + of.gates_attention), self.keys, self.keys
+            return Projections(names, widths, self.queries, (self.query_bias, self.output_bias))
         assert of.mixer is not None and mixer is not None
-        return Projections(of.mixer.projections, (mixer.width,), mixer.outputs, (mixer.biased,) * 2)
+        return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
 
     def first_block(self, layer: int) -> Block:
         """What comes before a layer's MLP."""
@@ -305,8 +306,11 @@ class ModelSpec:
         """Of what stands between the projections of a layer without attention."""
         mixer, sizes = self.architecture.mixer, self.recurrence
         assert mixer is not None and sizes is not None
-        name, bias = f"{mixer.convolution}.weight", {f"{mixer.convolution}.bias": (sizes.channels,)}
-        return {name: (sizes.channels, 1, sizes.taps)} | (bias if sizes.biased else {})
+        shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (sizes.channels, 1, sizes.taps)}
+        shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased else {}
+        shapes |= {f"{name}.weight": (sizes.heads, self.hidden) for name in mixer.steps}
+        shapes |= {name: (sizes.heads,) for name in mixer.rates}
+        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (sizes.value_dim,)})
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """The experts in the place of a layer's MLP; None where it has one."""

@@ -112,7 +112,9 @@ class Affine(NamedTuple):
 
 
 def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """Query, key and value, or gate and up, each read when it is its turn; up alone where the MLP is act(up)."""
+    """Query, key, value and perhaps the query's gate, or gate and up, each read when it is its turn; up alone where the MLP is
+    act(up).
+    """
     (*names, _), outputs, *_ = spec.projections(block)
     parts: Iterable[Affine]
     if len(names) == len(outputs):
@@ -120,8 +122,22 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
     else:
         fused = _affine(weights, names[0], spec)
         parts = starmap(Affine, zip(*(_split(part, spec, outputs) for part in fused), strict=True))
+    gates = []
     for index, part in enumerate(parts):
+        if block == "attention" and index == 0 and spec.architecture.gates_attention:
+            part, *gates = _with_gates(part, spec)
         yield _halved(part, spec) if block == "attention" and index < 2 else part
+    yield from gates
+
+
+def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
+    """Queries, and their gates, which are stored after the query of each head."""
+
+    def halves(rows: Tensor) -> Iterator[Tensor]:
+        yield from (half.flatten(0, 1) for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1))
+
+    biases = (None, None) if part.bias is None else halves(part.bias)
+    return list(map(Affine, halves(part.weight), biases))
 
 
 def _split(fused: Tensor | None, spec: ModelSpec, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:

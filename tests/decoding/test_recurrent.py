@@ -153,7 +153,7 @@ def test_low_bits_are_those_of_the_weights(model_type):
     ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
     rounded = tiny_model(model_type, torch.float32, **shape)
     spec = ModelSpec.of(rounded.config)
-    others = (spec.embedding_name, *spec.architecture.mixer.unpacked)
+    others = (spec.embedding_name, *spec.architecture.mixer.steps)
     with torch.no_grad():
         for name, weight in rounded.named_parameters():
             if weight.dim() == 2 and not any(part in name for part in others):

@@ -105,7 +105,8 @@ def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, 
     ours, transformers = spans(fast, ids, edges), spans(generic, ids, edges)
     generic.model.float()
     expected = spans(generic, ids, edges)
-    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < BF16_ERROR
+    bound = 5 if case == "qwen3_5_text" else 1  # of transformers, which rounds between all parts of a recurrence
+    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < bound * BF16_ERROR
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

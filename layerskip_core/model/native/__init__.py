@@ -22,7 +22,8 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
 from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
-from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
+from .heads import NativeLinear, choose, draft
+from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 

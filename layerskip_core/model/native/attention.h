@@ -16,6 +16,7 @@
 
 typedef struct {
     float *out;
+    const float *gate;   /* of the sum, before the logistic function; NULL for none */
     int64_t start, stop; /* of the places seen, of which the last is the query's own */
 } Query;
 
@@ -196,7 +197,9 @@ static void attend(Attention *a, const Query *queries, int count, const Shape *s
         for (int c = 0; c < chunks_of(size); c++) {
             float chunk[16];
             int d = dimension_of(c, size);
-            f_store(chunk, f_mul(f_load(a->mixed[q] + 16 * c), inverse));
+            vf sum = f_mul(f_load(a->mixed[q] + 16 * c), inverse);
+            if (queries[q].gate) sum = f_mul(sum, logistic(load_up_to(queries[q].gate + d, size - d)));
+            f_store(chunk, sum);
             memcpy(queries[q].out + d, chunk, 4 * (size_t)(size - d < 16 ? size - d : 16));
         }
     }
@@ -253,7 +256,7 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int thr
     for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
         int row = (int)(task / kinds), slot = (int)(task % kinds), is_value = slot >= s->kv_heads;
         int64_t place = call->positions[row];
-        const float *x = call->qkv + ((size_t)row * (size_t)(s->heads + kinds) + (size_t)(s->heads + slot)) * (size_t)size;
+        const float *x = call->qkv + ((size_t)row * (size_t)slots_of(s) + (size_t)(s->heads + slot)) * (size_t)size;
         float kept[LARGEST_HEAD];
         int finite = are_finite(is_value ? x : x + s->kv_heads * size, size); /* the head's value */
         if (!finite)
@@ -280,11 +283,12 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int thr
         if (count > end - at) count = (int)(end - at);
         for (int q = 0; q < count; q++) {
             int64_t row = first + (within + q) / group, query = own * group + (within + q) % group, place = call->positions[row];
-            const float *x = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
+            const float *x = call->qkv + (row * slots_of(s) + query) * size;
             float rounding[LARGEST_HEAD];
             rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
             if (bf16) form_bf16((RowBf16 *)a.queries + q * size, rounding, size);
             run[q].out = call->mixed + (row * s->heads + query) * size;
+            run[q].gate = s->gates_attention ? x + (s->heads + 2 * s->kv_heads) * size : NULL;
             run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
         }
         if (bf16 && in_attention_tiles(size) && count != shaped) shape_tiles(shaped = count, count);

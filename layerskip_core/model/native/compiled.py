@@ -73,7 +73,7 @@ class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
         *_fields(c_int32, "experts chosen normalised"),
-        *_fields(c_int32, "norms_rotated parallel norms_residual"),
+        *_fields(c_int32, "norms_rotated parallel norms_residual gates_attention"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 

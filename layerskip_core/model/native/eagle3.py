@@ -18,7 +18,8 @@ from ..spec import ModelSpec
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Weights
 from .compiled import Kernels
-from .layers import Engine, EntryLayers, NativeLayer, NativeLinear, draft
+from .heads import NativeLinear, draft
+from .layers import Engine, EntryLayers, NativeLayer
 from .matrix import MatrixForm, PackMatrix
 
 if TYPE_CHECKING:

@@ -54,6 +54,7 @@ typedef struct {
     int32_t norms_rotated; /* queries and keys are normed after their rotation */
     int32_t parallel;      /* the MLP reads what the attention reads */
     int32_t norms_residual; /* of a drafter's layer, see enter */
+    int32_t gates_attention; /* each query has a gate of what it gets, after the values */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 } Shape;
@@ -387,13 +388,16 @@ static void multiply(Work *work, Multiplication of, int first, int thread, int t
 
 /* ---- attention ---- */
 
+/* Heads of queries, keys, values and gates that a row has side by side. */
+INLINE int slots_of(const Shape *s) { return s->heads * (1 + s->gates_attention) + 2 * s->kv_heads; }
+
 #include "attention.h"
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
 static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
-    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim;
+    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim, width = slots_of(s) * s->head_dim;
     for (int task = share(2 * call->rows, thread, threads); task < share(2 * call->rows, thread + 1, threads); task++) {
-        float *row = call->qkv + (size_t)(task / 2) * (size_t)(queries + 2 * keys);
+        float *row = call->qkv + (size_t)(task / 2) * (size_t)width;
         if (task % 2 == 0 && !keys_only) normed(row, &l->query, queries, s->eps, row);
         if (task % 2) normed(row + queries, &l->key, keys, s->eps, row + queries);
     }
@@ -468,8 +472,8 @@ static void recall(Work *work, const Layer *l, int thread, int threads) {
 static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
-    int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
+    int rows = call->rows, mixed = s->heads * s->head_dim;
+    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots_of(s) * s->head_dim, PUT};
     if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
     multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
     meet(&work->team, threads);

@@ -97,8 +97,6 @@ INLINE float *entry_at(const Text *t, int64_t position) {
     return (float *)(t->ring + (size_t)(position % t->slots) * t->slot_bytes);
 }
 
-INLINE vf load_up_to(const float *p, int n) { return n >= 16 ? f_load(p) : f_load_some(p, n); }
-
 INLINE void store_up_to(float *p, vf x, int n) {
     float some[16];
     if (n >= 16) {
@@ -107,8 +105,6 @@ INLINE void store_up_to(float *p, vf x, int n) {
     }
     f_store(some, x), memcpy(p, some, 4 * (size_t)n);
 }
-
-INLINE vf logistic(vf x) { return f_div(f_set(1), f_add(f_set(1), f_exp(f_sub(f_set(0), x)))); }
 
 /* log(1 + e^x): with u = e^-|x|, log(1 + u) is twice the area tangent of s = u / (2 + u), which is at most a third. */
 INLINE vf softplus(vf x) {
