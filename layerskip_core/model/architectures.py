@@ -44,7 +44,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A short convolution in the place of attention, in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
+    """A short convolution in place of attention in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
 
     `projections`: those of the hidden states, and the output's, by names after a layer's prefix. `steps`: those that the steps
     of a recurrence and its decays are computed from; `rates`: what else. `norm` is over each head, before its gate. `taps`,

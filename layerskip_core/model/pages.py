@@ -43,17 +43,21 @@ class PagePool:
 
     def take(self) -> "Page":
         """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
-        if self.used >= self.most:
-            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+        self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
             # Slabs without a page in use are given back, those of another size than texts have now.
             self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
             there = sum(len(slab.pages) for slab in self._slabs)
-            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - there)))
+            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - self.remembered - there)))
             slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
             self._slabs.append(slab)
         return Page(slab, slab.free.pop())
+
+    def require(self, pages: int) -> None:
+        """Raises LayerSkipError if so many more are too many."""
+        if self.used + pages > self.most:
+            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
 
     def pages_of_memory(self, slots: int) -> int:
         """What a text's memory takes, in pages."""
@@ -100,10 +104,10 @@ class Memory:
     def __init__(self, pool: PagePool, slots: int, of: "Memory | None" = None, end: int = 0) -> None:
         """`of`: whose content it has, of a text that goes on at position `end`."""
         state, slot, _ = pool.memory
-        self._pool, self._pages, self.end = pool, pool.pages_of_memory(slots), end
-        if pool.used + self._pages > pool.most:
-            raise LayerSkipError(f"the memory for keys and values is full: {pool.used} pages of {pool.page_bytes} bytes")
-        pool.remembered += self._pages
+        self._pool, self._pages, self.end = pool, 0, end
+        pool.require(pages := pool.pages_of_memory(slots))
+        self._pages = pages
+        pool.remembered += pages
         self.state: Tensor = torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
         self.ring = torch.zeros(slots, slot, dtype=torch.uint8)
         self.bytes = state + slots * slot
