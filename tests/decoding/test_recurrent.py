@@ -12,15 +12,16 @@ from evaluating import tiny_loaded
 from exit_block_models import random_blocks, random_eagle3
 from test_prefix import SHAPE, conversation, entries, of_turns
 
+from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.model import ModelSpec
+from layerskip_core.model import ModelSpec, NativeBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
-from layerskip_core.model.weights import int4_of
+from layerskip_core.model.weights import int4_of, stored
 from layerskip_core.serving import Request, Scheduler
 
 PRECISIONS = {
@@ -183,7 +184,7 @@ def test_a_full_pool_loses_nothing(model_type, name):
 
 @pytest.mark.parametrize("model_type", MIXERS)
 def test_low_bits_are_those_of_the_weights(model_type):
-    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations."""
+    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations. Stored int4 too."""
     ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
     rounded = tiny_model(model_type, torch.float32, **shape)
     spec = ModelSpec.of(rounded.config)
@@ -195,3 +196,6 @@ def test_low_bits_are_those_of_the_weights(model_type):
     expected = logits_of(native_or_skip(rounded), ids)
     actual = logits_of(native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig("int4")), ids)
     assert (actual - expected).std() < 0.1 * expected.std()
+    model = tiny_model(model_type, torch.float32, **shape)
+    levels = {name: stored(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)}
+    assert torch.equal(logits_of(NativeBackend.of(model, PackingConfig("int4"), None, levels.get), ids), actual)
