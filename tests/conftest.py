@@ -73,6 +73,13 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
         "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
     },
 }
+MIXERS = {  # types whose layers are not all of attention, and what the others are
+    "lfm2": {"layer_types": "conv"},
+    "qwen3_5_text": {
+        **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
+    },
+}
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
@@ -94,6 +101,10 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
     torch.manual_seed(0)
     kind = CONFIG_MAPPING[model_type]
     shape = {name: size for name, size in _SHAPE.items() if not isinstance(getattr(kind, name, None), property)}
+    if model_type in MIXERS:
+        layers = range(changes.get("num_hidden_layers", shape["num_hidden_layers"]))
+        shape |= MIXERS[model_type]
+        shape["layer_types"] = ["full_attention" if layer % 3 == 1 else shape["layer_types"] for layer in layers]
     config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):

@@ -91,7 +91,7 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
     """The texts, and others to measure on. Raises ConfigError for a model that no int4 kernel runs."""
     decoder = for_decoding(config.model, "cpu")
     spec, most = decoder.backend.spec, decoder.backend.spec.context
-    if (missing := missing_feature(spec)) or not isinstance(spec, ModelSpec):
+    if (missing := missing_feature(spec, recurrent=True)) or not isinstance(spec, ModelSpec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     if spec.experts is not None:
         raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")

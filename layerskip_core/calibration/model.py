@@ -212,7 +212,8 @@ def _quantized_layer(
     backend: TransformersBackend, index: int, low: list[Tensor], full: list[Tensor]
 ) -> tuple[dict[str, Int4], list[Tensor], list[Tensor]]:
     """(int4 weights by name, states after the quantised layer, states after the original layer)."""
-    layer = backend.layers[index]
+    layer, mixer = backend.layers[index], backend.own_spec.architecture.mixer
+    others = () if mixer is None else mixer.steps  # which no kernel has in low bits
 
     def run(hidden: Tensor) -> Tensor:
         return backend.run_texts(hidden, index, index + 1)
@@ -220,7 +221,8 @@ def _quantized_layer(
     originals, after = zip(*(_inputs(layer, run, hidden) for hidden in full), strict=True)
     stages: dict[int, list[str]] = {}  # projections with one input, in the order in which the layer uses them
     for name, given in originals[0].items():
-        stages.setdefault(id(given), []).append(name)
+        if name not in others:
+            stages.setdefault(id(given), []).append(name)
     made = {}
     for names in stages.values():
         matrices: list[Tensor] = [layer.get_parameter(f"{name}.weight") for name in names]

@@ -55,9 +55,10 @@ _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, m
 
 
 def matrix_names(spec: ModelSpec) -> list[str]:
-    """Every projection, in the order of the layers, and the head."""
+    """Every projection that kernels have in low bits, in the order of the layers, and the head."""
     of_layers = (name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2)
-    return [*of_layers, spec.head_name]
+    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
+    return [*(name for name in of_layers if not any(f".{step}." in name for step in others)), spec.head_name]
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:

@@ -43,7 +43,7 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """What the model of a folder is that needs no transformers; None for one that does.
+    """What the model of a folder is that needs no transformers, if kernels run it; None for one that does.
 
     Raises CheckpointError for a value of the wrong type or out of range.
     """
@@ -55,7 +55,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
     simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
-    return spec if simple and missing_feature(spec) is None else None
+    return spec if simple and missing_feature(spec, recurrent=True) is None else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:

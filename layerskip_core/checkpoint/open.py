@@ -213,7 +213,10 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     """A folder that is read without importing transformers; None where only transformers can read it."""
     if (spec := lean_spec(folder)) is None:
         return None
-    files, precision = open_weights(folder, spec), pick_dtype(dtype, device, spec.parameters)
+    precision = pick_dtype(dtype, device, spec.parameters)
+    if missing_feature(spec) and not can_run_native(spec, precision, device, packing):
+        return None
+    files = open_weights(folder, spec)
 
     def take(name: str) -> Tensor | None:
         """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
@@ -293,7 +296,9 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
     """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
-    if (missing := missing_feature(spec)) is None:
+    dtype, device = trainable.backend.dtype, trainable.backend.device
+    missing = missing_feature(spec)
+    if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = _model_source(trainable, packing)
         memory = available_memory() + spec.parameters * source.dtype.itemsize  # of the weights, which are in memory already
         backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)

@@ -149,8 +149,10 @@ class PackedWriter:
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
-    """The names of the weights of norms, activations, learned positions and routers of experts, among all of a model."""
-    experts, whole = spec.architecture.experts, {f"{spec.names.positions}.weight"}
+    """The names of the weights of norms, activations, learned positions, convolutions and routers, among all of a model."""
+    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight"}
+    if mixer is not None:
+        whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}
     whole |= {name for name in shapes if experts is not None and name.endswith(f"{experts.router}.weight")}
     sizes = {name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape)) for name, shape in shapes.items()}
     return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]

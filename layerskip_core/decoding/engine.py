@@ -323,7 +323,7 @@ class DecodingLoop:
             return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
         parts, drafts = list[Tensor](), dict(zip(drafting, draft.by_row(), strict=True))
         for index, row in enumerate(rows):
-            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], device=self._model.device)
+            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], dtype=torch.long, device=self._model.device)
             parts.append(drafts.get(index, own))
         scored = [place for index, count in counts.items() for place in range(bounds[index + 1] - count - 1, bounds[index + 1])]
         output = self._target.fill(torch.cat(parts), places, scored)

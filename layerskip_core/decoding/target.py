@@ -308,9 +308,9 @@ class Prefixes:
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
         if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < self._least:
             return
-        while cache.free_pages < 1 and self.drop():  # of which the branch needs one
+        while cache.free_pages < cache.branch_pages and self.drop():
             pass
-        if cache.free_pages < 1:
+        if cache.free_pages < cache.branch_pages:
             return
         kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]))
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with

@@ -43,6 +43,26 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """A short convolution in place of attention in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
+
+    `projections`: those of the hidden states, and the output's, by names after a layer's prefix. `steps`: those that the steps
+    of a recurrence and its decays are computed from; `rates`: what else. `norm` is over each head, before its gate. `taps`,
+    `biased` and `sizes` name values of config.json: how many heads of keys and of values there are, and their dimensions.
+    """
+
+    kind: str  # in layer_types
+    projections: tuple[str, ...]
+    convolution: str
+    taps: str
+    biased: str | bool = False
+    steps: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    norm: str | None = None
+    sizes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Names:
     """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
 
@@ -85,13 +105,15 @@ class Architecture:
     transposed: bool = False  # weights are stored as (inputs, outputs)
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
+    mixer: Mixer | None = None
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
-    activation: str = "hidden_act"
+    activation: str | None = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
     uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
+    gates_attention: bool = False  # what a query gets, by numbers that are projected with it
     interleaved_rope: bool = False  # neighbours rotate together, not one of each half
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     head_bias: bool = False
@@ -106,6 +128,9 @@ class Architecture:
             read |= {"num_experts_per_tok"}
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
+        if self.mixer is not None:
+            read |= {"layer_types", self.mixer.taps, *self.mixer.sizes}
+            switches += [self.mixer.biased]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
@@ -194,6 +219,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows="all",
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
     ),
+    "qwen3_5_text": Architecture(
+        norm="rms_plus_one",
+        query_key_norms="head",
+        mixer=Mixer(
+            "linear_attention",
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+            "linear_attn.conv1d",
+            "linear_conv_kernel_dim",
+            steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            rates=("linear_attn.A_log", "linear_attn.dt_bias"),
+            norm="linear_attn.norm",
+            sizes=tuple(f"linear_{size}" for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+        ),
+        uses=("head_dim",),
+        partial_rope=True,
+        gates_attention=True,
+    ),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA3, uses=(*_GEMMA3.uses, "attn_logit_softcapping")),
     "gemma3_text": replace(_GEMMA3, query_key_norms="head"),
@@ -257,6 +299,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         biases=_EVERYWHERE,
         gated=False,
         partial_rope=True,
+    ),
+    "lfm2": Architecture(
+        names=Names(norm="model.embedding_norm", mlp="feed_forward.", query_norm="q_layernorm", key_norm="k_layernorm"),
+        norms=("operator_norm", None, "ffn_norm", None),
+        norm_eps="norm_eps",
+        query_key_norms="head",
+        attention_projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp_projections=("w1", "w3", "w2"),
+        biases=_NOWHERE,
+        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", "conv_bias"),
+        activation=None,
+        uses=("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
     ),
     "apertus": Architecture(
         norms=("attention_layernorm", None, "feedforward_layernorm", None),

@@ -45,6 +45,11 @@ class KVCache(ABC):
         """How many more pages there may be, for all rows of the model."""
         return inf
 
+    @property
+    def branch_pages(self) -> int:
+        """How many pages a branch of a row takes at most, before it goes on."""
+        return 1
+
     def lacking(self, stops: Sequence[int]) -> int:
         """How many pages rows need for positions before these stops."""
         return 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -40,7 +40,7 @@ class Values:
     use_sliding_window: bool | None
     sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
     max_window_layers: _Window | None
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None
+    layer_types: list[str] | None
     no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
     no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
     num_experts: _ExpertCount | None
@@ -61,6 +61,9 @@ class Values:
     attn_logit_softcapping: _Positive | None = None
     final_logit_softcapping: _Positive | None = None
     clip_qkv: _Positive | None = None  # which no kernel of ours has
+    block_auto_adjust_ff_dim: bool | None = None  # LFM2's: the MLP has about two thirds of `intermediate_size`
+    block_ffn_dim_multiplier: _Positive | None = None
+    block_multiple_of: _Width | None = None
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -75,17 +78,31 @@ class Values:
         _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
         return kv_heads, head_dim
 
+    @property
+    def inner(self) -> int:
+        """The width of the MLP."""
+        width = self.intermediate_size or 4 * self.hidden_size
+        if not self.block_auto_adjust_ff_dim:
+            return width
+        width, unit = int((self.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3)), self.block_multiple_of or 1
+        return -(-width // unit) * unit
+
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
         """The kind of each layer, how many positions the sliding ones see, and which layers have rotary positions."""
         layers, window, listed = self.num_hidden_layers, self.sliding_window, self.layer_types
         if listed is not None:
             _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
+            known = LAYER_KINDS if architecture.mixer is None else (FULL, architecture.mixer.kind)
+            _require({*listed} <= {*known}, "layer_types", f"a list, each one of {', '.join(known)}", listed)
         rotates = [architecture.rope != "none"] * layers
         if architecture.rope == "listed":
             usual = [bool((layer + 1) % (self.no_rope_layer_interval or 4)) for layer in range(layers)]
             rotates = usual if self.no_rope_layers is None else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
             needed = f"a list of at least num_hidden_layers, {layers}, entries"
             _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
+        if architecture.mixer is not None:
+            _require(listed is not None, "layer_types", "given", listed)
+            return tuple(listed or ()), None, rotates
         unused = window is None or (architecture.windows == "optional" and not self.use_sliding_window)
         if architecture.windows == "none" or (architecture.windows != "listed" and unused):
             return (FULL,) * layers, None, rotates
@@ -101,6 +118,20 @@ class Values:
         if architecture.rope == "sliding" and window is not None:
             rotates = slides
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
+
+    def recurrence(self, config: Any, architecture: Architecture) -> "RecurrenceSpec | None":
+        if (mixer := architecture.mixer) is None:
+            return None
+        taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
+        biased = is_on(mixer.biased, config)
+        if not mixer.sizes:
+            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, biased)
+        sized = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
+        key_heads, heads, key_dim, value_dim = sized
+        _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
+        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, biased)
+        _require(sizes.channels <= _MOST_WIDTH, f"the width of {mixer.kind}", f"at most {_MOST_WIDTH}", sizes.channels)
+        return sizes
 
     def experts(self, architecture: Architecture) -> "ExpertsSpec | None":
         if (experts := architecture.experts) is None:
@@ -154,6 +185,45 @@ class ExpertsSpec:
     chosen: int  # by each token
     inner: int  # width of an expert
     normalised: bool  # whether the weights of a token's experts sum to 1
+
+
+@dataclass(frozen=True)
+class RecurrenceSpec:
+    """The short convolutions and recurrences of a model, in layers without attention."""
+
+    taps: int
+    key_heads: int  # 0 where there is no recurrence
+    heads: int
+    key_dim: int
+    value_dim: int
+    biased: bool
+
+    @property
+    def keys(self) -> int:
+        """Width of all heads of keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def outputs(self) -> int:
+        """Width of what the last projection reads."""
+        return self.heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return 2 * self.keys + self.outputs
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of a row of projections: queries, keys, values, and gates; of a convolution alone, what multiplies its inputs, its
+        outputs, and the inputs.
+        """
+        return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
+
+    @property
+    def steps(self) -> int:
+        """How many numbers a recurrence reads besides."""
+        return 2 * self.heads if self.key_heads else 0
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:

@@ -157,15 +157,16 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
 
 
 def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
-    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last.
+    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last that
+    has keys and values.
 
     The keys and values of a drafter in the EAGLE-3 layout are those of a further layer.
     """
-    count, experts = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts
+    count, experts, last = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts, max(spec.attending, default=0)
     return replace(
         spec,
-        experts=experts and replace(experts, layers=experts.layers + experts.layers[-1:] * count),
+        experts=experts and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),
         layers=spec.layers + count,
-        kinds=spec.kinds + spec.kinds[-1:] * count,
-        rope_of=spec.rope_of + spec.rope_of[-1:] * count,
+        kinds=spec.kinds + spec.kinds[last : last + 1] * count,
+        rope_of=spec.rope_of + spec.rope_of[last : last + 1] * count,
     )

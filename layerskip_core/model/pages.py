@@ -17,37 +17,52 @@ _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fe
 
 
 class PagePool:
-    """Memory for keys and values in pages, (L, 2 for key and value, kv heads, PAGE, head dim) each.
+    """Memory for keys and values in pages, (layers that have them, 2 for key and value, kv heads, PAGE, head dim) each.
 
     A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
     kernels' way with what is not seen (attention.h) they change no bit.
     `most`: pages that there may be.
     """
 
-    def __init__(self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = (num_layers, 2, kv_heads, PAGE, head_dim), dtype
+    def __init__(
+        self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, memory: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        """`memory`: of layers without attention, see Memory: bytes of a text's state and of a slot, and the slots that they
+        need at least.
+        """
+        self.shape, self.dtype, self.memory = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory
         self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
         self.most: float = inf
+        self.remembered = 0  # what all memories take, in pages
         self._slabs: list[_Slab] = []
 
     @property
     def used(self) -> int:
         """How many pages are held."""
-        return sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
+        return self.remembered + sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
 
     def take(self) -> "Page":
         """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
-        if self.used >= self.most:
-            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+        self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
             # Slabs without a page in use are given back, those of another size than texts have now.
             self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
             there = sum(len(slab.pages) for slab in self._slabs)
-            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - there)))
+            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - self.remembered - there)))
             slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
             self._slabs.append(slab)
         return Page(slab, slab.free.pop())
+
+    def require(self, pages: int) -> None:
+        """Raises LayerSkipError if so many more are too many."""
+        if self.used + pages > self.most:
+            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+
+    def pages_of_memory(self, slots: int) -> int:
+        """What a text's memory takes, in pages."""
+        state, slot, _ = self.memory
+        return -(-(state + slots * slot) // self.page_bytes)
 
     def copy_of(self, page: "Page") -> "Page":
         copy = self.take()
@@ -81,41 +96,75 @@ class Page:
         self._slab.free.append(self._index)
 
 
+class Memory:
+    """What a text leaves in the layers without attention (native/recurrence.h): a state, and a ring of slots, in which what the
+    token at position p left is in slot p % slots. The state is that of a position before which tokens stay.
+    """
+
+    def __init__(self, pool: PagePool, slots: int, of: "Memory | None" = None, end: int = 0) -> None:
+        """`of`: whose content it has, of a text that goes on at position `end`."""
+        state, slot, _ = pool.memory
+        self._pool, self._pages, self.end = pool, 0, end
+        pool.require(pages := pool.pages_of_memory(slots))
+        self._pages = pages
+        pool.remembered += pages
+        self.state: Tensor = torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
+        self.ring = torch.zeros(slots, slot, dtype=torch.uint8)
+        self.bytes = state + slots * slot
+        if of is not None:
+            places = torch.arange(max(0, end - min(slots, len(of.ring))), end)
+            self.ring[places % slots] = of.ring[places % len(of.ring)]
+
+    def __del__(self) -> None:
+        self._pool.remembered -= self._pages
+
+
 class PagedCache(KVCache):
     """The pages of B rows, in the order of their positions. Rows share pages that they have filled and will not write again."""
 
     def __init__(self, pool: PagePool, batch_size: int, max_positions: int) -> None:
         super().__init__(batch_size, max_positions)
         self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
+        self._memories: list[Memory | None] = [None] * batch_size  # of rows that have one
+        self.rolls_back = not any(pool.memory)
         self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
         self._capacity = 0  # positions for which every row has pages
 
     @property
     def memory(self) -> dict[int, int]:
-        return {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
+        memories = {memory.ring.data_ptr(): memory.bytes for memory in self._memories if memory is not None}
+        return memories | {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
 
     @property
     def free_pages(self) -> float:
         return self._pool.most - self._pool.used
 
+    @property
+    def branch_pages(self) -> int:
+        return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
+
     def lacking(self, stops: Sequence[int]) -> int:
-        return sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
+        pages = sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
+        return pages + self._memories.count(None) * self._pool.pages_of_memory(self._slots)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self._set([self._pages[row] for row in rows])
+        self._set([self._pages[row] for row in rows], [self._memories[row] for row in rows])
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, PagedCache) and other._pool is self._pool
         self.max_positions = max(self.max_positions, other.max_positions)
-        self._set(self._pages + other._pages)
+        self._set(self._pages + other._pages, self._memories + other._memories)
 
     def branch(
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "PagedCache":
         branch = PagedCache(self._pool, len(rows), end or self.max_positions)
+        branch.steps_back = self.steps_back
         with torch.inference_mode():
             ends = zip(rows, starts, stops or starts, strict=True)
-            branch._set([self._shared(self._pages[row], start, stop) for row, start, stop in ends])
+            pages = [self._shared(self._pages[row], start, stop) for row, start, stop in ends]
+            held = ((self._memories[row], start) for row, start in zip(rows, starts, strict=True))
+            branch._set(pages, [memory and Memory(self._pool, len(memory.ring), memory, start) for memory, start in held])
         return branch
 
     def addresses(self, places: Places) -> Tensor:
@@ -131,8 +180,33 @@ class PagedCache(KVCache):
             self._addresses = torch.tensor([[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages])
         return self._addresses
 
-    def _set(self, pages: list[list[Page]]) -> None:
-        self._pages, self.rows, self._addresses = pages, len(pages), None
+    @property
+    def _margin(self) -> int:
+        """How many tokens before the end of a pass may run again."""
+        return self.steps_back + 1 if self.steps_back else 0
+
+    @property
+    def _slots(self) -> int:
+        return max(2 * self._margin, self._margin + self._pool.memory[2])
+
+    def memories(self, places: Places) -> Tensor:
+        """(4, T), on the host: of the T rows that have tokens in a pass, where states and rings begin, how many slots these
+        have, and before which position tokens stay.
+        """
+        found = []
+        for row, (start, count) in enumerate(zip(places.starts, places.counts, strict=True)):
+            if not count:
+                continue
+            memory = self._memories[row]
+            if memory is None or len(memory.ring) < self._slots:
+                self._memories[row] = memory = Memory(self._pool, self._slots, memory, 0 if memory is None else memory.end)
+            stays = places.settled or count > self._margin  # no draft has so many tokens
+            settled = start + count - (0 if stays else self._margin)
+            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), settled))
+        return torch.tensor(found).T.contiguous()
+
+    def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:
+        self._pages, self._memories, self.rows, self._addresses = pages, memories, len(pages), None
         self._capacity = min(map(len, pages), default=0) * PAGE
 
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:

@@ -6,19 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, Architecture, Names, known_architecture
-from .configuration import SLIDING, ExpertsSpec, RopeSpec, is_on, read_values, ropes_of, rotary_size
+from .configuration import (
+    LAYER_KINDS,
+    SLIDING,
+    ExpertsSpec,
+    RecurrenceSpec,
+    RopeSpec,
+    is_on,
+    read_values,
+    ropes_of,
+    rotary_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Block = Literal["attention", "mlp"]
+Block = Literal["attention", "mlp", "mixer"]  # mixer: in the place of attention
 Shapes = Mapping[str, tuple[int, ...]]
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
 _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
+
+
+class Projections(NamedTuple):
+    """Of a block in a layer: the names of the linear maps, of which the last one reads what comes of the others."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]  # outputs of the others, whatever is stored as one
+    inputs: int  # of the last
+    biases: tuple[bool, bool]  # of the others, and of the last
 
 
 @dataclass(frozen=True)
@@ -65,11 +84,12 @@ class ModelSpec:
     head_dim: int
     inner: int  # width of the MLP
     experts: ExpertsSpec | None
+    recurrence: RecurrenceSpec | None
     vocab: int
     context: int  # positions
     eps: float  # of every norm
     activation: str  # transformers' name
-    kinds: tuple[str, ...]  # 'full_attention' or 'sliding_attention', by layer
+    kinds: tuple[str, ...]  # by layer: of LAYER_KINDS, or that of the architecture's mixer
     window: int | None  # positions that a sliding layer sees
     ropes: tuple[RopeSpec, ...]  # the different rotary embeddings
     rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None where it has no positions
@@ -110,8 +130,9 @@ class ModelSpec:
             heads=values.num_attention_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            inner=values.intermediate_size or 4 * values.hidden_size,
+            inner=values.inner,
             experts=values.experts(architecture),
+            recurrence=values.recurrence(config, architecture),
             vocab=values.vocab_size,
             context=min(filter(None, (values.max_position_embeddings, *ends))),
             eps=values.norm_eps,
@@ -183,10 +204,17 @@ class ModelSpec:
             shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.shapes_of_layer(index).items()}
         return shapes
 
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have keys and values."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind in LAYER_KINDS)
+
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of an exit block's weights: of a layer, and of a norm."""
-        last = self.shapes_of_layer(self.layers - 1)  # which the layers of exit blocks are like
+        if not self.attending:
+            return {}
+        last = self.shapes_of_layer(self.attending[-1])  # which the layers of exit blocks are like
         return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
 
     @property
@@ -222,22 +250,26 @@ class ModelSpec:
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
-    @property
-    def projections(self) -> dict[Block, tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The names of each block's projections in a layer, and the output widths of all but the last."""
-        names, of = self.names, self.architecture
-        return {
-            "attention": (
-                tuple(names.attention + name for name in of.attention_projections),
-                (self.queries, self.keys, self.keys),
-            ),
-            "mlp": (tuple(names.mlp + name for name in of.mlp_projections), (self.inner,) * (1 + of.gated)),
-        }
+    def projections(self, block: Block) -> Projections:
+        prefixes, of, mixer = self.names, self.architecture, self.recurrence
+        if block == "mlp":
+            names = tuple(prefixes.mlp + name for name in of.mlp_projections)
+            return Projections(names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2)
+        if block == "attention":
+            names = tuple(prefixes.attention + name for name in of.attention_projections)
+            widths = self.queries * (1 + of.gates_attention), self.keys, self.keys
+            return Projections(names, widths, self.queries, (self.query_bias, self.output_bias))
+        assert of.mixer is not None and mixer is not None
+        return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
 
-    @property
-    def norm_names(self) -> tuple[str | None, ...]:
+    def first_block(self, layer: int) -> Block:
+        """What comes before a layer's MLP."""
+        return "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
+
+    def norm_names(self, layer: int) -> tuple[str | None, ...]:
         """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
-        names, normed = self.names, self.architecture.query_key_norms != "none"
+        names = self.names
+        normed = self.architecture.query_key_norms != "none" and self.first_block(layer) == "attention"
         own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
         return *self.architecture.norms, *own
 
@@ -245,15 +277,13 @@ class ModelSpec:
         """Names and shapes of the weights of a layer, after its prefix."""
         shapes: dict[str, tuple[int, ...]] = {}
         experts, names = self.experts_of(index), self.architecture.experts
-        biased = {"attention": (self.query_bias, self.output_bias), "mlp": (self.mlp_bias, self.mlp_bias)}
-        for block, ((*inward, back), outputs) in self.projections.items():
-            if block == "mlp" and experts is not None:
-                continue
-            inner, outer = biased[block]
+        first = self.first_block(index)
+        for block in (first, "mlp") if experts is None else (first,):
+            (*inward, back), outputs, inputs, (inner, outer) = self.projections(block)
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
             for name, width in zip(inward, widths, strict=True):
                 shapes |= {f"{name}.weight": (width, self.hidden)} | ({f"{name}.bias": (width,)} if inner else {})
-            shapes |= {f"{back}.weight": (self.hidden, outputs[0])} | ({f"{back}.bias": (self.hidden,)} if outer else {})
+            shapes |= {f"{back}.weight": (self.hidden, inputs)} | ({f"{back}.bias": (self.hidden,)} if outer else {})
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None and names is not None:
@@ -262,13 +292,25 @@ class ModelSpec:
                 f"{names.block}gate_up_proj": (experts.count, 2 * experts.inner, self.hidden),
                 f"{names.block}down_proj": (experts.count, self.hidden, experts.inner),
             }
+        if first == "mixer":
+            shapes |= self._mixer_shapes()
         per_head = self.architecture.query_key_norms == "head"
         sizes = (*(self.hidden,) * 4, *((self.head_dim,) * 2 if per_head else (self.queries, self.keys)))
-        for norm, size in zip(self.norm_names, sizes, strict=True):
+        for norm, size in zip(self.norm_names(index), sizes, strict=True):
             shapes |= {} if norm is None else self.norm_shapes(norm, size)
         if self.activation == "xielu":
             shapes |= {f"{self.names.mlp}act_fn.alpha_{part}": (1,) for part in "pn"}
         return shapes
+
+    def _mixer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what stands between the projections of a layer without attention."""
+        mixer, sizes = self.architecture.mixer, self.recurrence
+        assert mixer is not None and sizes is not None
+        shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (sizes.channels, 1, sizes.taps)}
+        shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased else {}
+        shapes |= {f"{name}.weight": (sizes.heads, self.hidden) for name in mixer.steps}
+        shapes |= {name: (sizes.heads,) for name in mixer.rates}
+        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (sizes.value_dim,)})
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """The experts in the place of a layer's MLP; None where it has one."""

@@ -48,14 +48,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
-def missing_feature(spec: AnySpec) -> str | None:
-    """The feature of an architecture that these layers lack; None if they have all."""
+def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
+    """The feature of an architecture that these layers lack; None if they have all. `recurrent`: other layers are the same."""
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation}"
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
+    if spec.recurrence is not None and not recurrent:
+        return "recurrent layers"
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
             return f"rotary positions of type {rope.type}"
@@ -115,7 +117,7 @@ class TorchLayer:
             self._activation = partial(xielu, above=above, below=below)
         qkv = list(block_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
-        before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec)
+        before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec, index)
         self._before_attention = before_attention and Norm(before_attention, spec.eps, folds)
         self._after_attention = after_attention and Norm(after_attention, spec.eps)
         self._before_mlp = before_mlp and Norm(before_mlp, spec.eps, folds)

@@ -112,16 +112,32 @@ class Affine(NamedTuple):
 
 
 def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """Query, key and value, or gate and up, each read when it is its turn; up alone where the MLP is act(up)."""
-    (*names, _), outputs = spec.projections[block]
+    """Query, key, value and perhaps the query's gate, or gate and up, each read when it is its turn; up alone where the MLP is
+    act(up).
+    """
+    (*names, _), outputs, *_ = spec.projections(block)
     parts: Iterable[Affine]
     if len(names) == len(outputs):
         parts = (_affine(weights, name, spec) for name in names)
     else:
         fused = _affine(weights, names[0], spec)
         parts = starmap(Affine, zip(*(_split(part, spec, outputs) for part in fused), strict=True))
+    gates = []
     for index, part in enumerate(parts):
+        if block == "attention" and index == 0 and spec.architecture.gates_attention:
+            part, *gates = _with_gates(part, spec)
         yield _halved(part, spec) if block == "attention" and index < 2 else part
+    yield from gates
+
+
+def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
+    """Queries, and their gates, which are stored after the query of each head."""
+
+    def halves(rows: Tensor) -> Iterator[Tensor]:
+        yield from (half.flatten(0, 1) for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1))
+
+    biases = (None, None) if part.bias is None else halves(part.bias)
+    return list(map(Affine, halves(part.weight), biases))
 
 
 def _split(fused: Tensor | None, spec: ModelSpec, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
@@ -148,7 +164,7 @@ def _halved(part: Affine, spec: ModelSpec) -> Affine:
 
 
 def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
-    return _affine(weights, spec.projections[block][0][-1], spec)
+    return _affine(weights, spec.projections(block).names[-1], spec)
 
 
 def router(weights: Weights, spec: ModelSpec) -> Tensor:
@@ -170,13 +186,21 @@ def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     return (Affine(expert, None) for expert in weights.of(f"{spec.architecture.experts.block}down_proj"))
 
 
-def layer_norms(weights: Weights, spec: ModelSpec) -> list[Affine | None]:
+def convolution(weights: Weights, spec: ModelSpec) -> Affine:
+    """The filters (channels, taps) of a layer without attention."""
+    assert spec.architecture.mixer is not None
+    weight, bias = _affine(weights, spec.architecture.mixer.convolution, spec)
+    return Affine(weight[:, 0], bias)
+
+
+def layer_norms(weights: Weights, spec: ModelSpec, layer: int) -> list[Affine | None]:
     """Those of `spec.norm_names`.
 
     The last two are over each head (head dim,), or over all heads together (queries,) and (keys,).
     """
-    norms = {name: norm_weights(weights, name, spec) for name in dict.fromkeys(filter(None, spec.norm_names))}
-    return [None if name is None else norms[name] for name in spec.norm_names]
+    names = spec.norm_names(layer)
+    norms = {name: norm_weights(weights, name, spec) for name in dict.fromkeys(filter(None, names))}
+    return [None if name is None else norms[name] for name in names]
 
 
 def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:

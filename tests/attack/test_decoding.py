@@ -77,6 +77,15 @@ def shapes(draw, architecture):
         del shape["head_dim"]
         shape |= of({}, {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2})
         shape["num_kv_heads"] = shape.pop("num_key_value_heads")
+    if kind.mixer is not None:
+        shape["layer_types"] = [*(of("full_attention", kind.mixer.kind) for _ in range(layers - 1)), "full_attention"]
+    if architecture == "lfm2":
+        shape |= {"conv_bias": draw(st.booleans()), "conv_L_cache": of(3, 1, 2, 8, 9), "block_multiple_of": of(16, 1)}
+    if architecture == "qwen3_5_text":
+        key_heads = of(1, 2, 3)
+        shape |= {"linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * of(1, 2, 3)}
+        shape |= {"linear_key_head_dim": of(8, 5, 64), "linear_value_head_dim": of(16, 7, 40)}
+        shape["linear_conv_kernel_dim"] = of(4, 1, 2)
     if kind.experts is not None:  # a type's usual ones take gigabytes
         count = of(4, 1, 3, 8)
         names = ("num_local_experts",) if architecture in ("granitemoe", "mixtral") else ("num_experts",)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import CHANGES, older, run_texts, tiny_model
+from conftest import CHANGES, MIXERS, older, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, add_int4
 from safetensors.torch import load_file, save_file
@@ -124,7 +124,9 @@ def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeyp
         for_decoding(folder)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *MIXERS]
+)
 def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
     """And with a tied head; with learned positions, and numbers in activations."""
     loaded = tiny_loaded(torch.float32)

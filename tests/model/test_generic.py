@@ -20,6 +20,7 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
     model, ids = tiny_model(model_type, **CHANGES.get(model_type, {})), ids_of(2, 13)
+    near = {"atol": 1e-4, "rtol": 0} if model_type == "qwen3_5_text" else {}  # its recurrence computes in fp32 even here
     backend = TransformersBackend(model)
     with torch.no_grad():
         expected = model(ids).logits
@@ -27,8 +28,9 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
         torch.testing.assert_close(
             backend.unembed(run_texts(backend, early, 2, 6)),
             expected,
+            **near,
         )
-    torch.testing.assert_close(logits_of(backend, ids, [7, 8, 11]), expected)
+    torch.testing.assert_close(logits_of(backend, ids, [7, 8, 11]), expected, **near)
     assert expected.std() > 0.1
 
 

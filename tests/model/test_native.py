@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import at, tiny_model
+from conftest import MIXERS, at, tiny_model
 from decodings import context_after, draft_of, entries
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
@@ -65,6 +65,7 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "cohere2": {**CHANGES["cohere2"], "hidden_size": 128},
     "phi": {},
     "apertus": {},
+    **{model_type: {} for model_type in MIXERS},
 }
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
@@ -96,7 +97,7 @@ def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
-@pytest.mark.parametrize("case", EACH_PART)
+@pytest.mark.parametrize("case", [*EACH_PART, *MIXERS])
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
     generic, fast = pair(case, torch.bfloat16, NativeBackend)
@@ -104,7 +105,8 @@ def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, 
     ours, transformers = spans(fast, ids, edges), spans(generic, ids, edges)
     generic.model.float()
     expected = spans(generic, ids, edges)
-    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < BF16_ERROR
+    bound = 5 if case == "qwen3_5_text" else 1  # of transformers, which rounds between all parts of a recurrence
+    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < bound * BF16_ERROR
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -197,7 +199,7 @@ def test_attention_over_long_texts(variant, case, threads):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in MIXERS])
 def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]

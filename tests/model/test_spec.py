@@ -115,12 +115,16 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
     assert is_complete(document)
     assert ModelSpec.of(SimpleNamespace(**document)) == ModelSpec.of(config)
     architecture = ARCHITECTURES[model_type]
-    assert {architecture.activation, architecture.norm_eps, "vocab_size"} < architecture.reads
+    assert {architecture.activation or "vocab_size", architecture.norm_eps, "vocab_size"} < architecture.reads
     for name in architecture.reads:
         assert not is_complete({key: value for key, value in document.items() if key != name})
     assert not is_complete({**document, "model_type": "mamba"})
 
 
+DELTA = {
+    **{"model_type": "qwen3_5_text", "layer_types": ["linear_attention", FULL] * 3, "linear_conv_kernel_dim": 4},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
 LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
 BAD = [
     ({"model_type": "mamba"}, "model_type must be one of llama, .*, starcoder2, .*, got 'mamba'"),
@@ -134,6 +138,10 @@ BAD = [
     *(({"rms_norm_eps": value}, "rms_norm_eps must be a number") for value in (0, nan, inf, "x", None)),
     ({"layer_types": [FULL] * 5}, "layer_types must be a list of num_hidden_layers, 6, entries, got 5"),
     ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list, each one of full_attention, sliding_attention, got"),
+    ({"model_type": "lfm2", "norm_eps": 1e-5, "layer_types": [SLIDING] * 6}, "layer_types must .* full_attention, conv"),
+    ({**DELTA, "linear_num_key_heads": 3}, "linear_num_value_heads must be a multiple of linear_num_key_heads, 3, got 4"),
+    ({**DELTA, "linear_value_head_dim": 0}, "linear_value_head_dim must be a whole number"),
+    ({**DELTA, "linear_value_head_dim": 1 << 20}, "the width of linear_attention must be at most 1048576"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of at least num_hidden_layers, 6"),
     ({"model_type": "gemma2", "layer_types": [SLIDING] * 6}, "sliding_window must be given for layers of sliding_attention"),
     *(

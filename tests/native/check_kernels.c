@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include "plain.h"
 #include "material.h"
+#include "recurrences.h"
 
 /* ---- single instructions ---- */
 
@@ -333,6 +334,7 @@ int main(int count, char **arguments) {
             int rows = SPAN_PLACES + 3 + 2 * below(6); /* more than attention takes at once */
             check_layers(&model, round % 5, 1, rows - 6, rows);
         }
+        for (int turn = 0; turn < 12; turn++) used = 0, check_recurrence(turn % 3);
     }
     if (failures) return fprintf(stderr, "%d differences\n", failures), 1;
     return printf("%d rounds: as they shall be\n", rounds), 0;

@@ -195,7 +195,7 @@ static Model model_of(int precision, int style) {
         l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
         l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
         l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);
-        l->bends[0] = 0.4f, l->bends[1] = 0.7f;
+        l->bends[0] = 0.4f, l->bends[1] = 0.7f, l->place = i;
         l->rope = style == 2 && i == 1 ? -1 : 0, l->window = style == 1 && i != 1 ? 5 + below(20) : 0;
     }
     m.head = matrix_of(precision, s->hidden, VOCAB, 1, 0, (Plain *[]){&m.plain_head});
@@ -230,7 +230,7 @@ static Call rows_of(const Model *m, int layer, int first, int count, int sequenc
     int pages = sequences * (PLACES / PAGE);
     char **table = room(sizeof *table * (size_t)pages);
     for (int page = 0; page < pages && cache; page++) table[page] = cache + page_bytes(m) * (size_t)(pages - 1 - page);
-    call.pages = table, call.first_layer = layer;
+    call.pages = table;
     call.positions = positions, call.cos[0] = call.cos[1] = m->cos, call.sin[0] = call.sin[1] = m->sin;
     return call;
 }

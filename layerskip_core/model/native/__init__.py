@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
-from ..cache import Places
+from ..cache import KVCache, Places
 from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
 from ..pages import PAGE, PagePool
@@ -22,8 +22,10 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
 from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
-from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeLinear, choose, draft
+from .heads import NativeLinear, choose, draft
+from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
+from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 256
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of AVX2 and NEON, on two cores
@@ -36,7 +38,9 @@ def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pa
 
 def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
     """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
-    if missing_feature(spec) is not None or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if missing_feature(spec, recurrent=True) is not None or not spec.attending:
+        return False
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     if len(spec.ropes) > MOST_ROPES:
         return False
@@ -44,8 +48,12 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     divisor = GROUP_SIZE if low_bit else 2
     if spec.head_dim > _LARGEST_HEAD or spec.head_dim % 2:  # a bf16 cache keeps pairs of dimensions
         return False
-    inner = spec.experts.inner if spec.experts else spec.inner
-    return not any(width % divisor for width in (spec.hidden, spec.inner, inner, spec.queries))
+    widths = [spec.hidden, spec.inner, spec.experts.inner if spec.experts else spec.inner, spec.queries]
+    if (recurrence := spec.recurrence) is not None:
+        if recurrence.taps > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
+            return False
+        widths.append(recurrence.outputs)
+    return not any(width % divisor for width in widths)
 
 
 class NativeBackend(RepackedBackend):
@@ -70,7 +78,7 @@ class NativeBackend(RepackedBackend):
 
     @property
     def room(self) -> int:
-        return int(min(self.spec.context, self._pool.most * PAGE))
+        return int(min(self.spec.context, max(0, self._pool.most - self._pool.pages_of_memory(KVCache.steps_back)) * PAGE))
 
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
@@ -90,7 +98,7 @@ class NativeBackend(RepackedBackend):
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
-        self._pool = PagePool(spec.layers, spec.kv_heads, spec.head_dim, self._embedding.dtype)
+        self._pool = PagePool(len(spec.attending), spec.kv_heads, spec.head_dim, self._embedding.dtype, memory_of(spec))
 
     def _described(self, packing: PackingConfig) -> str:
         return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"

@@ -16,6 +16,7 @@
 
 typedef struct {
     float *out;
+    const float *gate;   /* of the sum, before the logistic function; NULL for none */
     int64_t start, stop; /* of the places seen, of which the last is the query's own */
 } Query;
 
@@ -163,14 +164,14 @@ static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last
 }
 
 /* A head's keys or values of a row in the page of a place, from the page's first place on. */
-INLINE char *in_page(const Shape *s, const Call *call, int layer, int is_value, int row, int head, int64_t place) {
+INLINE char *in_page(const Shape *s, const Layer *l, const Call *call, int is_value, int row, int head, int64_t place) {
     char *page = call->pages[call->page_rows[row] * call->row_pages + place / PAGE];
-    int64_t part = ((call->first_layer + layer) * 2 + is_value) * s->kv_heads + head;
+    int64_t part = ((int64_t)l->place * 2 + is_value) * s->kv_heads + head;
     return page + part * PAGE * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
 
 /* `count` <= MOST_QUERIES queries of a row, which stand in `a`, over the keys and values of a head. */
-static void attend(Attention *a, const Query *queries, int count, const Shape *s, const Call *call, int layer, int row, int head) {
+static void attend(Attention *a, const Query *queries, int count, const Shape *s, const Layer *l, const Call *call, int row, int head) {
     int size = s->head_dim, bf16 = s->bf16_cache;
     int64_t start = INT64_MAX, stop = 0;
     for (int q = 0; q < count; q++) {
@@ -181,13 +182,13 @@ static void attend(Attention *a, const Query *queries, int count, const Shape *s
     for (int64_t place = start / SPAN_PLACES * SPAN_PLACES; place < stop; place += SPAN_PLACES) {
         int n = stop - place < SPAN_PLACES ? (int)(stop - place) : SPAN_PLACES;
         for (int t = 0; t < n; t += PAGE) {
-            const char *keys = in_page(s, call, layer, 0, row, head, place + t);
+            const char *keys = in_page(s, l, call, 0, row, head, place + t);
             page_step(a, SCORE, t, count, keys, n - t < PAGE ? n - t : PAGE, size, bf16);
         }
         for (int q = 0; q < count; q++)
             weigh_places(a, q, n, queries[q].start - place, queries[q].stop - place, size, bf16, s->score_cap);
         for (int t = 0; t < n; t += PAGE) {
-            const char *values = in_page(s, call, layer, 1, row, head, place + t);
+            const char *values = in_page(s, l, call, 1, row, head, place + t);
             page_step(a, ADD_VALUES, t, count, values, n - t < PAGE ? n - t : PAGE, size, bf16);
         }
     }
@@ -196,7 +197,9 @@ static void attend(Attention *a, const Query *queries, int count, const Shape *s
         for (int c = 0; c < chunks_of(size); c++) {
             float chunk[16];
             int d = dimension_of(c, size);
-            f_store(chunk, f_mul(f_load(a->mixed[q] + 16 * c), inverse));
+            vf sum = f_mul(f_load(a->mixed[q] + 16 * c), inverse);
+            if (queries[q].gate) sum = f_mul(sum, logistic(load_up_to(queries[q].gate + d, size - d)));
+            f_store(chunk, sum);
             memcpy(queries[q].out + d, chunk, 4 * (size_t)(size - d < 16 ? size - d : 16));
         }
     }
@@ -247,25 +250,25 @@ INLINE int are_finite(const float *x, int n) {
 }
 
 /* Keys and values of this thread's part of the rows to the cache. */
-static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+static void place_keys(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
     int size = s->head_dim, kinds = 2 * s->kv_heads;
     int64_t tasks = (int64_t)call->rows * kinds, end = share_of_many(tasks, thread + 1, threads);
     for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
         int row = (int)(task / kinds), slot = (int)(task % kinds), is_value = slot >= s->kv_heads;
         int64_t place = call->positions[row];
-        const float *x = call->qkv + ((size_t)row * (size_t)(s->heads + kinds) + (size_t)(s->heads + slot)) * (size_t)size;
+        const float *x = call->qkv + ((size_t)row * (size_t)slots_of(s) + (size_t)(s->heads + slot)) * (size_t)size;
         float kept[LARGEST_HEAD];
         int finite = are_finite(is_value ? x : x + s->kv_heads * size, size); /* the head's value */
         if (!finite)
             for (int i = 0; i < size; i++) kept[i] = is_value ? 0 : NAN;
         else if (!is_value) rotated(s, l, call, x, &l->key, 1, place, kept);
         else memcpy(kept, x, sizeof(float) * (size_t)size);
-        keep(kept, size, s->bf16_cache, is_value, place, in_page(s, call, layer, is_value, row, slot % s->kv_heads, place));
+        keep(kept, size, s->bf16_cache, is_value, place, in_page(s, l, call, is_value, row, slot % s->kv_heads, place));
     }
 }
 
 /* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to MOST_QUERIES at once. */
-static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+static void mix_values(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
     int size = s->head_dim, group = s->heads / s->kv_heads, bf16 = s->bf16_cache;
     int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);
     Attention a __attribute__((aligned(64)));
@@ -280,15 +283,16 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int lay
         if (count > end - at) count = (int)(end - at);
         for (int q = 0; q < count; q++) {
             int64_t row = first + (within + q) / group, query = own * group + (within + q) % group, place = call->positions[row];
-            const float *x = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
+            const float *x = call->qkv + (row * slots_of(s) + query) * size;
             float rounding[LARGEST_HEAD];
             rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
             if (bf16) form_bf16((RowBf16 *)a.queries + q * size, rounding, size);
             run[q].out = call->mixed + (row * s->heads + query) * size;
+            run[q].gate = s->gates_attention ? x + (s->heads + 2 * s->kv_heads) * size : NULL;
             run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
         }
         if (bf16 && in_attention_tiles(size) && count != shaped) shape_tiles(shaped = count, count);
-        attend(&a, run, count, s, call, layer, first, own);
+        attend(&a, run, count, s, l, call, first, own);
         at += count;
     }
     if (shaped) release_tiles();

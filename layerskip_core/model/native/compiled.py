@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 19  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 20  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -64,6 +64,8 @@ class CLayer(Structure):
         *_fields(CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"),
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
+        *_fields(c_int32, "place"),
+        *_fields(c_void_p, "recurrence steps"),
     ]
 
 
@@ -71,7 +73,7 @@ class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
         *_fields(c_int32, "experts chosen normalised"),
-        *_fields(c_int32, "norms_rotated parallel norms_residual"),
+        *_fields(c_int32, "norms_rotated parallel norms_residual gates_attention"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 
@@ -82,7 +84,11 @@ class CCall(Structure):
         *_fields(c_int32, "rows"),
         *_fields(c_void_p * MOST_ROPES, "cos sin"),
         *_fields(c_void_p, "pages page_rows starts"),
-        *_fields(c_int64, "row_pages first_layer"),
+        *_fields(c_int64, "row_pages"),
+        *_fields(c_void_p, "states rings slots settled"),
+        *_fields(c_int64, "slot_bytes"),
+        *_fields(c_int32, "sequences"),
+        *_fields(c_void_p, "steps"),
         *_fields(c_void_p, "hidden qkv mixed inside entries block"),
         *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
         *_fields(c_int64, "scratch_bytes"),
@@ -106,7 +112,17 @@ class CChoice(Structure):
     ]
 
 
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice)  # as layerskip_size_of in kernels.c numbers them
+class CRecurrence(Structure):
+    _fields_ = [
+        *_fields(c_int32, "kind taps channels width convolved query key value factor gate"),
+        *_fields(c_int32, "key_heads heads key_dim value_dim norm_size gates_first"),
+        *_fields(c_float, "eps least_step most_step"),
+        *_fields(c_int64, "state entry"),
+        *_fields(c_void_p, "filter filter_bias rate rate_bias skip norm"),
+    ]
+
+
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence)  # as layerskip_size_of in kernels.c numbers them
 
 
 class Kernels:

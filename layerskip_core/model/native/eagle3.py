@@ -18,7 +18,8 @@ from ..spec import ModelSpec
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Weights
 from .compiled import Kernels
-from .layers import Engine, EntryLayers, NativeLayer, NativeLinear, draft
+from .heads import NativeLinear, draft
+from .layers import Engine, EntryLayers, NativeLayer
 from .matrix import MatrixForm, PackMatrix
 
 if TYPE_CHECKING:
@@ -111,9 +112,10 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         head_dim=form.head_dim,
         inner=form.inner,
         experts=None,
+        recurrence=None,
         eps=form.eps,
         activation="silu",
-        kinds=(FULL,) * count,
+        kinds=(*spec.kinds[:-1], FULL),
         window=None,
         rope_of=(0,) * count,
         rotary=form.head_dim,

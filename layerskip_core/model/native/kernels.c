@@ -16,6 +16,8 @@
 #define PANEL 32
 #define GROUP 32 /* inputs that share a scale */
 
+typedef struct Recurrence Recurrence; /* see recurrence.h */
+
 enum { FP32, BF16, INT8, INT4, WIDENED }; /* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway */
 
 typedef struct {
@@ -38,6 +40,9 @@ typedef struct {
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
     float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
+    int32_t place;        /* among the layers that have keys and values */
+    const Recurrence *recurrence; /* in the place of attention, with a row of its own between qkv and output; else NULL */
+    const float *steps;   /* (2, head, hidden), of its steps and decays; NULL where it has none */
 } Layer;
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU }; /* activations */
@@ -49,6 +54,7 @@ typedef struct {
     int32_t norms_rotated; /* queries and keys are normed after their rotation */
     int32_t parallel;      /* the MLP reads what the attention reads */
     int32_t norms_residual; /* of a drafter's layer, see enter */
+    int32_t gates_attention; /* each query has a gate of what it gets, after the values */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 } Shape;
@@ -66,10 +72,15 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *const *pages;       /* (text, page), each (layer, key or value, kv head, place, dimension) */
+    char *const *pages;       /* (text, page), each (layer that has some, key or value, kv head, place, dimension) */
     const int64_t *page_rows; /* by row: its text */
     const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
-    int64_t row_pages, first_layer; /* pages of a text; the layer that the span begins with */
+    int64_t row_pages;        /* pages of a text */
+    char *const *states, *const *rings; /* as a Passage's, of the texts of the sequences */
+    const int64_t *slots, *settled;
+    int64_t slot_bytes;
+    int32_t sequences;
+    float *steps;             /* (row, 2, head) of layers with a recurrence */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
@@ -377,13 +388,16 @@ static void multiply(Work *work, Multiplication of, int first, int thread, int t
 
 /* ---- attention ---- */
 
+/* Heads of queries, keys, values and gates that a row has side by side. */
+INLINE int slots_of(const Shape *s) { return s->heads * (1 + s->gates_attention) + 2 * s->kv_heads; }
+
 #include "attention.h"
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
 static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
-    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim;
+    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim, width = slots_of(s) * s->head_dim;
     for (int task = share(2 * call->rows, thread, threads); task < share(2 * call->rows, thread + 1, threads); task++) {
-        float *row = call->qkv + (size_t)(task / 2) * (size_t)(queries + 2 * keys);
+        float *row = call->qkv + (size_t)(task / 2) * (size_t)width;
         if (task % 2 == 0 && !keys_only) normed(row, &l->query, queries, s->eps, row);
         if (task % 2) normed(row + queries, &l->key, keys, s->eps, row + queries);
     }
@@ -412,6 +426,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
 #define FEW_ROWS 16
 
 #include "experts.h"
+#include "recurrence.h"
 
 /* The input of a drafter's layer in the EAGLE-3 layout: an entry is an embedding and a feature. Both are normed, and the feature
  * is the residual, before its norm or after. */
@@ -429,32 +444,64 @@ static void enter(Work *work, const Layer *l, int thread, int threads) {
     meet(&work->team, threads);
 }
 
+/* A layer with a memory in the place of attention, up to what its last matrix reads. */
+static void recall(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    const Recurrence *r = l->recurrence;
+    int n = s->hidden, outputs = 2 * r->heads, normed_row = -1;
+    Multiplication inward = {&l->qkv, call->hidden, &l->before_attention, call->rows, call->qkv, r->width, PUT};
+    multiply(work, inward, 0, thread, threads);
+    int64_t tasks = l->steps ? (int64_t)call->rows * outputs : 0, end = share_of_many(tasks, thread + 1, threads);
+    float *own = own_room(work, thread).row;
+    for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
+        int row = (int)(task / outputs);
+        if (row != normed_row) normed(call->hidden + (size_t)row * (size_t)n, &l->before_attention, n, s->eps, own), normed_row = row;
+        call->steps[task] = dot(own, l->steps + (size_t)(task % outputs) * (size_t)n, n);
+    }
+    meet(&work->team, threads);
+    Passage passage = {
+        .positions = call->positions, .starts = call->starts, .states = call->states, .rings = call->rings, .slots = call->slots,
+        .settled = call->settled, .slot_bytes = call->slot_bytes, .texts = call->sequences,
+        .rows = call->qkv, .steps = call->steps, .out = call->mixed,
+    };
+    remember(r, &passage, &work->team, thread, threads);
+}
+
+/* Attention of a layer, up to what its last matrix reads. */
+static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    int rows = call->rows, mixed = s->heads * s->head_dim;
+    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots_of(s) * s->head_dim, PUT};
+    if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
+    multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
+    meet(&work->team, threads);
+    if (s->norms_projections) {
+        norm_projections(s, l, call, work->keys_only, thread, threads);
+        meet(&work->team, threads);
+    }
+    if (rows <= FEW_ROWS && !work->keys_only) {
+        place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
+    } else {
+        place_keys(s, l, call, thread, threads);
+        meet(&work->team, threads);
+    }
+    if (work->keys_only) return;
+    mix_values(s, l, call, thread, threads);
+    meet(&work->team, threads);
+}
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
-    int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
     for (int i = first; i < last; i++) {
-        int index = work->order ? work->order[i] : i;
-        const Layer *l = work->layers + index;
-        Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
-        if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
-        Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
-        multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
-        meet(&work->team, threads);
-        if (s->norms_projections) {
-            norm_projections(s, l, call, work->keys_only, thread, threads);
-            meet(&work->team, threads);
-        }
-        if (rows <= FEW_ROWS && !work->keys_only) {
-            place_keys(s, l, call, index, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
-        } else {
-            place_keys(s, l, call, index, thread, threads);
-            meet(&work->team, threads);
-        }
+        const Layer *l = work->layers + (work->order ? work->order[i] : i);
+        Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
+        if (l->recurrence) recall(work, l, thread, threads);
+        else attend_layer(work, l, thread, threads);
         if (work->keys_only) continue;
-        mix_values(s, l, call, index, thread, threads);
-        meet(&work->team, threads);
         if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);
@@ -670,11 +717,12 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 19; }
+int layerskip_interface(void) { return 20; }
 
-/* Bytes of a structure, by its place in compiled.STRUCTURES. */
+/* Bytes of a structure, by its place in compiled.STRUCTURES; then those of recurrence.py. */
 int layerskip_size_of(int structure) {
-    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice)};
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
+                            sizeof(Recurrence), sizeof(Passage)};
     return (int)sizes[structure];
 }
 
@@ -708,7 +756,7 @@ void layerskip_choose(
 }
 
 /* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call is of one
- * row, and its cache that of layer 0. */
+ * row. */
 void layerskip_draft(
     const Shape *shape, const Layer *layers, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {
@@ -717,4 +765,33 @@ void layerskip_draft(
     work.count = draft->layer_count, work.order = draft->order;
     work.logits = draft->logits, work.draft = draft;
     run(&work, threads);
+}
+
+typedef struct {
+    const Recurrence *layer;
+    const Passage *passage;
+    Team team;
+} Turn;
+
+static void remember_in_thread(void *at) {
+    Turn *turn = at;
+    remember(turn->layer, turn->passage, &turn->team, thread_number(), thread_count());
+}
+
+/* Between its projections, a layer with a memory over the tokens of a passage, and what is settled to the state. */
+void layerskip_remember(const Recurrence *layer, const Passage *passage, int threads) {
+    Turn turn = {.layer = layer, .passage = passage};
+    int now = parallel ? threads_now(threads) : 1;
+    if (now == 1) {
+        remember(layer, passage, &turn.team, 0, 1);
+        return;
+    }
+    Moment started = moment();
+    parallel(remember_in_thread, &turn, (unsigned)now, 0);
+    learn(now, started);
+}
+
+/* Bytes of such a layer in a text's state, or in a slot of its ring. */
+int64_t layerskip_memory_bytes(const Recurrence *layer, int of_slot) {
+    return (int64_t)(of_slot ? entry_bytes(layer) : state_bytes(layer));
 }

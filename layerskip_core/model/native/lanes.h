@@ -104,3 +104,7 @@ INLINE vf f_exp(vf x) {
 
 /* Within 2e-7 of the true value; not exact near 0. */
 INLINE vf f_tanh(vf x) { return f_sub(f_set(1), f_div(f_set(2), f_add(f_exp(f_add(x, x)), f_set(1)))); }
+
+INLINE vf load_up_to(const float *p, int n) { return n >= 16 ? f_load(p) : f_load_some(p, n); }
+
+INLINE vf logistic(vf x) { return f_div(f_set(1), f_add(f_set(1), f_exp(f_sub(f_set(0), x)))); }

@@ -1,17 +1,15 @@
-"""A chain of layers and a head as the C kernels read them: a span, a whole draft or a greedy verification is one call."""
+"""A chain of layers as the C kernels read them: a span of them is one call."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, DraftHead, Submodel
 from ..cache import Places
 from ..configuration import ExpertsSpec
-from ..exit_blocks import PlacedBlock
 from ..pages import PAGE, PagedCache, PagePool
 from ..repacked import RepackedLayers, rows_at_once
 from ..rope import cosines_and_sines
@@ -28,8 +26,9 @@ from ..weights import (
     stacked,
     xielu_factors,
 )
-from .compiled import ACTIVATIONS, CCall, CChoice, CDraft, CLayer, CNorm, CShape, Kernels
-from .matrix import MatrixForm, NativeMatrix, PackMatrix
+from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, Kernels
+from .matrix import MatrixForm, PackMatrix
+from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
 _KEPT = 16  # row counts whose buffers are kept
@@ -61,6 +60,7 @@ class Engine:
             normalised=spec.experts is not None and spec.experts.normalised,
             norms_rotated=spec.architecture.norms_rotated,
             parallel=spec.parallel,
+            gates_attention=spec.architecture.gates_attention,
             eps=spec.eps,
             attention_scale=spec.attention_scale,
             score_cap=spec.score_cap or 0.0,
@@ -70,9 +70,12 @@ class Engine:
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
         chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
         inside = max(spec.inner, chosen * inner)
-        self.widths = (spec.queries + 2 * spec.keys, spec.queries, inside, block_output)  # of rows that threads share
+        read, mixed, steps = sum(spec.projections("attention").widths), spec.queries, 0
+        if (recurrence := spec.recurrence) is not None:
+            read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
+        self.widths = (read, mixed, inside, block_output, steps)  # of rows that threads share
         self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
-        self.make_room(max(2 * spec.hidden, spec.queries, spec.inner, inner))  # a block's map reads two states
+        self.make_room(max(2 * spec.hidden, mixed, spec.inner, inner))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._experts, self._rope_length = spec.experts, 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
@@ -111,7 +114,8 @@ class Buffers:
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
-        self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
+        for name, part in zip(("qkv", "mixed", "inside", "block", "steps"), self._shared, strict=True):
+            setattr(self.call, name, part.data_ptr())
         if experts is not None:
             choices, most = rows * experts.chosen, experts.count + 1
             sizes = {
@@ -156,10 +160,11 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms = feature_norm is not None, layer_norms(weights, spec)
+        is_fed, norms, first = feature_norm is not None, layer_norms(weights, spec, index), spec.first_block(index)
         before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
-        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), spec.queries + 2 * spec.keys, biased=spec.query_bias)
-        output = MatrixForm(kind, spec.queries, spec.hidden, biased=spec.output_bias)
+        _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
+        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+        output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
         up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
         read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
@@ -169,13 +174,14 @@ class NativeLayer:
             down = replace(down, inputs=experts.inner, experts=experts.count)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "attention"))]),
-            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "attention")]),
+            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, first))]),
+            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)]),
             pack(f"layers.{index}.up", up, read_up),
             pack(f"layers.{index}.down", down, read_down),
         ]
         self._router = None if experts is None else router(weights, spec).float().contiguous()
         self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
+        self._recurrence = None if first == "attention" else NativeRecurrence(weights, spec, index)
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrix.structure for matrix in self.matrices),
@@ -184,6 +190,8 @@ class NativeLayer:
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
+            spec.attending.index(index) if self._recurrence is None else 0,
+            *((None, None) if self._recurrence is None else self._recurrence.addresses),
         )
 
 
@@ -221,7 +229,7 @@ class NativeLayers(RepackedLayers):
         kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
         for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
-            buffers = self.call_at(part, start)
+            buffers = self.call_at(part)
             buffers.call.hidden = rows[first:].data_ptr()
             if entries is not None:
                 buffers.call.entries = entries[first:].data_ptr()
@@ -236,11 +244,8 @@ class NativeLayers(RepackedLayers):
         """The address of a layer's C structure. The structures of later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def call_at(self, places: Places, start: int, rows: int | None = None) -> Buffers:
-        """The buffers of a call for the tokens at `places`, over layers from `start` on.
-
-        `rows`: that run at once, if they are not all tokens.
-        """
+    def call_at(self, places: Places, rows: int | None = None) -> Buffers:
+        """The buffers of a call for the tokens at `places`. `rows`: that run at once, if they are not all tokens."""
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
         buffers = self.engine.buffers(rows or len(places.positions))
@@ -250,7 +255,11 @@ class NativeLayers(RepackedLayers):
         bounds = [0, rows] if rows else sorted({*places.bounds})
         buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
         call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
-        call.row_pages, call.first_layer = pages.shape[1], start
+        call.row_pages, call.sequences = pages.shape[1], len(bounds) - 1
+        if self.spec.recurrence is not None:
+            memories = places.cache.memories(places)
+            call.states, call.rings, call.slots, call.settled = (part.data_ptr() for part in memories)
+            call.slot_bytes, buffers.read = self._pool.memory[1], (*buffers.read, memories)
         return buffers
 
 
@@ -260,142 +269,3 @@ class EntryLayers(NativeLayers):
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()
         return self.called(torch.empty(len(hidden), self.spec.hidden), start, stop, places, only_kv, entries)
-
-
-class NativeLinear:
-    """A matrix, after a norm if there is one; of a head the logits are scaled and capped as `spec` says."""
-
-    def __init__(self, engine: Engine, matrix: NativeMatrix, norm: Affine | None = None, spec: ModelSpec | None = None) -> None:
-        self._engine, self.matrix, self.norm, self._spec = engine, matrix, NativeNorm(norm), spec
-
-    def with_norm(self, norm: Affine) -> "NativeLinear":
-        """The same matrix after another norm."""
-        return NativeLinear(self._engine, self.matrix, norm, self._spec)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs) in fp32."""
-        *shape, size = hidden.shape
-        rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
-        outputs = torch.empty(len(rows), self.matrix.outputs)
-        most = rows_at_once(len(rows), self._engine.row_bytes)
-        if len(rows) <= most:
-            self._score(rows, outputs)
-        else:
-            for part, out in zip(torch.split(rows, most), torch.split(outputs, most), strict=True):
-                self._score(part, out)
-        outputs = outputs.view(*shape, self.matrix.outputs)
-        return outputs if self._spec is None else self._spec.scaled_logits(outputs)
-
-    def _score(self, rows: Tensor, out: Tensor) -> None:
-        engine, buffers = self._engine, self._engine.buffers(len(rows))
-        buffers.call.hidden = rows.data_ptr()
-        engine.kernels.score(
-            engine.shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
-        )
-
-
-def draft(
-    layers: NativeLayers,
-    spec: ModelSpec,
-    chosen_by: DraftHead,
-    token: Tensor,
-    submodel: Submodel,
-    places: Places,
-    ends: DraftEnds,
-    feature: Tensor | None,
-    runs_last: bool,
-) -> tuple[Tensor, dict[int, Tensor], list[float]]:
-    """A `DraftKernel`, after the arguments that stay the same."""
-    exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
-    join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
-    if (block := submodel.block) is not None:
-        assert isinstance(block, PlacedBlock)
-        beyond, join = ((block.layer, block.layer + 1),), block.join
-    assert isinstance(head, NativeLinear)
-    order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
-    assert layers.has(order)
-    most, engine = sum(places.counts) - 1, layers.engine
-    buffers = layers.call_at(places, 0, rows=1)
-    tokens = torch.empty(most + 1, dtype=torch.long)
-    tokens[0] = int(token)
-    states = torch.empty(len(stops), most + 1, spec.hidden)
-    logits = torch.empty(head.matrix.outputs)
-    after_exit = torch.empty(spec.hidden) if beyond else states
-    ids = None if vocabulary is None else vocabulary.ids
-    end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
-    indices = (ctypes.c_int32 * len(order))(*order)
-    stop_counts = (ctypes.c_int32 * len(stops))(*stops)
-    probs = (ctypes.c_float * most)() if ends.needs_probs else None
-    call = CDraft(
-        embedding=layers.embedding.data_ptr(),
-        learned=None if layers.learned is None or exit_layer == 0 else layers.learned.data_ptr(),
-        vocabulary=None if ids is None else ids.data_ptr(),
-        ends=ctypes.addressof(end_ids),
-        order=ctypes.addressof(indices),
-        stops=ctypes.addressof(stop_counts),
-        probs=None if probs is None else ctypes.addressof(probs),
-        layer_count=len(order),
-        stop_count=len(stops),
-        end_count=len(end_ids),
-        most=most,
-        runs_last=runs_last,
-        power=ends.power,
-        logits_scale=1 / spec.logits_divisor,
-        logits_cap=spec.logits_cap or 0.0,
-        confidence=ends.confidence,
-        survival=ends.survival,
-        doubt=ends.doubt,
-        join=ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
-        joined=None if joined is None else joined.data_ptr(),
-        tokens=tokens.data_ptr(),
-        states=states.data_ptr(),
-        beyond=after_exit.data_ptr(),
-        logits=logits.data_ptr(),
-    )
-    engine.kernels.draft(
-        engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
-    )
-    drafted = call.drafted
-    kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
-    return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
-
-
-def choose(
-    layers: NativeLayers,
-    head: NativeLinear,
-    tokens: Tensor,
-    hidden: Tensor | None,
-    start: int,
-    stop: int,
-    kept: Sequence[int],
-    places: Places,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """`Backend.choose` in one call, after the layers and the head."""
-    assert layers.has(range(start, stop))
-    if start == 0 and layers.learned is not None:
-        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
-    if hidden is None:
-        tokens = tokens.contiguous()
-        rows = torch.empty(len(tokens), layers.embedding.shape[1])
-    else:
-        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-    engine, buffers = layers.engine, layers.call_at(places, start)
-    buffers.call.hidden = rows.data_ptr()
-    chosen = torch.empty(len(tokens), dtype=torch.long)
-    choice = CChoice(
-        embedding=layers.embedding.data_ptr(),
-        tokens=tokens.data_ptr() if hidden is None else None,
-        logits=buffers.logits(head.matrix.outputs).data_ptr(),
-        chosen=chosen.data_ptr(),
-        stop_count=len(kept),
-    )
-    reached: dict[int, Tensor] = {}
-    if kept:
-        stops, states = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept)), rows.new_empty(len(kept), *rows.shape)
-        choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
-        reached = dict(zip(kept, states.unbind(), strict=True))
-    engine.kernels.choose(
-        *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
-        *(buffers.call, choice, buffers.threads),
-    )
-    return chosen, reached

@@ -1,0 +1,156 @@
+"""Heads, and the calls that end with tokens: a whole draft, or a greedy verification."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend import DraftEnds, DraftHead, Submodel
+from ..cache import Places
+from ..exit_blocks import PlacedBlock
+from ..repacked import rows_at_once
+from ..spec import ModelSpec
+from ..weights import Affine
+from .compiled import CChoice, CDraft
+from .layers import Engine, NativeLayers, NativeNorm
+from .matrix import NativeMatrix
+
+
+class NativeLinear:
+    """A matrix, after a norm if there is one; of a head the logits are scaled and capped as `spec` says."""
+
+    def __init__(self, engine: Engine, matrix: NativeMatrix, norm: Affine | None = None, spec: ModelSpec | None = None) -> None:
+        self._engine, self.matrix, self.norm, self._spec = engine, matrix, NativeNorm(norm), spec
+
+    def with_norm(self, norm: Affine) -> "NativeLinear":
+        """The same matrix after another norm."""
+        return NativeLinear(self._engine, self.matrix, norm, self._spec)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs) in fp32."""
+        *shape, size = hidden.shape
+        rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
+        outputs = torch.empty(len(rows), self.matrix.outputs)
+        most = rows_at_once(len(rows), self._engine.row_bytes)
+        if len(rows) <= most:
+            self._score(rows, outputs)
+        else:
+            for part, out in zip(torch.split(rows, most), torch.split(outputs, most), strict=True):
+                self._score(part, out)
+        outputs = outputs.view(*shape, self.matrix.outputs)
+        return outputs if self._spec is None else self._spec.scaled_logits(outputs)
+
+    def _score(self, rows: Tensor, out: Tensor) -> None:
+        engine, buffers = self._engine, self._engine.buffers(len(rows))
+        buffers.call.hidden = rows.data_ptr()
+        engine.kernels.score(
+            engine.shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
+        )
+
+
+def draft(
+    layers: NativeLayers,
+    spec: ModelSpec,
+    chosen_by: DraftHead,
+    token: Tensor,
+    submodel: Submodel,
+    places: Places,
+    ends: DraftEnds,
+    feature: Tensor | None,
+    runs_last: bool,
+) -> tuple[Tensor, dict[int, Tensor], list[float]]:
+    """A `DraftKernel`, after the arguments that stay the same."""
+    exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
+    join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
+    if (block := submodel.block) is not None:
+        assert isinstance(block, PlacedBlock)
+        beyond, join = ((block.layer, block.layer + 1),), block.join
+    assert isinstance(head, NativeLinear)
+    order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
+    assert layers.has(order)
+    most, engine = sum(places.counts) - 1, layers.engine
+    buffers = layers.call_at(places, rows=1)
+    tokens = torch.empty(most + 1, dtype=torch.long)
+    tokens[0] = int(token)
+    states = torch.empty(len(stops), most + 1, spec.hidden)
+    logits = torch.empty(head.matrix.outputs)
+    after_exit = torch.empty(spec.hidden) if beyond else states
+    ids = None if vocabulary is None else vocabulary.ids
+    end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
+    indices = (ctypes.c_int32 * len(order))(*order)
+    stop_counts = (ctypes.c_int32 * len(stops))(*stops)
+    probs = (ctypes.c_float * most)() if ends.needs_probs else None
+    call = CDraft(
+        embedding=layers.embedding.data_ptr(),
+        learned=None if layers.learned is None or exit_layer == 0 else layers.learned.data_ptr(),
+        vocabulary=None if ids is None else ids.data_ptr(),
+        ends=ctypes.addressof(end_ids),
+        order=ctypes.addressof(indices),
+        stops=ctypes.addressof(stop_counts),
+        probs=None if probs is None else ctypes.addressof(probs),
+        layer_count=len(order),
+        stop_count=len(stops),
+        end_count=len(end_ids),
+        most=most,
+        runs_last=runs_last,
+        power=ends.power,
+        logits_scale=1 / spec.logits_divisor,
+        logits_cap=spec.logits_cap or 0.0,
+        confidence=ends.confidence,
+        survival=ends.survival,
+        doubt=ends.doubt,
+        join=ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
+        joined=None if joined is None else joined.data_ptr(),
+        tokens=tokens.data_ptr(),
+        states=states.data_ptr(),
+        beyond=after_exit.data_ptr(),
+        logits=logits.data_ptr(),
+    )
+    engine.kernels.draft(
+        engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
+    )
+    drafted = call.drafted
+    kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
+    return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
+
+
+def choose(
+    layers: NativeLayers,
+    head: NativeLinear,
+    tokens: Tensor,
+    hidden: Tensor | None,
+    start: int,
+    stop: int,
+    kept: Sequence[int],
+    places: Places,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`Backend.choose` in one call, after the layers and the head."""
+    assert layers.has(range(start, stop))
+    if start == 0 and layers.learned is not None:
+        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
+    if hidden is None:
+        tokens = tokens.contiguous()
+        rows = torch.empty(len(tokens), layers.embedding.shape[1])
+    else:
+        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+    engine, buffers = layers.engine, layers.call_at(places)
+    buffers.call.hidden = rows.data_ptr()
+    chosen = torch.empty(len(tokens), dtype=torch.long)
+    choice = CChoice(
+        embedding=layers.embedding.data_ptr(),
+        tokens=tokens.data_ptr() if hidden is None else None,
+        logits=buffers.logits(head.matrix.outputs).data_ptr(),
+        chosen=chosen.data_ptr(),
+        stop_count=len(kept),
+    )
+    reached: dict[int, Tensor] = {}
+    if kept:
+        stops, states = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept)), rows.new_empty(len(kept), *rows.shape)
+        choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
+        reached = dict(zip(kept, states.unbind(), strict=True))
+    engine.kernels.choose(
+        *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
+        *(buffers.call, choice, buffers.threads),
+    )
+    return chosen, reached

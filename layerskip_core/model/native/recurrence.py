@@ -1,0 +1,79 @@
+"""Layers with a memory of fixed size in the place of attention, between their projections: see recurrence.h."""
+
+import ctypes
+
+import torch
+
+from ..spec import ModelSpec
+from ..weights import Weights, convolution
+from .compiled import CRecurrence
+
+CONVOLUTION, DECAY, DELTA = range(3)  # kinds, as the C code numbers them
+MOST_TAPS, LARGEST_KEY = 8, 256  # as in recurrence.h
+
+
+def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
+    """Of all such layers of a model: the bytes of a text's state and of a slot of its ring; and how many slots they need."""
+    if spec.recurrence is None:
+        return 0, 0, 0
+    state, entry = _layer_bytes(spec)
+    count = len(spec.kinds) - len(spec.attending)
+    return count * state, count * entry, spec.recurrence.taps
+
+
+class NativeRecurrence:
+    """The weights of such a layer between its projections, and the C structure with their addresses."""
+
+    def __init__(self, weights: Weights, spec: ModelSpec, index: int) -> None:
+        sizes, mixer = spec.recurrence, spec.architecture.mixer
+        assert sizes is not None and mixer is not None
+        filters, bias = convolution(weights, spec)
+        parts, steps = {"filter": filters.T, "filter_bias": bias}, [weights.of(f"{name}.weight") for name in mixer.steps]
+        if sizes.key_heads:
+            log_rate, rate_bias = (weights.of(name) for name in mixer.rates)
+            norm = weights.of(f"{mixer.norm}.weight").repeat(sizes.heads)
+            parts |= {"rate": -log_rate.float().exp(), "rate_bias": rate_bias, "norm": norm}
+        self._parts = {name: part.float().contiguous() for name, part in parts.items() if part is not None}
+        self._steps = torch.cat(steps).float() if steps else None
+        place = index - sum(layer < index for layer in spec.attending)  # among such layers
+        state, entry = (place * size for size in _layer_bytes(spec))
+        columns = {"key": sizes.keys, "value": 2 * sizes.keys, "factor": -1}  # of queries, keys, values and gates
+        if not sizes.key_heads:
+            columns = {"convolved": 2 * sizes.channels}
+        self._structure = CRecurrence(
+            kind=DELTA if sizes.key_heads else CONVOLUTION,
+            taps=sizes.taps,
+            channels=sizes.channels,
+            width=sum(sizes.widths),
+            gate=sizes.channels,
+            **columns,
+            key_heads=sizes.key_heads,
+            heads=sizes.heads,
+            key_dim=sizes.key_dim,
+            value_dim=sizes.value_dim,
+            norm_size=sizes.value_dim,
+            eps=spec.eps,
+            most_step=1.0,
+            state=state,
+            entry=entry,
+            **{name: part.data_ptr() for name, part in self._parts.items()},
+        )
+
+    @property
+    def addresses(self) -> tuple[int, int | None]:
+        """Of the structure, and of the projections of its steps, if it has some."""
+        return ctypes.addressof(self._structure), None if self._steps is None else self._steps.data_ptr()
+
+
+def _layer_bytes(spec: ModelSpec) -> tuple[int, int]:
+    """Of a layer in a text's state, and in a slot of its ring, as recurrence.h lays them out."""
+    sizes = spec.recurrence
+    assert sizes is not None
+    inputs, values = _in_vectors(sizes.channels), sizes.heads * _in_vectors(sizes.value_dim)
+    if not sizes.key_heads:
+        return 0, 4 * inputs
+    return 64 + 4 * values * sizes.key_dim, 4 * (inputs + _in_vectors(sizes.heads) + _in_vectors(sizes.keys) + values)
+
+
+def _in_vectors(floats: int) -> int:
+    return -(-floats // 16) * 16

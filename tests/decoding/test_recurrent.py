@@ -1,0 +1,201 @@
+"""Layers with a memory in the place of attention: drafts, batches, pieces, kept texts and rows that run again change no bit."""
+
+from dataclasses import replace
+from functools import cache, partial
+from math import inf
+
+import pytest
+import torch
+from conftest import MIXERS, logits_of, tiny_model
+from decodings import ids_of, native_or_skip, prompt_of
+from evaluating import tiny_loaded
+from exit_block_models import random_blocks, random_eagle3
+from test_prefix import SHAPE, conversation, entries, of_turns
+
+from layerskip_core.checkpoint.beside import matrix_names
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
+from layerskip_core.decoding.dialogue import TextStream
+from layerskip_core.errors import LayerSkipError
+from layerskip_core.model import ModelSpec, NativeBackend
+from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.pages import PAGE
+from layerskip_core.model.weights import int4_of, stored
+from layerskip_core.serving import Request, Scheduler
+
+PRECISIONS = {
+    "fp32": (torch.float32, PackingConfig(draft_weights=("int8", "int4"))),
+    "bf16": (torch.bfloat16, PackingConfig(draft_weights=("int8",), draft_vocab=40)),
+    "int8": (torch.bfloat16, PackingConfig("int8", draft_weights=("int4",))),
+    "int4": (torch.float32, PackingConfig("int4", draft_weights=("int8",))),
+}
+DRAFTING = {
+    "exit": {"strategy": "self-speculative", "exit_layer": 3},
+    "block": {"strategy": "self-speculative", "exit_layer": 2},
+    "fed block": {"strategy": "self-speculative", "exit_layer": 4},
+    "copy": {"strategy": "self-speculative", "exit_layer": 6, "draft_weights": "int8"},
+    "exit of a copy": {"strategy": "self-speculative", "exit_layer": 1, "draft_weights": "int8"},
+    "adaptive": {"strategy": "adaptive", "exits": (2, 4, 5)},
+    "skipping": {"strategy": "draft-and-verify", "skip": (3, 4)},
+    "skipping a copy": {"strategy": "draft-and-verify", "skip": (2, 5), "draft_weights": "int8"},
+    "eagle3": {"strategy": "eagle3"},
+    "lookup": {"strategy": "lookup"},
+}
+PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
+
+
+@cache
+def backend_of(model_type, precision="fp32"):
+    dtype, packing = PRECISIONS[precision]
+    model = tiny_model(model_type, dtype, **SHAPE)
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
+    blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
+    return native_or_skip(model, packing, exit_blocks=blocks)
+
+
+def drafting(name, precision="fp32", drafts=4, **options):
+    settings = dict(DRAFTING[name])
+    if settings.get("draft_weights") and precision == "int8":
+        settings["draft_weights"] = "int4"
+    return DecodingConfig(num_draft_tokens=drafts, max_new_tokens=40, **settings, **options)
+
+
+@cache
+def plainly(model_type, precision, length):
+    return ids_of(decode(backend_of(model_type, precision), prompt_of(length), PLAIN))
+
+
+def together(backend, prompts, config):
+    return [answer.ids for answer in sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)]
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_drafts_change_nothing(model_type, precision, name):
+    """Of one prompt, whose draft is one call, and of rows, some of which draft while others begin."""
+    backend, lengths = backend_of(model_type, precision), (1, 9, 70)
+    expected = [plainly(model_type, precision, length) for length in lengths]
+    for drafts in (1, 6):
+        decodings = [decode(backend, prompt_of(length), drafting(name, precision, drafts)) for length in lengths]
+        assert list(map(ids_of, decodings)) == expected
+        assert sum(decoding.stats.drafted for decoding in decodings) > 0
+    assert together(backend, list(map(prompt_of, lengths)), drafting(name, precision)) == expected
+
+
+@pytest.mark.parametrize("name", ["exit", "copy", "adaptive"])
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
+    backend, config, lengths = backend_of(model_type), drafting(name), (20, 3, 50, 31)
+    start = partial(DecodingLoop, backend, config=config)
+    loop, waiting, rows = start([prompt_of(lengths[0])]), list(lengths[1:]), {}
+    rows[0] = loop.rows[0]
+    loop.piece, aside = 7, None
+    for turn in range(200):
+        if waiting and turn % 3 == 2:
+            other = start([prompt_of(waiting.pop(0))])
+            rows[len(rows)] = other.rows[0]
+            loop.join(other)
+        if turn == 7:
+            aside = loop.set_aside(rows[1].number)
+        if turn == 10:
+            loop.join(aside)
+        if next(loop, None) is None:
+            break
+    assert [rows[index].output for index in range(4)] == [plainly(model_type, "fp32", length) for length in lengths]
+
+
+@pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "eagle3", "depth per token", "early exit"])
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_a_text_goes_on_from_its_end(model_type, name):
+    """Or it is read again, for drafters that need its last token once more."""
+    own = {"plain": {"strategy": "autoregressive"}, "early exit": {"strategy": "early-exit", "exit_layer": 3}}
+    own["depth per token"] = {"strategy": "early-exit", "exits": (3, 5), "exit_confidence": 0.1}
+    config = drafting(name) if name in DRAFTING else DecodingConfig(max_new_tokens=40, **own[name])
+    config, backend = replace(config, max_new_tokens=12), backend_of(model_type)
+    outputs, reused, last = conversation(backend, config, of_turns())
+    expected, _, fresh = conversation(backend, config, None)
+    assert outputs == expected
+    known = {"adaptive": (0, 0), "eagle3": (0, 0), "depth per token": (9, 106)}
+    assert reused == [0, *known.get(name, (20, 117))]
+    stop = len(last.rows[0].ids) - 1
+    if name in ("plain", "copy"):
+        assert torch.equal(entries(last._cache)[:2, ..., :stop, :], entries(fresh._cache)[:2, ..., :stop, :])
+
+
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_a_text_that_differs_begins_anew(model_type):
+    backend, prefixes = backend_of(model_type), Prefixes(1 << 30)
+    first, config = prompt_of(70), drafting("exit")
+    assert ids_of(decode(backend, first, config, prefixes=prefixes)) == plainly(model_type, "fp32", 70)
+    for prompt in ([*first[:-1], 3], first, [*first, 3, 4]):
+        decoding = decode(backend, prompt, config, prefixes=prefixes)
+        assert ids_of(decoding) == ids_of(decode(backend, prompt, PLAIN))
+
+
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_memories_count_as_pages(model_type):
+    backend = backend_of(model_type)
+    pool, before = backend._pool, backend._pool.used
+    cache = backend.new_cache(2)
+    held = pool.pages_of_memory(18)
+    assert cache.lacking([1, PAGE + 1]) == 3 + 2 * held
+    logits_of(backend, torch.tensor([prompt_of(5), prompt_of(5, 1)]))
+    assert pool.used == before
+    with torch.inference_mode():
+        backend.run_layers(backend.embed(torch.tensor([[3], [4]])), 0, 6, cache.span(0, 1))
+    assert pool.used - before == 2 + 2 * held and len(cache.memory) == 4
+    branch = cache.branch([0, 0], [1, 1])
+    assert pool.used - before == 4 + 4 * held
+    pool.most = pool.used
+    with pytest.raises(LayerSkipError, match="the memory for keys and values is full"):
+        cache.branch([0], [1])
+    del cache, branch
+    pool.most = inf
+    assert pool.used == before
+
+
+@pytest.mark.parametrize("name", ["adaptive", "copy"])
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_a_full_pool_loses_nothing(model_type, name):
+    """Requests wait, or run again after they were set aside, and kept texts go."""
+    shape = {**SHAPE, "vocab_size": 300, "max_position_embeddings": 512}
+    backend = native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig(draft_weights=("int8",)))
+    decoder = replace(tiny_loaded(), backend=backend)
+    config = replace(drafting(name, ignore_eos=True), max_new_tokens=90)
+    prompts = [prompt_of(length, length, 300) for length in (200, 3, 40, 9, 120, 64, 5, 30)]
+    expected = [TextStream(decoder, prompt, config).finish().text for prompt in prompts]
+    told = [[] for _ in prompts]
+    pool, prefixes, waited = backend._pool, Prefixes(1 << 30), 0
+    pool.most = 4 * pool.pages_of_memory(14) + 12
+    scheduler = Scheduler(decoder, 8, prefixes=prefixes)
+    for prompt, updates in zip(prompts, told, strict=True):
+        scheduler.add(Request(prompt, config, updates.append))
+    while scheduler.held:
+        scheduler.step()
+        waited = max(waited, len(scheduler._aside))
+        assert pool.used <= pool.most
+    assert waited and ["".join(update.text for update in updates) for updates in told] == expected
+    while prefixes.drop():
+        pass
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_low_bits_are_those_of_the_weights(model_type):
+    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations. Stored int4 too."""
+    ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
+    rounded = tiny_model(model_type, torch.float32, **shape)
+    spec = ModelSpec.of(rounded.config)
+    others = (spec.embedding_name, *spec.architecture.mixer.steps)
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and not any(part in name for part in others):
+                weight.copy_(int4_of(weight).weight)
+    expected = logits_of(native_or_skip(rounded), ids)
+    actual = logits_of(native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig("int4")), ids)
+    assert (actual - expected).std() < 0.1 * expected.std()
+    model = tiny_model(model_type, torch.float32, **shape)
+    levels = {name: stored(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)}
+    assert torch.equal(logits_of(NativeBackend.of(model, PackingConfig("int4"), None, levels.get), ids), actual)
