@@ -19,7 +19,7 @@ DRAFTERS = {
     "eagle3": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.exit",
-    "draft-model": "layerskip_core.decoding.drafters.draft_model",
+    "draft-model": "layerskip_core.decoding.drafters.exit",
 }
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 # The strategies that use an option; all use those that are not here.

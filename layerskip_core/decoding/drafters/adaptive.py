@@ -14,9 +14,8 @@ import torch
 from ...model.backend import DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from . import Context, Draft, DrafterSetup
-from .draft_model import DRAFT_MODEL, ModelDrafter
 from .estimates import NO_OTHERS, Acceptance
-from .exit import ExitDrafter, drafter_name
+from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
 from .knowledge import Arm, Drafting, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
 from ...model.spec import AnySpec
-from .draft_model import DRAFT_MODEL, ModelDrafter
 from .estimates import (
     JUMP,
     LEAST_STEPS,
@@ -27,7 +26,7 @@ from .estimates import (
     PassTimes,
     best_length,
 )
-from .exit import ExitDrafter
+from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter
 
 Drafting = ExitDrafter | ModelDrafter
 
