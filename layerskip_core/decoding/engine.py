@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache, Places
+from ..model.cache import KVCache, Places, on_device
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -291,7 +291,7 @@ class DecodingLoop:
         drafts.
         """
         rows, limits, device = [self._active[index] for index in drafting], [0], self._model.device
-        newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long, device=device)
+        newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
         if self._drafter is not None and rows:
             limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
         if self._target.recorder is not None and rows:
@@ -301,7 +301,7 @@ class DecodingLoop:
         features = {} if self._target.exit_cache is None else self._target.exit_cache.features
         processors: Sequence[LogitsProcessor] = self._sampler.processors
         if len(rows) < len(self._active):
-            features = {exit_layer: found[drafting] for exit_layer, found in features.items()}
+            features = {exit_layer: found[on_device(drafting, found)] for exit_layer, found in features.items()}
             processors = [processors[index] for index in drafting] if processors else ()
         numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
         seconds = self._seconds["total_seconds"]
@@ -323,8 +323,8 @@ class DecodingLoop:
             return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
         parts, drafts = list[Tensor](), dict(zip(drafting, draft.by_row(), strict=True))
         for index, row in enumerate(rows):
-            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], dtype=torch.long, device=self._model.device)
-            parts.append(drafts.get(index, own))
+            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], dtype=torch.long)
+            parts.append(drafts[index] if index in drafts else own.to(self._model.device, non_blocking=True))
         scored = [place for index, count in counts.items() for place in range(bounds[index + 1] - count - 1, bounds[index + 1])]
         output = self._target.fill(torch.cat(parts), places, scored)
         for index, row in enumerate(rows):

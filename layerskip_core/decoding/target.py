@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
-from ..model.cache import KVCache, Places
+from ..model.cache import KVCache, Places, on_device
 from ..model.exit_blocks import DraftBlock, target_block
 from .graphs import Recorder
 
@@ -67,7 +67,7 @@ class FixedTarget:
     def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
         """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
         states = self._run(tokens, {0: self._model.embed(tokens)}, places)
-        return TargetOutput(self.head(states[scored]) if scored else None, self._layers, states=states)
+        return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
     def verify(self, draft: "Draft", places: Places) -> TargetOutput:
         """Logits (N, V), or choices, after each of the draft's tokens."""
@@ -149,7 +149,7 @@ class CalmTarget:
             hidden = self._model.run_layers(hidden, start, stop, places)
             after = self._through_block(hidden, stop, places)
             if scored:
-                chosen = chosen or self._leaving(after[scored], stop)
+                chosen = chosen or self._leaving(after[on_device(scored, after)], stop)
         return chosen or TargetOutput(None, self._model.num_layers)
 
     def verify(self, draft: "Draft", places: Places) -> TargetOutput:
@@ -221,7 +221,8 @@ class ExitBlockCache:
             rows = [row for row, count in enumerate(places.counts) if count]
             known = self.features.setdefault(exit_layer, features.new_zeros(len(self._known), features.shape[1]))
             before = features.roll(1, 0)
-            before[[places.bounds[row] for row in rows]] = known[rows]
+            firsts = on_device([places.bounds[row] for row in rows], before)
+            before = before.index_copy(0, firsts, known[on_device(rows, known)])
             self._of_pass[exit_layer] = features
             skipped = [
                 int(count > 0 and not has_feature and (start > 0 or block.starts_later))
@@ -232,18 +233,20 @@ class ExitBlockCache:
                 kept = [place for (first, end), count in parts for place in range(first + count, end)]
                 if not kept:
                     continue
-                own, before = {tap: state[kept] for tap, state in own.items()}, before[kept]
+                index = on_device(kept, before)
+                own, before = {tap: state[index] for tap, state in own.items()}, before[index]
             block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
 
     def go_on(self, last: Mapping[int, int]) -> None:
         """After a pass. `last`: by row, the index in it of the token before the row's next."""
         for exit_layer, found in self._of_pass.items():
-            self.features[exit_layer][list(last)] = found[list(last.values())]
+            rows, places = (on_device(list(part), found) for part in (last, last.values()))
+            self.features[exit_layer] = self.features[exit_layer].index_copy(0, rows, found[places])
         for row in last:
             self._known[row] = True
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.features = {exit_layer: found[list(rows)] for exit_layer, found in self.features.items()}
+        self.features = {exit_layer: found[on_device(rows, found)] for exit_layer, found in self.features.items()}
         self._known = [self._known[row] for row in rows]
 
     def join(self, other: "ExitBlockCache") -> None:

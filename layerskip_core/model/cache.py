@@ -159,9 +159,11 @@ class Places:
             real = torch.tensor([count if count <= few else 0 for count in counts])[:, None]
             columns = torch.arange(width).minimum((real - 1).clamp_min(0))
             places = (torch.tensor(self.starts)[:, None] + columns).clamp_max(self.cache.max_positions - 1)
-            tokens = (torch.tensor(bounds[:-1])[:, None] + columns).clamp_max(len(flat) - 1).to(flat.device, non_blocking=True)
-            kept = (torch.arange(width) < real).to(flat.device, non_blocking=True)
-            outputs.append((tokens[kept], run(flat[tokens], places, None)[kept]))
+            tokens = (torch.tensor(bounds[:-1])[:, None] + columns).clamp_max(len(flat) - 1)
+            kept = (torch.arange(width) < real).flatten().nonzero()[:, 0]
+            output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None).flatten(0, 1)
+            kept, tokens = (part.to(flat.device, non_blocking=True) for part in (kept, tokens.flatten()[kept]))
+            outputs.append((tokens, output[kept]))
         for row, (start, stop) in enumerate(pairwise(bounds)):
             if stop - start > few:
                 own = slice(start, stop)
@@ -170,6 +172,11 @@ class Places:
         for index, output in outputs:
             whole[index] = output
         return whole.view(shape)
+
+
+def on_device(places: Sequence[int], like: Tensor) -> Tensor:
+    """Indices on the device of `like`, for which the host does not wait as for those of a list."""
+    return torch.tensor(places, dtype=torch.long).to(like.device, non_blocking=True)
 
 
 RunGrid = Callable[[Tensor, Tensor, int | None], Tensor]

@@ -17,7 +17,7 @@ from ...config.decoding import DRAFTERS, DecodingConfig
 from ...config.model import EXACT_TOKENS
 from ...errors import require
 from ...model.backend import Backend
-from ...model.cache import KVCache, Places
+from ...model.cache import KVCache, Places, on_device
 from ..graphs import Recorder
 from ..processing import LogitsProcessor
 from ..sampling import Sampler
@@ -91,7 +91,7 @@ class Draft:
             return self.tokens[1:]
         ends = accumulate(1 + count for count in self.counts)
         spans = (range(end - count, end) for end, count in zip(ends, self.counts, strict=True))
-        return self.tokens[torch.tensor([*chain.from_iterable(spans)], dtype=torch.long)]
+        return self.tokens[on_device([*chain.from_iterable(spans)], self.tokens)]
 
     def by_row(self) -> tuple[Tensor, ...]:
         """Each row's tokens, (1 + K,)."""

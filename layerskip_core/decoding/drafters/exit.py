@@ -7,7 +7,7 @@ attention and MLP blocks one by one; here whole layers are skipped, and the targ
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import inf
 
 import torch
@@ -17,6 +17,7 @@ from ...config.decoding import DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
+from ...model.cache import on_device
 from ...model.eagle3 import NO_DRAFTER
 from ..target import FixedTarget, Prefixes
 from . import Context, Draft, DrafterSetup
@@ -43,7 +44,7 @@ class _ByRow:
         """The first values of each row, so many, row by row."""
         values = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         order = [place for places, count in zip(self.places, counts, strict=True) for place in places[:count]]
-        return values if order == list(range(len(values))) else values[order]
+        return values if order == list(range(len(values))) else values[on_device(order, values)]
 
 
 class _Unfinished:
@@ -66,7 +67,7 @@ class _Unfinished:
         self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]
         self.tokens.add(context.newest, self.going)
         if kept := self.narrow():
-            self.token = self.token[kept]
+            self.token = self.token[on_device(kept, self.token)]
 
     def add(self, tokens: Tensor, rows: Sequence[int]) -> None:
         """Further drafts, which did not run: one of each row, or several of the only one."""
@@ -80,7 +81,7 @@ class _Unfinished:
         self.going = [self.going[place] for place in kept]
         if len(kept) in (0, before):
             return []
-        self.feature = None if self.feature is None else self.feature[kept]
+        self.feature = None if self.feature is None else self.feature[on_device(kept, self.feature)]
         return kept
 
 
@@ -150,10 +151,10 @@ class ExitDrafter:
             if made.going:
                 self._choose(made, logits, probs, ends)
         rooms, counts = made.rooms, [len(places) - 1 for places in made.tokens.places]
-        for rows, largest in made.unread:
-            for row, prob in zip(rows, largest.tolist(), strict=True):
-                made.likely[row].append(prob)
         if made.unread:
+            rows = chain.from_iterable(rows for rows, _ in made.unread)
+            for row, prob in zip(rows, torch.cat([largest for _, largest in made.unread]).tolist(), strict=True):
+                made.likely[row].append(prob)
             rooms = [ends.length(likely, room) for likely, room in zip(made.likely, rooms, strict=True)]
         counts = [min(count, room) for count, room in zip(counts, rooms, strict=True)]
         tokens, states = made.tokens.by_row([count + 1 for count in counts]), {}
@@ -210,7 +211,8 @@ class ExitDrafter:
             else:
                 made.unread.append((made.going, largest))
         if kept := made.narrow():
-            logits, probs = logits[kept], None if probs is None else probs[kept]
+            index = on_device(kept, logits)
+            logits, probs = logits[index], None if probs is None else probs[index]
         return logits, probs
 
     def _choose(self, made: "_Unfinished", logits: Tensor, probs: Tensor | None, ends: DraftEnds) -> None:
@@ -227,7 +229,7 @@ class ExitDrafter:
                 made.ids[row].append(new)
                 made.rooms[row] = made.step if new in ends.ids else made.rooms[row]
         if kept := made.narrow():
-            made.token = token[kept]
+            made.token = token[on_device(kept, token)]
 
     def _completed(self, made: "_Unfinished", counts: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
         """The states of all tokens, after the last of them have run."""
