@@ -5,6 +5,7 @@ Before that, a row's own options may change its logits (processing.py).
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,8 @@ class Sampler:
         """
         places = [count + 1 for count in counts]
         if self.processors:
-            drafted = [ids.tolist() for ids in torch.split(draft_ids, list(counts))]
+            ids = iter(draft_ids.tolist())
+            drafted = [list(islice(ids, count)) for count in counts]
             logits = self.processed(logits, drafted, places, rows)
         if self.is_greedy:
             return accepted_choices(draft_ids, counts, self._best(logits))
