@@ -222,6 +222,19 @@ def test_logits_and_ids_equal_transformers(saved, model_type):
     assert (lean.eos_ids, lean.info, lean.backend.dtype) == (expected.eos_ids, expected.info, torch.float32)
 
 
+def test_the_names_of_a_model_with_images(saved):
+    """As transformers writes the text part of a Qwen3.5 that it has read with images, and as published files have it."""
+    path = saved("qwen3_5_text")
+    before = logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids := torch.arange(3, 20)[None])
+    weights = load_file(path / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): weight for name, weight in weights.items()}
+    save_file({**renamed, "model.visual.other": torch.zeros(1)}, path / "model.safetensors", {"format": "pt"})
+    assert lean_spec(str(path)) is not None
+    assert torch.equal(logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids), before)
+    generic = logits_of(for_training(str(path), "cpu", "fp32").backend, ids).detach()
+    torch.testing.assert_close(generic, before, atol=1e-3 * float(before.std()), rtol=0)
+
+
 def test_the_tokenizer_is_the_same(saved):
     path = str(saved())
     expected, lean = AutoTokenizer.from_pretrained(path), lean_tokenizer(path)
