@@ -307,5 +307,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) 
         raise ConfigError(
             f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"
         )
+    if isinstance(spec, ModelSpec) and suits_kernels(spec, dtype, device, packing) and (note := kernel_note()):
+        generic = replace(generic, notes=(note,))
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
     return replace(generic, backend=TransformersBackend(trainable.model, blocks)) if blocks is not NO_BLOCKS else generic

@@ -46,9 +46,8 @@ class Experts:
 class Mixer:
     """A short convolution in place of attention in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
 
-    `projections`: those of the hidden states, and the output's, by names after a layer's prefix. `steps`: those that the steps
-    of a recurrence and its decays are computed from; `rates`: what else. `norm` is over each head, before its gate. `taps`,
-    `biased` and `sizes` name values of config.json: how many heads of keys and of values there are, and their dimensions.
+    `projections`: of the hidden states, and of the output. Steps and decays come from `steps` and `rates`; `norm` is over each
+    head, before its gate. `taps`, `biased` and `sizes` (heads of keys and of values, dimensions) name values of config.json.
     """
 
     kind: str  # in layer_types
@@ -75,6 +74,7 @@ class Names:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     stored_head: str | None = None  # in files, where it is another than lm_head in memory
+    stored_prefix: str | None = None  # of names in some files, in the place of "model."
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class Architecture:
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
         if self.mixer is not None:
-            read |= {"layer_types", self.mixer.taps, *self.mixer.sizes}
-            switches += [self.mixer.biased]
+            switches += ["layer_types", self.mixer.taps, self.mixer.biased, *self.mixer.sizes]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
@@ -220,6 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
     ),
     "qwen3_5_text": Architecture(
+        names=Names(stored_prefix="model.language_model."),
         norm="rms_plus_one",
         query_key_norms="head",
         mixer=Mixer(

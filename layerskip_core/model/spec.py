@@ -226,6 +226,8 @@ class ModelSpec:
         parts: dict[str, list[list[str]]] = {}
         if (head := self.names.stored_head) is not None and not self.tied:
             parts[self.head_name] = [[f"{head}.weight"]]
+        if (prefix := self.names.stored_prefix) is not None:
+            parts |= {name: [[name.replace("model.", prefix, 1)]] for name in self.shapes if name.startswith("model.")}
         if self.experts is None or self.architecture.experts is None:
             return parts
         for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):

@@ -719,7 +719,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
 int layerskip_interface(void) { return 20; }
 
-/* Bytes of a structure, by its place in compiled.STRUCTURES; then those of recurrence.py. */
+/* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
                             sizeof(Recurrence), sizeof(Passage)};
@@ -778,7 +778,7 @@ static void remember_in_thread(void *at) {
     remember(turn->layer, turn->passage, &turn->team, thread_number(), thread_count());
 }
 
-/* Between its projections, a layer with a memory over the tokens of a passage, and what is settled to the state. */
+/* Between its projections, a layer with a memory over the tokens of a passage, and what is settled to the state: for tests. */
 void layerskip_remember(const Recurrence *layer, const Passage *passage, int threads) {
     Turn turn = {.layer = layer, .passage = passage};
     int now = parallel ? threads_now(threads) : 1;
