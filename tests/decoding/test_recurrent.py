@@ -84,6 +84,20 @@ def test_drafts_change_nothing(model_type, precision, name):
     assert together(backend, list(map(prompt_of, lengths)), drafting(name, precision)) == expected
 
 
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_a_draft_model_too(model_type):
+    """Of the same weights: all of its drafts are right, unless its state went wrong."""
+    backend = native_or_skip(tiny_model(model_type, torch.float32, **SHAPE))
+    backend.draft_model = native_or_skip(tiny_model(model_type, torch.float32, **SHAPE))
+    lengths, config = (1, 9, 70), DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=40)
+    prompts = list(map(prompt_of, lengths))
+    expected = [ids_of(decode(backend, prompt, PLAIN)) for prompt in prompts]
+    assert together(backend, prompts, config) == expected
+    for prompt, ids in zip(prompts, expected, strict=True):
+        decoding = decode(backend, prompt, config)
+        assert ids_of(decoding) == ids and decoding.stats.accepted == decoding.stats.drafted > 0
+
+
 @pytest.mark.parametrize("name", ["exit", "copy", "adaptive"])
 @pytest.mark.parametrize("model_type", MIXERS)
 def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
