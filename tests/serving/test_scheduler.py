@@ -457,7 +457,10 @@ def test_requests_with_a_common_beginning_get_their_own_answers(kind):
 
 def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     """Some wait for their first pass while others run theirs."""
-    backend, config = TransformersBackend(decoder_types.tiny.__wrapped__("lfm2")), DecodingConfig("lookup", 0, 3, 6, ignore_eos=True)
+    backend, config = (
+        TransformersBackend(decoder_types.tiny.__wrapped__("lfm2")),
+        DecodingConfig("lookup", 0, 3, 6, ignore_eos=True),
+    )
     decoder, text = replace(tiny_loaded(), backend=backend), decodings.prompt_of(20)
     scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30, least=4))
     first, running = Client(text, replace(config, max_new_tokens=1)), Client([5, 6, 7], replace(config, max_new_tokens=20))
