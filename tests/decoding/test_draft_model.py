@@ -180,7 +180,7 @@ def test_sampled_output_follows_the_target_s_distribution(kind):
 @pytest.mark.parametrize("model_type", ["lfm2", "mamba2"])
 def test_recurrent_draft_models_go_back_too(model_type):
     """As a draft model of itself one is always right, also where a lookup drafted before, and as that of another it is not."""
-    backend, other = (TransformersBackend(decoder_types.tiny(model_type)) for _ in range(2))
+    backend, other = (TransformersBackend(decoder_types.tiny.__wrapped__(model_type)) for _ in range(2))
     backend.draft_model, target = other, TransformersBackend(tiny_model(dtype=torch.float32))
     target.draft_model = other
     prompts = [prompt_of(9), [5, 6, 7, 8] * 4]
