@@ -77,7 +77,7 @@ check_vllm_plugin() { # in vLLM for CPUs, whose versions of packages differ from
     ours=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$ours')" >"$("$vllm" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
     "$vllm" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement tests/export/vllm_requirements.txt
-    "$vllm" -m pytest -p no:cacheprovider tests/export/test_vllm_plugin.py
+    "$vllm" -m pytest -p no:cacheprovider tests/export/test_export.py -m slow
 }
 
 # Beside the tests, because most of its time each waits for downloads or has one thread.
