@@ -20,6 +20,8 @@ FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 CODE = (".py", ".c", ".h")
+MOST_WORDS, MOST_LINES = 20_000, 90  # of all documents; of README
+MOST_WORDS_OF = {"README.md": 900, "CHANGELOG.md": 1_500}
 COMMANDS = get_command(app).commands
 
 
@@ -37,8 +39,10 @@ def anchor_of(heading):
 
 
 def section(link):
-    """The lines of a document below the heading that a link names, up to the next heading."""
+    """The lines that a link names: those below the heading of its anchor, up to the next heading, or the whole document."""
     path, _, anchor = link.partition("#")
+    if not anchor:
+        return text_of(ROOT / path).splitlines()
     parts = re.split(r"^#+ (.*)$", text_of(ROOT / path), flags=re.MULTILINE)
     below = {anchor_of(heading): text.splitlines() for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
     return below[anchor]
@@ -69,10 +73,17 @@ def test_links_and_commands(document):
         assert not unknown, f"layerskip {command} {rest}"
 
 
+def test_documents_are_short():
+    words = {path.relative_to(ROOT).as_posix(): len(text_of(path).split()) for path in DOCUMENTS}
+    assert {name: words[name] for name, most in MOST_WORDS_OF.items() if words[name] > most} == {}
+    assert len(text_of(ROOT / "README.md").splitlines()) <= MOST_LINES
+    assert sum(words.values()) <= MOST_WORDS, words
+
+
 def test_the_results_are_those_of_the_pages():
-    """The numbers of a row of README's table stand in one line for each link of its last cell, of the section that it names."""
+    """The numbers of a row of README's table stand in one line for each link of its last cell, of the page that it names."""
     _, _, *rows = next(part for part in text_of(ROOT / "README.md").split("\n\n") if part.startswith("| model |")).splitlines()
-    assert len(rows) > 5
+    assert 3 < len(rows) <= 5
     for row in rows:
         told, _, sources = row.rpartition(" | ")
         sections = [[numbers(line) for line in section(link)] for link in re.findall(r"\]\((.*?)\)", sources)]
