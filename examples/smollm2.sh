@@ -40,7 +40,7 @@ for bits in '' int8; do
     in_bf16 recipe-topv2-${bits:+$bits-}head-1024 recipe bench "${topv2[@]}" "${drafting[@]}" --exit 6 --spec 6 --repeats 5 \
         --draft-vocab 1024 ${bits:+--quantize $bits}
 done
-in_bf16 recipe-scitldr recipe bench "${scitldr[@]}" "${drafting[@]}" --exit 6 --spec 2
+in_bf16 recipe-scitldr-bench recipe bench "${scitldr[@]}" "${drafting[@]}" --exit 6 --spec 2
 
 # Quality of autoregressive answers, on the same rows for both, and of the untouched model.
 plain=(--strategies autoregressive --batch-size 50 --timed 0)
