@@ -36,28 +36,37 @@ with socket.socket(socket.AF_UNIX) as server:
 _MEASURED = {"--samples": "2", "--timed": "1", "--max-new-tokens": "3", "--threads": "1", "--batch-size": "2"}
 FEWER = {  # by command: flags with these values in place of the script's
     "finetune": {"--steps": "1", "--batch-size": "2", "--epochs": None, "--samples": "40", "--threads": "1"},
-    "train-drafter": {"--steps": "1", "--batch-size": "2", "--answers": "data", "--samples": "8"},
-    "sweep-exits": {**_MEASURED, "--exits": "6,12", "--specs": "2"},
+    "train-drafter": {"--steps": "1", "--batch-size": "2", "--answers": "data", "--samples": "8", "--draft-vocab": "100"},
+    "sweep-exits": {**_MEASURED, "--exits": "1,2", "--specs": "2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
-    "verify": {"--samples": "1", "--max-new-tokens": "2", "--draws": "0", "--kernels": "torch", "--exits": "6", "--specs": "2"},
+    "verify": {"--samples": "1", "--max-new-tokens": "2", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }
+GIVEN = {
+    "--vocab-size": "300",
+    "--draft-vocab": "100",
+    "--exits": "1,2",
+    "--exit": "2",
+    "--spec": "2",
+}  # if a script has them
 
 
-def fewer(command, *arguments):
-    wanted, kept, words = {**FEWER.get(command, {})}, [], iter(arguments)
-    if "--vocab-size" in arguments:
-        wanted["--vocab-size"] = "300"
+def fewer(model, command, *arguments):
+    """The arguments of a call with less to do, and with a small model in place of the embedded ones."""
+    wanted = {**{flag: value for flag, value in GIVEN.items() if flag in arguments}, **FEWER.get(command, {})}
+    if any(word.endswith("recipe.toml") for word in arguments):
+        wanted["--exits"] = "1,2"
+    kept, words = [], iter(arguments)
     for word in words:
         if word in wanted:
             next(words)
         else:
-            kept.append(word)
+            kept.append(model if word in ("embedded", "embedded-base") else word)
     return [command, *kept, *(word for flag, value in wanted.items() if value is not None for word in (flag, value))]
 
 
-def _work(connection):
+def _work(connection, model):
     """In a fork: the work of one client, on its streams and in its folder."""
     request, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
     folder, os.environ["PATH"], name, *given = json.loads(request)
@@ -84,7 +93,7 @@ def _work(connection):
         else:
             from cli.main import main
 
-            sys.argv = ["layerskip", *fewer(*given)]
+            sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -99,7 +108,7 @@ def _work(connection):
 
 
 @pytest.fixture(scope="module")
-def programs():
+def programs(wide_base):
     """A folder with `layerskip`, `python` and what an environment's folder `bin` has besides."""
     import_once()
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
@@ -118,7 +127,7 @@ def programs():
                     connection, _ = listening.accept()
                 except OSError:
                     return
-                multiprocessing.get_context("forkserver").Process(target=_work, args=(connection,)).start()
+                multiprocessing.get_context("forkserver").Process(target=_work, args=(connection, wide_base)).start()
                 connection.close()
 
         threading.Thread(target=accept, daemon=True).start()
@@ -175,7 +184,7 @@ def test_topv2(run, tmp_path):
     assert {"epoch-1-validation", "epoch-2-validation", "recipe-test", "control-test"} <= set(rows_in(out))
 
 
-def test_smollm2(run, tmp_path):
+def test_smollm2(run, tmp_path, wide_base):
     topv2(tmp_path / "topv2", "reminder", "weather")
     summary = {"source": ["We sort.", "It works."], "target": ["Sorting works."]}
     problems = [
@@ -191,7 +200,7 @@ def test_smollm2(run, tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 60)
-    out = run("smollm2.sh", tmp_path, ROOT / "layerskip_core" / "embedded" / "commands-base")
+    out = run("smollm2.sh", tmp_path, wide_base)
     assert out.count("| autoregressive |") > 10 and Path("smollm2-runs/results/control-mbpp/results.json").exists()
 
 
@@ -209,7 +218,7 @@ def test_gpu_on_a_cpu(run, tmp_path):
 
 def test_lm_eval(run, tmp_path):
     pytest.importorskip("lm_eval")
-    out = run("lm_eval.sh", ROOT / "layerskip_core" / "embedded" / "commands-base", tmp_path, "8", "2")
+    out = run("lm_eval.sh", ROOT / "layerskip_core" / "embedded" / "commands-base", tmp_path, "2", "2")
     assert out.count("largest gap of 8 log-likelihoods") == 2 and "facts_choice acc" in rows_in(out)
 
 
