@@ -143,7 +143,7 @@ def run(programs):
         path = f"{programs}:{os.environ['PATH']}"
         how = [programs / "python" if script.endswith(".py") else "bash", EXAMPLES / script, *map(str, arguments)]
         variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "LAYERSKIP_ENV": str(programs.parent), **environment}
-        done = subprocess.run(how, capture_output=True, text=True, env=variables, timeout=300)
+        done = subprocess.run(how, capture_output=True, text=True, env=variables, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
