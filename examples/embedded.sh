@@ -5,14 +5,8 @@
 set -euo pipefail
 here=$(dirname "$0")
 runs=${1:-embedded-runs}
-mkdir -p "$runs"
-
-train() { # NAME FLAGS...: one run, resumed from where it was interrupted
-    [ -f "$runs/$1/config.json" ] && return
-    local resume=
-    ls "$runs/$1"/checkpoints/*/run.json >/dev/null 2>&1 && resume=--resume
-    layerskip finetune --batch-size 32 --threads 1 --save-steps 250 --output "$runs/$1" $resume "${@:2}"
-}
+. "$here/stages.sh"
+flags=(--batch-size 32 --threads 1 --save-steps 250)
 
 # From scratch without exits, with a tokenizer trained on its rows; then continued.
 train scratch --recipe scratch --pmax 0 --curriculum none --model embedded-base --vocab-size 1024 --lr 2e-3 --steps 1800 --seed 0
@@ -34,14 +28,11 @@ wait $!
 # The figures of the model card. Answers come from batches; speed is measured prompt by prompt on 60 of the rows.
 for split in test compositional; do
     layerskip data --split "$split" --samples 5000 >"$runs/$split.jsonl"
-    for name in embedded base parent; do
-        [ -f "$runs/$name-$split.jsonl" ] || layerskip generate --model "$runs/$name" --strategy autoregressive --jsonl \
-            --threads 1 <"$runs/$split.jsonl" >"$runs/$name-$split.part"
-        [ -f "$runs/$name-$split.jsonl" ] || mv "$runs/$name-$split.part" "$runs/$name-$split.jsonl"
-    done
-    [ -f "$runs/embedded-$split/results.json" ] || layerskip sweep-exits --model "$runs/embedded" --split "$split" --samples 5000 \
-        --batch-size 50 --timed 60 --threads 1 --exits 4,6,8,12,18 --specs 6 --output "$runs/embedded-$split" >&2
-    python "$here/parsing_tables.py" "$runs/$split.jsonl" "$runs/embedded-$split" "$runs/base-$split" "$runs/parent-$split"
+    for name in embedded base parent; do answer $name $split; done
+    measured "embedded-$split" sweep-exits --model "$runs/embedded" --split "$split" --samples 5000 --batch-size 50 --timed 60 \
+        --threads 1 --exits 4,6,8,12,18 --specs 6
+    python "$here/parsing_tables.py" "$runs/$split.jsonl" "$runs/embedded-$split.jsonl" "$runs/base-$split.jsonl" \
+        "$runs/parent-$split.jsonl"
 done
 layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --draft-weights int8 --threads 1
 layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --threads 1 --save

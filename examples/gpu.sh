@@ -57,12 +57,12 @@ stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
     layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
         sed "s/^/    batch size $size: /"
 done' - $((3 * samples)) "$model" "$device"
+stage 'A step of the recipe and a plain one: time and memory' bash -c 'for dtype in fp32 bf16; do for plain in "" "--pmax 0 --curriculum none"; do
+    layerskip finetune --recipe finetune $plain --model "$1" --device "$2" --dtype $dtype --dry-run 2>&1 | grep "a timed step" |
+        sed "s/^/    $dtype $plain /"
+done; done' - "$base" "$device"
 stage 'Training by the recipe' bash -c 'layerskip finetune --recipe finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
-    grep -E "tokens/s|loss by exit|MB|^recipe |agree|^cost" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
-for dtype in fp32 bf16; do
-    stage "A step of it in $dtype: time and memory" python "$here/examples/recipe_cost.py" "$base" "${on[@]}" --dtype "$dtype" \
-        --batch 16 --length 128 --rotation 8
-done
+    grep -E "tokens/s|loss by exit|^recipe |agree|^cost" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
 stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
 stage 'Training of a drafter' bash -c 'layerskip train-drafter --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/drafter"

@@ -1,18 +1,15 @@
 #!/usr/bin/env bash
 # Scores of lm-evaluation-harness on tasks with local rows: through every exit, and beside lm-eval's own hf model.
-#     bash examples/lm_eval.sh MODEL FOLDER [EXIT]
+#     bash examples/lm_eval.sh MODEL FOLDER [EXIT [LIMIT]]    LIMIT: rows of a task, 0 all
 # Needs the extra lm-eval. MODEL is a folder with a transformers checkpoint; results go to FOLDER.
 set -euo pipefail
-model=$1 folder=$2 exit=${3:-25}
-here=$(cd "$(dirname "$0")" && pwd)
+model=$1 folder=$2 exit=${3:-25} limit=${4:-0}
+here=$(dirname "$0")
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python "$here/lm_eval_tasks.py" "$folder/tasks"
-layerskip sweep-exits --task lm-eval:commands_choice,commands_parse --include-path "$folder/tasks" --samples 200 \
-    --batch-size 16 --dtype fp32 --output "$folder/embedded" --overwrite
-layerskip sweep-exits --model "$model" --task lm-eval:facts_choice,facts_answer --include-path "$folder/tasks" \
-    --exits 5,10,15,20,25,28 --samples 200 --batch-size 16 --timed 2 --dtype fp32 --output "$folder/curves" --overwrite
-
+layerskip sweep-exits --model "$model" --tasks facts_choice,facts_answer --include-path "$folder/tasks" --limit "$limit" \
+    --batch-size 16 --timed 2 --dtype fp32 --output "$folder/curves" --overwrite
 layerskip export "$model" --exit "$exit" --output "$folder/exit" --overwrite
-python "$here/lm_eval_agreement.py" "$folder/tasks" 40 "layerskip:$model:fp32" "hf:$model:fp32" > "$folder/full-depth.md"
-python "$here/lm_eval_agreement.py" "$folder/tasks" 40 "layerskip:$model:fp32:$exit" "hf:$folder/exit:fp32" > "$folder/exit.md"
+python "$here/lm_eval_agreement.py" "$folder/tasks" "$limit" "layerskip:$model:fp32" "hf:$model:fp32"
+python "$here/lm_eval_agreement.py" "$folder/tasks" "$limit" "layerskip:$model:fp32:$exit" "hf:$folder/exit:fp32"

@@ -8,36 +8,23 @@
 set -euo pipefail
 here=$(dirname "$0")
 data=$1 runs=${2:-topv2-runs} epochs=${EPOCHS:-2} recipe_epochs=${RECIPE_EPOCHS:-0.6} rows=${ROWS:-5000}
+. "$here/stages.sh"
 recipe=(--recipe finetune --pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits 6,12,18)
-steps=(--data "$data" --batch-size 32 --threads 1 --save-steps 500)
-mkdir -p "$runs"
-
-train() { # NAME FLAGS...: one training run, resumed if it was interrupted
-    [ -f "$runs/$1/config.json" ] && return
-    local resume=
-    ls "$runs/$1"/checkpoints/*/run.json >/dev/null 2>&1 && resume=--resume
-    layerskip finetune "${steps[@]}" --output "$runs/$1" $resume "${@:2}"
-}
-
-answer() { # MODEL SPLIT: the model's autoregressive answers to the rows of the split
-    [ -f "$runs/$1-$2.jsonl" ] && return
-    layerskip generate --model "$runs/$1" --strategy autoregressive --jsonl --threads 1 <"$runs/$2.jsonl" >"$runs/$1-$2.part"
-    mv "$runs/$1-$2.part" "$runs/$1-$2.jsonl"
-}
+flags=(--data "$data" --batch-size 32 --threads 1 --save-steps 500)
 
 layerskip data --data "$data" --split validation --samples 1000 >"$runs/validation.jsonl"
 layerskip data --data "$data" --split test --samples "$rows" >"$runs/test.jsonl"
 
 # The base model: the shape of `embedded` (24 layers, 160 wide), with a new tokenizer. One epoch per run.
 from=(--recipe scratch --pmax 0 --curriculum none --model embedded-base --vocab-size 1024)
-measured=()
+answered=()
 for epoch in $(seq "$epochs"); do
     train "epoch-$epoch" "${from[@]}" --lr 2e-3 --epochs 1 --seed "$epoch"
     answer "epoch-$epoch" validation
     from=(--recipe none --model "$runs/epoch-$epoch")
-    measured=("$runs/epoch-$epoch-validation" "${measured[@]}")
+    answered=("$runs/epoch-$epoch-validation.jsonl" "${answered[@]}")
 done
-python "$here/parsing_tables.py" "$runs/validation.jsonl" "${measured[@]}"
+python "$here/parsing_tables.py" "$runs/validation.jsonl" "${answered[@]}"
 
 # The recipe and its control, one core each.
 next=(--model "$runs/epoch-$epochs" --lr 1.5e-3 --epochs "$recipe_epochs" --seed 9)
@@ -48,7 +35,7 @@ wait $!
 # Answers are decoded in batches. Speed is measured one prompt at a time, on 60 rows.
 for name in recipe control; do
     answer "$name" test
-    [ -f "$runs/$name-test/results.json" ] || layerskip sweep-exits --model "$runs/$name" --task topv2 --data "$data" \
-        --samples "$rows" --batch-size 50 --timed 60 --threads 1 --exits 6,12,18 --specs 6,8 --output "$runs/$name-test" >&2
+    measured "$name-sweep" sweep-exits --model "$runs/$name" --task topv2 --data "$data" --samples "$rows" --batch-size 50 \
+        --timed 60 --threads 1 --exits 6,12,18 --specs 6,8
 done
-python "$here/parsing_tables.py" "$runs/test.jsonl" "$runs/recipe-test" "$runs/control-test"
+python "$here/parsing_tables.py" "$runs/test.jsonl" "$runs/recipe-test.jsonl" "$runs/control-test.jsonl"

