@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import GUIDES, RequestOptions, changed
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids
@@ -30,7 +31,6 @@ from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
 from layerskip_core.serving.engine import Engine
 
-from ..commands.serve import ServeConfig
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
 from .bodies import ApiError, Asked, Family, Prompt, api_error, invalid, parsed, request_of, text_of

@@ -10,11 +10,11 @@ from msgspec import Meta, Struct
 
 from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, changed
 from layerskip_core.config.options import checked
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped
 
-from ..commands.serve import ServeConfig
 from .tools import Tool, Tools
 
 # Options that have another name in the API.

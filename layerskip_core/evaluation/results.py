@@ -255,16 +255,14 @@ class Journal:
         """
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()
-        lines, anew = whole_lines(self._path, LayerSkipError) if resume else [], "give `overwrite` instead to start anew"
+        lines = whole_lines(self._path, LayerSkipError) if resume else []
         if lines and lines[0].strip() != head:
             old, new = (_by_name(parse_json(line, f"`resume`: {self._path}", LayerSkipError)) for line in (lines[0], head))
             changed = (name for name in (old | new) if old.get(name) != new.get(name))
             differing = ", ".join(f"{name} {shown(old.get(name))} then, {shown(new.get(name))} now" for name in changed)
+            anew = "give `overwrite` instead to start anew"
             raise LayerSkipError(f"`resume`: {self._path} belongs to another run ({differing}); {anew}")
-        try:
-            rows = [msgspec.json.decode(line, type=_Row) for line in lines[1:]]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; {anew}") from None
+        rows = (parse_json(line, f"`resume`: {self._path}", LayerSkipError, _Row) for line in lines[1:])
         self.known = {(row.repeat, row.sample): row.outputs for row in rows}
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 

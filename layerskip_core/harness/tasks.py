@@ -11,7 +11,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from importlib.metadata import version
 from itertools import chain, groupby
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -38,6 +38,9 @@ from ..evaluation.tasks import Task
 from ..model.exit_blocks import target_block
 from ..prompting import CHAT, RAW
 from . import require_harness
+
+if TYPE_CHECKING:
+    from .model import LayerSkipLM
 
 GENERATION = "generate_until"
 _KINDS = ("loglikelihood", "loglikelihood_rolling", GENERATION)
@@ -70,10 +73,10 @@ class HarnessTasks:
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
-        """Every request of every task: lm-eval's Instances, with `task_name`, `request_type` and `args`.
+        """Every request of every task: lm-eval's Instances, numbered as `number`.
 
-        `render_chat`: messages as text, used if the chat template was asked for. Raises ConfigError for requests that neither
-        score texts nor generate them, DataError for tasks whose rows cannot be asked.
+        `render_chat`: messages as text, for the chat template. Raises ConfigError for requests that neither score texts nor
+        generate them, DataError for tasks whose rows cannot be asked.
         """
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
@@ -90,13 +93,13 @@ class HarnessTasks:
                     tokenizer_name=tokenizer_name if chat else "",
                 )
         requests = [instance for task in self._tasks.values() for instance in task.instances]
-        for request in requests:
-            kind = request.request_type
+        for number, request in enumerate(requests):
+            request.number, kind = number, request.request_type
             require(kind in _KINDS, "task", "made of texts to score or to generate", kind)
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
-        """What lm-eval computes of responses, by the `id` of their requests. Tasks with a request that has none are left out.
+        """lm-eval's scores of responses, by the number of their requests. Tasks with an unanswered request are left out.
 
         `metrics` and `stderr` (standard errors, of the metrics that have one), by `TASK METRIC`, or by `TASK METRIC FILTER`
         where several filters read the answers; `samples`: the number of rows, by task; `logged`: lm-eval's records of rows.
@@ -108,12 +111,14 @@ class HarnessTasks:
             """A model that gives the responses."""
 
             def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-                return [responses[id(request)] for request in requests]
+                return [responses[request.number] for request in requests]
 
             loglikelihood_rolling = generate_until = loglikelihood
 
         found: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
-        answered = {name: task for name, task in self._tasks.items() if all(id(each) in responses for each in task.instances)}
+        answered = {
+            name: task for name, task in self._tasks.items() if all(each.number in responses for each in task.instances)
+        }
         if not answered:
             return found
         for task in answered.values():
@@ -231,32 +236,23 @@ def _run(
     generated = [request for request in requests if request.request_type == GENERATION]
     if not generated:
         methods = [method for method in methods if not drafts_tokens(method)]
-    depths = [depth_of(method, loaded.backend.num_layers) for method in methods]
-    found: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}  # the responses, by the `id` of their request
     scored = [request for request in requests if request.request_type != GENERATION]
-    by_depth = lm.score(scored, sorted({depth for depth in depths if depth is not None}))
-    for done, (place, responses) in enumerate(by_depth, start=1):
-        for layers, response in responses.items():
-            found[layers][id(scored[place])] = response
+    depths = [depth_of(method, loaded.backend.num_layers) for method in methods]
+    by_depth: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}  # responses to `scored`, by request
+    likelihoods = lm.score(scored, sorted({depth for depth in depths if depth is not None}))
+    for done, (place, responses) in enumerate(likelihoods, start=1):
+        for depth, response in responses.items():
+            by_depth[depth][scored[place].number] = response
         yield Progress(done, len(scored), "log-likelihoods")
-    measured: list[Measured] = []
-    limit = config.generation.get("max_new_tokens")
-    for (task, asked), group in groupby(generated, key=lambda request: (request.task_name, request.args[1])):
-        settings = [lm.answering(method, asked, limit) for method in methods]
-        given = _Given(**vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens))
-        examples = tuple(Example(request.args[0], "") for request in group)
-        unscored = Task(examples, config.task, "", lambda _: {})
-        more = yield from measure(given, unscored, settings, config, repeats, name=task)
-        measured = list(map(add, measured, more)) if measured else more
+    measured = yield from _generated(lm, generated, methods, config, repeats)
     results, logged = [], list[dict[str, Any]]()
     for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):
-        said = dict(found[depth])
-        result = setting_of(method)
+        responses, result = dict(by_depth[depth]), setting_of(method)
         if measured:
             result = result_of(measured[number], measured[0])
             for request, output in zip(generated, measured[number].answers, strict=True):
-                said[id(request)] = lm.answer(output.ids, lm.answering(method, request.args[1]).stop)
-        scores = tasks.scores(said)
+                responses[request.number] = lm.answer(output.ids, lm.answering(method, request.args[1]).stop)
+        scores = tasks.scores(responses)
         logged += [{"result": number, **row} for row in scores.pop("logged")]
         results.append(replace(result, **scores))
     machine = environment(loaded)
@@ -264,6 +260,22 @@ def _run(
     metric, template = next(iter(results[0].metrics), None), config.task.prompting.asked or "raw"
     named = {"quality_metric": metric, "prompt_template": template}
     yield RunRecord(asdict(config) | named, machine, tuple(results), samples=tuple(logged))
+
+
+def _generated(
+    lm: "LayerSkipLM", requests: list[Any], methods: list[DecodingConfig], config: SweepConfig | BenchConfig, repeats: int
+) -> Generator[Progress, None, list[Measured]]:
+    """Measures the answers of each method to requests that generate text, by task and `generation_kwargs`."""
+    measured: list[Measured] = []
+    limit = config.generation.get("max_new_tokens")
+    for (task, asked), group in groupby(requests, key=lambda request: (request.task_name, request.args[1])):
+        settings = [lm.answering(method, asked, limit) for method in methods]
+        given = _Given(**vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens))
+        examples = tuple(Example(request.args[0], "") for request in group)
+        unscored = Task(examples, config.task, "", lambda _: {})
+        more = yield from measure(given, unscored, settings, config, repeats, name=task)
+        measured = list(map(add, measured, more)) if measured else more
+    return measured
 
 
 @dataclass(frozen=True)

@@ -289,12 +289,3 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     assert [(result.metrics, result.acceptance_rate, result.identical_outputs) for result in resumed.results] == [
         (result.metrics, result.acceptance_rate, result.identical_outputs) for result in whole.results
     ]
-
-
-@pytest.mark.parametrize("line", [b"{", b'{"repeat": 0, "sample": 0}'])
-def test_a_damaged_line_is_one_error(tmp_path, line):
-    Journal(tmp_path, {}, False).add(0, 1, [ANSWER])
-    file = tmp_path / JOURNAL
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    with pytest.raises(LayerSkipError, match=f"`resume`: {file} is damaged: "):
-        Journal(tmp_path, {}, True)
