@@ -41,9 +41,9 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A model to repack, with what lies beside the weights in their folder.
+    """A model to repack, with the files beside its weights.
 
-    `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` was called.
+    `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` is called.
     """
 
     spec: ModelSpec
@@ -66,13 +66,13 @@ def for_decoding(
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, fp32
-    or bf16. `packing`: how the weights are stored; drafts that it leaves open have the head and vocabulary of the policies.
-    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
+    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
+    fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
+    saved ones whose low-bit copies are made too, on the CPU; None: all.
 
-    Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
-    an absent device, a packing that this architecture or device cannot do, a draft model of another vocabulary, and an unknown
-    value of the environment variable that chooses kernels.
+    Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
+    impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
+    kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -97,9 +97,9 @@ def for_decoding(
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
-    """A folder's model as `for_decoding` would pack it on the CPU, with what all of its saved policies draft with.
+    """A folder's model as `for_decoding` would pack it on the CPU, with the copies of all saved policies.
 
-    Each weight can be taken any number of times. Raises CheckpointError and ConfigError as `for_decoding` does.
+    Each weight can be taken repeatedly. Raises CheckpointError and ConfigError as `for_decoding` does.
     """
 
     def read() -> Source:
@@ -134,11 +134,10 @@ def import_checkpoint(
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks go with the weights that they were made for, as does the order of tokens for
-    `draft_vocab`; `files` are written too, by name, and `change` is made to layerskip.json. `eagle3`: a drafter in the EAGLE-3
-    layout that the model gets, a folder or a hub id; the model's own goes with it without that. `dtype` is fp32, bf16, or auto:
-    as `written_dtype` says. Returns the precision, and for each file beside the weights that was left out the reason. Raises
-    CheckpointError if anything fails.
+    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
+    `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
+    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
+    out. Raises CheckpointError.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -196,7 +195,7 @@ def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig)
 def _with_policies(
     packing: PackingConfig, info: CheckpointInfo, names: Collection[str] | None, device: torch.device
 ) -> PackingConfig:
-    """`packing` with the low-bit copies (whole ones, on the CPU alone) and the head that these saved policies draft with."""
+    """`packing` with the low-bit copies (whole, on the CPU only) and the head that these saved policies draft with."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
     used = [policy for policy in used if device.type == "cpu" or not policy_packing(policy).draft_weights]
     if used and names is not None:  # a policy says how to decode
@@ -226,7 +225,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
-    """A model that transformers has read. It loses its weights to `take`."""
+    """A model that transformers has read; `take` moves its weights out of it."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
     return Source(
         trainable.backend.own_spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing
@@ -234,10 +233,9 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
-    """With a low-bit copy for adaptive drafting, if it is fast here and fits in `memory` (bytes) beside the weights; and with
-    the files of `folder`.
+    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
 
-    The copy is int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    The copy is int4 if calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
@@ -294,7 +292,7 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> 
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
-    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
+    """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing = missing_feature(spec)

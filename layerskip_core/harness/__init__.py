@@ -6,10 +6,9 @@ MODEL_TYPE = "layerskip"
 
 
 def register() -> None:
-    """Adds the model type `layerskip` to lm-eval, for `simple_evaluate(model="layerskip", ...)`. Can be called repeatedly.
+    """Adds the model type `layerskip` to lm-eval, for `simple_evaluate(model="layerskip", ...)`; repeated calls are harmless.
 
-    lm-eval finds the model types of other packages neither by an entry point nor by a flag. Raises ConfigError if lm-eval is
-    not installed.
+    lm-eval finds model types of other packages neither by an entry point nor by a flag. Raises ConfigError without lm-eval.
     """
     require_harness()
     import lm_eval.models  # noqa: F401  # fills the registry, which lm-eval does by itself only if it is empty

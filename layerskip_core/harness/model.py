@@ -1,7 +1,7 @@
 """The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
 
-Requests become token ids and settings of decoding as in lm-eval's own model type `hf`, so that scores compare. The prompt
-template of the checkpoint is not used.
+Requests become token ids and decoding settings as in lm-eval's own `hf`, so that scores compare. The checkpoint's prompt
+template is not used.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,15 +47,10 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     ) -> None:
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
-        exit: how many layers give every log-probability and every token; None: all.
-        spec: generate at full depth, by drafts of this many tokens through `exit`, or the exit that the checkpoint recommends.
-            The output is that of full depth.
-        dtype: auto, fp32 or bf16. quantize: int8 or int4 weights.
-        batch_size: requests that are computed together; auto: 16.
-        threads: of the CPU; 0: torch's choice.
-        max_gen_toks: the limit of answers whose task has none.
-
-        Raises ConfigError and CheckpointError for settings and models that do not go together.
+        exit: layers that give every log-probability and token (None: all). spec: generate at full depth by drafts of so
+        many tokens through `exit`, else the recommended exit. dtype: auto, fp32 or bf16. quantize: int8 or int4
+        weights. batch_size: requests that are computed together (auto: 16). threads: of the CPU (0: torch's choice).
+        max_gen_toks: the limit of answers whose task has none. Raises ConfigError and CheckpointError.
         """
         super().__init__()
         dtype = _DTYPES.get(str(dtype).removeprefix("torch."), str(dtype))
@@ -80,10 +75,10 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         self._device = self.decoder.backend.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of a text; that of special tokens becomes tokens.
+        """Token ids of a text; text of special tokens becomes tokens.
 
-        `add_special_tokens`: whether the tokenizer adds those that begin a text; None: as it does, unless the text has the
-        first. Raises ConfigError for a token that the model has no embedding for.
+        `add_special_tokens`: add those that begin a text; None: unless the text has the first. Raises ConfigError for
+        unknown tokens.
         """
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
@@ -92,14 +87,14 @@ class LayerSkipLM(LM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that begins a text, or ends it where there is no other. Raises CheckpointError for a model without both."""
+        """The BOS token, else the EOS token. Raises CheckpointError for a model without both."""
         prefix = self.tokenizer.get_vocab().get(self._bos_token or "", self.eot_token_id)
         if prefix is None:
             raise CheckpointError("the model's tokenizer must have a token that begins or ends a text, to score a whole text")
         return prefix
 
     def _pairs(self, request: Any) -> list[Pair]:
-        """What a request scores: a continuation of a context, or a whole text in windows of the model's context."""
+        """The pairs of a request: a continuation of a context, or a whole text in windows of the model's context."""
         if len(request.args) == 1:
             ids, prefix = self.tok_encode(*request.args), self.prefix_token_id
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
@@ -114,9 +109,9 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return [(before, ids[1:] if ids[:1] == before else ids)]
 
     def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yields (place of a request, lm-eval's response to it by the number of layers), as one pass for all depths gives them.
+        """Yields (place of a request, lm-eval's response by the number of layers); one pass serves all depths.
 
-        The response is (log-probability in nats, whether it is the greedy continuation), and the former alone for a whole text.
+        A response is (log-probability in nats, is greedy), or the former alone for a whole text.
         """
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
@@ -160,9 +155,8 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return found
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
-        """A way of decoding with the limits and the sampling of a request's `generation_kwargs`; `limit`: instead of its own.
-
-        Raises ConfigError for a setting that this decoder does not have.
+        """A decoding setting with limits and sampling of a request's `generation_kwargs`; `limit` replaces its own. Raises
+        ConfigError.
         """
         given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
@@ -178,7 +172,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return replace(config, **changes)
 
     def prompt(self, context: str, max_new_tokens: int) -> list[int]:
-        """The token ids of a context, or as many of the last ones as leave room for the answer."""
+        """The token ids of a context, cut at the start to leave room for the answer."""
         room = self.max_length - max_new_tokens
         require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", max_new_tokens)
         ids = self.tok_encode(context)[-room:]
@@ -191,7 +185,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return before_stop(self.decoder.detokenize([token for token in ids if token not in ends]), stop)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the tokenizer's chat template; without a generation prompt, up to the end of the last message's text.
+        """Messages in the tokenizer's chat template; without a generation prompt, up to the end of the last message.
 
         A template that refuses system messages gets none. Raises ConfigError and CheckpointError as `render_chat` does.
         """

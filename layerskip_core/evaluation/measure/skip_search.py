@@ -1,7 +1,7 @@
-"""Finds the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
+"""Searches the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
 
-The paper searches by Bayesian optimisation. Here layers are left out one by one: always the one whose loss costs the least
-agreement with the model's own greedy outputs. The size of the set and the draft length are those of the best predicted speed.
+The paper uses Bayesian optimisation. Here layers are left out one by one, each time the one that costs the least agreement with
+the model's own greedy outputs. The predicted speedup decides how many, and the draft length.
 """
 
 from collections.abc import Generator, Sequence
@@ -35,7 +35,7 @@ _VISITS = 3  # to each of them
 
 
 class Probe:
-    """A prompt with the model's own greedy output, along which drafts without some layers are predicted."""
+    """A prompt with the model's own greedy output, for which drafts without some layers are computed."""
 
     def __init__(self, loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], weights: Quantization | None):
         self.prompt_ids, self.output_ids = list(prompt_ids), list(output_ids)
@@ -70,7 +70,7 @@ class Probe:
 
 
 class SkipSet(NamedTuple):
-    """Layers that are skipped, the draft at each position of each probe's output, and how many are the output's tokens."""
+    """Skipped layers, the draft at each position of each probe's output, and how many of these agree with the output."""
 
     skip: tuple[int, ...]
     choices: list[list[int]]
@@ -80,11 +80,10 @@ class SkipSet(NamedTuple):
 def search_skips(
     loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
 ) -> Generator[Progress, None, tuple[DecodingOptions, float, Prediction]]:
-    """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement and the prediction, on the search's rows.
+    """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement, and the prediction.
 
-    Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
-    drafts. Raises ConfigError for a model with a single layer, LayerSkipError if no prompt could be answered by two tokens or
-    leaves room for drafts.
+    `weights`: the low-bit copy that drafts. Raises ConfigError for a model with a single layer, LayerSkipError if no answer
+    has two tokens or leaves room for drafts.
     """
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
@@ -133,7 +132,7 @@ def search_skips(
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:
     """Sets of 1, 2, ... L-1 skipped layers, each with one layer more than the last.
 
-    Of layers that cost the same the last one is taken, because the target goes on from the layers before the first.
+    Of layers with equal cost the last is taken: the target continues from the states before the first skipped layer.
     """
     skip: tuple[int, ...] = ()
     agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
@@ -155,7 +154,7 @@ def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, N
 def _timed(
     loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None, asked: Sequence[tuple[tuple[int, ...], int]]
 ) -> list[PassTimes]:
-    """Times rounds of each set and draft length, visited in turn, after a prompt of median length or its end."""
+    """Pass times of each set and draft length, visited in turn, after a prompt of median length or its end."""
     by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
     context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
     settings = [DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights) for skip, drafts in asked]

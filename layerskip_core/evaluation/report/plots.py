@@ -1,4 +1,4 @@
-"""The figures of a record, their common style, and their export as PNG files and as SVG for the report page."""
+"""The figures of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
 import math
@@ -94,7 +94,7 @@ def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, An
 
 
 def name_ends(axes: Any) -> None:
-    """The name of each labelled line at the right, as near to its end as the others leave room."""
+    """Writes the name of each labelled line at the right, near its end and clear of the others."""
     room, names, last = 0.055, [], -math.inf
     lines = [
         line for line in axes.lines if not line.get_label().startswith(("_child", "_nolegend_")) and len(line.get_xydata())
@@ -113,7 +113,7 @@ def name_ends(axes: Any) -> None:
 
 
 def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
-    """At most so many lines of results: those on the Pareto frontier, then the fastest; and a note on how they were chosen."""
+    """At most so many lines: those on the Pareto frontier, then the fastest; and a note on the choice."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
     told = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
@@ -148,9 +148,7 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False) -> Figure | None:
-    """A line with markers for each of at most eight `curves`, and grey `dashed` ones to compare with; `shares`: in percent, not
-    on a logarithmic scale.
-    """
+    """A line per curve (at most eight), and grey `dashed` ones for comparison; `shares`: in percent, with a linear axis."""
     if not curves:
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
@@ -168,7 +166,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
 
 
 def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None:
-    """Of lm-eval: a line per task, of its first metric, with the standard errors, and a dashed line at full depth."""
+    """Of lm-eval: a line per task, of its first metric, with standard errors, and a dashed line at full depth."""
     exits = [result for result in record.results if result.strategy == "early-exit" and result.exit_layer is not None]
     names: dict[str, str] = {}  # by task
     for name in record.results[0].metrics:
@@ -237,7 +235,7 @@ def _time_split(record: RunRecord) -> Figure | None:
 
 
 def _speed_within_an_answer(record: RunRecord) -> Figure | None:
-    """Tokens per second along the longest answer of adaptive decoding, and what drafted at each step."""
+    """Tokens per second along the longest answer of adaptive decoding, and the drafter of each step."""
     answers = (result.longest_answer[1:] for result in record.results if len(result.longest_answer) > 1)  # after the prefill
     steps = next(answers, ())
     if not steps:
@@ -289,7 +287,7 @@ def _prediction(record: RunRecord) -> Figure | None:
 
 
 def _pareto(record: RunRecord) -> Figure | None:
-    """A point per setting, the Pareto frontier, and labels at the points that matter. None without quality or speed."""
+    """A point per setting, the Pareto frontier, and labels. None without quality or speed."""
     found = points_of(record)
     if found is None:
         return None
@@ -318,7 +316,7 @@ def _pareto(record: RunRecord) -> Figure | None:
 
 
 def _label_points(figure: Figure, axes: Any, found: Points) -> None:
-    """Labels the frontier, the exits alone and each other strategy's fastest setting, where a label has room."""
+    """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
     figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
     places = axes.transData.transform(list(zip(found.speeds, found.values, strict=True)))
     taken = [Bbox([place - 4, place + 4]) for place in places]

@@ -1,4 +1,4 @@
-"""Records of sweeps and benchmarks as text tables, as the flat rows of CSV files and pages, and as points of figures."""
+"""Records as text tables, as flat rows of CSV files and pages, and as points of figures."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class TextTable:
         return "\n".join(filter(None, (self.note, *self.findings)))
 
     def column_blocks(self, width: int) -> list[list[int]]:
-        """The columns as one table, or several of at most `width` characters. Every block repeats the label columns."""
+        """The columns as tables of at most `width` characters. Every block repeats the label columns."""
         sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]  # with a space
         columns = list(range(len(sizes)))
         for header in self.spare:
@@ -70,9 +70,9 @@ def strategy_name(result: Result) -> str:
 
 
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category of the data, with notes and findings; of lm-eval `score_table`.
+    """A row per setting, and below it one per category, with notes and findings; for lm-eval `score_table`.
 
-    Fits 80 columns with one metric, without the `spare` ones. A dash marks what was not measured.
+    Without the `spare` columns it fits 80 characters with one metric.
     """
     if has_scores(record):
         return score_table(record)
@@ -92,7 +92,7 @@ def results_table(record: RunRecord) -> TextTable:
 
 
 def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
-    """Those that any row has a figure for, and those that name a row."""
+    """The columns that name a row, and those with a figure in any row."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
     percent = f"±.{1 if len(metrics) == 1 else 0}%"  # with two metrics there is no room for decimals
@@ -117,7 +117,7 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
 
 
 def findings(record: RunRecord) -> Iterator[str]:
-    """What was found, the recommendation or the verdict last."""
+    """The findings, the recommendation or the verdict last."""
     for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
         yield f"Layers that drafts skip: --skip {skip}."
     if "repeats" in record.config:
@@ -138,7 +138,7 @@ def findings(record: RunRecord) -> Iterator[str]:
 
 
 def _verdict(record: RunRecord) -> Iterator[str]:
-    """Which result of a benchmark is fastest with the outputs of autoregressive decoding, up to near-ties, and by how much."""
+    """The fastest strategy of a benchmark with the outputs of autoregressive decoding, up to near-ties."""
     plain, *others = record.results
     sampled = record.config.get("generation", {}).get("temperature")
     tie = math.inf if sampled else NEAR_TIE[getattr(torch, record.environment["dtype"])]
@@ -161,7 +161,7 @@ def _verdict(record: RunRecord) -> Iterator[str]:
 
 
 def has_scores(record: RunRecord) -> bool:
-    """Whether the record's metrics are scores of lm-evaluation-harness, named `TASK METRIC`."""
+    """Whether the metrics are scores of lm-evaluation-harness, named `TASK METRIC`."""
     return str(record.config["task"].get("task")).startswith(HARNESS)
 
 
@@ -205,7 +205,7 @@ def _score(result: Result, name: str) -> str:
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
     """A row per result, and below it one per category, with a plain value for each figure, and NAMES.
 
-    Metrics, times and the ends of intervals have a column each; differences and failures are counted.
+    Metrics, times and interval ends have a column each; differences and failures are counted.
     """
     rows, full = [], record.results[0].metrics if record.results else {}
     for result, figures in zip(record.results, record.document()["results"], strict=True):
@@ -244,9 +244,9 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format, after `±` with half of its interval: `2.31±.12`, `81±2%`. A dash for what was not measured.
+    """A figure in this format; after `±` with the half-width of its interval: `2.31±.12`, `81±2%`. `-`: not measured.
 
-    `ppl`: three significant digits, with short exponents: 12.3, 1.2e4. `*`: a mark, or nothing.
+    `ppl`: three significant digits with short exponents: 12.3, 1.2e4. `*`: a mark, or nothing.
     """
     spread, form = form.startswith("±"), form.removeprefix("±")
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
@@ -262,7 +262,7 @@ def cell(row: Row, name: str, form: str) -> str:
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
-    """How figures, prompts and answers were made, as far as it is not the default, and which exits have a block."""
+    """Notes on measurement, prompts and decoding that differ from the defaults, and on exits with a block."""
     config, machine = record.config, record.environment
     generation = config.get("generation", {})
     if "repeats" in config:
@@ -301,7 +301,7 @@ def _short(metric: str) -> str:
 
 @dataclass(frozen=True)
 class Points:
-    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better."""
+    """Tokens per second and the quality metric, in percent unless a lower value is better."""
 
     results: list[Result]
     speeds: list[float]
@@ -327,5 +327,5 @@ def points_of(record: RunRecord) -> Points | None:
 
 
 def is_wide(values: list[float]) -> bool:
-    """Whether an axis is better logarithmic: one very fast exit would squeeze all other points together."""
+    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points together."""
     return max(values) > _WIDE * min(values) > 0
