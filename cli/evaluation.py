@@ -28,7 +28,7 @@ LogSamples = Annotated[bool, Flag("Also write lm-eval's records of rows, samples
 
 
 def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
-    """The model, packed for what is measured, and the Task or HarnessTasks; prints their notes."""
+    """The model, packed for the measurement, and the Task or HarnessTasks; prints their notes."""
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
@@ -63,9 +63,9 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
 def deliver_report(
     record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
 ) -> None:
-    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike.
+    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once for settings with the same failures.
 
-    `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
+    `saved`: the file of an earlier record; its outputs stay beside it.
     """
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
@@ -95,7 +95,7 @@ def deliver(
 ) -> None:
     """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
 
-    With a `name`, these three are files too. A file without content is removed: an earlier result left it.
+    With a `name`, these three are files too. A file without content, left by an earlier result, is removed.
     """
     from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
@@ -117,7 +117,7 @@ def deliver(
 
 
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
-    """At most as wide as the terminal: columns that do not fit follow in another table."""
+    """At most as wide as the terminal: other columns follow in another table."""
     console = ResultsConsole()
     blocks = table.column_blocks(console.width)
     for places in blocks:

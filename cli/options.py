@@ -1,4 +1,4 @@
-"""Commands made of settings: Typer sees a flag for each field that has one, the function gets its settings checked."""
+"""Commands built from settings: Typer gets a flag for each field that has one, the function its validated settings."""
 
 import inspect
 import re
@@ -51,7 +51,7 @@ Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standa
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A function whose parameters with a Flag, and the fields of its groups of settings, became flags.
 
-    Groups that share a field's name share its flag, and every one of them gets its value; the help is that of the first.
+    Groups that share a field's name share its flag and value; the help is the first one's.
     """
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
@@ -81,12 +81,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_flags(message: str) -> str:
-    """A message of the core, with flags in place of the settings that it names in backquotes."""
+    """A message of the core, with flags in place of settings in backquotes."""
     return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)
 
 
 class Command(TyperCommand):
-    """A command whose --help lists the options under the headings of their panels, and whose flags can have optional values."""
+    """A command whose --help has options under headings, and whose flags can have optional values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         followers = [*args[1:], "-"][: len(args)]
@@ -114,7 +114,7 @@ class Command(TyperCommand):
 
 
 def _group(hint: Any) -> Any:
-    """The dataclass or TypedDict of an annotation, without its metadata; None for any other type."""
+    """The dataclass or TypedDict of an annotation; None for any other type."""
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return kind if is_dataclass(kind) or is_typeddict(kind) else None
 
@@ -146,7 +146,7 @@ def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any,
 
 
 def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
-    """The value of a parameter, or the group, from what Typer read."""
+    """The value of a parameter, or the group, from Typer's values."""
     kind = _group(hint)
     if kind is not None:
         group, inner = kind() if default is None else default, hints_of(kind)

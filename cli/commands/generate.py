@@ -142,8 +142,8 @@ Answers = Iterator[tuple[Request, "Answer | None"]]
 def print_answers(
     loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order, decoding those that are not there yet; returns whether one failed, and the counts of all.
-    Raises the error of one `alone`.
+    """Prints every answer in order, decoding the missing ones; returns whether one failed, and the counts of all. Raises the
+    error of a single prompt (`alone`).
     """
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
@@ -186,10 +186,9 @@ def print_answers(
 def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
 ) -> Answers:
-    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
+    """Decodes up to `batch_size` requests at once; a finished one makes room for the next. Equal settings share passes.
 
-    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
-    end if whoever writes requests waits for answers.
+    `is_ready`: whether the next request can be read without waiting: who writes requests may wait for answers.
     """
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
@@ -246,7 +245,7 @@ def _write(text: str) -> None:
 
 
 def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
-    """Counts and speed of one answer or of many, and how they were decoded."""
+    """Counts and speed of answers, and how they were decoded."""
     backend, graphs = loaded.backend, ", CUDA graphs" if stats.replayed else ""
     steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
     exits = ""

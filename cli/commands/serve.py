@@ -82,7 +82,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
 @contextmanager
 def _until_a_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end the server without an error. uvicorn finishes its work and raises them again."""
+    """SIGINT and SIGTERM end the server without an error; uvicorn finishes its work and raises them again."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -93,7 +93,7 @@ def _until_a_signal() -> Iterator[None]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with this address, so that a port in use is an error before the model is loaded."""
+    """A bound socket: a port in use is an error before the model is loaded."""
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

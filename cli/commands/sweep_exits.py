@@ -74,7 +74,7 @@ def sweep_exits(
 
 @contextmanager
 def _model_folder(model: str) -> Iterator[None]:
-    """Holds the lock of the folder that --save writes to. Raises ConfigError if the model is not a folder."""
+    """Holds the lock of the folder that --save writes to. Raises ConfigError if the model is no folder."""
     from layerskip_core.checkpoint.info import INFO_FILE, holds_model, read_info
     from layerskip_core.checkpoint.save import settle
     from layerskip_core.files import hold, require_writable
@@ -90,7 +90,7 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores in layerskip.json, in one step, what the sweep found, and says what that is; of Draft & Verify the fastest row."""
+    """Stores the findings in layerskip.json, in one step, and reports them; of Draft & Verify the fastest row."""
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
@@ -117,9 +117,8 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def front(points: "Points", width: int) -> Text:
-    """A marker per setting, better quality higher and faster further right. Numbers stand for the settings on the frontier.
-
-    `width`: characters of a line.
+    """A marker per setting, better quality higher, faster further right; numbers on the frontier. `width`: characters of a
+    line.
     """
     from layerskip_core.evaluation.report.tables import is_wide, strategy_name
     from layerskip_core.evaluation.results import result_name
@@ -158,7 +157,7 @@ def front(points: "Points", width: int) -> Text:
 
 
 def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:
-    """Places 0..size-1 for the values, the lowest at 0."""
+    """Places 0..size-1 of the values, the lowest at 0."""
     scaled = [math.log(value) for value in values] if logarithmic else list(values)
     lowest, extent = min(scaled), max(scaled) - min(scaled)
     return [round((value - lowest) / extent * (size - 1)) if extent else 0 for value in scaled]

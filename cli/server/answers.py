@@ -1,4 +1,4 @@
-"""What answers look like: completions, conversations and responses, whole and in pieces, and embeddings."""
+"""Documents of answers: completions, conversations and responses, whole and streamed, and embeddings."""
 
 import json
 import secrets
@@ -20,7 +20,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Document:
-    """Makes the document or the chunks of one response."""
+    """Builds the document or the chunks of one response."""
 
     def __init__(
         self,
@@ -31,8 +31,7 @@ class Document:
         calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
-        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one.
-
+        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer.
         `include_usage`: at the end of a stream.
         """
         self._calls = [calls() for _ in jobs]
@@ -43,7 +42,7 @@ class Document:
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
-        """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
+        """`answers`: by number, with all of their text. `texts`: of tokens with log probabilities."""
         choices = []
         for number, answer in sorted(answers.items()):
             said, calls = self._calls[number].add(answer.text, True)
@@ -55,7 +54,7 @@ class Document:
         return {**self._common, "object": self._object, "choices": choices, "usage": usage}
 
     def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
-        """Server-sent events with the next piece of the answer with this number."""
+        """Server-sent events with the next piece of an answer."""
         if not self._is_chat:
             contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
         else:
@@ -95,7 +94,7 @@ class Document:
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
-        """Log probabilities as completions have them; nothing is known of a prompt's first token."""
+        """Log probabilities in the form of completions; a prompt's first token has none."""
         told: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
         tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
         job = self._jobs[number]
@@ -119,7 +118,7 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
-    """The tokens of `n` answers to each prompt. Drafts are what OpenAI calls predictions."""
+    """The tokens of `n` answers to each prompt. OpenAI calls drafts predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
     details = {
         "accepted_prediction_tokens": stats.accepted,
@@ -137,7 +136,7 @@ def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
 
 
 def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
-    """Log probabilities as conversations have them."""
+    """Log probabilities in the form of conversations."""
 
     def told(token: int, logprob: float) -> dict[str, Any]:
         text = texts[token]
@@ -148,7 +147,7 @@ def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
 
 
 class Vectors:
-    """Makes OpenAI's document of embeddings."""
+    """Builds OpenAI's document of embeddings."""
 
     def __init__(self, model: str, as_base64: bool) -> None:
         self._model, self._as_base64 = model, as_base64
@@ -166,10 +165,10 @@ class Vectors:
 
 
 class ResponseDocument:
-    """Makes the document or the events of one response."""
+    """Builds the document or the events of one response."""
 
     def __init__(self, model: str, job: Request, calls: Callable[[], Calls], body: Mapping[str, Any]) -> None:
-        """`calls`: finds calls of tools. `body`: the request's, of which a response says again what was asked for."""
+        """`calls`: finds calls of tools. `body`: of the request, parts of which a response repeats."""
         self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
         self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
@@ -222,11 +221,11 @@ class ResponseDocument:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Of what is said of the last item."""
+        """The place of the last item."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
     def _say(self, said: str) -> None:
-        """Adds to the message that is open; opens one if there is none."""
+        """Adds to the open message, or opens one."""
         if not self._output or self._output[-1]["status"] != "in_progress":
             self._add({"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []})
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -249,7 +248,7 @@ class ResponseDocument:
         self._end("completed")
 
     def _end_message(self, status: str) -> None:
-        """If there is one."""
+        """Ends the open message, if there is one."""
         if self._output and self._output[-1]["status"] == "in_progress":
             [part] = self._output[-1]["content"]
             part["logprobs"] += self._logprobs
@@ -275,7 +274,7 @@ class ResponseDocument:
         return b"".join(events)
 
     def _document(self, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The response so far, and whole with the usage of its conversation."""
+        """The response so far; complete with the usage of its conversation."""
         made = {**self._common, "status": "in_progress", "error": None, "incomplete_details": None, "output": self._output}
         if usage is None:
             return {**made, "usage": None}

@@ -1,6 +1,6 @@
 """Tools of a conversation: how a model's chat template has them called, and the calls in its answers.
 
-The formats are those of Hermes (also Qwen), of Llama 3 and of Mistral. Where the template knows no tools, Hermes's are texts.
+Formats: Hermes (also Qwen), Llama 3 and Mistral. Where the template knows no tools, Hermes's as plain texts.
 """
 
 import json
@@ -42,9 +42,9 @@ class Tool(Struct):
 
 
 class Tools(NamedTuple):
-    """The tools of a request, also as the client describes them.
+    """The tools of a request, also in the client's form.
 
-    `needed`: those of which the answer must call one; none if it may say something else.
+    `needed`: the answer must call one of these; none if it may say something else.
     """
 
     known: tuple[Tool, ...]
@@ -54,16 +54,16 @@ class Tools(NamedTuple):
 
 
 def format_of(template: str) -> Format | None:
-    """The format in which a chat template has calls written; None if it knows no tools."""
+    """The format of calls in a chat template; None if it knows no tools."""
     if not re.search(r"\btools\b", template):
         return None
     return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
 
 
 def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str) -> list[dict[str, Any]]:
-    """A conversation without tools that says the same: calls, their results and, in the role `teller`, the tools.
+    """An equivalent conversation without tools: calls, results and, in the role `teller`, the tools as texts.
 
-    Messages of one role that follow each other are one: many templates want roles in turn.
+    Consecutive messages of one role are joined: many templates want roles in turn.
     """
     said = list[tuple[str, str]]()
     if tools is not None:
@@ -80,7 +80,7 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
 
 
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar, as llguidance reads it, for calls of the tools that are needed. If none is: for a text, calls or both.
+    """A Lark grammar (llguidance) for calls of the needed tools; without any needed: a text, calls or both.
 
     `special`: the ids of the model's special tokens.
     """
@@ -112,17 +112,17 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
 
 
 class Calls:
-    """Parts the text of one answer, as it comes, into what is said and the tools that are called."""
+    """Splits the text of one answer, as it comes, into text and calls of tools."""
 
     def __init__(self, form: Format | None, tools: Tools | None) -> None:
-        """Without `tools` all of the text is said."""
+        """Without `tools` all is text."""
         self._form, self._names = form, set() if tools is None else {tool.function.name for tool in tools.known}
         self._held = ""  # text that may be of a call
         self._is_text = False  # so that no call can come any more, where calls are not marked
         self.count = 0  # of calls so far
 
     def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
-        """Takes more text; returns what can be told now."""
+        """Takes more text; returns the text and calls that are certain."""
         if not self._names:
             return text, []
         self._held += text
@@ -161,7 +161,7 @@ class Calls:
         return said, []
 
     def _read(self, text: str) -> Iterator[Call]:
-        """Calls that stand one after another or in a list; none if anything else is there."""
+        """Calls one after another or in a list; none if anything else is there."""
         found, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
         while place < len(text):
             if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
@@ -182,7 +182,7 @@ class Calls:
 
 
 def deltas(calls: Sequence[Call], first: int) -> Iterator[dict[str, Any]]:
-    """Calls as parts of a stream: a name, then its arguments. `first`: the number of the first call in the answer."""
+    """Calls as parts of a stream: name, then arguments. `first`: the number of the first call in the answer."""
     for number, call in enumerate(calls, start=first):
         arguments = call["function"]["arguments"]
         yield {"index": number, **call, "function": {**call["function"], "arguments": ""}}

@@ -51,7 +51,7 @@ Remember = Annotated[
 
 
 class DecodingOptions(TypedDict, total=False):
-    """How to decode, as asked for: by flags, by options in Python, by a row of JSON. The checkpoint decides what is left out.
+    """Requested decoding options: flags, options in Python, a row of JSON. The checkpoint decides the missing ones.
 
     Exits and layers are counts, 1..L: layer E is the last that runs before exit E.
     """
@@ -118,9 +118,9 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of answers that are not measured: what is done to logits before a token is chosen, and what is told of tokens.
+    """Options of answers that are not measured: changes of logits before a token is chosen, and log probabilities.
 
-    With drafts as without: the logits of each position are changed by what the tokens before it say, drafts included.
+    They apply to drafted positions too, given the tokens before each.
     """
 
     min_p: Annotated[
@@ -171,11 +171,11 @@ _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "se
 
 @dataclass(frozen=True)
 class DraftProfile:
-    """What was measured of drafting with a model, where adaptive drafting starts. Drafters by name: `exit 8`, `int8`.
+    """Measurements that adaptive drafting starts from. Drafters by name: `exit 8`, `int8`.
 
-    `acceptance`: the probability that a draft is accepted given that those before it in the round were. `passes`: milliseconds
-    of a pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head` and `draft_vocab`: how
-    drafts were stored, as in PackingConfig.
+    `acceptance`: the probability that a draft is accepted if those before it in the round were. `passes`: milliseconds of a
+    pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head`, `draft_vocab`: as in
+    PackingConfig.
     """
 
     acceptance: dict[str, Ratio] = field(default_factory=dict)
@@ -190,11 +190,11 @@ _UNKNOWN = DraftProfile()
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """A strategy with all that it needs: DecodingOptions, completed for a checkpoint.
+    """A strategy with all its options: DecodingOptions, completed for a checkpoint.
 
-    `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `exits`: those that adaptive drafting and
-    `exit_confidence` choose among. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`:
-    one of GUIDES and its text, JSON but for a `regex` and a `grammar`; `guide`: this compiled for the checkpoint's tokenizer.
+    `draft_weights`: the low-bit copy that drafts (None: the model's own weights). `exits`: for adaptive drafting and
+    `exit_confidence`. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`: one of
+    GUIDES and its text (JSON except for `regex` and `grammar`); `guide`: compiled for the checkpoint's tokenizer.
     """
 
     strategy: str = "self-speculative"
@@ -233,12 +233,12 @@ class DecodingConfig:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a row's own options change its logits before a token is chosen."""
+        """Whether a row's own options change its logits."""
         return self.penalises or bool(self.logit_bias or self.min_tokens or self.guided)
 
     @property
     def shared(self) -> "DecodingConfig":
-        """What the rows of one loop have in common: their limits, stops, seeds and changes of logits are each row's own."""
+        """The part that rows of one loop share: limits, stops, seeds and changes of logits are each row's own."""
         return replace(self, **{name: getattr(_ROWS_OWN, name) for name in _OF_A_ROW})
 
 
@@ -250,7 +250,7 @@ _OF_A_ROW = (
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
-    """A strategy with the options that it uses and other fields of DecodingConfig; the rest are defaults."""
+    """A strategy with the options that it uses and further fields of DecodingConfig."""
     used = {name: value for name, value in said(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
@@ -261,7 +261,7 @@ def choices(options: DecodingOptions) -> dict[str, Any]:
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
-    """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
+    """Options with `changes`. A policy replaces all that it sets, and is dropped for any of these."""
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
         replaced |= options.keys() - _OF_A_REQUEST

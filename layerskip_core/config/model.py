@@ -1,4 +1,4 @@
-"""The machine, the weights, prompting, data, calibration and export of a model."""
+"""Settings of the machine, the weights, prompting, data, calibration and export."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -39,12 +39,12 @@ DraftModel = Annotated[
 class PackingConfig:
     """How the weights of a model that only decodes are stored, and what drafts for it; the embedding keeps its precision.
 
-    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
-    drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
-    agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
-    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `quantize` and `draft_vocab`
-    hold for the `draft_model` too. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and
-    a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
+    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all) for
+    drafts, with a head in `draft_head` (default int8: an int4 head costs most of the agreement). `draft_vocab`: the most
+    frequent tokens, by token_order.json if there is one, else the tokenizer's first (0: all, but at exits as
+    `RepackedBackend` says). `quantize` and `draft_vocab` apply to the `draft_model` too. `adaptive`: adds a low-bit copy of
+    all layers if nothing else drafts and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout gets low bits
+    by default.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
@@ -68,26 +68,26 @@ class PackingConfig:
 
     @property
     def drafts_apart(self) -> bool:
-        """Whether drafts have a head of their own, and possibly layers or a whole model."""
+        """Whether drafts have a head, layers or a model of their own."""
         return bool(self.draft_weights or self.draft_vocab or self.draft_model)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
+        """Whether weights stay unchanged, which is all that a model supports that is not repacked."""
         return not (self.quantize or self.draft_weights or self.draft_vocab or self.exact)
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of the layer and of the head of a drafter in the EAGLE-3 layout, on the compiled kernels.
+        """The precision of layer and head of a drafter in the EAGLE-3 layout, on the compiled kernels.
 
-        That of what else drafts in low bits, else the model's, else int8: its drafts are accepted as often as unrounded ones.
+        That of other low-bit drafts, else the model's, else int8, whose drafts are accepted as often as unrounded ones.
         """
         usual: Quantization | None = "int8" if self.rounds_drafter else None
         return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
 
     @property
     def drafting(self) -> str:
-        """The low-bit copies, as reports name them: `, int8 drafts`."""
+        """The low-bit copies in reports: `, int8 drafts`."""
         return f", {' and '.join(self.draft_weights)} drafts" if self.draft_weights else ""
 
 
@@ -96,10 +96,10 @@ PLAIN = PackingConfig()
 
 @dataclass(frozen=True)
 class PromptingConfig:
-    """What was asked; None: the checkpoint's own template, else the tokenizer's chat template if it has one.
+    """The requested template; None: the checkpoint's own, else the tokenizer's chat template, if any.
 
-    `template` is `chat`, `raw` or a text with {prompt} in it. `system` is a system message, for chat templates only. `raw` is
-    short for `template` raw: nothing is added, and special tokens in the prompt count.
+    `template`: `chat`, `raw` or a text with {prompt} in it. `system`: for chat templates. `raw`: short for `template` raw:
+    nothing is added, and text of special tokens becomes tokens.
     """
 
     template: Annotated[
@@ -123,15 +123,15 @@ class PromptingConfig:
 
     @property
     def asked(self) -> str | None:
-        """The template: `chat`, `raw`, a text with {prompt} in it, or None where nothing was said."""
+        """`chat`, `raw`, a text with {prompt} in it, or None."""
         return "raw" if self.raw else self.template
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; its columns; the number of rows (0: all).
+    """A data set (`commands`, `topv2`, a file, folder or hub id), its columns, and the number of rows (0: all).
 
-    `setting` is the one that named the data, for errors.
+    `setting`: the one that named the data, for errors.
     """
 
     name: Annotated[
@@ -156,7 +156,7 @@ class DataConfig:
 
     @property
     def is_endless(self) -> bool:
-        """Whether the rows are drawn by a generator: a run draws as many as it will see, so that none repeats."""
+        """Whether a generator draws the rows, as many as a run will see, so that none repeats."""
         return self.name == "commands" and not self.limit
 
 
@@ -181,9 +181,9 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The first `exit_layer` layers of a model, with its exit block if there is one; None: the recommended exit.
+    """The first `exit_layer` layers of a model with their exit block, if any; None: the recommended exit.
 
-    The format `packed` has the whole model, as `generate` packs it, with low bits if `quantize` says so.
+    The format `packed` has the whole model, as `generate` packs it.
     """
 
     model: Text = "embedded"
@@ -222,10 +222,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Whether to compare a drafter here and in vLLM instead of an export, and on which prompts.
-
-    `python` runs in the environment that has vLLM.
-    """
+    """Whether to compare a drafter here and in vLLM (of the environment of `python`) instead of an export, on which prompts."""
 
     check: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""What a checkpoint says of decoding, and options completed by it: recommendations, saved policies, and exits."""
+"""Recommendations, saved policies and exits of a checkpoint, and options completed by these."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _IMPLIED = {
 
 
 class Measured(TypedDict):
-    """What a sweep measured of a policy: the task's metric, its value at full depth, and the speed over plain decoding."""
+    """A policy's measurement by a sweep: the task's metric, also at full depth, and the speedup over plain decoding."""
 
     task: str
     metric: str
@@ -31,10 +31,10 @@ class Measured(TypedDict):
 
 
 class Policy(DecodingOptions, total=False):
-    """Options that a sweep saved with a model, with what it measured. Limit, stop strings and sampling are the request's.
+    """Options that a sweep saved with a model, and their measurement. Limit, stop strings and sampling are the request's.
 
-    `draft_weights` is the copy that drafts. `draft_copies`, `draft_head` and `draft_vocab` say how drafts were stored, as in
-    PackingConfig; the copies are those of adaptive drafting, none: the one that it gets without being asked.
+    `draft_weights`: the copy that drafts. `draft_copies`, `draft_head`, `draft_vocab`: how drafts were stored, as in
+    PackingConfig; no `draft_copies`: the default copy of adaptive drafting.
     """
 
     draft_weights: Quantization
@@ -46,9 +46,9 @@ class Policy(DecodingOptions, total=False):
 
 @dataclass(frozen=True)
 class Recommended:
-    """What a checkpoint recommends. No `strategy`: its exits were not trained or measured.
+    """A checkpoint's recommendation. No `strategy`: its exits were not trained or measured.
 
-    `exits`: those that were trained. `skip`: the layers that a search found, with its draft length.
+    `exits`: the trained ones. `skip`: the layers that a search found, with a draft length.
     """
 
     exit_layer: int
@@ -60,15 +60,15 @@ class Recommended:
 
 
 def implied_strategy(options: DecodingOptions) -> str | None:
-    """The strategy that was named, or that another option implies; None if it is left open."""
+    """The named strategy, or the one that another option implies; None if open."""
     return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
-    """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
+    """The requested options, completed by the checkpoint's recommendation.
 
-    A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
-    options that contradict each other.
+    An open strategy is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and contradictory
+    options.
     """
     strategy, given, asked = implied_strategy(options), choices(options), said(options)
     if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
@@ -96,7 +96,7 @@ def resolve_as(
 ) -> DecodingConfig:
     """The same for one strategy; options that it does not use have no effect.
 
-    The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
+    The first low-bit copy drafts: with all its layers, unless an exit was given or trained.
     """
     asked = said(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
@@ -130,7 +130,7 @@ def resolve_as(
 
 
 def _guided(asked: dict[str, Any]) -> tuple[str, str] | None:
-    """Takes from the options what the answer must match. Raises ConfigError for two such options, and others that forbid it."""
+    """Takes the option that constrains the answer. Raises ConfigError for two of these, and for options that exclude it."""
     given = {name: asked.pop(name) for name in GUIDES if name in asked}
     if not given:
         return None
@@ -149,7 +149,7 @@ def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
 
 
 def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
-    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError if it says more."""
+    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError for other options."""
     for name, value in choices(request).items():
         if name != "policy":
             text = counts_text(value) if isinstance(value, tuple) else value
@@ -183,7 +183,7 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
 
 
 def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """At most six of the exits, the nearest to `default_exits`: each one that is tested costs a pass of the head."""
+    """At most six exits, the nearest to `default_exits`: each tested exit costs a pass of the head."""
     if len(exits) <= 6:
         return exits
     return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))
