@@ -71,10 +71,10 @@ def deliver_report(
     from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
 
-    table, told = results_table(record), []
+    table, reported = results_table(record), []
     for result in record.results:
-        if result.failures and result.failures not in told:
-            told.append(result.failures)
+        if result.failures and result.failures not in reported:
+            reported.append(result.failures)
             count, first = plural(len(result.failures), "prompt"), result.failures[0]
             narrate(f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, table)

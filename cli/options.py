@@ -33,7 +33,7 @@ _FIRST = {  # of commands with many flags: those that people use first
     "finetune": ("model", "name", "output", "preset", "p_max", "exits", "steps", "batch_size", "lr", "lora_rank", "dry_run"),
     "train-drafter": ("model", "name", "output", "layout", "exits", "steps", "batch_size", "start_from", "dry_run"),
 }
-_WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help
+_WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 Format = Annotated[Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")]
@@ -56,7 +56,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    read = dict[str, str]()  # by field, what it names: its absence is told before torch is imported
+    read = dict[str, str]()  # by field: what it names; a missing one is reported before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
@@ -195,11 +195,11 @@ def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> insp
         names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
     shown = f" [default: {flag.default}]" if flag.default and default is None else ""
     choices = needed(hint).partition("one of ")[2]
-    metavar, told = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
+    metavar, text = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
     if flag.optional or flag.repeated or not choices:
         metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
     elif len(metavar) > _WIDEST:
-        metavar, told = "", f"{told.removesuffix('.')}: {choices}."
-    option = typer.Option(*names, help=told + shown, rich_help_panel=panel, metavar=metavar or None)
+        metavar, text = "", f"{text.removesuffix('.')}: {choices}."
+    option = typer.Option(*names, help=text + shown, rich_help_panel=panel, metavar=metavar or None)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

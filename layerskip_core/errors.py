@@ -53,8 +53,8 @@ class TrainingInterrupted(LayerSkipError):
 def first_line(error: BaseException) -> str:
     """The message of a library's exception on one line, or its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
-    return told[:300]
+    text = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
+    return text[:300]
 
 
 # Checks

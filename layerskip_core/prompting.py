@@ -222,10 +222,10 @@ def encode_conversation(
     Special tokens in messages and `tools` stay text. Raises ConfigError without a chat template, CheckpointError if that or
     the tokenizer fails.
     """
-    said: list[str] = []
-    _mapped([messages, tools], said.append)
-    special = special_text(tokenizer, *said)
-    if special is None or not any(map(special.found, said)):
+    texts: list[str] = []
+    _mapped([messages, tools], texts.append)
+    special = special_text(tokenizer, *texts)
+    if special is None or not any(map(special.found, texts)):
         text = render_chat(tokenizer, messages, True, tools)
         return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
     messages, tools = _mapped([messages, tools], special.masked)

@@ -59,7 +59,7 @@ def generate(
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
     several = lines or jsonl
-    for wrong, told in (
+    for wrong, reason in (
         (several and prompt is not None, "--lines and --jsonl read standard input; give no PROMPT with them"),
         (lines and jsonl, "give --lines or --jsonl, not both"),
         ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
@@ -71,7 +71,7 @@ def generate(
         ),
     ):
         if wrong:
-            raise typer.BadParameter(told)
+            raise typer.BadParameter(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
     if several:
@@ -177,7 +177,7 @@ def print_answers(
                 whole = answer.answer if isinstance(answer, TextStream) else answer
                 for name in ("logprobs", "prompt_logprobs"):
                     if listed := getattr(whole, name):
-                        document[name] = [_told(one, loaded.token_text) for one in listed]
+                        document[name] = [_logprob_document(one, loaded.token_text) for one in listed]
                 _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
@@ -230,13 +230,13 @@ def _together(
                 yield request, Answer(text, end.finish_reason, stats, [], 0, *counted)
 
 
-def _told(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
+def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
     """A token with its log probability, and the best ones in its place, as an object."""
 
-    def told(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         return {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
 
-    return {**told(one.id, one.logprob), "top": [told(*other) for other in one.top]}
+    return {**entry(one.id, one.logprob), "top": [entry(*other) for other in one.top]}
 
 
 def _write(text: str) -> None:

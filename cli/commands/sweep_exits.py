@@ -94,7 +94,7 @@ def _save(model: str, record: "RunRecord") -> None:
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
-    advice, skip, info, told = record.recommendation, None, read_info(model), []
+    advice, skip, info, lines = record.recommendation, None, read_info(model), []
     skipping = [result for result in record.results if result.skip and result.num_draft_tokens is not None]
     if skipping:
         fastest = max(skipping, key=lambda result: result.speedup or 0.0)
@@ -107,12 +107,12 @@ def _save(model: str, record: "RunRecord") -> None:
         strategy = "autoregressive" if exit_layer is None else None
         info = replace(info, exit_layer=exit_layer, num_draft_tokens=count, strategy=strategy, policies=advice.policies)
         found, why = (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
-        told = [f"saved {found} as the default of {model}{why}", f"policy {FAST}: {advice.fast_reason}"]
+        lines = [f"saved {found} as the default of {model}{why}", f"policy {FAST}: {advice.fast_reason}"]
     if skip is not None:
         layers, count = counts_text(skip["skip"]), skip["num_draft_tokens"]
-        told += [f"saved --skip {layers} and {count} draft tokens for --strategy draft-and-verify"]
+        lines += [f"saved --skip {layers} and {count} draft tokens for --strategy draft-and-verify"]
     write_info(model, info)
-    for line in told:
+    for line in lines:
         narrate(line)
 
 

@@ -45,10 +45,10 @@ class Document:
         """`answers`: by number, with all of their text. `texts`: of tokens with log probabilities."""
         choices = []
         for number, answer in sorted(answers.items()):
-            said, calls = self._calls[number].add(answer.text, True)
-            message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+            text, calls = self._calls[number].add(answer.text, True)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls:
-                message |= {"content": said or None, "tool_calls": calls}
+                message |= {"content": text or None, "tool_calls": calls}
             content = {"message": message} if self._is_chat else {"text": self._echo(number) + answer.text}
             choices.append(self._choice(number, content, answer, texts))
         return {**self._common, "object": self._object, "choices": choices, "usage": usage}
@@ -60,8 +60,8 @@ class Document:
         else:
             role = {} if number in self._begun else {"role": "assistant"}
             first = self._calls[number].count
-            said, calls = self._calls[number].add(update.text, update.is_last)
-            contents = [{"delta": {**role, "content": said} if said or role else {}}]
+            text, calls = self._calls[number].add(update.text, update.is_last)
+            contents = [{"delta": {**role, "content": text} if text or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
         # The last one says why the answer ended; log probabilities are those of all.
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
@@ -95,18 +95,20 @@ class Document:
 
     def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
         """Log probabilities in the form of completions; a prompt's first token has none."""
-        told: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
+        entries: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
         tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
         job = self._jobs[number]
         if self._echoes and number not in self._begun:
-            told, tokens = [None, *told], [texts[job.ids[0]], *tokens]
+            entries, tokens = [None, *entries], [texts[job.ids[0]], *tokens]
         ends = list(accumulate(map(len, tokens), initial=self._ends[number]))
         self._ends[number] = ends[-1]
         # Of two tokens with one text the more probable is named, and the token itself is always there.
-        tops = [one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in told]
+        tops = [
+            one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in entries
+        ]
         return {
             "tokens": tokens,
-            "token_logprobs": [one and one.logprob for one in told],
+            "token_logprobs": [one and one.logprob for one in entries],
             "top_logprobs": tops,
             "text_offset": ends[:-1],
         }
@@ -138,11 +140,11 @@ def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
 def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
     """Log probabilities in the form of conversations."""
 
-    def told(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         text = texts[token]
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
-    content = [{**told(one.id, one.logprob), "top_logprobs": [told(*top) for top in one.top]} for one in update.logprobs]
+    content = [{**entry(one.id, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in update.logprobs]
     return {"content": content, "refusal": None}
 
 
@@ -172,7 +174,7 @@ class ResponseDocument:
         self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
         self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
-        self._logprobs = list[Any]()  # of tokens whose text was not said yet
+        self._logprobs = list[Any]()  # of tokens whose text is not sent yet
         asked: dict[str, Any] = {"instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto"}
         asked |= {"parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "max_output_tokens": None}
         self._common = {
@@ -192,11 +194,11 @@ class ResponseDocument:
         if not self._told:
             self._tell("response.created", response=self._document())
             self._tell("response.in_progress", response=self._document())
-        said, calls = self._calls.add(update.text, update.is_last)
+        text, calls = self._calls.add(update.text, update.is_last)
         if self._config.logprobs is not None:
             self._logprobs += chat_logprobs(update, texts)["content"]
-        if said or (update.is_last and not (calls or self._output)):
-            self._say(said)
+        if text or (update.is_last and not (calls or self._output)):
+            self._say(text)
         for call in calls:
             self._call(call)
         if update.is_last:
@@ -224,7 +226,7 @@ class ResponseDocument:
         """The place of the last item."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
-    def _say(self, said: str) -> None:
+    def _say(self, text: str) -> None:
         """Adds to the open message, or opens one."""
         if not self._output or self._output[-1]["status"] != "in_progress":
             self._add({"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []})
@@ -232,11 +234,11 @@ class ResponseDocument:
             self._tell("response.content_part.added", **self._place, content_index=0, part=part)
             self._output[-1]["content"].append(part)
         [part] = self._output[-1]["content"]
-        part["text"] += said
+        part["text"] += text
         part["logprobs"] += (logprobs := self._logprobs)
         self._logprobs = []
-        if said:
-            self._tell("response.output_text.delta", **self._place, content_index=0, delta=said, logprobs=logprobs)
+        if text:
+            self._tell("response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=logprobs)
 
     def _call(self, call: Call) -> None:
         self._end_message("completed")

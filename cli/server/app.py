@@ -84,7 +84,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
         known = format_of(template or "")
-        self._is_generic = template is not None and known is None  # tools are told, called and answered in texts
+        self._is_generic = template is not None and known is None  # tools, calls and results are texts
         self._format = "hermes" if self._is_generic else known
         self._teller, self._narrate_once = _teller(decoder.tokenizer) if self._is_generic else "system", cache(narrate)
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
@@ -188,8 +188,8 @@ class Service:
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
         """The texts of tokens with log probabilities."""
-        told = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
-        ids = {token for one in told for token in (one.id, *(top for top, _ in one.top))}
+        entries = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
+        ids = {token for one in entries for token in (one.id, *(top for top, _ in one.top))}
         if ids:  # and perhaps the first ones of prompts
             ids |= {job.ids[0] for job in jobs}
         return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}

@@ -59,9 +59,9 @@ class ApiError(Exception):
 
     def renamed(self, family: Family) -> "ApiError":
         """With the parameter's name in this family, which is the message's first word."""
-        said = self.document["error"]
-        if family == "responses" and (name := _RESPONSE_NAMES.get(param := said["param"])) is not None:
-            said |= {"param": name, "message": said["message"].replace(param, name, 1)}
+        error = self.document["error"]
+        if family == "responses" and (name := _RESPONSE_NAMES.get(param := error["param"])) is not None:
+            error |= {"param": name, "message": error["message"].replace(param, name, 1)}
         return self
 
 

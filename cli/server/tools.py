@@ -65,7 +65,7 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
 
     Consecutive messages of one role are joined: many templates want roles in turn.
     """
-    said = list[tuple[str, str]]()
+    turns = list[tuple[str, str]]()
     if tools is not None:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
         place = int(messages[0]["role"] == "system")
@@ -74,8 +74,8 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
         calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
         content = "\n".join([message["content"], *(f"{_START}\n{call}\n{_END}" for call in calls)]).strip()
         is_result = message["role"] == "tool"
-        said.append(("user", f"<tool_response>\n{content}\n</tool_response>") if is_result else (message["role"], content))
-    groups = groupby(said, key=lambda turn: turn[0])
+        turns.append(("user", f"<tool_response>\n{content}\n</tool_response>") if is_result else (message["role"], content))
+    groups = groupby(turns, key=lambda turn: turn[0])
     return [{"role": role, "content": "\n\n".join(content for _, content in group)} for role, group in groups]
 
 
@@ -126,27 +126,27 @@ class Calls:
         if not self._names:
             return text, []
         self._held += text
-        said, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
+        plain, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
         self.count += len(calls)
-        return said, calls
+        return plain, calls
 
     def _marked(self, finished: bool) -> tuple[str, list[Call]]:
-        said, calls = "", list[Call]()
+        plain, calls = "", list[Call]()
         while _START in self._held:
             before, _, rest = self._held.partition(_START)
             body, closed, after = rest.partition(_END)
             if not (closed or finished):
                 break
             found = list(self._read(body))
-            said += before.rstrip() if found else before + _START + body + closed
+            plain += before.rstrip() if found else before + _START + body + closed
             calls, self._held = calls + found, after.lstrip() if found else after
         else:
-            told = self._held  # but for an end where a call may begin, white space before it included
+            ready = self._held  # but for an end where a call may begin, white space before it included
             if not finished:
-                size = next((size for size in range(len(_START) - 1, 0, -1) if told.endswith(_START[:size])), 0)
-                told = told[: len(told) - size].rstrip()
-            said, self._held = said + told, self._held[len(told) :]
-        return said, calls
+                size = next((size for size in range(len(_START) - 1, 0, -1) if ready.endswith(_START[:size])), 0)
+                ready = ready[: len(ready) - size].rstrip()
+            plain, self._held = plain + ready, self._held[len(ready) :]
+        return plain, calls
 
     def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
         start = self._held.lstrip()
@@ -157,8 +157,8 @@ class Calls:
             if calls := list(self._read(start)):
                 self._held = ""
                 return "", calls
-        self._is_text, said, self._held = True, self._held, ""
-        return said, []
+        self._is_text, plain, self._held = True, self._held, ""
+        return plain, []
 
     def _read(self, text: str) -> Iterator[Call]:
         """Calls one after another or in a list; none if anything else is there."""

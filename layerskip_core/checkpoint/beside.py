@@ -92,7 +92,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
         return None
     with naming(path):
         file = open_formed(path, _INT4)
-        _check_made_for(file, spec, weight_of)
+        _check_fingerprint(file, spec, weight_of)
         _check_entries(file.entries, shapes, ("U8",))
 
     def take(name: str) -> Tensor | None:
@@ -119,28 +119,30 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             file = open_formed(path, _BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            _check_made_for(file, spec, weight_of)
+            _check_fingerprint(file, spec, weight_of)
             _check_entries(file.entries, blocks.shapes(spec), FLOATS)
     drafter = eagle3_beside(folder, spec)
     return blocks if drafter is None else replace(blocks, eagle3=drafter)
 
 
-def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str, str]) -> bytes:
+def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:
     """int4.safetensors, of rows of bytes by name; `details` go into the header."""
-    return _content(rows, made_for, {**details, **_INT4})
+    return _content(rows, model_fingerprint, {**details, **_INT4})
 
 
-def exit_blocks_content(spec: AnySpec, weights: Mapping[str, Tensor], made_for: str, kept: ExitBlocks = NO_BLOCKS) -> bytes:
+def exit_blocks_content(
+    spec: AnySpec, weights: Mapping[str, Tensor], model_fingerprint: str, kept: ExitBlocks = NO_BLOCKS
+) -> bytes:
     """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`, and of `kept` blocks at other exits."""
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:
         if block.exit_layer not in trained:
             content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
-    return _content(content, made_for, _BLOCKS)
+    return _content(content, model_fingerprint, _BLOCKS)
 
 
-def _check_made_for(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
+def _check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
     if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
 
@@ -163,11 +165,11 @@ def naming(what: object, advice: str = "remove it, or make it again") -> Iterato
         raise CheckpointError(f"{what} cannot be used: {first_line(error)}; {advice}") from error
 
 
-def _content(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, str]) -> bytes:
+def _content(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
     """A safetensors file, the same bytes for the same weights: the library writes the header in a random order."""
     from safetensors.torch import save
 
-    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: made_for})
+    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header, which JSON's white space fills up
     header = json.loads(written[8:end])
     header[_METADATA] = dict(sorted(header[_METADATA].items()))

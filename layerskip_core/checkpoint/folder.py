@@ -189,8 +189,8 @@ def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     beyond = [(token, word) for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special]
     if beyond:
         first, word = min(beyond)
-        told = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
-        raise CheckpointError(f"{told}: {word!r} is token {first}")
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
+        raise CheckpointError(f"{sizes}: {word!r} is token {first}")
     return tokenizer
 
 

@@ -142,7 +142,7 @@ def import_checkpoint(
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
     folder, spec, weight_of = present(adapters_of(name)[1]).folder, loaded.backend.spec, loaded.model.get_parameter
-    beside: dict[str, bytes] = {}
+    sidecars: dict[str, bytes] = {}
     left_out = []
     for file, read in (
         (INT4_FILE, lambda: read_int4(str(folder), loaded.backend.own_spec, weight_of)),
@@ -151,22 +151,22 @@ def import_checkpoint(
         if folder is not None and (path := Path(folder) / file).is_file():
             try:
                 read()
-                beside[file] = path.read_bytes()
+                sidecars[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
     drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
     if drafter is not None and Path(drafter).is_dir():
-        beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
+        sidecars |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
     if (order := Path(present(name).path) / ORDER_FILE).is_file():
-        beside[ORDER_FILE] = order.read_bytes()
+        sidecars[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
     described = {
         drafter: how
         for drafter, how in details.pop(EXIT_BLOCKS, {}).items()
-        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in beside)
+        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
     info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
     return precision, left_out
 
 

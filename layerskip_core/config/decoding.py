@@ -97,7 +97,7 @@ class DecodingOptions(TypedDict, total=False):
         Flag(
             "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
             "of plain decoding) or fast (nearly its quality).",
-            default="exact if it is stored and nothing else is said",
+            default="exact if it is stored and no other option is given",
         ),
     ]
     exits: Annotated[
@@ -251,13 +251,13 @@ _OF_A_ROW = (
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
     """A strategy with the options that it uses and further fields of DecodingConfig."""
-    used = {name: value for name, value in said(options or {}).items() if strategy in used_by(name)}
+    used = {name: value for name, value in normalized(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
     """The requested policy, or the requested options that a policy sets. Empty: the checkpoint chooses."""
-    return {name: value for name, value in said(options).items() if value and name not in _OF_A_REQUEST}
+    return {name: value for name, value in normalized(options).items() if value and name not in _OF_A_REQUEST}
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
@@ -275,7 +275,7 @@ def used_by(option: str) -> Sequence[str]:
     return _USERS.get(option, STRATEGIES)
 
 
-def said(options: Mapping[str, Any]) -> dict[str, Any]:
+def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with tuples for lists and objects, without None and empty ones."""
     stop, bias = options.get("stop"), dict(options.get("logit_bias") or {})
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop, "logit_bias": sorted(bias.items())}

@@ -58,7 +58,7 @@ def one_of(*names: str) -> Meta:
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
 _UNICODE = "a text of valid Unicode that is not empty"
 Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
-# msgspec 0.22 crashes on a pattern beside a list.
+# msgspec 0.22 crashes on a pattern next to a list.
 Texts = Annotated[Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]

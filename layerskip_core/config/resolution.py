@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from ..errors import refused, require
-from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, said, used_by
+from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, normalized, used_by
 from .model import PLAIN, PackingConfig, Quantization
 from .options import CountOrNone, counts_text
 
-EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
+EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; the default
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 # The strategies that options imply, the first one that is given.
@@ -70,7 +70,7 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
     An open strategy is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and contradictory
     options.
     """
-    strategy, given, asked = implied_strategy(options), choices(options), said(options)
+    strategy, given, asked = implied_strategy(options), choices(options), normalized(options)
     if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
         strategy = "draft-model"
     if strategy is None:
@@ -98,7 +98,7 @@ def resolve_as(
 
     The first low-bit copy drafts: with all its layers, unless an exit was given or trained.
     """
-    asked = said(options)
+    asked = normalized(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
         completed["draft_weights"] = packing.draft_weights[0]
@@ -115,7 +115,7 @@ def resolve_as(
             completed["exit_layer"] = exit_layer = num_layers if all_layers else asked.get("exit_layer", known.exit_layer)
             require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
         case "draft-and-verify":
-            completed |= {} if "skip" in asked else said(known.skip or {})
+            completed |= {} if "skip" in asked else normalized(known.skip or {})
             skip = (completed | asked).get("skip", ())
             needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
             require(bool(skip), "skip", needed, "none")

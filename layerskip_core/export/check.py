@@ -109,8 +109,8 @@ def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:
     program = [python, "-c", f"{getsource(vllm_drafts)}\nvllm_drafts()"]
     done = subprocess.run(program, input=asked, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise CheckpointError(f"vLLM ended with status {done.returncode}: {told[-1].strip()}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise CheckpointError(f"vLLM ended with status {done.returncode}: {lines[-1].strip()}")
     return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Drafted)
 
 

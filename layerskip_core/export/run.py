@@ -146,7 +146,7 @@ def _write_weights(source: Source, path: Path) -> str:
     """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
     packing = replace(source.packing, draft_vocab=0)
     spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None)  # which lies beside them as it is
+    blocks = replace(source.exit_blocks, eagle3=None)  # copied as it is
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     features = {str(block.exit_layer): block.feature for block in blocks.blocks}
@@ -303,8 +303,8 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
     is_path = config.model not in EMBEDDED and Path(config.model).exists()
     model, target = str(Path(config.model).resolve()) if is_path else config.model, f"{output}-target"
     location = present(config.model)
-    beside = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
-    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or beside:
+    has_sidecars = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
+    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or has_sidecars:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")
     else:

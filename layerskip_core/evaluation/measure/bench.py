@@ -228,8 +228,8 @@ def require_early_exit(model: Any) -> None:
     finally:
         model.config.num_hidden_layers = layers
     if len(states) != 2:  # the embedding, and what the layer made of it
-        told = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
-        raise ConfigError(f"`baselines` assistant-early-exit: {told}")
+        reason = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
+        raise ConfigError(f"`baselines` assistant-early-exit: {reason}")
 
 
 class StopString(Exception):

@@ -107,8 +107,8 @@ def output_folder(
             require_writable(path / name, LayerSkipError)
         unfinished = JOURNAL in names and (path / JOURNAL).exists()
         if unfinished and not (resume or overwrite):
-            told = "holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
-            raise ConfigError(f"`output` {folder} {told}")
+            reason = "holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+            raise ConfigError(f"`output` {folder} {reason}")
         require_overwrite(folder, names[0] if (path / names[0]).exists() else "", overwrite or unfinished)
         if unfinished and not resume:
             (path / JOURNAL).unlink()

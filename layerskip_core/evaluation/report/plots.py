@@ -116,8 +116,8 @@ def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tup
     """At most so many lines: those on the Pareto frontier, then the fastest; and a note on the choice."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
-    told = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
-    return {name: lines[name] for name in lines if name in best}, told if len(lines) > len(best) else ""
+    note = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
+    return {name: lines[name] for name in lines if name in best}, note if len(lines) > len(best) else ""
 
 
 def to_png(figure: Figure) -> bytes:
@@ -174,8 +174,8 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None
-    told = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
-    figure, axes = new_figure(title, f"exit layer; dashed: all layers{told}", "lower is better" if lower else "score")
+    note = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
+    figure, axes = new_figure(title, f"exit layer; dashed: all layers{note}", "lower is better" if lower else "score")
     for number, name in enumerate(list(names.values())[:MOST_LINES]):
         shown = [result for result in exits if name in result.metrics]
         points = [(result.exit_layer, result.metrics[name]) for result in shown]
@@ -198,22 +198,22 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
             agreeing.append((result.exit_layer, 100 * result.agreement))
     if len({result.exit_layer for results in lines.values() for result in results}) < 2:
         return None
-    kept, told = best_lines(lines, MOST_LINES - bool(agreeing))
+    kept, note = best_lines(lines, MOST_LINES - bool(agreeing))
     curves = {name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in own] for name, own in kept.items()}
     dashed = {"agreement with all layers": agreeing} if agreeing else {}
-    return _curves("Accepted drafts by exit", f"exit layer{told}", "accepted drafts (%)", curves, dashed, shares=True)
+    return _curves("Accepted drafts by exit", f"exit layer{note}", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _acceptance_by_position(record: RunRecord) -> Figure | None:
     drafted = [result for result in record.results if result.acceptance_by_position]
     drafted.sort(key=lambda result: result.num_draft_tokens or 0)
     longest = {(result.strategy, result.draft_weights, result.exit_layer): [result] for result in drafted}  # of each drafter
-    kept, told = best_lines(longest)
+    kept, note = best_lines(longest)
     curves = {
         result_name(result): [(place, 100 * share) for place, share in enumerate(result.acceptance_by_position or (), start=1)]
         for (result,) in kept.values()
     }
-    xlabel, ylabel = f"position of the draft in its round{told}", "accepted (%), if all before it were"
+    xlabel, ylabel = f"position of the draft in its round{note}", "accepted (%), if all before it were"
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
 
 
@@ -274,8 +274,8 @@ def _prediction(record: RunRecord) -> Figure | None:
             drafters.setdefault((result.draft_weights or "", result.exit_layer or 0), []).append(result)
     if not drafters:
         return None
-    kept, told = best_lines(drafters)
-    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{told}", "measured speedup")
+    kept, note = best_lines(drafters)
+    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{note}", "measured speedup")
     points = {name: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in own] for name, own in kept.items()}
     for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
         name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]

@@ -150,14 +150,14 @@ def _verdict(record: RunRecord) -> Iterator[str]:
     elif timed:
         best = max(timed, key=lambda result: result.speedup or 0.0)
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
-        told = f"{result_name(best)}, {speedup:.2f}x autoregressive"
+        summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
         rows = best.rows_to_halve
         halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
-        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
+        summary += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
         if best.differences and not sampled:
-            told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
+            summary += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
         surely = ends is not None and ends.low > 1
-        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {told}."
+        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {summary}."
 
 
 def has_scores(record: RunRecord) -> bool:
