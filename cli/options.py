@@ -135,7 +135,7 @@ def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any,
         if flag := flag_of(each):
             panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
     hidden = {name for note in getattr(hint, "__metadata__", ()) if isinstance(note, Without) for name in note}
-    for name in {**kind.__annotations__, **inner}:  # what a kind adds to another comes first
+    for name in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
         if name in panels:
             if name not in hidden:
                 yield name, inner[name], _value(default, name), panels[name]

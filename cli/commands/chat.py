@@ -39,7 +39,7 @@ def chat(
     show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
     stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
 ) -> None:
-    """Talk with a model. It sees the whole conversation, and computes only what is new of it.
+    """Talk with a model, which sees the whole conversation; earlier turns are not computed again.
 
     Turns follow each other in a chat template. With any other, as that of the embedded model, every message is a prompt of
     its own. /help lists the commands. From a pipe every line is a turn, and empty lines are none.

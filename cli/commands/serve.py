@@ -53,7 +53,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
         if serving.embedding_layer is not None:
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
-        path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
+        path = Path(serving.model)  # clients see its last part only
         name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
             free = available_memory() // 2 if serving.kv_memory is None else serving.kv_memory * 2**20

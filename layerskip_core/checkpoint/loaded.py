@@ -82,7 +82,7 @@ class Decoder:
         last, known = max(ids, default=0), self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
-            raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
+            raise ConfigError(f"the prompt must have tokens of the model, ids below {known}, got {token!r}, id {last}")
         return ids
 
     def prompt_start(self) -> list[int]:

@@ -22,7 +22,7 @@ DRAFTERS = {
     "draft-model": "layerskip_core.decoding.drafters.exit",
 }
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
-# The strategies that use an option; all use those that are not here.
+# The strategies that use an option; other options are used by all.
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
@@ -89,7 +89,7 @@ class DecodingOptions(TypedDict, total=False):
         Sequence[Layer],
         Flag(
             "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
-            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
+            default="with --strategy draft-and-verify the ones stored by sweep-exits --search-skips --save",
         ),
     ]
     policy: Annotated[
@@ -141,7 +141,7 @@ class RequestOptions(DecodingOptions, total=False):
         Meta(description="an object of token ids with numbers in [-100, 100]"),
         Flag('Add these numbers to the logits of tokens, such as {"15": -100}.'),
     ]
-    min_tokens: Annotated[CountOrNone, Flag("No token ends the answer before it has so many.", default="0", panel="Decoding")]
+    min_tokens: Annotated[CountOrNone, Flag("Minimum number of tokens in an answer.", default="0", panel="Decoding")]
     ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
     stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
     schema: Annotated[
@@ -159,7 +159,7 @@ class RequestOptions(DecodingOptions, total=False):
     logprobs: Annotated[
         int,
         Meta(ge=0, le=20),
-        Flag("In answers of --jsonl: log probabilities of the tokens, and of so many of the best in their places."),
+        Flag("In answers of --jsonl: log probabilities of the tokens, and of the N best alternatives of each."),
     ]
     prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
 

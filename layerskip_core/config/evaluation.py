@@ -151,7 +151,7 @@ class BenchConfig(MeasurementConfig):
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...],
-        Flag("The strategies to run, autoregressive among them.", default="those that the model was trained or converted for"),
+        Flag("The strategies to run, autoregressive among them.", default="those that suit the model"),
     ] = ()
     repeats: Annotated[
         int,
@@ -197,7 +197,7 @@ class SweepConfig(MeasurementConfig):
         ),
     ] = ()
     specs: Annotated[
-        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
+        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="from 2 to 32, the best by predicted speed")
     ] = ()
     keep: Annotated[
         Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")

@@ -14,7 +14,7 @@ Format = Literal["transformers", "gguf", "packed"]
 Quantization = Literal["int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names, of which the first that is there counts
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names; the first one present counts
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "text")
 EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]

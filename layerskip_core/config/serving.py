@@ -25,7 +25,7 @@ class ServeConfig:
         Flag("Answers and embeddings that may wait besides; a request beyond gets status 429.", "--queue"),
     ] = 256
     token_limit: Annotated[
-        Count | None, Flag("Most tokens of an answer, whatever its request asks for.", default="what the context has room for")
+        Count | None, Flag("Most tokens of an answer, whatever its request asks for.", default="the room in the context")
     ] = None
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
     api_key: Annotated[Text | None, Flag("Key that clients must send.", default=f"{KEY} in the environment, else none")] = None

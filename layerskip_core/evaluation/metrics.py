@@ -290,7 +290,7 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
     ends = estimate(torch.div, Scores((*values, *added)).columns).bounds
     mean, needed = fmean(values), None
     if mean > 0:
-        # The n for which n * mean = z * sqrt(n * variance + the squares of what is added), by the normal approximation.
+        # The n for which n * mean = z * sqrt(n * variance + the squares of the added values), by the normal approximation.
         square = NormalDist().inv_cdf(0.975) ** 2
         spread, extra = square * pvariance(values), square * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))

@@ -190,7 +190,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
     writer.add_tokenizer_pre(split)
     _add_tokens(writer, tokenizer, described, vocab)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    if over_text:  # instead of merges there are scores: what is merged earlier has a higher one
+    if over_text:  # scores instead of merges: earlier merges have higher ones
         rank = {left + right: -float(place) for place, (left, right) in reversed([*enumerate(merges, start=1)])}
         text_of = {token: text for text, token in tokenizer.get_vocab().items()}
         writer.add_token_scores([rank.get(text_of.get(token, ""), 0.0) for token in range(vocab)])

@@ -27,7 +27,7 @@ _TOKENS = 48  # of each output
 # Tokens that are drafted at once: they attend to the target's keys and values of the tokens before them, and to their own.
 _BLOCK = 8
 _CONTEXT = 256  # tokens before timed rounds
-_CANDIDATES = 8  # layers tried at each size: those that cost the least when they were last tried
+_CANDIDATES = 8  # layers tried at each size: the cheapest ones when last tried
 _PATIENCE = 5  # sizes without a better prediction, after which the search ends
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
 _FINALISTS = 3  # sets whose pass times are measured, with the best draft length and with twice as long drafts
@@ -110,7 +110,7 @@ def search_skips(
     (known,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, sizes + 2)), 4)])
     ranked: list[tuple[float, int, SkipSet]] = []  # the best draft length of each set, by its predicted speedup
     for size, found in enumerate(eliminated(probes, sizes + 1), start=1):
-        # A first choice: a draft costs what its layers cost. The sets that are promising by that are timed themselves.
+        # First by a draft's number of layers; the most promising sets are timed afterwards.
         times = known._replace(draft=known.draft * (sizes + 1 - size) / half)
         speedups = {drafts: predicted(found, drafts, times).speedup for drafts in _LENGTHS}
         drafts = max(_LENGTHS, key=speedups.__getitem__)

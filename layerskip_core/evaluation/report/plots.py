@@ -104,7 +104,7 @@ def name_ends(axes: Any) -> None:
         last = max(axes.transAxes.inverted().transform(axes.transData.transform((0, end[1])))[1], last + room)
         names.append([line.get_label(), end, last, line.get_color()])
     most = 1.0
-    for end in reversed(names):  # what stands above the axes moves down, and what is in its way
+    for end in reversed(names):  # names above the axes move down, and those below them as far as needed
         end[2] = most = min(end[2], most)
         most -= room
     for name, end, level, colour in names:
