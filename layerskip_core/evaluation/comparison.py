@@ -132,11 +132,7 @@ class Interval:
 
 
 def interval_of(
-    values: Sequence[float],
-    others: Sequence[float] = (),
-    paired: bool = False,
-    logarithmic: bool = False,
-    share: bool = False,
+    values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
     """The mean of one value per run, less that of `others` if there are any, with Student's t interval.
 

@@ -11,14 +11,7 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.comparison import (
-    Interval,
-    Setting,
-    compare,
-    interval_of,
-    labelled,
-    read_run,
-)
+from layerskip_core.evaluation.comparison import Interval, Setting, compare, interval_of, labelled, read_run
 from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.comparison import compare_table
 from layerskip_core.evaluation.results import Result, RunRecord

@@ -186,8 +186,7 @@ def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "block", "prompt"),
-    [("generic", 1, PROMPT), ("generic", 4, [7]), ("packed", 4, PROMPT), ("native int8", 4, [7])],
+    ("kind", "block", "prompt"), [("generic", 1, PROMPT), ("generic", 4, [7]), ("packed", 4, PROMPT), ("native int8", 4, [7])]
 )
 def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block, prompt, monkeypatch):
     """Up to the first draft that the target refuses, after which a round goes on with another text."""

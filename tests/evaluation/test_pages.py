@@ -236,12 +236,7 @@ def test_each_answer_stands_once_with_all_that_gave_it():
 
 
 @pytest.mark.parametrize(
-    ("answer", "marked"),
-    [
-        ("a x c", "a <mark>x</mark> c"),
-        ("a c", "a <mark></mark>c"),
-        ("", "<mark></mark>"),
-    ],
+    ("answer", "marked"), [("a x c", "a <mark>x</mark> c"), ("a c", "a <mark></mark>c"), ("", "<mark></mark>")]
 )
 def test_what_differs_from_the_first_answer_is_marked(answer, marked):
     found = versions(answers_page(record_of(Answered("p", "", ("a b c", answer, None, None)))))

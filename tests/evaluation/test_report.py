@@ -161,10 +161,7 @@ def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        (
-            {"intervals": {"speedup": Bounds(0.98, 2.1)}},
-            "Nothing was certainly faster with the same outputs; best: exit 8",
-        ),
+        ({"intervals": {"speedup": Bounds(0.98, 2.1)}}, "Nothing was certainly faster with the same outputs; best: exit 8"),
         ({"differences": (Difference(0, 3, 1e-4),)}, "(95% interval 1.94 to 2.10); 1 output differed at a near-tie."),
         ({"rows_to_halve": 75}, "2.00x autoregressive (95% interval 1.94 to 2.10; about 75 rows would halve it)."),
         ({"rows_to_halve": 0}, "2.00x autoregressive (95% interval 1.94 to 2.10; more repeats would halve it)."),

@@ -145,10 +145,7 @@ def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequenc
 
 
 def text_scores(
-    metrics: Sequence[str],
-    references: Sequence[Sequence[str]],
-    predictions: Sequence[str],
-    fold_whitespace: bool = False,
+    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str], fold_whitespace: bool = False
 ) -> dict[str, list[float]]:
     """Exact match and ROUGE, as far as they are among the `metrics`. The best of several references counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
