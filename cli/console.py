@@ -81,9 +81,7 @@ def waiting(text: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `show(stage, done, total, text)`: on a terminal a bar for each stage, elsewhere a line every ten seconds and at
-    the end of a stage.
-    """
+    """Yields `show(stage, done, total, text)`: bars on a terminal, elsewhere lines every ten seconds."""
     if not _is_first_process():
         yield lambda *_: None
     elif not stderr_console().is_terminal:

@@ -63,10 +63,7 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
 def deliver_report(
     record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
 ) -> None:
-    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once for settings with the same failures.
-
-    `saved`: the file of an earlier record; its outputs stay beside it.
-    """
+    """Delivers a record; `saved`: its file, if read again. Failed prompts are counted on stderr."""
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
@@ -93,10 +90,7 @@ def deliver(
     name: str | None = None,
     picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
-
-    With a `name`, these three are files too. A file without content, left by an earlier result, is removed.
-    """
+    """Writes files to the folder, removing those without content, and to stdout tables, `rows` of CSV, or JSON."""
     from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 

@@ -52,10 +52,7 @@ class DecoderFlags:
 
 
 def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[Decoder, DecodingConfig]":
-    """The model, with what its flags draft with, and its decoding. `all_policies`: with the copies of all policies too.
-
-    Raises as `for_decoding`, `with_template` and `Decoder.resolve` do: a wrong flag is one error, before the first prompt.
-    """
+    """The model, with what its flags (or all policies) draft with, and its decoding; raises for a wrong flag."""
     decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
@@ -91,10 +88,7 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
 
 
 def use_free_threads(threads: int) -> None:
-    """`use_threads` for a training. 0: torch's choice less the cores that other processes keep busy, which is reported.
-
-    In torch's products every thread waits for the slowest one.
-    """
+    """`use_threads` for a training; 0: torch's choice less busy cores, where every thread would wait."""
     import torch
 
     busy, most = 0 if threads else round(busy_cores()), torch.get_num_threads()

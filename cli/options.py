@@ -49,10 +49,7 @@ Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standa
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A function whose parameters with a Flag, and the fields of its groups of settings, became flags.
-
-    Groups that share a field's name share its flag and value; the help is the first one's.
-    """
+    """A function whose parameters with a Flag, and groups of settings, became flags; equal names share one."""
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}

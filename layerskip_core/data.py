@@ -229,10 +229,7 @@ class _Message(msgspec.Struct):
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set in order; `config.limit` of them, evenly spaced, if set.
-
-    Raises DataError for missing data or columns, and for an empty or malformed row, named as file:line.
-    """
+    """The rows of a data set in order, or `config.limit` evenly spaced ones. Raises DataError with file:line."""
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
     if len(examples) < len(rows):
@@ -254,10 +251,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 
 
 def load_prompts(config: DataConfig) -> list[Example]:
-    """The prompts of a data set, whose rows need no completion; lines of a text file are prompts.
-
-    Rows with an empty prompt are left out. Raises DataError like `load_examples`, and if no row has a prompt.
-    """
+    """The prompts of a data set; rows without one are left out. Raises DataError like `load_examples`."""
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
     names, prompts = _prompt_columns(config), []
@@ -274,10 +268,7 @@ def load_prompts(config: DataConfig) -> list[Example]:
 
 
 def has_prompts(config: DataConfig) -> bool:
-    """Whether `load_prompts` can read the data, by its first row; True for a named column, whose absence is its error.
-
-    Raises DataError for data that cannot be read.
-    """
+    """Whether the first row has a prompt; True for a named column, whose absence is an error. Raises DataError."""
     if is_parsing(config) or config.prompt_column not in (TEXT_COLUMN, DataConfig.prompt_column):
         return True
     first = next(load_records(config, streaming=True))

@@ -38,10 +38,7 @@ def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
 
 
 def text_lines(path: Path, setting: str) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, without a byte order mark; unpacked if its name ends in .gz.
-
-    Raises DataError for a file that cannot be read (`setting` named it), and for a line that is not UTF-8, with its number.
-    """
+    """The lines of a UTF-8 file, unpacked if it ends in .gz, without a byte order mark. Raises DataError by line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -94,10 +91,7 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file's content by a rename. A symbolic link stays; a device or FIFO is written to.
-
-    Raises `error` if it fails; the file is then unchanged.
-    """
+    """Replaces a file by a rename (a device is written to). Raises `error` if that fails; the file is then unchanged."""
     target = Path(os.path.realpath(path))
     # A killed process leaves it, and the next one writes over it. Its end is not that of any file of a model.
     temporary = target.with_name(f".layerskip-writing-{target.name}.part")
@@ -127,9 +121,7 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
 
 
 def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder (perhaps missing) whose content will be
-    replaced.
-    """
+    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder whose content will be replaced."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free + held

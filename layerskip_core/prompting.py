@@ -318,10 +318,7 @@ class SpecialText:
 
 
 def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
-    """The special tokens of a tokenizer; None for one in Python, without the tokenizers library.
-
-    The latter cannot keep a special token as text: ConfigError if the texts have one.
-    """
+    """Special tokens; None for a tokenizer in Python, which cannot keep them as text (ConfigError for such texts)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return _special_text(tokenizer)

@@ -343,10 +343,7 @@ def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
-    """Items of an input as messages, to be validated as those of a conversation.
-
-    A call belongs to the assistant's message before it, else to one of its own.
-    """
+    """Items of an input as messages, still to be validated. A call belongs to the assistant's message before it, if any."""
     messages: list[dict[str, Any]] = []
     for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
         match {"type": "message", **item} if isinstance(item, dict) else item:

@@ -42,10 +42,7 @@ class Tool(Struct):
 
 
 class Tools(NamedTuple):
-    """The tools of a request, also in the client's form.
-
-    `needed`: the answer must call one of these; none if it may say something else.
-    """
+    """The tools of a request, also in the client's form (`described`); the answer must call one of the `needed`."""
 
     known: tuple[Tool, ...]
     described: list[Any]
@@ -61,10 +58,7 @@ def format_of(template: str) -> Format | None:
 
 
 def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str) -> list[dict[str, Any]]:
-    """An equivalent conversation without tools: calls, results and, in the role `teller`, the tools as texts.
-
-    Consecutive messages of one role are joined: many templates want roles in turn.
-    """
+    """An equivalent conversation in texts, the tools in the role `teller`; consecutive messages of one role are joined."""
     turns = list[tuple[str, str]]()
     if tools is not None:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
@@ -80,10 +74,7 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
 
 
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar (llguidance) for calls of the needed tools; without any needed: a text, calls or both.
-
-    `special`: the ids of the model's special tokens.
-    """
+    """A Lark grammar for calls of the needed tools; without any: a text, calls or both. `special`: token ids."""
     key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
     for tool in tools.needed or tools.known:
         parameters = dict(tool.function.parameters)

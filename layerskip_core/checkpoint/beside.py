@@ -228,10 +228,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
-    """The files of a drafter's folder, by name beside the model's own.
-
-    `spec`: of the target. `verifier`: its folder or hub id, by which engines find it.
-    """
+    """The files of a drafter's folder. `spec`: of the target. `verifier`: its folder or hub id, for engines."""
     from safetensors.torch import save
 
     form, architectures = stored.form, ["LlamaForCausalLMEagle3"]

@@ -43,9 +43,7 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder's model that needs no transformers and that kernels run; else None. Raises CheckpointError for an
-    invalid value.
-    """
+    """The spec of a folder's model that needs no transformers and that kernels run; else None. Raises CheckpointError."""
     config = read_settings(folder, CONFIG_FILE)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5

@@ -59,9 +59,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """The details that are read of what training writes; losses, agreement and `exit_blocks` by exit layer. Older versions lack
-    some.
-    """
+    """The details of a training that are read; losses, agreement and blocks by exit. Older versions lack some."""
 
     config: _Config = _Config()
     trained_exits: tuple[int, ...] | None = None

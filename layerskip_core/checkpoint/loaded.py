@@ -113,10 +113,7 @@ class Decoder:
 
     @property
     def own_sampling(self) -> RequestOptions:
-        """Sampling by generation_config.json, as in transformers: greedy without `do_sample`.
-
-        Raises CheckpointError for a value of the wrong type or out of its range.
-        """
+        """Sampling by generation_config.json: greedy without `do_sample`. Raises CheckpointError."""
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         is_sampled = getattr(self.generation, "do_sample", None) is True
         own = {name: getattr(self.generation, name, None) for name in (names if is_sampled else names[:1])}
@@ -131,10 +128,7 @@ class Decoder:
         return frozenset(exit_layer for exit_layer, block in self.backend.exit_blocks.items() if block.is_fed)
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
-        """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
-
-        `packing`: how drafts are stored.
-        """
+        """From layerskip.json, else an exit block, else as published, else a quarter of the layers and 6 drafts."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
         exits = blocks or info.trained_exits(self.backend.num_layers)

@@ -130,10 +130,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`. Any error becomes a CheckpointError of one line that names the model.
-
-    A ConfigError passes: it is about the request, not the model.
-    """
+    """Calls `read`. Errors but ConfigError become a CheckpointError of one line that names the model."""
     try:
         return read()
     except (ConfigError, LockedError):
@@ -165,10 +162,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """The chain of a model's name: folders of adapters, and the base model of the last one.
-
-    Raises CheckpointError for a damaged configuration and a circular chain.
-    """
+    """Folders of stacked adapters, and the base model of the last one. Raises CheckpointError, also for a circle."""
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE

@@ -41,10 +41,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A model to repack, with the files beside its weights.
-
-    `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` is called.
-    """
+    """A model to repack. `take` gives weights in `dtype`; `weight_of` in any precision, until `take` is called."""
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -97,10 +94,7 @@ def for_decoding(
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
-    """A folder's model as `for_decoding` would pack it on the CPU, with the copies of all saved policies.
-
-    Each weight can be taken repeatedly. Raises CheckpointError and ConfigError as `for_decoding` does.
-    """
+    """A folder's model as `for_decoding` packs it on the CPU, with the copies of all policies. Raises the same errors."""
 
     def read() -> Source:
         used = _with_policies(packing, read_info(folder), None, _CPU)
@@ -115,10 +109,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
-    """Load a model as transformers does, in evaluation mode. Adapters are merged, GGUF weights dequantised.
-
-    Args and errors are those of `for_decoding`.
-    """
+    """Loads a model as transformers does, in evaluation mode; args and errors are those of `for_decoding`."""
     target, location = pick_device(device), present(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))

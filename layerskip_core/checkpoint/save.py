@@ -41,10 +41,7 @@ Result = TypeVar("Result")
 
 
 def model_files(folder: Path) -> set[str]:
-    """Relative names of the model's files in a folder: those in layerskip.json, else those with the usual names.
-
-    Raises CheckpointError if layerskip.json is not valid.
-    """
+    """Relative names of the model's files: those in layerskip.json, else the usual ones. Raises CheckpointError."""
     names = {INFO_FILE, *read_info(folder).files}
     if len(names) == 1 and any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()):
         names |= _usual(folder)
@@ -133,10 +130,7 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
 
 
 def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
-    """Writes weights and config of a transformers model, or a peft model's adapter, as safetensors.
-
-    `as_it_is`: under the names of the model's parameters, where published checkpoints of its type have other names.
-    """
+    """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own names."""
     adapter = hasattr(model, "get_base_model")
     # For embedding layers "auto" would ask the hub.
     options = {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
@@ -154,10 +148,7 @@ def write_info(path: str, info: CheckpointInfo) -> None:
 def save_beside(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
-    """Adds a file to a folder's model, listed in layerskip.json, so that it goes when the model is replaced.
-
-    `change` is applied to layerskip.json. Raises as `write_info` does.
-    """
+    """Adds a file to a folder's model, and to layerskip.json after a `change`. Raises as `write_info` does."""
     with hold(folder, f"saving {name}"):
         info = change(read_info(folder))
         # First: a file that it does not list would be in the way.

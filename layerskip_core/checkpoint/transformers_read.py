@@ -56,10 +56,7 @@ class PretrainedModel:
         return read_tokenizer(self._path)
 
     def model(self) -> Any:
-        """The model with its stored weights. Raises CheckpointError, before reading a folder's, if some are missing.
-
-        Some multimodal types have no text-only class: the whole model is read, and gets no images.
-        """
+        """The model with its weights (a multimodal one whole). Raises CheckpointError if some are missing."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -75,10 +72,7 @@ class PretrainedModel:
 
 
 class GgufFile:
-    """A GGUF file, whose tensors are mapped. `layers` and `tokens`: None where the file does not say.
-
-    `config` and `spec` raise CheckpointError for unsupported architectures and missing or invalid values.
-    """
+    """A GGUF file with mapped tensors. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
@@ -241,10 +235,7 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
 
 @quiet_transformers()
 def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """The architecture of a checkpoint with random weights, in fp32 on the CPU. The folder needs no weights.
-
-    With a `tokenizer` the vocabulary takes its size.
-    """
+    """The architecture of a checkpoint with random weights, in fp32 on the CPU; its vocabulary is that of `tokenizer`."""
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
@@ -265,10 +256,7 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Merges the adapters into `base`, the last one first; the tokenizer is the first adapter's.
-
-    Raises CheckpointError for an adapter with missing weights.
-    """
+    """Merges adapters into `base`, the last one first, with the first one's tokenizer. Raises CheckpointError."""
     from peft import PeftModel, get_peft_model_state_dict
 
     model, spec = base.model, base.backend.spec

@@ -51,10 +51,7 @@ Remember = Annotated[
 
 
 class DecodingOptions(TypedDict, total=False):
-    """Requested decoding options: flags, options in Python, a row of JSON. The checkpoint decides the missing ones.
-
-    Exits and layers are counts, 1..L: layer E is the last that runs before exit E.
-    """
+    """Requested decoding options; the checkpoint decides the others. Layers are counts: exit E is after layer E."""
 
     strategy: Annotated[
         str,
@@ -118,10 +115,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of answers that are not measured: changes of logits before a token is chosen, and log probabilities.
-
-    They apply to drafted positions too, given the tokens before each.
-    """
+    """Options of answers that are not measured: changes of logits, also at drafted positions, and log probabilities."""
 
     min_p: Annotated[
         Ratio,

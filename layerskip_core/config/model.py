@@ -78,10 +78,7 @@ class PackingConfig:
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of layer and head of a drafter in the EAGLE-3 layout, on the compiled kernels.
-
-        That of other low-bit drafts, else the model's, else int8, whose drafts are accepted as often as unrounded ones.
-        """
+        """The precision of layer and head of a drafter in the EAGLE-3 layout; int8 is accepted as often."""
         usual: Quantization | None = "int8" if self.rounds_drafter else None
         return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
 
@@ -129,10 +126,7 @@ class PromptingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set (`commands`, `topv2`, a file, folder or hub id), its columns, and the number of rows (0: all).
-
-    `setting`: the one that named the data, for errors.
-    """
+    """A data set, its columns, and the number of rows (0: all). `setting`: the one that named it, for errors."""
 
     name: Annotated[
         Text,
@@ -181,10 +175,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The first `exit_layer` layers of a model with their exit block, if any; None: the recommended exit.
-
-    The format `packed` has the whole model, as `generate` packs it.
-    """
+    """The first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: the whole model."""
 
     model: Text = "embedded"
     exit_layer: Annotated[

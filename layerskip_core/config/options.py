@@ -77,10 +77,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """User-given values for fields of `kind`, converted to their types; None counts as left out.
-
-    Raises TypeError for an unknown name, ConfigError for another type or a value out of range.
-    """
+    """User-given values, converted to the types of `kind`'s fields. Raises TypeError for an unknown name, ConfigError."""
     hints = hints_of(kind)
     for name in values:
         if name not in hints:
@@ -166,9 +163,7 @@ def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct ascending counts from `3,6,8`, `A:B` or `A:B:STEP` (both ends included), or `3,8:12`. Raises ConfigError, also
-    for more than 10,000.
-    """
+    """Distinct ascending counts (at most 10,000) from `3,6,8`, `A:B`, `A:B:STEP` or `3,8:12`. Raises ConfigError."""
 
     def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
         return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()

@@ -46,10 +46,7 @@ class Policy(DecodingOptions, total=False):
 
 @dataclass(frozen=True)
 class Recommended:
-    """A checkpoint's recommendation. No `strategy`: its exits were not trained or measured.
-
-    `exits`: the trained ones. `skip`: the layers that a search found, with a draft length.
-    """
+    """A checkpoint's recommendation; no `strategy`: its exits (`exits`: the trained ones) were not measured."""
 
     exit_layer: int
     num_draft_tokens: int
@@ -94,10 +91,7 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
 def resolve_as(
     strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN
 ) -> DecodingConfig:
-    """The same for one strategy; options that it does not use have no effect.
-
-    The first low-bit copy drafts: with all its layers, unless an exit was given or trained.
-    """
+    """The same for one strategy, whatever its options. The first low-bit copy drafts, with all its layers by default."""
     asked = normalized(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:

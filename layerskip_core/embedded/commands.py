@@ -101,10 +101,7 @@ class Grammar:
         raise ValueError(f"no row of split {split} in {_MAX_TRIES} tries")
 
     def _closed(self, alternative: Alternative, split: str, rng: random.Random, in_value: bool = False) -> Iterator[str]:
-        """Expands all rules but open ones, which stay as `{name}`. Words of open values in training rows may be made up.
-
-        In a skeleton they would change the hash that separates the splits.
-        """
+        """Expands all but open rules (`{name}`). Training values may have made-up words; skeletons decide the split."""
         coins = in_value and split == "train"
         labelled = any(piece.startswith("[") for piece in alternative.pieces)
         for piece in alternative.pieces:

@@ -257,10 +257,7 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
-    """A seed repeats its tokens, also in a batch, and drafts keep the distribution.
-
-    With drafts a seed gives other tokens, so pairs of first tokens are counted, whose probabilities follow from the logits.
-    """
+    """A seed repeats its tokens; drafts keep the distribution, by counts of first token pairs against the logits."""
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):

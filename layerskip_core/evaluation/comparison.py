@@ -106,9 +106,7 @@ def read_run(path: str) -> Run:
 
 
 def add_record(run: Run, record: RunRecord) -> Run:
-    """The run with the figures of a sweep or benchmark. Skips quality for speculative settings: their output equals plain
-    decoding.
-    """
+    """The run with a record's figures; skips quality for speculative settings: their output equals plain decoding."""
     run.rows[RESULTS] = {name: value for name, value in record.config["task"].items() if value is not None}
     for result in record.results:
         drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
@@ -151,10 +149,7 @@ def interval_of(
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: the value of each run, their mean, and its difference to the first label (None if there is none).
-
-    Perplexities have geometric means, and ratios as differences.
-    """
+    """A figure of one label: each run's value, their mean (of perplexities geometric), and its difference to the first label."""
 
     label: str
     runs: tuple[float, ...]
@@ -193,10 +188,7 @@ class Comparison:
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:
-    """Compares the runs of each label with those of the first. `only` and `exits` choose figures and exits; empty: all.
-
-    Differences are paired, k-th run with k-th run, where all labels have equally many runs on the same rows.
-    """
+    """Compares the labels with the first one, paired by run if they have equally many on the same rows."""
     notes = tuple(_notes(groups))
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
     known = figures_of(groups)

@@ -44,10 +44,7 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
-    """Decodes greedily with all layers, then applies the head after every layer, in one pass over prompt and answer.
-
-    Raises ConfigError when the prompt is empty or does not fit the context.
-    """
+    """Decodes greedily with all layers, then applies the head after every layer, in one pass over prompt and answer."""
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)

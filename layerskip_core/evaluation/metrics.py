@@ -78,10 +78,7 @@ def frontier(results: Sequence[Result], name: str) -> list[int]:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> list[float]:
-    """1 for each prediction that equals one of its references without outer whitespace, else 0.
-
-    `fold_whitespace` also treats each run of whitespace as one space.
-    """
+    """1 for each prediction that equals one of its references without outer (or, folded, any) whitespace differences."""
 
     def normalized(text: str) -> str:
         return " ".join(text.split()) if fold_whitespace else text.strip()
@@ -102,10 +99,7 @@ def rouge(
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
-    """`pass@k` of each problem for each k, from whether each of the n answers to it passed; n >= k.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1).
-    """
+    """`pass@k` by problem: the unbiased 1 - C(n - c, k) / C(n, k) for c of n right (Chen et al., 2021, equation 1)."""
 
     def estimated(answers: Sequence[bool], k: int) -> float:
         return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
@@ -169,10 +163,7 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
 
 
 class Estimate(NamedTuple):
-    """A figure, None if not finite, and its 95% interval; no interval without spread, and of a single prompt.
-
-    `rows`: about how many prompts would halve the interval; 0 if only more repeats would.
-    """
+    """A figure (None: not finite), its 95% interval, and the `rows` that would halve it (0: only repeats would)."""
 
     value: float | None
     bounds: Bounds | None = None

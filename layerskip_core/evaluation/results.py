@@ -207,9 +207,7 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json, for a `command` with the answers beside it. Raises LayerSkipError, with the setting that `named`
-    the file, for one that the command (None: any) did not write.
-    """
+    """Reads a results.json, for a `command` with its answers. Raises LayerSkipError for what no command wrote."""
     data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)
@@ -242,16 +240,10 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line per prompt and repeat with the outputs of all settings. The first line holds the run's settings.
-
-    `known`: the outputs of the interrupted run, by repeat and sample.
-    """
+    """A JSON line per prompt and repeat with all settings' outputs, after the run's settings; `known`: earlier outputs."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Opens the folder's journal. `resume` keeps its lines, except an incomplete last one; else it starts empty.
-
-        Raises LayerSkipError if it belongs to other settings, which the message names, or cannot be read or written.
-        """
+        """Raises LayerSkipError if the journal to `resume` belongs to other settings, or cannot be read."""
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()
         lines = whole_lines(self._path, LayerSkipError) if resume else []

@@ -84,10 +84,7 @@ class DrafterCheck:
 
 
 def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
-    """Decodes with the drafter of a folder or hub id here, and in vLLM where the environment of `python` has it.
-
-    Raises ConfigError for a model without such a drafter and a `python` that cannot be run, CheckpointError, DataError.
-    """
+    """Decodes with a model's drafter here, and in vLLM if `python` has it. Raises ConfigError, CheckpointError, DataError."""
     folder = downloaded(model)
     if not (Path(folder) / EAGLE3_FOLDER).is_dir():
         raise ConfigError(f"`check`: {NO_DRAFTER}", "check")
@@ -115,10 +112,7 @@ def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:
 
 
 def vllm_drafts() -> None:
-    """Runs in vLLM's Python, perhaps without this package: reads a model's folder, prompts, drafts and tokens as JSON.
-
-    The last printed line is JSON: vLLM's version, and each greedy answer in fp32 as the token ids of its steps.
-    """
+    """Runs in vLLM's Python, without this package: JSON on stdin; the last printed line is a JSON of `Drafted`."""
     import json
     import sys
 

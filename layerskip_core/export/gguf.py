@@ -178,9 +178,7 @@ def _neighbours(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Ten
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
-    """Adds a transformers tokenizer with `vocab` tokens to a GGUFWriter. Raises CheckpointError for a tokenizer that llama.cpp
-    would encode differently.
-    """
+    """Adds a tokenizer of `vocab` tokens. Raises CheckpointError for one that llama.cpp would encode differently."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":

@@ -266,10 +266,7 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """A configuration with some of the layers, by their ascending places from 0.
-
-    Lists by layer (`layer_types`) and entries by layer number lose those of the others.
-    """
+    """A configuration with the layers `kept` (ascending, from 0); lists and entries by layer lose those of the others."""
     values, layers = config.to_dict() | config.to_diff_dict(), config.num_hidden_layers  # parts of DBRX load from the latter
     for name in ("num_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
         if name in values:  # Nemotron-H has the list of its layers only, and in each of LongCat-Flash's are two attentions

@@ -67,10 +67,7 @@ _Group = tuple[tuple[int, ...], list[int]]  # a context, and the places of its p
 def _batches(
     of_context: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], batch_size: int, limit: int
 ) -> Iterator[list[_Group]]:
-    """Contexts with their pairs, about `batch_size` pairs at a time, the longest first.
-
-    Pairs of a long context stay together, as do contexts with a common beginning that fill a batch.
-    """
+    """Contexts with about `batch_size` pairs, the longest first; long contexts and common beginnings stay together."""
     groups: list[_Group] = []
     for context, places in of_context.items():
         most = batch_size if len(context) < _WORTHWHILE else max(batch_size, _CHOICES)

@@ -109,10 +109,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return [(before, ids[1:] if ids[:1] == before else ids)]
 
     def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yields (place of a request, lm-eval's response by the number of layers); one pass serves all depths.
-
-        A response is (log-probability in nats, is greedy), or the former alone for a whole text.
-        """
+        """Yields (place of a request, (log-probability in nats, is greedy) by depth; of whole texts the former alone)."""
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
         found: list[list[dict[int, Any]]] = [[] for _ in requests]
@@ -155,9 +152,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return found
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
-        """A decoding setting with limits and sampling of a request's `generation_kwargs`; `limit` replaces its own. Raises
-        ConfigError.
-        """
+        """A setting with a request's `generation_kwargs`; `limit` replaces theirs. Raises ConfigError."""
         given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
         changes: dict[str, Any] = {"stop": stop, "max_new_tokens": limit or given["max_gen_toks"], "temperature": 0.0}
@@ -185,10 +180,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return before_stop(self.decoder.detokenize([token for token in ids if token not in ends]), stop)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the tokenizer's chat template; without a generation prompt, up to the end of the last message.
-
-        A template that refuses system messages gets none. Raises ConfigError and CheckpointError as `render_chat` does.
-        """
+        """Messages in the chat template, without system messages if it refuses them. Raises as `render_chat`."""
         try:
             text = render_chat(self.tokenizer, chat_history, add_generation_prompt)
         except CheckpointError:

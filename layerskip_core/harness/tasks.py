@@ -155,10 +155,7 @@ def _blaming(what: str) -> Iterator[None]:
 
 
 def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
-    """The tasks of `config.task`: names, groups and patterns of lm-eval, or files that end in .yaml.
-
-    Raises ConfigError without lm-eval, for unknown tasks and settings of other tasks, DataError for their rows.
-    """
+    """The tasks of `config.task`: names, groups and patterns, or .yaml files. Raises ConfigError, and DataError for rows."""
     require_harness()
     for name in _UNUSED:
         require(getattr(config, name) is None, name, f"left out for `task` {HARNESS}...", getattr(config, name))

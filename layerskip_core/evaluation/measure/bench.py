@@ -237,10 +237,7 @@ class StopString(Exception):
 
 
 class StepTimer(BaseStreamer):  # type: ignore[misc]
-    """Counts and times the steps of `generate`: as its streamer, and by hooks around the target's passes.
-
-    A pass over K+1 new tokens verifies K drafts; one with fewer layers is an early-exit draft. The scanner ends the output.
-    """
+    """Times `generate`'s steps as its streamer and by hooks: passes over K+1 tokens verify, those with fewer layers draft."""
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
         self.ids: list[int] = []

@@ -60,20 +60,14 @@ Part = tuple[list[int], int]
 
 
 def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS) -> Part:
-    """The whole answer, or of a long one the middle `steps` tokens.
-
-    There is room for one token more than the answer has, so that its last token can be a draft.
-    """
+    """The whole answer, or its middle `steps` tokens, with room for one token more: its last can be a draft."""
     start = max(0, (len(output_ids) - steps) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
     return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
 
 
 def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: float) -> PassTimes | None:
-    """Mean pass times of greedy rounds of the real decoding loop along an answer; None if no round fits.
-
-    `plain`: the mean of autoregressive steps along the same answer.
-    """
+    """Mean pass times of greedy rounds along an answer (None: no round fits). `plain`: the mean autoregressive step."""
     most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
     rounds = [step for step in _steps(loaded, part, setting, most) if step[0]]
     if not rounds:
@@ -114,10 +108,7 @@ def plain_bandwidth(loaded: Decoder) -> str:
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
-    """Bytes per second that plain decoding, at `step` seconds, reads of weights and of the KV entries of `positions`.
-
-    For comparison: the bandwidth of a sum over as many bytes (at most 1 GB).
-    """
+    """Bytes per second read by plain decoding (weights, KV entries of `positions`), and by a sum over as many."""
     backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
     matrix = getattr(backend.draft_sides[None].whole.unembed, "matrix", None)  # of our own kernels
     kind = matrix.form.kind if matrix else backend.implementation.partition(")")[0]
@@ -315,10 +306,7 @@ def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settin
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
-    """Acceptance and draft times of the rows that drafted by an exit or a copy, and pass times after `context`.
-
-    `packing`: how the drafts of these rows were stored.
-    """
+    """Acceptance and draft times of rows that drafted by an exit or a copy, and pass times after `context`."""
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest

@@ -150,10 +150,7 @@ def environment(loaded: Decoder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Seconds and tokens (settings, 2, prompts) of plain decoding and the best settings, in turns on the same prompts.
-
-    `places`: of these settings among a sweep's results. `noun`: for a prompt, in words.
-    """
+    """Seconds and tokens (settings, 2, prompts) of plain decoding and the best settings (`places` among the results)."""
 
     places: Sequence[int]
     times: Tensor
@@ -201,10 +198,7 @@ def contest(
     noun: str = "other prompt",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[Progress, None, Contest]:
-    """Times settings prompt by prompt until their intervals are narrow or `seconds` are over; yields progress in percent.
-
-    `timed(prompt, place)`: seconds and tokens of an answer. Prompts repeat if there are too few.
-    """
+    """Times settings prompt by prompt until intervals are narrow or `seconds` are over; yields progress in percent."""
     times, started = torch.zeros(len(places), 2, prompts, dtype=torch.float64), clock()
     for turn in range(_MOST_TURNS):
         for place in in_turn(turn, len(places)):
@@ -217,10 +211,7 @@ def contest(
 
 
 def winner(again: Contest, results: Sequence[Result]) -> tuple[int, int]:
-    """The setting to recommend, and the one with the highest lower end.
-
-    They differ where adaptive drafting gains too, and the other is hardly, or not certainly, faster.
-    """
+    """The setting to recommend (adaptive, if hardly or not certainly slower), and the one with the highest lower end."""
     first = max(again.places[1:], key=again.lower_end)
     for place in again.places[1:]:
         if results[place].strategy == "adaptive" and again.lower_end(place) > 1:
@@ -321,10 +312,7 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
 def fast_policy(
     exits: Sequence[tuple[Policy, Margin]], exact: Policy, quality_metric: str, keep: float
 ) -> tuple[Policy | None, str]:
-    """The fastest early exit that certainly keeps this share of full depth's quality, or None, and why.
-
-    Certainly: the lower end of its margin is not negative. It must also be faster than `exact`.
-    """
+    """The fastest early exit, faster than `exact`, that certainly keeps this share of the quality, or None; and why."""
     full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
     if not full:
         return None, f"none, because {quality_metric} is 0 at full depth"

@@ -130,10 +130,7 @@ def search_skips(
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:
-    """Sets of 1, 2, ... L-1 skipped layers, each with one layer more than the last.
-
-    Of layers with equal cost the last is taken: the target continues from the states before the first skipped layer.
-    """
+    """Sets of 1 to L-1 skipped layers, one more each time; of equally costly layers the last: fewer states are recomputed."""
     skip: tuple[int, ...] = ()
     agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
     candidates = list(agreement)

@@ -30,9 +30,7 @@ _OTHERS = 256  # prompts for that
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model, and
-    LayerSkipError if no prompt could be answered.
-    """
+    """Yields progress, then the record with a recommendation. Raises ConfigError, and LayerSkipError without answers."""
     started, (task, generation) = time.perf_counter(), task.asked(config.generation)
     made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # for adaptive drafting
     copies = config.packing.draft_weights or (() if config.exits else made)
@@ -103,10 +101,7 @@ def prediction_error(results: Sequence[Result]) -> PredictionError | None:
 
 
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
-    """The config with its default exits and confidences.
-
-    Untrained exits are left out where low-bit copies draft, except in a task about the perplexity by exit.
-    """
+    """The config with default exits (with low-bit copies only trained ones, but in a task on text) and confidences."""
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
         require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
@@ -129,10 +124,7 @@ def usual_exits(loaded: Decoder) -> tuple[int, ...]:
 
 
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
-    """Settings to compare with autoregressive decoding: each exit alone, exits by confidence, drafters by draft length.
-
-    Exits by confidence are chosen among the trained ones, else among those of the sweep. Copies can draft with all layers.
-    """
+    """Settings to compare: exits alone, by confidence (trained ones, else the sweep's), drafters by draft length."""
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     alone = [exit_layer for exit_layer in exits if exit_layer not in loaded.only_drafting]

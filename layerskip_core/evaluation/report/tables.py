@@ -70,10 +70,7 @@ def strategy_name(result: Result) -> str:
 
 
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category, with notes and findings; for lm-eval `score_table`.
-
-    Without the `spare` columns it fits 80 characters with one metric.
-    """
+    """A row per setting, and below it one per category; fits 80 characters with one metric, without `spare` columns."""
     if has_scores(record):
         return score_table(record)
     rows = flat_rows(record)
@@ -203,10 +200,7 @@ def _score(result: Result, name: str) -> str:
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result, and below it one per category, with a plain value for each figure, and NAMES.
-
-    Metrics, times and interval ends have a column each; differences and failures are counted.
-    """
+    """A row per result and per category, with a plain value for each figure and interval end, and NAMES."""
     rows, full = [], record.results[0].metrics if record.results else {}
     for result, figures in zip(record.results, record.document()["results"], strict=True):
         categories, depth = figures.pop("categories"), result.mean_layers
@@ -244,10 +238,7 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format; after `±` with the half-width of its interval: `2.31±.12`, `81±2%`. `-`: not measured.
-
-    `ppl`: three significant digits with short exponents: 12.3, 1.2e4. `*`: a mark, or nothing.
-    """
+    """A figure in this format: `2.31±.12`, `81±2%` after `±`, `-` if not measured, 1.2e4 for `ppl`, a mark for `*`."""
     spread, form = form.startswith("±"), form.removeprefix("±")
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
     if value in (None, "") or form == "*":

@@ -53,10 +53,7 @@ class Task:
     against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: the scorer for later ones
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
-        """The metrics of the predictions, one per example, cut at the stop strings; a failed answer is an empty text.
-
-        A task on text has one metric, the `perplexity` given here.
-        """
+        """The metrics of predictions, one per example (failed: an empty text); of a task on text the `perplexity`."""
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
@@ -98,10 +95,7 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task with all its rows. Without a named task, `data` is a file of prompts and references or a TOPv2 folder.
-
-    Raises ConfigError for unknown tasks and settings that a task lacks, DataError for unusable data.
-    """
+    """The task with all its rows, by default of `data`. Raises ConfigError for settings it lacks, DataError."""
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():

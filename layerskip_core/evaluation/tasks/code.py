@@ -68,10 +68,7 @@ def mbpp(config: TaskConfig) -> Task:
 
 
 def _mbpp_problem(row: Record) -> _Problem:
-    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`.
-
-    The setup runs after the answer: in row 367 it uses a class that the answer defines.
-    """
+    """Of the full or the sanitized form. The setup runs after the answer: in row 367 it uses the answer's class."""
     text, tests = _code(row, row.first_column(("text", "prompt"))), _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
     setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""

@@ -197,10 +197,7 @@ def summaries(
     stop: tuple[str, ...] = _STOP,
     alternatives: bool = False,
 ) -> Task:
-    """Articles and their summaries. Shots: a file's first rows, or the first training rows on the hub.
-
-    `alternatives`: a row's summaries are several references, not the sentences of one.
-    """
+    """Articles and summaries; `alternatives`: a row's summaries are several references, not the sentences of one."""
 
     def references(row: Record) -> list[str]:
         column = row.first_column(_SUMMARIES)
