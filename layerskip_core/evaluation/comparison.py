@@ -149,7 +149,7 @@ def interval_of(
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: each run's value, their mean (of perplexities geometric), and its difference to the first label."""
+    """A figure of one label: each run's value, their mean (of perplexities geometric), and the difference to the first."""
 
     label: str
     runs: tuple[float, ...]
