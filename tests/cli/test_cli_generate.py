@@ -242,13 +242,6 @@ def test_flags_that_exclude_each_other(generate, arguments, named):
     assert (result.code, result.out) == (2, "") and named in result.err
 
 
-def test_drafts_skip_layers(generate, expected):
-    for arguments in (["--skip", "2,4:5"], ["--skip", "3", "--strategy", "draft-and-verify", "--spec", "2", "--lookup", "2"]):
-        result = generate(PROMPT, *arguments, "--stats")
-        assert result.out == expected() + "\n" and result.code == 0
-        assert "drafted 0," not in result.err and " rounds; " in result.err
-
-
 EXITS = {"config": {"recipe": {"curriculum": "rotational", "exits": [2, 3]}}}
 NOTHING, COPY, OF_EXITS = (), ("lookup", "int8"), ("lookup", "exit 2", "exit 3")
 
@@ -279,20 +272,6 @@ def test_what_drafts(copy, expected, info, flags, drafters):
     drafted = set().union(*(answer["steps_by_drafter"] for answer in answers)) - {"plain"}
     assert drafted <= set(drafters) and bool(drafted) == bool(drafters)
     assert result.err == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"\xff{}", "{file}: not valid JSON: "),
-        (b'{"recommended": [8, 6]}', "{file} is not valid: "),
-        (b'{"recommended": {"exit_layer": 40}}', "--exit must be in 1..5, got 40 (model has 6 layers)"),
-    ],
-)
-def test_a_damaged_layerskip_json(copy, text, message):
-    file = copy / "layerskip.json"
-    file.write_bytes(text)
-    refused(message.format(file=file), "generate", PROMPT, "--model", str(copy))
 
 
 def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):

@@ -7,8 +7,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from layerskip_cli.commands.sweep_exits import front
 
+from cli.commands.sweep_exits import front
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import TextTable, points_of, results_table
