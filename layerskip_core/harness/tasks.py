@@ -235,8 +235,8 @@ def _run(
     by_depth: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}  # responses to `scored`, by request
     likelihoods = lm.score(scored, sorted({depth for depth in depths if depth is not None}))
     for done, (place, responses) in enumerate(likelihoods, start=1):
-        for depth, response in responses.items():
-            by_depth[depth][scored[place].number] = response
+        for layers, response in responses.items():
+            by_depth[layers][scored[place].number] = response
         yield Progress(done, len(scored), "log-likelihoods")
     measured = yield from _generated(lm, generated, methods, config, repeats)
     results, logged = [], list[dict[str, Any]]()
