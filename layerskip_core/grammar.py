@@ -21,11 +21,7 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 @lru_cache(maxsize=64)  # of a server many requests have the same
 def guide(asked: tuple[str, str], tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "Matcher":
-    """A compiled grammar for a model's tokenizer. `asked`: `guided` of DecodingConfig.
-
-    Raises ConfigError if llguidance cannot compile it or use the tokenizer, and for a model without EOS; LayerSkipError
-    without llguidance.
-    """
+    """A compiled grammar (`guided` of DecodingConfig). Raises ConfigError if impossible, LayerSkipError without llguidance."""
     kind, text = asked
     try:
         from llguidance import LLMatcher

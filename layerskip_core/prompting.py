@@ -136,11 +136,7 @@ def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` renders it.
-
-    `tools`: functions as in OpenAI's API. Raises ConfigError without a chat template, CheckpointError for one that is
-    damaged or refuses the messages.
-    """
+    """The text of a conversation, as `apply_chat_template` renders it. Raises ConfigError, and CheckpointError if it fails."""
     require_chat_template(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     values = {**special, "messages": messages, "tools": tools, "documents": None}
@@ -217,11 +213,7 @@ def encode_prompt(
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """Token ids of messages in the chat template, up to where the assistant's next turn begins.
-
-    Special tokens in messages and `tools` stay text. Raises ConfigError without a chat template, CheckpointError if that or
-    the tokenizer fails.
-    """
+    """Token ids of messages, up to the assistant's next turn; their special tokens stay text. Raises as `render_chat`."""
     texts: list[str] = []
     _mapped([messages, tools], texts.append)
     special = special_text(tokenizer, *texts)

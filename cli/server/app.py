@@ -133,11 +133,7 @@ class Service:
     async def submit(
         self, body: bytes, family: Family, deliver: Callable[[int, Update], None]
     ) -> tuple[Asked, Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
-        """Hands the engine the jobs of a body, one per answer or vector, whose updates are delivered with its number.
-
-        They take places in the queue before any work. Also returns the builder of their documents. Raises QueueFull,
-        ApiError and LayerSkipError.
-        """
+        """Hands the engine the jobs of a body, which first take places in the queue; returns them and their documents."""
         engine, held = self._engine, 1
         engine.hold(held)
         try:

@@ -82,11 +82,7 @@ def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
 
 
 def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> Take | None:
-    """The calibrated weights of a folder as rows of bytes, read when taken; None if the folder has none.
-
-    `weight_of`: the model's own weights, in any precision. Raises CheckpointError for a damaged file and one of other
-    weights.
-    """
+    """A folder's calibrated weights as rows of bytes, read when taken, or None. Raises CheckpointError if not this model's."""
     path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     if not path.is_file():
         return None
@@ -108,11 +104,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when taken, and its drafter in the EAGLE-3 layout; NO_BLOCKS without both.
-
-    `weight_of`: the model's own weights, in any precision. Raises CheckpointError for a damaged file and one of other
-    weights.
-    """
+    """A folder's blocks, read when taken, and its drafter. Raises CheckpointError if they are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
         with naming(path):

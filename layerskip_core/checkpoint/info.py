@@ -160,11 +160,7 @@ class CheckpointInfo:
         return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
-        """With a description of how the blocks of exits were trained, by exit.
-
-        Drops the `advice` (without these blocks) and a sweep's measurements of these exits; its other measurements
-        stay.
-        """
+        """With new blocks, by exit; without `advice` and a sweep's measurements of these exits."""
         names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:

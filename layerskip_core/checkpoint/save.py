@@ -69,11 +69,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
-    """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
-
-    An adapter (a peft model) is written alone. `files` are written too, by name. `model` is converted to `dtype` in place.
-    Raises as `save_files` does.
-    """
+    """Replaces the model in `output` by a checkpoint in `dtype` (an adapter alone), in one step, with further `files`."""
 
     def write(staging: Path) -> None:
         write_model(model.to(dtype), staging)

@@ -172,11 +172,7 @@ class GgufFile:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers.
-
-        Raises CheckpointError for one that is missing or has another shape, and for one that the package `gguf` cannot
-        dequantize.
-        """
+        """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
         from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}

@@ -62,11 +62,7 @@ def implied_strategy(options: DecodingOptions) -> str | None:
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
-    """The requested options, completed by the checkpoint's recommendation.
-
-    An open strategy is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and contradictory
-    options.
-    """
+    """The requested options, completed by the checkpoint's recommendation. Raises ConfigError for contradictory ones."""
     strategy, given, asked = implied_strategy(options), choices(options), normalized(options)
     if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
         strategy = "draft-model"

@@ -42,11 +42,7 @@ class VerifyRecord:
 
 
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
-    """Yields progress, then the record. Kernels and precisions that are not available here are skipped, and noted.
-
-    Raises ConfigError for unknown exits and kernels, DataError, ContextError for long prompts, and LayerSkipError if no
-    kernels run the model.
-    """
+    """Yields progress, then the record; notes unavailable kernels. Raises ConfigError, DataError, LayerSkipError."""
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]

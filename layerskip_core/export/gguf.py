@@ -51,10 +51,9 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a transformers model in fp32. `kind`, of its matrices: f16, q8_0 or q4_0.
+    """Writes a transformers model in fp32, its matrices as `kind`: f16, q8_0 or q4_0 (with the embedding and head in q8_0).
 
-    Vectors stay fp32. With q4_0 the embedding and head are q8_0, and rows that are no multiple of 32 f16. Raises
-    CheckpointError for a model or tokenizer that llama.cpp would treat differently, and ConfigError without the library
+    Raises CheckpointError for a model or tokenizer that llama.cpp would treat differently, ConfigError without the library
     `gguf`.
     """
     name = _ARCHITECTURES.get(spec.model_type)

@@ -36,11 +36,7 @@ def register() -> None:
 
 
 class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Loads a target as vLLM does, and a draft as a part of it.
-
-    Raises ValueError for a draft that is no exit of the target, and for several pipeline stages: the last one, where drafts
-    are made, lacks the first layers.
-    """
+    """Loads a target as vLLM does, and a draft as a part of it. Raises ValueError for a draft that is no exit of it."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(replace(load_config, load_format="auto"))

@@ -75,11 +75,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         self._device = self.decoder.backend.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of a text; text of special tokens becomes tokens.
-
-        `add_special_tokens`: add those that begin a text; None: unless the text has the first. Raises ConfigError for
-        unknown tokens.
-        """
+        """Token ids; special tokens count, and are added unless the text begins with one (None). Raises ConfigError."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
         ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])

@@ -73,11 +73,7 @@ class HarnessTasks:
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
-        """Every request of every task: lm-eval's Instances, numbered as `number`.
-
-        `render_chat`: messages as text, for the chat template. Raises ConfigError for requests that neither score texts nor
-        generate them, DataError for tasks whose rows cannot be asked.
-        """
+        """Every request (lm-eval's Instances), numbered; `render_chat`: messages as text. Raises ConfigError, DataError."""
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT
@@ -190,11 +186,7 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
 
 
 def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record: full depth, and each exit alone.
-
-    Raises ConfigError for an exit outside the model or one that can only draft, and for meaningless settings;
-    LayerSkipError if no prompt could be answered.
-    """
+    """Yields progress, then the record: full depth and each exit alone. Raises ConfigError, LayerSkipError."""
     usual = SweepConfig()
     for name in ("specs", "quick", "search_skips", "exit_confidences"):
         given = getattr(config, name)

@@ -229,11 +229,7 @@ def recommend(
     measured: Sequence[Measured | None],
     again: Contest | None = None,
 ) -> Recommendation:
-    """The setting with a certain gain, or plain decoding, and the policies.
-
-    `results`: full depth first. `measured`: by result, None where it was only predicted. `again`: the contest of the
-    `finalists`, if there are any.
-    """
+    """The setting with a certain gain by the contest `again`, or plain decoding, and the policies; full depth comes first."""
     known, policies = faithful(results, near_tie), [policy_of(result, results[0], quality_metric, config) for result in results]
     best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
     speed, lower_end, gain = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"

@@ -80,11 +80,7 @@ class SkipSet(NamedTuple):
 def search_skips(
     loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
 ) -> Generator[Progress, None, tuple[DecodingOptions, float, Prediction]]:
-    """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement, and the prediction.
-
-    `weights`: the low-bit copy that drafts. Raises ConfigError for a model with a single layer, LayerSkipError if no answer
-    has two tokens or leaves room for drafts.
-    """
+    """Yields progress; returns `skip` and draft length, agreement, prediction. Raises ConfigError, LayerSkipError."""
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
     rows = other_rows(task, _PROMPTS, ("validation", "train"))

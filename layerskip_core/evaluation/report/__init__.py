@@ -91,10 +91,9 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
 def output_folder(
     folder: str | None, command: str, names: Sequence[str] = REPORT, overwrite: bool = False, resume: bool = False
 ) -> Iterator[Path | None]:
-    """The folder for files of these `names`, created and locked by `command`; None if `folder` is None.
+    """The folder (None if `folder` is None) for files of these `names`, created and locked by `command`.
 
-    Raises ConfigError if the first of them or a journal is there and may not be replaced or resumed; LayerSkipError if one
-    cannot be written; and as `hold` does.
+    Raises ConfigError if an earlier result there may not be replaced, LayerSkipError if it cannot be written or is locked.
     """
     if folder is None:
         yield None
