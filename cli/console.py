@@ -124,9 +124,6 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-# Standard input
-
-
 class _Narration(io.TextIOWrapper):
     """Standard error; failures to write are ignored: progress messages must not end a command."""
 

@@ -21,7 +21,7 @@ from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
-# What users of transformers and vLLM type, and what it is here.
+# Flags of transformers and vLLM, and the equivalents here.
 _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
     **dict.fromkeys(("--max-tokens", "--max-length"), "--max-new-tokens"),

@@ -32,10 +32,7 @@ _PARQUET_ROWS = 1000  # per read
 Item = TypeVar("Item")
 
 
-# Rows of files and of the hub
-
-# `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
-# NA into nothing, and it keeps a copy of each file.
+# `datasets` is not used for files: it silently changes values (2020-01-01, 7, NA, bad rows) and keeps a copy of each file.
 
 
 class Record(NamedTuple):
@@ -198,9 +195,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
     ".txt": _text,
 }
 FILE_ENDINGS = tuple(_READERS)
-
-
-# Examples
 
 
 @dataclass(frozen=True)

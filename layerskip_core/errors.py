@@ -57,9 +57,6 @@ def first_line(error: BaseException) -> str:
     return text[:300]
 
 
-# Checks
-
-
 def require(condition: bool, field: str, needed: str, found: object) -> None:
     """Raises ConfigError `field must be needed, got found` unless the condition holds."""
     if not condition:
@@ -89,9 +86,6 @@ def shown(value: object) -> str:
     except ValueError:  # an int with more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-# Words
 
 
 def listed(names: Iterable[str]) -> str:

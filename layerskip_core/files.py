@@ -24,9 +24,6 @@ _LOCK = ".layerskip.lock"
 _STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
 
 
-# Reading
-
-
 def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
     """The content of a file. Raises `error`, which begins with `name`, if it cannot be read."""
     try:
@@ -52,9 +49,6 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
         reason = getattr(error, "strerror", None) or first_line(error)
         place = f" after line {number}" if number else ""
         raise DataError(f"`{setting}` {path} cannot be read{place}: {reason}") from None
-
-
-# JSON
 
 
 def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind: Any = Any) -> Any:
@@ -85,9 +79,6 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
             file.write("".join(json.dumps(value) + "\n" for value in values))
     except OSError as reason:
         raise error(f"cannot write {path}: {reason.strerror}") from reason
-
-
-# Writing
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
@@ -180,9 +171,6 @@ def synchronise(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-# Locking
 
 
 @contextmanager

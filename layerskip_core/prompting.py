@@ -81,9 +81,6 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-# Templates
-
-
 @dataclass(frozen=True)
 class PromptTemplate:
     """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system`: for `chat` only."""
@@ -175,9 +172,6 @@ def _compiled(template: str) -> "jinja2.Template":
     return environment.from_string(template)
 
 
-# Encoding
-
-
 def encode_prompt(
     tokenizer: Tokenizer, template: PromptTemplate, prompt: str, turns: Sequence[tuple[str, str]] = ()
 ) -> list[int]:
@@ -241,9 +235,6 @@ def encoded(encode: Callable[[], Result]) -> Result:
         raise
     except BaseException as error:  # a panic of the tokenizers library is not an Exception
         raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
-
-
-# Special tokens
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
-# Keys that would change the answer and that this server does not know, with the value that changes nothing.
+# Unsupported keys, with the value that has no effect.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),

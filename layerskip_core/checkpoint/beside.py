@@ -169,9 +169,6 @@ def _content(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mappin
     return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
 
 
-# The drafter
-
-
 class _Rope(msgspec.Struct):
     rope_theta: Annotated[float, Meta(ge=1, le=1e15)] = 10_000.0
     rope_type: str = "default"

@@ -33,9 +33,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
-# Settings
-
-
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder, empty if there is none. Raises CheckpointError."""
     path = Path(folder) / name
@@ -58,9 +55,6 @@ def lean_spec(folder: str) -> ModelSpec | None:
 def generation_config(folder: str) -> SimpleNamespace:
     """generation_config.json as attributes."""
     return SimpleNamespace(**read_settings(folder, GENERATION_FILE))
-
-
-# Weights
 
 
 class WeightFile:
@@ -164,9 +158,6 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
     return known
 
 
-# Tokenizers
-
-
 def lean_tokenizer(folder: str) -> Tokenizer | None:
     """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
     settings = read_settings(folder, TOKENIZER_FILE)
@@ -190,9 +181,6 @@ def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
         raise CheckpointError(f"{sizes}: {word!r} is token {first}")
     return tokenizer
-
-
-# Output of transformers
 
 
 @contextmanager

@@ -25,8 +25,7 @@ from ...model.vocabulary import most_probable
 from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
 
-# Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
-# about so many seconds allow, because the times of short passes vary more.
+# Answers along which every setting is timed; more of them, within about 10 s, where passes are short, whose times vary more.
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
