@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -165,23 +164,6 @@ def test_bench_formats(tmp_path, model, data):
     assert run(*arguments, "--format", "markdown").out.startswith("| strategy | exit | spec | R2 | EM | ")
 
 
-def test_all_baselines_at_80_columns(model, data, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    names = ["transformers", "assistant-early-exit", "prompt-lookup", "assistant-model", "no-reuse"]
-    result = run(
-        "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
-        "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model, "--strategies", STRATEGIES,
-    )  # fmt: skip
-    lines = result.out.splitlines()
-    (start,) = (number for number, line in enumerate(lines) if line.startswith("strategy"))  # there is one table
-    figures = [line.split() for line in lines[start + 2 : lines.index("")]]
-    assert [row[0] for row in figures] == [*STRATEGIES.split(","), *names]
-    assert [row[-1] for row in figures] == ["100%", "0%", *["100%"] * 6]
-    assert figures[3][-2] == "1.00"  # over transformers
-    assert max(map(len, lines)) <= 80
-    assert "…" not in result.out
-
-
 def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monkeypatch):
     packings = []
 
@@ -203,21 +185,6 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
     assert [packing.adaptive for packing in packings] == [False, True, True]
 
 
-def test_answers_in_batches_without_speed(tmp_path, model, data):
-    arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--max-new-tokens", "12")
-    arguments += ("--strategies", "autoregressive,self-speculative", "--batch-size", "2")
-    lines = run(*arguments, "--timed", "0", "--output", str(tmp_path / "out")).out.splitlines()
-    assert lines[0].split() == ["strategy", "exit", "spec", "R2", "EM", "accept", "mean", "same"]
-    assert " ".join(lines).count("Quality: answers in batches of 2; speed: not measured; float32 on") == 1
-    answers = [json.loads(line)["outputs"] for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[1:]]
-    assert len(answers) == 3
-    assert all(plain["text"] == drafted["text"] for plain, drafted in answers)
-    timed = run(*arguments, "--timed", "1", "--repeats", "2").out
-    assert "tok/s" in timed
-    assert re.search("\n(Fastest|Nothing was certainly faster) with the same outputs", timed)
-    assert "speed: 1 prompt at batch size 1, medians of 2 repeats" in " ".join(timed.split())
-
-
 FIXED = ("--exit", "5", "--spec", "3", "--repeats", "1", "--max-new-tokens", "12", "--format", "json")
 FIXED += ("--strategies", STRATEGIES)
 
@@ -234,18 +201,6 @@ def test_bench_measures_with_the_flags_of_decoding(model, data):
     assert hot["config"]["generation"].items() >= sampling.items()
     assert (plain["results"][0]["metrics"]["exact_match"], hot["results"][0]["metrics"]["exact_match"]) == (1.0, 0.0)
     assert [one["differences"] for one in hot["results"]] == [[]] * 3
-
-
-def test_stop_strings_cut_the_answers_that_are_scored(tmp_path, model, data):
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    stop = rows[0]["reference"][3]
-    cut = tmp_path / "cut.jsonl"
-    cut.write_text("".join(json.dumps({**row, "reference": row["reference"].split(stop)[0]}) + "\n" for row in rows[:1]))
-    arguments = ("--model", model, "--data", str(cut), "--max-new-tokens", "12", "--format", "json", "--metric", "exact_match")
-    for command in (("bench", "--exit", "5", "--repeats", "1"), ("sweep-exits", "--exits", "5", "--specs", "3")):
-        document = json.loads(run(*command, *arguments, "--stop", stop).out)
-        assert document["config"]["generation"]["stop"] == [stop]
-        assert document["results"][0]["metrics"]["exact_match"] == document["results"][2]["metrics"]["exact_match"] == 1.0
 
 
 def test_what_was_applied_is_in_the_report(model, data):

@@ -26,7 +26,7 @@ GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
 MOST_LINES = 8
-# Far apart in CIELAB for every kind of colour vision (a test simulates them), and visible on light and on dark.
+# At least 25 apart in CIELAB for every kind of colour vision (Machado et al., 2009), and visible on light and on dark.
 COLORS = ("#3000fc", "#e49c00", "#24c0c0", "#a82400", "#cc60fc", "#9cb478", "#6c3c84", "#843c48")
 _STYLE = {
     "axes.prop_cycle": cycler(color=COLORS),
