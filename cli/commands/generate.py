@@ -58,19 +58,16 @@ def generate(
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
-    several = lines or jsonl
-    for wrong, reason in (
+    several, is_piped = lines or jsonl, console.is_piped()
+    for is_wrong, reason in (
         (several and prompt is not None, "--lines and --jsonl read standard input; give no PROMPT with them"),
         (lines and jsonl, "give --lines or --jsonl, not both"),
         ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
-        (several and not console.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
-        (
-            prompt is None and not (console.is_piped() or console.is_terminal()),
-            "give a PROMPT, or pipe one into standard input",
-        ),
+        (several and not is_piped, "pipe the prompts of --lines or --jsonl into standard input"),
+        (prompt is None and not (is_piped or console.is_terminal()), "give a PROMPT, or pipe one into standard input"),
     ):
-        if wrong:
+        if is_wrong:
             raise typer.BadParameter(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
@@ -91,15 +88,19 @@ def generate(
             sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
-        from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
-
-        narrate(plain_bandwidth(loaded))
-        narrate(stats_text(total, loaded, usual.policy))
-        by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
-        if by_exit and (speed := speed_of(loaded, total)) < 1:
-            narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
+        _narrate_stats(loaded, usual, total, batch_size)
     if failed:
         raise typer.Exit(1)
+
+
+def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int) -> None:
+    from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
+
+    narrate(plain_bandwidth(loaded))
+    narrate(stats_text(total, loaded, usual.policy))
+    by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
+    if by_exit and (speed := speed_of(loaded, total)) < 1:
+        narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
 
 
 @dataclass

@@ -139,31 +139,29 @@ def measure(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             prompts, (repeat, sample) = [examples[each].prompt for _, each in batch], batch[0]
-            outputs: list[list[Output]] = [[] for _ in settings]
+            outputs: dict[int, list[Output]] = {}
             for place in in_turn(repeat + sample, len(settings)):
-                setting = settings[place]
-                if setting.temperature:  # sampled answers to one prompt differ; the largest seed is 2**32 - 1
-                    setting = replace(setting, seed=(setting.seed + sample) % 2**32)
+                seed = (settings[place].seed + sample) % 2**32  # sampled answers to one prompt differ
+                setting = replace(settings[place], seed=seed) if settings[place].temperature else settings[place]
                 outputs[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
-            for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
+            for each, row in zip(batch, zip(*(outputs[place] for place in range(len(settings))), strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:
                     journal.add(*each, row)
             yield Progress(len(wanted) - len(missing) + start + len(batch), len(wanted), f"{name} {phase}".strip())
         require_outputs([rows[each][0] for each in wanted])
 
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for place, setting in enumerate(settings):
         answers = [rows[_BATCHES if batches else 0, sample][place] for sample in every]
         times = [[rows[repeat, sample][place] for sample in timed] for repeat in range(repeats) if timed]
         exact = setting.strategy != "early-exit" and not settings[0].temperature
-        differing = differences(loaded, examples, answers, found[0].answers) if exact and found else ()
-        measured = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
-        task = task.referring_to(measured.texts)  # the first ones, if it has no references
+        differing = differences(loaded, examples, answers, measured[0].answers) if exact and measured else ()
+        own = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
+        task = task.referring_to(own.texts)  # the first ones, if it has no references
         depth = depth_of(setting, loaded.backend.num_layers)
-        scores = task.score([text or "" for text in measured.texts], (perplexity or {}).get(depth or 0))
-        found.append(replace(measured, scores=scores))
-    return found
+        measured.append(replace(own, scores=task.score([text or "" for text in own.texts], (perplexity or {}).get(depth or 0))))
+    return measured
 
 
 def answer_prompts(
