@@ -1,7 +1,7 @@
-"""The standard streams. Prompts come from stdin, narration and progress go to stderr: stdout carries results only.
+"""The standard streams: prompts on stdin, narration and progress on stderr, results alone on stdout.
 
-They are usable in any state that the shell left them in: closed, full, or with a reader that went away. Standard input carries
-prompts only: no library can read it as the answer to a question of its own.
+Usable in any state that the shell left them in: closed, full, or without a reader. No library can read standard input as the
+answer to a question of its own.
 """
 
 import io
@@ -37,7 +37,7 @@ def stderr_console() -> Console:
 
 
 class ResultsConsole(Console):
-    """Prints results on stdout. A closed pipe ends the command quietly, as elsewhere; rich alone would exit with status 1."""
+    """Prints results on stdout. A closed pipe ends the command quietly; rich alone would exit with status 1."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False, emoji=False)
@@ -47,7 +47,7 @@ class ResultsConsole(Console):
 
 
 def narrate(text: str) -> None:
-    """One line for the person who waits, with flags in the place of settings."""
+    """A line on stderr, with flags in place of settings."""
     if _is_first_process():
         stderr_console().print(with_flags(text), markup=False, highlight=False, soft_wrap=True)
 
@@ -75,16 +75,13 @@ def one_line(error: BaseException) -> str:
 
 
 def waiting(text: str) -> AbstractContextManager[object]:
-    """On a terminal, a line while libraries are imported and a model is read."""
+    """On a terminal, a status line while libraries and a model load."""
     return stderr_console().status(text) if _is_first_process() else nullcontext()
 
 
 @contextmanager
 def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `show(stage, done, total, text)`: on a terminal a bar for each stage of the work, after the one before.
-
-    Elsewhere a plain line every ten seconds and at the end of a stage.
-    """
+    """Yields `show(stage, done, total, text)`: bars on a terminal, elsewhere lines every ten seconds."""
     if not _is_first_process():
         yield lambda *_: None
     elif not stderr_console().is_terminal:
@@ -123,15 +120,12 @@ def _plain_lines() -> Callable[[str, int, int, str], None]:
 
 
 def _is_first_process() -> bool:
-    """True for the one of torchrun's processes that prints."""
+    """True for the process of torchrun that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
-# Standard input
-
-
 class _Narration(io.TextIOWrapper):
-    """Standard error; failures to write are ignored, because progress messages must not end a command."""
+    """Standard error; failures to write are ignored: progress messages must not end a command."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -142,9 +136,9 @@ class _Narration(io.TextIOWrapper):
 def take() -> None:
     """Makes all three usable. `main` calls this first.
 
-    Closed descriptors become /dev/null: otherwise the next file opened would get their number, and the output of C code. That
-    is opened for reading, so that results that cannot be written are an error. Invalid bytes in prompts become lone surrogates,
-    as in arguments, so that the prompt they are in is refused.
+    Closed descriptors become /dev/null, so that no file opened later gets their number; opened for reading, so that
+    unwritable results are an error. Invalid bytes in prompts become lone surrogates, as in arguments, and their prompt is
+    refused.
     """
     global _taken
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
@@ -181,7 +175,7 @@ def is_terminal() -> bool:
 
 
 def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
-    """The argument, else all of standard input as one prompt, else an example, which is told."""
+    """The argument, else all of standard input, else an example, which is announced."""
     if prompt is None and is_piped():
         prompt = prompts_stream().read().removesuffix("\n")
         prompt = prompt if prompt or may_be_empty else None
@@ -191,7 +185,7 @@ def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
 
 
 def typed_line(prompt: str) -> str:
-    """A line that is typed at a terminal, without its end, and with the usual keys to edit it. Raises EOFError after Ctrl-D."""
+    """A line typed at a terminal, without its end, with the usual editing keys. Raises EOFError after Ctrl-D."""
     if not sys.stdout.isatty():  # `input` would write the prompt to the results
         sys.stderr.write(prompt)
         prompt = ""
@@ -210,7 +204,7 @@ def prompts_stream() -> TextIO:
 
 
 class PromptLines(Iterator[str]):
-    """The lines of standard input, without their ends. Unlike a stream they can be asked whether the next one is there."""
+    """The lines of standard input, without their ends, which can be asked whether the next one is there."""
 
     def __init__(self) -> None:
         self._read, self._is_over, self._encoding = bytearray(), _taken is None, "utf-8-sig"
@@ -229,7 +223,7 @@ class PromptLines(Iterator[str]):
         return text.rstrip("\r")
 
     def is_ready(self) -> bool:
-        """Whether the next line, or the end, can be had without waiting for the process that writes it, as far as is known."""
+        """Whether the next line, or the end, can be read without waiting, as far as is known."""
         if self._is_over or b"\n" in self._read or stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             return True
         try:

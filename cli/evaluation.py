@@ -1,6 +1,6 @@
 """Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -28,7 +28,7 @@ LogSamples = Annotated[bool, Flag("Also write lm-eval's records of rows, samples
 
 
 def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
-    """The model, packed for what is measured, and the Task or HarnessTasks; prints their notes."""
+    """The model, packed for the measurement, and the Task or HarnessTasks; prints their notes."""
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
@@ -60,27 +60,22 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
     raise RuntimeError("a measurement ended without its record")
 
 
-def deliver_report(
-    record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
-) -> None:
-    """Delivers a sweep or a benchmark. Failed prompts are counted on stderr, once where those of several settings are alike.
-
-    `saved`: the file that the record is from, if it was not measured now; the outputs beside it are its own.
-    """
+def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:
+    """Delivers a record; `saved`: its file, if read again. Failed prompts are counted on stderr."""
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
 
-    table, told = results_table(record), []
+    table, reported = results_table(record), []
     for result in record.results:
-        if result.failures and result.failures not in told:
-            told.append(result.failures)
+        if result.failures and result.failures not in reported:
+            reported.append(result.failures)
             count, first = plural(len(result.failures), "prompt"), result.failures[0]
             narrate(f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}")
     files = {} if folder is None else report_files(record, table)
     if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
         files[OUTPUTS] = None
-    deliver(record, [table], form, to_csv(record), folder, files, picture=picture)
+    deliver(record, [table], form, to_csv(record), folder, files)
 
 
 def deliver(
@@ -91,12 +86,8 @@ def deliver(
     folder: Path | None,
     files: Mapping[str, bytes | None],
     name: str | None = None,
-    picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes the files to the folder, if there is one, and to stdout the tables, the `rows` of CSV or the record as JSON.
-
-    With a `name`, these three are files too. A file without content is removed: an earlier result left it.
-    """
+    """Writes files to the folder, removing those without content, and to stdout tables, `rows` of CSV, or JSON."""
     from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 
@@ -111,13 +102,13 @@ def deliver(
         narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
         for table in tables:
-            _print_table(table, picture)
+            _print_table(table)
     else:
         typer.echo(texts[form], nl=False)
 
 
-def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
-    """At most as wide as the terminal: columns that do not fit follow in another table."""
+def _print_table(table: "TextTable") -> None:
+    """At most as wide as the terminal: other columns follow in another table."""
     console = ResultsConsole()
     blocks = table.column_blocks(console.width)
     for places in blocks:
@@ -128,8 +119,6 @@ def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> N
             grid.add_row(*(Text(row[place]) for place in places))
         console.print(grid)
         console.print()
-    if picture is not None and console.is_terminal:
-        console.print(picture(console.width))
     if hidden := [name for place, name in enumerate(table.headers) if not any(place in places for places in blocks)]:
         console.print(f"Not shown, for lack of width: {', '.join(hidden)}.", markup=False)
     console.print(table.text, markup=False)

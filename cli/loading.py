@@ -1,4 +1,4 @@
-"""Sets CPU threads and loads the model, as a command's flags say."""
+"""Sets CPU threads and loads the model as a command's flags say."""
 
 import os
 from collections.abc import Collection
@@ -27,7 +27,7 @@ def load_model(
     policies: Collection[str] | None = (),
     prompting: PromptingConfig | None = None,
 ) -> "Decoder":
-    """The model with its template and with what these policies draft with (None: all); prints its notes, sets the threads."""
+    """The model with its template and the copies of these policies (None: all); prints its notes, sets the threads."""
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
 
@@ -42,7 +42,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class DecoderFlags:
-    """A model to decode with, and how."""
+    """A model and how to decode with it."""
 
     model: ModelName = "embedded"
     decoding: RequestOptions = field(default_factory=RequestOptions)
@@ -52,10 +52,7 @@ class DecoderFlags:
 
 
 def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[Decoder, DecodingConfig]":
-    """The model with what the flags draft with, and what they mean for it. `all_policies`: with what any policy needs too.
-
-    Raises as `for_decoding`, `with_template` and `Decoder.resolve` do: a wrong flag is one error, before the first prompt.
-    """
+    """The model, with what its flags (or all policies) draft with, and its decoding; raises for a wrong flag."""
     decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
@@ -70,7 +67,7 @@ def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[De
 
 
 def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
-    """The flags of `chat` and `serve`. Where they say nothing, answers have no limit and the sampling of the model's maker."""
+    """The flags of `chat` and `serve`: without them answers have no limit, and the sampling of generation_config.json."""
     if own := loaded.own_sampling:
         listed = ", ".join(f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float))
         narrate(f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy")
@@ -78,11 +75,10 @@ def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
 
 
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
-    """Sets torch's CPU threads. With 0 they stay torch's choice, except for decoding with a small model (`loaded`): then 1.
+    """Sets torch's CPU threads. 0: torch's choice, but 1 to decode with a small model (`loaded`).
 
-    A small model's products take no longer than the threads' barriers, and if another process holds a core, every barrier
-    waits for it. Measured on two cores with layers of width 160 and torch's kernels: the same speed on a quiet machine, far
-    below half on a busy one. Our own kernels gain 1.6 times from a second thread on a quiet machine.
+    A small model's products take no longer than the threads' barriers, which a busy core delays (measured on two cores at
+    width 160). Our own kernels gain 1.6 times from a second thread on a quiet machine.
     """
     small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.spec.hidden < _SMALL_WIDTH
     if threads or small:
@@ -92,10 +88,7 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
 
 
 def use_free_threads(threads: int) -> None:
-    """`use_threads` for a training. With 0 torch's choice is reduced by the cores that other processes keep busy, and says so.
-
-    In torch's products every thread waits for the slowest, which on a busy core is one that does not run.
-    """
+    """`use_threads` for a training; 0: torch's choice less busy cores, where every thread would wait."""
     import torch
 
     busy, most = 0 if threads else round(busy_cores()), torch.get_num_threads()
@@ -106,10 +99,7 @@ def use_free_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """How many of the cores that this process may use are busy now, while it waits.
-
-    Processes with a positive nice value are not counted: they make way.
-    """
+    """How many cores that this process may use are busy now; processes with a positive nice value do not count."""
     import psutil
 
     times = psutil.cpu_times_percent(_INTERVAL, percpu=True)

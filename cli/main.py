@@ -1,4 +1,4 @@
-"""The Typer app, and the one place where an exception becomes `error: ...` and exit status 1."""
+"""The Typer app; every exception becomes `error: ...` and exit status 1 here."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ _COMMANDS = (
 
 
 class _Commands(TyperGroup):
-    """Ends quietly when the reader of stdout (`| head`) goes away; Typer alone would exit with 1."""
+    """Ends quietly when the reader of stdout (`| head`) goes away; Typer alone exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -74,13 +74,13 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 an error, printed in one line, 2 wrong usage, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 an error in one line, 2 wrong usage, 130 interrupted."""
     take()
     sys.exit(_run(*_without_debug(sys.argv[1:])))
 
 
 def _run(arguments: list[str], debug: bool) -> str | int | None:
-    """The exit status. Every exception of a command ends here."""
+    """The exit status."""
     try:
         try:
             app(arguments)
@@ -101,7 +101,7 @@ def _run(arguments: list[str], debug: bool) -> str | int | None:
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without --debug, which can stand anywhere before `--`, and whether it was given, or LAYERSKIP_DEBUG set."""
+    """The arguments without --debug (anywhere before `--`), and whether it was given, or LAYERSKIP_DEBUG set."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [argument for argument in arguments[:end] if argument != "--debug"]
     return kept + arguments[end:], len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")

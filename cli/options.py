@@ -1,4 +1,4 @@
-"""Commands made of settings: Typer sees a flag for each field that has one, the function gets its settings checked."""
+"""Commands built from settings: Typer gets a flag for each field that has one, the function its validated settings."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
 _ALONE: set[str] = set()  # flags that need no value
-# What users of transformers and vLLM type, and what it is here.
+# Flags of transformers and vLLM, and the equivalents here.
 _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
     **dict.fromkeys(("--max-tokens", "--max-length"), "--max-new-tokens"),
@@ -33,7 +33,7 @@ _FIRST = {  # of commands with many flags: those that people use first
     "finetune": ("model", "name", "output", "preset", "p_max", "exits", "steps", "batch_size", "lr", "lora_rank", "dry_run"),
     "train-drafter": ("model", "name", "output", "layout", "exits", "steps", "batch_size", "start_from", "dry_run"),
 }
-_WIDEST = 40  # characters of choices that stand beside a flag; more are told in its help
+_WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 Format = Annotated[Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")]
@@ -49,14 +49,11 @@ Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standa
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A function whose parameters with a Flag, and the fields of its groups of settings, became flags.
-
-    Groups that share a field's name share its flag, and every one of them gets its value; the help is that of the first.
-    """
+    """A function whose parameters with a Flag, and groups of settings, became flags; equal names share one."""
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    read = dict[str, str]()  # by field, what it names: its absence is told before torch is imported
+    read = dict[str, str]()  # by field: what it names; a missing one is reported before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
@@ -81,12 +78,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_flags(message: str) -> str:
-    """A message of the core, with flags in place of the settings that it names in backquotes."""
+    """A message of the core, with flags in place of settings in backquotes."""
     return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)
 
 
 class Command(TyperCommand):
-    """A command whose --help lists the options under the headings of their panels, and whose flags can have optional values."""
+    """A command whose --help has options under headings, and whose flags can have optional values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         followers = [*args[1:], "-"][: len(args)]
@@ -114,7 +111,7 @@ class Command(TyperCommand):
 
 
 def _group(hint: Any) -> Any:
-    """The dataclass or TypedDict of an annotation, without its metadata; None for any other type."""
+    """The dataclass or TypedDict of an annotation; None for any other type."""
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return kind if is_dataclass(kind) or is_typeddict(kind) else None
 
@@ -135,7 +132,7 @@ def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any,
         if flag := flag_of(each):
             panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
     hidden = {name for note in getattr(hint, "__metadata__", ()) if isinstance(note, Without) for name in note}
-    for name in {**kind.__annotations__, **inner}:  # what a kind adds to another comes first
+    for name in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
         if name in panels:
             if name not in hidden:
                 yield name, inner[name], _value(default, name), panels[name]
@@ -146,7 +143,7 @@ def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any,
 
 
 def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
-    """The value of a parameter, or the group, from what Typer read."""
+    """The value of a parameter, or the group, from Typer's values."""
     kind = _group(hint)
     if kind is not None:
         group, inner = kind() if default is None else default, hints_of(kind)
@@ -195,11 +192,11 @@ def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> insp
         names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
     shown = f" [default: {flag.default}]" if flag.default and default is None else ""
     choices = needed(hint).partition("one of ")[2]
-    metavar, told = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
+    metavar, text = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
     if flag.optional or flag.repeated or not choices:
         metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
     elif len(metavar) > _WIDEST:
-        metavar, told = "", f"{told.removesuffix('.')}: {choices}."
-    option = typer.Option(*names, help=told + shown, rich_help_panel=panel, metavar=metavar or None)
+        metavar, text = "", f"{text.removesuffix('.')}: {choices}."
+    option = typer.Option(*names, help=text + shown, rich_help_panel=panel, metavar=metavar or None)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,4 +1,4 @@
-"""Data sets, by name, file, folder or hub id: their rows unchanged, and as examples or conversations."""
+"""Data sets by name, file, folder or hub id: their rows, and these as examples or conversations."""
 
 import csv
 import logging
@@ -32,14 +32,11 @@ _PARQUET_ROWS = 1000  # per read
 Item = TypeVar("Item")
 
 
-# Rows of files and of the hub
-
-# `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
-# NA into nothing, and it keeps a copy of each file.
+# `datasets` is not used for files: it silently changes values (2020-01-01, 7, NA, bad rows) and keeps a copy of each file.
 
 
 class Record(NamedTuple):
-    """A row's fields. `where` is its place: file:line, or the name of the data and the row's number."""
+    """A row's fields. `where`: file:line, or the data's name and the row's number."""
 
     where: str
     fields: dict[str, Any]
@@ -58,18 +55,18 @@ class Record(NamedTuple):
         return [text.replace("\r\n", "\n") for text in texts]
 
     def value(self, column: str, setting: str = "", others: Sequence[str] = ()) -> Any:
-        """Any field. Raises DataError if the row has no such column. `others`: names that would do too."""
+        """Any field. Raises DataError if the row has no such column. `others`: further possible names."""
         if column not in self.fields:
             named = (f", nor {', '.join(others)}" if others else "") + (f" (`{setting}`)" if setting else "")
             raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
         return self.fields[column]
 
     def first_column(self, names: Sequence[str]) -> str:
-        """The first of the names that is a column; if none is, the first name, for the error to come."""
+        """The first name that is a column, else the first name, for the error to come."""
         return next((name for name in names if name in self.fields), names[0])
 
     def as_usual(self) -> "Record":
-        """A row of Alpaca, whose `input` follows its instruction, with one prompt; one of ShareGPT with `messages`."""
+        """A row of Alpaca (`instruction` and `input`) with one prompt, one of ShareGPT with `messages`; others unchanged."""
         fields, (asked, given) = self.fields, map(self.fields.get, ("instruction", "input"))
         if isinstance(asked, str) and isinstance(given, str) and given.strip():
             return Record(self.where, {**fields, "instruction": f"{asked}\n\n{given}"})
@@ -85,10 +82,10 @@ class Record(NamedTuple):
 
 
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
-    """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
+    """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or a text's lines (.txt).
 
-    All formats but Parquet may be gzipped, with .gz after the ending. All but JSON arrays are read lazily.
-    Raises DataError, possibly after some rows, for a file of another format, a damaged file and one without rows.
+    All formats but Parquet may be gzipped (.gz after the ending), and all but JSON arrays are read lazily. Raises
+    DataError, possibly after some rows, for another format, a damaged file and one without rows.
     """
     ending = file_ending(path)
     if ending not in _READERS:
@@ -101,7 +98,7 @@ def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
 
 
 def file_ending(path: Path) -> str:
-    """The ending that decides the format: without .gz, or .jsonl if .gz is all there is."""
+    """The ending that decides the format, without .gz; .jsonl for .gz alone."""
     if path.suffix != ".gz":
         return path.suffix
     inner = Path(path.stem).suffix
@@ -109,7 +106,7 @@ def file_ending(path: Path) -> str:
 
 
 def quiet_datasets() -> None:
-    """From now on neither datasets nor the hub client prints anything: an error is reported once, by who gets it."""
+    """Silences datasets and the hub client: an error is reported once, by the caller."""
     import datasets
     import huggingface_hub
 
@@ -200,9 +197,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
 FILE_ENDINGS = tuple(_READERS)
 
 
-# Examples
-
-
 @dataclass(frozen=True)
 class Example:
     """One row: a prompt, empty for plain text, and its completion. `where` is its place, for errors."""
@@ -229,10 +223,7 @@ class _Message(msgspec.Struct):
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
-
-    Raises DataError for data or a column that is not there, and for an empty or malformed row, named as file:line.
-    """
+    """The rows of a data set in order, or `config.limit` evenly spaced ones. Raises DataError with file:line."""
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
     if len(examples) < len(rows):
@@ -254,10 +245,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 
 
 def load_prompts(config: DataConfig) -> list[Example]:
-    """The prompts of a data set, whose rows need no completion; the lines of a text file are prompts.
-
-    Rows with an empty prompt are left out. Raises DataError like `load_examples`, and if all are.
-    """
+    """The prompts of a data set; rows without one are left out. Raises DataError like `load_examples`."""
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
     names, prompts = _prompt_columns(config), []
@@ -274,10 +262,7 @@ def load_prompts(config: DataConfig) -> list[Example]:
 
 
 def has_prompts(config: DataConfig) -> bool:
-    """Whether `load_prompts` can read the data, by its first row, or should say why not: the prompts' column was named.
-
-    Raises DataError for data that cannot be read.
-    """
+    """Whether the first row has a prompt; True for a named column, whose absence is an error. Raises DataError."""
     if is_parsing(config) or config.prompt_column not in (TEXT_COLUMN, DataConfig.prompt_column):
         return True
     first = next(load_records(config, streaming=True))
@@ -303,7 +288,7 @@ def stream_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def is_parsing(config: DataConfig) -> bool:
-    """Whether the data is semantic parsing by name or layout, with PARSING_TEMPLATE as its prompt template."""
+    """Whether the data is semantic parsing, by name or layout, with PARSING_TEMPLATE."""
     return config.name in ("commands", "topv2") or os.path.isdir(config.name)
 
 
@@ -329,13 +314,13 @@ def require_data(name: str, setting: str = "data") -> None:
 
 
 def is_data(name: str) -> bool:
-    """Whether a name is that of data, not that of a split or of a task, as those of `validation` and `task` may be."""
+    """Whether a name is that of data, not of a split or a task, as in `validation` and `task`."""
     named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     return named and name not in commands.SPLITS
 
 
 def first_turn(record: Record) -> tuple[str, str]:
-    """The first message of a conversation's user, and the assistant's answer to it. Raises DataError if it has none."""
+    """A conversation's first user message and the answer to it. Raises DataError if it has none."""
     messages = iter(_conversation(record).messages)
     asked, answer = (next((text for role, text in messages if role == each), "") for each in ("user", "assistant"))
     if not asked.strip() or not answer.strip():
@@ -381,7 +366,7 @@ def _topv2(config: DataConfig) -> Iterator[Record]:
 
 
 def _conversation(record: Record) -> Conversation:
-    """Raises DataError for turns without text and if the assistant has none."""
+    """Raises DataError for turns without text, and without one of the assistant."""
     try:
         messages = msgspec.convert(record.fields[MESSAGES], list[_Message])
     except msgspec.ValidationError as error:
@@ -393,7 +378,7 @@ def _conversation(record: Record) -> Conversation:
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:
-    """`limit` items (0: all) at even distances, so that a sample of a data set sorted by domain has every domain."""
+    """`limit` items (0: all) at even distances, so that a sample of sorted data has every domain."""
     if not limit or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

@@ -1,7 +1,7 @@
-"""The errors that a user can cause or fix, the checks that raise them, and the words of messages.
+"""Errors that a user can cause or fix, the checks that raise them, and words of messages.
 
-A message says what was needed and what was found. It names a setting in backquotes, as the configs do (`exit_layer`); the
-command line shows the flag instead.
+A message says what was needed and what was found. It names settings in backquotes (`exit_layer`); the command line shows the
+flags instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ _SHOWN = 60  # characters of a refused value
 
 
 class LayerSkipError(Exception):
-    """Base of everything that a command reports with exit status 1."""
+    """Base of the errors that a command reports with exit status 1."""
 
 
 class ConfigError(LayerSkipError):
@@ -51,13 +51,10 @@ class TrainingInterrupted(LayerSkipError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of a library's exception on one line, or its type if it has none. A line that ends in a colon goes on."""
+    """The message of a library's exception on one line, or its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
-    return told[:300]
-
-
-# Checks
+    text = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
+    return text[:300]
 
 
 def require(condition: bool, field: str, needed: str, found: object) -> None:
@@ -77,21 +74,18 @@ def require_overwrite(output: str, held: str, overwrite: bool) -> None:
 
 
 def refused(field: str, needed: str, got: str) -> ConfigError:
-    """The error `field must be needed, got got`. What is no field ("the prompt") is named as it stands."""
+    """The error `field must be needed, got got`; a `field` that is no name ("the prompt") stays as it is."""
     known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
     return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}", field if known else None)
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: cut if it is very long, lone surrogates escaped."""
+    """A value in an error: cut if very long, lone surrogates escaped."""
     try:
         text = str(value).encode("utf-8", "backslashreplace").decode()
     except ValueError:  # an int with more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-# Words
 
 
 def listed(names: Iterable[str]) -> str:

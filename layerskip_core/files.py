@@ -24,11 +24,8 @@ _LOCK = ".layerskip.lock"
 _STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
 
 
-# Reading
-
-
 def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
-    """The content of a file. Raises `error`, whose message begins with `name`, if it cannot be read."""
+    """The content of a file. Raises `error`, which begins with `name`, if it cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -38,10 +35,7 @@ def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
 
 
 def text_lines(path: Path, setting: str) -> Iterator[str]:
-    """The lines of a UTF-8 file with their line ends, without a byte order mark; unpacked if its name ends in .gz.
-
-    Raises DataError for a file that cannot be read (`setting` named it), and, with its number, for a line that is not UTF-8.
-    """
+    """The lines of a UTF-8 file, unpacked if it ends in .gz, without a byte order mark. Raises DataError by line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -57,11 +51,8 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
         raise DataError(f"`{setting}` {path} cannot be read{place}: {reason}") from None
 
 
-# JSON
-
-
 def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind: Any = Any) -> Any:
-    """The value of a JSON text, of the type `kind`. Raises `error`, whose message begins with `where`, for all else."""
+    """The value of a JSON text, of the type `kind`. Raises `error`, which begins with `where`."""
     try:
         content = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         return msgspec.json.decode(content.removeprefix(_BYTE_ORDER_MARK), type=kind)
@@ -70,14 +61,12 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind:
 
 
 def read_json(path: Path, error: type[LayerSkipError], kind: Any = dict[str, Any]) -> Any:
-    """The value of a JSON file, of the type `kind`. Raises `error` as `parse_json` does, and if the file cannot be read."""
+    """The value of a JSON file, of the type `kind`. Raises `error` as `parse_json` and `read_bytes` do."""
     return parse_json(read_bytes(path, str(path), error), str(path), error, kind)
 
 
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
-    """The lines of a journal with their ends; none if there is no file. A killed process may leave the last one incomplete: it
-    is left out.
-    """
+    """The lines of a journal with their ends, without an incomplete last one; none if there is no file."""
     content = read_bytes(path, str(path), error) if path.exists() else b""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
@@ -92,14 +81,8 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
         raise error(f"cannot write {path}: {reason.strerror}") from reason
 
 
-# Writing
-
-
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file's content as a whole, by a rename. A symbolic link stays; a device or FIFO is written to.
-
-    Raises `error` if it fails; the file is then unchanged.
-    """
+    """Replaces a file by a rename (a device is written to). Raises `error` if that fails; the file is then unchanged."""
     target = Path(os.path.realpath(path))
     # A killed process leaves it, and the next one writes over it. Its end is not that of any file of a model.
     temporary = target.with_name(f".layerskip-writing-{target.name}.part")
@@ -129,10 +112,7 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
 
 
 def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced.
-
-    The folder may not exist yet.
-    """
+    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder whose content will be replaced."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free + held
@@ -147,14 +127,14 @@ def is_empty(folder: Path) -> bool:
 
 
 def new_staging(folder: Path) -> Path:
-    """A new, empty folder inside `folder`, whose content is renamed into place when complete. Needs the lock of `folder`."""
+    """A new, empty folder inside `folder`, to be renamed into place when complete. Needs the lock of `folder`."""
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
     staging.mkdir(parents=True)
     return staging
 
 
 def run_staging(folder: Path) -> Path:
-    """The staging folder of a training run, under a name that all its processes know. The folder is not created."""
+    """The staging folder of a training run, under a name that all its processes know; not created."""
     return folder / f"{_STAGING}run"
 
 
@@ -165,7 +145,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def publish_folder(written: Path, target: Path) -> None:
-    """Renames a staging folder after everything in it is on disk, so that `target` is never seen incomplete."""
+    """Renames a staging folder once everything in it is on disk, so that `target` is never incomplete."""
     for path in (*written.rglob("*"), written):
         synchronise(path)
     os.rename(written, target)
@@ -173,14 +153,14 @@ def publish_folder(written: Path, target: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Removes a folder and its content. It is renamed out of sight first, so that it is never seen incomplete."""
+    """Removes a folder; renamed out of sight first, so that it is never seen incomplete."""
     hidden = folder.parent / f"{_STAGING}{secrets.token_hex(4)}"
     os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def synchronise(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk; in a power cut a rename could otherwise survive without the content."""
+    """Flushes a file, or a folder's entries, to disk: else a rename could survive a power cut without its content."""
     if sys.platform == "win32":  # flushes neither folders nor what is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -193,18 +173,13 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-# Locking
-
-
 @contextmanager
 def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
-    A missing folder is created, and removed again if it is still empty at the end. A thread may take a lock that it already
-    holds. The system releases the lock of a process that is killed. `doing`: what this process does there, for the message that
-    others get. `wait`: seconds to wait for another process.
-
-    Raises LockedError if another process holds the lock, LayerSkipError for a folder that cannot be created or written.
+    A missing folder is created, and removed again if still empty at the end. A thread may take a lock that it holds.
+    `doing`: this process's work, for the message that others get. `wait`: seconds to wait for another process. Raises
+    LockedError while another process holds the lock, LayerSkipError for a folder that cannot be created or written.
     """
     from filelock import FileLock, Timeout
 

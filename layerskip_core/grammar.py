@@ -1,6 +1,6 @@
 """Constrained decoding: answers that match a JSON schema, a regular expression, a grammar, or one of several texts.
 
-llguidance (the extra `grammar`) says which tokens may come next, and which ones must: those are drafts that cost nothing.
+llguidance (extra `grammar`) says which tokens may come next, and which must: these are free drafts.
 """
 
 import json
@@ -21,11 +21,7 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 @lru_cache(maxsize=64)  # of a server many requests have the same
 def guide(asked: tuple[str, str], tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "Matcher":
-    """A grammar, compiled for the tokenizer of a model. `asked`: `guided` of DecodingConfig.
-
-    Raises ConfigError if llguidance cannot compile it, and for a model without an EOS token or a tokenizer of the tokenizers
-    library; LayerSkipError if llguidance is not installed.
-    """
+    """A compiled grammar (`guided` of DecodingConfig). Raises ConfigError if impossible, LayerSkipError without llguidance."""
     kind, text = asked
     try:
         from llguidance import LLMatcher
@@ -65,7 +61,7 @@ def _words(tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "LLTokenizer"
 
 
 class Matcher:
-    """Where one row's answer stands in its grammar. `output` are the tokens that the row has, `drafts` others after them."""
+    """A row's state in its grammar. `output`: the row's tokens; `drafts`: further tokens."""
 
     def __init__(self, matcher: "LLMatcher", eos_ids: frozenset[int]) -> None:
         self._matcher, self._eos_ids = matcher, eos_ids
@@ -74,11 +70,11 @@ class Matcher:
         self._masks_of = -1  # tokens of that output
 
     def matcher(self) -> "Matcher":
-        """One for a row that begins."""
+        """A copy for a new row."""
         return Matcher(self._matcher.deep_copy(), self._eos_ids)
 
     def forbidden(self, output: list[int], drafts: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-        """(V,) or longer, True for the tokens that may not come after the drafts; None if these end the answer."""
+        """(V,) or longer, True for tokens that may not follow the drafts; None if these end the answer."""
         if not self._eos_ids.isdisjoint(drafts):
             return None
         if self._masks_of != len(output):
@@ -101,7 +97,7 @@ class Matcher:
         return count
 
     def forced(self, output: list[int]) -> list[int]:
-        """The tokens of the text that must come, and the EOS, if only that can follow; none after an EOS."""
+        """The tokens that must follow, and the EOS if nothing else can; none after an EOS."""
         if output and output[-1] in self._eos_ids:
             return []
         self._go_to(output)

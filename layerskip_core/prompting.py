@@ -28,7 +28,7 @@ class Tokenizer:
     """Text to token ids and back by the tokenizers library alone. transformers' tokenizers have the same methods."""
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        """`folder` has tokenizer.json and perhaps a chat template; `settings` are tokenizer_config.json."""
+        """`folder` has tokenizer.json and perhaps a chat template; `settings`: tokenizer_config.json."""
         import tokenizers
 
         self.backend_tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """The tokens that were added to the model's vocabulary, by id, each with `content` and `special`."""
+        """The added tokens by id, each with `content` and `special`."""
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     def decode(
@@ -77,16 +77,13 @@ class Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special tokens, which have no text in an answer, by the text that names them."""
+    """The ids of special tokens, which have no text in an answer, by their names."""
     return {str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-# Templates
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system` is a system message, for `chat` only."""
+    """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system`: for `chat` only."""
 
     text: str = RAW
     system: str | None = None
@@ -102,10 +99,10 @@ class PromptTemplate:
 def resolve_template(
     requested: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
 ) -> PromptTemplate:
-    """The template to use: the requested one, else the one that the checkpoint names (`stored`), else the tokenizer's chat
-    template, else `raw`. `system`: a system message, which replaces the stored one.
+    """The requested template, else the checkpoint's (`stored`), else the tokenizer's chat template, else `raw`.
 
-    Raises ConfigError for `chat` without a chat template, and for a system message in another template.
+    `system` replaces the stored system message. Raises ConfigError for `chat` without a chat template, and for a system
+    message in another template.
     """
     if requested == CHAT:
         require_chat_template(tokenizer)
@@ -124,7 +121,7 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
 
 
 def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
-    """The text of a tokenizer's template for conversations, or for such with tools; None if it has none."""
+    """The text of a tokenizer's chat template, or of the one with tools; None if it has none."""
     template = tokenizer.chat_template
     if isinstance(template, list):  # how tokenizer_config.json stores several
         template = {entry["name"]: entry["template"] for entry in template}
@@ -136,11 +133,7 @@ def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` renders it.
-
-    `messages` have a role, a content, and what else the template knows; `tools`: functions that the model may call, as OpenAI's
-    API describes them. Raises ConfigError without a chat template, CheckpointError for one that is damaged or refuses them.
-    """
+    """The text of a conversation, as `apply_chat_template` renders it. Raises ConfigError, and CheckpointError if it fails."""
     require_chat_template(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     values = {**special, "messages": messages, "tools": tools, "documents": None}
@@ -179,9 +172,6 @@ def _compiled(template: str) -> "jinja2.Template":
     return environment.from_string(template)
 
 
-# Encoding
-
-
 def encode_prompt(
     tokenizer: Tokenizer, template: PromptTemplate, prompt: str, turns: Sequence[tuple[str, str]] = ()
 ) -> list[int]:
@@ -217,15 +207,11 @@ def encode_prompt(
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """Token ids of messages in the tokenizer's chat template, up to where the assistant's next turn begins.
-
-    Special tokens in what they and the `tools` say stay text. Both are as in `render_chat`. Raises ConfigError if the tokenizer
-    has no chat template, CheckpointError if that or the tokenizer fails.
-    """
-    said: list[str] = []
-    _mapped([messages, tools], said.append)
-    special = special_text(tokenizer, *said)
-    if special is None or not any(map(special.found, said)):
+    """Token ids of messages, up to the assistant's next turn; their special tokens stay text. Raises as `render_chat`."""
+    texts: list[str] = []
+    _mapped([messages, tools], texts.append)
+    special = special_text(tokenizer, *texts)
+    if special is None or not any(map(special.found, texts)):
         text = render_chat(tokenizer, messages, True, tools)
         return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
     messages, tools = _mapped([messages, tools], special.masked)
@@ -233,7 +219,7 @@ def encode_conversation(
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """Lists and objects with what `change` makes of each of their texts."""
+    """Lists and objects with each of their texts changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -242,7 +228,7 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 
 
 def encoded(encode: Callable[[], Result]) -> Result:
-    """Runs a call of a tokenizer; whatever it raises becomes a CheckpointError."""
+    """Runs a call of a tokenizer; any error becomes a CheckpointError."""
     try:
         return encode()
     except (LayerSkipError, KeyboardInterrupt, MemoryError):
@@ -251,15 +237,12 @@ def encoded(encode: Callable[[], Result]) -> Result:
         raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
 
 
-# Special tokens
-
-
 @dataclass(frozen=True)
 class SpecialText:
-    """The special tokens of a tokenizer, and a copy of it that knows them by secret names.
+    """The special tokens of a tokenizer, and a copy of it that knows them by secret random names.
 
-    A prompt cannot contain a secret name, because the names are random. So in `sealed` text the only special tokens are those
-    that were in it before the prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
+    A prompt cannot contain these names, so the only special tokens of a `sealed` text are the template's. The text is
+    encoded in one piece and splits as with the tokenizer itself.
     """
 
     tokenizer: "tokenizers.Tokenizer"
@@ -276,23 +259,23 @@ class SpecialText:
         return [token for token in ids if token in special]
 
     def masked(self, text: str) -> str:
-        """A prompt with its special tokens replaced by marks, so that a chat template can be rendered around it."""
+        """A prompt with marks in place of its special tokens, for rendering a chat template around it."""
         tokens = list(self.names)
         return self._pattern.sub(lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text)
 
     def sealed(self, text: str) -> str:
-        """A template's text with secret names in place of its special tokens; masked ones of the prompt are text again."""
+        """A template's text with secret names for its special tokens; masked ones of the prompt become text again."""
         tokens = list(self.names)
         named = self._pattern.sub(lambda match: self.names[match[0]], text)
         return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
 
     def encode(self, sealed: str, add_special_tokens: bool) -> "tokenizers.Encoding":
-        """The tokenizers library's Encoding of a sealed text. Raises CheckpointError."""
+        """Encodes a sealed text. Raises CheckpointError."""
         return encoded(lambda: self._renamed.encode(sealed, add_special_tokens=add_special_tokens))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """Prefers the longest of several tokens that begin at one place, as the tokenizers library does."""
+        """Prefers the longest of several tokens at one place, as the tokenizers library does."""
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
 
     @cached_property
@@ -318,10 +301,7 @@ class SpecialText:
 
 
 def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
-    """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library.
-
-    Such a one cannot keep a special token as text: ConfigError if the texts have one.
-    """
+    """Special tokens; None for a tokenizer in Python, which cannot keep them as text (ConfigError for such texts)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return _special_text(tokenizer)

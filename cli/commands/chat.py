@@ -39,7 +39,7 @@ def chat(
     show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
     stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
 ) -> None:
-    """Talk with a model. It sees the whole conversation, and computes only what is new of it.
+    """Talk with a model, which sees the whole conversation; earlier turns are not computed again.
 
     Turns follow each other in a chat template. With any other, as that of the embedded model, every message is a prompt of
     its own. /help lists the commands. From a pipe every line is a turn, and empty lines are none.
@@ -75,7 +75,7 @@ class _Chat:
             narrate(f"{loaded.template.name} is no chat template: every message is a prompt of its own")
 
     def on_terminal(self) -> None:
-        """Asks for messages until /exit or Ctrl-D. Errors are told, and the conversation goes on."""
+        """Asks for messages until /exit or Ctrl-D; after an error the conversation goes on."""
         if self._colours:
             narrate(f"accepted drafts are {'underlined' if self._console.no_color else 'green'}")
         narrate("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
@@ -92,7 +92,7 @@ class _Chat:
                 return
 
     def over_pipe(self) -> None:
-        """Answers every line. Exits with 1 if one could not be answered, and with 130 after Ctrl-C."""
+        """Answers every line. Exits with 1 if one could not be answered, with 130 after Ctrl-C."""
         try:
             for number, line in enumerate(console.prompts_stream(), start=1):
                 self._take(line.rstrip("\r\n"), number)
@@ -137,7 +137,7 @@ class _Chat:
             narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
 
     def _answer(self, message: str, interactive: bool) -> None:
-        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, pressed again at once."""
+        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, a second one at once."""
         with Interruption(signal.SIGINT) if interactive else nullcontext() as interruption:
             stream = self._last = self._dialogue.ask(message)
             for segments in stream.segments():

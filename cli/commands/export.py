@@ -36,11 +36,11 @@ def export(model: ModelArgument = "embedded", *, config: ExportConfig, check: Ch
         exported = export(config)
     if not exported.trained:
         narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")
-    told = f", and how to use it to {output}/{README}" if exported.readme else ""
+    usage = f", and how to use it to {output}/{README}" if exported.readme else ""
     written = f"exit {exported.exit_layer} of {model}, {exported.layers} layers,"
     if exported.exit_layer is None:
         written = f"{model} and its drafter in the EAGLE-3 layout"
-    narrate(f"wrote {written} to {output}{told}")
+    narrate(f"wrote {written} to {output}{usage}")
     if exported.readme:
         typer.echo(exported.readme, nl=False)
 

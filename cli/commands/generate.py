@@ -58,20 +58,17 @@ def generate(
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
-    several = lines or jsonl
-    for wrong, told in (
+    several, is_piped = lines or jsonl, console.is_piped()
+    for is_wrong, reason in (
         (several and prompt is not None, "--lines and --jsonl read standard input; give no PROMPT with them"),
         (lines and jsonl, "give --lines or --jsonl, not both"),
         ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
-        (several and not console.is_piped(), "pipe the prompts of --lines or --jsonl into standard input"),
-        (
-            prompt is None and not (console.is_piped() or console.is_terminal()),
-            "give a PROMPT, or pipe one into standard input",
-        ),
+        (several and not is_piped, "pipe the prompts of --lines or --jsonl into standard input"),
+        (prompt is None and not (is_piped or console.is_terminal()), "give a PROMPT, or pipe one into standard input"),
     ):
-        if wrong:
-            raise typer.BadParameter(told)
+        if is_wrong:
+            raise typer.BadParameter(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
     if several:
@@ -91,15 +88,19 @@ def generate(
             sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
-        from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
-
-        narrate(plain_bandwidth(loaded))
-        narrate(stats_text(total, loaded, usual.policy))
-        by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
-        if by_exit and (speed := speed_of(loaded, total)) < 1:
-            narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
+        _narrate_stats(loaded, usual, total, batch_size)
     if failed:
         raise typer.Exit(1)
+
+
+def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int) -> None:
+    from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
+
+    narrate(plain_bandwidth(loaded))
+    narrate(stats_text(total, loaded, usual.policy))
+    by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
+    if by_exit and (speed := speed_of(loaded, total)) < 1:
+        narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
 
 
 @dataclass
@@ -142,8 +143,8 @@ Answers = Iterator[tuple[Request, "Answer | None"]]
 def print_answers(
     loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order, decoding those that are not there yet; returns whether one failed, and the counts of all.
-    Raises the error of one `alone`.
+    """Prints every answer in order, decoding the missing ones; returns whether one failed, and the counts of all. Raises the
+    error of a single prompt (`alone`).
     """
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
@@ -177,7 +178,7 @@ def print_answers(
                 whole = answer.answer if isinstance(answer, TextStream) else answer
                 for name in ("logprobs", "prompt_logprobs"):
                     if listed := getattr(whole, name):
-                        document[name] = [_told(one, loaded.token_text) for one in listed]
+                        document[name] = [_logprob_document(one, loaded.token_text) for one in listed]
                 _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
@@ -186,10 +187,9 @@ def print_answers(
 def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
 ) -> Answers:
-    """Up to `batch_size` at once: where one is finished, the next takes its place. Those with equal settings share passes.
+    """Decodes up to `batch_size` requests at once; a finished one makes room for the next. Equal settings share passes.
 
-    `is_ready`: whether the next request can be read without a wait, which would hold up those that are being decoded, and never
-    end if whoever writes requests waits for answers.
+    `is_ready`: whether the next request can be read without waiting: who writes requests may wait for answers.
     """
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
@@ -231,13 +231,13 @@ def _together(
                 yield request, Answer(text, end.finish_reason, stats, [], 0, *counted)
 
 
-def _told(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
+def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
     """A token with its log probability, and the best ones in its place, as an object."""
 
-    def told(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         return {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
 
-    return {**told(one.id, one.logprob), "top": [told(*other) for other in one.top]}
+    return {**entry(one.id, one.logprob), "top": [entry(*other) for other in one.top]}
 
 
 def _write(text: str) -> None:
@@ -246,7 +246,7 @@ def _write(text: str) -> None:
 
 
 def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
-    """Counts and speed of one answer or of many, and how they were decoded."""
+    """Counts and speed of answers, and how they were decoded."""
     backend, graphs = loaded.backend, ", CUDA graphs" if stats.replayed else ""
     steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
     exits = ""

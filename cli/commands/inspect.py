@@ -1,4 +1,4 @@
-"""Show what the model predicts after every layer."""
+"""Show the model's prediction after every layer."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -36,7 +36,7 @@ def inspect(
     format: Annotated[Literal["table", "json"], Flag("Format of standard output.", panel="Output")] = "table",
     output: Annotated[Text | None, Flag("HTML file with every layer.", panel="Output")] = None,
 ) -> None:
-    """Show what the model would have answered after every layer, and from which layer on each token was correct.
+    """Show the prediction after every layer, and from which layer on each token was correct.
 
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """

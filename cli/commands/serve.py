@@ -5,61 +5,21 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-from msgspec import Meta
-
-from layerskip_core.config.decoding import Remember, RequestOptions
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
-from layerskip_core.config.options import BatchSize, Count, Flag, Layer, ModelName, Text, Without
 from layerskip_core.config.resolution import require_exit_layer
+from layerskip_core.config.serving import KEY, ServeConfig
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
 from ..options import command
 
-KEY = "LAYERSKIP_API_KEY"
 _GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
 _BACKLOG = 2048  # connections that the system holds until they are accepted
-_WITHOUT = Without(("seed", "logprobs", "prompt_logprobs"))  # which are a request's
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """Address and limits of a server. `decoding`: options that a request leaves out."""
-
-    model: ModelName = "embedded"
-    host: Annotated[Text, Flag("Address to listen on; 0.0.0.0 is all of this machine's.", panel="Server")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65_535), Flag("Port to listen on; 0: a free one.")] = 8000
-    batch_size: Annotated[BatchSize, Flag("Answers that are decoded together.")] = 8
-    queue_size: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Answers and embeddings that may wait besides; a request beyond gets status 429.", "--queue"),
-    ] = 256
-    token_limit: Annotated[
-        Count | None, Flag("Most tokens of an answer, whatever its request asks for.", default="what the context has room for")
-    ] = None
-    body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
-    api_key: Annotated[Text | None, Flag("Key that clients must send.", default=f"{KEY} in the environment, else none")] = None
-    embedding_layer: Annotated[
-        Layer | None, Flag("Embeddings are the mean of the states after this many layers.", default="all")
-    ] = None
-    remember: Remember = 0
-    prefix_cache: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Megabytes for keys and values of earlier prompts and answers, so that a common beginning is computed once."),
-    ] = 512
-    kv_memory: Annotated[
-        Count | None,
-        Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="half of what is free"),
-    ] = None
-    decoding: Annotated[RequestOptions, _WITHOUT] = field(default_factory=RequestOptions)
 
 
 @command
@@ -93,7 +53,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
         if serving.embedding_layer is not None:
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
-        path = Path(serving.model)  # of which clients see the last part: they need not know paths of this machine
+        path = Path(serving.model)  # clients see its last part only
         name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
             free = available_memory() // 2 if serving.kv_memory is None else serving.kv_memory * 2**20
@@ -122,7 +82,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
 
 @contextmanager
 def _until_a_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end the server without an error. uvicorn finishes its work and raises them again."""
+    """SIGINT and SIGTERM end the server without an error; uvicorn finishes its work and raises them again."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -133,7 +93,7 @@ def _until_a_signal() -> Iterator[None]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with this address, so that a port in use is an error before the model is loaded."""
+    """A bound socket: a port in use is an error before the model is loaded."""
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -1,4 +1,4 @@
-"""Check on this machine that outputs are what is promised."""
+"""Check on this machine that batching, drafting and resuming keep outputs."""
 
 from dataclasses import replace
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What answers look like: completions, conversations and responses, whole and in pieces, and embeddings."""
+"""Documents of answers: completions, conversations and responses, whole and streamed, and embeddings."""
 
 import json
 import secrets
@@ -20,7 +20,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Document:
-    """Makes the document or the chunks of one response."""
+    """Builds the document or the chunks of one response."""
 
     def __init__(
         self,
@@ -31,8 +31,7 @@ class Document:
         calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
-        """`echoes`: by answer, the text of its prompt if the answer begins with it. `calls`: finds calls of tools in one.
-
+        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer.
         `include_usage`: at the end of a stream.
         """
         self._calls = [calls() for _ in jobs]
@@ -43,26 +42,26 @@ class Document:
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
-        """`answers`: by number, each with all of its text. `texts`: of tokens whose log probabilities are told."""
+        """`answers`: by number, with all of their text. `texts`: of tokens with log probabilities."""
         choices = []
         for number, answer in sorted(answers.items()):
-            said, calls = self._calls[number].add(answer.text, True)
-            message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+            text, calls = self._calls[number].add(answer.text, True)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls:
-                message |= {"content": said or None, "tool_calls": calls}
+                message |= {"content": text or None, "tool_calls": calls}
             content = {"message": message} if self._is_chat else {"text": self._echo(number) + answer.text}
             choices.append(self._choice(number, content, answer, texts))
         return {**self._common, "object": self._object, "choices": choices, "usage": usage}
 
     def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
-        """Server-sent events with the next piece of the answer with this number."""
+        """Server-sent events with the next piece of an answer."""
         if not self._is_chat:
             contents: list[dict[str, Any]] = [{"text": ("" if number in self._begun else self._echo(number)) + update.text}]
         else:
             role = {} if number in self._begun else {"role": "assistant"}
             first = self._calls[number].count
-            said, calls = self._calls[number].add(update.text, update.is_last)
-            contents = [{"delta": {**role, "content": said} if said or role else {}}]
+            text, calls = self._calls[number].add(update.text, update.is_last)
+            contents = [{"delta": {**role, "content": text} if text or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
         # The last one says why the answer ended; log probabilities are those of all.
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
@@ -95,19 +94,21 @@ class Document:
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
-        """Log probabilities as completions have them; nothing is known of a prompt's first token."""
-        told: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
+        """Log probabilities in the form of completions; a prompt's first token has none."""
+        entries: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
         tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
         job = self._jobs[number]
         if self._echoes and number not in self._begun:
-            told, tokens = [None, *told], [texts[job.ids[0]], *tokens]
+            entries, tokens = [None, *entries], [texts[job.ids[0]], *tokens]
         ends = list(accumulate(map(len, tokens), initial=self._ends[number]))
         self._ends[number] = ends[-1]
         # Of two tokens with one text the more probable is named, and the token itself is always there.
-        tops = [one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in told]
+        tops = [
+            one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in entries
+        ]
         return {
             "tokens": tokens,
-            "token_logprobs": [one and one.logprob for one in told],
+            "token_logprobs": [one and one.logprob for one in entries],
             "top_logprobs": tops,
             "text_offset": ends[:-1],
         }
@@ -119,7 +120,7 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
-    """The tokens of `n` answers to each prompt. Drafts are what OpenAI calls predictions."""
+    """The tokens of `n` answers to each prompt. OpenAI calls drafts predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
     details = {
         "accepted_prediction_tokens": stats.accepted,
@@ -137,18 +138,18 @@ def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
 
 
 def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
-    """Log probabilities as conversations have them."""
+    """Log probabilities in the form of conversations."""
 
-    def told(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         text = texts[token]
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
-    content = [{**told(one.id, one.logprob), "top_logprobs": [told(*top) for top in one.top]} for one in update.logprobs]
+    content = [{**entry(one.id, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in update.logprobs]
     return {"content": content, "refusal": None}
 
 
 class Vectors:
-    """Makes OpenAI's document of embeddings."""
+    """Builds OpenAI's document of embeddings."""
 
     def __init__(self, model: str, as_base64: bool) -> None:
         self._model, self._as_base64 = model, as_base64
@@ -166,14 +167,14 @@ class Vectors:
 
 
 class ResponseDocument:
-    """Makes the document or the events of one response."""
+    """Builds the document or the events of one response."""
 
     def __init__(self, model: str, job: Request, calls: Callable[[], Calls], body: Mapping[str, Any]) -> None:
-        """`calls`: finds calls of tools. `body`: the request's, of which a response says again what was asked for."""
+        """`calls`: finds calls of tools. `body`: of the request, parts of which a response repeats."""
         self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
         self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
-        self._logprobs = list[Any]()  # of tokens whose text was not said yet
+        self._logprobs = list[Any]()  # of tokens whose text is not sent yet
         asked: dict[str, Any] = {"instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto"}
         asked |= {"parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "max_output_tokens": None}
         self._common = {
@@ -193,11 +194,11 @@ class ResponseDocument:
         if not self._told:
             self._tell("response.created", response=self._document())
             self._tell("response.in_progress", response=self._document())
-        said, calls = self._calls.add(update.text, update.is_last)
+        text, calls = self._calls.add(update.text, update.is_last)
         if self._config.logprobs is not None:
             self._logprobs += chat_logprobs(update, texts)["content"]
-        if said or (update.is_last and not (calls or self._output)):
-            self._say(said)
+        if text or (update.is_last and not (calls or self._output)):
+            self._say(text)
         for call in calls:
             self._call(call)
         if update.is_last:
@@ -222,22 +223,22 @@ class ResponseDocument:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Of what is said of the last item."""
+        """The place of the last item."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
-    def _say(self, said: str) -> None:
-        """Adds to the message that is open; opens one if there is none."""
+    def _say(self, text: str) -> None:
+        """Adds to the open message, or opens one."""
         if not self._output or self._output[-1]["status"] != "in_progress":
             self._add({"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []})
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             self._tell("response.content_part.added", **self._place, content_index=0, part=part)
             self._output[-1]["content"].append(part)
         [part] = self._output[-1]["content"]
-        part["text"] += said
+        part["text"] += text
         part["logprobs"] += (logprobs := self._logprobs)
         self._logprobs = []
-        if said:
-            self._tell("response.output_text.delta", **self._place, content_index=0, delta=said, logprobs=logprobs)
+        if text:
+            self._tell("response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=logprobs)
 
     def _call(self, call: Call) -> None:
         self._end_message("completed")
@@ -249,7 +250,7 @@ class ResponseDocument:
         self._end("completed")
 
     def _end_message(self, status: str) -> None:
-        """If there is one."""
+        """Ends the open message, if there is one."""
         if self._output and self._output[-1]["status"] == "in_progress":
             [part] = self._output[-1]["content"]
             part["logprobs"] += self._logprobs
@@ -275,7 +276,7 @@ class ResponseDocument:
         return b"".join(events)
 
     def _document(self, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The response so far, and whole with the usage of its conversation."""
+        """The response so far; complete with the usage of its conversation."""
         made = {**self._common, "status": "in_progress", "error": None, "incomplete_details": None, "output": self._output}
         if usage is None:
             return {**made, "usage": None}

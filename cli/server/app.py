@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import GUIDES, RequestOptions, changed
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids
@@ -30,7 +31,6 @@ from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
 from layerskip_core.serving.engine import Engine
 
-from ..commands.serve import ServeConfig
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
 from .bodies import ApiError, Asked, Family, Prompt, api_error, invalid, parsed, request_of, text_of
@@ -49,7 +49,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 408:
 
 
 class Metrics:
-    """Counts for Prometheus. `requests`: by endpoint and outcome, which is finished, cancelled, refused or failed."""
+    """Counts for Prometheus. `requests`: by endpoint and outcome (finished, cancelled, refused, failed)."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -64,7 +64,7 @@ class Metrics:
         waiting.set_function(lambda: max(engine.held - engine.running, 0))
 
     def decoded(self, stats: DecodeStats) -> None:
-        """An answer ended, or was given up after these tokens."""
+        """An answer ended, or was given up."""
         counts = {"prompt": stats.prompt_tokens, "generated": stats.new_tokens}
         for kind, count in {**counts, "drafted": stats.drafted, "accepted": stats.accepted}.items():
             self._tokens.labels(kind).inc(count)
@@ -84,7 +84,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         template = chat_template(decoder.tokenizer, with_tools=True) if decoder.template.text == CHAT else None
         known = format_of(template or "")
-        self._is_generic = template is not None and known is None  # tools are told, called and answered in texts
+        self._is_generic = template is not None and known is None  # tools, calls and results are texts
         self._format = "hermes" if self._is_generic else known
         self._teller, self._narrate_once = _teller(decoder.tokenizer) if self._is_generic else "system", cache(narrate)
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
@@ -133,11 +133,7 @@ class Service:
     async def submit(
         self, body: bytes, family: Family, deliver: Callable[[int, Update], None]
     ) -> tuple[Asked, Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
-        """Hands the engine what a body asks for: one job per answer or vector, whose updates are delivered with its number.
-
-        They have places in the queue before any work is done for them. Returns what makes documents of them, too.
-        Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
-        """
+        """Hands the engine the jobs of a body, which first take places in the queue; returns them and their documents."""
         engine, held = self._engine, 1
         engine.hold(held)
         try:
@@ -153,13 +149,13 @@ class Service:
         return request, jobs, made
 
     async def in_encoding(self, work: Callable[..., Result], *given: Any) -> Result:
-        """Runs this in the one thread that uses the tokenizer of this service."""
+        """Runs in the one thread that uses this service's tokenizer."""
         return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *given)
 
     def _made(
         self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
     ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
-        """For `in_encoding`: what the engine is handed, and what makes documents of it."""
+        """Runs in the encoding thread: the jobs, and the builder of their documents."""
         decoder, tools, options = self._decoder, request.tools, request.options
         if family == "embeddings":
             layers = self._config.embedding_layer or decoder.backend.num_layers
@@ -187,9 +183,9 @@ class Service:
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
-        """The texts of the tokens whose log probabilities are told."""
-        told = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
-        ids = {token for one in told for token in (one.id, *(top for top, _ in one.top))}
+        """The texts of tokens with log probabilities."""
+        entries = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
+        ids = {token for one in entries for token in (one.id, *(top for top, _ in one.top))}
         if ids:  # and perhaps the first ones of prompts
             ids |= {job.ids[0] for job in jobs}
         return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}
@@ -204,7 +200,7 @@ class Service:
             self.metrics.decoded(job.stats)
 
     def _encoded(self, prompt: Prompt, tools: Tools | None) -> list[int]:
-        """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
+        """Token ids. A chat template is for conversations; a text to continue is put into any other template."""
         decoder = self._decoder
         if isinstance(prompt, str | list):
             ids = _ids(self._raw, prompt)
@@ -223,7 +219,7 @@ class Service:
         return ids
 
     async def _tokenize(self, request: Request) -> Response:
-        """A prompt's or a conversation's token ids, as it is answered."""
+        """Token ids of a prompt or a conversation, as it is answered."""
         self.authorize(request)
         ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room})
@@ -247,7 +243,7 @@ class Service:
 
 
 def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
-    """Of a text, or of token ids that a request names."""
+    """Of a text, or of token ids in a request."""
     return decoder.known_ids(prompt) if isinstance(prompt, list) else decoder.encode_prompt(str(prompt))
 
 
@@ -267,12 +263,12 @@ class Updates:
         self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
 
     def deliver(self, number: int, update: Update) -> None:
-        """In the engine's thread; `number` is the answer's."""
+        """In the engine's thread."""
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
 
     async def watch(self, receive: Receive) -> None:
-        """Waits until the client goes away: after the body nothing else is received."""
+        """Waits until the client disconnects: nothing else is received after the body."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._queue.put_nowait(None)
@@ -294,7 +290,7 @@ class Updates:
 
 
 class _Endpoint:
-    """Answers prompts or embeds texts: an ASGI application, so that one coroutine has the request from first byte to last."""
+    """Answers prompts or embeds texts; an ASGI application, so one coroutine has the request from first to last byte."""
 
     def __init__(self, service: Service, family: Family) -> None:
         self._service, self._family = service, family
@@ -317,9 +313,7 @@ class _Endpoint:
             self._service.metrics.requests.labels(self._family, outcome).inc()
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
-        """As one document, or as server-sent events. Their status is sent with the first token, so that an error before it is
-        one of HTTP.
-        """
+        """As one document, or as server-sent events, whose status is sent with the first token: earlier errors are HTTP's."""
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)

@@ -1,4 +1,4 @@
-"""What requests say: a body's prompts, options and tools. For what is wrong an error in OpenAI's form names the parameter."""
+"""Parses bodies of requests: prompts, options and tools. An error in OpenAI's form names the parameter."""
 
 import re
 import secrets
@@ -10,11 +10,11 @@ from msgspec import Meta, Struct
 
 from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, changed
 from layerskip_core.config.options import checked
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped
 
-from ..commands.serve import ServeConfig
 from .tools import Tool, Tools
 
 # Options that have another name in the API.
@@ -28,7 +28,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
-# Keys that would change the answer and that this server does not know, with the value that changes nothing.
+# Unsupported keys, with the value that has no effect.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
@@ -50,7 +50,7 @@ _Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
 
 
 class ApiError(Exception):
-    """A request that is refused or fails, with the status and the fields of OpenAI's error object."""
+    """A refused or failed request, with the status and fields of OpenAI's error object."""
 
     def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -58,10 +58,10 @@ class ApiError(Exception):
         self.document: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def renamed(self, family: Family) -> "ApiError":
-        """With the parameter, the message's first word, as it is named there."""
-        said = self.document["error"]
-        if family == "responses" and (name := _RESPONSE_NAMES.get(param := said["param"])) is not None:
-            said |= {"param": name, "message": said["message"].replace(param, name, 1)}
+        """With the parameter's name in this family, which is the message's first word."""
+        error = self.document["error"]
+        if family == "responses" and (name := _RESPONSE_NAMES.get(param := error["param"])) is not None:
+            error |= {"param": name, "message": error["message"].replace(param, name, 1)}
         return self
 
 
@@ -71,7 +71,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None, sta
 
 
 def api_error(error: BaseException) -> ApiError:
-    """The response for an exception. An unexpected one says only that the server failed."""
+    """The response for an exception; an unexpected one reveals nothing."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -116,7 +116,7 @@ class _Message(Struct):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As chat templates read it: arguments of calls are objects."""
+        """In the form of chat templates: arguments of calls are objects."""
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.content is None and not self.tool_calls:
@@ -131,7 +131,7 @@ class _Message(Struct):
 
 
 class _Body(TypedDict, total=False):
-    """Keys beside the prompt and the RequestOptions; null is the same as nothing."""
+    """Keys besides the prompt and the RequestOptions; null counts as left out."""
 
     model: str
     seed: int
@@ -149,7 +149,7 @@ class _Body(TypedDict, total=False):
 
 
 class _ResponseBody(TypedDict, total=False):
-    """Keys that conversations have in another form."""
+    """Keys in another form than those of conversations."""
 
     instructions: str
     text: Annotated[dict[str, Any], Meta(description="an object with a format")]
@@ -158,7 +158,7 @@ class _ResponseBody(TypedDict, total=False):
 
 
 def text_of(document: Mapping[str, Any], model: str) -> Prompt:
-    """What is encoded but not answered: a text or a conversation."""
+    """A text or conversation to encode only."""
     _require_model(document.get("model", model), model)
     prompts = _conversation(document["messages"]) if "messages" in document else _prompts(document.get("prompt"))
     if len(prompts) > 1:
@@ -167,7 +167,7 @@ def text_of(document: Mapping[str, Any], model: str) -> Prompt:
 
 
 class Asked(NamedTuple):
-    """One request. Each prompt has `n` answers, each with options of its own."""
+    """A request. Each prompt has `n` answers, each with options of its own."""
 
     prompts: tuple[Prompt, ...]
     options: list[RequestOptions]  # they differ in their seeds
@@ -180,7 +180,7 @@ class Asked(NamedTuple):
 
 
 def _refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
-    """Raises ApiError for a key with another value than the one that changes nothing."""
+    """Raises ApiError for a key with another value than the one without effect."""
     for key in document.keys() & unsupported.keys():
         value, harmless = document[key], unsupported[key]
         if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
@@ -188,7 +188,7 @@ def _refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, A
 
 
 def request_of(document: Mapping[str, Any], family: Family, model: str, config: ServeConfig) -> Asked:
-    """What a body asks the model of this name for. Raises ApiError, and ConfigError for an option outside its range."""
+    """The request in a body, for the model of this name. Raises ApiError, and ConfigError for an option out of range."""
     most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)  # answers or texts, which the queue has to take whole
     if family == "embeddings":
         return _embedded(document, model, most)
@@ -197,7 +197,7 @@ def request_of(document: Mapping[str, Any], family: Family, model: str, config: 
 
 
 def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
-    """The texts of which a body asks for vectors."""
+    """The texts to embed."""
     form = document.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise invalid(f"encoding_format must be float or base64, got {form!r:.50}", "encoding_format")
@@ -210,7 +210,7 @@ def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
 
 
 def _asked(document: Mapping[str, Any], is_chat: bool, model: str, most: int, config: ServeConfig) -> Asked:
-    """A conversation or texts to continue; the options of `config` are for what the body does not say."""
+    """A conversation or texts to continue; `config` has the options for what the body leaves out."""
     _refuse_unsupported(document, _UNSUPPORTED | ({"echo": False} if is_chat else _NOT_IN_COMPLETIONS))
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
@@ -256,7 +256,7 @@ def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
 
 
 def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The option that says what the answer must match. `strict` or not, it does."""
+    """The option that constrains the answer, `strict` or not."""
     made = {name: document[f"guided_{name}"] for name in ("regex", "grammar", "choice") if f"guided_{name}" in document}
     if "guided_json" in document:
         given = document["guided_json"]
@@ -277,7 +277,7 @@ def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
-    """The options that ask for log probabilities. A conversation says whether, and how many in `top_logprobs`."""
+    """The options for log probabilities; a conversation says whether, and how many in `top_logprobs`."""
     wanted = given.get("logprobs")
     if wanted is not None and isinstance(wanted, bool) != is_chat:
         raise invalid(f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}", "logprobs")
@@ -289,7 +289,7 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """A body without its nulls. Raises ApiError for one that is no object, and DataError for one that is no JSON."""
+    """A body without its nulls. Raises ApiError for one that is no object, DataError for invalid JSON."""
     document = parse_json(body, "the body", DataError)
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
@@ -320,7 +320,7 @@ def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
 
 
 def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a conversation that asks for the same. Raises ApiError and ConfigError."""
+    """An equivalent body of a conversation. Raises ApiError and ConfigError."""
     _refuse_unsupported(body, _STATE, ", which keeps no responses: the input must be the whole conversation")
     _refuse_unsupported(body, _NOT_IN_RESPONSES)
     given = checked(_ResponseBody, {key: body[key] for key in _ResponseBody.__annotations__ if key in body})
@@ -343,10 +343,7 @@ def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
-    """Items of an input as messages, whose values are checked as those of a conversation.
-
-    The assistant's message before a call has it; without one it has a message of its own.
-    """
+    """Items of an input as messages, still to be validated. A call belongs to the assistant's message before it, if any."""
     messages: list[dict[str, Any]] = []
     for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
         match {"type": "message", **item} if isinstance(item, dict) else item:
@@ -366,7 +363,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _content(content: Any) -> Any:
-    """Texts of an input and of an output as those of a conversation."""
+    """Texts of an input or output in the form of conversations."""
     parts = content if isinstance(content, list) else []
     if all(isinstance(part, dict) and part.get("type") in ("input_text", "output_text") for part in parts):
         return [{**part, "type": "text"} for part in parts] or content

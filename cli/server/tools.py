@@ -1,6 +1,6 @@
 """Tools of a conversation: how a model's chat template has them called, and the calls in its answers.
 
-The formats are those of Hermes (also Qwen), of Llama 3 and of Mistral. Where the template knows no tools, Hermes's are texts.
+Formats: Hermes (also Qwen), Llama 3 and Mistral. Where the template knows no tools, Hermes's as plain texts.
 """
 
 import json
@@ -42,10 +42,7 @@ class Tool(Struct):
 
 
 class Tools(NamedTuple):
-    """The tools of a request, also as the client describes them.
-
-    `needed`: those of which the answer must call one; none if it may say something else.
-    """
+    """The tools of a request, also in the client's form (`described`); the answer must call one of the `needed`."""
 
     known: tuple[Tool, ...]
     described: list[Any]
@@ -54,18 +51,15 @@ class Tools(NamedTuple):
 
 
 def format_of(template: str) -> Format | None:
-    """The format in which a chat template has calls written; None if it knows no tools."""
+    """The format of calls in a chat template; None if it knows no tools."""
     if not re.search(r"\btools\b", template):
         return None
     return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
 
 
 def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str) -> list[dict[str, Any]]:
-    """A conversation without tools that says the same: calls, their results and, in the role `teller`, the tools.
-
-    Messages of one role that follow each other are one: many templates want roles in turn.
-    """
-    said = list[tuple[str, str]]()
+    """An equivalent conversation in texts, the tools in the role `teller`; consecutive messages of one role are joined."""
+    turns = list[tuple[str, str]]()
     if tools is not None:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
         place = int(messages[0]["role"] == "system")
@@ -74,16 +68,13 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
         calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
         content = "\n".join([message["content"], *(f"{_START}\n{call}\n{_END}" for call in calls)]).strip()
         is_result = message["role"] == "tool"
-        said.append(("user", f"<tool_response>\n{content}\n</tool_response>") if is_result else (message["role"], content))
-    groups = groupby(said, key=lambda turn: turn[0])
+        turns.append(("user", f"<tool_response>\n{content}\n</tool_response>") if is_result else (message["role"], content))
+    groups = groupby(turns, key=lambda turn: turn[0])
     return [{"role": role, "content": "\n\n".join(content for _, content in group)} for role, group in groups]
 
 
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar, as llguidance reads it, for calls of the tools that are needed. If none is: for a text, calls or both.
-
-    `special`: the ids of the model's special tokens.
-    """
+    """A Lark grammar for calls of the needed tools; without any: a text, calls or both. `special`: token ids."""
     key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
     for tool in tools.needed or tools.known:
         parameters = dict(tool.function.parameters)
@@ -112,41 +103,41 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
 
 
 class Calls:
-    """Parts the text of one answer, as it comes, into what is said and the tools that are called."""
+    """Splits the text of one answer, as it comes, into text and calls of tools."""
 
     def __init__(self, form: Format | None, tools: Tools | None) -> None:
-        """Without `tools` all of the text is said."""
+        """Without `tools` all is text."""
         self._form, self._names = form, set() if tools is None else {tool.function.name for tool in tools.known}
         self._held = ""  # text that may be of a call
         self._is_text = False  # so that no call can come any more, where calls are not marked
         self.count = 0  # of calls so far
 
     def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
-        """Takes more text; returns what can be told now."""
+        """Takes more text; returns the text and calls that are certain."""
         if not self._names:
             return text, []
         self._held += text
-        said, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
+        plain, calls = self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
         self.count += len(calls)
-        return said, calls
+        return plain, calls
 
     def _marked(self, finished: bool) -> tuple[str, list[Call]]:
-        said, calls = "", list[Call]()
+        plain, calls = "", list[Call]()
         while _START in self._held:
             before, _, rest = self._held.partition(_START)
             body, closed, after = rest.partition(_END)
             if not (closed or finished):
                 break
             found = list(self._read(body))
-            said += before.rstrip() if found else before + _START + body + closed
+            plain += before.rstrip() if found else before + _START + body + closed
             calls, self._held = calls + found, after.lstrip() if found else after
         else:
-            told = self._held  # but for an end where a call may begin, white space before it included
+            ready = self._held  # but for an end where a call may begin, white space before it included
             if not finished:
-                size = next((size for size in range(len(_START) - 1, 0, -1) if told.endswith(_START[:size])), 0)
-                told = told[: len(told) - size].rstrip()
-            said, self._held = said + told, self._held[len(told) :]
-        return said, calls
+                size = next((size for size in range(len(_START) - 1, 0, -1) if ready.endswith(_START[:size])), 0)
+                ready = ready[: len(ready) - size].rstrip()
+            plain, self._held = plain + ready, self._held[len(ready) :]
+        return plain, calls
 
     def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
         start = self._held.lstrip()
@@ -157,11 +148,11 @@ class Calls:
             if calls := list(self._read(start)):
                 self._held = ""
                 return "", calls
-        self._is_text, said, self._held = True, self._held, ""
-        return said, []
+        self._is_text, plain, self._held = True, self._held, ""
+        return plain, []
 
     def _read(self, text: str) -> Iterator[Call]:
-        """Calls that stand one after another or in a list; none if anything else is there."""
+        """Calls one after another or in a list; none if anything else is there."""
         found, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
         while place < len(text):
             if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
@@ -182,7 +173,7 @@ class Calls:
 
 
 def deltas(calls: Sequence[Call], first: int) -> Iterator[dict[str, Any]]:
-    """Calls as parts of a stream: a name, then its arguments. `first`: the number of the first call in the answer."""
+    """Calls as parts of a stream: name, then arguments. `first`: the number of the first call in the answer."""
     for number, call in enumerate(calls, start=first):
         arguments = call["function"]["arguments"]
         yield {"index": number, **call, "function": {**call["function"], "arguments": ""}}

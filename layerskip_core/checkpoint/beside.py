@@ -62,7 +62,7 @@ def matrix_names(spec: ModelSpec) -> list[str]:
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
-    """Of three rows of each matrix, in bf16: training changes some of them, a change of precision none."""
+    """Of three rows of each matrix, in bf16: changed by training, not by a change of precision."""
     digest = hashlib.sha256()
     others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
     for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
@@ -73,7 +73,7 @@ def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
 
 
 def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
-    """The open file. Raises ValueError if its header does not have the entries of `form`."""
+    """The open file. Raises ValueError if its header lacks the entries of `form`."""
     file = WeightFile(path)
     for name, needed in form.items():
         if file.metadata.get(name) != needed:
@@ -82,17 +82,13 @@ def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
 
 
 def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> Take | None:
-    """The calibrated weights of a folder as rows of bytes, each read when it is taken; None if the folder has none.
-
-    `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
-    not made from these weights.
-    """
+    """A folder's calibrated weights as rows of bytes, read when taken, or None. Raises CheckpointError if not this model's."""
     path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     if not path.is_file():
         return None
     with naming(path):
         file = open_formed(path, _INT4)
-        _check_made_for(file, spec, weight_of)
+        _check_fingerprint(file, spec, weight_of)
         _check_entries(file.entries, shapes, ("U8",))
 
     def take(name: str) -> Tensor | None:
@@ -108,48 +104,43 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """The blocks of a folder, each weight read when it is taken, as it is stored, and its drafter in the EAGLE-3 layout;
-    NO_BLOCKS if it has neither. `weight_of` gives the model's own weights, in any precision.
-
-    Raises CheckpointError for a file that is damaged, or that was not trained for these weights.
-    """
+    """A folder's blocks, read when taken, and its drafter. Raises CheckpointError if they are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
         with naming(path):
             file = open_formed(path, _BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            _check_made_for(file, spec, weight_of)
+            _check_fingerprint(file, spec, weight_of)
             _check_entries(file.entries, blocks.shapes(spec), FLOATS)
     drafter = eagle3_beside(folder, spec)
     return blocks if drafter is None else replace(blocks, eagle3=drafter)
 
 
-def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str, str]) -> bytes:
-    """int4.safetensors, of rows of bytes by name. `made_for`: the model's `fingerprint`. `details` go into the header."""
-    return _content(rows, made_for, {**details, **_INT4})
+def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:
+    """int4.safetensors, of rows of bytes by name; `details` go into the header."""
+    return _content(rows, model_fingerprint, {**details, **_INT4})
 
 
-def exit_blocks_content(spec: AnySpec, weights: Mapping[str, Tensor], made_for: str, kept: ExitBlocks = NO_BLOCKS) -> bytes:
-    """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`. `made_for`: the model's `fingerprint`.
-
-    The blocks of `kept` are added where `weights` has none for their exit.
-    """
+def exit_blocks_content(
+    spec: AnySpec, weights: Mapping[str, Tensor], model_fingerprint: str, kept: ExitBlocks = NO_BLOCKS
+) -> bytes:
+    """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`, and of `kept` blocks at other exits."""
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:
         if block.exit_layer not in trained:
             content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
-    return _content(content, made_for, _BLOCKS)
+    return _content(content, model_fingerprint, _BLOCKS)
 
 
-def _check_made_for(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
+def _check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
     if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
 
 
 def _check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]) -> None:
-    """Raises ValueError for a weight that is missing or unknown, or of another shape or type."""
+    """Raises ValueError for a weight that is missing, unknown, or of another shape or type."""
     for name in sorted({*shapes, *entries}):
         kind, shape = entries.get(name, ("nothing", ()))
         if kind not in kinds or shape != shapes.get(name):
@@ -166,19 +157,16 @@ def naming(what: object, advice: str = "remove it, or make it again") -> Iterato
         raise CheckpointError(f"{what} cannot be used: {first_line(error)}; {advice}") from error
 
 
-def _content(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, str]) -> bytes:
-    """A file of safetensors. The same weights give the same bytes: the library writes the header in a random order."""
+def _content(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same weights: the library writes the header in a random order."""
     from safetensors.torch import save
 
-    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: made_for})
+    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header, which JSON's white space fills up
     header = json.loads(written[8:end])
     header[_METADATA] = dict(sorted(header[_METADATA].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
-
-
-# The drafter
 
 
 class _Rope(msgspec.Struct):
@@ -224,15 +212,12 @@ class _Values(msgspec.Struct):
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """2, L/2 and L-3, or the nearest different ones: after which layers engines take states unless config.json says so."""
+    """2, L/2 and L-3, or the nearest different ones: whose states engines take unless config.json says otherwise."""
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}))
 
 
 def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
-    """The files of a drafter's folder by their names beside the model's own.
-
-    `spec`: of the target. `verifier`: its folder or hub id, by which engines find it.
-    """
+    """The files of a drafter's folder. `spec`: of the target. `verifier`: its folder or hub id, for engines."""
     from safetensors.torch import save
 
     form, architectures = stored.form, ["LlamaForCausalLMEagle3"]
@@ -283,16 +268,13 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
 
 
 def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
-    """The drafter of a model's folder, if it has one: its config.json is written last. Raises as `read_eagle3` does."""
+    """The drafter of a model's folder, if its config.json, which is written last, is there. Raises as `read_eagle3`."""
     drafter = Path(folder) / EAGLE3_FOLDER
     return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None
 
 
 def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
-    """The drafter in a folder of its own, for a model.
-
-    Raises CheckpointError, naming the first value that it cannot have or weight that it lacks.
-    """
+    """The drafter in a folder, for a model. Raises CheckpointError with the first unsuitable value or missing weight."""
     path = Path(folder)
     with naming(f"the drafter {folder}"):
         values = msgspec.convert(document := read_json(path / CONFIG_FILE, CheckpointError), _Values)

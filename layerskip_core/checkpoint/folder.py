@@ -1,7 +1,7 @@
 """A model's folder, read without transformers, which takes seconds to import: settings, weights and tokenizer.
 
-`lean_spec` and `lean_tokenizer` read folders that transformers 5 wrote: config.json holds every default, and tokenizer.json
-the whole tokenizer. They return None for others, which need transformers.
+`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose config.json holds every default and tokenizer.json the
+whole tokenizer. They return None for others.
 """
 
 import json
@@ -33,20 +33,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
-# Settings
-
-
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder; empty if there is no such file. Raises CheckpointError for other content."""
+    """The JSON object in a file of a folder, empty if there is none. Raises CheckpointError."""
     path = Path(folder) / name
     return read_json(path, CheckpointError) if path.is_file() else {}
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """What the model of a folder is that needs no transformers, if kernels run it; None for one that does.
-
-    Raises CheckpointError for a value of the wrong type or out of range.
-    """
+    """The spec of a folder's model that needs no transformers and that kernels run; else None. Raises CheckpointError."""
     config = read_settings(folder, CONFIG_FILE)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
@@ -59,18 +53,15 @@ def lean_spec(folder: str) -> ModelSpec | None:
 
 
 def generation_config(folder: str) -> SimpleNamespace:
-    """generation_config.json as attributes; without attributes if the folder has no such file."""
+    """generation_config.json as attributes."""
     return SimpleNamespace(**read_settings(folder, GENERATION_FILE))
 
 
-# Weights
-
-
 class WeightFile:
-    """An open safetensors file. `entries`: the type of each weight, as safetensors names it, and its shape."""
+    """An open safetensors file. `entries`: the type (as in safetensors) and shape of each weight."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
+        """Raises the errors of safetensors for a damaged or unreadable file."""
         from safetensors import safe_open
 
         self._bytes = open(path, "rb")  # noqa: SIM115
@@ -88,7 +79,7 @@ class WeightFile:
         return tensor
 
     def read(self, name: str) -> Tensor:
-        """A weight in memory of its own, which is free again without it. Raises OSError."""
+        """A weight in memory of its own. Raises OSError."""
         like = self.mapped(name)
         tensor = torch.empty(like.shape, dtype=like.dtype)
         self._bytes.seek(self._start + self._header[name]["data_offsets"][0])
@@ -98,7 +89,7 @@ class WeightFile:
 
 
 class JoinedWeights:
-    """Weights that files store under other names or in parts (see `ModelSpec.stored_parts`), with what a `WeightFile` has."""
+    """Weights stored under other names or in parts (see `ModelSpec.stored_parts`), with the methods of `WeightFile`."""
 
     def __init__(self, files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
         """`files` by the names of the weights in them. A weight is left out if any of its parts is."""
@@ -108,7 +99,7 @@ class JoinedWeights:
         self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
-        """Of parts that are all of the form of the first. Others raise an error when they are read."""
+        """Of parts that all have the form of the first; reading others raises an error."""
         forms = [self._files[part].entries[part] for part in parts[0]]
         kind, (_, *inputs) = forms[0]
         shape = (sum(shape[0] for _, shape in forms), *inputs)
@@ -137,7 +128,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether a folder holds weights that are packed for the compiled kernels, which only decode."""
+    """Whether a folder holds weights packed for the compiled kernels, which only decode."""
     return (Path(folder) / PACKED_FILE).is_file() and not weight_files(folder)
 
 
@@ -149,10 +140,10 @@ def refuse_packed(folder: str | Path) -> None:
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """What reads each of the model's own weights in a folder, by the weight's name: as it is stored, or as `spec` has it.
+    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them; reads none.
 
-    No weight is read. Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not
-    floating point; not if none has its name, because transformers knows older names.
+    Raises CheckpointError for a weight that is missing, of another shape or not floating point; not if no name is known:
+    transformers knows older names.
     """
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
@@ -167,9 +158,6 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
     return known
 
 
-# Tokenizers
-
-
 def lean_tokenizer(folder: str) -> Tokenizer | None:
     """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
     settings = read_settings(folder, TOKENIZER_FILE)
@@ -178,9 +166,9 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer. Raises CheckpointError for one without a vocabulary, or with words that the model has no embedding for.
+    """The tokenizer. Raises CheckpointError for one without a vocabulary, or with words beyond the embeddings.
 
-    Special tokens may lie beyond the embeddings, as those of Gemma 3 for images do: no text contains them.
+    Special tokens may lie beyond them, as Gemma 3's for images do: no text contains these.
     """
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
@@ -190,12 +178,9 @@ def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     beyond = [(token, word) for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special]
     if beyond:
         first, word = min(beyond)
-        told = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
-        raise CheckpointError(f"{told}: {word!r} is token {first}")
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
+        raise CheckpointError(f"{sizes}: {word!r} is token {first}")
     return tokenizer
-
-
-# Output of transformers
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""layerskip.json: the prompt template, the recommended settings, how the model was made, and the files written with it."""
+"""layerskip.json: the prompt template, recommended settings, how the model was made, and the files written with it."""
 
 import json
 from collections.abc import Mapping
@@ -42,9 +42,11 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What a training changed at full depth. Over `tokens` of the original's own text: the share of best next tokens that stay
-    the same (`agreement`), and the perplexity before and after. `task`: the loss on held-out rows before and after, in nats;
-    `exact_match`: the share of the first `answered` of them that the model answers right.
+    """What a training changed at full depth.
+
+    Over `tokens` of the original's own text: the share of equal argmax tokens (`agreement`), and the perplexity before and
+    after. `task`: nats on held-out rows before and after; `exact_match`: the share of right answers among `answered` of
+    them.
     """
 
     tokens: int
@@ -57,10 +59,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """The fields read from the details that training writes. Losses, agreement and `exit_blocks` are by exit layer.
-
-    Older versions wrote no `trained_exits` and no `agreement`.
-    """
+    """The details of a training that are read; losses, agreement and blocks by exit. Older versions lack some."""
 
     config: _Config = _Config()
     trained_exits: tuple[int, ...] | None = None
@@ -74,11 +73,10 @@ class _Training(msgspec.Struct, frozen=True):
 class CheckpointInfo:
     """The content of layerskip.json.
 
-    `exit_layer`, `num_draft_tokens` and `strategy` are recommended by a sweep; "autoregressive" means that no exit pays.
-    `policies` are the settings that a sweep saved, by name; older versions know only the recommended ones. `details` holds all
-    other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of all files written with
-    the model; older versions did not write them. `system` belongs to the prompt template `chat`. `skip`: the layers that a
-    search found for draft-and-verify, with a draft length.
+    `exit_layer`, `num_draft_tokens` and `strategy` are a sweep's recommendation; "autoregressive": no exit pays.
+    `policies`: its settings by name. `skip`: layers and draft length for draft-and-verify. `profile`: what it measured of
+    drafting. `system` belongs to the template `chat`. `files`: relative names of all files written with the model.
+    `details`: all other keys.
     """
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
@@ -122,34 +120,34 @@ class CheckpointInfo:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """By exit layer, or `eagle3`: the share of first drafts that were right on the held-out rows of its training."""
+        """By exit layer, or `eagle3`: the share of right first drafts on held-out rows of the training."""
         measured = {name: block.agreement for name, block in self._training.exit_blocks.items() if block.agreement is not None}
         return self._training.agreement | measured
 
     @property
     def cost(self) -> Cost | None:
-        """Of the latest training by `finetune`, but for one from scratch."""
+        """Of the latest training by `finetune`, unless from scratch."""
         return self._training.cost
 
     @property
     def trained_on(self) -> tuple[DataConfig | None, str | None]:
-        """The data of the latest training, and what held-out losses were measured on: other data, or one of its splits."""
+        """The data of the latest training, and that of its held-out losses: other data, or one of its splits."""
         for block in reversed(self._training.exit_blocks.values()):
             if isinstance(block.data, DataConfig):
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
-        """What a sweep measured of drafts that are stored in this way, and of passes of the target.
+        """Measurements of drafts stored in this way by a sweep, and of the target's passes.
 
-        Of drafters that it did not measure so, what training measured of exits, else a guess by its losses: exp(-gap / 2)
-        for a gap of that many nats between an exit's loss and the last layer's.
+        Unmeasured exits have the agreement measured in training, else a guess: exp(-gap / 2) for a gap of so many nats
+        between an exit's loss and the last layer's.
         """
         known, training = self.profile, self._training
         agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
-            # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
+            # exp(-gap) estimates the exit's probability of the token; its argmax is right more often.
             agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return replace(known, acceptance=agreement | known.acceptance)
@@ -157,16 +155,12 @@ class CheckpointInfo:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """The settings that are saved to decode with, by name: the policies, else the recommended exit or strategy."""
+        """The saved settings to decode with, by name: the policies, else the recommended exit or strategy."""
         recommended = self.strategy if self.exit_layer is None else f"exit {self.exit_layer}"
         return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
-        """With a description of how the blocks of exits were trained, by exit.
-
-        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits,
-        by the model's own layers or by copies. Its other measurements stay, such as those of passes and of layers to skip.
-        """
+        """With new blocks, by exit; without `advice` and a sweep's measurements of these exits."""
         names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:
@@ -179,7 +173,7 @@ class CheckpointInfo:
         return replace(kept, policies={}, profile=profile, details=details)
 
     def with_int4(self, agreement: float) -> "CheckpointInfo":
-        """With how often new int4 weights agree with the model, instead of what a sweep measured of others."""
+        """With the agreement of new int4 weights, in place of a sweep's measurements of others."""
         known = self.profile or DraftProfile()
         acceptance = {name: share for name, share in known.acceptance.items() if not name.startswith("int4")}
         if (known.draft_head, known.draft_vocab) == (None, 0):  # the drafts whose agreement it is
@@ -192,10 +186,7 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """layerskip.json of a folder; an empty one if there is none, as in a plain checkpoint.
-
-    Raises CheckpointError if it holds anything that `to_json` would not write.
-    """
+    """layerskip.json of a folder, empty if there is none. Raises CheckpointError for content that `to_json` would not write."""
     file = Path(path) / INFO_FILE
     if not file.is_file():
         return CheckpointInfo()
@@ -220,5 +211,5 @@ def read_info(path: str | Path) -> CheckpointInfo:
 
 
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete model or adapter. Their config is written last."""
+    """Whether a folder holds a complete model or adapter, whose config is written last."""
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)

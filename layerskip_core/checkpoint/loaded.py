@@ -1,4 +1,4 @@
-"""A model in memory. A Decoder generates text; a Trainable is a transformers model whose weights can be changed and saved."""
+"""A model in memory: a Decoder generates text; a Trainable is a transformers model that can be trained and saved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ _LARGE_MODEL = 50_000_000  # parameters; from this size on bf16 is faster on a C
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where it is available, else the CPU. Raises ConfigError for a device that this machine lacks."""
+    """`auto`: CUDA where available, else the CPU. Raises ConfigError for a device that this machine lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -39,10 +39,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype:
-    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for models of 50M parameters and more; else fp32.
-
-    Raises ConfigError for a precision that is none of DTYPES.
-    """
+    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for 50M parameters or more; else fp32. Raises ConfigError."""
     require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -55,10 +52,7 @@ _USUAL_DRAFTS = 6  # draft tokens where nothing recommends a number
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model that generates text. `notes` are messages for the user, such as that the compiled kernels are missing.
-
-    `generation`: the settings of generation_config.json, as attributes.
-    """
+    """A model that generates text. `notes` are for the user. `generation`: generation_config.json as attributes."""
 
     name: str
     backend: Backend
@@ -70,29 +64,29 @@ class Decoder:
     generation: object = None
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
-        """The same model with the template that `template` and `system` mean for it; see `resolve_template`."""
+        """The same model with another template; see `resolve_template`."""
         return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
 
     def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers) in a chat template.
 
-        Raises ConfigError for an empty prompt, for a token that the model has no embedding for and for invalid Unicode,
-        CheckpointError for a chat template that fails. White space alone is a prompt in the raw template only.
+        Raises ConfigError for an empty prompt, unknown tokens and invalid Unicode, CheckpointError for a chat template
+        that fails. White space alone is a prompt in the raw template only.
         """
         if not (prompt if self.template.text == RAW else prompt.strip()):
             raise ConfigError("the prompt is empty")
         return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
 
     def known_ids(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt as they are. Raises ConfigError for one that the model has no embedding for."""
+        """The ids. Raises ConfigError for one that the model has no embedding for."""
         last, known = max(ids, default=0), self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
-            raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
+            raise ConfigError(f"the prompt must have tokens of the model, ids below {known}, got {token!r}, id {last}")
         return ids
 
     def prompt_start(self) -> list[int]:
-        """The tokens before every prompt, from `template` and the tokenizer."""
+        """The common first tokens of all prompts."""
         one, other = self.encode_prompt("a"), self.encode_prompt("1")
         return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
@@ -101,14 +95,14 @@ class Decoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def ends(self, stop: Sequence[str]) -> frozenset[int]:
-        """The ids that end an answer with these stop strings: a special token has no text, so it stops as a token."""
+        """The ids that end an answer with these stop strings; a special token has no text, so it stops as a token."""
         if not stop:
             return self.eos_ids
         special = special_ids(self.tokenizer)
         return self.eos_ids | {special[text] for text in stop if text in special}
 
     def ends_of(self, config: DecodingConfig) -> frozenset[int]:
-        """The ids that end an answer: those of `ends`, or none with `ignore_eos`, and `stop_token_ids`."""
+        """The ids that end an answer: `ends` (without EOS under `ignore_eos`) and `stop_token_ids`."""
         usual = self.ends(config.stop) - (self.eos_ids if config.ignore_eos else frozenset())
         return usual | set(config.stop_token_ids)
 
@@ -119,10 +113,7 @@ class Decoder:
 
     @property
     def own_sampling(self) -> RequestOptions:
-        """How the model's maker has it sampled: as in transformers, greedily unless generation_config.json has `do_sample`.
-
-        Raises CheckpointError for a value of the wrong type or out of its range.
-        """
+        """Sampling by generation_config.json: greedy without `do_sample`. Raises CheckpointError."""
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         is_sampled = getattr(self.generation, "do_sample", None) is True
         own = {name: getattr(self.generation, name, None) for name in (names if is_sampled else names[:1])}
@@ -133,15 +124,11 @@ class Decoder:
 
     @property
     def only_drafting(self) -> frozenset[int]:
-        """The exits that can only draft: their blocks read the final states of the model."""
+        """Exits that can only draft: their blocks read the model's final states."""
         return frozenset(exit_layer for exit_layer, block in self.backend.exit_blocks.items() if block.is_fed)
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
-        """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
-
-        Where exits have blocks, these are the trained ones. The strategy is the one that a sweep saved, self-speculative if it
-        saved only an exit. `packing`: how drafts are stored.
-        """
+        """From layerskip.json, else an exit block, else as published, else a quarter of the layers and 6 drafts."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
         exits = blocks or info.trained_exits(self.backend.num_layers)
@@ -153,10 +140,10 @@ class Decoder:
         return Recommended(exit_layer, drafts, info.strategy or found, exits, info.skip, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
-        """What was asked, completed by this checkpoint. `packing`: as it was asked for.
+        """The requested options, completed by this checkpoint. `packing`: as requested.
 
-        Where nothing is said, the policy `exact` decodes if it is saved. Raises ConfigError for early exit at an exit that can
-        only draft, for a policy that is not saved or needs copies of the weights that are not here, and as `resolve` does.
+        Without any choice the policy `exact` decodes, if it is saved. Raises ConfigError for early exit at an exit that
+        can only draft, for a policy that is not saved or lacks its low-bit copies, and as `resolve` does.
         """
         name, policies = options.get("policy"), self.info.policies
         if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
@@ -188,7 +175,7 @@ class Decoder:
         return replace(config, policy=name)
 
     def _missing(self, policy: Policy) -> list[Quantization]:
-        """The copies that a policy drafts with and that were not made."""
+        """The low-bit copies of a policy that are not loaded."""
         return [weights for weights in policy_packing(policy).draft_weights if weights not in self.backend.draft_sides]
 
 
@@ -204,22 +191,19 @@ class Trainable:
 
 
 def decoder_of(trainable: Trainable) -> Decoder:
-    """Decodes with transformers' own layers and shares the weights, so that training can go on."""
+    """Decodes with transformers' own layers and shared weights, so that training can go on."""
     model, backend = trainable.model, trainable.backend
     return decoder(trainable.name, backend, trainable.tokenizer, trainable.info, model.config, model.generation_config)
 
 
 def decoder(name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object) -> Decoder:
-    """With the template and the end tokens that the model's files name; `config` and `generation` are those of transformers."""
+    """With the template and end tokens of the model's files; `config` and `generation` are those of transformers."""
     eos_ids, template = end_ids(generation, config, tokenizer), resolve_template(None, None, info.template, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, template, generation=generation)
 
 
 def end_ids(*sources: object) -> frozenset[int]:
-    """Every id that ends an answer: `eos_token_id` of a generation config, a config and a tokenizer together.
-
-    Raises CheckpointError for one that is no id.
-    """
+    """Every `eos_token_id` of a generation config, a config and a tokenizer. Raises CheckpointError for one that is no id."""
     stored = [getattr(source, "eos_token_id", None) for source in sources]
     ids = frozenset(token for ids in stored if ids is not None for token in (ids if isinstance(ids, list) else [ids]))
     if wrong := [token for token in ids if type(token) is not int]:

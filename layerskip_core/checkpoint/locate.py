@@ -40,13 +40,13 @@ class Location:
 
     @property
     def folder(self) -> str | None:
-        """The folder of a whole model in the layout of transformers; None for a GGUF file, a hub id and an adapter."""
+        """The folder of a whole model in transformers' layout; None for a GGUF file, a hub id and an adapter."""
         whole = self.gguf_file is None and is_folder(self.path) and not is_adapter(self.path)
         return self.path if whole else None
 
 
 def require_model(name: str) -> None:
-    """Raises CheckpointError for a name that is none of the four kinds. Reads nothing, and imports no torch."""
+    """Raises CheckpointError for a name of none of the four kinds. Reads nothing, and imports no torch."""
     path = Path(name)
     if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or _may_be_hub_id(name)):
         names = ", ".join(EMBEDDED)
@@ -56,12 +56,12 @@ def require_model(name: str) -> None:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name is a folder's; not of an empty one that a command made for its output and named like a hub id."""
+    """Whether a name is a folder's; not that of an empty one named like a hub id, which a command made for its output."""
     return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
 def locate(name: str) -> Location:
-    """Raises CheckpointError for a name that is none of the four kinds, and for a folder without a model."""
+    """Raises CheckpointError for a name of none of the four kinds, and for a folder without a model."""
     require_model(name)
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
@@ -76,9 +76,9 @@ def locate(name: str) -> Location:
 
 
 def present(name: str) -> Location:
-    """As `locate`, but for a hub id the folder of its files, fetched if need be.
+    """As `locate`, but for a hub id the folder of its files, fetched if need be. Raises CheckpointError.
 
-    A hub id stays one where it has no safetensors; transformers may know what to read. Raises CheckpointError.
+    A hub id stays one where it has no safetensors; transformers may know what to read.
     """
     location = locate(name)
     if is_folder(location.path):
@@ -91,12 +91,12 @@ def present(name: str) -> Location:
 
 
 def own_folder(name: str) -> str | None:
-    """The folder of a whole model, where files can be added; None for all else, and for an embedded model."""
+    """The folder of a whole model, where files can be added; None for everything else, and for an embedded model."""
     return None if name in EMBEDDED else locate(name).folder
 
 
 def downloaded(name: str) -> str:
-    """The folder of a whole model's files, fetched from the hub if it is a hub id. Raises CheckpointError for all else."""
+    """The folder of a whole model, fetched if it is a hub id. Raises CheckpointError for everything else."""
     location = locate(name)
     if location.gguf_file is not None or is_adapter(location.path):
         found = "an adapter" if location.gguf_file is None else "a GGUF file"
@@ -109,7 +109,7 @@ def downloaded(name: str) -> str:
 
 
 def fetched(name: str) -> str:
-    """A folder as it is, and that of the files of a hub id. Raises CheckpointError."""
+    """A folder as it is, or that of the files of a hub id. Raises CheckpointError."""
     if is_folder(name):
         return name
     from huggingface_hub import snapshot_download
@@ -130,10 +130,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`. Whatever it raises becomes a CheckpointError of one line that names the model.
-
-    A ConfigError passes: it is about what the user asked for, not about the model.
-    """
+    """Calls `read`. Errors but ConfigError become a CheckpointError of one line that names the model."""
     try:
         return read()
     except (ConfigError, LockedError):
@@ -147,7 +144,7 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
 
 
 def files_digest(name: str) -> str:
-    """A digest of all files of a model, and of those of an adapter's base."""
+    """A digest of names, sizes and times of all files of a model, and of those of an adapter's base."""
     from .save import model_files
 
     digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
@@ -155,8 +152,8 @@ def files_digest(name: str) -> str:
         location = present(each)
         folder = Path(fetched(location.path))
         for file in sorted(model_files(folder)) if location.gguf_file is None else [location.gguf_file]:
-            with (folder / file).open("rb") as content:
-                digest.update(file.encode() + hashlib.file_digest(content, "sha256").digest())
+            state = (folder / file).stat()
+            digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -165,10 +162,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """A model's name as a chain: the folders of adapters, each of which needs the next, and the base model of the last.
-
-    Raises CheckpointError for a damaged configuration, and for a chain that is a circle.
-    """
+    """Folders of stacked adapters, and the base model of the last one. Raises CheckpointError, also for a circle."""
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE

@@ -41,10 +41,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A model to repack, with what lies beside the weights in their folder.
-
-    `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` was called.
-    """
+    """A model to repack. `take` gives weights in `dtype`; `weight_of` in any precision, until `take` is called."""
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -66,13 +63,13 @@ def for_decoding(
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, fp32
-    or bf16. `packing`: how the weights are stored; drafts that it leaves open have the head and vocabulary of the policies.
-    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
+    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
+    fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
+    saved ones whose low-bit copies are made too, on the CPU; None: all.
 
-    Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
-    an absent device, a packing that this architecture or device cannot do, a draft model of another vocabulary, and an unknown
-    value of the environment variable that chooses kernels.
+    Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
+    impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
+    kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -97,10 +94,7 @@ def for_decoding(
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
-    """A folder's model as `for_decoding` would pack it on the CPU, with what all of its saved policies draft with.
-
-    Each weight can be taken any number of times. Raises CheckpointError and ConfigError as `for_decoding` does.
-    """
+    """A folder's model as `for_decoding` packs it on the CPU, with the copies of all policies. Raises the same errors."""
 
     def read() -> Source:
         used = _with_policies(packing, read_info(folder), None, _CPU)
@@ -115,10 +109,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
-    """Load a model as transformers does, in evaluation mode. Adapters are merged, GGUF weights dequantised.
-
-    Args and errors are those of `for_decoding`.
-    """
+    """Loads a model as transformers does, in evaluation mode; args and errors are those of `for_decoding`."""
     target, location = pick_device(device), present(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
@@ -134,16 +125,15 @@ def import_checkpoint(
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks go with the weights that they were made for, as does the order of tokens for
-    `draft_vocab`; `files` are written too, by name, and `change` is made to layerskip.json. `eagle3`: a drafter in the EAGLE-3
-    layout that the model gets, a folder or a hub id; the model's own goes with it without that. `dtype` is fp32, bf16, or auto:
-    as `written_dtype` says. Returns the precision, and for each file beside the weights that was left out the reason. Raises
-    CheckpointError if anything fails.
+    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
+    `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
+    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
+    out. Raises CheckpointError.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
     folder, spec, weight_of = present(adapters_of(name)[1]).folder, loaded.backend.spec, loaded.model.get_parameter
-    beside: dict[str, bytes] = {}
+    sidecars: dict[str, bytes] = {}
     left_out = []
     for file, read in (
         (INT4_FILE, lambda: read_int4(str(folder), loaded.backend.own_spec, weight_of)),
@@ -152,22 +142,22 @@ def import_checkpoint(
         if folder is not None and (path := Path(folder) / file).is_file():
             try:
                 read()
-                beside[file] = path.read_bytes()
+                sidecars[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
     drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
     if drafter is not None and Path(drafter).is_dir():
-        beside |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
+        sidecars |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
     if (order := Path(present(name).path) / ORDER_FILE).is_file():
-        beside[ORDER_FILE] = order.read_bytes()
+        sidecars[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
     described = {
         drafter: how
         for drafter, how in details.pop(EXIT_BLOCKS, {}).items()
-        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in beside)
+        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
     info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
     return precision, left_out
 
 
@@ -196,7 +186,7 @@ def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig)
 def _with_policies(
     packing: PackingConfig, info: CheckpointInfo, names: Collection[str] | None, device: torch.device
 ) -> PackingConfig:
-    """`packing` with the low-bit copies (whole ones, on the CPU alone) and the head that these saved policies draft with."""
+    """`packing` with the low-bit copies (whole, on the CPU only) and the head that these saved policies draft with."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
     used = [policy for policy in used if device.type == "cpu" or not policy_packing(policy).draft_weights]
     if used and names is not None:  # a policy says how to decode
@@ -226,7 +216,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
-    """A model that transformers has read. It loses its weights to `take`."""
+    """A model that transformers has read; `take` moves its weights out of it."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
     return Source(
         trainable.backend.own_spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing
@@ -234,10 +224,9 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
-    """With a low-bit copy for adaptive drafting, if it is fast here and fits in `memory` (bytes) beside the weights; and with
-    the files of `folder`.
+    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
 
-    The copy is int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    The copy is int4 if calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
@@ -294,7 +283,7 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> 
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
-    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
+    """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing = missing_feature(spec)

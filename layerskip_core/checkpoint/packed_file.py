@@ -1,10 +1,9 @@
-"""packed.safetensors: a model's weights as the compiled kernels read them. Loading maps the file, and packs nothing.
+"""packed.safetensors: a model's weights as the compiled kernels read them; loading maps the file and packs nothing.
 
-It has the embedding, the norms and the routers of experts by their names in a checkpoint, and the tensors of each matrix (see
-model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by
-low-bit copies. The layout is the same for all variants of the kernels, but for fp32 weights that bf16 holds, which those that
-widen bf16 read as `widened`. The header says what was packed, and has a fingerprint of a few bytes of every tensor, which shows
-content that is missing, as when a copy was interrupted; the other bytes are not checked.
+It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (see
+model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`, in several kinds for low-bit copies. The layout is
+the same for all kernels; fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The header names the content
+and has a fingerprint of a few bytes of every tensor, which shows missing content, as of an interrupted copy.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ _ENTRY = 256  # bytes of the header that an entry takes at most
 
 @dataclass(frozen=True)
 class Content:
-    """The packed content. `dtype`: of the embedding, and of weights without low bits. `blocks`: each exit block's inputs."""
+    """The packed content. `dtype`: of the embedding and unquantized weights. `blocks`: each exit block's inputs."""
 
     dtype: Literal["fp32", "bf16"]
     quantize: Quantization | None
@@ -50,7 +49,7 @@ class Content:
     blocks: dict[str, Feature]
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
-        """Selects the requested content. Raises ConfigError for anything that was not packed."""
+        """The requested part of the content. Raises ConfigError for anything that was not packed."""
         copies, head = asked.draft_weights, asked.draft_head or "int8"
         if asked.adaptive and not copies and self.quantize is None and not asked.exact:
             usual: Quantization = "int4" if self.calibrated else "int8"
@@ -71,7 +70,7 @@ class PackedFile:
     """The file of a folder, whose matrices are parts of the mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the header and the fingerprint's rows. Raises CheckpointError for a file that is damaged or foreign."""
+        """Reads header and fingerprint. Raises CheckpointError for a damaged or foreign file."""
         self._path = Path(folder) / PACKED_FILE
         with naming(self._path, _ADVICE):
             self._file = open_formed(self._path, _FORM)
@@ -85,7 +84,7 @@ class PackedFile:
         self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.unpacked)
 
     def unpacked(self, name: str) -> Tensor | None:
-        """A weight that stands in no matrix, by its name in a checkpoint."""
+        """A weight outside of matrices, by its name in a checkpoint."""
         return self._file.read(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
@@ -102,7 +101,7 @@ class PackedFile:
         return NativeMatrix(form, {part: self._part(f"{form.kind}.{name}.{part}", *kind) for part, kind in form.parts.items()})
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
+        """Raises CheckpointError for a missing tensor, or another type or shape than the model needs."""
         needed, found = (_NAMES[dtype], shape), self._file.entries.get(name)
         with naming(self._path, _ADVICE):
             if found != needed:
@@ -111,10 +110,10 @@ class PackedFile:
 
 
 class PackedWriter:
-    """Writes the file while a backend is built: it packs each matrix, writes it, and keeps none in memory."""
+    """Writes the file while a backend is built, matrix by matrix, keeping none in memory."""
 
     def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
-        """`file` is open and empty. `most`: of tensors, for which the header has room."""
+        """`file` is open and empty. The header has room for `most` tensors."""
         self._kernels, self._file = kernels, file
         self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of what follows the header
         self._file.seek(self._start)

@@ -1,10 +1,9 @@
-"""Writes models. A folder never holds half a model, and files that do not belong to a model are never lost.
+"""Writes models. A folder never holds half a model, and files of others are never lost.
 
-A new model is written to a staging folder inside its folder. When everything is on disk, one rename makes the staging folder
-READY: from then on the new model is in effect, and its files are moved to their places, layerskip.json at the very end. If the
-process is killed meanwhile, the next command that reads or writes the folder moves the rest.
-
-Other programs see the old model, then for a few renames a folder without a config, which is not a model, then the new model.
+A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY and the
+new model effective. Then its files are moved into place, layerskip.json last. After a kill, the next command that reads or
+writes the folder moves the rest. Other programs see the old model, for a few renames a folder without a config, then the new
+model.
 """
 
 import os
@@ -42,10 +41,7 @@ Result = TypeVar("Result")
 
 
 def model_files(folder: Path) -> set[str]:
-    """Relative names of the model's files in a folder: those that layerskip.json lists, else those with the usual names.
-
-    A folder without a model has none. Raises CheckpointError if layerskip.json is not valid.
-    """
+    """Relative names of the model's files: those in layerskip.json, else the usual ones. Raises CheckpointError."""
     names = {INFO_FILE, *read_info(folder).files}
     if len(names) == 1 and any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()):
         names |= _usual(folder)
@@ -53,17 +49,14 @@ def model_files(folder: Path) -> set[str]:
 
 
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
-    """Raises ConfigError if `output` holds a model that may not be replaced, or files that are in the way.
-
-    `written` are names of files that will be written with the model. An interrupted save in the folder is finished first.
-    """
+    """Raises ConfigError if `output` holds a model that may not be replaced, or files in the way of `written` ones."""
     settle(output)
     require_overwrite(output, "a model" if holds_model(output) else "", overwrite)
     _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 
 def refuse_beside(model: str, name: str) -> None:
-    """Raises ConfigError if `save_beside` would replace a file that does not belong to the model. Needs the folder's lock."""
+    """Raises ConfigError if `save_beside` would replace a file of others. Needs the folder's lock."""
     settle(model)
     _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
@@ -76,11 +69,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
-    """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
-
-    An adapter (a peft model) is written alone and names its base. `files` are written too, by name. `model` is converted to
-    `dtype` in place. Raises as `save_files` does.
-    """
+    """Replaces the model in `output` by a checkpoint in `dtype` (an adapter alone), in one step, with further `files`."""
 
     def write(staging: Path) -> None:
         write_model(model.to(dtype), staging)
@@ -91,10 +80,7 @@ def save_checkpoint(
 
 
 def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
-    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info`.
-
-    `files` are written too, by name. Raises as `save_files` does.
-    """
+    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info` and further `files`."""
     folder = Path(source)
 
     def write(staging: Path) -> None:
@@ -106,10 +92,10 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 
 
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
-    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`, which lists them.
+    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info` and further `files`.
 
-    `files` are written too, by name. Raises CheckpointError for a disk that is full or not writable and for files that belong
-    to no model and are in the way, LockedError if another process writes to the folder: it is unchanged then.
+    Raises CheckpointError for a full or read-only disk and for files of others in the way, LockedError while another
+    process writes to the folder; it is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):
@@ -140,10 +126,7 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
 
 
 def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
-    """Writes the weights and config of a transformers model, or of a peft model's adapter, as safetensors.
-
-    `as_it_is`: by the names of the model's parameters, where published checkpoints of its type have other names or parts.
-    """
+    """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own names."""
     adapter = hasattr(model, "get_base_model")
     # For embedding layers "auto" would ask the hub.
     options = {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
@@ -153,7 +136,7 @@ def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:
-    """Replaces layerskip.json of a folder atomically. Raises CheckpointError if it cannot be written."""
+    """Replaces layerskip.json of a folder atomically. Raises CheckpointError."""
     with hold(path, "saving layerskip.json"):
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
@@ -161,10 +144,7 @@ def write_info(path: str, info: CheckpointInfo) -> None:
 def save_beside(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
-    """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced.
-
-    `change`: what else changes there. Raises as `write_info` does.
-    """
+    """Adds a file to a folder's model, and to layerskip.json after a `change`. Raises as `write_info` does."""
     with hold(folder, f"saving {name}"):
         info = change(read_info(folder))
         # First: a file that it does not list would be in the way.
@@ -174,7 +154,7 @@ def save_beside(
 
 
 def claim_repository(repository: str) -> None:
-    """Makes a repository on the hub where there is none. Raises ConfigError if it is not ours to write to."""
+    """Creates a repository on the hub if there is none. Raises ConfigError if it is not ours to write to."""
     from huggingface_hub import HfApi
 
     try:
@@ -195,10 +175,7 @@ def push(folder: str, repository: str) -> None:
 
 
 def settle(folder: str | Path) -> None:
-    """Moves the files of a complete new model into place, or waits while another process does it.
-
-    Raises LayerSkipError if that fails: the folder is not writable, or a file cannot be moved.
-    """
+    """Moves the files of a complete new model into place, or waits while another process does. Raises LayerSkipError."""
     folder = Path(folder)
     ready = folder / READY
     if not (ready / INFO_FILE).exists():
@@ -228,10 +205,7 @@ def settle(folder: str | Path) -> None:
 
 
 def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
-    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models.
-
-    Raises what `read` raises when no file was replaced.
-    """
+    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models."""
     while True:
         settle(folder)
         before = _version(folder)
@@ -246,7 +220,7 @@ def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
 
 
 def _version(folder: str | Path) -> list[tuple[int, ...]]:
-    """Changes as soon as a replacement begins, which makes READY, and when it has finished, because configs are replaced."""
+    """Changes when a replacement begins (READY) and ends (configs)."""
     version: list[tuple[int, ...]] = []
     for name in (f"{READY}/{INFO_FILE}", *CONFIG_FILES):
         with suppress(OSError):
@@ -261,7 +235,7 @@ def _usual(folder: Path) -> set[str]:
 
 
 def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
-    """Raises `error` for files of others that a new model would overwrite (`written`) or loaders would take for its own."""
+    """Raises `error` for files of others that a new model would overwrite (`written`) or loaders take for its own."""
     found = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
     if found:
         more = f" ({len(found) - 1} more)" if len(found) > 1 else ""

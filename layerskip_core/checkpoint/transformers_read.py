@@ -1,6 +1,4 @@
-"""Reads models with transformers and peft, also from GGUF files, which the package `gguf` reads. Code that comes with a
-checkpoint never runs.
-"""
+"""Reads models with transformers and peft, also from GGUF files (package `gguf`). Code of a checkpoint never runs."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -58,10 +56,7 @@ class PretrainedModel:
         return read_tokenizer(self._path)
 
     def model(self) -> Any:
-        """The model with its stored weights. Raises CheckpointError for one that lacks some, before any is read in a folder.
-
-        Some multimodal types have no class that takes text alone: their whole model is read, and gets no images.
-        """
+        """The model with its weights (a multimodal one whole). Raises CheckpointError if some are missing."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -77,13 +72,10 @@ class PretrainedModel:
 
 
 class GgufFile:
-    """A GGUF file, whose tensors are mapped. `layers` and `tokens`: their numbers, None where the file does not say.
-
-    `config` and `spec` raise CheckpointError for an unsupported architecture, and for values that are missing or out of range.
-    """
+    """A GGUF file with mapped tensors. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for a damaged file, and ConfigError if the package `gguf` is missing."""
+        """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
         try:
             from gguf import GGUFReader, GGUFValueType
         except ImportError:
@@ -129,10 +121,10 @@ class GgufFile:
         return ModelSpec.of(self.config)
 
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
-        """The entries to change in `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
+        """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
 
-        Linear and YaRN are named in the header. For Llama 3 the file has only what each frequency is divided by: the original
-        context is then one that gives these factors.
+        Linear and YaRN are named in the header. For Llama 3 the file has the divisors of the frequencies only: the
+        original context is one that gives these.
         """
         prefix = f"{self._architecture}.rope."
         named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
@@ -170,7 +162,7 @@ class GgufFile:
         return kind.from_pretrained(self._path.parent, gguf_file=self._path.name)
 
     def model(self) -> Any:
-        """A transformers model in fp32 with the values as the file has them. Raises CheckpointError as `weights` does."""
+        """A transformers model in fp32. Raises CheckpointError as `weights` does."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         kind, kernels = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)], attention_for(self.config)
@@ -180,11 +172,7 @@ class GgufFile:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers.
-
-        Raises CheckpointError, before any is read, for one that is missing or has another shape; and for one that is stored in
-        a way that the package `gguf` does not read.
-        """
+        """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
         from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -219,12 +207,12 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
 
 
 def tokenizer_in(folder: str, vocab_size: int) -> Any:
-    """A folder's tokenizer, of transformers only where there is no other way. Raises as `checked_tokenizer` does."""
+    """A folder's tokenizer; transformers' only where there is no other way. Raises as `checked_tokenizer` does."""
     return checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), vocab_size)
 
 
 def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
-    """transformers' tokenizer. Raises CheckpointError for one that does not suit the model's vocabulary."""
+    """transformers' tokenizer. Raises CheckpointError for one that does not suit the vocabulary."""
     return checked_tokenizer(files.tokenizer(), files.config.get_text_config(decoder=True).vocab_size)
 
 
@@ -243,10 +231,7 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
 
 @quiet_transformers()
 def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """The architecture of a checkpoint with random weights, in fp32 on the CPU. The folder needs no weights.
-
-    With a `tokenizer` the model's vocabulary takes the tokenizer's size; without one the checkpoint's own is used.
-    """
+    """The architecture of a checkpoint with random weights, in fp32 on the CPU; its vocabulary is that of `tokenizer`."""
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
@@ -267,10 +252,7 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Merges the adapters into `base`, the last one first; the tokenizer comes from the first adapter.
-
-    Raises CheckpointError for an adapter with weights missing.
-    """
+    """Merges adapters into `base`, the last one first, with the first one's tokenizer. Raises CheckpointError."""
     from peft import PeftModel, get_peft_model_state_dict
 
     model, spec = base.model, base.backend.spec
@@ -296,7 +278,7 @@ def read_tokenizer(path: str) -> Any:
 
 
 def stored_dtype(name: str) -> torch.dtype:
-    """The precision that a checkpoint's config gives for its weights, fp32 if it gives none, as a GGUF file does."""
+    """The precision of a checkpoint's weights by its config; fp32 if it names none, and for GGUF."""
     location = present(adapters_of(name)[1])
     if location.gguf_file is not None:
         return torch.float32
@@ -305,10 +287,9 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
-    """The precision to write a model's weights in: fp32, bf16, or auto: as they are stored.
+    """The precision to write a model's weights in: fp32, bf16, or auto: as stored.
 
-    `loaded` is in fp32. Of a GGUF file auto is the narrowest precision that holds each of its weights as it is: low-bit values
-    are products with their scales, which need fp32.
+    `loaded` is in fp32. For GGUF auto is the narrowest precision that holds every dequantized weight exactly.
     """
     if asked != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]

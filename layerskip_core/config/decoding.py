@@ -22,7 +22,7 @@ DRAFTERS = {
     "draft-model": "layerskip_core.decoding.drafters.exit",
 }
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
-# The strategies that use an option; all use those that are not here.
+# The strategies that use an option; other options are used by all.
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
@@ -51,10 +51,7 @@ Remember = Annotated[
 
 
 class DecodingOptions(TypedDict, total=False):
-    """How to decode, as asked for: by flags, by options in Python, by a row of JSON. The checkpoint decides what is left out.
-
-    Exits and layers are counts, 1..L: layer E is the last that runs before exit E.
-    """
+    """Requested decoding options; the checkpoint decides the others. Layers are counts: exit E is after layer E."""
 
     strategy: Annotated[
         str,
@@ -89,7 +86,7 @@ class DecodingOptions(TypedDict, total=False):
         Sequence[Layer],
         Flag(
             "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
-            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
+            default="with --strategy draft-and-verify the ones stored by sweep-exits --search-skips --save",
         ),
     ]
     policy: Annotated[
@@ -97,7 +94,7 @@ class DecodingOptions(TypedDict, total=False):
         Flag(
             "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
             "of plain decoding) or fast (nearly its quality).",
-            default="exact if it is stored and nothing else is said",
+            default="exact if it is stored and no other option is given",
         ),
     ]
     exits: Annotated[
@@ -118,10 +115,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of answers that are not measured: what is done to logits before a token is chosen, and what is told of tokens.
-
-    With drafts as without: the logits of each position are changed by what the tokens before it say, drafts included.
-    """
+    """Options of answers that are not measured: changes of logits, also at drafted positions, and log probabilities."""
 
     min_p: Annotated[
         Ratio,
@@ -141,7 +135,7 @@ class RequestOptions(DecodingOptions, total=False):
         Meta(description="an object of token ids with numbers in [-100, 100]"),
         Flag('Add these numbers to the logits of tokens, such as {"15": -100}.'),
     ]
-    min_tokens: Annotated[CountOrNone, Flag("No token ends the answer before it has so many.", default="0", panel="Decoding")]
+    min_tokens: Annotated[CountOrNone, Flag("Minimum number of tokens in an answer.", default="0", panel="Decoding")]
     ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
     stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
     schema: Annotated[
@@ -159,7 +153,7 @@ class RequestOptions(DecodingOptions, total=False):
     logprobs: Annotated[
         int,
         Meta(ge=0, le=20),
-        Flag("In answers of --jsonl: log probabilities of the tokens, and of so many of the best in their places."),
+        Flag("In answers of --jsonl: log probabilities of the tokens, and of the N best alternatives of each."),
     ]
     prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
 
@@ -171,11 +165,11 @@ _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "se
 
 @dataclass(frozen=True)
 class DraftProfile:
-    """What was measured of drafting with a model, where adaptive drafting starts. Drafters by name: `exit 8`, `int8`.
+    """Measurements that adaptive drafting starts from. Drafters by name: `exit 8`, `int8`.
 
-    `acceptance`: the probability that a draft is accepted given that those before it in the round were. `passes`: milliseconds
-    of a pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head` and `draft_vocab`: how
-    drafts were stored, as in PackingConfig.
+    `acceptance`: the probability that a draft is accepted if those before it in the round were. `passes`: milliseconds of a
+    pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head`, `draft_vocab`: as in
+    PackingConfig.
     """
 
     acceptance: dict[str, Ratio] = field(default_factory=dict)
@@ -190,11 +184,11 @@ _UNKNOWN = DraftProfile()
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """A strategy with all that it needs: DecodingOptions, completed for a checkpoint.
+    """A strategy with all its options: DecodingOptions, completed for a checkpoint.
 
-    `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `exits`: those that adaptive drafting and
-    `exit_confidence` choose among. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`:
-    one of GUIDES and its text, JSON but for a `regex` and a `grammar`; `guide`: this compiled for the checkpoint's tokenizer.
+    `draft_weights`: the low-bit copy that drafts (None: the model's own weights). `exits`: for adaptive drafting and
+    `exit_confidence`. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`: one of
+    GUIDES and its text (JSON except for `regex` and `grammar`); `guide`: compiled for the checkpoint's tokenizer.
     """
 
     strategy: str = "self-speculative"
@@ -233,12 +227,12 @@ class DecodingConfig:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a row's own options change its logits before a token is chosen."""
+        """Whether a row's own options change its logits."""
         return self.penalises or bool(self.logit_bias or self.min_tokens or self.guided)
 
     @property
     def shared(self) -> "DecodingConfig":
-        """What the rows of one loop have in common: their limits, stops, seeds and changes of logits are each row's own."""
+        """The part that rows of one loop share: limits, stops, seeds and changes of logits are each row's own."""
         return replace(self, **{name: getattr(_ROWS_OWN, name) for name in _OF_A_ROW})
 
 
@@ -250,18 +244,18 @@ _OF_A_ROW = (
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
-    """A strategy with the options that it uses and other fields of DecodingConfig; the rest are defaults."""
-    used = {name: value for name, value in said(options or {}).items() if strategy in used_by(name)}
+    """A strategy with the options that it uses and further fields of DecodingConfig."""
+    used = {name: value for name, value in normalized(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
     """The requested policy, or the requested options that a policy sets. Empty: the checkpoint chooses."""
-    return {name: value for name, value in said(options).items() if value and name not in _OF_A_REQUEST}
+    return {name: value for name, value in normalized(options).items() if value and name not in _OF_A_REQUEST}
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
-    """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
+    """Options with `changes`. A policy replaces all that it sets, and is dropped for any of these."""
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
         replaced |= options.keys() - _OF_A_REQUEST
@@ -275,7 +269,7 @@ def used_by(option: str) -> Sequence[str]:
     return _USERS.get(option, STRATEGIES)
 
 
-def said(options: Mapping[str, Any]) -> dict[str, Any]:
+def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with tuples for lists and objects, without None and empty ones."""
     stop, bias = options.get("stop"), dict(options.get("logit_bias") or {})
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop, "logit_bias": sorted(bias.items())}

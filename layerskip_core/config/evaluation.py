@@ -37,10 +37,10 @@ _OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is evaluated on which rows: `samples` of them (0: all) from `data`, by default the task's own.
+    """The task and its rows: `samples` of them (0: all) from `data`, by default the task's own.
 
-    None for `max_new_tokens`, `shots` and the columns: the task decides. A template with {prompt} in it is also the form of
-    each row's prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
+    None for `max_new_tokens`, `shots` and columns: the task decides. A template with {prompt} in it is also the form of
+    each prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
     """
 
     task: Annotated[
@@ -104,17 +104,17 @@ class TaskConfig:
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
-        """The tasks of lm-evaluation-harness that `task` names; empty if it is none of those."""
+        """The tasks of lm-evaluation-harness that `task` names."""
         other, _, names = (self.task or "").partition(HARNESS)
         return () if other else tuple(filter(None, map(str.strip, names.split(","))))
 
 
 @dataclass(frozen=True)
 class MeasurementConfig:
-    """What every measurement of decoding has.
+    """Settings of every measurement.
 
-    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none) are timed. Without batches all
-    are, and `timed` is None. `remember`: how many tokens of the answers to earlier prompts lookups search.
+    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none) are timed; else all are,
+    and `timed` is None. `remember`: how many tokens of earlier answers lookups search.
     """
 
     model: ModelName = "embedded"
@@ -145,15 +145,13 @@ class MeasurementConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(MeasurementConfig):
-    """Strategies and baselines side by side. Without `strategies` those that suit the model, see `suiting_strategies`; layers
-    to skip in `generation` imply draft-and-verify.
-    """
+    """Strategies (default: see `suiting_strategies`) and baselines side by side. Given layers to skip add draft-and-verify."""
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...],
-        Flag("The strategies to run, autoregressive among them.", default="those that the model was trained or converted for"),
+        Flag("The strategies to run, autoregressive among them.", default="those that suit the model"),
     ] = ()
     repeats: Annotated[
         int,
@@ -188,7 +186,7 @@ class BenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(MeasurementConfig):
-    """Every exit, and every drafter with these draft lengths, or with those that are predicted to be its fastest."""
+    """Every exit, and every drafter with these draft lengths, or with those of the best predictions."""
 
     exits: Annotated[
         tuple[Layer, ...],
@@ -199,7 +197,7 @@ class SweepConfig(MeasurementConfig):
         ),
     ] = ()
     specs: Annotated[
-        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="of 2 to 32 those with the best predicted speed")
+        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="from 2 to 32, the best by predicted speed")
     ] = ()
     keep: Annotated[
         Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")

@@ -1,4 +1,4 @@
-"""The machine, the weights, prompting, data, calibration and export of a model."""
+"""Settings of the machine, the weights, prompting, data, calibration and export."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -14,7 +14,7 @@ Format = Literal["transformers", "gguf", "packed"]
 Quantization = Literal["int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names, of which the first that is there counts
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names; the first one present counts
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "text")
 EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]
@@ -39,12 +39,12 @@ DraftModel = Annotated[
 class PackingConfig:
     """How the weights of a model that only decodes are stored, and what drafts for it; the embedding keeps its precision.
 
-    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
-    drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
-    agreement with the target. `draft_vocab`: the most frequent tokens are those of the training data if there is a
-    token_order.json, else the tokenizer's first; 0: all, but at exits as `RepackedBackend` says. `quantize` and `draft_vocab`
-    hold for the `draft_model` too. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and
-    a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout has low bits without being asked for.
+    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all) for
+    drafts, with a head in `draft_head` (default int8: an int4 head costs most of the agreement). `draft_vocab`: the most
+    frequent tokens, by token_order.json if there is one, else the tokenizer's first (0: all, but at exits as
+    `RepackedBackend` says). `quantize` and `draft_vocab` apply to the `draft_model` too. `adaptive`: adds a low-bit copy of
+    all layers if nothing else drafts and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout gets low bits
+    by default.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
@@ -68,26 +68,23 @@ class PackingConfig:
 
     @property
     def drafts_apart(self) -> bool:
-        """Whether drafts have a head of their own, and possibly layers or a whole model."""
+        """Whether drafts have a head, layers or a model of their own."""
         return bool(self.draft_weights or self.draft_vocab or self.draft_model)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
+        """Whether weights stay unchanged, which is all that a model supports that is not repacked."""
         return not (self.quantize or self.draft_weights or self.draft_vocab or self.exact)
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of the layer and of the head of a drafter in the EAGLE-3 layout, on the compiled kernels.
-
-        That of what else drafts in low bits, else the model's, else int8: its drafts are accepted as often as unrounded ones.
-        """
+        """The precision of layer and head of a drafter in the EAGLE-3 layout; int8 is accepted as often."""
         usual: Quantization | None = "int8" if self.rounds_drafter else None
         return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
 
     @property
     def drafting(self) -> str:
-        """The low-bit copies, as reports name them: `, int8 drafts`."""
+        """The low-bit copies in reports: `, int8 drafts`."""
         return f", {' and '.join(self.draft_weights)} drafts" if self.draft_weights else ""
 
 
@@ -96,10 +93,10 @@ PLAIN = PackingConfig()
 
 @dataclass(frozen=True)
 class PromptingConfig:
-    """What was asked; None: the checkpoint's own template, else the tokenizer's chat template if it has one.
+    """The requested template; None: the checkpoint's own, else the tokenizer's chat template, if any.
 
-    `template` is `chat`, `raw` or a text with {prompt} in it. `system` is a system message, for chat templates only. `raw` is
-    short for `template` raw: nothing is added, and special tokens in the prompt count.
+    `template`: `chat`, `raw` or a text with {prompt} in it. `system`: for chat templates. `raw`: short for `template` raw:
+    nothing is added, and text of special tokens becomes tokens.
     """
 
     template: Annotated[
@@ -123,16 +120,13 @@ class PromptingConfig:
 
     @property
     def asked(self) -> str | None:
-        """The template: `chat`, `raw`, a text with {prompt} in it, or None where nothing was said."""
+        """`chat`, `raw`, a text with {prompt} in it, or None."""
         return "raw" if self.raw else self.template
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; its columns; the number of rows (0: all).
-
-    `setting` is the one that named the data, for errors.
-    """
+    """A data set, its columns, and the number of rows (0: all). `setting`: the one that named it, for errors."""
 
     name: Annotated[
         Text,
@@ -156,7 +150,7 @@ class DataConfig:
 
     @property
     def is_endless(self) -> bool:
-        """Whether the rows are drawn by a generator: a run draws as many as it will see, so that none repeats."""
+        """Whether a generator draws the rows, as many as a run will see, so that none repeats."""
         return self.name == "commands" and not self.limit
 
 
@@ -181,10 +175,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The first `exit_layer` layers of a model, with its exit block if there is one; None: the recommended exit.
-
-    The format `packed` has the whole model, as `generate` packs it, with low bits if `quantize` says so.
-    """
+    """The first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: the whole model."""
 
     model: Text = "embedded"
     exit_layer: Annotated[
@@ -222,10 +213,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Whether to compare a drafter here and in vLLM instead of an export, and on which prompts.
-
-    `python` runs in the environment that has vLLM.
-    """
+    """Whether to compare a drafter here and in vLLM (of the environment of `python`) instead of an export, on which prompts."""
 
     check: Annotated[
         bool,

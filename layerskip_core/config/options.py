@@ -1,9 +1,8 @@
-"""How a setting is declared: its type, its range and its flag stand together in one annotation.
+"""Declares settings: type, range and flag stand together in one annotation.
 
-    num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.", "--spec")]
+  num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.", "--spec")]
 
-The command line makes a flag of it. `checked` tests what a user gave: a flag, a Python option, JSON or TOML.
-Settings that our own code makes are not checked.
+The command line makes a flag of it. `checked` validates what users give (flags, Python options, JSON, TOML), not our own.
 """
 
 import os
@@ -30,17 +29,12 @@ _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 
 @dataclass(frozen=True)
 class Flag:
-    """How the command line gives a field, and under which heading of --help.
+    """How the command line gives a field.
 
-    Args:
-        help: one sentence.
-        flag: its spelling where it is not the field's name; several with slashes between.
-        default: shown in --help where the field has no default of its own.
-        panel: the heading; without one the field stands under that of the field before it.
-        repeated: the flag can be repeated; a list has one flag otherwise, with commas.
-        optional: a value that may follow the flag; without one the field is True.
-        reads: what the flag names: a file with the value; or data, perhaps data, or a model, whose absence is told before torch
-            is imported.
+    `flag`: its spelling (several with slashes) if not the field's name. `default`: for --help, of a field without its own.
+    `panel`: the heading of --help, else that of the field before. `repeated`: can be repeated, instead of a list with
+    commas. `optional`: a value that may follow; without one the field is True. `reads`: what the flag names: a file with
+    the value, or data or a model, whose absence is reported before torch is imported.
     """
 
     help: str
@@ -64,7 +58,7 @@ def one_of(*names: str) -> Meta:
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
 _UNICODE = "a text of valid Unicode that is not empty"
 Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
-# msgspec 0.22 crashes on a pattern beside a list.
+# msgspec 0.22 crashes on a pattern next to a list.
 Texts = Annotated[Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]
@@ -83,10 +77,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a user gave for the fields of `kind`, converted to their types. None is as if it were left out.
-
-    Raises TypeError for a name that is no field, ConfigError for a value of another type or out of its range.
-    """
+    """User-given values, converted to the types of `kind`'s fields. Raises TypeError for an unknown name, ConfigError."""
     hints = hints_of(kind)
     for name in values:
         if name not in hints:
@@ -95,7 +86,7 @@ def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(field: str, hint: Any, value: Any) -> Any:
-    """The value as its annotation says; a number or array of NumPy counts as Python's. Raises ConfigError."""
+    """The value by its annotation; numbers and arrays of NumPy count as Python's. Raises ConfigError."""
     try:
         return msgspec.convert(_plain(value), hint, str_keys=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices
@@ -106,7 +97,7 @@ def check(field: str, hint: Any, value: Any) -> Any:
 
 
 def needed(hint: Any) -> str:
-    """What a value must be: `a whole number in 1..10000`."""
+    """The requirement in words: `a whole number in 1..10000`."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         meta = next((note for note in parts[1:] if isinstance(note, Meta)), None)
@@ -157,7 +148,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
-    """The parts of a flag with commas, by the type of the list: counts, shares (ascending) or names. Raises ConfigError."""
+    """The parts of a flag with commas, by the list's type: counts, shares (ascending) or names. Raises ConfigError."""
     (entry, *_) = alternatives(get_args(alternatives(hint)[-1])[0])
     if entry is int:
         return parse_counts(text, field)
@@ -172,10 +163,7 @@ def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
-
-    Raises ConfigError, also for more than 10,000 of them.
-    """
+    """Distinct ascending counts (at most 10,000) from `3,6,8`, `A:B`, `A:B:STEP` or `3,8:12`. Raises ConfigError."""
 
     def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
         return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of decoding, and options completed by it: recommendations, saved policies, and exits."""
+"""Recommendations, saved policies and exits of a checkpoint, and options completed by these."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from ..errors import refused, require
-from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, said, used_by
+from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, normalized, used_by
 from .model import PLAIN, PackingConfig, Quantization
 from .options import CountOrNone, counts_text
 
-EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
+EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; the default
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 # The strategies that options imply, the first one that is given.
@@ -21,7 +21,7 @@ _IMPLIED = {
 
 
 class Measured(TypedDict):
-    """What a sweep measured of a policy: the task's metric, its value at full depth, and the speed over plain decoding."""
+    """A policy's measurement by a sweep: the task's metric, also at full depth, and the speedup over plain decoding."""
 
     task: str
     metric: str
@@ -31,10 +31,10 @@ class Measured(TypedDict):
 
 
 class Policy(DecodingOptions, total=False):
-    """Options that a sweep saved with a model, with what it measured. Limit, stop strings and sampling are the request's.
+    """Options that a sweep saved with a model, and their measurement. Limit, stop strings and sampling are the request's.
 
-    `draft_weights` is the copy that drafts. `draft_copies`, `draft_head` and `draft_vocab` say how drafts were stored, as in
-    PackingConfig; the copies are those of adaptive drafting, none: the one that it gets without being asked.
+    `draft_weights`: the copy that drafts. `draft_copies`, `draft_head`, `draft_vocab`: how drafts were stored, as in
+    PackingConfig; no `draft_copies`: the default copy of adaptive drafting.
     """
 
     draft_weights: Quantization
@@ -46,10 +46,7 @@ class Policy(DecodingOptions, total=False):
 
 @dataclass(frozen=True)
 class Recommended:
-    """What a checkpoint recommends. No `strategy`: its exits were not trained or measured.
-
-    `exits`: those that were trained. `skip`: the layers that a search found, with its draft length.
-    """
+    """A checkpoint's recommendation; no `strategy`: its exits (`exits`: the trained ones) were not measured."""
 
     exit_layer: int
     num_draft_tokens: int
@@ -60,17 +57,13 @@ class Recommended:
 
 
 def implied_strategy(options: DecodingOptions) -> str | None:
-    """The strategy that was named, or that another option implies; None if it is left open."""
+    """The named strategy, or the one that another option implies; None if open."""
     return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
-    """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
-
-    A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
-    options that contradict each other.
-    """
-    strategy, given, asked = implied_strategy(options), choices(options), said(options)
+    """The requested options, completed by the checkpoint's recommendation. Raises ConfigError for contradictory ones."""
+    strategy, given, asked = implied_strategy(options), choices(options), normalized(options)
     if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
         strategy = "draft-model"
     if strategy is None:
@@ -94,11 +87,8 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
 def resolve_as(
     strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN
 ) -> DecodingConfig:
-    """The same for one strategy; options that it does not use have no effect.
-
-    The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
-    """
-    asked = said(options)
+    """The same for one strategy, whatever its options. The first low-bit copy drafts, with all its layers by default."""
+    asked = normalized(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
         completed["draft_weights"] = packing.draft_weights[0]
@@ -115,7 +105,7 @@ def resolve_as(
             completed["exit_layer"] = exit_layer = num_layers if all_layers else asked.get("exit_layer", known.exit_layer)
             require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
         case "draft-and-verify":
-            completed |= {} if "skip" in asked else said(known.skip or {})
+            completed |= {} if "skip" in asked else normalized(known.skip or {})
             skip = (completed | asked).get("skip", ())
             needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
             require(bool(skip), "skip", needed, "none")
@@ -130,7 +120,7 @@ def resolve_as(
 
 
 def _guided(asked: dict[str, Any]) -> tuple[str, str] | None:
-    """Takes from the options what the answer must match. Raises ConfigError for two such options, and others that forbid it."""
+    """Takes the option that constrains the answer. Raises ConfigError for two of these, and for options that exclude it."""
     given = {name: asked.pop(name) for name in GUIDES if name in asked}
     if not given:
         return None
@@ -149,7 +139,7 @@ def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
 
 
 def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
-    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError if it says more."""
+    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError for other options."""
     for name, value in choices(request).items():
         if name != "policy":
             text = counts_text(value) if isinstance(value, tuple) else value
@@ -183,7 +173,7 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
 
 
 def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """At most six of the exits, the nearest to `default_exits`: each one that is tested costs a pass of the head."""
+    """At most six exits, the nearest to `default_exits`: each tested exit costs a pass of the head."""
     if len(exits) <= 6:
         return exits
     return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))

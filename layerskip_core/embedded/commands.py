@@ -1,14 +1,12 @@
 """`commands`: task-oriented semantic parsing generated from a hand-written grammar, in TOP's bracket notation.
 
-    utterance   remind me to call mom at 5
-    parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
+  utterance   remind me to call mom at 5
+  parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
 
-The grammar is in the folder `grammar`, whose GRAMMAR.md explains its format. Rows are a function of (split, seed).
-
-Two hashes separate the splits. The text of every expansion of an `open` rule (a slot value: a name, a place, a time) assigns it
-to one split, and so does every skeleton (the parse without its open values). A test row takes both from the test side, so
-neither its values nor its phrasing occur in training. `compositional` takes values from the test side too, and nestings marked
-`!` in the grammar, which no other split uses.
+grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the text of every expansion of an
+`open` rule (a slot value: a name, a place, a time) and every skeleton (the parse without open values) to a split. A test row
+takes both from the test side, so neither its values nor its phrasing occur in training. `compositional` also takes values from
+the test side, and nestings marked `!`, which no other split uses.
 """
 
 import hashlib
@@ -48,7 +46,7 @@ class Alternative(NamedTuple):
 
 @dataclass
 class Rule:
-    """`flags`: of open, root and coined. An inline choice `(a|b|)` is a rule without flags, with its own text as its name."""
+    """`flags`: of open, root and coined. An inline choice `(a|b|)` is a rule without flags, named by its own text."""
 
     domain: str
     flags: frozenset[str] = frozenset()
@@ -89,7 +87,7 @@ class Grammar:
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
-        """Draws one row of a split. Raises ValueError if the grammar has none on its side: a rule with too few expansions."""
+        """Draws one row of a split. Raises ValueError if a rule has too few expansions on its side."""
         domains, compositional = sorted(self.roots), split == "compositional"
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
@@ -103,10 +101,7 @@ class Grammar:
         raise ValueError(f"no row of split {split} in {_MAX_TRIES} tries")
 
     def _closed(self, alternative: Alternative, split: str, rng: random.Random, in_value: bool = False) -> Iterator[str]:
-        """Expands all rules but open ones, which stay as `{name}`. In an open value of training rows, words may be made up.
-
-        In a skeleton they would change the hash that separates the splits, and phrasings of the test side would leak in.
-        """
+        """Expands all but open rules (`{name}`). Training values may have made-up words; skeletons decide the split."""
         coins = in_value and split == "train"
         labelled = any(piece.startswith("[") for piece in alternative.pieces)
         for piece in alternative.pieces:
@@ -120,7 +115,7 @@ class Grammar:
                 yield from self._closed(_drawn(rng, rule.alternatives), split, rng, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
-        """A value of an open rule. Its text, and the text of every open value in it, belongs to the split."""
+        """A value of an open rule. Its text, and that of every open value in it, belongs to the split."""
         side = "test" if split == "compositional" else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
@@ -140,7 +135,7 @@ class Grammar:
         return " ".join(self._open(token[1:-1], split, rng) if token.startswith("{") else token for token in tokens)
 
     def _made_up(self, rule: Rule, split: str, rng: random.Random) -> list[str]:
-        """Made-up words for an expansion of a `coined` rule: as many words; of several, the short ones stay (`in law`)."""
+        """Made-up words for an expansion of a `coined` rule, equally many; of several the short ones stay (`in law`)."""
         words = list(self._closed(_drawn(rng, rule.alternatives), split, rng))
         return [_coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word for word in words]
 

@@ -1,6 +1,6 @@
-"""Checks on this machine, on each kernel and in each precision, that batching, drafting and resuming do not change outputs.
+"""Checks on each kernel and in each precision that batching, drafting and resuming do not change outputs.
 
-Outputs are compared with those of plain greedy decoding, each prompt alone, and logits with those of one pass over one row.
+Outputs are compared with plain greedy decoding, one prompt at a time, and logits with one pass over one row.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ _LEAST_P = 1e-6  # below which distributions differ: one in a million tests of e
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where a prompt's output, or the best tokens of its logits, first differ: token ids, None past an end."""
+    """The first difference of a prompt's output, or of its logits' best tokens: token ids, None past an end."""
 
     prompt: int
     position: int
@@ -55,7 +55,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check with one setting: how many prompts and tokens were compared. `p_value`: of sampled tokens."""
+    """One check with one setting. `prompts`, `tokens`: how many were compared. `p_value`: of sampled tokens."""
 
     check: str
     setting: str
@@ -91,7 +91,7 @@ class Subject:
         self.expected = self.alone(self.usual["autoregressive"])
 
     def alone(self, config: DecodingConfig, prompts: Sequence[Ids] = (), prefixes: Prefixes | None = None) -> list[Ids]:
-        """The outputs of prompts, one at a time; by default of all."""
+        """The outputs of prompts (default: all), one at a time."""
         outputs = []
         for prompt in prompts or self.prompts:
             decoding = decode(self.backend, prompt, config, *self.ends, prefixes=prefixes)
@@ -99,12 +99,12 @@ class Subject:
         return outputs
 
     def together(self, config: DecodingConfig, prompts: Sequence[Ids] = (), seeds: Sequence[int] | None = None) -> list[Ids]:
-        """The outputs of prompts in one batch; by default of all."""
+        """The outputs of prompts (default: all) in one batch."""
         finished = decode_batch(self.backend, prompts or self.prompts, config, *self.ends, seeds)
         return [output.ids for output in sorted(finished, key=lambda output: output.row)]
 
     def joined(self, config: DecodingConfig) -> list[Ids]:
-        """The outputs of prompts that join a loop one by one, a step apart, as in continuous batching."""
+        """The outputs of prompts that join a loop a step apart, as in continuous batching."""
         outputs: list[Ids] = [[] for _ in self.prompts]
         owner: dict[int, int] = {}  # the prompt of each row of the loop
         running, waiting = None, list(enumerate(self.prompts))
@@ -127,7 +127,7 @@ class Subject:
         return outputs
 
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
-        """`before`: the tokens that both tokens follow."""
+        """`before`: the tokens before the difference."""
         gap = None
         if wanted is not None and found is not None:
             scores = logits(self.backend, torch.tensor([before]), last=1)[0, -1].cpu().double()  # mps has no fp64
@@ -157,7 +157,7 @@ class Subject:
     def result(
         self, check: str, setting: str, promise: Promise, texts: Sequence[Ids], mismatches: Sequence[Mismatch]
     ) -> CheckResult:
-        """`texts`: the tokens that were compared, by prompt."""
+        """`texts`: the compared tokens, by prompt."""
         kept = all(promise == "near-ties" and each.near_tie for each in mismatches)
         tokens = sum(map(len, texts))
         return CheckResult(check, setting, *self.names, promise, len(texts), tokens, kept, tuple(mismatches))
@@ -232,7 +232,7 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
 
 
 def check_batches(subject: Subject) -> Iterator[CheckResult]:
-    """Rows of a batch get the tokens they get alone, also if they join while it is decoded, as in `serve`."""
+    """Rows of a batch get the tokens that they get alone, also if they join while others are decoded."""
     for setting, config in subject.usual.items():
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))
@@ -244,7 +244,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_turns(subject: Subject) -> Iterator[CheckResult]:
-    """A text that continues the previous one, on its KV entries, gets the same tokens as in a fresh cache."""
+    """A text that continues the previous one on its KV entries gets the tokens of a fresh cache."""
     room = subject.backend.spec.context - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
     texts = zip(subject.prompts, subject.expected, following, strict=True)
@@ -257,11 +257,7 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
-    """A seed repeats its tokens, also in a batch, and drafts leave the distribution as it is.
-
-    With drafts a seed gives other tokens than without, because drafts draw random numbers too. So pairs of first tokens are
-    counted, whose probabilities follow from the model's logits.
-    """
+    """A seed repeats its tokens; drafts keep the distribution, by counts of first token pairs against the logits."""
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
@@ -292,7 +288,7 @@ def _following(subject: Subject, ids: Ids) -> dict[int, float]:
 
 
 def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
-    """The probability of each beginning of two tokens; of one, where it ends the output."""
+    """The probability of each beginning of two tokens, or of one that ends the output."""
     pairs: dict[Pair, float] = {}
     for token, share in _following(subject, prompt).items():
         if token in subject.loaded.eos_ids:

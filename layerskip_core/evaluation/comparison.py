@@ -1,4 +1,4 @@
-"""Runs side by side: the mean of every figure over the runs of each label, with intervals, and the difference to the first."""
+"""Compares runs: means of every figure over the runs of a label, with intervals, and differences to the first label."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _FEWEST_RUNS = 3  # that have an interval: of two it is twelve standard errors w
 
 @dataclass(frozen=True)
 class Setting:
-    """How the figures were decoded: the name that reports give it, and what plots need of it."""
+    """A setting's name in reports, and its exit and drafts for plots."""
 
     name: str
     exit_layer: int | None = None
@@ -49,12 +49,11 @@ class Run:
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`.
 
-    A path without a label is labelled by its name, without `-seed3` or the like at the end: runs that differ in nothing else
-    belong together. Paths with equal names in different folders keep the folders in their labels. Raises ConfigError for an
-    empty label or path, and for a run that is given twice.
+    Without a label, a path's name without `-seed3` or the like at its end is the label; equal names in different folders
+    keep the folders. Raises ConfigError for an empty label or path, and for a run given twice.
     """
     named: list[tuple[str, str]] = []  # label, empty for none, and path
-    for argument in arguments:
+    for argument in arguments or [""]:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
         label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         listed = [argument] if whole else paths.split(",")
@@ -107,10 +106,7 @@ def read_run(path: str) -> Run:
 
 
 def add_record(run: Run, record: RunRecord) -> Run:
-    """The run, with the figures of a sweep or benchmark.
-
-    Where something drafts, its quality is left out: drafts leave the output as it is, so it is that of plain decoding.
-    """
+    """The run with a record's figures; skips quality for speculative settings: their output equals plain decoding."""
     run.rows[RESULTS] = {name: value for name, value in record.config["task"].items() if value is not None}
     for result in record.results:
         drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
@@ -126,7 +122,7 @@ def add_record(run: Run, record: RunRecord) -> Run:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95% interval; the ends are None where the runs say nothing about others: few, or all equal."""
+    """A mean and the ends of its 95% interval, None where runs are few or all equal."""
 
     mean: float
     low: float | None = None
@@ -134,17 +130,12 @@ class Interval:
 
 
 def interval_of(
-    values: Sequence[float],
-    others: Sequence[float] = (),
-    paired: bool = False,
-    logarithmic: bool = False,
-    share: bool = False,
+    values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
-    """The mean of one value per run, less that of the `others` if there are any, with Student's t interval.
+    """The mean of one value per run, less that of `others` if there are any, with Student's t interval.
 
-    `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ. `logarithmic`:
-    on the scale of logarithms, so a geometric mean, or a ratio; all values must be positive. `share`: values are in 0..1, and
-    so is the interval, or that of a difference in -1..1.
+    `paired`: by the differences of the k-th runs; otherwise variances may differ (Welch). `logarithmic`: on logarithms, so
+    a geometric mean or a ratio. `share`: values in 0..1; the interval is clipped to that, or to -1..1 for differences.
     """
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
@@ -158,11 +149,7 @@ def interval_of(
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: the value of each run, their mean, and its difference to that of the first label.
-
-    The difference of perplexities is their ratio, and their mean is geometric. It is None in the first label, and where the
-    first label lacks the figure.
-    """
+    """A figure of one label: each run's value, their mean (of perplexities geometric), and the difference to the first."""
 
     label: str
     runs: tuple[float, ...]
@@ -191,7 +178,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side."""
+    """Runs compared by label."""
 
     paths: dict[str, tuple[str, ...]]  # label -> its runs
     lines: tuple[Line, ...]
@@ -201,11 +188,7 @@ class Comparison:
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:
-    """Compares the runs of each label with those of the first. `only` and `exits` choose figures and exit layers; empty: all.
-
-    Differences are paired, the k-th run of a label with the k-th of the first, where all labels have equally many runs,
-    measured on the same rows.
-    """
+    """Compares the labels with the first one, paired by run if they have equally many on the same rows."""
     notes = tuple(_notes(groups))
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
     known = figures_of(groups)
@@ -232,7 +215,7 @@ def is_percentage(figure: str) -> bool:
 
 
 def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
-    """By exit, then the settings without one; drafts of different lengths follow each other."""
+    """By exit, then settings without one; draft lengths follow each other."""
     found = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
     for setting in sorted(found, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
         if exits and setting.exit_layer not in (None, *exits):
@@ -255,7 +238,7 @@ def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int
 
 
 def _points(groups: Mapping[str, Sequence[Run]], exits: Sequence[int]) -> Iterator[Point]:
-    """The held-out perplexity at the steps that all runs of a label validated, of the exits that all of them have."""
+    """Held-out perplexity at the steps and exits that all runs of a label validated."""
     for label, runs in groups.items():
         for step in sorted(set.intersection(*(set(run.held_out) for run in runs))):
             losses = [run.held_out[step] for run in runs]
@@ -266,7 +249,7 @@ def _points(groups: Mapping[str, Sequence[Run]], exits: Sequence[int]) -> Iterat
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """A label measured on other rows than the first label, run by run."""
+    """Labels that were measured on other rows than the first one."""
     for file, what in ((RESULTS, "metrics"), (LOSSES, "held-out losses")):
         rows = {
             label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]

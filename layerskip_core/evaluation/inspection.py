@@ -44,10 +44,7 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
-    """Decodes greedily with all layers, then applies the shared head after every layer, in one pass over prompt and answer.
-
-    Raises ConfigError when the prompt is empty or does not fit the context.
-    """
+    """Decodes greedily with all layers, then applies the head after every layer, in one pass over prompt and answer."""
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
@@ -84,6 +81,6 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
 
 
 def settled_layer(chosen: Sequence[int]) -> int:
-    """The first layer, counted from 1, from which on every layer makes the last layer's choice."""
+    """The first layer (from 1) from which on every layer makes the last layer's choice."""
     wrong = [layer for layer, token in enumerate(chosen, start=1) if token != chosen[-1]]
     return wrong[-1] + 1 if wrong else 1

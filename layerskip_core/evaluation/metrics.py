@@ -1,10 +1,9 @@
 """Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals.
 
-Intervals say how a figure varies with the prompts drawn and with the repeats. The variance over prompts is the jackknife's:
-from the figure without each of them (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11). Two settings
-are compared on the same prompts, so that a hard prompt is hard for both. A prompt counts with all its answers, because several
-answers to one prompt are not independent. The variance over repeats is added, and Student's t allows for few of either: a
-bootstrap over 12 prompts covers 90% where it says 95%, and half of that where repeats differ.
+Intervals cover the prompts drawn and the repeats. The variance over prompts is the jackknife's (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 11); comparisons are paired by prompt, and all answers to a prompt count as one
+unit. The variance over repeats is added. Student's t allows for few of either: a bootstrap over 12 prompts covers 90% instead
+of 95%, and half of that where repeats differ.
 """
 
 import math
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist, fmean, pvariance
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -38,7 +37,7 @@ MOST_NATS = 700.0  # exp of more is no finite number
 
 @dataclass(frozen=True)
 class Scores:
-    """A metric by prompt: its values in 0..1, or of a perplexity nats per text and how many `tokens` each text has."""
+    """A metric by prompt: values in 0..1, or for a perplexity nats per text and the `tokens` of each text."""
 
     values: tuple[float, ...]
     tokens: tuple[int, ...] | None = None
@@ -68,7 +67,7 @@ def is_share(name: str) -> bool:
 
 
 def frontier(results: Sequence[Result], name: str) -> list[int]:
-    """The indices of the measured results that no other one beats in quality or speed without losing in the other."""
+    """The places of measured results on the Pareto frontier of quality and speed."""
     measured, sign = [index for index, result in enumerate(results) if result.metrics], -1 if lower_is_better(name) else 1
     points = [
         (sign * results[index].metrics.get(name, -sign * math.inf), results[index].tokens_per_second or 0.0)
@@ -79,10 +78,7 @@ def frontier(results: Sequence[Result], name: str) -> list[int]:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> list[float]:
-    """1 for each prediction equal to one of its references, without outer whitespace, else 0.
-
-    `fold_whitespace` also treats each run of whitespace as one space.
-    """
+    """1 for each prediction that equals one of its references without outer (or, folded, any) whitespace differences."""
 
     def normalized(text: str) -> str:
         return " ".join(text.split()) if fold_whitespace else text.strip()
@@ -94,54 +90,21 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]],
 def rouge(
     predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES
 ) -> dict[str, list[float]]:
-    """ROUGE F-measures of each prediction, with stemming (Lin, 2004), by the rouge-score package.
+    """ROUGE F-measures of each prediction, with stemming (Lin, 2004): its best reference counts; 0 without references."""
+    from rouge_score.rouge_scorer import RougeScorer  # the import takes 2 s
 
-    With several references the best counts; without any the score is 0.
-    """
-    pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
-    return _metrics()["rouge"](**pairs, kinds=tuple(kinds))
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    best = [scorer.score_multi(list(texts) or [""], text) for texts, text in zip(references, predictions, strict=True)]
+    return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
-    """`pass@k` of each problem for each k, from whether each of the n answers to it passed.
+    """`pass@k` by problem: the unbiased 1 - C(n - c, k) / C(n, k) for c of n right (Chen et al., 2021, equation 1)."""
 
-    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
-    k.
-    """
-    return _metrics()["pass_at_k"](predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
+    def estimated(answers: Sequence[bool], k: int) -> float:
+        return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
 
-
-@cache
-def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
-    """Metrics of the evaluate package, defined here because `evaluate.load` fetches scripts from the hub. Imports take 2 s."""
-    import datasets
-    import evaluate
-    from rouge_score.rouge_scorer import RougeScorer
-
-    def info(about: str, **features: Any) -> Any:
-        return evaluate.MetricInfo(about, citation="", inputs_description="", features=datasets.Features(features))
-
-    class Rouge(evaluate.Metric):  # type: ignore[misc]
-        def _info(self) -> Any:
-            text = datasets.Value("string")
-            return info("ROUGE F-measures", predictions=text, references=datasets.Sequence(text))
-
-        def _compute(self, predictions: list[str], references: list[list[str]], kinds: tuple[str, ...]) -> Any:
-            scorer = RougeScorer(list(kinds), use_stemmer=True)
-            best = [scorer.score_multi(texts, text) for texts, text in zip(references, predictions, strict=True)]
-            return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
-
-    class PassAtK(evaluate.Metric):  # type: ignore[misc]
-        def _info(self) -> Any:
-            return info("Unbiased pass@k", predictions=datasets.Sequence(datasets.Value("bool")))
-
-        def _compute(self, predictions: list[list[bool]], ks: tuple[int, ...]) -> Any:
-            def estimate(answers: list[bool], k: int) -> float:
-                return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
-
-            return {f"pass@{k}": [estimate(answers, k) for answers in predictions] for k in ks}
-
-    return {"rouge": Rouge(keep_in_memory=True).compute, "pass_at_k": PassAtK(keep_in_memory=True).compute}
+    return {f"pass@{k}": [estimated(answers, k) for answers in verdicts] for k in ks}
 
 
 Losses = tuple[int, dict[int, float]]
@@ -161,10 +124,7 @@ def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
-    """The losses of the reference and its EOS after the prompt. The prompt's own tokens do not count.
-
-    A row longer than the context is cut there, as in training.
-    """
+    """Losses of the reference and its EOS after the prompt, whose tokens do not count. Long rows are cut."""
     tokenizer = loaded.tokenizer
     prompt = loaded.encode_prompt(example.prompt)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -173,11 +133,10 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
 
 
 def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
-    """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
+    """Losses of `windows` windows, evenly spaced over the text, or (0) of all.
 
-    Windows do not overlap; each has 512 tokens, or as many as the context holds, and the last one of a whole text what is left.
-    A window starts with the tokens that the tokenizer puts before every text. If there are none, the window's first token does
-    not count.
+    Windows have 512 tokens (or the context) and do not overlap. Each begins with the tokenizer's own start tokens; without
+    these its first token does not count.
     """
     tokenizer = loaded.tokenizer
     with quiet_transformers():  # else transformers warns that the text is longer than the context
@@ -204,10 +163,7 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
 
 
 class Estimate(NamedTuple):
-    """A figure, None if it is not finite, and its 95% interval. No interval without spread, and of a single prompt.
-
-    `rows`: about how many prompts would halve the interval; 0 if only more repeats would.
-    """
+    """A figure (None: not finite), its 95% interval, and the `rows` that would halve it (0: only repeats would)."""
 
     value: float | None
     bounds: Bounds | None = None
@@ -221,7 +177,7 @@ def finite(value: float) -> float | None:
 
 @cache
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Student's t of so many degrees of freedom n lies between plus and minus this with probability `level`."""
+    """Student's t with n degrees of freedom lies between plus and minus this with probability `level`."""
     angles = numpy.linspace(0, math.pi / 2, _ANGLES)  # of t = sqrt(n) tan(a), whose density is proportional to cos(a)^(n-1)
     density = numpy.cos(angles) ** (freedom - 1)
     below = numpy.concatenate([[0.0], numpy.cumsum(density[1:] + density[:-1])])
@@ -237,8 +193,8 @@ def bounds_of(
 ) -> Bounds | None:
     """Student's t interval around a value whose variance has these parts, each with its degrees of freedom.
 
-    Those of all parts follow Welch and Satterthwaite, rounded down. None without spread, which rounding is not. `logarithmic`:
-    value and parts are of a logarithm; the ends are not.
+    Combined by Welch and Satterthwaite, rounded down. None without spread beyond rounding. `logarithmic`: value and parts
+    are those of a logarithm, the ends are not.
     """
     total = sum(variance for variance, _ in parts)
     if not total > (_ROUNDING * max(1.0, abs(value))) ** 2:  # NaN included
@@ -257,14 +213,11 @@ def estimate(
     logarithmic: bool = False,
     level: float = 0.95,
 ) -> Estimate:
-    """A figure that is computed from sums over the prompts, such as the ratio of two.
+    """A figure computed from sums over the prompts, such as a ratio.
 
-    Args:
-        figure: of the sums, one argument per column.
-        columns: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats.
-        answers_per_prompt: how many values in a row belong to the same prompt.
-        limits: where the interval ends at the latest.
-        logarithmic: the interval is made of logarithms; for figures above 0.
+    `figure`: of the sums, an argument per column. `columns`: (columns, prompts), or (columns, repeats, prompts) for the
+    median over the repeats; so many values in a row (`answers_per_prompt`) belong to one prompt. `limits` clip the
+    interval. `logarithmic`: the interval is symmetric for the logarithm.
     """
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
@@ -290,7 +243,7 @@ def speed_ratio(slower: Tensor, faster: Tensor, level: float = 0.95) -> Estimate
 
 
 def metric(scores: Scores) -> Estimate:
-    """The mean over the prompts, or the perplexity per token of all texts together."""
+    """The mean over the prompts, or the perplexity per token of all texts."""
     is_perplexity = scores.tokens is not None
     limits = _NO_LIMITS if is_perplexity else SHARE
     return estimate(scores.mean_of, scores.columns, limits=limits, logarithmic=is_perplexity)
@@ -303,7 +256,7 @@ def change(scores: Scores, full_depth: Scores) -> Estimate:
 
 
 class Margin(NamedTuple):
-    """By how much a metric exceeds the share of full depth's that it must keep, as a mean over the prompts."""
+    """By how much a metric exceeds the required share of full depth's, as a mean over the prompts."""
 
     mean: float
     low: float  # end of its 95% interval
@@ -312,12 +265,11 @@ class Margin(NamedTuple):
 
 
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
-    """Compares one metric of a setting with this share of full depth's. A perplexity may grow by 1 / share.
+    """Compares a metric with this share of full depth's, paired by prompt. A perplexity may grow by 1 / share.
 
-    The interval is paired. On a few prompts most exits have the scores of full depth, which have no spread at all. So two
-    prompts are added to those of metrics in 0..1: one that only the setting gets right, one that only full depth does. Bonett
-    and Price (2012, Journal of Educational and Behavioral Statistics 37) add these to the pairs of which an interval of a
-    difference of paired shares is made.
+    On a few prompts most exits equal full depth, without spread. So metrics in 0..1 get two further prompts, one that only
+    the setting gets right and one that only full depth does, as in Bonett and Price (2012, Journal of Educational and
+    Behavioral Statistics 37).
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     if lower_is_better(name):
@@ -329,7 +281,7 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
     ends = estimate(torch.div, Scores((*values, *added)).columns).bounds
     mean, needed = fmean(values), None
     if mean > 0:
-        # The n for which n * mean = z * sqrt(n * variance + the squares of what is added), by the normal approximation.
+        # The n for which n * mean = z * sqrt(n * variance + the squares of the added values), by the normal approximation.
         square = NormalDist().inv_cdf(0.975) ** 2
         spread, extra = square * pvariance(values), square * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))

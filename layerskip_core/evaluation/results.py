@@ -1,4 +1,4 @@
-"""The output for one prompt, the result of each way of decoding, the record of a run, and the journal to resume it from."""
+"""Outputs for a prompt, the result of each setting, the record of a run, and the journal to resume it from."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch
 
 
 class Step(NamedTuple):
-    """The number of tokens from one step of the decoding loop, its wall-clock seconds, and what drafted."""
+    """The tokens of one step of the decoding loop, its wall-clock seconds, and its drafter."""
 
     tokens: int
     seconds: float
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What was generated for one prompt, or the `error` that prevented it. The fields are the journal's."""
+    """The output for one prompt, or the `error` that prevented it. The fields are the journal's."""
 
     ids: tuple[int, ...] = ()
     text: str = ""
@@ -48,7 +48,7 @@ class Output:
 
 
 class Bounds(NamedTuple):
-    """The ends of a figure's 95% interval over prompts and repeats, see metrics.py."""
+    """The ends of a 95% interval over prompts and repeats, see metrics.py."""
 
     low: float
     high: float
@@ -73,11 +73,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """One way of decoding, as measured. None and empty: not measured, or it has none.
+    """The figures of one setting (sweep), strategy or baseline (bench), or category. None and empty: not measured or none.
 
-    Of a sweep it is one setting, of a benchmark one strategy or baseline, of `categories` the prompts of one category.
     Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
-    any, else from the first repeat: greedy decoding gives the same tokens every time.
+    any, else from the first repeat.
     """
 
     strategy: str = ""
@@ -119,13 +118,13 @@ class Result:
     samples: int | dict[str, int] = field(default_factory=dict)  # rows of a category; of lm-evaluation-harness, by task
 
     def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
-        """Whether it has the outputs of plain decoding, up to differences at near-ties."""
+        """Whether its outputs equal those of plain decoding, except at near-ties."""
         return self.failures == plain.failures and all(found.top2_gap <= near_tie for found in self.differences)
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The exit and draft length to decode with, both None if another setting is recommended, and a sentence that says why."""
+    """The exit and draft length to decode with (both None for another setting), and a sentence that says why."""
 
     exit_layer: int | None
     num_draft_tokens: int | None
@@ -153,7 +152,7 @@ class PredictionError:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt, its reference if it has one, and the answer of each result; None where that was not measured or failed."""
+    """A prompt, its reference if it has one, and the answer of each result; None where it was not measured or failed."""
 
     prompt: str
     reference: str
@@ -175,7 +174,7 @@ class RunRecord:
     samples: tuple[dict[str, Any], ...] = ()  # lm-evaluation-harness's own records of rows, each with the number of its result
 
     def document(self) -> dict[str, Any]:
-        """The record as plain values; every float in it is finite."""
+        """The record as plain values; every float is finite."""
         fields = asdict(replace(self, answered=(), samples=()))
         return {key: value for key, value in fields.items() if key not in ("answered", "samples") and value is not None}
 
@@ -196,21 +195,19 @@ def result_name(result: Result) -> str:
 
 
 def bandwidth_text(read: Mapping[str, float]) -> str:
-    """What `cost_model.bandwidth` found, in words."""
+    """The result of `cost_model.bandwidth` in words."""
     share = read["bytes_per_second"] / read["sum_bytes_per_second"]
     speeds = f"{read['bytes_per_second'] / 1e9:.1f} GB/s, {share:.0%} of what a plain sum of as many bytes reaches"
     return f"plain decoding reads {read['bytes_per_token'] / 1e6:.3g} MB per token at {speeds}"
 
 
 def drafts_name(result: Result) -> str:
-    """The drafts of a round, in words: `6 drafts`, `6 int8 drafts`."""
+    """`6 drafts`, `6 int8 drafts`."""
     return " ".join(filter(None, (str(result.num_draft_tokens), result.draft_weights, "drafts")))
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json back, for a `command` with the answers beside it. Raises LayerSkipError, which says what `named` the
-    file, if it is none that the command wrote (None: sweep-exits or bench).
-    """
+    """Reads a results.json, for a `command` with its answers. Raises LayerSkipError for what no command wrote."""
     data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)
@@ -243,28 +240,20 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings.
-
-    `known`: by repeat and sample, the outputs that the interrupted run left.
-    """
+    """A JSON line per prompt and repeat with all settings' outputs, after the run's settings; `known`: earlier outputs."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Opens the folder's journal. With `resume` its lines are kept, except an incomplete last one; else it starts empty.
-
-        Raises LayerSkipError when it belongs to other settings, which the message names, is damaged or cannot be written.
-        """
+        """Raises LayerSkipError if the journal to `resume` belongs to other settings, or cannot be read."""
         self._path = folder / JOURNAL
         head = json.dumps(settings, sort_keys=True).encode()
-        lines, anew = whole_lines(self._path, LayerSkipError) if resume else [], "give `overwrite` instead to start anew"
+        lines = whole_lines(self._path, LayerSkipError) if resume else []
         if lines and lines[0].strip() != head:
             old, new = (_by_name(parse_json(line, f"`resume`: {self._path}", LayerSkipError)) for line in (lines[0], head))
             changed = (name for name in (old | new) if old.get(name) != new.get(name))
             differing = ", ".join(f"{name} {shown(old.get(name))} then, {shown(new.get(name))} now" for name in changed)
+            anew = "give `overwrite` instead to start anew"
             raise LayerSkipError(f"`resume`: {self._path} belongs to another run ({differing}); {anew}")
-        try:
-            rows = [msgspec.json.decode(line, type=_Row) for line in lines[1:]]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; {anew}") from None
+        rows = (parse_json(line, f"`resume`: {self._path}", LayerSkipError, _Row) for line in lines[1:])
         self.known = {(row.repeat, row.sample): row.outputs for row in rows}
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 
@@ -274,7 +263,7 @@ class Journal:
 
 
 def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings under their own names, as messages show them."""
+    """Nested settings, flattened, by name in backquotes."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}
@@ -282,7 +271,7 @@ def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def found_skip(folder: Path) -> DecodingOptions | None:
-    """The layers to skip that an interrupted run in this folder searched."""
+    """The layers to skip that an interrupted run in this folder found."""
     lines = whole_lines(folder / JOURNAL, LayerSkipError)
     settings = parse_json(lines[0], f"`resume`: {folder / JOURNAL}", LayerSkipError) if lines else {}
     return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)

@@ -1,4 +1,4 @@
-"""A verification: every check on every kernel and precision; its record, as tables and as CSV."""
+"""The run of `verify`: every check on every kernel and precision; its record, tables and CSV."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -42,11 +42,7 @@ class VerifyRecord:
 
 
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
-    """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
-
-    Raises ConfigError for exits and kernels that there are not, DataError, ContextError for long prompts, and LayerSkipError if
-    no kernels run the model.
-    """
+    """Yields progress, then the record; notes unavailable kernels. Raises ConfigError, DataError, LayerSkipError."""
     for name in config.kernels:
         require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]
@@ -77,7 +73,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
 
 
 def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
-    """The model on these kernels, with copies to draft with where there are kernels for them. Raises LayerSkipError."""
+    """The model on these kernels, with low-bit copies where there are kernels for them. Raises LayerSkipError."""
     device, quantize = config.machine.device, LOW_BIT.get(precision)
     if kernels == "generic":
         if quantize is not None:
@@ -104,7 +100,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
 
 
 def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[Ids]:
-    """Those of `texts` that fit this model's context, in its template, and random token ids."""
+    """The `texts` that fit the context, in the model's template, and random token ids."""
     room, size = loaded.backend.spec.context - config.max_new_tokens, loaded.backend.spec.vocab
     encoded = [loaded.encode_prompt(text) for text in texts]
     fitting = [list(ids) for ids in encoded if ids and len(ids) < room]
@@ -117,7 +113,7 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[
 
 
 def tables(record: VerifyRecord) -> list[TextTable]:
-    """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
+    """A table for each precision (checks by kernels), then the mismatches that break a promise."""
     results, machine, shown = record.results, record.environment, []
     for precision in dict.fromkeys(result.precision for result in results):
         by_check: dict[str, dict[str, list[CheckResult]]] = {}  # and by kernels

@@ -1,6 +1,6 @@
-"""`layerskip export --check`: whether vLLM accepts as many drafts of a model's drafter as this toolkit does.
+"""`layerskip export --check`: whether vLLM accepts as many of a drafter's drafts as this toolkit.
 
-Both decode the same prompts greedily in fp32, one at a time. vLLM runs in a process of its own.
+Both decode the same prompts greedily in fp32, one at a time; vLLM in a process of its own.
 """
 
 import json
@@ -30,14 +30,14 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIN
 
 @dataclass(frozen=True)
 class Drafted:
-    """What an engine decoded: each answer as the token ids of its steps."""
+    """The answers of an engine, each as the token ids of its steps."""
 
     engine: str
     answers: list[list[list[int]]]
 
     @property
     def accepted(self) -> list[int]:
-        """Accepted drafts of each round, without an answer's last: engines count differently what follows the end."""
+        """Accepted drafts per round, without an answer's last: engines count its drafts differently."""
         return [len(step) - 1 for answer in self.answers for step in answer[1:-1]]
 
     @property
@@ -60,7 +60,7 @@ class DrafterCheck:
 
     @property
     def difference(self) -> float:
-        """The largest between the two rates of a position; 0 without vLLM."""
+        """The largest difference between acceptance rates by position; 0 without vLLM."""
         other = self.vllm or self.here
         return max(abs(ours - theirs) for ours, theirs in zip(self.here.rates, other.rates, strict=True))
 
@@ -84,13 +84,7 @@ class DrafterCheck:
 
 
 def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
-    """Decodes with the drafter of a folder or hub id here, and in vLLM where the environment of `python` has it.
-
-    Raises:
-        ConfigError: the model has no drafter in the EAGLE-3 layout, or `python` cannot be run.
-        CheckpointError: the model cannot be read, or vLLM ends with an error.
-        DataError: there are no prompts.
-    """
+    """Decodes with a model's drafter here, and in vLLM if `python` has it. Raises ConfigError, CheckpointError, DataError."""
     folder = downloaded(model)
     if not (Path(folder) / EAGLE3_FOLDER).is_dir():
         raise ConfigError(f"`check`: {NO_DRAFTER}", "check")
@@ -112,16 +106,13 @@ def _in_vllm(python: str, folder: str, prompts: list[list[int]]) -> Drafted:
     program = [python, "-c", f"{getsource(vllm_drafts)}\nvllm_drafts()"]
     done = subprocess.run(program, input=asked, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise CheckpointError(f"vLLM ended with status {done.returncode}: {told[-1].strip()}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise CheckpointError(f"vLLM ended with status {done.returncode}: {lines[-1].strip()}")
     return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Drafted)
 
 
 def vllm_drafts() -> None:
-    """For the Python of vLLM, which need not have this package: reads as JSON a model's folder, prompts, drafts and tokens.
-
-    The last line that it prints is JSON: vLLM's version, and each greedy answer in fp32 as the token ids of its steps.
-    """
+    """Runs in vLLM's Python, without this package: JSON on stdin; the last printed line is a JSON of `Drafted`."""
     import json
     import sys
 

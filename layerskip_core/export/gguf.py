@@ -51,12 +51,10 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a transformers model in fp32. `kind`, of its matrices: f16, q8_0 or q4_0.
+    """Writes a transformers model in fp32, its matrices as `kind`: f16, q8_0 or q4_0 (with the embedding and head in q8_0).
 
-    Vectors stay in fp32. With q4_0 the embedding and the head are q8_0, and rows that are no multiple of 32 stay f16.
-
-    Raises CheckpointError for a model or tokenizer that llama.cpp would not run alike, and ConfigError if the library `gguf` is
-    missing.
+    Raises CheckpointError for a model or tokenizer that llama.cpp would treat differently, ConfigError without the library
+    `gguf`.
     """
     name = _ARCHITECTURES.get(spec.model_type)
     if name is None:
@@ -85,10 +83,7 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
 
 
 def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a drafter in the EAGLE-3 layout for the model of `spec`, whose embedding it uses. Else as `write_gguf`.
-
-    Raises CheckpointError for one that llama.cpp does not run with this model, and as `write_gguf` does.
-    """
+    """Writes a drafter in the EAGLE-3 layout for the model of `spec`, whose embedding it uses. Raises as `write_gguf`."""
     form = drafter.form
     if spec.model_type not in _TAPPED:
         needed = f"{', '.join(_TAPPED[:-1])} or {_TAPPED[-1]}"
@@ -111,7 +106,7 @@ def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: 
 def _writing(
     path: Path, architecture: str, sizes: ModelSpec | Eagle3Form, spec: ModelSpec, rope: RopeSpec, tokenizer: Any, kind: str
 ) -> Iterator[tuple[Any, Callable[[str, Tensor], None]]]:
-    """A GGUFWriter, which has the sizes and the tokenizer, and what adds a weight to it by its name in a checkpoint."""
+    """A GGUFWriter with sizes and tokenizer, and a function that adds a weight by its name in a checkpoint."""
     try:
         import gguf
     except ImportError:
@@ -154,7 +149,7 @@ def _writing(
 
 
 def _check(spec: ModelSpec) -> None:
-    """Raises CheckpointError for values that llama.cpp takes from the architecture instead of from the file."""
+    """Raises CheckpointError for values that llama.cpp takes from the architecture instead of the file."""
     pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
     windows = tuple(spec.window_of(kind) is not None for kind in spec.kinds)
     gemma = spec.model_type == "gemma3_text"
@@ -170,22 +165,19 @@ def _check(spec: ModelSpec) -> None:
 
 
 def _full_rope(spec: ModelSpec) -> RopeSpec:
-    """The rope of layers with full attention, or of the sliding layers if there are no others."""
+    """The rope of layers with full attention, else of the sliding layers."""
     full = [rope for kind, rope in zip(spec.kinds, spec.rope_of, strict=True) if spec.window_of(kind) is None]
     return spec.ropes[(full or spec.rope_of)[0] or 0]
 
 
 def _neighbours(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
-    """A weight whose queries or keys have the halves of each head's outputs as neighbours; others as they are."""
+    """A weight with the halves of each head's queries or keys interleaved; others as they are."""
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
     return weight if heads is None else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
-    """Adds a transformers tokenizer to a GGUFWriter, with `vocab` tokens: those of the model's embedding.
-
-    Raises CheckpointError for a tokenizer that llama.cpp would not encode alike.
-    """
+    """Adds a tokenizer of `vocab` tokens. Raises CheckpointError for one that llama.cpp would encode differently."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
@@ -195,7 +187,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
     writer.add_tokenizer_pre(split)
     _add_tokens(writer, tokenizer, described, vocab)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    if over_text:  # instead of merges there are scores: what is merged earlier has a higher one
+    if over_text:  # scores instead of merges: earlier merges have higher ones
         rank = {left + right: -float(place) for place, (left, right) in reversed([*enumerate(merges, start=1)])}
         text_of = {token: text for text, token in tokenizer.get_vocab().items()}
         writer.add_token_scores([rank.get(text_of.get(token, ""), 0.0) for token in range(vocab)])
@@ -234,7 +226,7 @@ def _split(described: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any] | None) -> str:
-    """A step of a pre-tokenizer: a pattern for one that splits by it, a name for one that is known, else its JSON."""
+    """A pre-tokenizer step: a split pattern, the name of a known step, else its JSON."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
             return "ByteLevel" if regex else "bytes"

@@ -1,7 +1,4 @@
-"""`layerskip export`: an exit as a model of its own, and how engines draft with it.
-
-The model has the first layers, the exit's block if there is one, the norm and the head.
-"""
+"""`layerskip export`: an exit as a model of its own (first layers, exit block, norm, head), and how engines draft with it."""
 
 import json
 import os
@@ -49,10 +46,7 @@ _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
 @dataclass(frozen=True)
 class Exported:
-    """The written model: exit and layers, whether the exit was trained, and the README's text if an engine was named.
-
-    `exit_layer` is None for a drafter in the EAGLE-3 layout.
-    """
+    """The written model (`exit_layer` None: a drafter in the EAGLE-3 layout), and the README's text if an engine was named."""
 
     exit_layer: int | None
     layers: int
@@ -63,13 +57,9 @@ class Exported:
 def export(config: ExportConfig) -> Exported:
     """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
-    Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it. In
-    GGUF a model's drafter in the EAGLE-3 layout stands for the exit, if none is named.
-
-    Raises:
-        CheckpointError: the model cannot be read, or the folder not be written.
-        ConfigError: the folder is the model's own, or holds another model or a README.md of someone else; the exit is not one
-            of the model's, or needs the whole model.
+    The last layer as exit is the whole model, without the files beside it. In GGUF a drafter in the EAGLE-3 layout replaces
+    the exit, if none is named. Raises CheckpointError if the model cannot be read or the folder written; ConfigError for
+    the model's own folder, one with another model or README.md, and an exit that is not the model's or needs all of it.
     """
     _refuse_own_folder(config)
     if config.as_gguf:
@@ -110,14 +100,10 @@ def export(config: ExportConfig) -> Exported:
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:
-    """Writes a model to `output`, whose lock the caller holds, with its weights as the compiled kernels read them.
+    """Writes a model to `output`, whose lock the caller holds, with its weights packed for the compiled kernels.
 
-    Returns the format in words (`int4`, or `bf16 with int8 for drafts`) and the bytes of the weights written. Each matrix is
-    packed, written and freed before the next one is read. The folder is the model's own in all but the weights.
-
-    Raises:
-        CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
-        ConfigError: the folder is the model's own or holds another model, or the model is no folder of safetensors.
+    Returns the format in words (`int4`, `bf16 with int8 for drafts`) and the bytes of the weights. Matrices are packed one
+    by one. Raises CheckpointError if the model cannot be read or run, or the folder written; ConfigError as `export` does.
     """
     _refuse_own_folder(config)
     source = downloaded(config.model)
@@ -157,10 +143,10 @@ def _refuse_own_folder(config: ExportConfig) -> None:
 
 
 def _write_weights(source: Source, path: Path) -> str:
-    """Packs the weights that `source` decodes with. Heads are packed whole: loading takes the rows of `draft_vocab`."""
+    """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
     packing = replace(source.packing, draft_vocab=0)
     spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None)  # which lies beside them as it is
+    blocks = replace(source.exit_blocks, eagle3=None)  # copied as it is
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     features = {str(block.exit_layer): block.feature for block in blocks.blocks}
@@ -193,10 +179,10 @@ def _write_pair(
     kind: str,
     files: Mapping[str, bytes],
 ) -> None:
-    """Writes target.gguf, draft.gguf unless the exit is the last layer, and `files`. The draft is `drafter` if there is one.
+    """Writes target.gguf, draft.gguf (`drafter`, else the exit unless it is the last layer), and `files`.
 
-    `loaded`, in fp32, loses the layers that the draft does not have. If an error is raised, the folder is unchanged, unless the
-    last renames fail. The draft goes first and comes last: whenever this is killed, no draft lies beside another's target.
+    `loaded`, in fp32, loses the layers that the draft lacks. An error leaves the folder unchanged, unless the last renames
+    fail. The draft comes last: a killed process leaves no draft beside another's target.
     """
     folder = Path(output)
     try:
@@ -224,13 +210,10 @@ def _write_pair(
 
 @torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """The model of exit 1..L, to be written. It has the weights of `loaded.model`, which loses its other layers.
+    """The model of exit 1..L, which takes its weights from `loaded.model`.
 
-    A block becomes the layer after the exit's, of the kind of the layer that it began as, and its norm the final one.
-
-    Raises:
-        ConfigError: the exit has a block that reads the final states of the whole model.
-        CheckpointError: a configuration with fewer layers does not describe the exit, whose logits the new model lacks.
+    A block becomes the layer after the exit's, its norm the final one. Raises ConfigError for a block that reads final
+    states, CheckpointError if the configuration with fewer layers does not give the exit's logits.
     """
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
@@ -263,7 +246,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
 
 
 def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]) -> Any:
-    """A model with these weights, which are not copied. Of one that has a part for each of so many layers, those kept."""
+    """A model that shares these weights; of weights with a part for each of `layers` layers, the `kept` ones."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -283,10 +266,7 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """A configuration with some of the layers, by their ascending places in the whole model, counted from 0.
-
-    A list with an entry for each layer, such as `layer_types`, and entries by the number of a layer lose those of the others.
-    """
+    """A configuration with the layers `kept` (ascending, from 0); lists and entries by layer lose those of the others."""
     values, layers = config.to_dict() | config.to_diff_dict(), config.num_hidden_layers  # parts of DBRX load from the latter
     for name in ("num_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
         if name in values:  # Nemotron-H has the list of its layers only, and in each of LongCat-Flash's are two attentions
@@ -309,7 +289,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
 
 
 def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: int, why: str) -> str:
-    """How the engine decodes; first how to write the model itself, if the engine cannot load it as it is."""
+    """How the engine decodes, after how to write the model itself if the engine cannot load it as it is."""
     assert config.engine is not None
     output, engine = Path(config.output).resolve(), config.engine
     draft = "The drafter" if exit_layer is None else f"Exit {exit_layer}"
@@ -320,8 +300,8 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
     is_path = config.model not in EMBEDDED and Path(config.model).exists()
     model, target = str(Path(config.model).resolve()) if is_path else config.model, f"{output}-target"
     location = present(config.model)
-    beside = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
-    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or beside:
+    has_sidecars = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
+    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or has_sidecars:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")
     else:
@@ -330,10 +310,10 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
 
 
 def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
-    """A number of draft tokens, and why in words. What a sweep recommended; else the best for the exit's acceptance, if known.
+    """A number of draft tokens, and why: a sweep's recommendation, else the best for the exit's acceptance, if known.
 
-    The best number gives the most expected tokens per byte of weights that is read, because decoding one text is bound by
-    memory. `layers`: of the draft, its block included.
+    The best number has the most expected tokens per byte of weights, because decoding one text is memory-bound. `layers`:
+    of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
     if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
@@ -373,10 +353,7 @@ _RECIPES = {"vllm": ("sh", _VLLM), "llama.cpp": ("sh", _LLAMA_CPP), "transformer
 
 
 def instructions(engine: Engine, target: str, draft: str, drafts: int, method: str = "simple") -> str:
-    """Markdown: commands or a program to copy. `target` and `draft` are folders or hub ids, for llama.cpp GGUF files.
-
-    `method`: of llama.cpp, simple or eagle3.
-    """
+    """Markdown: commands or a program to copy. `target` and `draft`: folders, hub ids or GGUF files; `method`: of llama.cpp."""
     language, recipe = _RECIPES[engine]
     speculative = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": drafts})
     quoted = repr if language == "python" else quote

@@ -1,8 +1,8 @@
-"""A plugin for vLLM: drafts with the target's own weights, and its own keys and values below the exit.
+"""A plugin for vLLM: drafts with the target's own weights, and its own KV entries below the exit.
 
-vLLM alone imports this module, by the entry point `vllm.general_plugins`. It adds the load format `layerskip`. The target loads
-as with `auto`. A draft that `layerskip export` wrote becomes a model of the target's own modules; of its folder, only an exit
-block is read. Its attention below the exit uses the pages of the target's cache, so it has no cache of its own there.
+vLLM imports it by the entry point `vllm.general_plugins`. It adds the load format `layerskip`: a draft that `layerskip export`
+wrote is built of the target's modules, and only its exit block is read from its folder. Its attention below the exit uses the
+pages of the target's cache.
 """
 
 import json
@@ -31,16 +31,12 @@ _last_target: "ref[nn.Module] | None" = None  # of this process; vLLM loads a dr
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, perhaps more than once."""
+    """Called by vLLM in each of its processes, perhaps repeatedly."""
     register_model_loader(LOAD_FORMAT)(LayerSkipLoader)
 
 
 class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Loads a target as vLLM does, and a draft as a part of it.
-
-    Raises ValueError for a draft that is not an exit of the target, by its sizes and by layerskip.json, and with several
-    pipeline stages, of which the last, where drafts are made, does not have the first layers.
-    """
+    """Loads a target as vLLM does, and a draft as a part of it. Raises ValueError for a draft that is no exit of it."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(replace(load_config, load_format="auto"))
@@ -76,7 +72,7 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 def exported_exit(draft: ModelConfig, target: Any) -> int:
-    """How many layers of the target a draft has, as `layerskip export` wrote in layerskip.json: in its folder or on the hub."""
+    """The draft's number of target layers, from its layerskip.json in a folder or on the hub."""
     file = Path(draft.model, "layerskip.json")
     if not Path(draft.model).is_dir():
         with suppress(EntryNotFoundError, HFValidationError):
@@ -92,7 +88,7 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
 
 
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
-    """Attention has a name of its own in vLLM, by which it finds where in the cache to read and to write."""
+    """vLLM's attention keeps a name of its own, by which it finds its part of the cache."""
     for name, child in theirs.named_children():
         if isinstance(child, Attention):
             share_cache(getattr(mine, name), child)
@@ -103,7 +99,7 @@ def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
 
 
 def share_cache(mine: Any, theirs: Any) -> None:
-    """vLLM's layers that share a cache only read it. Drafted tokens must be written, too, for the drafts that follow."""
+    """vLLM's layers that share a cache only read it; drafted tokens must be written too, for the next drafts."""
     mine.kv_sharing_target_layer_name = theirs.layer_name
     if not mine.attn_backend.forward_includes_kv_cache_update:
         mine.impl.__class__ = writing(type(mine.impl))

@@ -6,11 +6,7 @@ MODEL_TYPE = "layerskip"
 
 
 def register() -> None:
-    """Adds the model type `layerskip` to lm-eval, for `simple_evaluate(model="layerskip", ...)`. Can be called repeatedly.
-
-    lm-eval finds the model types of other packages neither by an entry point nor by a flag. Raises ConfigError if lm-eval is
-    not installed.
-    """
+    """Adds the model type `layerskip` to lm-eval, which finds other packages' neither by an entry point nor a flag."""
     require_harness()
     import lm_eval.models  # noqa: F401  # fills the registry, which lm-eval does by itself only if it is empty
     from lm_eval.api.registry import model_registry

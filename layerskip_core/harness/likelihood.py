@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations through several exits, all from one pass of the model.
+"""Log-likelihoods of continuations through several exits, from one pass of the model.
 
 A batch's common prefix runs once, then each context once, then the continuations on the KV entries of their contexts.
 """
@@ -35,11 +35,11 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (place in `pairs`, its likelihood by exit), in the order in which they are computed.
+    """Yields (place in `pairs`, its likelihood by exit), in the order of computation.
 
-    `exits` count layers, in 1..L; one that has a block is scored through it. About `batch_size` pairs share a pass. A pair that
-    is longer than the model's context loses the beginning of its context. Raises ConfigError for an exit that can only draft,
-    ContextError for a continuation that is longer than the model's context.
+    `exits` are in 1..L; one with a block is scored through it. About `batch_size` pairs share a pass. A pair that exceeds
+    the context loses the beginning of its own. Raises ConfigError for an exit that can only draft, ContextError for a
+    continuation longer than the context.
     """
     for exit_layer in exits:
         target_block(model.exit_blocks, exit_layer)
@@ -67,10 +67,7 @@ _Group = tuple[tuple[int, ...], list[int]]  # a context, and the places of its p
 def _batches(
     of_context: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], batch_size: int, limit: int
 ) -> Iterator[list[_Group]]:
-    """Contexts with their pairs, about `batch_size` pairs at a time, the longest first.
-
-    Pairs of one context stay together where it is long, and contexts that begin alike where they fill a batch.
-    """
+    """Contexts with about `batch_size` pairs, the longest first; long contexts and common beginnings stay together."""
     groups: list[_Group] = []
     for context, places in of_context.items():
         most = batch_size if len(context) < _WORTHWHILE else max(batch_size, _CHOICES)
@@ -107,7 +104,7 @@ def _scored(
     owners: Sequence[int],
     exits: Sequence[int],
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By exit: the log-probability of each continuation, and whether it is greedy. `owners`: the places of their contexts."""
+    """By exit: the log-probability of each continuation, and whether it is greedy. `owners`: its context, by place."""
     lengths, count = [len(context) for context in contexts], len(continuations)
     rests = [continuation[:-1] for continuation in continuations]
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
@@ -149,7 +146,7 @@ def _scored(
 def _log_probabilities(
     head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """On the CPU: the log-probability of each target (N,) after its state (N, D), and whether it is the most probable token."""
+    """On the CPU: the log-probability of each target (N,) after its state (N, D), and whether it is the argmax."""
     parts = []
     rows = max(1, CHUNK_LOGITS // vocab_size)
     for part, tokens in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):

@@ -1,7 +1,7 @@
 """The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
 
-Requests become token ids and settings of decoding as in lm-eval's own model type `hf`, so that scores compare. The prompt
-template of the checkpoint is not used.
+Requests become token ids and decoding settings as in lm-eval's own `hf`, so that scores compare. The checkpoint's prompt
+template is not used.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,15 +47,10 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     ) -> None:
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
-        exit: how many layers give every log-probability and every token; None: all.
-        spec: generate at full depth, by drafts of this many tokens through `exit`, or the exit that the checkpoint recommends.
-            The output is that of full depth.
-        dtype: auto, fp32 or bf16. quantize: int8 or int4 weights.
-        batch_size: requests that are computed together; auto: 16.
-        threads: of the CPU; 0: torch's choice.
-        max_gen_toks: the limit of answers whose task has none.
-
-        Raises ConfigError and CheckpointError for settings and models that do not go together.
+        exit: layers that give every log-probability and token (None: all). spec: generate at full depth by drafts of so
+        many tokens through `exit`, else the recommended exit. dtype: auto, fp32 or bf16. quantize: int8 or int4
+        weights. batch_size: requests that are computed together (auto: 16). threads: of the CPU (0: torch's choice).
+        max_gen_toks: the limit of answers whose task has none. Raises ConfigError and CheckpointError.
         """
         super().__init__()
         dtype = _DTYPES.get(str(dtype).removeprefix("torch."), str(dtype))
@@ -80,11 +75,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         self._device = self.decoder.backend.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of a text; that of special tokens becomes tokens.
-
-        `add_special_tokens`: whether the tokenizer adds those that begin a text; None: as it does, unless the text has the
-        first. Raises ConfigError for a token that the model has no embedding for.
-        """
+        """Token ids; special tokens count, and are added unless the text begins with one (None). Raises ConfigError."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
         ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
@@ -92,14 +83,14 @@ class LayerSkipLM(LM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that begins a text, or ends it where there is no other. Raises CheckpointError for a model without both."""
+        """The BOS token, else the EOS token. Raises CheckpointError for a model without both."""
         prefix = self.tokenizer.get_vocab().get(self._bos_token or "", self.eot_token_id)
         if prefix is None:
             raise CheckpointError("the model's tokenizer must have a token that begins or ends a text, to score a whole text")
         return prefix
 
     def _pairs(self, request: Any) -> list[Pair]:
-        """What a request scores: a continuation of a context, or a whole text in windows of the model's context."""
+        """The pairs of a request: a continuation of a context, or a whole text in windows of the model's context."""
         if len(request.args) == 1:
             ids, prefix = self.tok_encode(*request.args), self.prefix_token_id
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
@@ -114,10 +105,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return [(before, ids[1:] if ids[:1] == before else ids)]
 
     def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yields (place of a request, lm-eval's response to it by the number of layers), as one pass for all depths gives them.
-
-        The response is (log-probability in nats, whether it is the greedy continuation), and the former alone for a whole text.
-        """
+        """Yields (place of a request, (log-probability in nats, is greedy) by depth; of whole texts the former alone)."""
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
         found: list[list[dict[int, Any]]] = [[] for _ in requests]
@@ -160,10 +148,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return found
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
-        """A way of decoding with the limits and the sampling of a request's `generation_kwargs`; `limit`: instead of its own.
-
-        Raises ConfigError for a setting that this decoder does not have.
-        """
+        """A setting with a request's `generation_kwargs`; `limit` replaces theirs. Raises ConfigError."""
         given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
         changes: dict[str, Any] = {"stop": stop, "max_new_tokens": limit or given["max_gen_toks"], "temperature": 0.0}
@@ -178,7 +163,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return replace(config, **changes)
 
     def prompt(self, context: str, max_new_tokens: int) -> list[int]:
-        """The token ids of a context, or as many of the last ones as leave room for the answer."""
+        """The token ids of a context, cut at the start to leave room for the answer."""
         room = self.max_length - max_new_tokens
         require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", max_new_tokens)
         ids = self.tok_encode(context)[-room:]
@@ -191,10 +176,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return before_stop(self.decoder.detokenize([token for token in ids if token not in ends]), stop)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the tokenizer's chat template; without a generation prompt, up to the end of the last message's text.
-
-        A template that refuses system messages gets none. Raises ConfigError and CheckpointError as `render_chat` does.
-        """
+        """Messages in the chat template, without system messages if it refuses them. Raises as `render_chat`."""
         try:
             text = render_chat(self.tokenizer, chat_history, add_generation_prompt)
         except CheckpointError:
@@ -212,14 +194,3 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         return self.decoder.name.replace("/", "__")
-
-    def get_model_info(self) -> dict[str, Any]:
-        """The description of the model in lm-eval's results."""
-        backend = self.decoder.backend
-        return {
-            "model_num_parameters": backend.spec.parameters,
-            "model_dtype": str(backend.dtype),
-            "layerskip_implementation": backend.implementation,
-            "layerskip_depth": self.depth,
-            "layerskip_strategy": self.decoding.strategy,
-        }

@@ -259,15 +259,6 @@ def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
     assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
 
 
-def test_generate_uses_the_blocks(folder):
-    arguments = ("generate", "wake me up", "--model", folder, "--max-new-tokens", "12", "--dtype", "fp32", "--stats")
-    plain = run(*arguments, "--strategy", "autoregressive")
-    for exit_layer in ("2", "4"):
-        drafted = run(*arguments, "--exit", exit_layer, "--spec", "3")
-        assert (drafted.code, drafted.out) == (0, plain.out) and f"steps by exit {exit_layer}" in drafted.err
-    assert run(*arguments).out == plain.out
-
-
 def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
     """Agreement by features of the target's own states for every token, perplexity where the block stands alone."""
     decoder = for_decoding(folder, "cpu", "fp32")

@@ -190,7 +190,7 @@ def test_special_tokens_beyond_the_embedding_are_refused_in_prompts_only(checkpo
     save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, str(tmp_path), torch.float32)
     for again in (for_decoding(str(tmp_path), "cpu"), decoder_of(for_training(str(tmp_path), "cpu"))):
         assert again.encode_prompt("wake me up") == decoder_of(loaded).encode_prompt("wake me up")
-        with pytest.raises(ConfigError, match="tokens of the model, of which there are 300, got '<image>', id 300"):
+        with pytest.raises(ConfigError, match="tokens of the model, ids below 300, got '<image>', id 300"):
             again.with_template("raw", None).encode_prompt("an <image>")
 
 

@@ -1,18 +1,15 @@
 """`--draft-model` with every command that has it, and what is wrong with one."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from chatml import talking_model
-from command_line import ENVIRONMENT, fails, finish, refused, run, start
+from command_line import fails, refused, run
 from evaluating import own_answers, tiny_loaded
 
-from layerskip_core import load
 from layerskip_core.checkpoint.save import save_checkpoint
 
 PROMPT = "set an alarm for 7 am"
@@ -53,29 +50,6 @@ def test_rows_of_generate_may_decode_otherwise(checkpoint, draft, plain):
     assert "draft model" not in answers[1]["steps_by_drafter"] and "draft model" in answers[2]["steps_by_drafter"]
 
 
-def test_chat(tmp_path):
-    model = talking_model(tmp_path, 512)
-    common = ("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32")
-    messages = "remind me\nstart the system\nand then\n"
-    result = run(*common, "--draft-model", model, "--strategy", "draft-model", "--stats", stdin=messages)
-    assert result.out == run(*common, "--strategy", "autoregressive", stdin=messages).out
-    assert result.err.count("(100.0%) in ") >= 3
-
-
-def test_serve(checkpoint, draft, plain):
-    openai = pytest.importorskip("openai", reason="needs the extras dev and serve")
-    flags = ("--spec", "3", "--threads", "1", "--kv-memory", "8", "--max-new-tokens", "30")
-    process = start("serve", "--model", checkpoint, "--draft-model", draft, "--port", "0", *flags, env=ENVIRONMENT)
-    address = re.search(r"http://[\d.:]+/v1", process.stderr.readline())[0]
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
-        answer = client.completions.create(model="tiny", prompt=PROMPT)
-        assert answer.choices[0].text + "\n" == plain
-        counts = answer.usage.completion_tokens_details
-        assert counts.accepted_prediction_tokens + counts.rejected_prediction_tokens > 0
-    process.terminate()
-    assert finish(process).code == 0
-
-
 def test_bench(checkpoint, draft, tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = ({"prompt": example.prompt, "reference": example.completion} for example in own_answers().examples)
@@ -98,12 +72,6 @@ def test_verify(checkpoint, draft):
     flags = ("--precisions", "fp32", "--kernels", "torch", "--samples", "2", "--max-new-tokens", "4", "--draws", "0")
     result = run("verify", checkpoint, "--draft-model", draft, *flags, "--format", "json")
     assert result.code == 0 and "draft model" in {one["setting"] for one in json.loads(result.out)["results"]}
-
-
-def test_python(checkpoint, draft, plain):
-    model = load(checkpoint, draft_model=draft)
-    answer = model.generate(PROMPT, max_new_tokens=30, num_draft_tokens=3)
-    assert answer.text + "\n" == plain and answer.stats.steps_by_drafter["draft model"] > 3
 
 
 def test_what_is_wrong_is_one_error(checkpoint, draft, tmp_path):

@@ -284,10 +284,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         "feature final, loss kl"
     )
     assert re.fullmatch(r"on .*rows\.jsonl: 4 rows and 0 held out, answers of the model, at most \d+ tokens", rows)
-    assert re.fullmatch(
-        r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk",
-        before,
-    )
+    assert re.fullmatch(r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk", before)
     assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
     speeds = ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
     assert re.match(

@@ -108,39 +108,14 @@ def test_stats_are_on_stderr(generate, expected):
     assert 20 - (1 + rounds + accepted) in (0, 1)  # the prefill's, one a round, the drafts; a last one has no room for drafts
 
 
-@pytest.mark.parametrize(
-    ("flags", "speed"),
-    [
-        (("--exit", "2", "--spec", "3"), 0.5),
-        (("--exit", "2", "--spec", "3"), 0.99),
-        (("--exit", "2", "--spec", "3"), 1.0),
-        (("--exit", "2", "--spec", "3"), 3.0),
-        (("--strategy", "adaptive"), 0.5),  # chooses by itself
-        (("--strategy", "autoregressive"), 0.5),
-        (("--strategy", "early-exit", "--exit", "2"), 0.5),
-    ],
-)
-def test_stats_warn_of_a_setting_that_loses_against_plain_decoding(generate, monkeypatch, flags, speed):
-    """By times that stand in for those of the clock: 16 plain steps as long as `speed` times what the rounds' tokens took."""
-    rounds = []
-
-    def plain_steps(loaded, part, setting, most):
-        assert setting == DecodingConfig("autoregressive")
-        return [(0, 0.0, 0.0, speed)] * 16
-
-    def of_one_second(loaded, stats, measured=cost_model.speed_of):
-        rounds.append(stats)
-        tokens = stats.accepted + stats.rounds
-        return measured(loaded, replace(stats, draft_seconds=tokens / 4, verify_seconds=3 * tokens / 4))
-
-    monkeypatch.setattr(cost_model, "_steps", plain_steps)
-    monkeypatch.setattr(cost_model, "speed_of", of_one_second)
-    result = generate(PROMPT, *flags, "--stats")
-    is_fixed = "--spec" in flags
-    assert result.code == 0 and [bool(stats.rounds) for stats in rounds] == [True] * is_fixed
-    told = [line for line in result.err.splitlines() if "of plain decoding" in line]
+@pytest.mark.parametrize("speed", [0.5, 0.99, 1.0, 3.0])
+def test_stats_warn_of_a_setting_that_loses_against_plain_decoding(generate, monkeypatch, speed):
+    monkeypatch.setattr(cost_model, "speed_of", lambda *_: speed)
     warning = f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round"
-    assert told == ([warning] if is_fixed and speed < 1 else [])
+    assert (warning in generate(PROMPT, "--exit", "2", "--spec", "3", "--stats").err.splitlines()) == (speed < 1)
+    if speed == 0.5:
+        for strategy in (("adaptive",), ("autoregressive",), ("early-exit", "--exit", "2")):
+            assert "of plain decoding" not in generate(PROMPT, "--stats", "--strategy", *strategy).err
 
 
 def test_lines_are_prompts(generate, expected):
@@ -242,13 +217,6 @@ def test_flags_that_exclude_each_other(generate, arguments, named):
     assert (result.code, result.out) == (2, "") and named in result.err
 
 
-def test_drafts_skip_layers(generate, expected):
-    for arguments in (["--skip", "2,4:5"], ["--skip", "3", "--strategy", "draft-and-verify", "--spec", "2", "--lookup", "2"]):
-        result = generate(PROMPT, *arguments, "--stats")
-        assert result.out == expected() + "\n" and result.code == 0
-        assert "drafted 0," not in result.err and " rounds; " in result.err
-
-
 EXITS = {"config": {"recipe": {"curriculum": "rotational", "exits": [2, 3]}}}
 NOTHING, COPY, OF_EXITS = (), ("lookup", "int8"), ("lookup", "exit 2", "exit 3")
 
@@ -279,20 +247,6 @@ def test_what_drafts(copy, expected, info, flags, drafters):
     drafted = set().union(*(answer["steps_by_drafter"] for answer in answers)) - {"plain"}
     assert drafted <= set(drafters) and bool(drafted) == bool(drafters)
     assert result.err == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"\xff{}", "{file}: not valid JSON: "),
-        (b'{"recommended": [8, 6]}', "{file} is not valid: "),
-        (b'{"recommended": {"exit_layer": 40}}', "--exit must be in 1..5, got 40 (model has 6 layers)"),
-    ],
-)
-def test_a_damaged_layerskip_json(copy, text, message):
-    file = copy / "layerskip.json"
-    file.write_bytes(text)
-    refused(message.format(file=file), "generate", PROMPT, "--model", str(copy))
 
 
 def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):

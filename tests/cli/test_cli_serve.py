@@ -24,10 +24,7 @@ def extras():
 
 @pytest.mark.parametrize(
     ("number", "flags", "key", "source"),
-    [
-        (signal.SIGINT, (), "secret", "LAYERSKIP_API_KEY"),
-        (signal.SIGTERM, ("--api-key", "secret"), "other", "--api-key"),
-    ],
+    [(signal.SIGINT, (), "secret", "LAYERSKIP_API_KEY"), (signal.SIGTERM, ("--api-key", "secret"), "other", "--api-key")],
 )
 def test_it_answers_until_a_signal_and_finishes_what_it_began(extras, number, flags, key, source):
     import openai

@@ -32,8 +32,7 @@ def model(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("model.safetensors", "mine"), ("additional_chat_templates/tools.jinja", "mine"), ("config.json", "{}")],
+    ("name", "text"), [("model.safetensors", "mine"), ("additional_chat_templates/tools.jinja", "mine"), ("config.json", "{}")]
 )
 def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name, text):
     """The model does not exist: nobody has looked for it yet."""

@@ -97,31 +97,30 @@ def test_a_tool_is_called_and_its_result_read(client):
     assert later.usage.input_tokens == chat.usage.prompt_tokens > response.usage.input_tokens
 
 
+WRONG = {
+    "store": (True,), "previous_response_id": ("resp_1",), "background": (True,), "truncation": ("auto",), "n": (2,),
+    "model": ("gpt",), "instructions": (5,), "max_output_tokens": (0,), "text": ("json",), "top_logprobs": (21,),
+    "temperature": (-1,), "tools": ([{"type": "web_search"}], "all"),
+    "input": (
+        *(None, [], [{"type": "item_reference", "id": "msg_1"}]),
+        [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
+        [{"type": "function_call", "call_id": "a", "name": "time", "arguments": "{"}],
+    ),
+    "text.format": ({"type": "yaml"}, {"type": "json_schema", "name": "a", "schema": {"type": "strange"}}),
+    "text.verbosity": ("low",),
+}  # fmt: skip
+
+
+def nested(param, value):
+    name, _, inner = param.partition(".")
+    return {name: {inner: value} if inner else value}
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"store": True}, "store"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"n": 2}, "n"),
-        ({"model": "gpt"}, "model"),
-        ({"input": None}, "input"),
-        ({"input": []}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "time", "arguments": "{"}]}, "input"),
-        ({"instructions": 5}, "instructions"),
-        ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"text": {"format": {"type": "yaml"}}}, "text.format"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "strange"}}}}, "text.format"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"text": "json"}, "text"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"tools": "all"}, "tools"),
+        *((nested(param, value), param) for param, values in WRONG.items() for value in values),
         ({"tool_choice": {"type": "function", "name": "nothing"}, "tools": [TIME]}, "tool_choice"),
-        ({"top_logprobs": 21}, "top_logprobs"),
-        ({"temperature": -1}, "temperature"),
     ],
 )
 def test_a_wrong_request_is_told_its_parameter(client, changes, param):

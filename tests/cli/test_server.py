@@ -18,9 +18,9 @@ from conftest import run_texts, tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
-from cli.commands.serve import ServeConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
@@ -263,45 +263,24 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
     assert first.choices[0].text + "".join(chunk.choices[0].text for chunk in rest) == PROMPT + expected(PROMPT)[0]
 
 
+WRONG = {
+    "model": ("gpt", None), "prompt": (None, [[]], ["a", 5]), "temperature": (-1, "hot"), "max_tokens": (0,),
+    "stop": (["x"] * 17, "x" * 257, [""]), "n": (1000,), "best_of": (3,), "typical_p": (0.3,), "guided_regex": ("(a",),
+    "guided_choice": ([],), "response_format": ({"type": "json_schema"}, "json"), "echo": ("yes",), "logprobs": (True, 21),
+    "top_logprobs": (2,), "frequency_penalty": (2.5,), "repetition_penalty": (0,), "min_p": (-0.1,), "min_tokens": (-1,),
+    "logit_bias": ({"300": 1}, {"x": 1}, {"7": 101}), "stop_token_ids": ([-1],),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"model": "gpt"}, "model"),
-        ({"model": None}, "model"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": ["a", 5]}, "prompt"),
+        *(({key: value}, key) for key, values in WRONG.items() for value in values),
         ({"prompt": [10**6]}, None),  # no token of the model
         ({"prompt": "wake " * 200}, None),  # longer than the context
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": "x" * 257}, "stop"),
-        ({"stop": [""]}, "stop"),
-        ({"n": 1000}, "n"),
-        ({"best_of": 3}, "best_of"),
-        ({"typical_p": 0.3, "stream": True}, "typical_p"),
-        ({"guided_json": []}, "response_format"),
-        ({"guided_regex": "(a"}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
-        ({"guided_choice": []}, "guided_choice"),
-        ({"guided_json": {"type": "strange"}}, "response_format"),
+        *(({"guided_json": value}, "response_format") for value in ([], {"type": "strange"})),
         ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"response_format": "json"}, "response_format"),
-        ({"echo": "yes"}, "echo"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),  # of conversations
-        ({"frequency_penalty": 2.5}, "frequency_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"min_p": -0.1}, "min_p"),
-        ({"logit_bias": {"300": 1}}, "logit_bias"),  # of 300 tokens
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"7": 101}}, "logit_bias"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"min_tokens": -1}, "min_tokens"),
     ],
 )
 def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):

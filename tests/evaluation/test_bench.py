@@ -13,7 +13,7 @@ from layerskip_core.config.evaluation import BenchConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.data import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import measure as measurement
 from layerskip_core.evaluation.measure import Measured, Progress, measure_prompt
 from layerskip_core.evaluation.measure.bench import bench, strategies_of
@@ -161,19 +161,6 @@ def test_every_low_bit_copy_drafts():
     assert set(int8.steps_by_drafter) - {"plain"} == {"int8"}
 
 
-def test_early_exit_by_confidence():
-    trained = replace(tiny_loaded(), info=TRAINED)
-    task, generation = own_answers(), {"exit_confidence": 0.03}
-    config = BenchConfig("tiny", repeats=1, strategies=STRATEGIES[:2], generation=generation)
-    *_, record = bench(trained, task, config)
-    plain, early = record.results
-    assert (early.exit_layer, early.exit_confidence, plain.exit_confidence, plain.mean_layers) == (None, 0.03, None, None)
-    setting = DecodingConfig("early-exit", None, 6, NEW_TOKENS, exits=(2, 4), exit_confidence=0.03)
-    stats = sum((measure_prompt(trained, example.prompt, setting).stats for example in task.examples), DecodeStats())
-    assert 2 < early.mean_layers == stats.mean_layers < 6
-    assert plain.speedup == 1.0
-
-
 def test_strategies_that_the_model_was_not_made_for_are_left_out_unless_asked_for():
     usual = {"autoregressive", "lookup", "adaptive"}
     exits = {*usual, "early-exit", "self-speculative"}
@@ -198,13 +185,6 @@ def test_strategies_that_the_model_was_not_made_for_are_left_out_unless_asked_fo
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
     read = document["environment"]["bandwidth"]
     assert read["bytes_per_second"] > 0 and 8 * tiny_loaded().backend.spec.weights_read(1) < read["bytes_per_token"]
-
-
-@pytest.mark.parametrize(("exit_layer", "last"), [(0, 6), (6, 5), (7, 6)])
-def test_an_exit_outside_the_model_is_refused(exit_layer, last):
-    """An early exit after the last layer is plain decoding, drafts need a layer to verify them."""
-    with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..{last}, got {exit_layer} \(model has 6 layers\)"):
-        record_of(own_answers(), BenchConfig("tiny", generation={"exit_layer": exit_layer}))
 
 
 def test_prompts_that_failed_count_as_different_and_in_no_time():
@@ -289,12 +269,3 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     assert [(result.metrics, result.acceptance_rate, result.identical_outputs) for result in resumed.results] == [
         (result.metrics, result.acceptance_rate, result.identical_outputs) for result in whole.results
     ]
-
-
-@pytest.mark.parametrize("line", [b"{", b'{"repeat": 0, "sample": 0}'])
-def test_a_damaged_line_is_one_error(tmp_path, line):
-    Journal(tmp_path, {}, False).add(0, 1, [ANSWER])
-    file = tmp_path / JOURNAL
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    with pytest.raises(LayerSkipError, match=f"`resume`: {file} is damaged: "):
-        Journal(tmp_path, {}, True)

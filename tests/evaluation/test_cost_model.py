@@ -131,6 +131,13 @@ def test_the_speed_of_known_rounds():
     assert found.speedup == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
 
 
+def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
+    """6 accepted drafts and a token of each of 2 rounds in 4 s; plain steps take 0.25 s each."""
+    monkeypatch.setattr(cost_model, "_steps", lambda *_: [(0, 0.0, 0.0, 0.25)] * 8)
+    rounds = DecodeStats(accepted=6, rounds=2, draft_seconds=1.0, verify_seconds=3.0)
+    assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
+
+
 def test_times_that_were_disturbed_do_not_count():
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
     assert averages([usual] * 7 + [disturbed] + [usual] * 2) == pytest.approx(usual)
@@ -186,8 +193,7 @@ def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "block", "prompt"),
-    [("generic", 1, PROMPT), ("generic", 4, [7]), ("packed", 4, PROMPT), ("native int8", 4, [7])],
+    ("kind", "block", "prompt"), [("generic", 1, PROMPT), ("generic", 4, [7]), ("packed", 4, PROMPT), ("native int8", 4, [7])]
 )
 def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block, prompt, monkeypatch):
     """Up to the first draft that the target refuses, after which a round goes on with another text."""

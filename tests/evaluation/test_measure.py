@@ -16,14 +16,7 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.data import Example
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import metrics
-from layerskip_core.evaluation.measure import (
-    Measured,
-    Progress,
-    differences,
-    first_difference,
-    measure,
-    measure_prompt,
-)
+from layerskip_core.evaluation.measure import Measured, Progress, differences, first_difference, measure, measure_prompt
 from layerskip_core.evaluation.measure.bench import bench, load_baselines
 from layerskip_core.evaluation.metrics import (
     Scores,

@@ -6,9 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations, pairwise
+from itertools import pairwise
 
-import numpy as np
 import pytest
 from evaluating import own_answers, tiny_loaded
 from test_report import BENCH, SWEEP
@@ -18,7 +17,7 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_json, to_jsonl
-from layerskip_core.evaluation.report.plots import COLORS, figures, to_png, to_svg
+from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step, read_record
 
@@ -158,24 +157,6 @@ def test_a_plot_has_at_most_eight_lines_with_their_names_at_their_ends():
     assert len({line.get_color() for line in drawn.lines}) == len({line.get_marker() for line in drawn.lines}) == 8
 
 
-def test_the_colours_of_lines_differ_for_every_kind_of_colour_vision():
-    """By at least 25 in CIELAB (2 is the least that people see), as dichromats see them (Machado et al., 2009)."""
-    seen = [
-        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # protanopia
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],  # deuteranopia
-        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],  # tritanopia
-    ]
-    rgb = np.array([[int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)] for colour in COLORS])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.412456, 0.357576, 0.180438], [0.212673, 0.715152, 0.072175], [0.019334, 0.119192, 0.950304]])
-    for matrix in seen:
-        xyz = (linear @ np.array(matrix).T).clip(0, 1) @ to_xyz.T / [0.95047, 1.0, 1.08883]
-        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
-        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
-        assert min(np.linalg.norm(one - other) for one, other in combinations(lab, 2)) > 25
-
-
 def test_the_speed_within_an_answer_is_drawn_by_drafter():
     steps = (Step(1, 0.5), Step(3, 0.25, "lookup"), Step(1, 0.25, "plain"), Step(2, 0.5, "int8"), Step(4, 0.5, "int8"))
     adaptive = replace(BENCH.results[1], strategy="adaptive", exit_layer=None, longest_answer=steps)
@@ -236,12 +217,7 @@ def test_each_answer_stands_once_with_all_that_gave_it():
 
 
 @pytest.mark.parametrize(
-    ("answer", "marked"),
-    [
-        ("a x c", "a <mark>x</mark> c"),
-        ("a c", "a <mark></mark>c"),
-        ("", "<mark></mark>"),
-    ],
+    ("answer", "marked"), [("a x c", "a <mark>x</mark> c"), ("a c", "a <mark></mark>c"), ("", "<mark></mark>")]
 )
 def test_what_differs_from_the_first_answer_is_marked(answer, marked):
     found = versions(answers_page(record_of(Answered("p", "", ("a b c", answer, None, None)))))

@@ -197,8 +197,7 @@ def test_the_command_ends_with_status_1_where_a_promise_is_broken(model, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--kernels", "cuda"), ("--samples", "1"), ("--exits", "6"), ("--max-new-tokens", "128")],
+    ("flag", "value"), [("--kernels", "cuda"), ("--samples", "1"), ("--exits", "6"), ("--max-new-tokens", "128")]
 )
 def test_wrong_flags(model, flag, value):
     result = run("verify", model, "--kernels", OWN, flag, value)

@@ -137,8 +137,7 @@ def train_exits(folder):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "exits"),
-    [(train_exits, [2, 4]), (lambda folder: add_blocks(folder, ExitBlock(2, "final"), ExitBlock(3)), [3])],
+    ("prepare", "exits"), [(train_exits, [2, 4]), (lambda folder: add_blocks(folder, ExitBlock(2, "final"), ExitBlock(3)), [3])]
 )
 def test_by_default_trained_exits_that_can_answer_are_swept(checkpoint, tasks, tmp_path, prepare, exits):
     folder = shutil.copytree(checkpoint, tmp_path / "model")

@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of decoding: its answers to all prompts, and in each repeat the outputs of the `timed` prompts."""
+    """One setting: its answers to all prompts, and in each repeat the outputs of the `timed` prompts."""
 
     setting: DecodingConfig
     answers: Sequence[Output]
@@ -61,7 +61,7 @@ class Measured:
 
     @property
     def times(self) -> Tensor:
-        """(4, repeats, prompts): seconds and tokens of whole generations, then both without the prefill and its token."""
+        """(4, repeats, prompts): seconds and tokens of generations, then both without the prefill and its token."""
         columns = [
             [[sum(map(of_step, output.steps[first:])) for output in outputs] for outputs in self.repeats]
             for first in (0, 1)
@@ -71,14 +71,14 @@ class Measured:
         return times.reshape(*times.shape[:2], -1, self.answers_per_prompt).sum(-1)
 
     def of(self, samples: Sequence[int]) -> "Measured":
-        """The same for some of the prompts."""
+        """The measurement of some of the prompts."""
         places = [place for place, sample in enumerate(self.timed) if sample in samples]
         repeats = [[outputs[place] for place in places] for outputs in self.repeats if places]
         scores = {name: each.of(samples) for name, each in self.scores.items()}
         return Measured(self.setting, [self.answers[sample] for sample in samples], repeats, (), scores)
 
     def __add__(self, other: "Measured") -> "Measured":
-        """The same way of decoding on more prompts."""
+        """The same setting on more prompts."""
         moved = [replace(each, sample=len(self.answers) + each.sample) for each in other.differences]
         repeats = [[*mine, *theirs] for mine, theirs in zip(self.repeats, other.repeats, strict=True)]
         return Measured(self.setting, [*self.answers, *other.answers], repeats, (*self.differences, *moved))
@@ -90,14 +90,14 @@ def drafts_tokens(setting: DecodingConfig) -> bool:
 
 
 def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
-    """How many layers an answer comes from. None of a baseline, and if its tokens leave at several exits."""
+    """How many layers an answer comes from; None for a baseline, and if tokens leave at several exits."""
     if setting.strategy not in STRATEGIES or setting.exit_confidence:
         return None
     return setting.exit_layer if setting.strategy == "early-exit" else num_layers
 
 
 def in_turn(turn: int, count: int) -> list[int]:
-    """An order of settings that rotates and reverses from turn to turn, so that none always follows the same other one."""
+    """An order of settings that rotates and reverses from turn to turn, so that none always follows the same one."""
     return [(turn - step if turn % 2 else turn + step) % count for step in range(count)]
 
 
@@ -112,22 +112,14 @@ def measure(
     perplexity: Mapping[int, Scores] | None = None,
     name: str = "",
 ) -> Generator[Progress, None, list[Measured]]:
-    """Decodes every prompt of the task by every setting. Yields progress; returns what was measured of each setting.
+    """Decodes every prompt of the task by every setting. Yields progress; returns the measurement of each setting.
 
-    With a batch size above 1, answers come from batches, whose time cannot be divided among their prompts, and only some
-    prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
+    With a batch size above 1, answers come from batches, and only some prompts are timed, alone. All settings decode a
+    prompt (or a batch of similar lengths) before the next one, in a rotating order, so that a slow moment of the machine
+    slows all of them. Lookups search earlier answers of the same setting and repeat.
 
-    A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
-    down slows all of them. Before prompts are timed, each setting warms up with a few tokens. Lookups find earlier answers of
-    the same setting in the same repeat only, and after a resumption those since then.
-
-    Args:
-        settings: the first is full depth, which the others are compared with.
-        journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
-        perplexity: by exit, the metric of a task on text.
-        name: stands before the phases of progress.
-
-    Raises LayerSkipError if every prompt failed with the first setting.
+    `settings`: full depth first, the baseline of comparisons. `journal`: outputs of an interrupted run are not measured
+    again. `perplexity`: by exit, of a task on text. Raises LayerSkipError if every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -147,31 +139,29 @@ def measure(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             prompts, (repeat, sample) = [examples[each].prompt for _, each in batch], batch[0]
-            outputs: list[list[Output]] = [[] for _ in settings]
+            outputs: dict[int, list[Output]] = {}
             for place in in_turn(repeat + sample, len(settings)):
-                setting = settings[place]
-                if setting.temperature:  # sampled answers to one prompt differ; the largest seed is 2**32 - 1
-                    setting = replace(setting, seed=(setting.seed + sample) % 2**32)
+                seed = (settings[place].seed + sample) % 2**32  # sampled answers to one prompt differ
+                setting = replace(settings[place], seed=seed) if settings[place].temperature else settings[place]
                 outputs[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
-            for each, row in zip(batch, zip(*outputs, strict=True), strict=True):
+            for each, row in zip(batch, zip(*(outputs[place] for place in range(len(settings))), strict=True), strict=True):
                 rows[each] = list(row)
                 if journal is not None:
                     journal.add(*each, row)
             yield Progress(len(wanted) - len(missing) + start + len(batch), len(wanted), f"{name} {phase}".strip())
         require_outputs([rows[each][0] for each in wanted])
 
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for place, setting in enumerate(settings):
         answers = [rows[_BATCHES if batches else 0, sample][place] for sample in every]
         times = [[rows[repeat, sample][place] for sample in timed] for repeat in range(repeats) if timed]
         exact = setting.strategy != "early-exit" and not settings[0].temperature
-        differing = differences(loaded, examples, answers, found[0].answers) if exact and found else ()
-        measured = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
-        task = task.referring_to(measured.texts)  # the first ones, if it has no references
+        differing = differences(loaded, examples, answers, measured[0].answers) if exact and measured else ()
+        own = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
+        task = task.referring_to(own.texts)  # the first ones, if it has no references
         depth = depth_of(setting, loaded.backend.num_layers)
-        scores = task.score([text or "" for text in measured.texts], (perplexity or {}).get(depth or 0))
-        found.append(replace(measured, scores=scores))
-    return found
+        measured.append(replace(own, scores=task.score([text or "" for text in own.texts], (perplexity or {}).get(depth or 0))))
+    return measured
 
 
 def answer_prompts(
@@ -181,10 +171,10 @@ def answer_prompts(
     baselines: Mapping[str, Baseline] | None = None,
     earlier: EarlierAnswers | None = None,
 ) -> list[Output]:
-    """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
+    """One output per prompt, in the checkpoint's template; a single prompt is timed, without (de)tokenization.
 
-    A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
-    answered one by one, so that only the culprit fails. Baselines have no batches.
+    A prompt that exceeds context or memory gives an Output with an error; of a failed batch every prompt is answered alone.
+    Baselines answer one prompt at a time.
     """
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
@@ -217,7 +207,7 @@ def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Out
 
 
 def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, **options: Any) -> Output:
-    """Our own decoding, with other `options` of `decode`. A step's time ends when its tokens have arrived here."""
+    """Our own decoding, with further `options` of `decode`. A step's time ends when its tokens are on the host."""
     decoding = decode(loaded.backend, prompt_ids, setting, loaded.ends(setting.stop), loaded.detokenize, **options)
     steps: list[Step] = []
     started = time.perf_counter()
@@ -231,10 +221,7 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
 def differences(
     loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
 ) -> tuple[Difference, ...]:
-    """The first difference of each output from the baseline's, with the gap between the two largest logits there.
-
-    Samples that failed in either are left out.
-    """
+    """The first difference of each output from the baseline's, with the top-2 logit gap there. Failed samples are left out."""
     differing = []
     for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
         position = first_difference(output.ids, expected.ids)
@@ -247,7 +234,7 @@ def differences(
 
 
 def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
-    """The first position where two outputs differ, None when they are equal. If one is a prefix of the other, its length."""
+    """The first position where two outputs differ (the length of a prefix); None when they are equal."""
     if list(ids) == list(expected):
         return None
     pairs = enumerate(zip(ids, expected, strict=False))
@@ -256,10 +243,7 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 @torch.inference_mode()
 def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """(B, T, V) of the full model for rows of tokens (B, T), in one pass or in passes of `size` tokens.
-
-    `last`: only of so many positions at the end of each pass; 0: of all.
-    """
+    """(B, T, V) of the full model for tokens (B, T), in passes of `size` (0: one), at the `last` positions of each (0: all)."""
     pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
     for start, part in zip(range(0, tokens.shape[1], size), torch.split(tokens, size, 1), strict=True):
         places = cache.span(start, start + part.shape[1])
@@ -281,10 +265,7 @@ def _reset_peak(device: torch.device) -> bool:
 
 
 def _peak_mb(device: torch.device) -> float:
-    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process.
-
-    That includes weights and interpreter, so that strategies hardly differ.
-    """
+    """MB (2**20 bytes) since the reset: allocated by torch on CUDA, else the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

@@ -43,11 +43,11 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`
-    by the same model files, kernels and versions.
+    """Yields progress, then the record. A `folder` keeps a journal of the outputs, for `resume` by the same model files,
+    kernels and versions.
 
-    Raises ConfigError for an exit outside the model and for a baseline that cannot run it, CheckpointError for a baseline's
-    model, LayerSkipError if no prompt could be answered, or the journal to resume belongs to other settings.
+    Raises ConfigError for an exit outside the model and a baseline that cannot run it, CheckpointError for a baseline's
+    model, LayerSkipError if no prompt could be answered or the journal to resume belongs to other settings.
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
@@ -96,10 +96,7 @@ def bench(
 
 
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
-    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
-
-    Raises ConfigError for an exit outside the model, and for `eagle3` without such a drafter.
-    """
+    """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
     if loaded.backend.eagle3 is None:
         require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
@@ -118,7 +115,7 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
 
 
 def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
-    """Exits count if they were trained, recommended by a sweep, or asked for; low-bit copies that were asked for draft too."""
+    """The default strategies: exits if trained, recommended or asked for, and low-bit copies that were asked for."""
     known, asked = loaded.recommended(config.packing), config.generation
     exits = bool(known.exits or loaded.info.exit_layer or asked.keys() & {"exit_layer", "exit_confidence"})
     return {
@@ -131,16 +128,16 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:
-    """Whether Draft & Verify runs, and the layers to skip were neither given nor stored with the model."""
+    """Whether Draft & Verify runs without known layers to skip."""
     return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
     """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
 
-    They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
-    transformers' decoders run on transformers' own layers; if `loaded` has repacked weights, the model is read again for them.
-    Raises ConfigError for a baseline that cannot run this model, and CheckpointError.
+    They take exit, draft length and limits of the `speculative` setting. transformers' decoders run on transformers' own
+    layers; if `loaded` has repacked weights, the model is read again. Raises ConfigError for a baseline that cannot run it,
+    CheckpointError.
     """
 
     def transformers_model(name: str) -> Trainable:
@@ -180,11 +177,10 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 
 
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
-    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
+    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts.
 
-    Every round drafts the setting's `num_draft_tokens`: by default transformers changes the number between rounds, and stops a
-    draft below a confidence of 0.4. The config also takes the place of the models' own: transformers fills gaps with the
-    checkpoint's recommendations (penalties, sampling), and reads the number of drafts from the drafting model.
+    Every round drafts the setting's `num_draft_tokens`: transformers' default changes the number, and stops below a
+    confidence of 0.4. The config replaces the models' own, with which transformers would fill gaps (penalties, sampling).
     """
     models = [each for each in (model, assistant) if each is not None]
 
@@ -224,10 +220,7 @@ def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, 
 
 @torch.inference_mode()
 def require_early_exit(model: Any) -> None:
-    """Raises ConfigError unless a smaller `num_hidden_layers` makes this model run fewer layers.
-
-    transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
-    """
+    """Raises ConfigError unless a smaller `num_hidden_layers`, transformers' early exit, makes the model run fewer layers."""
     layers, ids = model.config.num_hidden_layers, torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
         model.config.num_hidden_layers = 1
@@ -235,8 +228,8 @@ def require_early_exit(model: Any) -> None:
     finally:
         model.config.num_hidden_layers = layers
     if len(states) != 2:  # the embedding, and what the layer made of it
-        told = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
-        raise ConfigError(f"`baselines` assistant-early-exit: {told}")
+        reason = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
+        raise ConfigError(f"`baselines` assistant-early-exit: {reason}")
 
 
 class StopString(Exception):
@@ -244,11 +237,7 @@ class StopString(Exception):
 
 
 class StepTimer(BaseStreamer):  # type: ignore[misc]
-    """Counts and times the steps of `generate`: as its streamer, and through hooks around the target's forward passes.
-
-    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
-    output ends where the scanner ends our own decoding.
-    """
+    """Times `generate`'s steps as its streamer and by hooks: passes over K+1 tokens verify, those with fewer layers draft."""
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
         self.ids: list[int] = []
@@ -306,10 +295,10 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp), with this process's threads.
+    """llama.cpp (package xllamacpp): its server in this process, with this process's threads, on a GGUF file.
 
-    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used. Raises ConfigError if the
-    package or the file is missing or does not suit, and CheckpointError for a damaged file.
+    Greedy, without drafts, on token ids. Raises ConfigError if the package or the file is missing or does not suit,
+    CheckpointError for a damaged file.
     """
     try:
         import xllamacpp
@@ -361,7 +350,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
 
 
 def describe_llama_cpp() -> str:
-    """The version of llama.cpp and the instruction sets that this build uses on this processor."""
+    """Version and instruction sets of this build of llama.cpp."""
     import xllamacpp
 
     features = [part.split("=")[0].strip() for part in xllamacpp.get_system_info().split("|") if "= 1" in part]

@@ -1,7 +1,4 @@
-"""Predicts the speed of settings that draft from their acceptance and from the time of each kind of forward pass.
-
-The passes are timed in use, along answers; for adaptive drafting also by their rows.
-"""
+"""Predicts the speed of settings from their acceptance and the time of each kind of pass, measured along answers."""
 
 import time
 from collections import Counter
@@ -28,8 +25,7 @@ from ...model.vocabulary import most_probable
 from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
 
-# Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
-# about so many seconds allow, because the times of short passes vary more.
+# Answers along which every setting is timed; more of them, within about 10 s, where passes are short, whose times vary more.
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
@@ -44,7 +40,7 @@ Side = tuple[Quantization | None, int]
 
 
 def side_of(setting: DecodingConfig) -> Side:
-    """The drafter of self-speculative decoding; the layers of an early exit; 0 layers for other strategies."""
+    """The drafter of self-speculative decoding, or the layers of an early exit; 0 layers for other strategies."""
     return setting.draft_weights, setting.exit_layer or 0
 
 
@@ -63,22 +59,14 @@ Part = tuple[list[int], int]
 
 
 def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS) -> Part:
-    """The whole answer, or a long one from where `steps` steps are its middle.
-
-    Steps are timed from a prefill on. The first ones take longer, because another pass has filled the CPU's caches. There is
-    room for one token more than the answer has, so that its last token can be a draft.
-    """
+    """The whole answer, or its middle `steps` tokens, with room for one token more: its last can be a draft."""
     start = max(0, (len(output_ids) - steps) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
     return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
 
 
 def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: float) -> PassTimes | None:
-    """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
-
-    So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
-    `plain`: the mean of autoregressive steps along the same answer. None if the answer has no room for a round.
-    """
+    """Mean pass times of greedy rounds along an answer (None: no round fits). `plain`: the mean autoregressive step."""
     most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
     rounds = [step for step in _steps(loaded, part, setting, most) if step[0]]
     if not rounds:
@@ -89,7 +77,7 @@ def pass_times(loaded: Decoder, part: Part, setting: DecodingConfig, plain: floa
 
 
 def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> list[tuple[int, float, float, float]]:
-    """The drafts of each step after the prefill, and its seconds for drafting, verifying and in total."""
+    """Per step after the prefill: drafts, and seconds for drafting, verifying and in total."""
     ids, limit = part
     greedy = replace(setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
     decoding = decode(loaded.backend, ids, greedy)  # the answer's end is known, so EOS ids are not needed
@@ -109,21 +97,17 @@ def _plain_step(loaded: Decoder) -> float:
 
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
-    """About what rounds with drafts gained over plain decoding, of which a few steps are timed."""
+    """Estimated speedup of rounds with drafts over plain decoding, of which a few steps are timed."""
     return _plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
 
 
 def plain_bandwidth(loaded: Decoder) -> str:
-    """How near plain decoding comes to the bandwidth of this machine's memory, of which a few steps are timed, in words."""
+    """The bandwidth of plain decoding, of which a few steps are timed, in words."""
     return bandwidth_text(bandwidth(loaded, _plain_step(loaded)))
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
-    """How fast plain decoding, by the seconds of a `step`, reads weights and the KV entries of so many `positions`.
-
-    Beside it stands the bandwidth of a sum over as many bytes (at most 1 GB), in the same caches: the most that the machine
-    would give.
-    """
+    """Bytes per second read by plain decoding (weights, KV entries of `positions`), and by a sum over as many."""
     backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
     matrix = getattr(backend.draft_sides[None].whole.unembed, "matrix", None)  # of our own kernels
     kind = matrix.form.kind if matrix else backend.implementation.partition(")")[0]
@@ -143,10 +127,10 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part, except where the part has no room for a round.
+    """Times rounds of each setting along each part that has room for a round.
 
-    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged: beside
-    those of its own group, a setting would be ranked by the noise of these few.
+    Settings of one drafter stand together; plain steps are timed beside each group and averaged over all groups, so that
+    their noise does not rank the drafters.
     """
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
@@ -160,17 +144,13 @@ def timed_visits(
 
 
 def averages(times: Sequence[PassTimes]) -> PassTimes:
-    """Means without the lowest and the highest tenth.
-
-    On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
-    would predict too high a speed.
-    """
+    """Means without the lowest and the highest tenth. Medians would predict too high a speed: a few rounds wait for long."""
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
 
 
 def interpolated(length: float, known: Iterable[PassTimes]) -> PassTimes:
-    """The times of rounds of so many drafts on average, between those of the nearest shorter and longer ones of a drafter."""
+    """Round times interpolated to a mean draft length."""
     *columns, lengths = zip(*sorted(known, key=lambda times: times.length), strict=True)
     return PassTimes(*(float(numpy.interp(length, lengths, column)) for column in (*columns, lengths)))
 
@@ -185,10 +165,9 @@ def agreement(
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
-    One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
-    draft is always the autoregressive output. For low-bit drafts (`weights`) this is an approximation: in the loop they attend
-    to the target's keys and values of the prompt and of earlier rounds, here to the target's of the prompt and else to their
-    own. So it is for exit blocks with a feature: here every draft has the target's own, in the loop the first of a round.
+    One pass serves all exits: a compared draft always follows the autoregressive output. An approximation for low-bit
+    drafts (`weights`), which attend to their own KV entries of the whole output here, in the loop only to those of a round;
+    and for exit blocks with a feature, whose drafts all have the target's own feature here.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
@@ -216,10 +195,9 @@ def agreement(
 def simulate(
     choices: Sequence[int], output: Sequence[int], num_draft_tokens: int, room: int, eos_ids: frozenset[int]
 ) -> DecodeStats:
-    """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens; `choices` are `agreement`'s.
+    """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens, given `agreement`'s choices.
 
-    Exact with one exception: the drafts after a wrong one are unknown, and an EOS among them would end the round early. They
-    are assumed to end where the output ends.
+    Exact but for drafts after a wrong one, which are unknown: they are assumed to end where the output ends.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -244,7 +222,7 @@ def simulate(
 
 
 class Prediction(NamedTuple):
-    """The prediction for one setting; `speedup` is over the plain steps timed with it, whatever the machine's speed later."""
+    """The prediction for one setting; `speedup` is over the plain steps timed with it."""
 
     rounds: DecodeStats
     times: PassTimes
@@ -266,9 +244,9 @@ def predict(
 ) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Settings that draft with the same layers stand together, shorter drafts first: of several, three are timed, and the times of
-    the others interpolated. Returns the predictions, each drafter's agreement (the share of the autoregressive tokens that it
-    would also have chosen), and the tokens before a typical step. Raises LayerSkipError when no prompt could be answered.
+    Settings of one drafter stand together by draft length: three are timed, the others interpolated. Returns predictions,
+    the agreement of each drafter with the autoregressive tokens, and the context of a typical step. Raises LayerSkipError
+    when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -317,7 +295,7 @@ def predict(
 
 
 def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settings: Sequence[DecodingConfig]) -> Iterator[Part]:
-    """The answers in turn, until enough time has passed. Of long ones as much as two rounds of the longest drafts need."""
+    """The answers in turn, until enough time has passed; long enough for two rounds of the longest drafts."""
     steps = max([_STEPS, *(2 * setting.num_draft_tokens for setting in settings)])
     started = time.perf_counter()
     for visit in range(_MOST):
@@ -327,11 +305,7 @@ def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]], settin
 
 
 def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
-    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
-
-    `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention
-    takes longer after many.
-    """
+    """Acceptance and draft times of rows that drafted by an exit or a copy, and pass times after `context`."""
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest
@@ -347,7 +321,7 @@ def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingCo
 
 @torch.inference_mode()
 def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]:
-    """Milliseconds of a pass of the target by its rows, medians, after as much of the context as leaves room for them."""
+    """Median milliseconds of a pass of the target by its rows, after as much of the context as leaves room."""
     backend = loaded.backend
     before = context[: max(backend.spec.context - _ROWS, 0)]
     if not before:

@@ -1,7 +1,7 @@
-"""What a measurement says: the figures of each way of decoding, the machine, and a sweep's advice.
+"""Figures of measurements, the machine, and the recommendation of a sweep.
 
-The fastest of twenty settings on a dozen prompts looks faster than it is. So a sweep times the best few once more, in turns
-with plain and adaptive decoding, on prompts that chose none of them, and the lower end of the interval of their speed decides.
+The fastest of twenty settings on a dozen prompts looks faster than it is (winner's curse). So a sweep times the best few once
+more, in turns with plain and adaptive decoding, on other prompts, and decides by the lower end of the speedup's interval.
 """
 
 import math
@@ -40,7 +40,7 @@ _COLUMNS = sorted(hints_of(Policy).keys() & {field.name for field in fields(Resu
 
 
 def setting_of(setting: DecodingConfig) -> Result:
-    """A way of decoding without any figure."""
+    """The Result of a setting without figures."""
     chooses, own = setting.exit_confidence > 0, setting.strategy in STRATEGIES
     drafts = drafts_tokens(setting) and setting.strategy != "adaptive"
     return Result(
@@ -55,7 +55,7 @@ def setting_of(setting: DecodingConfig) -> Result:
 
 
 def result_of(measured: Measured, full: Measured, transformers: Measured | None = None) -> Result:
-    """The figures of one way of decoding, compared with those of full depth, and of transformers if that ran."""
+    """The figures of one setting, compared with full depth, and with transformers if that ran."""
     answers, scores, drafts = measured.answers, measured.scores, drafts_tokens(measured.setting)
     result, stats = setting_of(measured.setting), sum((output.stats for output in answers), DecodeStats())
     figures: dict[str, Estimate] = {}
@@ -71,30 +71,30 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
     counted = (("acceptance_rate", "drafted", 1.0), ("mean_accepted_tokens", "rounds", math.inf))
     for name, of, most in counted if drafts else ():
         counts = [[getattr(output.stats, part) for output in answers] for part in ("accepted", of)]
-        found = estimate(torch.div, counts, measured.answers_per_prompt, (0.0, most))
-        figures[name] = found._replace(value=getattr(stats, name))  # 0 without drafts
+        rate = estimate(torch.div, counts, measured.answers_per_prompt, (0.0, most))
+        figures[name] = rate._replace(value=getattr(stats, name))  # 0 without drafts
     metrics = {name: metric(each) for name, each in scores.items()}
     changes = {name: change(each, full.scores[name]).bounds for name, each in scores.items() if name in full.scores}
     accepted_at = (*stats.accepted_by_position, *[0] * len(stats.tested_by_position))
-    values: dict[str, Any] = {name: found.value for name, found in figures.items()}
+    values: dict[str, Any] = {name: figure.value for name, figure in figures.items()}
     return replace(
         result,
         **values,
-        metrics={name: found.value for name, found in metrics.items() if found.value is not None},
+        metrics={name: figure.value for name, figure in metrics.items() if figure.value is not None},
         # A draft is compared if all drafts before it in the round were accepted.
         acceptance_by_position=tuple(map(truediv, accepted_at, stats.tested_by_position)) if drafts else None,
         differences=measured.differences,
         failures=tuple(Failure(sample, each.error) for sample, each in enumerate(answers) if each.error is not None),
         steps_by_drafter=stats.steps_by_drafter,
         mean_layers=stats.mean_layers if result.exit_confidence else None,
-        intervals={name: found.bounds for name, found in (figures | metrics).items() if found.bounds is not None},
+        intervals={name: figure.bounds for name, figure in (figures | metrics).items() if figure.bounds is not None},
         changes={name: ends for name, ends in changes.items() if ends is not None},
         rows_to_halve=figures["speedup"].rows if "speedup" in figures else None,
     )
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """The figures of steps: medians over the repeats; the phases and the longest answer are the first one's."""
+    """Figures of steps: medians over the repeats; phases and the longest answer are those of the first repeat."""
     firsts, per_token = [], []
     for outputs in measured.repeats:
         firsts.append(median([output.steps[0].seconds for output in outputs if output.steps] or [math.nan]))
@@ -122,7 +122,7 @@ def _speeds(measured: Measured) -> dict[str, Any]:
 
 
 def environment(loaded: Decoder) -> dict[str, Any]:
-    """Versions, machine, and how the model runs. The load average is the one before the run."""
+    """Versions, machine and implementation. The load average is that before the run."""
     device, blocks, cpu = loaded.backend.device, loaded.backend.exit_blocks, platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -150,17 +150,14 @@ def environment(loaded: Decoder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Seconds and tokens (settings, 2, prompts) of plain decoding and of the best settings, in turns on the same prompts.
-
-    `places`: of these settings among a sweep's results. `noun`: what a prompt is called.
-    """
+    """Seconds and tokens (settings, 2, prompts) of plain decoding and the best settings (`places` among the results)."""
 
     places: Sequence[int]
     times: Tensor
     noun: str = "other prompt"
 
     def speed(self, place: int, other: int = 0) -> Estimate:
-        """Of a setting over another one. Over plain decoding (0) the lower ends of all intervals hold at once with 95%."""
+        """Speedup over another setting. Over plain decoding (0) all lower ends hold at once with 95% (Bonferroni)."""
         mine, theirs = (self.times[self.places.index(each)][:, None] for each in (place, other))
         return speed_ratio(theirs, mine, 0.95 if other else 1 - 0.1 / (len(self.places) - 1))
 
@@ -171,7 +168,7 @@ class Contest:
     def is_narrow(self) -> bool:
         return all(self.lower_end(place) > (1 - _NARROW) * (self.speed(place).value or 0.0) for place in self.places[1:])
 
-    def told(self, place: int) -> str:
+    def text(self, place: int) -> str:
         """`1.82x the speed of autoregressive decoding on 16 other prompts (at least 1.74x with 95% confidence)`."""
         prompts, value = plural(self.times.shape[-1], self.noun), self.speed(place).value or 0.0
         low = self.lower_end(place)
@@ -180,13 +177,13 @@ class Contest:
 
 
 def faithful(results: Sequence[Result], near_tie: float) -> list[int]:
-    """The places of measured settings that draft and have the outputs of the first one, up to differences at near-ties."""
+    """The places of measured drafting settings whose outputs equal the first one's, except at near-ties."""
     drafting = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
     return [place for place in drafting if results[place].keeps_outputs(results[0], near_tie)]
 
 
 def finalists(results: Sequence[Result], near_tie: float) -> list[int]:
-    """Full depth, the fastest faithful settings and adaptive drafting. Empty if none of them was faster than full depth."""
+    """Full depth, the fastest faithful settings and adaptive drafting; empty if none was faster than full depth."""
     known = sorted(faithful(results, near_tie), key=lambda place: -(results[place].speedup or 0.0))
     faster = [place for place in known if (results[place].speedup or 0.0) > 1]
     fixed = [place for place in faster if results[place].strategy != "adaptive"][:_FINALISTS]
@@ -201,33 +198,24 @@ def contest(
     noun: str = "other prompt",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[Progress, None, Contest]:
-    """Times settings on one prompt after the other until their intervals are narrow or so many seconds are over.
-
-    Yields progress in percent of the time. If there are too few prompts, they come again.
-
-    Args:
-        timed: seconds and tokens of the answer to a prompt, by its number, of the setting at a place.
-    """
+    """Times settings prompt by prompt until intervals are narrow or `seconds` are over; yields progress in percent."""
     times, started = torch.zeros(len(places), 2, prompts, dtype=torch.float64), clock()
     for turn in range(_MOST_TURNS):
         for place in in_turn(turn, len(places)):
             times[place, :, turn % prompts] += torch.tensor(timed(turn % prompts, places[place]), dtype=torch.float64)
-        found, share = Contest(places, times[..., : turn + 1], noun), (clock() - started) / max(seconds, 1e-9)
+        outcome, share = Contest(places, times[..., : turn + 1], noun), (clock() - started) / max(seconds, 1e-9)
         yield Progress(min(100, int(100 * share)), 100, "the best once more")
-        if turn + 1 >= _FEWEST_TURNS and (share >= 1 or found.is_narrow()):
+        if turn + 1 >= _FEWEST_TURNS and (share >= 1 or outcome.is_narrow()):
             break
-    return found
+    return outcome
 
 
-def winner(found: Contest, results: Sequence[Result]) -> tuple[int, int]:
-    """The setting to recommend, and the one with the highest lower end.
-
-    They differ where adaptive drafting gains too, and the other is hardly faster, and not certainly.
-    """
-    first = max(found.places[1:], key=found.lower_end)
-    for place in found.places[1:]:
-        if results[place].strategy == "adaptive" and found.lower_end(place) > 1:
-            lead, ends, _ = found.speed(first, place)
+def winner(again: Contest, results: Sequence[Result]) -> tuple[int, int]:
+    """The setting to recommend (adaptive, if hardly or not certainly slower), and the one with the highest lower end."""
+    first = max(again.places[1:], key=again.lower_end)
+    for place in again.places[1:]:
+        if results[place].strategy == "adaptive" and again.lower_end(place) > 1:
+            lead, ends, _ = again.speed(first, place)
             if lead is None or (lead <= _CLOSE and (ends is None or ends.low <= 1)):
                 return place, first
     return first, first
@@ -239,36 +227,30 @@ def recommend(
     quality_metric: str,
     config: SweepConfig,
     measured: Sequence[Measured | None],
-    found: Contest | None = None,
+    again: Contest | None = None,
 ) -> Recommendation:
-    """The setting that drafts and gains certainly, or plain decoding, and the policies.
-
-    Args:
-        results: the first is full depth.
-        measured: what was measured of each result, None of one that was only predicted.
-        found: what `contest` found of the `finalists`, if there are any.
-    """
+    """The setting with a certain gain by the contest `again`, or plain decoding, and the policies; full depth comes first."""
     known, policies = faithful(results, near_tie), [policy_of(result, results[0], quality_metric, config) for result in results]
     best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
-    speed, lower_end, told = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
+    speed, lower_end, gain = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
     alike: list[int] = []
-    if found is not None:
-        best, first = winner(found, results)
-        speed, lower_end, told = found.speed(best).value, found.lower_end(best), found.told(best)
-        leads = {place: found.speed(best, place).bounds for place in found.places[1:] if place != best}
+    if again is not None:
+        best, first = winner(again, results)
+        speed, lower_end, gain = again.speed(best).value, again.lower_end(best), again.text(best)
+        leads = {place: again.speed(best, place).bounds for place in again.places[1:] if place != best}
         alike = [place for place, ends in leads.items() if ends is not None and ends.low <= 1 <= ends.high]
         policies[best]["measured"]["speedup"] = speed or 0.0
     pays = lower_end is not None and lower_end > 1
     result, name = results[best], policy_text(policies[best])
     if not known:
         verdict = "no setting that drafts kept the autoregressive outputs"
-    elif found is None or not pays:
-        verdict = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {told}"
+    elif again is None or not pays:
+        verdict = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {gain}"
     else:
-        rank = "the fastest" if best == first else f"close to the fastest ({found.speed(first).value or 0.0:.2f}x)"
+        rank = "the fastest" if best == first else f"close to the fastest ({again.speed(first).value or 0.0:.2f}x)"
         ties = len(result.differences)
         verdict = (
-            f"{name} is {rank} of {len(known)} settings: {told}, "
+            f"{name} is {rank} of {len(known)} settings: {gain}, "
             f"{result.acceptance_rate or 0:.0%} of drafts accepted, {result.identical_outputs or 0:.0%} of outputs identical"
             + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
         )
@@ -276,7 +258,9 @@ def recommend(
     skipped = sum(1 for result in results if result.predicted_speedup and not result.metrics)
     reason = (
         verdict,
-        f"it cannot be told from {', '.join(policy_text(policies[place]) for place in alike)}" if pays and alike else "",
+        f"not significantly different from {', '.join(policy_text(policies[place]) for place in alike)}"
+        if pays and alike
+        else "",
         f"{tried - len(known)} of {tried} settings changed the output and were excluded" if tried > len(known) else "",
         f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
     )
@@ -300,7 +284,7 @@ def recommend(
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
-    """A measured row as a policy, with how its drafts were stored; `plain` is the row of full depth."""
+    """A measured row as a policy, with how its drafts were stored. `plain`: the row of full depth."""
     settings = {name: getattr(result, name) for name in _COLUMNS}
     for name in ("draft_confidence", "lookup"):
         if result.strategy in used_by(name):
@@ -310,25 +294,21 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
         copies = config.packing.draft_weights if result.strategy == "adaptive" else ()
         settings |= {"draft_copies": copies, "draft_vocab": config.packing.draft_vocab}
         settings["draft_head"] = config.packing.draft_head if copies or result.draft_weights else None
-    said = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if value}
-    said["measured"] = {
+    policy = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if value}
+    policy["measured"] = {
         "task": str(config.task.task),
         "metric": quality_metric,
         "value": result.metrics.get(quality_metric, 0.0),
         "full_depth": plain.metrics.get(quality_metric, 0.0),
         "speedup": result.speedup or 0.0,
     }
-    return cast(Policy, said)
+    return cast(Policy, policy)
 
 
 def fast_policy(
     exits: Sequence[tuple[Policy, Margin]], exact: Policy, quality_metric: str, keep: float
 ) -> tuple[Policy | None, str]:
-    """The fastest early exit that certainly keeps this share of full depth's quality, and why; None if there is none.
-
-    `exits`: with the margins by which they keep it. Certainly: by the lower end of the margin's interval. An exit must also be
-    faster than `exact`.
-    """
+    """The fastest early exit, faster than `exact`, that certainly keeps this share of the quality, or None; and why."""
     full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
     if not full:
         return None, f"none, because {quality_metric} is 0 at full depth"
@@ -350,11 +330,11 @@ def fast_policy(
         best, _ = good[0]
         not_faster = f"is not faster than the policy exact ({to_beat:.2f}x)"
         return None, f"none, because {policy_text(best)} ({described(best)}) {not_faster}"
-    for best, found in faster:
-        if found.low >= 0:
+    for best, kept in faster:
+        if kept.low >= 0:
             return best, f"{policy_text(best)}: {described(best)}"
-    best, found = min(faster, key=lambda exit: exit[1].needed or 0)
+    best, kept = min(faster, key=lambda exit: exit[1].needed or 0)
     return None, (
-        f"none, because {plural(found.prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "
-        f"{quality_metric}; for {policy_text(best)} ({described(best)}) it would take about {found.needed} (`samples`)"
+        f"none, because {plural(kept.prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "
+        f"{quality_metric}; for {policy_text(best)} ({described(best)}) it would take about {kept.needed} (`samples`)"
     )

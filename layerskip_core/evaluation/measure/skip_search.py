@@ -1,7 +1,7 @@
-"""Finds the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
+"""Searches the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
 
-The paper searches by Bayesian optimisation. Here layers are left out one by one: always the one whose loss costs the least
-agreement with the model's own greedy outputs. The size of the set and the draft length are those of the best predicted speed.
+The paper uses Bayesian optimisation. Here layers are left out one by one, each time the one that costs the least agreement with
+the model's own greedy outputs. The predicted speedup decides how many, and the draft length.
 """
 
 from collections.abc import Generator, Sequence
@@ -27,7 +27,7 @@ _TOKENS = 48  # of each output
 # Tokens that are drafted at once: they attend to the target's keys and values of the tokens before them, and to their own.
 _BLOCK = 8
 _CONTEXT = 256  # tokens before timed rounds
-_CANDIDATES = 8  # layers tried at each size: those that cost the least when they were last tried
+_CANDIDATES = 8  # layers tried at each size: the cheapest ones when last tried
 _PATIENCE = 5  # sizes without a better prediction, after which the search ends
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
 _FINALISTS = 3  # sets whose pass times are measured, with the best draft length and with twice as long drafts
@@ -35,7 +35,7 @@ _VISITS = 3  # to each of them
 
 
 class Probe:
-    """A prompt with the model's own greedy output, along which drafts without some layers are predicted."""
+    """A prompt with the model's own greedy output, for which drafts without some layers are computed."""
 
     def __init__(self, loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], weights: Quantization | None):
         self.prompt_ids, self.output_ids = list(prompt_ids), list(output_ids)
@@ -70,7 +70,7 @@ class Probe:
 
 
 class SkipSet(NamedTuple):
-    """Layers that are skipped, the draft at each position of each probe's output, and how many are the output's tokens."""
+    """Skipped layers, the draft at each position of each probe's output, and how many of these agree with the output."""
 
     skip: tuple[int, ...]
     choices: list[list[int]]
@@ -80,12 +80,7 @@ class SkipSet(NamedTuple):
 def search_skips(
     loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
 ) -> Generator[Progress, None, tuple[DecodingOptions, float, Prediction]]:
-    """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement and the prediction, on the search's rows.
-
-    Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
-    drafts. Raises ConfigError for a model with a single layer, LayerSkipError if no prompt could be answered by two tokens or
-    leaves room for drafts.
-    """
+    """Yields progress; returns `skip` and draft length, agreement, prediction. Raises ConfigError, LayerSkipError."""
     sizes = loaded.backend.num_layers - 1
     require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
     rows = other_rows(task, _PROMPTS, ("validation", "train"))
@@ -111,7 +106,7 @@ def search_skips(
     (known,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, sizes + 2)), 4)])
     ranked: list[tuple[float, int, SkipSet]] = []  # the best draft length of each set, by its predicted speedup
     for size, found in enumerate(eliminated(probes, sizes + 1), start=1):
-        # A first choice: a draft costs what its layers cost. The sets that are promising by that are timed themselves.
+        # First by a draft's number of layers; the most promising sets are timed afterwards.
         times = known._replace(draft=known.draft * (sizes + 1 - size) / half)
         speedups = {drafts: predicted(found, drafts, times).speedup for drafts in _LENGTHS}
         drafts = max(_LENGTHS, key=speedups.__getitem__)
@@ -131,10 +126,7 @@ def search_skips(
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:
-    """Sets of 1, 2, ... L-1 skipped layers, each with one layer more than the last.
-
-    Of layers that cost the same the last one is taken, because the target goes on from the layers before the first.
-    """
+    """Sets of 1 to L-1 skipped layers, one more each time; of equally costly layers the last: fewer states are recomputed."""
     skip: tuple[int, ...] = ()
     agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
     candidates = list(agreement)
@@ -155,7 +147,7 @@ def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, N
 def _timed(
     loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None, asked: Sequence[tuple[tuple[int, ...], int]]
 ) -> list[PassTimes]:
-    """Times rounds of each set and draft length, visited in turn, after a prompt of median length or its end."""
+    """Pass times of each set and draft length, visited in turn, after a prompt of median length or its end."""
     by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
     context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
     settings = [DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights) for skip, drafts in asked]

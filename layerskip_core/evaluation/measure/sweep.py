@@ -17,7 +17,7 @@ from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, PredictionError, Result, RunRecord
 from ..tasks import Task, other_rows
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
-from .cost_model import Prediction, Side, draft_profile, predict, side_of
+from .cost_model import Prediction, draft_profile, predict, side_of
 from .figures import Contest, contest, environment, finalists, recommend, result_of, setting_of
 from .skip_search import search_skips
 
@@ -30,9 +30,7 @@ _OTHERS = 256  # prompts for that
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation. Raises ConfigError for an exit outside the model, LayerSkipError
-    if no prompt could be answered.
-    """
+    """Yields progress, then the record with a recommendation. Raises ConfigError, and LayerSkipError without answers."""
     started, (task, generation) = time.perf_counter(), task.asked(config.generation)
     made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # for adaptive drafting
     copies = config.packing.draft_weights or (() if config.exits else made)
@@ -44,44 +42,45 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     perplexity = scores_by_exit(losses)
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config, copies)
-    predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
+    searched = dict[DecodingConfig, tuple[float, Prediction]]()  # agreement and prediction of the layers to skip
     if config.search_skips:
         weights = next(iter(config.packing.draft_weights), None)
-        choice, share, of_skips = yield from search_skips(loaded, task, generation, weights)
-        settings.append(decoding("draft-and-verify", {**generation, **choice}, draft_weights=weights))
+        options, share, prediction = yield from search_skips(loaded, task, generation, weights)
+        searched[decoding("draft-and-verify", {**generation, **options}, draft_weights=weights)] = share, prediction
+    predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     timed = spread(task.examples, config.timed or 0)
-    predictions, agreement, context = yield from predict(loaded, timed, predictable, plain)
-    if config.search_skips:
-        predictions[settings[-1]] = of_skips
+    predictions, by_side, context = yield from predict(loaded, timed, predictable, plain)
+    agreement = {each: by_side.get(side_of(each)) for each in settings if each.strategy == "early-exit" or each.draft_weights}
+    for setting, (share, prediction) in searched.items():
+        settings.append(setting)
+        agreement[setting], predictions[setting] = share, prediction
     if not config.specs:
         settings = _with_best_lengths(settings, predictions)
     methods = [plain, *(_promising(settings, predictions) if config.quick else settings)]
     measured = yield from measure(loaded, task, methods, config, perplexity=perplexity)
     rows, settings = dict(zip(methods, measured, strict=True)), [plain, *settings]
     results = _results(settings, rows, perplexity, predictions, agreement, layers)
-    if config.search_skips:
-        results[-1] = replace(results[-1], agreement=share)
     optimal = frontier(results, name)
     results = [replace(result, pareto=place in optimal) for place, result in enumerate(results)]
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
     if places := finalists(results, near_tie):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
-    found = [rows.get(setting) for setting in settings]
+    by_result = [rows.get(setting) for setting in settings]
     yield RunRecord(
         asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, near_tie, name, config, found, again),
+        recommend(results, near_tie, name, config, by_result, again),
         prediction_error(results),
         draft_profile(loaded, results, config.packing, context),
-        task.answered([None if row is None else row.texts for row in found]),
+        task.answered([None if row is None else row.texts for row in by_result]),
     )
 
 
 def _once_more(
     loaded: Decoder, task: Task, settings: Sequence[DecodingConfig], places: Sequence[int], seconds: float
 ) -> Generator[Progress, None, Contest]:
-    """Times the settings at these places on rows of the task that were not measured, or where there are none on its own."""
+    """Times the settings at these places on rows of the task that were not measured, or on its own if there are no others."""
     rows = other_rows(task, _OTHERS, (task.config.split, "validation", "train"))
 
     def timed(row: int, place: int) -> tuple[float, int]:
@@ -102,11 +101,7 @@ def prediction_error(results: Sequence[Result]) -> PredictionError | None:
 
 
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
-    """The config with its default exits and confidences filled in.
-
-    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained, except where the
-    perplexity by exit is what the task is about.
-    """
+    """The config with default exits (with low-bit copies only trained ones, but in a task on text) and confidences."""
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
         require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
@@ -122,18 +117,14 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
 
 
 def usual_exits(loaded: Decoder) -> tuple[int, ...]:
-    """Those with a block, else those that were trained, at most six, else `default_exits`."""
+    """The exits with a block, else the trained ones (at most six), else `default_exits`."""
     layers = loaded.backend.num_layers
     trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(layers), layers)
     return trained or default_exits(layers)
 
 
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
-    """What is compared with autoregressive decoding: each exit alone, exits by confidence, each drafter with each draft length.
-
-    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep. Those of
-    `config` are the copies' too, which can draft with all layers.
-    """
+    """Settings to compare: exits alone, by confidence (trained ones, else the sweep's), drafters by draft length."""
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     alone = [exit_layer for exit_layer in exits if exit_layer not in loaded.only_drafting]
@@ -160,7 +151,7 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
 def _with_best_lengths(
     settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]
 ) -> list[DecodingConfig]:
-    """Of predicted settings the best ones of all, and the best of each drafter; the others as they are."""
+    """The settings with the best predictions, overall and per drafter, and all settings without a prediction."""
     ranked = sorted(predictions, key=lambda setting: -predictions[setting].speedup)
     of_drafters = {side_of(setting): setting for setting in reversed(ranked)}
     kept = {*ranked[:_BEST], *of_drafters.values()}
@@ -168,7 +159,7 @@ def _with_best_lengths(
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]) -> list[DecodingConfig]:
-    """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
+    """The settings with the best predicted speedup, their exits alone, and one setting of each unpredicted drafter."""
     best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
     names = ("lookup", "eagle3", "draft-and-verify", "adaptive")  # without predictions
@@ -184,18 +175,15 @@ def _results(
     rows: Mapping[DecodingConfig, Measured],
     perplexity: Mapping[int, Scores],
     predictions: Mapping[DecodingConfig, Prediction],
-    agreement: Mapping[Side, float],
+    agreement: Mapping[DecodingConfig, float | None],
     num_layers: int,
 ) -> list[Result]:
-    """The figures of each setting (full depth first), measured and predicted."""
+    """The figures of each setting, measured and predicted; full depth first."""
     results = list[Result]()
     for setting in settings:
         result = result_of(rows[setting], rows[settings[0]]) if setting in rows else setting_of(setting)
         losses = None if drafts_tokens(setting) else perplexity.get(depth_of(setting, num_layers) or 0)
-        if losses is not None:
-            result = replace(result, perplexity=metric(losses).value)
-        if setting.strategy == "early-exit" or setting.draft_weights is not None:
-            result = replace(result, agreement=agreement.get(side_of(setting)))
+        result = replace(result, agreement=agreement.get(setting), perplexity=None if losses is None else metric(losses).value)
         if (prediction := predictions.get(setting)) is not None:
             result = replace(
                 result,

@@ -1,7 +1,4 @@
-"""A record as documents: JSON, CSV, JSON lines of its answers, and HTML pages; all files of a report, and their folder.
-
-Each page is one self-contained file, for light and dark screens and for phones.
-"""
+"""Records as JSON, CSV, JSON lines and self-contained HTML pages; the files of a report, and their folder."""
 
 import csv
 import io
@@ -36,7 +33,7 @@ _HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_an
 
 
 def to_json(record: Any) -> str:
-    """The JSON document of a dataclass; answers stay out of a RunRecord's."""
+    """The JSON document of a dataclass; of a RunRecord without its answers."""
     fields = record.document() if isinstance(record, RunRecord) else asdict(record)
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -67,7 +64,7 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
-    """All report files by name; None for those that an earlier report may have left, and this one lacks."""
+    """All report files by name; None for those that an earlier report may have left and this one lacks."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
@@ -94,10 +91,9 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
 def output_folder(
     folder: str | None, command: str, names: Sequence[str] = REPORT, overwrite: bool = False, resume: bool = False
 ) -> Iterator[Path | None]:
-    """The folder for files of these `names`, created and locked by `command`; None if `folder` is None.
+    """The folder (None if `folder` is None) for files of these `names`, created and locked by `command`.
 
-    Raises ConfigError if the first of them is there or a journal is, unless it may be replaced or gone on with; LayerSkipError
-    if one cannot be written; and as `hold` does.
+    Raises ConfigError if an earlier result there may not be replaced, LayerSkipError if it cannot be written or is locked.
     """
     if folder is None:
         yield None
@@ -110,8 +106,8 @@ def output_folder(
             require_writable(path / name, LayerSkipError)
         unfinished = JOURNAL in names and (path / JOURNAL).exists()
         if unfinished and not (resume or overwrite):
-            told = "holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
-            raise ConfigError(f"`output` {folder} {told}")
+            reason = "holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+            raise ConfigError(f"`output` {folder} {reason}")
         require_overwrite(folder, names[0] if (path / names[0]).exists() else "", overwrite or unfinished)
         if unfinished and not resume:
             (path / JOURNAL).unlink()
@@ -119,10 +115,7 @@ def output_folder(
 
 
 def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequence[str], notes: Sequence[str] = ()) -> str:
-    """Sortable tables and figures. The `findings` stand above them, the recommendation first; `figures`: SVG by caption.
-
-    The first table has the columns of the text table, a folded one every figure.
-    """
+    """Sortable tables and figures below the `findings`, the recommendation first. `figures`: SVG by caption."""
     machine, rows = record.environment, flat_rows(record)
     columns = [column for column in columns_of(record, rows) if column[0]]
     tables = [_table("", [row for row in rows if "category" not in row], columns, cell, bool(record.answered))]
@@ -153,7 +146,7 @@ def title(record: RunRecord) -> str:
 def _table(
     caption: str, rows: Sequence[Row], columns: Sequence[Column], text: Callable[[Row, str, str], str], links: bool = False
 ) -> dict[str, Any]:
-    """For the template. With `links` rows of results lead to their answers."""
+    """A table for the template. With `links` rows of results lead to their answers."""
     cells = [[{"text": text(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
     return {
         "caption": caption,
@@ -182,10 +175,7 @@ def _text(row: Row, name: str, form: str) -> str:
 
 
 def answers_page(record: RunRecord) -> str:
-    """A section per prompt, with each different answer once, and the results that gave it. The autoregressive one is first.
-
-    Words and signs in which another answer differs from the first are marked.
-    """
+    """Per prompt, each different answer once, with the results that gave it; the autoregressive one first."""
     names, sections = [result_name(result) for result in record.results], list[dict[str, Any]]()
     for answered in record.answered:
         numbers: dict[str, list[int]] = {}
@@ -204,7 +194,7 @@ def answers_page(record: RunRecord) -> str:
 
 
 def _parts(answer: str, first: str) -> list[dict[str, Any]]:
-    """The answer in parts; parts that `first` lacks are marked. A mark without text stands for a part left out."""
+    """The answer in parts; those that differ from `first` are marked. An empty mark stands for a part left out."""
     if answer == first:
         return [{"text": answer, "marked": False}]
     pieces, expected = _PIECE.findall(answer), _PIECE.findall(first)

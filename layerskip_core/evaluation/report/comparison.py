@@ -32,7 +32,7 @@ def compare_table(comparison: Comparison) -> TextTable:
 
 
 def _text(figure: str, interval: Interval | None, change: bool = False) -> str:
-    """`50.0% (40.0% to 60.0%)`, the mean and its interval; as a `change` `+5.0 (-1.0 to +11.0)`, or of perplexities `x0.5`."""
+    """`50.0% (40.0% to 60.0%)`, mean and interval; as a `change` `+5.0 (-1.0 to +11.0)`, of perplexities `x0.5`."""
     if interval is None:
         return "-"
     form: Callable[[float], str]
@@ -70,7 +70,7 @@ def _note(comparison: Comparison) -> str:
 
 
 def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
-    """Of each figure that two exits have, and of the perplexity over the steps; None for others that an earlier one left."""
+    """A plot of each figure that two exits have, and of perplexity over steps; None for others of an earlier comparison."""
     earlier, names = folder / "comparison.json", [OVER_STEPS]
     if earlier.exists():
         names += [line.figure for line in read_json(earlier, LayerSkipError, Comparison).lines]
@@ -120,7 +120,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
 
 
 def _over_steps(comparison: Comparison) -> Figure | None:
-    """A panel per exit, at most four, evenly spread and the deepest among them. A band is the 95% interval."""
+    """A panel per exit, at most four evenly spread ones. A band is the 95% interval."""
     points = [point for point in comparison.points if point.interval.mean > 0]
     if len({point.step for point in points}) < 2:
         return None

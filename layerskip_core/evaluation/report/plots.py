@@ -1,4 +1,4 @@
-"""The figures of a record, their common style, and their export as PNG files and as SVG for the report page."""
+"""The figures of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
 import math
@@ -17,16 +17,16 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
-from ..metrics import lower_is_better
+from ..metrics import frontier, is_share, lower_is_better
 from ..results import Result, RunRecord, drafts_name, result_name
-from .tables import Points, has_scores, is_wide, points_of, strategy_name
+from .tables import has_scores, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
 MOST_LINES = 8
-# Far apart in CIELAB for every kind of colour vision (a test simulates them), and visible on light and on dark.
+# At least 25 apart in CIELAB for every kind of colour vision (Machado et al., 2009), and visible on light and on dark.
 COLORS = ("#3000fc", "#e49c00", "#24c0c0", "#a82400", "#cc60fc", "#9cb478", "#6c3c84", "#843c48")
 _STYLE = {
     "axes.prop_cycle": cycler(color=COLORS),
@@ -45,6 +45,7 @@ _STYLE = {
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
+_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -94,7 +95,7 @@ def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, An
 
 
 def name_ends(axes: Any) -> None:
-    """The name of each labelled line at the right, as near to its end as the others leave room."""
+    """Writes the name of each labelled line at the right, near its end and clear of the others."""
     room, names, last = 0.055, [], -math.inf
     lines = [
         line for line in axes.lines if not line.get_label().startswith(("_child", "_nolegend_")) and len(line.get_xydata())
@@ -104,7 +105,7 @@ def name_ends(axes: Any) -> None:
         last = max(axes.transAxes.inverted().transform(axes.transData.transform((0, end[1])))[1], last + room)
         names.append([line.get_label(), end, last, line.get_color()])
     most = 1.0
-    for end in reversed(names):  # what stands above the axes moves down, and what is in its way
+    for end in reversed(names):  # names above the axes move down, and those below them as far as needed
         end[2] = most = min(end[2], most)
         most -= room
     for name, end, level, colour in names:
@@ -113,11 +114,11 @@ def name_ends(axes: Any) -> None:
 
 
 def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
-    """At most so many lines of results: those on the Pareto frontier, then the fastest; and a note on how they were chosen."""
+    """At most so many lines: those on the Pareto frontier, then the fastest; and a note on the choice."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
-    told = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
-    return {name: lines[name] for name in lines if name in best}, told if len(lines) > len(best) else ""
+    note = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
+    return {name: lines[name] for name in lines if name in best}, note if len(lines) > len(best) else ""
 
 
 def to_png(figure: Figure) -> bytes:
@@ -148,9 +149,7 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False) -> Figure | None:
-    """A line with markers for each of at most eight `curves`, and grey `dashed` ones to compare with; `shares`: in percent, not
-    on a logarithmic scale.
-    """
+    """A line per curve (at most eight), and grey `dashed` ones for comparison; `shares`: in percent, with a linear axis."""
     if not curves:
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
@@ -168,7 +167,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
 
 
 def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None:
-    """Of lm-eval: a line per task, of its first metric, with the standard errors, and a dashed line at full depth."""
+    """Of lm-eval: a line per task, of its first metric, with standard errors, and a dashed line at full depth."""
     exits = [result for result in record.results if result.strategy == "early-exit" and result.exit_layer is not None]
     names: dict[str, str] = {}  # by task
     for name in record.results[0].metrics:
@@ -176,8 +175,8 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None
-    told = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
-    figure, axes = new_figure(title, f"exit layer; dashed: all layers{told}", "lower is better" if lower else "score")
+    note = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
+    figure, axes = new_figure(title, f"exit layer; dashed: all layers{note}", "lower is better" if lower else "score")
     for number, name in enumerate(list(names.values())[:MOST_LINES]):
         shown = [result for result in exits if name in result.metrics]
         points = [(result.exit_layer, result.metrics[name]) for result in shown]
@@ -200,22 +199,22 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
             agreeing.append((result.exit_layer, 100 * result.agreement))
     if len({result.exit_layer for results in lines.values() for result in results}) < 2:
         return None
-    kept, told = best_lines(lines, MOST_LINES - bool(agreeing))
+    kept, note = best_lines(lines, MOST_LINES - bool(agreeing))
     curves = {name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in own] for name, own in kept.items()}
     dashed = {"agreement with all layers": agreeing} if agreeing else {}
-    return _curves("Accepted drafts by exit", f"exit layer{told}", "accepted drafts (%)", curves, dashed, shares=True)
+    return _curves("Accepted drafts by exit", f"exit layer{note}", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _acceptance_by_position(record: RunRecord) -> Figure | None:
     drafted = [result for result in record.results if result.acceptance_by_position]
     drafted.sort(key=lambda result: result.num_draft_tokens or 0)
     longest = {(result.strategy, result.draft_weights, result.exit_layer): [result] for result in drafted}  # of each drafter
-    kept, told = best_lines(longest)
+    kept, note = best_lines(longest)
     curves = {
         result_name(result): [(place, 100 * share) for place, share in enumerate(result.acceptance_by_position or (), start=1)]
         for (result,) in kept.values()
     }
-    xlabel, ylabel = f"position of the draft in its round{told}", "accepted (%), if all before it were"
+    xlabel, ylabel = f"position of the draft in its round{note}", "accepted (%), if all before it were"
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
 
 
@@ -237,7 +236,7 @@ def _time_split(record: RunRecord) -> Figure | None:
 
 
 def _speed_within_an_answer(record: RunRecord) -> Figure | None:
-    """Tokens per second along the longest answer of adaptive decoding, and what drafted at each step."""
+    """Tokens per second along the longest answer of adaptive decoding, and the drafter of each step."""
     answers = (result.longest_answer[1:] for result in record.results if len(result.longest_answer) > 1)  # after the prefill
     steps = next(answers, ())
     if not steps:
@@ -276,8 +275,8 @@ def _prediction(record: RunRecord) -> Figure | None:
             drafters.setdefault((result.draft_weights or "", result.exit_layer or 0), []).append(result)
     if not drafters:
         return None
-    kept, told = best_lines(drafters)
-    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{told}", "measured speedup")
+    kept, note = best_lines(drafters)
+    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{note}", "measured speedup")
     points = {name: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in own] for name, own in kept.items()}
     for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
         name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]
@@ -289,55 +288,68 @@ def _prediction(record: RunRecord) -> Figure | None:
 
 
 def _pareto(record: RunRecord) -> Figure | None:
-    """A point per setting, the Pareto frontier, and labels at the points that matter. None without quality or speed."""
-    found = points_of(record)
-    if found is None:
+    """A point per setting, the Pareto frontier, and labels. None without quality or speed."""
+    metric = str(record.config.get("quality_metric"))
+    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
+    if not shown:
         return None
-    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", found.quality_label)
-    points = list(zip(found.speeds, found.values, strict=True))
-    for number, strategy in enumerate(found.strategies):
-        own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
+    lower, share = lower_is_better(metric), is_share(metric)
+    points = [(result.tokens_per_second or 0.0, result.metrics[metric] * (100 if share else 1)) for result in shown]
+    speeds, values = zip(*points, strict=True)
+    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
+    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", label)
+    strategies = list(dict.fromkeys(map(strategy_name, shown)))
+    for number, strategy in enumerate(strategies):
+        own = [point for result, point in zip(shown, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")  # baselines share colours with strategies
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
-    sign = 1 if found.lower_is_better else -1
-    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))
+    optimal, sign = frontier(shown, metric), 1 if lower else -1
+    line = sorted((points[index] for index in optimal), key=lambda point: (point[0], sign * point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
     axes.margins(x=0.12, y=0.16)
-    if is_wide(found.speeds):
+    if _is_wide(speeds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    if found.lower_is_better:
-        if is_wide(found.values):
+    if lower:
+        if _is_wide(values):
             logarithmic(axes)
         axes.invert_yaxis()  # better is up for every metric
     legend_above(axes)
-    _label_points(figure, axes, found)
+    _label_points(figure, axes, shown, points, optimal)
     return figure
 
 
-def _label_points(figure: Figure, axes: Any, found: Points) -> None:
-    """Labels the frontier, the exits alone and each other strategy's fastest setting, where a label has room."""
-    figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
-    places = axes.transData.transform(list(zip(found.speeds, found.values, strict=True)))
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points together."""
+    return max(values) > _WIDE * min(values) > 0
+
+
+def _label_points(
+    figure: Figure, axes: Any, shown: Sequence[Result], points: Sequence[tuple[float, float]], optimal: Sequence[int]
+) -> None:
+    """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
+    figure.draw_without_rendering()  # the layout is settled: areas are in pixels of the finished picture
+    places = axes.transData.transform(points)
     taken = [Bbox([place - 4, place + 4]) for place in places]
-    steps = sorted(map(tuple, places[found.optimal]))
+    steps = sorted(map(tuple, places[optimal]))
     for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
         taken += [Bbox([(left - 1, bottom), (left + 1, top)]), Bbox([(left, bottom - 1), (right, bottom + 1)])]
-    by_speed = sorted(range(len(places)), key=lambda index: found.speeds[index])
-    fastest = {strategy_name(found.results[index]): index for index in by_speed}
-    alone = [index for index, result in enumerate(found.results) if result.strategy == "early-exit"]
-    for index in dict.fromkeys([*found.optimal, *fastest.values(), *alone]):
-        result, strategy = found.results[index], strategy_name(found.results[index])
+    strategies = list(dict.fromkeys(map(strategy_name, shown)))
+    by_speed = sorted(range(len(shown)), key=lambda index: points[index][0])
+    fastest = {strategy_name(shown[index]): index for index in by_speed}
+    alone = [index for index, result in enumerate(shown) if result.strategy == "early-exit"]
+    for index in dict.fromkeys([*optimal, *fastest.values(), *alone]):
+        result, strategy = shown[index], strategy_name(shown[index])
         text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y in _OFFSETS:
             label = axes.annotate(
-                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
+                text, points[index], textcoords="offset points", xytext=(x, y), fontsize=8,
                 ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
-                color=f"C{found.strategies.index(strategy)}",
+                color=f"C{strategies.index(strategy)}",
             )  # fmt: skip
             area = label.get_window_extent()
             if axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1 and not area.count_overlaps(taken):

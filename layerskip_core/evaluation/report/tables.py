@@ -1,4 +1,4 @@
-"""Records of sweeps and benchmarks as text tables, as the flat rows of CSV files and pages, and as points of figures."""
+"""Records as text tables, and as flat rows of CSV files and pages."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +11,10 @@ from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...config.resolution import EXACT, FAST, policy_text
 from ...errors import number, plural
-from ..metrics import frontier, is_share, lower_is_better
+from ..metrics import is_share, lower_is_better
 from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
-_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
@@ -44,7 +43,7 @@ class TextTable:
         return "\n".join(filter(None, (self.note, *self.findings)))
 
     def column_blocks(self, width: int) -> list[list[int]]:
-        """The columns as one table, or several of at most `width` characters. Every block repeats the label columns."""
+        """The columns as tables of at most `width` characters. Every block repeats the label columns."""
         sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]  # with a space
         columns = list(range(len(sizes)))
         for header in self.spare:
@@ -70,10 +69,7 @@ def strategy_name(result: Result) -> str:
 
 
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category of the data, with notes and findings; of lm-eval `score_table`.
-
-    Fits 80 columns with one metric, without the `spare` ones. A dash marks what was not measured.
-    """
+    """A row per setting, and below it one per category; fits 80 characters with one metric, without `spare` columns."""
     if has_scores(record):
         return score_table(record)
     rows = flat_rows(record)
@@ -92,7 +88,7 @@ def results_table(record: RunRecord) -> TextTable:
 
 
 def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
-    """Those that any row has a figure for, and those that name a row."""
+    """The columns that name a row, and those with a figure in any row."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
     percent = f"±.{1 if len(metrics) == 1 else 0}%"  # with two metrics there is no room for decimals
@@ -117,7 +113,7 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
 
 
 def findings(record: RunRecord) -> Iterator[str]:
-    """What was found, the recommendation or the verdict last."""
+    """The findings, the recommendation or the verdict last."""
     for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
         yield f"Layers that drafts skip: --skip {skip}."
     if "repeats" in record.config:
@@ -138,7 +134,7 @@ def findings(record: RunRecord) -> Iterator[str]:
 
 
 def _verdict(record: RunRecord) -> Iterator[str]:
-    """Which result of a benchmark is fastest with the outputs of autoregressive decoding, up to near-ties, and by how much."""
+    """The fastest strategy of a benchmark with the outputs of autoregressive decoding, up to near-ties."""
     plain, *others = record.results
     sampled = record.config.get("generation", {}).get("temperature")
     tie = math.inf if sampled else NEAR_TIE[getattr(torch, record.environment["dtype"])]
@@ -150,18 +146,18 @@ def _verdict(record: RunRecord) -> Iterator[str]:
     elif timed:
         best = max(timed, key=lambda result: result.speedup or 0.0)
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
-        told = f"{result_name(best)}, {speedup:.2f}x autoregressive"
+        summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
         rows = best.rows_to_halve
         halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
-        told += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
+        summary += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
         if best.differences and not sampled:
-            told += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
+            summary += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
         surely = ends is not None and ends.low > 1
-        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {told}."
+        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {summary}."
 
 
 def has_scores(record: RunRecord) -> bool:
-    """Whether the record's metrics are scores of lm-evaluation-harness, named `TASK METRIC`."""
+    """Whether the metrics are scores of lm-evaluation-harness, named `TASK METRIC`."""
     return str(record.config["task"].get("task")).startswith(HARNESS)
 
 
@@ -203,10 +199,7 @@ def _score(result: Result, name: str) -> str:
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result, and below it one per category, with a plain value for each figure, and NAMES.
-
-    Metrics, times and the ends of intervals have a column each; differences and failures are counted.
-    """
+    """A row per result and per category, with a plain value for each figure and interval end, and NAMES."""
     rows, full = [], record.results[0].metrics if record.results else {}
     for result, figures in zip(record.results, record.document()["results"], strict=True):
         categories, depth = figures.pop("categories"), result.mean_layers
@@ -244,10 +237,7 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format, after `±` with half of its interval: `2.31±.12`, `81±2%`. A dash for what was not measured.
-
-    `ppl`: three significant digits, with short exponents: 12.3, 1.2e4. `*`: a mark, or nothing.
-    """
+    """A figure in this format: `2.31±.12`, `81±2%` after `±`, `-` if not measured, 1.2e4 for `ppl`, a mark for `*`."""
     spread, form = form.startswith("±"), form.removeprefix("±")
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
     if value in (None, "") or form == "*":
@@ -262,7 +252,7 @@ def cell(row: Row, name: str, form: str) -> str:
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
-    """How figures, prompts and answers were made, as far as it is not the default, and which exits have a block."""
+    """Notes on measurement, prompts and decoding that differ from the defaults, and on exits with a block."""
     config, machine = record.config, record.environment
     generation = config.get("generation", {})
     if "repeats" in config:
@@ -297,35 +287,3 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
 
 def _short(metric: str) -> str:
     return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
-
-
-@dataclass(frozen=True)
-class Points:
-    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better."""
-
-    results: list[Result]
-    speeds: list[float]
-    values: list[float]
-    optimal: list[int]  # indices of the points on the Pareto frontier
-    strategies: list[str]  # their names, in the order of the results
-    lower_is_better: bool
-    quality_label: str
-
-
-def points_of(record: RunRecord) -> Points | None:
-    """None without quality or speed."""
-    metric = str(record.config.get("quality_metric"))
-    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
-    if not shown:
-        return None
-    lower, share = lower_is_better(metric), is_share(metric)
-    speeds = [result.tokens_per_second or 0.0 for result in shown]
-    values = [result.metrics[metric] * (100 if share else 1) for result in shown]
-    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
-    strategies = list(dict.fromkeys(map(strategy_name, shown)))
-    return Points(shown, speeds, values, frontier(shown, metric), strategies, lower, label)
-
-
-def is_wide(values: list[float]) -> bool:
-    """Whether an axis is better logarithmic: one very fast exit would squeeze all other points together."""
-    return max(values) > _WIDE * min(values) > 0

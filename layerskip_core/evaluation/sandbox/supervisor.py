@@ -129,10 +129,7 @@ def _run_program(request: dict[str, Any], start: int, identity: int | None) -> N
 
 
 def isolate(folder: str, limits: dict[str, Any], identity: int | None, separate: bool) -> list[str]:
-    """Restricts this process to its `folder`, permanently. Returns the names of the layers that are up.
-
-    `identity`: the user that it becomes. `separate`: it has its own namespaces. What the kernel does not offer is left out.
-    """
+    """Restricts this process to its `folder`, permanently, as user `identity`; returns the names of the layers that are up."""
     if separate:
         _enter_small_tree(folder)
     os.chdir(folder)
@@ -265,10 +262,7 @@ def _readable_folders() -> list[str]:
 
 
 def _allow_files_only(folder: str) -> int:
-    """Allows reading the libraries of Python and the system, and everything in one folder; no signals to others.
-
-    Returns the version of the kernel's Landlock; 0 if it has none.
-    """
+    """Allows reading libraries, and everything in one folder; no signals. Returns Landlock's version, 0: none."""
     try:
         version = _system_call(_CREATE_RULES, None, 0, 1)
     except OSError:

@@ -1,4 +1,4 @@
-"""A task: prompts with references, the end of answers and their scores; how it is found by its name, and its prompts made."""
+"""A task: prompts, references, stop strings and scores; how it is found by name, and its prompts are built."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +27,7 @@ Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class TaskLoader:
-    """Makes a task of its config, in which its `data` and `max_new_tokens` stand if the user gave none."""
+    """Builds a task from its config, whose `data` and `max_new_tokens` default to those given here."""
 
     load: Callable[[TaskConfig], "Task"]
     accepts: tuple[Literal["metric", "shots", "template"], ...] = ("template",)  # optional settings; the others are refused
@@ -53,16 +53,13 @@ class Task:
     against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: the scorer for later ones
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
-        """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
-
-        A task on text has one metric, the `perplexity` given here.
-        """
+        """The metrics of predictions, one per example (failed: an empty text); of a task on text the `perplexity`."""
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
     def answered(self, answers: Sequence[Sequence[str | None] | None]) -> tuple[Answered, ...]:
-        """Each prompt with its answers, cut at the stop strings. `answers`: by result; None where it was not measured."""
+        """Each prompt with its answers (by result; None where not measured), cut at the stop strings."""
         by_result = (answers_of or [None] * len(self.examples) for answers_of in answers)
         return tuple(
             Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
@@ -70,7 +67,7 @@ class Task:
         )
 
     def referring_to(self, answers: Sequence[str | None]) -> "Task":
-        """The task, with these answers as references if it has none, one per example. Where there is none, nothing is right."""
+        """The task with these answers as references if it has none, one per example. A missing one matches nothing."""
         if self.against is None:
             return self
         return replace(self, scorer=self.against([[] if text is None else self._cut([text]) for text in answers]), against=None)
@@ -79,30 +76,26 @@ class Task:
         return [before_stop(text, self.stop) for text in texts]
 
     def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[Losses]:
-        """The losses of each example's reference through each exit, or of as many windows of the task's text. None of a task
-        without references."""
+        """Losses of each reference through each exit, or of windows of the task's text; none without references."""
         if self.text is not None:
             yield from text_losses(loaded, self.text, self.config.samples, exit_layers)
         elif self.against is None:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
     def asked(self, generation: DecodingOptions) -> "tuple[Task, DecodingOptions]":
-        """The task with the stop strings that were asked for, and the settings with the task's limit and stop strings."""
+        """The task with the requested stop strings, and the settings with the task's limit and stop strings."""
         stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
         limit = generation.get("max_new_tokens") or self.config.max_new_tokens or 0  # a task has one
         return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
 
     def prepared(self, loaded: Decoder) -> Decoder:
-        """The model with this task's template and the system message that was asked for, if there are any."""
+        """The model with this task's template and the requested system message."""
         system = self.config.prompting.system
         return loaded if self.template is None and system is None else loaded.with_template(self.template, system)
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task with all its rows. If no task is named, `data` is a file of prompts and references or a TOPv2 folder.
-
-    Raises ConfigError for tasks that there are not and settings that a task lacks, DataError for data that cannot be asked.
-    """
+    """The task with all its rows, by default of `data`. Raises ConfigError for settings it lacks, DataError."""
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
@@ -129,10 +122,7 @@ def load_task(config: TaskConfig) -> Task:
 
 
 def other_rows(task: Task, count: int, splits: Iterable[str]) -> Sequence[Example]:
-    """At most `count` rows that the task does not have, of the first of the splits with any: a file may hold no splits.
-
-    Some of the task's own rows if there are no others.
-    """
+    """At most `count` rows that the task does not have, of the first split with any; else some of its own rows."""
     own = {example.prompt for example in task.examples}
     for split in dict.fromkeys(splits):
         with suppress(DataError, ConfigError):
@@ -149,7 +139,7 @@ def _task_of(data: str | None) -> str:
 
 
 def rows_of(data: str, hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
-    """All rows of a file, or of the split of this data set on the hub if `data` is its id. Raises DataError."""
+    """All rows of a file, or of the split of this hub data set if `data` is its id. Raises DataError."""
     return list(hub_records(hub_id, split, most=most, **keywords) if data == hub_id else file_records(Path(data)))
 
 
@@ -169,9 +159,9 @@ def framed(
 ) -> tuple[tuple[Example, ...], str | None]:
     """(examples, the template to encode them in): each example in its form, after the shots.
 
-    `form`, of the shots `shot_form`, is the task's, and a `template` of None the checkpoint's own. A template that was `asked`
-    for replaces the latter; a text with {prompt} in it replaces the forms, too. It stays a template, so that special tokens in
-    it are encoded as tokens, and those in the rows as text.
+    `form` (for shots `shot_form`) is the task's; a `template` of None the checkpoint's. A template that was `asked` for
+    replaces the latter, and a text with {prompt} the forms too. It stays a template, so that its special tokens are encoded
+    as tokens, and those in the rows as text.
     """
     template = template if asked is None else asked
     if asked not in (None, CHAT, RAW):

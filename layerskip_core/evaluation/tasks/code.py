@@ -1,8 +1,8 @@
 """Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts are function headers without their final line end. Tokenizers merge that line end with the indentation that
-follows; after a separate one, models do not write code. Answers end as in Chen et al., section 3, or at a closing code fence of
-an instruct model. MBPP's prompts are those of Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
+HumanEval's prompts lack their final line end: tokenizers merge it with the indentation that follows, and after a separate one
+models do not write code. Answers end as in Chen et al., section 3, or at a closing code fence. MBPP's prompts are those of
+Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ def humaneval(config: TaskConfig) -> Task:
 
 
 def mbpp(config: TaskConfig) -> Task:
-    """Problems in the full or the sanitized form. The shots are problems 2, 3, 4, ...; a file without these gives its first."""
+    """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these gives its first rows."""
     require(config.split in _MBPP_SPLITS, "split", f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp", config.split)
     count, data = _MBPP_SHOTS if config.shots is None else config.shots, str(config.data)
     rows = rows_of(data, _MBPP, config.split, name="full")
@@ -68,10 +68,7 @@ def mbpp(config: TaskConfig) -> Task:
 
 
 def _mbpp_problem(row: Record) -> _Problem:
-    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`.
-
-    The setup runs with the tests, after the answer: in row 367 it uses a class that the answer defines.
-    """
+    """Of the full or the sanitized form. The setup runs after the answer: in row 367 it uses the answer's class."""
     text, tests = _code(row, row.first_column(("text", "prompt"))), _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
     setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
@@ -80,7 +77,7 @@ def _mbpp_problem(row: Record) -> _Problem:
 
 
 def _code(row: Record, column: str, kind: type = str) -> str:
-    """A text, or a list of lines: other tasks join lists of sentences, but a program is one text."""
+    """A text, or a list of lines: unlike prose, a program's lines are not joined by spaces."""
     if not isinstance(value := row.value(column), kind):
         raise row.fault(f"{column} must be a {'text' if kind is str else 'list of texts'}", value)
     return "\n".join(row.texts(column))

@@ -54,10 +54,10 @@ _UNANSWERED = (
 
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
-    """As `load_task`, but where neither `task` nor `data` is given, on data that the model was trained on, if it says which.
+    """As `load_task`; without `task` and `data`, on the data that layerskip.json names as the model's training data.
 
-    Other rows than the training's come first: the data of `validation`, then the split that was asked for, then `validation`.
-    Raises as `load_task` does, and DataError if the data cannot be read any more.
+    Unseen rows come first: the data of `validation`, the split asked for, `validation`. Raises as `load_task` does, and
+    DataError if the data cannot be read.
     """
     data, validation = (None, None) if asked.task or asked.data else read_info(present(model).path).trained_on
     if data is None or data.name == "commands":
@@ -77,7 +77,7 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
 
 
 def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
-    """With the columns of a training as far as the data has them, or with the task `lm` for text without prompts."""
+    """The training's columns as far as the data has them; the task `lm` for text without prompts."""
     data, prompt, completion = DataConfig(str(config.data), config.split), trained.prompt_column, trained.completion_column
     if is_parsing(data):
         return config
@@ -94,7 +94,7 @@ def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
 
 
 def parsing(config: TaskConfig) -> Task:
-    """Sentences and their parses. Whitespace is folded, because tokenizers differ in it. Shots are training rows."""
+    """Sentences and their parses, with whitespace folded, because tokenizers differ in it. Shots are training rows."""
     columns = config.prompt_column or "prompt", config.completion_column or "completion"
     data = DataConfig(str(config.data), config.split, *columns, limit=config.samples, seed=config.seed)
     examples = load_examples(data)
@@ -107,11 +107,10 @@ def parsing(config: TaskConfig) -> Task:
 
 
 def prompts(config: TaskConfig) -> Task:
-    """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt.
+    """Rows of a prompt and one or more references. The first `shots` rows come before every prompt.
 
-    Rows without references are scored against the model's own answers. A column `category` divides the rows. By default ROUGE-2
-    ranks. Texts of one word have none, so exact match ranks those. Without references the answers, which may be of one word,
-    are not known yet, so ROUGE-L ranks.
+    Rows without references are scored against the model's own answers, by ROUGE-L. A column `category` divides the rows. By
+    default ROUGE-2 ranks, or exact match for references of one word.
     """
     source = str(config.data)
     every, config = _pairs(source, config)
@@ -136,7 +135,7 @@ def prompts(config: TaskConfig) -> Task:
 
 
 def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
-    """A task with solved rows before each prompt. A completion follows a template of the user's after a space."""
+    """A task with solved rows before each prompt. A completion follows a user's template after a space."""
     asked = config.prompting.asked
     form = "{prompt}\n" if shots and asked == RAW else BARE
     gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
@@ -146,12 +145,9 @@ def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequenc
 
 
 def text_scores(
-    metrics: Sequence[str],
-    references: Sequence[Sequence[str]],
-    predictions: Sequence[str],
-    fold_whitespace: bool = False,
+    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str], fold_whitespace: bool = False
 ) -> dict[str, list[float]]:
-    """Exact match and ROUGE, as far as they are among the `metrics`. With several references the best counts."""
+    """Exact match and ROUGE, as far as they are among the `metrics`. The best of several references counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
     scores = rouge(predictions, references, kinds) if kinds else {}
     if "exact_match" in metrics:
@@ -201,10 +197,7 @@ def summaries(
     stop: tuple[str, ...] = _STOP,
     alternatives: bool = False,
 ) -> Task:
-    """Articles and their summaries. The shots are a file's first rows; on the hub, the first rows of the training split.
-
-    `alternatives`: a row's summaries are several references, not the sentences of one.
-    """
+    """Articles and summaries; `alternatives`: a row's summaries are several references, not the sentences of one."""
 
     def references(row: Record) -> list[str]:
         column = row.first_column(_SUMMARIES)
@@ -233,10 +226,10 @@ def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **fo
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, whose perplexity is measured. For speed, passages of it are continued.
+    """A plain text, or the joined texts of rows, whose perplexity is measured; passages of it are continued for speed.
 
-    The prompts are evenly spaced over the text. Each has the first whole words there, and as many words that follow as its
-    reference. Continuations are not scored: the text itself is only one of many good ones.
+    The prompts, evenly spaced, have the first whole words there, and equally many following words as reference.
+    Continuations are not scored: the text is only one of many good ones.
     """
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
