@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist, fmean, pvariance
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -90,21 +90,54 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]],
 def rouge(
     predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES
 ) -> dict[str, list[float]]:
-    """ROUGE F-measures of each prediction, with stemming (Lin, 2004): its best reference counts; 0 without references."""
-    from rouge_score.rouge_scorer import RougeScorer  # the import takes 2 s
+    """ROUGE F-measures of each prediction, with stemming (Lin, 2004), by the rouge-score package.
 
-    scorer = RougeScorer(list(kinds), use_stemmer=True)
-    best = [scorer.score_multi(list(texts) or [""], text) for texts, text in zip(references, predictions, strict=True)]
-    return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
+    With several references the best counts; without any the score is 0.
+    """
+    pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
+    return _metrics()["rouge"](**pairs, kinds=tuple(kinds))
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
-    """`pass@k` by problem: the unbiased 1 - C(n - c, k) / C(n, k) for c of n right (Chen et al., 2021, equation 1)."""
+    """`pass@k` of each problem for each k, from whether each of the n answers to it passed.
 
-    def estimated(answers: Sequence[bool], k: int) -> float:
-        return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
+    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
+    k.
+    """
+    return _metrics()["pass_at_k"](predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
 
-    return {f"pass@{k}": [estimated(answers, k) for answers in verdicts] for k in ks}
+
+@cache
+def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
+    """Metrics of the evaluate package, defined here because `evaluate.load` fetches scripts from the hub. Imports take 2 s."""
+    import datasets
+    import evaluate
+    from rouge_score.rouge_scorer import RougeScorer
+
+    def info(about: str, **features: Any) -> Any:
+        return evaluate.MetricInfo(about, citation="", inputs_description="", features=datasets.Features(features))
+
+    class Rouge(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> Any:
+            text = datasets.Value("string")
+            return info("ROUGE F-measures", predictions=text, references=datasets.Sequence(text))
+
+        def _compute(self, predictions: list[str], references: list[list[str]], kinds: tuple[str, ...]) -> Any:
+            scorer = RougeScorer(list(kinds), use_stemmer=True)
+            best = [scorer.score_multi(texts, text) for texts, text in zip(references, predictions, strict=True)]
+            return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
+
+    class PassAtK(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> Any:
+            return info("Unbiased pass@k", predictions=datasets.Sequence(datasets.Value("bool")))
+
+        def _compute(self, predictions: list[list[bool]], ks: tuple[int, ...]) -> Any:
+            def estimate(answers: list[bool], k: int) -> float:
+                return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
+
+            return {f"pass@{k}": [estimate(answers, k) for answers in predictions] for k in ks}
+
+    return {"rouge": Rouge(keep_in_memory=True).compute, "pass_at_k": PassAtK(keep_in_memory=True).compute}
 
 
 Losses = tuple[int, dict[int, float]]
