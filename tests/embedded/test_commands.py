@@ -139,7 +139,7 @@ def test_values_and_skeletons_of_other_splits_never_occur_in_training(recorded):
 
 
 def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
-    words = [f"word{number}" for number in range(50)]
+    words = [f"w{number}" for number in range(50)]  # too short to be made up
     grammar = commands.Grammar(
         {
             "d": "== a root\n[IN:X (do|) {b} {c} ]\n== b open\n" + "\n".join(words) + "\n== c\nold",
