@@ -55,7 +55,7 @@ class TaskConfig:
     data: Annotated[
         Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub", reads="data")
     ] = None
-    split: Annotated[str, Flag("train, validation or test; compositional too for `commands`.")] = "test"
+    split: Annotated[str, Flag("train, validation or test; compositional and sealed too for `commands`.")] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.", "--samples/--limit")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
     max_new_tokens: Annotated[

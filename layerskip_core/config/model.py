@@ -137,7 +137,9 @@ class DataConfig:
             reads="data",
         ),
     ] = "commands"
-    split: Annotated[str, Flag("Split of the data; for `commands` train, validation, test or compositional.")] = "train"
+    split: Annotated[
+        str, Flag("For `commands` train, validation, test, compositional or sealed (for scores only: do not read).")
+    ] = "train"
     prompt_column: Annotated[str, Flag(f"Column of the prompt, else {', '.join(PROMPT_COLUMNS[1:])}.")] = "prompt"
     completion_column: Annotated[str, Flag(f"Column of what follows the prompt, else {', '.join(COMPLETION_COLUMNS[1:])}.")] = (
         "completion"

@@ -6,7 +6,8 @@
 grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the text of every expansion of an
 `open` rule (a slot value: a name, a place, a time) and every skeleton (the parse without open values) to a split. A test row
 takes both from the test side, so neither its values nor its phrasing occur in training. `compositional` also takes values from
-the test side, and nestings marked `!`, which no other split uses.
+the test side, and nestings marked `!`, which no other split uses. `sealed`
+takes all phrasings and most values from sealed.txt, which it alone uses; rules without alternatives there take the test side.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple, TypeVar
 
-SPLITS = ("train", "validation", "test", "compositional")
+SPLITS = ("train", "validation", "test", "compositional", "sealed")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
 _COINED = 0.25  # share of made-up expansions of `coined` rules in training
@@ -51,6 +52,11 @@ class Rule:
     domain: str
     flags: frozenset[str] = frozenset()
     alternatives: list[Alternative] = field(default_factory=list)
+    sealed: list[Alternative] = field(default_factory=list)
+
+    def choices(self, split: str) -> list[Alternative]:
+        """The alternatives that a split draws from."""
+        return self.sealed if split == "sealed" and self.sealed else self.alternatives
 
 
 class CommandRow(NamedTuple):
@@ -60,7 +66,7 @@ class CommandRow(NamedTuple):
 
 
 class Grammar:
-    """The rules of all domains."""
+    """The rules of all domains. `files` maps domains to their texts; a last one, `sealed`, adds alternatives of that split."""
 
     def __init__(self, files: dict[str, str]) -> None:
         self.rules: dict[str, Rule] = {}
@@ -68,14 +74,17 @@ class Grammar:
             for line in map(str.strip, text.splitlines()):
                 if line.startswith("== "):
                     name, *flags = line[3:].split()
-                    self.rules[name] = rule = Rule(domain, frozenset(flags))
+                    rule = self.rules.setdefault(name, Rule(domain, frozenset(flags)))
                 elif line and not line.startswith("#"):
                     pieces = self._pieces(line.removeprefix("! "), domain)
-                    rule.alternatives.append(Alternative(pieces, line.startswith("! ")))
-        self.roots: dict[str, list[Alternative]] = {}
+                    alternatives = rule.sealed if domain == "sealed" else rule.alternatives
+                    alternatives.append(Alternative(pieces, line.startswith("! ")))
+        self.roots: dict[str, Rule] = {}  # by domain
         for rule in self.rules.values():
             if "root" in rule.flags:
-                self.roots.setdefault(rule.domain, []).extend(rule.alternatives)
+                root = self.roots.setdefault(rule.domain, Rule(rule.domain))
+                root.alternatives += rule.alternatives
+                root.sealed += rule.sealed
 
     def _pieces(self, text: str, domain: str) -> tuple[str, ...]:
         pieces = []
@@ -92,9 +101,10 @@ class Grammar:
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
             # The draw is among root alternatives, so the weight of an intent is the number of its phrasings.
-            root = _drawn(rng, [known for known in self.roots[domain] if compositional or not known.compositional])
+            choices = self.roots[domain].choices(split)
+            root = _drawn(rng, [known for known in choices if compositional or not known.compositional])
             tokens = list(self._closed(root, split, rng))
-            if root.compositional if compositional else _side(" ".join(tokens)) == split:
+            if root.compositional if compositional else split in ("sealed", _side(" ".join(tokens))):
                 parse = self._filled(tokens, split, rng).split()
                 words = [token for token in parse if not token.startswith("[") and token != "]"]
                 return CommandRow(domain, " ".join(words), " ".join(parse))
@@ -112,21 +122,21 @@ class Grammar:
             elif coins and "coined" in rule.flags and rng.random() < _COINED:
                 yield from self._made_up(rule, split, rng)
             else:
-                yield from self._closed(_drawn(rng, rule.alternatives), split, rng, in_value)
+                yield from self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
-        """A value of an open rule. Its text, and that of every open value in it, belongs to the split."""
-        side = "test" if split == "compositional" else split
+        """A value of an open rule. Its text, and that of every open value in it, belongs to the split or is sealed."""
+        side = "test" if split in ("compositional", "sealed") else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
             if split == "train" and "coined" in rule.flags and rng.random() < _COINED:
                 value = " ".join(self._made_up(rule, split, rng))
             else:
-                tokens = list(self._closed(_drawn(rng, rule.alternatives), split, rng, in_value=True))
+                tokens = list(self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value=True))
                 value = self._filled(tokens, split, rng)
                 if len(tokens) == 1 and tokens[0].startswith("{"):
                     return value  # of another open rule
-            if _side(value) == side:
+            if _side(value) == side or rule.choices(split) is rule.sealed:
                 return value
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
 
@@ -158,7 +168,8 @@ def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
 def load_grammar() -> Grammar:
     """The grammar that ships with the package."""
     folder = resources.files("layerskip_core.embedded") / "grammar"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+    files = [file for file in folder.iterdir() if file.name.endswith(".txt")]
+    files.sort(key=lambda file: (file.name == "sealed.txt", file.name))
     return Grammar({file.name.removesuffix(".txt"): file.read_text(encoding="utf-8") for file in files})
 
 

@@ -79,8 +79,8 @@ def train(drawn):
 @pytest.fixture(scope="module")
 def listed():
     """Every word and reference that the grammar writes out."""
-    alternatives = [alternative for rule in commands.load_grammar().rules.values() for alternative in rule.alternatives]
-    return {piece for alternative in alternatives for piece in alternative.pieces}
+    rules = commands.load_grammar().rules.values()
+    return {piece for rule in rules for alternative in rule.alternatives + rule.sealed for piece in alternative.pieces}
 
 
 def test_the_grammar_has_every_rule_that_it_names(listed):
@@ -99,6 +99,7 @@ DIGESTS = {
     "validation": "bbcbba6b46ea9f5f",
     "test": "340f19203056f3d0",
     "compositional": "4c1c1534deeef5db",
+    "sealed": "48cc0b60bcc8a3a1",
 }
 
 
@@ -127,12 +128,29 @@ def test_there_are_over_a_hundred_thousand_training_rows(drawn):
     assert len(drawn) - len({row.utterance for row in drawn}) < 40
 
 
-def test_values_and_skeletons_of_test_rows_never_occur_in_training(recorded):
-    for split in ("validation", "test", "compositional"):
-        other = Recording(split, 300)
+def test_values_and_skeletons_of_other_splits_never_occur_in_training(recorded):
+    others = {split: Recording(split, 300) for split in commands.SPLITS[1:]}
+    for split, other in others.items():
         assert len(other.values) > 300 and len(other.skeletons) > 200
         assert not other.values & recorded.values
         assert split == "compositional" or not other.skeletons & recorded.skeletons
+    sealed = others.pop("sealed")
+    assert not any(other.skeletons & sealed.skeletons for other in others.values())
+
+
+def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
+    words = [f"w{number}" for number in range(50)]  # too short to be made up
+    grammar = commands.Grammar(
+        {
+            "d": "== a root\n[IN:X (do|) {b} {c} ]\n== b open\n" + "\n".join(words) + "\n== c\nold",
+            "sealed": "== a\n[IN:X (now|soon) {b} {c} ]\n== b\nnew {d}\n== d\none\ntwo",
+        }
+    )
+    drawn = {
+        split: {grammar.row(split, random.Random(index)).utterance for index in range(50)} for split in ("train", "sealed")
+    }
+    assert drawn["sealed"] == {f"{when} new {number} old" for when in ("now", "soon") for number in ("one", "two")}
+    assert drawn["train"] <= {f"{do}{word} old" for do in ("", "do ") for word in words}
 
 
 def test_made_up_words_never_stand_in_a_phrasing(recorded, listed):
@@ -145,7 +163,7 @@ def test_made_up_words_are_in_training_rows_alone(train, listed):
         return [row for row in rows if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)]
 
     assert 0.15 < len(made_up(train[:2000])) / 2000 < 0.5
-    for split in ("validation", "test", "compositional"):
+    for split in commands.SPLITS[1:]:
         assert made_up(commands.rows(split, 300)) == []
 
 
@@ -155,10 +173,11 @@ def test_compositional_rows_nest_as_training_never_does(train):
     rows = list(commands.rows("compositional", 500))
     assert all(novelties(row) - trained for row in rows)
     assert labels_of(rows) <= labels_of(train)
-    assert not any(novelties(row) - trained for row in commands.rows("test", 300))
+    for split in ("test", "sealed"):
+        assert not any(novelties(row) - trained for row in commands.rows(split, 300))
 
 
-@pytest.mark.parametrize("split", ["test", "compositional"])
+@pytest.mark.parametrize("split", ["test", "compositional", "sealed"])
 def test_rows_of_commands(split):
     result = run("data", "--samples", "3", "--split", split, "--seed", "4")
     expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
@@ -181,7 +200,8 @@ def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
 def test_what_cannot_be_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
-    fails("--split must be one of train, validation, test, compositional for commands, got dev", "data", "--split", "dev")
+    splits = "train, validation, test, compositional, sealed"
+    fails(f"--split must be one of {splits} for commands, got dev", "data", "--split", "dev")
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
     fails(message, "data", "--data", str(file))
