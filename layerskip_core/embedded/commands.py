@@ -6,8 +6,8 @@
 grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the text of every expansion of an
 `open` rule (a slot value: a name, a place, a time) and every skeleton (the parse without open values) to a split. A test row
 takes both from the test side, so neither its values nor its phrasing occur in training. `compositional` also takes values from
-the test side, and nestings marked `!`, which no other split uses. `sealed`
-takes all phrasings and most values from sealed.txt, which it alone uses; rules without alternatives there take the test side.
+the test side, and nestings marked `!`, which no other split uses. `sealed` takes
+all phrasings and most values from sealed.txt, which it alone uses; rules without alternatives there take the test side.
 """
 
 import hashlib
