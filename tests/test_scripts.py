@@ -200,7 +200,7 @@ def test_smollm2(run, tmp_path, wide_base):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "wikitext2").mkdir()
-    (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 20)
+    (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 10)
     out = run("smollm2.sh", tmp_path, wide_base)
     assert out.count("| autoregressive |") > 10 and Path("smollm2-runs/results/control-mbpp/results.json").exists()
 
