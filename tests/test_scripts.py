@@ -35,11 +35,11 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 _MEASURED = {"--samples": "2", "--timed": "1", "--max-new-tokens": "3", "--threads": "1", "--batch-size": "2"}
 FEWER = {  # by command: flags with these values in place of the script's
-    "finetune": {"--steps": "1", "--batch-size": "2", "--epochs": None, "--samples": "40", "--threads": "1"},
+    "finetune": {"--steps": "2", "--batch-size": "2", "--epochs": None, "--samples": "40", "--threads": "1"},
     "train-drafter": {"--steps": "1", "--batch-size": "2", "--answers": "data", "--samples": "8", "--draft-vocab": "100"},
-    "sweep-exits": {**_MEASURED, "--exits": "1,2", "--specs": "2"},
+    "sweep-exits": {**_MEASURED, "--exits": "1,2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
-    "verify": {"--samples": "1", "--max-new-tokens": "2", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
+    "verify": {"--samples": "2", "--max-new-tokens": "2", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }
@@ -48,6 +48,7 @@ GIVEN = {
     "--draft-vocab": "100",
     "--exits": "1,2",
     "--exit": "2",
+    "--specs": "2",
     "--spec": "2",
 }  # if a script has them
 
@@ -199,7 +200,7 @@ def test_smollm2(run, tmp_path, wide_base):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "wikitext2").mkdir()
-    (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 60)
+    (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 10)
     out = run("smollm2.sh", tmp_path, wide_base)
     assert out.count("| autoregressive |") > 10 and Path("smollm2-runs/results/control-mbpp/results.json").exists()
 
