@@ -1,6 +1,6 @@
 """Compare runs, with intervals over seeds."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,12 @@ from .. import evaluation
 from ..console import narrate
 from ..options import Format, Overwrite, command
 
+if TYPE_CHECKING:
+    from layerskip_core.evaluation.comparison import Run
+
+_EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by equally many steps
+_SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
+
 
 @command
 def compare(
@@ -19,7 +25,8 @@ def compare(
         typer.Argument(
             metavar="[LABEL=]PATH[,PATH...]...",
             help="Runs by label: folders that finetune, sweep-exits or bench wrote, a results.json or a losses.jsonl. Runs of "
-            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one.",
+            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one. "
+            "Without runs, embedded-base and embedded are measured.",
         ),
     ] = None,
     only: Annotated[
@@ -40,7 +47,10 @@ def compare(
     from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
 
     with output_folder(output, "layerskip compare", list(table_files("comparison")), overwrite) as folder:
-        groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs or ()).items()}
+        if runs:
+            groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
+        else:
+            groups = {model: [_measured(model)] for model in _EMBEDDED}
         for name in only:
             require_choice(name, "only", figures_of(groups))
         comparison = compare_runs(groups, only, exits)
@@ -52,3 +62,14 @@ def compare(
             narrate(note)
         files = {} if folder is None else plots(comparison, folder)
         evaluation.deliver(comparison, [compare_table(comparison)], format, to_csv(comparison), folder, files, "comparison")
+
+
+def _measured(model: str) -> "Run":
+    """A short sweep of an embedded model."""
+    from layerskip_core.config.evaluation import SweepConfig, TaskConfig
+    from layerskip_core.evaluation.comparison import Run, add_record
+    from layerskip_core.evaluation.measure.sweep import sweep
+
+    narrate(f"measuring {model} on {_SAMPLES} rows of its task")
+    config = SweepConfig(model, TaskConfig(samples=_SAMPLES), exits=_EXITS, specs=(_DRAFTS,), exit_confidences=())
+    return add_record(Run(model), evaluation.watch(sweep(*evaluation.load(config), config)))

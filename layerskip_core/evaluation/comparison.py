@@ -53,7 +53,7 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     keep the folders. Raises ConfigError for an empty label or path, and for a run given twice.
     """
     named: list[tuple[str, str]] = []  # label, empty for none, and path
-    for argument in arguments or [""]:
+    for argument in arguments:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
         label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         listed = [argument] if whole else paths.split(",")

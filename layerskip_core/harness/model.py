@@ -194,3 +194,14 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         return self.decoder.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The description of the model in lm-eval's results."""
+        backend = self.decoder.backend
+        return {
+            "model_num_parameters": backend.spec.parameters,
+            "model_dtype": str(backend.dtype),
+            "layerskip_implementation": backend.implementation,
+            "layerskip_depth": self.depth,
+            "layerskip_strategy": self.decoding.strategy,
+        }

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -221,6 +222,16 @@ def test_documents_and_plots(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path, name, text):
     with pytest.raises(LayerSkipError, match="RUNS "):
         read_run(saved(tmp_path / "x", name, text))
+
+
+def test_without_runs_the_embedded_models_are_measured(monkeypatch):
+    for name, value in {"_SAMPLES": 2, "_EXITS": (6,), "_DRAFTS": 2}.items():
+        monkeypatch.setattr(sys.modules["cli.commands.compare"], name, value)
+    result = run("compare", "--format", "json", "--only", "exact_match,perplexity")
+    assert result.code == 0
+    lines = json.loads(result.out)["lines"]
+    assert {line["figure"] for line in lines} == {"exact_match", "perplexity"}
+    assert all([cell["label"] for cell in line["cells"]] == ["embedded-base", "embedded"] for line in lines)
 
 
 def test_wrong_flags_are_one_line(tmp_path):
