@@ -1,6 +1,6 @@
 """Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -60,7 +60,9 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
     raise RuntimeError("a measurement ended without its record")
 
 
-def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:
+def deliver_report(
+    record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
+) -> None:
     """Delivers a record; `saved`: its file, if read again. Failed prompts are counted on stderr."""
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
@@ -75,7 +77,7 @@ def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: s
     files = {} if folder is None else report_files(record, table)
     if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
         files[OUTPUTS] = None
-    deliver(record, [table], form, to_csv(record), folder, files)
+    deliver(record, [table], form, to_csv(record), folder, files, picture=picture)
 
 
 def deliver(
@@ -86,6 +88,7 @@ def deliver(
     folder: Path | None,
     files: Mapping[str, bytes | None],
     name: str | None = None,
+    picture: Callable[[int], Text] | None = None,
 ) -> None:
     """Writes files to the folder, removing those without content, and to stdout tables, `rows` of CSV, or JSON."""
     from layerskip_core.evaluation.report import table_files, to_json
@@ -102,12 +105,12 @@ def deliver(
         narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
         for table in tables:
-            _print_table(table)
+            _print_table(table, picture)
     else:
         typer.echo(texts[form], nl=False)
 
 
-def _print_table(table: "TextTable") -> None:
+def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
     """At most as wide as the terminal: other columns follow in another table."""
     console = ResultsConsole()
     blocks = table.column_blocks(console.width)
@@ -119,6 +122,8 @@ def _print_table(table: "TextTable") -> None:
             grid.add_row(*(Text(row[place]) for place in places))
         console.print(grid)
         console.print()
+    if picture is not None and console.is_terminal:
+        console.print(picture(console.width))
     if hidden := [name for place, name in enumerate(table.headers) if not any(place in places for places in blocks)]:
         console.print(f"Not shown, for lack of width: {', '.join(hidden)}.", markup=False)
     console.print(table.text, markup=False)

@@ -1,10 +1,14 @@
 """Measure exits and draft lengths, and recommend a setting."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from rich.text import Text
 
 from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.evaluation import SweepConfig
@@ -17,9 +21,13 @@ from ..console import narrate
 from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 if TYPE_CHECKING:
+    from layerskip_core.evaluation.report.tables import Points
     from layerskip_core.evaluation.results import RunRecord
 
 _BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # of a policy without more
+_HEIGHT = 12  # lines of a front
+_MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
+_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_yellow", "bright_green")
 
 
 @command
@@ -40,7 +48,7 @@ def sweep_exits(
     """
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.report import REPORT, output_folder
-    from layerskip_core.evaluation.report.tables import has_scores
+    from layerskip_core.evaluation.report.tables import has_scores, points_of
     from layerskip_core.evaluation.results import read_record
 
     require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
@@ -60,7 +68,8 @@ def sweep_exits(
                 record = evaluation.watch(sweep(loaded, rows, config))
         if save:  # first: the reader of stdout may go away
             _save(model, record)
-        evaluation.deliver_report(record, format, folder, saved)
+        points = points_of(record)
+        evaluation.deliver_report(record, format, folder, saved, None if points is None else partial(front, points))
 
 
 @contextmanager
@@ -105,3 +114,50 @@ def _save(model: str, record: "RunRecord") -> None:
     write_info(model, info)
     for line in lines:
         narrate(line)
+
+
+def front(points: "Points", width: int) -> Text:
+    """A marker per setting, better quality higher, faster further right; numbers on the frontier. `width`: characters of a
+    line.
+    """
+    from layerskip_core.evaluation.report.tables import is_wide, strategy_name
+    from layerskip_core.evaluation.results import result_name
+
+    high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
+    margin = max(len(high), len(low))
+    across = _places(points.speeds, width - margin - 2, is_wide(points.speeds))
+    up = _places(points.values, _HEIGHT, points.lower_is_better and is_wide(points.values))
+    if not points.lower_is_better:
+        up = [_HEIGHT - 1 - row for row in up]
+    markers = {
+        strategy: (_MARKERS.get(strategy, "◆"), _COLOURS[number % len(_COLOURS)])
+        for number, strategy in enumerate(points.strategies)
+    }
+    places = list(zip(up, across, strict=True))
+    cells = {place: markers[strategy_name(result)] for place, result in zip(places, points.results, strict=True)}
+    # One of several points in the same place is shown: the frontier's, and of these the fastest.
+    ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
+    cells |= {places[index]: (str(rank % 10), "bold") for rank, index in enumerate(ranked, start=1)}
+    ends = {0: low, _HEIGHT - 1: high} if points.lower_is_better else {0: high, _HEIGHT - 1: low}
+    text = Text.assemble((f"{points.quality_label}\n", "dim"))
+    for row in range(_HEIGHT):
+        text.append(f"{ends.get(row, ''):>{margin}} │", style="dim")
+        text.append_tokens(cells.get((row, column), (" ", "")) for column in range(max(across) + 1))
+        text.append("\n")
+    slow, fast = f"{min(points.speeds):.0f}", f"{max(points.speeds):.0f} tokens/s"
+    room = width - margin - 2
+    text.append(f"{'':>{margin}} └{'─' * room}\n{'':>{margin}}  {slow}{fast:>{room - len(slow)}}\n", style="dim")
+    for strategy, (marker, colour) in markers.items():
+        text.append(f"{marker} {strategy}  ", style=colour)
+    for rank, index in enumerate(ranked, start=1):
+        result = points.results[index]
+        speedup = f" {result.speedup:.2f}x" if result.speedup else ""
+        text.append(f"\n{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}")
+    return text.append("\n")
+
+
+def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:
+    """Places 0..size-1 of the values, the lowest at 0."""
+    scaled = [math.log(value) for value in values] if logarithmic else list(values)
+    lowest, extent = min(scaled), max(scaled) - min(scaled)
+    return [round((value - lowest) / extent * (size - 1)) if extent else 0 for value in scaled]

@@ -17,9 +17,9 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
-from ..metrics import frontier, is_share, lower_is_better
+from ..metrics import lower_is_better
 from ..results import Result, RunRecord, drafts_name, result_name
-from .tables import has_scores, strategy_name
+from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
@@ -45,7 +45,6 @@ _STYLE = {
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
-_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -289,67 +288,54 @@ def _prediction(record: RunRecord) -> Figure | None:
 
 def _pareto(record: RunRecord) -> Figure | None:
     """A point per setting, the Pareto frontier, and labels. None without quality or speed."""
-    metric = str(record.config.get("quality_metric"))
-    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
-    if not shown:
+    found = points_of(record)
+    if found is None:
         return None
-    lower, share = lower_is_better(metric), is_share(metric)
-    points = [(result.tokens_per_second or 0.0, result.metrics[metric] * (100 if share else 1)) for result in shown]
-    speeds, values = zip(*points, strict=True)
-    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
-    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", label)
-    strategies = list(dict.fromkeys(map(strategy_name, shown)))
-    for number, strategy in enumerate(strategies):
-        own = [point for result, point in zip(shown, points, strict=True) if strategy_name(result) == strategy]
+    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", found.quality_label)
+    points = list(zip(found.speeds, found.values, strict=True))
+    for number, strategy in enumerate(found.strategies):
+        own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")  # baselines share colours with strategies
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
-    optimal, sign = frontier(shown, metric), 1 if lower else -1
-    line = sorted((points[index] for index in optimal), key=lambda point: (point[0], sign * point[1]))
+    sign = 1 if found.lower_is_better else -1
+    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
     axes.margins(x=0.12, y=0.16)
-    if _is_wide(speeds):
+    if is_wide(found.speeds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    if lower:
-        if _is_wide(values):
+    if found.lower_is_better:
+        if is_wide(found.values):
             logarithmic(axes)
         axes.invert_yaxis()  # better is up for every metric
     legend_above(axes)
-    _label_points(figure, axes, shown, points, optimal)
+    _label_points(figure, axes, found)
     return figure
 
 
-def _is_wide(values: Sequence[float]) -> bool:
-    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points together."""
-    return max(values) > _WIDE * min(values) > 0
-
-
-def _label_points(
-    figure: Figure, axes: Any, shown: Sequence[Result], points: Sequence[tuple[float, float]], optimal: Sequence[int]
-) -> None:
+def _label_points(figure: Figure, axes: Any, found: Points) -> None:
     """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
-    figure.draw_without_rendering()  # the layout is settled: areas are in pixels of the finished picture
-    places = axes.transData.transform(points)
+    figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
+    places = axes.transData.transform(list(zip(found.speeds, found.values, strict=True)))
     taken = [Bbox([place - 4, place + 4]) for place in places]
-    steps = sorted(map(tuple, places[optimal]))
+    steps = sorted(map(tuple, places[found.optimal]))
     for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
         taken += [Bbox([(left - 1, bottom), (left + 1, top)]), Bbox([(left, bottom - 1), (right, bottom + 1)])]
-    strategies = list(dict.fromkeys(map(strategy_name, shown)))
-    by_speed = sorted(range(len(shown)), key=lambda index: points[index][0])
-    fastest = {strategy_name(shown[index]): index for index in by_speed}
-    alone = [index for index, result in enumerate(shown) if result.strategy == "early-exit"]
-    for index in dict.fromkeys([*optimal, *fastest.values(), *alone]):
-        result, strategy = shown[index], strategy_name(shown[index])
+    by_speed = sorted(range(len(places)), key=lambda index: found.speeds[index])
+    fastest = {strategy_name(found.results[index]): index for index in by_speed}
+    alone = [index for index, result in enumerate(found.results) if result.strategy == "early-exit"]
+    for index in dict.fromkeys([*found.optimal, *fastest.values(), *alone]):
+        result, strategy = found.results[index], strategy_name(found.results[index])
         text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y in _OFFSETS:
             label = axes.annotate(
-                text, points[index], textcoords="offset points", xytext=(x, y), fontsize=8,
+                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
                 ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
-                color=f"C{strategies.index(strategy)}",
+                color=f"C{found.strategies.index(strategy)}",
             )  # fmt: skip
             area = label.get_window_extent()
             if axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1 and not area.count_overlaps(taken):

@@ -1,4 +1,4 @@
-"""Records as text tables, and as flat rows of CSV files and pages."""
+"""Records as text tables, as flat rows of CSV files and pages, and as points of figures."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,11 @@ from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...config.resolution import EXACT, FAST, policy_text
 from ...errors import number, plural
-from ..metrics import is_share, lower_is_better
+from ..metrics import frontier, is_share, lower_is_better
 from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
+_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
@@ -287,3 +288,35 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
 
 def _short(metric: str) -> str:
     return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
+
+
+@dataclass(frozen=True)
+class Points:
+    """Tokens per second and the quality metric, in percent unless a lower value is better."""
+
+    results: list[Result]
+    speeds: list[float]
+    values: list[float]
+    optimal: list[int]  # indices of the points on the Pareto frontier
+    strategies: list[str]  # their names, in the order of the results
+    lower_is_better: bool
+    quality_label: str
+
+
+def points_of(record: RunRecord) -> Points | None:
+    """None without quality or speed."""
+    metric = str(record.config.get("quality_metric"))
+    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
+    if not shown:
+        return None
+    lower, share = lower_is_better(metric), is_share(metric)
+    speeds = [result.tokens_per_second or 0.0 for result in shown]
+    values = [result.metrics[metric] * (100 if share else 1) for result in shown]
+    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
+    strategies = list(dict.fromkeys(map(strategy_name, shown)))
+    return Points(shown, speeds, values, frontier(shown, metric), strategies, lower, label)
+
+
+def is_wide(values: list[float]) -> bool:
+    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points together."""
+    return max(values) > _WIDE * min(values) > 0
