@@ -15,12 +15,14 @@ from random import Random
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from layerskip_core.model.blocks import FORMS, block_rows
 from layerskip_core.model.cache import Places
 
 OTHER_CPU = int(os.environ.get("LAYERSKIP_TEST_CPU", 0))  # not 0: rounding and times of another one, see machines.md
@@ -114,6 +116,17 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
     return as_on_this_cpu(model)
+
+
+def random_rows(name, outputs, inputs, seed=0, size=0.05):
+    """Rows of blocks of a GGUF file: random levels and steps; scales such that weights are about `size`."""
+    form, generator = FORMS[name], np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (outputs * inputs // form.inputs, form.bytes), np.uint8)
+    scales = np.abs(generator.normal(1, 0.3, (len(blocks), form.factors)))
+    scales *= size / 2 ** (form.bits - 2) / (32 if form.step_inputs else 1)
+    scales[:, 1:] *= (1 if form.step_inputs else -1) * 2 ** (form.bits - 1)  # minima of weights around 0
+    blocks[:, form.scales_at : form.scales_at + 2 * form.factors] = scales.astype(np.float16).view(np.uint8)
+    return block_rows(torch.from_numpy(blocks.reshape(outputs, -1)), name)
 
 
 def as_on_this_cpu(model):

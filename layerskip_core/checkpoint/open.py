@@ -27,13 +27,30 @@ from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
-from .folder import EXIT_BLOCKS_FILE, INT4_FILE, generation_config, is_packed, lean_spec, open_weights, refuse_packed
+from .folder import (
+    EXIT_BLOCKS_FILE,
+    INT4_FILE,
+    generation_config,
+    is_packed,
+    lean_spec,
+    open_weights,
+    quiet_transformers,
+    refuse_packed,
+)
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .transformers_read import merge_adapters, open_model, read_model, tokenizer_in, written_dtype
+from .transformers_read import (
+    GgufFile,
+    merge_adapters,
+    open_model,
+    read_model,
+    tokenizer_in,
+    tokenizer_of,
+    written_dtype,
+)
 
 _MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
@@ -51,6 +68,7 @@ class Source:
     packing: PackingConfig
     int4: Take | None = None
     exit_blocks: ExitBlocks = NO_BLOCKS
+    stored: Take | None = None  # weights as a GGUF file has them, for kernels that read them so
     notes: tuple[str, ...] = ()  # for the user
 
 
@@ -85,6 +103,8 @@ def for_decoding(
             if (source := _lean_source(folder, on, dtype, used)) is not None:
                 backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
                 return replace(_decoder(name, folder, info, backend), notes=notes)
+        if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used)) is not None:
+            return stored
         return _repacked(_trainable(name, location, target, dtype), location, used)
 
     found = reading(name, lambda: read_whole(location.path, read))
@@ -215,6 +235,25 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing)
 
 
+@quiet_transformers()
+def _as_stored(name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder | None:
+    """A GGUF file, for kernels that read its weights as they are stored; None where they cannot run it."""
+    files = open_model(location)
+    assert isinstance(files, GgufFile)
+    spec = files.spec
+    precision = pick_dtype(dtype, device, spec.parameters)
+    if not can_run_native(spec, precision, device, packing):
+        return None
+
+    def take(weight: str) -> Tensor | None:
+        return files.weight(weight).to(precision) if weight in spec.shapes else None
+
+    source = Source(spec, precision, device, files.weight, lambda: take, packing, stored=files.rows)
+    backend, notes = _backend(_with_files_beside(source, None, available_memory()), location.path)
+    made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, None)
+    return replace(made, notes=notes)
+
+
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     """A model that transformers has read; `take` moves its weights out of it."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
@@ -229,7 +268,7 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
     The copy is int4 if calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
     spec, packing = source.spec, source.packing
-    if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
+    if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored):
         calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
         kind: Quantization = "int4" if calibrated else "int8"
         copied = replace(packing, draft_weights=(kind,))
@@ -253,7 +292,8 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
     spec, how = source.spec, (source.spec, source.dtype, source.device, source.packing)
     note = kernel_note() if suits_kernels(*how) else None
     kind = NativeBackend if can_run_native(*how) else TorchBackend
-    backend = kind(spec, source.take(), source.packing, token_order(path, spec.vocab), source.int4, source.exit_blocks)
+    given = (token_order(path, spec.vocab), source.int4, source.exit_blocks)
+    backend = kind(spec, source.take(), source.packing, *given, stored=source.stored)
     return backend, source.notes if note is None else (note, *source.notes)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec, TransformersBackend
 from ..model.architectures import known_architecture
+from ..model.blocks import FORMS, block_rows
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
@@ -81,7 +82,7 @@ class GgufFile:
         except ImportError:
             raise ConfigError("a .gguf file needs the library gguf: pip install 'layerskip[gguf]'") from None
         try:
-            reader = GGUFReader(path)
+            reader = GGUFReader(path, "c")  # copied where it is written to, which nothing does: torch maps no other memory
             fields = {name: field for name, field in reader.fields.items() if field.types}
             arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
             self._values = {name: field.contents() for name, field in fields.items() if name not in arrays}
@@ -173,22 +174,37 @@ class GgufFile:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
-        from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
+        return {name: self.weight(name) for name in self._stored}
+
+    def weight(self, name: str) -> Tensor:
+        """In fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
+        from gguf import dequantize
+
+        tensor = self._stored[name]
+        try:
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except (ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
+        return self._in_transformers(name, torch.from_numpy(values.reshape(_shape(tensor))))
+
+    def rows(self, name: str) -> Tensor | None:
+        """A weight as the rows of blocks that the file has, if kernels read its type."""
+        tensor = self._stored.get(name)
+        if tensor is None or tensor.tensor_type.name not in FORMS:
+            return None
+        return block_rows(self._in_transformers(name, torch.from_numpy(tensor.data)), tensor.tensor_type.name)
+
+    @cached_property
+    def _stored(self) -> dict[str, Any]:
+        """The file's tensors, by the names of their weights in transformers."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
         known = get_tensor_name_map(kinds[self._architecture], self.spec.layers)
         names = {name: str(known.get_name(name, try_suffixes=(".weight", ".bias"))) for name in self.spec.shapes}
         tensors = {name: self._tensors[known] for name, known in names.items() if known in self._tensors}
-        shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
-        self.spec.check_weights(shapes)
-        weights = {}
-        for name, tensor in tensors.items():
-            try:
-                values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
-            except (ValueError, NotImplementedError) as error:
-                raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
-            weights[name] = self._in_transformers(name, torch.from_numpy(values.reshape(shapes[name])))
-        return weights
+        self.spec.check_weights({name: _shape(tensor) for name, tensor in tensors.items()})
+        return tensors
 
     def _in_transformers(self, name: str, weight: Tensor) -> Tensor:
         """A weight in transformers' layout; the inverse of the export to GGUF."""
@@ -197,6 +213,10 @@ class GgufFile:
             heads = spec.heads if part == "q_proj" else spec.kv_heads
             return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
         return weight - 1 if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") else weight
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def open_model(location: Location) -> PretrainedModel | GgufFile:

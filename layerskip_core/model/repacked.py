@@ -111,6 +111,7 @@ class RepackedBackend(ABC):
         int4: Take | None = None,
         exit_blocks: ExitBlocks = NO_BLOCKS,
         embedding: Tensor | None = None,
+        stored: Take | None = None,
     ) -> None:
         """Repacks the weights of an architecture that the backend's kernels support.
 
@@ -123,6 +124,7 @@ class RepackedBackend(ABC):
             int4: calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
             exit_blocks: those of the model's exits.
             embedding: instead of the one that `take` gives.
+            stored: rows of blocks of a GGUF file, for layers and heads without other low bits; of the compiled kernels only.
 
         Raises:
             CheckpointError: a weight is missing, has another shape, or is not finite.
@@ -131,6 +133,7 @@ class RepackedBackend(ABC):
         packing = packing or PackingConfig()
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
+        self._stored = None if stored is None else checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
@@ -268,5 +271,6 @@ class RepackedBackend(ABC):
                         self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
-        """The calibrated weights where int4 is to be packed and there are any."""
-        return weights.after(self._calibrated) if kind == "int4" and self._calibrated is not None else weights
+        """With weights as they are stored, where there are any: calibrated ones for int4, rows of blocks without low bits."""
+        stored = {"int4": self._calibrated, None: self._stored}.get(kind)
+        return weights if stored is None else weights.after(stored)

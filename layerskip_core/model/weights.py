@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .blocks import BlockRows, plain
 from .spec import Block, ModelSpec, Shapes, check_shape
 
 GROUP_SIZE = 32  # inputs that share a scale: 5 bits per weight, and a divisor of most widths
@@ -64,7 +65,9 @@ def checked(take: Take, shapes: Shapes) -> Take:
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
-        if weight is not None and is_stored(weight):
+        if isinstance(weight, BlockRows):
+            check_finite(name, weight.scales)
+        elif weight is not None and is_stored(weight):
             check_shape(name, stored_shape(*shapes[name]), tuple(weight.shape))
         elif weight is not None:
             check_shape(name, shapes[name], tuple(weight.shape))
@@ -233,12 +236,18 @@ def head_weights(weights: Weights, spec: ModelSpec) -> Affine:
     return Affine(weights.of(spec.head_name), weights.of(bias) if bias in weights.shapes else None)
 
 
+def joined(projections: Iterable[Affine], panel: int) -> list[Affine]:
+    """Several projections of the same input as they are, if all but the last fill panels; else as one."""
+    parts = list(projections)
+    return [stacked(parts)] if any(len(part.weight) % panel for part in parts[:-1]) else parts
+
+
 def stacked(projections: Iterable[Affine]) -> Affine:
     """Several projections of the same input as one. Either all or none of them have a bias."""
     weights, biases = zip(*projections, strict=True)
     if len(weights) == 1:
         return Affine(weights[0], biases[0])
-    return Affine(torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+    return Affine(torch.cat([*map(plain, weights)]), None if biases[0] is None else torch.cat(biases))
 
 
 class Int4(NamedTuple):

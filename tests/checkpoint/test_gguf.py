@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from command_line import fails, run
-from conftest import CHANGES, tiny_model
+from conftest import CHANGES, logits_of, random_rows, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from text_bpe import TEXTS, text_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from layerskip_core.checkpoint.open import for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.transformers_read import GgufFile
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export import gguf as gguf_file
 from layerskip_core.export.gguf import write_gguf
+from layerskip_core.model.native.compiled import kernels, requesting
 from layerskip_core.model.rope import rope_frequencies
 from layerskip_core.model.spec import ModelSpec
 
@@ -144,6 +145,50 @@ def test_the_precision_that_is_written(kind, exact_in, asked, expected, tmp_path
     assert json.loads((output / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
     for name, weight in stored.items():
         assert torch.equal(weight, read[name].to(expected)), name
+
+
+BIG = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "num_hidden_layers": 3}
+
+
+def in_types(tensor, types):
+    """Matrices of layers as random blocks of these types in turns; else as they are."""
+    kind = gguf.GGMLQuantizationType[types[sum(map(ord, tensor.name)) % len(types)]]
+    if not (len(tensor.shape) == 2 and tensor.name.startswith("blk.")):
+        return tensor.data, tensor.tensor_type
+    return random_rows(kind.name, *(int(size) for size in reversed(tensor.shape))).as_subclass(torch.Tensor).numpy(), kind
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "types"),
+    [
+        ("llama", "q8_0", ()),
+        ("qwen2", "q4_0", ()),
+        ("llama", "f16", ("Q4_K", "Q6_K")),
+        ("llama", "f16", ("Q5_1", "Q5_0", "Q4_1")),
+    ],
+)
+def test_a_file_is_decoded_with_its_weights_as_they_are_stored(model_type, kind, types, tmp_path):
+    """Its outputs are those of the dequantised model in fp32, also where cache and embedding are in bf16."""
+    if kernels() is None:
+        pytest.skip("no kernels here")
+    path = tmp_path / "model.gguf"
+    written(path, model_type, kind, **BIG)
+    if types:
+        path = rewritten(path, stored=lambda tensor: in_types(tensor, types))
+    read = for_training(str(path), "cpu", "fp32").model
+    ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        expected = read(ids).logits
+    for dtype, most in (("fp32", 1e-3), ("bf16", 0.05)):
+        decoder = for_decoding(str(path), "cpu", dtype)
+        assert decoder.backend.implementation.endswith("as stored)")
+        assert (logits_of(decoder.backend, ids) - expected).std() < most * expected.std()
+    command = ("generate", "wake me up", "--model", str(path), "--dtype", "fp32", "--max-new-tokens", "12", "--raw", "--stats")
+    stored = run(*command)
+    with requesting("torch"):
+        dequantised = run(*command)
+    assert (stored.code, stored.out) == (0, dequantised.out)
+    assert "as stored" in stored.err and "as stored" not in dequantised.err
 
 
 def put(name, code, value, skip=4):

@@ -48,32 +48,45 @@ static void check_lanes(void) {
         for (int i = 0; i < 16; i++) x[i] = (float)(below(509) - 254) / 2;
         f_store_int8(narrow, f_load(x));
         for (int i = 0; i < 16; i++) expect(narrow[i] == (int8_t)rintf(x[i]), "int8 of %g is %d", x[i], narrow[i]);
+        f_store(y, f_load_int8(narrow));
+        for (int i = 0; i < 16; i++) expect(y[i] == narrow[i], "%d of int8 is %g", narrow[i], y[i]);
+        for (int i = 0; i < 16; i++) rounded[i] = (uint16_t)((t * 16 + i) & 0xfbff); /* finite, some of them subnormal */
+        f_store(y, f_load_fp16(rounded));
+        for (int i = 0; i < 16; i++) expect(y[i] == half((uint8_t *)(rounded + i)), "fp16 %x is %g", rounded[i], y[i]);
     }
     for (int t = 0; t < 4096; t++) { /* the extremes too: levels of 0 and 255, inputs of -127 and 127 */
         uint8_t levels[64], low[64];
         int8_t in[4];
         int32_t sums[16], start = below(1 << 20) - (1 << 19);
         RowInt8 row[16];
-        for (int i = 0; i < 64; i++) {
-            levels[i] = (uint8_t)(t >= 64 ? below(256) : t >> i % 4 & 1 ? 255 : 0);
-            low[i] = levels[i] & 15;
-        }
+        for (int i = 0; i < 64; i++) levels[i] = (uint8_t)(t >= 64 ? below(256) : t >> i % 4 & 1 ? 255 : 0);
         for (int i = 0; i < 4; i++) in[i] = (int8_t)(t < 64 ? (t >> i % 2 * 2 & 4 ? 127 : -127) : below(255) - 127);
         for (int i = 0; i < 16; i++) x[i] = in[i % 4];
         f_store_levels(row, f_load(x));
-        for (int is_int4 = 0; is_int4 < 2; is_int4++) {
-            int dots = is_int4 ? GROUP / 4 : 1, first = is_int4 ? 0 : start; /* of a group */
-            vi sum = i_set(first);
-            for (int i = 0; is_int4 && i < dots; i++) sum = dot_int4(sum, i_load(low), int4_value(in));
-            for (int part = 0; !is_int4 && part < INT8_PARTS; part++)
+        for (int left = -3; left <= 4; left++) {
+            uint8_t bits[64], right[64];
+            int mask = left == -3 ? 16 : 48; /* of a byte's own bits */
+            vi some = i_bits_of(i_load(levels), left, mask);
+            memcpy(bits, &some, 64);
+            for (int i = 0; i < 64; i++) right[i] = (uint8_t)((left < 0 ? levels[i] >> -left : levels[i] << left) & mask);
+            expect(!memcmp(bits, right, 64), "bits %d to the left", left);
+        }
+        for (int bits = 4; bits <= 8; bits += bits == 6 ? 2 : 1) { /* of int8, and of int4 and more */
+            int dots = bits < 8 ? int4_dots(bits) : 1, first = bits < 8 ? 0 : start;
+            vi sum = i_set(first), other = sum;
+            for (int i = 0; i < 64; i++) low[i] = (uint8_t)(levels[i] & ((1 << bits) - 1));
+            for (int i = 0; bits < 8 && i < dots; i++) sum = dot_int4(sum, i_load(low), int4_value(in));
+            for (int part = 0; bits == 8 && part < INT8_PARTS; part++) {
                 sum = dot_int8(sum, int8_part(i_load(levels), part), int8_value(row, part));
-            if (is_int4) sum = int4_sum(sum);
+                other = dot_int8(other, int8_part(i_load(levels), part), byte_value(in, part));
+            }
+            if (bits < 8) other = sum = int4_sum(sum);
             memcpy(sums, &sum, sizeof sums);
+            expect(!memcmp(&sum, &other, sizeof sums), "dot_int8: another sum of bytes");
             for (int i = 0; i < 16; i++) {
                 int32_t right = first;
-                for (int k = 0; k < 4; k++)
-                    right += dots * in[k] * (is_int4 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
-                expect(sums[i] == right, "dot_int%d: %d instead of %d", is_int4 ? 4 : 8, sums[i], right);
+                for (int k = 0; k < 4; k++) right += dots * in[k] * (bits < 8 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
+                expect(sums[i] == right, "dot of %d bits: %d instead of %d", bits, sums[i], right);
             }
         }
     }
@@ -98,7 +111,7 @@ static void check_products(int precision, int inputs, int outputs, int rows) {
         plain_product(&plain, wide, right, sizes);
         for (int o = 0; o < outputs; o++) {
             float sum = together[r * outputs + o];
-            int near = fabs(sum - right[o]) <= 3e-6 * sizes[o] + 1e-30;
+            int near = fabs(sum - right[o]) <= (m.kind == STORED ? 1e-5 : 3e-6) * sizes[o] + 1e-30;
             expect(near, "%s, %d rows, %dx%d: %g instead of %g", name, rows, outputs, inputs, sum, right[o]);
         }
         Call alone = call_of(&shape, 1, 1, x + r * inputs, inputs);
@@ -136,7 +149,7 @@ static void check_layers(const Model *m, int style, int layers, int first, int r
         error += pow(whole[i] - right[i], 2), size += pow(right[i] - start[i], 2);
     error = sqrt(error / size); /* what is rounded otherwise because a sum differs in its last bit counts with its share */
     int kind = PRECISIONS[m->precision].kind;
-    double most = kind == FP32 || kind == WIDENED ? 2e-6 : kind == BF16 ? 4e-3 : 1e-2;
+    double most = kind == FP32 || kind == WIDENED ? 2e-6 : kind == STORED ? 2e-4 : kind == BF16 ? 4e-3 : 1.5e-2;
     expect(error < most, "%s layers of style %d, %d rows: error %g", name, style, rows, error);
 
     memcpy(other, start, bytes);
@@ -315,9 +328,9 @@ int main(int count, char **arguments) {
     for (int round = 0; round < rounds; round++) {
         seed = (first + (uint64_t)round) * 0x9e3779b97f4a7c15u | 1;
         for (int precision = 0; precision < (int)(sizeof PRECISIONS / sizeof *PRECISIONS); precision++) {
-            int low_bit = is_low_bit(PRECISIONS[precision].kind);
+            int low_bit = is_low_bit(PRECISIONS[precision].kind), width = PRECISIONS[precision].kind == STORED ? 256 : 32;
             for (int rows = 1; rows <= 16; rows++)
-                used = 0, check_products(precision, low_bit ? 32 * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
+                used = 0, check_products(precision, low_bit ? width * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
             used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */
             used = 0, check_products(precision, 64, 170, 17 + below(40)); /* of several turns of rows, too */
             for (int style = 0; style < 5; style++) {

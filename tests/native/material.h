@@ -84,15 +84,58 @@ static const struct {
     const char *name;
     int kind, bf16; /* bf16: the cache, and the weights before they are packed */
 } PRECISIONS[] = {
-    {"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0},
+    {"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0}, {"stored", STORED, 0},
 #if BF16_PARTS == 2
     {"bf16 widened", WIDENED, 0},
 #endif
 };
 
+/* As experts_of, of random blocks: of one type, or of one for each projection. */
+static Matrix stored_of(int experts, int inputs, int outputs, int count, int biased, Plain *const *plain) {
+    static int next;
+    int each = (outputs + PANEL - 1) / PANEL, panels = each * count, all = experts * panels, is_one = below(2);
+    StoredPanel *table = room(sizeof *table * (size_t)all);
+    float *bias = biased ? room(4 * (size_t)all * PANEL) : NULL;
+    Matrix m = {STORED, inputs, outputs * count, panels, table, NULL, bias};
+    for (int c = 0; c < experts * count; c++) {
+        int first = c / count * panels + c % count, type = next % (inputs % 256 ? NARROW_TYPES : TYPE_COUNT);
+        if (!is_one || c == experts * count - 1) next++;
+        int held = is_one ? all : each, bits = TYPES[type].bits, factors = TYPES[type].offset ? 1 : 2, width = TYPES[type].inputs;
+        if (!is_one || c == 0) {
+            StoredPanel own = {
+                .weight = room((size_t)(held * inputs * bits * 4)), .bits = bits, .offset = TYPES[type].offset,
+                .scale = room((size_t)(held * inputs / width * factors * PANEL * 2)),
+                .steps = width == 256 ? room((size_t)(held * inputs / (bits == 6 ? 16 : 32) * factors * PANEL)) : NULL,
+            };
+            for (int i = 0; i < held; i++) {
+                table[is_one ? i : first + i * count] = own;
+                own.weight += inputs * bits * 4, own.scale += inputs / width * factors * PANEL;
+                if (own.steps) own.steps += inputs / (bits == 6 ? 16 : 32) * factors * PANEL;
+            }
+        }
+        int blocks = inputs / width, bytes = TYPES[type].bytes;
+        uint8_t *rows = room((size_t)(outputs * blocks * bytes));
+        float *weight = room(4 * (size_t)(outputs * inputs));
+        for (int i = 0; i < outputs * blocks * bytes; i++) rows[i] = (uint8_t)below(256);
+        for (int i = 0; i < outputs * blocks; i++) {
+            uint8_t *block = rows + i * bytes;
+            for (int f = 0; f < factors; f++) {
+                int scale = TYPES[type].least + below(TYPES[type].least < 0x400 ? 0x40 : 0x400) + (f && width == 32 ? 0x8c00 : 0);
+                block[TYPES[type].scales + 2 * f] = (uint8_t)scale, block[TYPES[type].scales + 2 * f + 1] = (uint8_t)(scale >> 8);
+            }
+            for (int k = 0; k < width; k++) weight[i * width + k] = plain_block(Q4_0 + type, block, k);
+        }
+        layerskip_pack(&m, rows, Q4_0 + type, outputs, first, count, 1 + below(THREADS));
+        *plain[c] = (Plain){STORED, inputs, outputs, weight, biased ? numbers_of((size_t)outputs, 0.1, 0) : NULL};
+        for (int o = 0; o < outputs && biased; o++) bias[(first + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
+    }
+    return m;
+}
+
 /* One matrix of `count` projections of each expert, whose panels alternate, and what it shall compute. */
 static Matrix experts_of(int precision, int experts, int inputs, int outputs, int count, int biased, Plain *const *plain) {
     int kind = PRECISIONS[precision].kind, source = PRECISIONS[precision].bf16 || kind == WIDENED ? BF16 : FP32;
+    if (kind == STORED) return stored_of(experts, inputs, outputs, count, biased, plain);
     int panels = (outputs + PANEL - 1) / PANEL * count;
     size_t numbers = (size_t)(experts * panels) * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : is_low_bit(kind) ? 1 : 2);
     size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)(experts * panels) * PANEL * 4;

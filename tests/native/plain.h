@@ -13,12 +13,54 @@ static float in_bf16(float x) { return of_bf16(bf16_of(x)); }
 /* n inputs as a matrix of this kind reads them. */
 static void plain_form(int kind, const double *x, int n, double *out) {
     for (int i = 0; i < n; i++) out[i] = kind == BF16 ? in_bf16((float)x[i]) : (float)x[i];
-    if (kind != INT8 && kind != INT4) return;
+    if (kind != INT8 && kind != INT4 && kind != STORED) return;
+    float largest = kind == STORED ? 16256 : 127;
     for (double *group = out; group < out + n; group += GROUP) {
         float most = 0;
         for (int i = 0; i < GROUP; i++) most = fmaxf(most, fabsf((float)group[i]));
-        float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
+        float inverse = most > 0 ? largest / most : 0, scale = most / largest;
         for (int i = 0; i < GROUP; i++) group[i] = (double)rintf((float)group[i] * inverse) * scale;
+    }
+}
+
+/* ---- blocks of GGUF files ---- */
+
+static const struct {
+    const char *name;
+    int inputs, bytes, bits, offset; /* of a block; of a level, 0 where there are minima */
+    int scales, least; /* where its fp16 scales are, of which there are one or two, and the bits of a small one */
+} TYPES[] = { /* from Q4_0 on */
+    {"Q4_0", 32, 18, 4, 8, 0, 0x2000}, {"Q4_1", 32, 20, 4, 0, 0, 0x2000}, {"Q5_0", 32, 22, 5, 16, 0, 0x1c00},
+    {"Q5_1", 32, 24, 5, 0, 0, 0x1c00}, {"Q8_0", 32, 34, 8, 128, 0, 0x1000}, {"Q4_K", 256, 144, 4, 0, 0, 0x0c00},
+    {"Q5_K", 256, 176, 5, 0, 0, 0x0800}, {"Q6_K", 256, 210, 6, 32, 208, 0x0010},
+};
+enum { TYPE_COUNT = sizeof TYPES / sizeof *TYPES, NARROW_TYPES = 5 };
+
+static double half(const uint8_t *b) {
+    int bits = b[0] | b[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    double size = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return bits >> 15 ? -size : size;
+}
+
+/* The weight of input i of a block. */
+static float plain_block(int type, const uint8_t *b, int i) {
+    int group = i / 32, low = i % 32 < 16 ? 0 : 4, step, least;
+    double d = half(b + TYPES[type - Q4_0].scales), m = TYPES[type - Q4_0].offset ? 0 : half(b + 2);
+    const uint8_t *s = b + 4;
+    switch (type) {
+    case Q4_0: return (float)(d * ((b[2 + i % 16] >> low & 15) - 8));
+    case Q4_1: return (float)(d * (b[4 + i % 16] >> low & 15) + m);
+    case Q5_0: return (float)(d * ((b[6 + i % 16] >> low & 15) + (b[2 + i / 8] >> i % 8 & 1) * 16 - 16));
+    case Q5_1: return (float)(d * ((b[8 + i % 16] >> low & 15) + (b[4 + i / 8] >> i % 8 & 1) * 16) + m);
+    case Q8_0: return (float)(d * (int8_t)b[2 + i]);
+    case Q6_K:
+        low = b[i / 128 * 64 + i % 64] >> i / 64 % 2 * 4 & 15;
+        return (float)(d * (int8_t)b[192 + i / 16] * (low + (b[128 + i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3) * 16 - 32));
+    default: /* Q4_K, Q5_K */
+        step = group < 4 ? s[group] % 64 : s[group + 4] % 16 + s[group - 4] / 64 * 16;
+        least = group < 4 ? s[group + 4] % 64 : s[group + 4] / 16 + s[group] / 64 * 16;
+        low = b[(type == Q4_K ? 16 : 48) + i / 64 * 32 + i % 32] >> group % 2 * 4 & 15;
+        return (float)(d * step * (low + (type == Q5_K ? b[16 + i % 32] >> group & 1 : 0) * 16) - m * least);
     }
 }
 

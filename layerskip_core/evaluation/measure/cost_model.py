@@ -30,7 +30,7 @@ _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 _STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
 _ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
 _FEW_STEPS = 8  # plain ones, where nothing else was measured
-_STORED = {"fp32": 4.0, "widened": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625}  # bytes of a weight, with scales
+_STORED = {"int8": 1.0, "int4": 0.625}  # bytes of a weight, with scales
 _SUMS, _MOST_SUMMED = 5, 1 << 30  # bytes
 _ROWS = 17  # of the longest pass that is timed for adaptive drafting
 _TIMES = 5  # per number of rows
@@ -109,9 +109,9 @@ def plain_bandwidth(loaded: Decoder) -> str:
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
     """Bytes per second read by plain decoding (weights, KV entries of `positions`), and by a sum over as many."""
     backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
-    matrix = getattr(backend.draft_sides[None].whole.unembed, "matrix", None)  # of our own kernels
-    kind = matrix.form.kind if matrix else backend.implementation.partition(")")[0]
+    kind = backend.implementation.partition(")")[0]
     stored = next((size for name, size in _STORED.items() if name in kind), width)
+    stored = getattr(backend, "bytes_per_weight", stored)  # of our own kernels
     total = stored * spec.weights_read(1)
     if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
         total += 2 * width * spec.keys * sum(min(positions, spec.window_of(kind) or positions) for kind in spec.kinds)

@@ -24,11 +24,12 @@ from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers
-from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
+from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 256
-_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3}  # of AVX2 and NEON, on two cores
+# of AVX2 and NEON, on two cores
+_ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
 
 def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -80,6 +81,17 @@ class NativeBackend(RepackedBackend):
     def room(self) -> int:
         return int(min(self.spec.context, max(0, self._pool.most - self._pool.pages_of_memory(KVCache.steps_back)) * PAGE))
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """On average over the layers and the head, with scales and biases."""
+        assert isinstance(self._layers, NativeLayers)
+        matrices: list[NativeMatrix] = [
+            self._head.matrix,
+            *(matrix for layer in self._layers.layers for matrix in layer.matrices),
+        ]
+        held = sum(part.nbytes for matrix in matrices for part in matrix.parts.values())
+        return held / sum(matrix.form.panels * PANEL * matrix.form.inputs for matrix in matrices)
+
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -101,7 +113,8 @@ class NativeBackend(RepackedBackend):
         self._pool = PagePool(len(spec.attending), spec.kv_heads, spec.head_dim, self._embedding.dtype, memory_of(spec))
 
     def _described(self, packing: PackingConfig) -> str:
-        return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"
+        precision = packing.quantize or ("as stored" if self._stored else None)
+        return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> NativeLayer:
         return NativeLayer(self._pack, weights, self._chain_spec, index, low_bits or self._unrounded)

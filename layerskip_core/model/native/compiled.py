@@ -13,12 +13,12 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-KINDS = ("fp32", "bf16", "int8", "int4", "widened")  # of weights, as the C code numbers them
+KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")  # of weights, as the C code numbers them
 ACTIVATIONS = {  # as the C code numbers them
     **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5},
 }
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
-_AVX2 = {"avx2", "fma"}
+_AVX2 = {"avx2", "fma", "f16c"}
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 _CPU_FLAGS = {  # and vendor that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
     "x86_64": {
@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 20  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 21  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -51,6 +51,10 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 class CMatrix(Structure):
     _fields_ = [*_fields(c_int32, "kind inputs outputs panels"), *_fields(c_void_p, "weight scale bias")]
+
+
+class CStoredPanel(Structure):
+    _fields_ = [*_fields(c_void_p, "weight scale steps"), *_fields(c_int32, "bits offset")]
 
 
 class CNorm(Structure):
@@ -122,7 +126,8 @@ class CRecurrence(Structure):
     ]
 
 
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence)  # as layerskip_size_of in kernels.c numbers them
+# as layerskip_size_of in kernels.c numbers them
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel)
 
 
 class Kernels:

@@ -18,14 +18,28 @@
 
 typedef struct Recurrence Recurrence; /* see recurrence.h */
 
-enum { FP32, BF16, INT8, INT4, WIDENED }; /* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway */
+/* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway. STORED: levels as a GGUF file has them. */
+enum { FP32, BF16, INT8, INT4, WIDENED, STORED };
 
 typedef struct {
     int32_t kind, inputs, outputs, panels;
-    const void *weight;
-    const void *scale; /* int8: fp32 by output; int4: bf16 scales and zeros, (panel, group, 2, output) */
+    const void *weight; /* STORED: a StoredPanel for each panel */
+    const void *scale;  /* int8: fp32 by output; int4: bf16 scales and zeros, (panel, group, 2, output) */
     const float *bias; /* by output, or NULL */
 } Matrix;
+
+/* A panel of weights (level - offset) * scale + minimum, exactly those that a GGUF file stands for. Where there are steps, a scale
+ * or minimum is a step of its group times the `scale` of 256 inputs. Of a panel:
+ *     weight (group, bits, output, 4 bytes): of fewer than 8 bits first the low four, see quads_of
+ *     scale ([group or 256 inputs], 1 or 2 with minimum, output)
+ *     steps (group, or half a group with 6 bits; 1 or 2, output)
+ */
+typedef struct {
+    const char *weight;
+    const uint16_t *scale; /* fp16 */
+    const int8_t *steps;   /* or NULL */
+    int32_t bits, offset;  /* of levels; 0 where there are minima */
+} StoredPanel;
 
 typedef struct {
     const float *weight; /* NULL: no norm */
@@ -128,7 +142,30 @@ typedef struct {
 #include "threads.h"
 
 /* ---- rows in the form that a matrix's kernel reads: fp32, bf16 pairs, or int8 groups followed by their scales and by one
- * correction for each group: for int8 weights -LEVEL_OFFSET times its sum, for int4 its sum ---- */
+ * correction for each group: for int8 weights -LEVEL_OFFSET times its sum, for int4 its sum; for STORED see
+ * form_stored_row ---- */
+
+#define LARGEST 16256.0f /* level of a row for STORED weights */
+#define LEAST 1e-30f     /* groups that are smaller are zeros */
+
+/* A row of n numbers for STORED weights: levels, which are 128 times the first of n bytes plus the second, and for each group its
+ * scale, and the sums of its first half, of its second half and of all. The levels' errors are 4e-5 of the numbers' size, so
+ * products are those of fp32 rows for all that an output shows. */
+static void form_stored_row(const float *x, int n, int8_t *out) {
+    float *factors = (float *)(out + 2 * n);
+    for (int g = 0; g < n / GROUP; g++, x += GROUP, out += GROUP, factors += 4) {
+        vf half[2] = {f_load(x), f_load(x + 16)};
+        float most = f_largest(f_max(f_abs(half[0]), f_abs(half[1]))), sums[2];
+        vf inverse = f_set(most > LEAST ? LARGEST / most : 0);
+        for (int h = 0; h < 2; h++) {
+            vf levels = f_of_int(i_rounded(f_mul(half[h], inverse))), high = f_of_int(i_rounded(f_mul(levels, f_set(1.0f / 128))));
+            f_store_int8(out + 16 * h, high), f_store_int8(out + n + 16 * h, f_fma(high, f_set(-128), levels));
+            sums[h] = f_sum(levels);
+        }
+        factors[0] = most / LARGEST, factors[1] = factors[0] * sums[0], factors[2] = factors[0] * sums[1];
+        factors[3] = factors[0] * (sums[0] + sums[1]);
+    }
+}
 
 /* Of the levels of a low-bit matrix's row. */
 INLINE size_t level_bytes(const Matrix *m) { return (m->kind == INT8 ? sizeof(RowInt8) : 1) * (size_t)m->inputs; }
@@ -137,6 +174,7 @@ static size_t form_bytes(const Matrix *m) {
     size_t n = (size_t)m->inputs, bytes = level_bytes(m) + n / GROUP * 8;
     if (m->kind == FP32 || m->kind == WIDENED) bytes = 4 * n;
     if (m->kind == BF16) bytes = sizeof(RowBf16) * n;
+    if (m->kind == STORED) bytes = 2 * n + n / GROUP * 16;
     return (bytes + 63) & ~(size_t)63;
 }
 
@@ -146,6 +184,8 @@ static void form(const Matrix *m, const float *x, char *out) {
         memcpy(out, x, 4 * (size_t)n);
     } else if (m->kind == BF16) {
         form_bf16((RowBf16 *)out, x, n);
+    } else if (m->kind == STORED) {
+        form_stored_row(x, n, (int8_t *)out);
     } else {
         float *scales = (float *)(out + level_bytes(m));
         float *sums = scales + n / GROUP;
@@ -717,12 +757,12 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 20; }
+int layerskip_interface(void) { return 21; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
-                            sizeof(Recurrence), sizeof(Passage)};
+                            sizeof(Recurrence), sizeof(StoredPanel), sizeof(Passage)};
     return (int)sizes[structure];
 }
 

@@ -6,8 +6,9 @@
  *
  * Weights of 64 bytes are multiplied in parts, because what has no instruction for pairs of bf16 or quads of int8 widens them, and
  * the rows too, when these are formed. dot_bf16 adds to each lane the product of its part with that of the row. dot_int8 and
- * dot_int4 add products of levels with those of the row, of which none is -128. Levels of int4 are 0 to 15, and int4_sum makes
- * sums of a group's dots; those of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET in them.
+ * dot_int4 add products of levels with those of the row, of which none is -128. Levels of int4 are 0 to 15, or of five
+ * or six bits, and int4_sum makes sums of a group's dots, or of int4_dots; those of int8 are stored plus 128, of which int8_part
+ * leaves LEVEL_OFFSET in them.
  */
 #include <stdint.h>
 #include <string.h>
@@ -53,8 +54,12 @@ INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_add_product(acc, x, w); }
 #if INT8_PARTS == 1
 typedef int8_t RowInt8;
 INLINE void f_store_levels(RowInt8 *p, vf x) { f_store_int8(p, x); }
+INLINE vi byte_value(const int8_t *quad, int part) { return (void)part, i_set(four_bytes(quad)); }
+INLINE int int4_dots(int bits) { return (void)bits, 8; }
 #else
 typedef int16_t RowInt8;
+INLINE vi byte_value(const int8_t *quad, int part) { return i_set((quad[part] & 0xffff) | quad[2 + part] * 65536); }
+INLINE int int4_dots(int bits) { return 8 >> (bits - 4); }
 #endif
 INLINE vi int8_value(const RowInt8 *quad, int part) { return i_set(four_bytes(quad + 2 * part)); }
 INLINE vi int4_value(const int8_t *quad) { return i_set(four_bytes(quad)); }

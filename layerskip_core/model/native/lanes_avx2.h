@@ -66,6 +66,10 @@ INLINE void f_store_int8(int8_t *p, vf x) {
     __m256i wide = packed_int16(i_rounded(x));
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 }
+INLINE __m256 half_of_int8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+INLINE vf f_load_int8(const int8_t *p) { return BOTH(vf, half_of_int8(p), half_of_int8(p + 8)); }
+INLINE __m256 half_of_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vf f_load_fp16(const uint16_t *p) { return BOTH(vf, half_of_fp16(p), half_of_fp16(p + 8)); }
 INLINE vi i_set(int32_t x) { return BOTH(vi, _mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 INLINE vi i_load(const void *p) {
     return BOTH(vi, _mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
@@ -73,6 +77,11 @@ INLINE vi i_load(const void *p) {
 INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
 INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }
+INLINE vi i_or(vi x, vi y) { return BOTH(vi, _mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)); }
+INLINE __m256i half_bits_of(__m256i x, int left, int mask) {
+    return _mm256_and_si256(left < 0 ? _mm256_srli_epi16(x, -left) : _mm256_slli_epi16(x, left), _mm256_set1_epi8((char)mask));
+}
+INLINE vi i_bits_of(vi x, int left, int mask) { return BOTH(vi, half_bits_of(x.a, left, mask), half_bits_of(x.b, left, mask)); }
 
 /* bf16 pairs are widened. */
 #define BF16_PARTS 2
@@ -123,7 +132,7 @@ INLINE vi int8_part(vi w, int part) { return BOTH(vi, half_int8_part(w.a, part),
 INLINE __m256i half_dot_int8(__m256i sum, __m256i w, __m256i x) { return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x))); }
 INLINE vi dot_int8(vi sum, vi w, vi x) { return BOTH(vi, half_dot_int8(sum.a, w.a, x.a), half_dot_int8(sum.b, w.b, x.b)); }
 
-/* A group's sums stay in 16 bits: they are of eight pairs of at most 2 * 15 * 127. */
+/* Sums stay in 16 bits: with four bits they are of eight products of pairs, of at most 2 * 15 * 127 each; see int4_dots. */
 INLINE __m256i half_dot_int4(__m256i sum, __m256i w, __m256i x) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
 }

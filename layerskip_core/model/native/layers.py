@@ -21,13 +21,13 @@ from ..weights import (
     block_output,
     expert_inputs,
     expert_outputs,
+    joined,
     layer_norms,
     router,
-    stacked,
     xielu_factors,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, Kernels
-from .matrix import MatrixForm, PackMatrix
+from .matrix import PANEL, MatrixForm, PackMatrix
 from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
@@ -174,7 +174,7 @@ class NativeLayer:
             down = replace(down, inputs=experts.inner, experts=experts.count)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, first))]),
+            pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL)),
             pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)]),
             pack(f"layers.{index}.up", up, read_up),
             pack(f"layers.{index}.down", down, read_down),

@@ -1,22 +1,24 @@
 """Weights as the kernels read them: in panels of 32 outputs, from front to back. The same for all variants of the kernels."""
 
+import ctypes
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import FORMS, BlockRows, plain
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, is_stored
-from .compiled import KINDS, CMatrix, Kernels
+from .compiled import KINDS, CMatrix, CStoredPanel, Kernels
 
 LAYOUT = 1  # the version of the panels below: files of panels say which they have
-_PANEL = 32  # outputs
+PANEL = 32  # outputs
 _CHUNK = 1 << 25  # bytes of weights that stand together
 _CACHE_LINE = 64  # bytes
 
@@ -37,11 +39,12 @@ class MatrixForm:
     count: int = 1
     biased: bool = False
     experts: int = 1
+    types: tuple[str, ...] = ()  # of `stored`: by panel, of FORMS
 
     @property
     def panels_of_one(self) -> int:
         """Of each expert's matrices."""
-        return -(-self.outputs // _PANEL) * self.count
+        return -(-self.outputs // PANEL) * self.count
 
     @property
     def panels(self) -> int:
@@ -56,21 +59,32 @@ class MatrixForm:
         int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32)
         int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4), and the scale and the smallest
             value in bf16, (P, groups, 2, 32)
+        stored: by type, of its panels, levels in units of four bytes (P, groups * bits, 32), fp16 scales of blocks and of their
+            minima (P, blocks * 1 or 2, 32), and their steps (P, steps * 1 or 2, 32)
 
         A bias is (P, 32) in fp32.
         """
         panels, inputs, groups = self.panels, self.inputs, self.inputs // GROUP_SIZE
         by_kind: dict[str, dict[str, Part]] = {
-            "fp32": {"weight": (torch.float32, (panels, inputs, _PANEL))},
-            "bf16": {"weight": (torch.bfloat16, (panels, inputs // 2, _PANEL, 2))},
-            "int8": {"weight": (torch.uint8, (panels, inputs // 4, _PANEL, 4)), "scale": (torch.float32, (panels, _PANEL))},
+            "fp32": {"weight": (torch.float32, (panels, inputs, PANEL))},
+            "bf16": {"weight": (torch.bfloat16, (panels, inputs // 2, PANEL, 2))},
+            "int8": {"weight": (torch.uint8, (panels, inputs // 4, PANEL, 4)), "scale": (torch.float32, (panels, PANEL))},
             "int4": {
-                "weight": (torch.uint8, (panels, groups, 4, _PANEL, 4)),
-                "scale": (torch.bfloat16, (panels, groups, 2, _PANEL)),
+                "weight": (torch.uint8, (panels, groups, 4, PANEL, 4)),
+                "scale": (torch.bfloat16, (panels, groups, 2, PANEL)),
             },
         }
         by_kind["widened"] = by_kind["bf16"]
-        return by_kind[self.kind] | ({"bias": (torch.float32, (panels, _PANEL))} if self.biased else {})
+        by_kind["stored"] = {part: kind for name in dict.fromkeys(self.types) for part, kind in self._stored_parts(name)}
+        return by_kind[self.kind] | ({"bias": (torch.float32, (panels, PANEL))} if self.biased else {})
+
+    def _stored_parts(self, name: str) -> Iterator[tuple[str, Part]]:
+        form, panels = FORMS[name], self.types.count(name)
+        factors = self.inputs // form.inputs * form.factors
+        yield f"{name}.weight", (torch.int32, (panels, self.inputs // GROUP_SIZE * form.bits, PANEL))
+        yield f"{name}.scale", (torch.float16, (panels, factors, PANEL))
+        if form.step_inputs:
+            yield f"{name}.steps", (torch.int8, (panels, factors * form.inputs // form.step_inputs, PANEL))
 
 
 class HugePages:
@@ -99,6 +113,9 @@ class NativeMatrix:
         self.form, self.parts = form, parts
         self.outputs = form.outputs * form.count
         pointers = [parts[name].data_ptr() if name in parts else None for name in ("weight", "scale", "bias")]
+        if form.types:
+            self._table = _table(form.types, parts)
+            pointers[0] = ctypes.addressof(self._table)
         self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels_of_one, *pointers)
 
     @classmethod
@@ -112,44 +129,75 @@ class NativeMatrix:
         narrows: bool = False,
     ) -> "NativeMatrix":
         """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs) of each expert, which are
-        rounded where the form has low bits, or stored in int4. `empty` gives the room for its tensors.
+        rounded where the form has low bits, or stored in int4; or, if there is one, its parts, which fill panels but for the
+        last. `empty` gives the room for its tensors. Rows of blocks stay as they are, if all weights of the matrix are such.
 
         `narrows`: fp32 weights that bf16 holds exactly, as most published ones, are stored in it: a pass of few tokens takes as
         long as reading them. The products have the same bits.
         """
-        if narrows and form.kind == "fp32" and form.inputs % 2 == 0:
-            projections = list(read())
-            if all(_fits_bf16(projection.weight) for projection in projections):
-                form = replace(form, kind="widened")
-                projections = [projection._replace(weight=projection.weight.bfloat16()) for projection in projections]
-            read = partial(iter, projections)
+        projections = list(read())
+        blocks = [projection.weight for projection in projections if isinstance(projection.weight, BlockRows)]
+        if len(blocks) == len(projections):
+            form = _stored(form, blocks)
+        elif blocks:
+            dtype = torch.float32 if form.kind == "fp32" else torch.bfloat16
+            projections = [projection._replace(weight=plain(projection.weight).to(dtype)) for projection in projections]
+        if narrows and form.kind == "fp32" and form.inputs % 2 == 0 and all(_fits_bf16(part.weight) for part in projections):
+            form = replace(form, kind="widened")
+            projections = [projection._replace(weight=projection.weight.bfloat16()) for projection in projections]
         parts = {name: empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
-        matrix = cls(form, parts)
-        rest = iter(read())
-        for place in range(form.experts * form.count):
-            projection = next(rest)
-            index = place // form.count * form.panels_of_one + place % form.count  # of its first panel
-            rows = projection.weight.contiguous()
-            source = "int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32"
-            threads = torch.get_num_threads()
-            kernels.pack(matrix.structure, rows.data_ptr(), KINDS.index(source), form.outputs, index, form.count, threads)
-            if projection.bias is not None:
-                padded = F.pad(projection.bias.float(), (0, -form.outputs % _PANEL))
-                parts["bias"][index :: form.count] = padded.view(-1, _PANEL)
-            del projection, rows  # before the next one is read
+        matrix, threads = cls(form, parts), torch.get_num_threads()
+        first = 0  # panel
+        for place, (weight, bias) in enumerate(projections):
+            if form.count > 1:  # projections, whose panels alternate
+                first = place // form.count * form.panels_of_one + place % form.count
+            rows = weight.contiguous()
+            kernels.pack(matrix.structure, rows.data_ptr(), _source(rows), len(rows), first, form.count, threads)
+            stop = first - (-len(rows) // PANEL) * form.count
+            if bias is not None:
+                parts["bias"][first : stop : form.count] = F.pad(bias.float(), (0, -len(rows) % PANEL)).view(-1, PANEL)
+            first = stop
         return matrix
 
     def rows_of(self, vocabulary: DraftVocabulary) -> "NativeMatrix":
         """The rows of some tokens, as if they alone had been packed."""
         chosen = vocabulary.rows_of(torch.arange(self.outputs))
-        form = replace(self.form, outputs=len(chosen))
+        types = self.form.types[:1] * -(-len(chosen) // PANEL)
+        form = replace(self.form, outputs=len(chosen), types=types)
         parts = {}
         for name, (dtype, shape) in form.parts.items():
             units = self.parts[name]
-            units = (units if units.shape[-1] == _PANEL else units.view(torch.int32)).reshape(len(units), -1, _PANEL)
-            rows = F.pad(units[chosen // _PANEL, :, chosen % _PANEL], (0, 0, 0, -len(chosen) % _PANEL))
-            parts[name] = rows.view(-1, _PANEL, rows.shape[1]).transpose(1, 2).contiguous().view(dtype).view(shape)
+            units = (units if units.shape[-1] == PANEL else units.view(torch.int32)).reshape(len(units), -1, PANEL)
+            rows = F.pad(units[chosen // PANEL, :, chosen % PANEL], (0, 0, 0, -len(chosen) % PANEL))
+            parts[name] = rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous().view(dtype).view(shape)
         return NativeMatrix(form, parts)
+
+
+def _table(types: Sequence[str], parts: Mapping[str, Tensor]) -> ctypes.Array[CStoredPanel]:
+    """The C structure of each panel of a matrix in `stored`."""
+    table, places = (CStoredPanel * len(types))(), Counter[str]()
+    for panel, name in enumerate(types):
+        tensors = [parts.get(f"{name}.{part}") for part in ("weight", "scale", "steps")]
+        pointers = [None if part is None else part[places[name]].data_ptr() for part in tensors]
+        table[panel] = CStoredPanel(*pointers, FORMS[name].bits, FORMS[name].offset)
+        places[name] += 1
+    return table
+
+
+def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:
+    """For weights that are rows of blocks, whose panels alternate where `count` is 2."""
+    names = [weight.type_name for weight in weights for _ in range(0, len(weight), PANEL)]
+    each = form.panels_of_one // form.count
+    places = ((expert, panel, one) for expert in range(form.experts) for panel in range(each) for one in range(form.count))
+    types = tuple(names[(expert * form.count + one) * each + panel] for expert, panel, one in places)
+    return replace(form, kind="stored", types=types)
+
+
+def _source(rows: Tensor) -> int:
+    """What C packs."""
+    if isinstance(rows, BlockRows):
+        return rows.form.code
+    return KINDS.index("int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32")
 
 
 def _fits_bf16(weight: Tensor) -> bool:

@@ -6,7 +6,7 @@
 
 typedef struct {
     const Matrix *to;
-    const char *weight; /* (rows, inputs) in `from`, which is FP32, BF16, or INT4 for the bytes of a calibrated weight */
+    const char *weight; /* (rows, inputs) in `from`: FP32, BF16, INT4 for the bytes of a calibrated weight, or a type of blocks */
     int from, rows;     /* rows after the last are zeros */
     int first, step;    /* the first of the panels that take the rows, and the distance to the next */
     atomic_int taken;   /* panels that a thread has taken */
@@ -101,11 +101,92 @@ static void pack_stored_int4(const Rows *rows, int n, uint32_t *out, uint16_t *f
         }
 }
 
+/* ---- rows of blocks as GGUF files have them ---- */
+
+enum { Q4_0 = 16, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+
+static const struct { int inputs, bytes; } BLOCKS[] = {
+    {32, 18}, {32, 20}, {32, 22}, {32, 24}, {32, 34}, {256, 144}, {256, 176}, {256, 210}};
+
+typedef struct {
+    uint8_t levels[256];
+    uint16_t scales[2];  /* the second one of minima */
+    int8_t steps[16][2]; /* by group */
+} StoredBlock;
+
+/* The low halves of each `run` bytes are levels that follow one another, and so are the high ones after them. */
+static void read_halves(uint8_t *levels, const uint8_t *from, int bytes, int run) {
+    for (int i = 0; i < bytes; i++) {
+        uint8_t *to = levels + i / run * 2 * run + i % run;
+        to[0] = from[i] & 15, to[run] = from[i] >> 4;
+    }
+}
+
+static void read_block(int type, const uint8_t *b, StoredBlock *to) {
+    uint8_t *levels = to->levels;
+    if (type == Q8_0) {
+        memcpy(to->scales, b, 2);
+        for (int i = 0; i < 32; i++) levels[i] = b[2 + i] ^ 128;
+    } else if (type == Q6_K) {
+        read_halves(levels, b, 128, 64);
+        for (int i = 0; i < 256; i++) levels[i] |= (uint8_t)((b[128 + i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3) << 4);
+        for (int g = 0; g < 16; g++) to->steps[g][0] = (int8_t)b[192 + g];
+        memcpy(to->scales, b + 208, 2);
+    } else if (type == Q4_K || type == Q5_K) { /* steps of six bits, of which the last four groups' upper two are apart */
+        const uint8_t *s = b + 4;
+        for (int g = 0; g < 4; g++) {
+            to->steps[g][0] = s[g] & 63, to->steps[4 + g][0] = (int8_t)((s[8 + g] & 15) | s[g] >> 6 << 4);
+            to->steps[g][1] = s[4 + g] & 63, to->steps[4 + g][1] = (int8_t)(s[8 + g] >> 4 | s[4 + g] >> 6 << 4);
+        }
+        memcpy(to->scales, b, 4);
+        to->scales[1] ^= 0x8000; /* minima are subtracted */
+        read_halves(levels, b + (type == Q4_K ? 16 : 48), 128, 32);
+        for (int i = 0; i < 256 && type == Q5_K; i++) levels[i] |= (uint8_t)((b[16 + i % 32] >> i / 32 & 1) << 4);
+    } else {
+        int factors = type == Q4_1 || type == Q5_1 ? 4 : 2, fifths = type == Q5_0 || type == Q5_1 ? 4 : 0;
+        memcpy(to->scales, b, (size_t)factors);
+        read_halves(levels, b + factors + fifths, 16, 16);
+        for (int i = 0; i < 32 && fifths; i++) levels[i] |= (uint8_t)((b[factors + i / 8] >> i % 8 & 1) << 4);
+    }
+}
+
+/* A group's levels, see quads_of. */
+static void place_levels(uint32_t *out, int lane, const uint8_t *levels, int bits) {
+    uint8_t bytes[4 * 16] = {0}; /* the most that place_units takes */
+    if (bits == 8) memcpy(bytes, levels, GROUP);
+    for (int i = 0; i < GROUP && bits < 8; i++) {
+        int quad = i / 4, upper = levels[i] >> 4;
+        bytes[quad / 2 * 4 + i % 4] |= (uint8_t)((levels[i] & 15) << quad % 2 * 4);
+        if (bits == 5) bytes[16 + i % 4] |= (uint8_t)(upper << quad);
+        if (bits == 6) bytes[16 + quad / 4 * 4 + i % 4] |= (uint8_t)(upper << quad % 4 * 2);
+    }
+    place_units(out, lane, bytes, bits);
+}
+
+static void pack_blocks(const StoredPanel *to, const Rows *rows, int n, int type) {
+    int width = BLOCKS[type - Q4_0].inputs, factors = to->offset ? 1 : 2, steps = width / (to->bits == 6 ? 16 : 32);
+    for (int lane = 0; lane < PANEL; lane++)
+        for (int block = 0; block < n / width; block++) {
+            StoredBlock own = {{0}, {0}, {{0}}};
+            if (rows->row[lane]) read_block(type, (const uint8_t *)rows->row[lane] + (size_t)(block * BLOCKS[type - Q4_0].bytes), &own);
+            for (int g = 0; g < width / GROUP; g++) {
+                size_t unit = (size_t)(block * width / GROUP + g) * (size_t)to->bits;
+                place_levels((uint32_t *)to->weight + unit * PANEL, lane, own.levels + g * GROUP, to->bits);
+            }
+            for (int f = 0; f < factors; f++) {
+                ((uint16_t *)to->scale)[(block * factors + f) * PANEL + lane] = own.scales[f];
+                for (int g = 0; g < steps && to->steps; g++)
+                    ((int8_t *)to->steps)[((block * steps + g) * factors + f) * PANEL + lane] = own.steps[g][f];
+            }
+        }
+}
+
 static void pack_panel(const Packing *p, int index) {
     const Matrix *m = p->to;
     int n = m->inputs, bf16 = p->from == BF16;
     size_t panel = (size_t)(p->first + index * p->step), size = panel * PANEL * (size_t)n;
     size_t row_bytes = p->from == INT4 ? (size_t)n / GROUP * (GROUP / 2 + 4) : (size_t)n * (bf16 ? 2 : 4);
+    if (m->kind == STORED) row_bytes = (size_t)(n / BLOCKS[p->from - Q4_0].inputs * BLOCKS[p->from - Q4_0].bytes);
     Rows rows;
     for (int lane = 0; lane < PANEL; lane++) {
         int row = index * PANEL + lane;
@@ -125,6 +206,8 @@ static void pack_panel(const Packing *p, int index) {
         if (p->from == INT4) pack_stored_int4(&rows, n, (uint32_t *)m->weight + size / 8, factors);
         else if (bf16) pack_int4(&rows, n, 1, (uint32_t *)m->weight + size / 8, factors);
         else pack_int4(&rows, n, 0, (uint32_t *)m->weight + size / 8, factors);
+        break;
+    case STORED: pack_blocks((const StoredPanel *)m->weight + panel, &rows, n, p->from);
     }
 }
 

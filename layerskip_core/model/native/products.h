@@ -8,7 +8,8 @@
 #define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
 #define MOST_TURN 8
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
-#define PAGE 4096
+#define STORED_TILE (WHOLE_TILE < TILE ? 3 : 4) /* most rows that share a weight of STORED: each has two sums of a group */
+#define SYSTEM_PAGE 4096
 #define TILES 4 /* of rows that halves of a panel are multiplied by, one after the other */
 
 #include "tiles.h"
@@ -19,7 +20,9 @@ typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
  * All three are constant where they are inlined. */
 typedef struct {
     const char *weight;
-    const uint16_t *scale; /* of int4 */
+    const uint16_t *scale; /* of int4, and of a stored panel */
+    const int8_t *steps;   /* of that */
+    const StoredPanel *stored;
     const char *x;
     size_t stride; /* bytes from row to row */
     float *out;    /* in the panel's Product; sums go on from there where `from` is not 0 */
@@ -56,7 +59,7 @@ INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H) 
         fetch_line_later(o->next + at);
         if (o->share > 64) fetch_line_later(o->next + at + 64);
     } else {
-        const char *after = weights_of(o, p, unit) + PAGE;
+        const char *after = weights_of(o, p, unit) + SYSTEM_PAGE;
         fetch_line_later(after), fetch_line_later(after + 64);
     }
 }
@@ -168,13 +171,91 @@ INLINE void panels_int4(const Operands *o, const int R, const int P, const int H
     put_sums(acc, o, R, P, H);
 }
 
-INLINE int is_low_bit(int kind) { return kind == INT8 || kind == INT4; }
+/* A quad of a group's levels for each output. A unit has two quads, in the low and the high halves of its bytes. After four units,
+ * a byte of one more has the fifth bits of all quads, or of two more the upper two bits of four quads each. */
+INLINE vi quads_of(const char *group, int quad, const int bits) {
+    if (bits == 8) return i_load(group + quad * UNIT);
+    vi halves = i_load(group + quad / 2 * UNIT), low = quad % 2 ? i_high(halves) : i_low(halves);
+    if (bits == 5) return i_or(low, i_bits_of(i_load(group + 4 * UNIT), 4 - quad, 16));
+    if (bits == 6) return i_or(low, i_bits_of(i_load(group + (4 + quad / 4) * UNIT), 4 - quad % 4 * 2, 48));
+    return low;
+}
+
+/* The scale of a span of inputs, or their minimum, for a stored panel's outputs. */
+INLINE vf factor_of(const Operands *o, const int spans, int span, int h, int is_minimum) {
+    size_t factors = o->stored->offset ? PANEL : 2 * PANEL, at = 16 * (size_t)h + (size_t)is_minimum * PANEL;
+    if (!o->steps) return f_load_fp16(o->scale + (size_t)span * factors + at);
+    vf scale = f_load_fp16(o->scale + (size_t)(span / spans / 8) * factors + at);
+    return f_mul(scale, f_load_int8(o->steps + (size_t)span * factors + at));
+}
+
+/* Adds a quad of levels by four bytes of a row. */
+INLINE vi dot_levels(vi sum, vi levels, const int8_t *quad, const int bits, int part) {
+    return bits == 8 ? dot_int8(sum, int8_part(levels, part), byte_value(quad, part)) : dot_int4(sum, levels, int4_value(quad));
+}
+INLINE vf dots_of(vi sum, const int bits) { return f_of_int(bits == 8 ? sum : int4_sum(sum)); }
+
+/* The levels of rows are two bytes, which are multiplied one by one. A sum over the inputs of a step is exact up to six bits, and
+ * rounded once with eight: so it makes no difference how many dots are added at once. */
+INLINE void panel_stored(const Operands *o, const int bits, const int R, const int H) {
+    const int spans = bits == 6 ? 2 : 1, quads = GROUP / 4 / spans, parts = bits == 8 ? INT8_PARTS : 1;
+    const int most = bits == 8 || int4_dots(bits) > quads ? quads : int4_dots(bits);
+    Sums acc;
+    take_sums(acc, o, R, 1, H);
+    for (int g = o->from / bits; g < o->to / bits; g++)
+        EACH(span, spans) {
+            vf sum[TILE][2];
+            EACH(run, quads / most) {
+                vi high[TILE][2], low[TILE][2];
+                EACH(r, R) EACH(h, H) high[r][h] = low[r][h] = i_set(0);
+                EACH(within, most) {
+                    const int quad = span * quads + run * most + within;
+                    if (quad < bits) fetch(o, 0, g * bits + quad, R, H);
+                    vi levels[2];
+                    EACH(h, H) levels[h] = quads_of(weights_of(o, 0, g * bits) + 64 * h, quad, bits);
+                    EACH(part, parts)
+                        EACH(r, R) {
+                            const int8_t *value = (const int8_t *)o->x + r * o->stride + GROUP * g + 4 * quad;
+                            EACH(h, H) high[r][h] = dot_levels(high[r][h], levels[h], value, bits, part);
+                            EACH(h, H) low[r][h] = dot_levels(low[r][h], levels[h], value + o->inputs, bits, part);
+                        }
+                }
+                EACH(r, R)
+                    EACH(h, H) {
+                        vf dots = f_fma(dots_of(high[r][h], bits), f_set(128), dots_of(low[r][h], bits));
+                        sum[r][h] = run ? f_add(sum[r][h], dots) : dots;
+                    }
+            }
+            EACH(h, H) {
+                const int offset = bits == 8 ? LEVEL_OFFSET : o->stored->offset, place = g * spans + span;
+                vf scale = factor_of(o, spans, place, h, 0);
+                vf minimum = bits > 5 || offset ? f_mul(scale, f_set((float)-offset)) : factor_of(o, spans, place, h, 1);
+                EACH(r, R) {
+                    const float *factors = (const float *)(o->x + r * o->stride + 2 * o->inputs) + 4 * g;
+                    acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
+                    acc[r][0][h] = f_fma(minimum, f_set(factors[spans == 1 ? 3 : 1 + span]), acc[r][0][h]);
+                }
+            }
+        }
+    put_sums(acc, o, R, 1, H);
+}
+
+INLINE void panel_of_bits(const Operands *o, const int R, const int H) {
+    switch (o->stored->bits) {
+    case 4: panel_stored(o, 4, R, H); break;
+    case 5: panel_stored(o, 5, R, H); break;
+    case 6: panel_stored(o, 6, R, H); break;
+    case 8: panel_stored(o, 8, R, H);
+    }
+}
+
+INLINE int is_low_bit(int kind) { return kind == INT8 || kind == INT4 || kind == STORED; }
 
 /* Whole panels that are multiplied together: so few sums of one panel would wait for each other, and a row's value that is read
  * once serves them all. Low-bit weights have sums of groups beside the others. */
 INLINE int panels_at_once(int kind, int rows) {
     int sums = is_low_bit(kind) ? SUMS / 2 : SUMS;
-    return rows == 1 ? MOST_PANELS : 4 * rows <= sums ? 2 : 1;
+    return kind == STORED ? 1 : rows == 1 ? MOST_PANELS : 4 * rows <= sums ? 2 : 1;
 }
 
 INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, const int P, const int H) {
@@ -183,13 +264,23 @@ INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, cons
     case WIDENED:
     case BF16: panels_bf16(o, R, P, H); break;
     case INT8: panels_int8(o, R, P, H); break;
-    case INT4: panels_int4(o, R, P, H);
+    case INT4: panels_int4(o, R, P, H); break;
+    case STORED:
+        if (R <= STORED_TILE && P == 1 && (WHOLE_TILE == TILE || R == 1 || H == 1)) panel_of_bits(o, R, H);
     }
 }
 
 /* A whole panel by the rows x. */
 INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t stride, Product *out) {
     int n = m->inputs, units = n / (m->kind == FP32 ? 1 : m->kind == INT8 ? 4 : m->kind == INT4 ? 8 : 2);
+    if (m->kind == STORED) {
+        const StoredPanel *own = (const StoredPanel *)m->weight + panel;
+        units = n / GROUP * own->bits;
+        return (Operands){
+            .weight = own->weight, .scale = own->scale, .steps = own->steps, .stored = own,
+            .x = x, .stride = stride, .out = out[0][0], .inputs = n, .units = units, .to = units,
+        };
+    }
     return (Operands){
         .weight = (const char *)m->weight + (size_t)panel * (size_t)units * UNIT,
         .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL,
@@ -211,7 +302,7 @@ INLINE void whole_panels(
         }
         few = 1;
         int most = panels_at_once(m->kind, R);
-        if (R == 1 && MOST_PANELS == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
+        if (R == 1 && MOST_PANELS == 4 && most == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
         else if (4 * R <= SUMS && most >= 2 && count - p >= 2) few = 2, panels_by_rows(m, &o, R, 2, 2);
         else panels_by_rows(m, &o, R, 1, 2);
     }
@@ -219,20 +310,23 @@ INLINE void whole_panels(
 
 static void half_panel(const Matrix *m, const Operands *o, int rows) {
     switch (rows) {
-#define ROWS(R) case R: if (WHOLE_TILE < TILE && R > WIDENED_TILE) panels_by_rows(m, o, R, 1, 1); break;
+#define ROWS(R) case R: if (WHOLE_TILE < TILE && (R > WIDENED_TILE || m->kind == STORED)) panels_by_rows(m, o, R, 1, 1); break;
     EACH_ROWS
 #undef ROWS
     }
 }
 
-INLINE int tile_of(const Matrix *m) { return is_low_bit(m->kind) ? LOW_BIT_TILE : TILE; }
-INLINE int whole_tile_of(const Matrix *m) { return m->kind == FP32 ? WHOLE_TILE : WIDENED_TILE; }
+INLINE int tile_of(const Matrix *m) { return m->kind == STORED ? STORED_TILE : is_low_bit(m->kind) ? LOW_BIT_TILE : TILE; }
+INLINE int whole_tile_of(const Matrix *m) {
+    return m->kind == FP32 ? WHOLE_TILE : m->kind == STORED && WHOLE_TILE < TILE ? 1 : WIDENED_TILE;
+}
 
 /* A panel by up to TILES tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
 static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
     Operands all = operands_of(m, panel, x, stride, out);
     int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = 2 * tiles;
-    int steps = (all.units + STEP - 1) / STEP, few = ((all.units + steps - 1) / steps + 7) / 8 * 8; /* whole groups */
+    int steps = (all.units + STEP - 1) / STEP, group = m->kind == STORED ? all.stored->bits : 8; /* units of one, or of two */
+    int few = ((all.units + steps - 1) / steps + group - 1) / group * group;
     all.share = (UNIT + (size_t)turns - 1) / (size_t)turns;
     for (all.from = 0; all.from < all.units; all.from = all.to) {
         all.to = all.units - all.from < few ? all.units : all.from + few;
@@ -240,7 +334,7 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
         for (int turn = 0; turn < turns; turn++) {
             Operands o = all;
             int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
-            o.weight += 64 * half, o.scale += 16 * half;
+            o.weight += 64 * half, o.scale += 16 * half, o.steps += o.steps ? 16 * half : 0;
             o.next += (size_t)(turn * (o.to - o.from)) * o.share;
             o.x += (size_t)first * stride, o.out = out[0][first] + 16 * half;
             half_panel(m, &o, last - first);
@@ -254,7 +348,8 @@ static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
     int most = tile_of(m) * (WHOLE_TILE < TILE ? TILES : 1);
     if (rows <= most) return most;
-    if (WHOLE_TILE == TILE) most = is_low_bit(m->kind) ? LOW_BIT_TURN : rows > 2 * MOST_TURN ? SUMS / 4 : MOST_TURN;
+    if (WHOLE_TILE == TILE && m->kind != STORED)
+        most = is_low_bit(m->kind) ? LOW_BIT_TURN : rows > 2 * MOST_TURN ? SUMS / 4 : MOST_TURN;
     int parts = (rows + most - 1) / most;
     return (rows + parts - 1) / parts;
 }
