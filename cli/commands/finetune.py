@@ -149,7 +149,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
 
     lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
     if plan.step_seconds is not None:
-        training, memory = _minutes(plan.step_seconds * plan.total_steps), plan.memory_mb
+        training, memory = _minutes(plan.step_seconds * plan.steps), plan.memory_mb
         lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
     return "\n".join((*lines, *plan.notes))
 
@@ -186,12 +186,12 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
     if (texts := plan.answers) is not None:
-        there = f"{len(texts.known)} are there, the others" if texts.known else "written"
+        there = f"{len(texts.known)} of which are there"
         own, replayed = step_rows(config)
         longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
             f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of "
-            f"at most {longest} tokens by the original, {there} in about {_minutes(texts.seconds)}"
+            f"at most {longest} tokens by the original, {there}"
         )
     return lines
 
@@ -200,19 +200,18 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, answers, worth = plan.config, plan.answers, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
     most = "at most " if len(answers.known) < len(answers.prompts) else ""
-    writing = f"{len(answers.known)} answers are there, the others in {most}{_minutes(answers.seconds)}; "
+    there = f" ({len(answers.known)} of them are there)" if answers.prompts else ""
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
-    what = f"blocks at exits {','.join(map(str, plan.taps))}"
-    reads, steps = f"feature {config.feature}", "steps per exit"
+    what = f"blocks at exits {','.join(map(str, plan.module.layers))}"
+    reads = f"feature {config.feature}"
     if config.layout == "eagle3":
-        what, reads, steps = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens", "steps"
+        what, reads = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens"
     return [
         f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
         f"{plan.trained / 1e6:.1f}M parameters, {reads}, loss {config.loss}",
-        f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}, "
-        f"{most}{plan.tokens} tokens",
-        f"{writing if answers.prompts else ''}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
-        f"{plan.steps} {steps} of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}"
+        f"{there}, {most}{plan.tokens} tokens",
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}",
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
         f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "

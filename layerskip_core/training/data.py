@@ -274,7 +274,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
 
     It has `input_ids` and `labels` (B, T), and `lengths` (B,) without padding. Packed rows add `documents` (B, T), -1 in the
-    padding; rows with states (see exit_blocks.py) `states` (X, B, T, D), `finals` (B, T, D) and `exits` (X,).
+    padding.
     """
 
     def padded(name: str, filler: int) -> Tensor:
@@ -285,9 +285,4 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
     if "documents" in rows[0]:
         batch["documents"] = padded("documents", -1)
-    if "states" in rows[0]:
-        states = zip(*(row["states"] for row in rows), strict=True)
-        batch["states"] = torch.stack([pad_sequence(list(state), batch_first=True) for state in states])
-        batch["finals"] = pad_sequence([row["finals"] for row in rows], batch_first=True)
-        batch["exits"] = torch.tensor(rows[0]["exits"])
     return batch

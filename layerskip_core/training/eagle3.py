@@ -34,7 +34,7 @@ class FrozenEagle3(DrafterModule):
     """
 
     first_target = 2  # by the embedding of the token before, and the states of the one before that
-    setting, file = "layers", "eagle3.safetensors"
+    setting = "layers"
     names = {0: "eagle3"}  # noqa: RUF012
 
     def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
@@ -64,7 +64,7 @@ class FrozenEagle3(DrafterModule):
         self.to(backend.device, torch.float32)
         for name, weight in self.weights().items():
             weight.requires_grad_(name in MATRICES)
-        self.phases, self.details = (layers,), {"layers": layers, "draft_vocab": form.vocab}
+        self.layers, self.details = layers, {"layers": layers, "draft_vocab": form.vocab}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
@@ -107,22 +107,20 @@ class FrozenEagle3(DrafterModule):
         weights = {name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()}
         return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
-    ) -> dict[str, Tensor | tuple[int, ...]]:
+    def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
         """The loss is the mean over the drafts of a round, and `per_exit` of the first. Each other draft reads the output for
         the one before. Sums are over the targets, the tokens with labels after the second.
         """
-        layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
+        layer, is_target, (states, finals) = self.drafter.layer, labels[:, 2:] != IGNORED, self.states(input_ids)
         before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row
         start = max(0, before - DRAFTS + 1)
-        taught = finals[:, 1:-1][is_target].float()
+        taught = finals[:, 1:-1][is_target]
         with torch.no_grad():
             embedded = self.backend.embed(input_ids[:, 1:-1]).float()
             known = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
             wanted = known.exp()
             entropy = -_dots(wanted, known)
-        feature = layer.feature([state[:, :-2] for state in states.float()])
+        feature = layer.feature([state[:, :-2] for state in states])
         losses, first = [], torch.empty(0)
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()

@@ -60,7 +60,7 @@ class Plan:
 
     Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
     still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
-    the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
+    the same or not at all.
     """
 
     config: TrainingConfig  # with `lr` and `max_length`, and for a drafter the exits
@@ -85,7 +85,6 @@ class Plan:
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, float]  # of a model: that train each exit, the last layer included
-    phases: int = 1
 
     def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
         """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""
@@ -216,24 +215,19 @@ class Plan:
         return "bf16 autocast" if self.autocast else "fp32"
 
     @property
-    def total_steps(self) -> int:
-        return self.steps * self.phases
-
-    @property
     def eval_steps(self) -> int:
         """Steps between validations; 0: none."""
         if not self.held_out:
             return 0
         once = self.recipe is not None and self.config.validation is None
-        return self.config.eval_steps or (self.total_steps if once else max(1, self.total_steps // _VALIDATIONS))
+        return self.config.eval_steps or (self.steps if once else max(1, self.steps // _VALIDATIONS))
 
     def lr_share(self, step: int) -> float:
         """The learning rate of a step, counted from 0, over the highest one: a line upwards, then as `scheduler` says to 0."""
         warmup = round(self.config.warmup * self.steps)
-        index = step % self.steps if step < self.total_steps else self.steps
-        if index < warmup:
-            return index / warmup
-        done = (index - warmup) / max(1, self.steps - warmup)
+        if step < warmup:
+            return step / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
         return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
 
 

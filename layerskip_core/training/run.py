@@ -5,7 +5,6 @@ There are two kinds: of a model, or adapters on it, under the recipe or not; and
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 
 from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
@@ -37,7 +36,7 @@ from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import Encoder, train_tokenizer
-from .exit_blocks import FrozenExits, States, new_readers, states_bytes, write_states
+from .exit_blocks import FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
 from .progress import KEPT, LossHistory, ResumePoint, checkpoints_folder, resume_point
@@ -200,8 +199,6 @@ class FrozenModel(Plan):
     module: FrozenExits | FrozenEagle3
     answers: Answers
     worth: Worth  # of the first drafter that is trained
-    state_seconds: float
-    disk_mb: float  # of states
 
     def __init__(self, config: DrafterConfig, device: torch.device, resume: ResumePoint | None) -> None:
         if world_size() > 1:
@@ -213,14 +210,14 @@ class FrozenModel(Plan):
             )
         refuse_overwrite(config.output, config.overwrite or config.in_place)
         answers = config.answers or ("model" if has_prompts(config.data) else "data")
-        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding.
+        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding, which
+        # write the answers and compute the states.
         self.place(config, device, for_training(config.model, str(device), config.dtype))
         backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
         layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
         module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
-        self.phases, self.taps = len(module.phases), tuple(chain(*module.phases))
-        chosen: dict[str, Any] = {"layout": layout, "answers": answers, module.setting: self.taps}
+        chosen: dict[str, Any] = {"layout": layout, "answers": answers, module.setting: module.layers}
         self.config = config = replace(config, lr=config.lr or module.usual_lr, **chosen)
         self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
         held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
@@ -229,7 +226,8 @@ class FrozenModel(Plan):
         if there and config.in_place and not (config.overwrite or resume):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
-        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(self.decoder.backend, min(module.names))
+        module.decoder = decoding = self.decoder.backend
+        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
@@ -261,45 +259,27 @@ class FrozenModel(Plan):
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
     def _resolve(self, resume: ResumePoint | None) -> None:
-        config, answers, width = self.config, self.answers, self.trainable.backend.spec.hidden
-        kernels, prompts = self.decoder.backend.implementation, answers.journal.name
-        texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        named = digest(self.made_for, prompts, texts, self.taps, config.dtype, kernels)
-        self.states = answers.journal.with_name(f"states-{named}")
+        config, answers = self.config, self.answers
         longest = self.texts or [  # as they may become
             answered(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))
             for row, prompt in enumerate(answers.prompts)
         ]
         self.tokens = sum(len(text["input_ids"]) for text in longest)
-        disk = states_bytes(self.tokens, width, len(self.taps))
-        self.disk_mb, self.state_seconds = disk / 2**20, self.tokens * answers.token_seconds
-        require_disk(self.states, disk, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
         if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
             why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
-        self.seal(resume, {"original": self.made_for, "texts": named})
-        exits, example = self.module.phases[0], max(longest, key=lambda text: len(text["input_ids"]))
-        shape = (len(example["input_ids"]), width)
-        states = {"exits": exits, "states": torch.randn(len(exits), *shape), "finals": torch.randn(shape)}
-        self.measure([example | states], self.tokens / len(longest))
+        texts = [(text["input_ids"], text["labels"]) for text in self.texts]
+        self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
+        self.measure([max(longest, key=lambda text: len(text["input_ids"]))], self.tokens / len(longest))
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """Of the states of rows, written where they are not there. Rows come once for each exit, one exit after the other."""
-        texts, exits, backend = self.texts, self.taps, self.trainable.backend
+        texts, trained = self.texts, self.rows or 0
         if prompts := self.answers.prompts:
             texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
-        for other in self.states.parent.glob(f"states-{'[0-9a-f]' * 16}"):
-            if other != self.states:  # of an earlier run with other rows or settings
-                shutil.rmtree(other, ignore_errors=True)
-        write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
-        del self.decoder  # frees its weights
-        states = partial(States, texts, self.states, backend.spec.hidden, exits)
-        trained = len(texts) - self.held_out
         self.module.begin(texts[:trained])
         order = data.ordered(self.config, [len(text["input_ids"]) for text in texts[:trained]], self.steps)
-        phases = [Subset(states(chosen), order) for chosen in self.module.phases]
-        return ConcatDataset(phases), Subset(states(exits), range(trained, len(texts))) if self.held_out else None
+        return Subset(texts, order), texts[trained:] or None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
@@ -332,7 +312,6 @@ class FrozenModel(Plan):
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
             copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
-        shutil.rmtree(self.states, ignore_errors=True)
         return info.with_exit_blocks(trained)
 
 

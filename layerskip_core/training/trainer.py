@@ -92,7 +92,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
                 shutil.rmtree(run_staging(folder), ignore_errors=True)
                 with suppress(OSError):
                     folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
-        step, steps = self.state.global_step, self.plan.total_steps
+        step, steps = self.state.global_step, self.plan.steps
         if step < steps:
             saved = f"interrupted after step {step} of {steps}; saved {newest_first(folder)[0]}"
             raise TrainingInterrupted(saved, self.interruption.signal or 0, step)
@@ -310,7 +310,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
     unused = rests or not isinstance(plan.module.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
         output_dir=str(checkpoints_folder(config.output)),
-        max_steps=plan.total_steps,
+        max_steps=plan.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
