@@ -153,11 +153,6 @@ def new_staging(folder: Path) -> Path:
     return staging
 
 
-def run_staging(folder: Path) -> Path:
-    """The staging folder of a training run, under a name that all its processes know. The folder is not created."""
-    return folder / f"{_STAGING}run"
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes the staging folders of processes that were killed while writing. Needs the lock of `folder`."""
     for staging in folder.glob(f"{_STAGING}*"):

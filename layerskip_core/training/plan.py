@@ -164,7 +164,7 @@ class Plan:
         """
         from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
 
-        resume, repository, is_first = self.resume, self.config.push_to_hub, process_index() == 0
+        repository, is_first = self.config.push_to_hub, process_index() == 0
         if repository is not None and is_first:
             claim_repository(repository)
         with run_lock(self.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
@@ -175,8 +175,7 @@ class Plan:
                     raise TrainingInterrupted(kept, interruption.signal, 0)
                 on_progress(stage, done, total)
 
-            history = LossHistory() if resume is None else LossHistory.read(resume.folder)
-            RunTrainer(self, *self.data_sets(progress), history, on_step, interruption).run()
+            history = RunTrainer(self, *self.data_sets(progress), on_step, interruption).run()
             info = self.save(history)
             if is_first:
                 discard_after(checkpoints_folder(self.config.output), 0)

@@ -1,12 +1,13 @@
 """A run in progress: the report of each step, the history of losses, and checkpoints.
 
-These are written to a staging folder with the settings of the run, then renamed into place, so each is whole. A run refuses to
-start beside a folder of such a name that this program did not write.
+A checkpoint begins with the settings of its run, and is whole if it has Trainer's state, which is written last. A run refuses
+to start beside a folder of such a name that this program did not write.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ from ..checkpoint.folder import open_weights
 from ..checkpoint.info import holds_model
 from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError, listed
-from ..files import discard_folder, publish_folder, read_json, remove_leftovers
+from ..files import read_json
 
-_LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
+LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2
-_SEAL = "run.json"
+_SEAL = "run.json"  # written first
+_STATE = "trainer_state.json"  # last, by Trainer
 _PREFIX = "checkpoint-"
 
 
@@ -43,8 +45,7 @@ class StepReport:
     agreement: dict[int, float] = field(default_factory=dict)  # of early exits there: the share of first drafts accepted
 
 
-@dataclass(frozen=True)
-class StepLosses:
+class StepLosses(msgspec.Struct, frozen=True, omit_defaults=True):
     """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
 
     `agreement`: on held-out rows, the share of targets where the exit's best token is the last layer's.
@@ -53,8 +54,8 @@ class StepLosses:
     step: int
     loss: float
     exits: dict[int, float]
-    validation: dict[int, float] = field(default_factory=dict)
-    agreement: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = {}
+    agreement: dict[int, float] = {}
 
     @property
     def final(self) -> float:
@@ -75,7 +76,7 @@ class LossHistory:
     def read(cls, checkpoint: Path) -> "LossHistory":
         """Of the run that a checkpoint belongs to."""
         history = cls()
-        for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / _LOSSES).read_bytes()):
+        for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / LOSSES).read_bytes()):
             history.add(losses)
         return history
 
@@ -90,10 +91,9 @@ class LossHistory:
         step, rest = self.steps[-1], (learning_rate, speed, self.validated, self.agreement)
         return StepReport(step.step, total_steps, step.loss, step.final, self.latest, *rest)
 
-    def to_jsonl(self) -> str:
-        """One JSON line per step; agreement only where it was measured."""
-        rows = ({name: value for name, value in vars(step).items() if name != "agreement" or value} for step in self.steps)
-        return "".join(json.dumps(row) + "\n" for row in rows)
+    def to_jsonl(self) -> bytes:
+        """One JSON line per step."""
+        return msgspec.json.Encoder().encode_lines(self.steps)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's checkpoints by their names; their files are not checked."""
+    """A run's whole checkpoints."""
+    return [path for path in _checkpoints(folder) if (path / _STATE).is_file()]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All, the newest first, by their names."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
@@ -122,13 +127,13 @@ def resume_point(config: TrainingConfig) -> ResumePoint | None:
     """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
 
     Raises CheckpointError if there is nothing to go on from; without `resume`, ConfigError if there is a run to lose. Raises
-    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, or the losses
-    of a run: a checkpoint of transformers' own Trainer has neither.
+    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, which those of
+    transformers' own Trainer lack.
     """
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
-    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else there:
-        if path.is_symlink() or not any((path / name).is_file() for name in (_SEAL, _LOSSES)):
+    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
+        if path.is_symlink() or not (path / _SEAL).is_file():
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
         return ResumePoint(there[0], read_json(there[0] / _SEAL, CheckpointError))
@@ -145,22 +150,18 @@ def resume_point(config: TrainingConfig) -> ResumePoint | None:
     return None
 
 
-def publish(written: Path, folder: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
-    """Adds what a run needs to a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
-    (written / _LOSSES).write_text(history.to_jsonl(), encoding="utf-8")
-    (written / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    publish_folder(written, folder / written.name)
-    for old in newest_first(folder)[KEPT:]:
-        with suppress(OSError):
-            discard_folder(old)
+def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
+    """Begins a checkpoint with what a run needs beside Trainer's files."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps than this one, staging folders, and the folder if nothing else is there."""
-    remove_leftovers(folder)
-    for checkpoint in newest_first(folder):
+    """Removes checkpoints of later steps than this one, and the folder if nothing else is there."""
+    for checkpoint in _checkpoints(folder):
         if _step(checkpoint) > step:
-            discard_folder(checkpoint)
+            shutil.rmtree(checkpoint)
     with suppress(OSError):
         folder.rmdir()
 

@@ -39,7 +39,7 @@ from .encoding import Encoder, train_tokenizer
 from .exit_blocks import FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
-from .progress import KEPT, LossHistory, ResumePoint, checkpoints_folder, resume_point
+from .progress import KEPT, LOSSES, LossHistory, ResumePoint, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import gather_whole, process_index, resolve_sharding, world_size
 from .trainer import trackers, training_arguments
@@ -185,7 +185,7 @@ class WholeModel(Plan):
             model = self.module.model
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             order = json.dumps(self.order, separators=(",", ":")).encode()
-            files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: order}
+            files = {LOSSES: history.to_jsonl(), ORDER_FILE: order}
             if self.module.readers:
                 files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)

@@ -77,7 +77,6 @@ def test_a_block_starts_as_the_last_layer_and_ignores_its_second_input():
 
 def test_the_second_run_reads_the_blocks_own_outputs():
     model = tiny_model(dtype=torch.float32)
-    backend = TransformersBackend(model)
     module = module_of(model, ExitBlock(EXIT, "final"))
     block, ((states,), finals) = module.exits[str(EXIT)], module.states(IDS)
     rope = model.model.rotary_emb(finals, torch.arange(7)[None])

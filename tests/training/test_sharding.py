@@ -96,7 +96,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         for step, expected in zip(loss_rows(tmp_path / sharded), loss_rows(tmp_path / one), strict=True):
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
             assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
-            assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+            assert step.get("validation", {}) == pytest.approx(expected.get("validation", {}), rel=1e-4)
         reference = weights(tmp_path / one)
         assert weights(tmp_path / sharded).keys() == reference.keys()
         for name, weight in weights(tmp_path / sharded).items():

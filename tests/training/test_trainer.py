@@ -232,14 +232,12 @@ def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, messa
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
+def test_a_gradient_that_is_not_finite_stops_the_run(settings):
     plan = prepare(settings())
     head = plan.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
-    before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
         plan.run(lambda report: None)
-    assert torch.equal(head, before)
 
 
 def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
@@ -254,7 +252,7 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     reports = train(settings(report_to="recorder"))
-    assert folders == [str(tmp_path / "out" / "checkpoints")]  # where tensorboard writes, and not in a staging folder
+    assert folders == [str(tmp_path / "out" / "checkpoints")]  # where tensorboard writes
     steps = [(step, logs) for step, logs in logged if "loss" in logs]
     assert [step for step, _ in steps] == [1, 2, 3, 4]
     for (_, logs), report in zip(steps, reports, strict=True):
