@@ -208,7 +208,7 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
         what, reads = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens"
     return [
         f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
-        f"{plan.trained / 1e6:.1f}M parameters, {reads}, loss {config.loss}",
+        f"{plan.trained / 1e6:.1f}M parameters, {reads}",
         f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}"
         f"{there}, {most}{plan.tokens} tokens",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "

@@ -20,7 +20,6 @@ Scheduler = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
-BlockLoss = Literal["kl", "tv", "acceptance"]
 BlockLayout = Literal["exit", "eagle3"]
 LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -213,10 +212,7 @@ class FinetuneConfig(TrainingSettings):
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
     """One training of what drafts for a model that stays as it is: blocks at its exits (see model/exit_blocks.py), or a drafter
-    that other engines read (see model/eagle3.py). The steps and epochs are those of each exit.
-
-    `loss`: KL(full depth || exit); their total variation, which is one minus the expected acceptance; or, for the layout
-    eagle3, the negative logarithm of the expected acceptance.
+    that other engines read (see model/eagle3.py).
     """
 
     layout: Annotated[
@@ -246,15 +242,12 @@ class DrafterConfig(TrainingSettings):
     ] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
-    loss: Annotated[
-        BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer, or acceptance (its negative logarithm).")
-    ] = "kl"
     steps: Annotated[
         _RunSteps | None,
-        Flag("Optimizer steps of each exit; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
+        Flag("Optimizer steps; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
     ] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="2")] = None
-    usual_epochs, commands_steps = 2.0, 600  # of each exit
+    usual_epochs, commands_steps = 2.0, 600
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,8 +264,7 @@ class DrafterConfig(TrainingSettings):
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
         """The layout of each setting given that only one has."""
-        given = {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
-        return given if self.loss != "acceptance" else {**given, "loss": "eagle3"}
+        return {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
 
     @property
     def in_place(self) -> bool:

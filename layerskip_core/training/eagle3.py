@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
 from ..config.resolution import require_exit_layer
-from ..config.training import BlockLoss, DrafterConfig
+from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
@@ -46,7 +46,7 @@ class FrozenEagle3(DrafterModule):
         Raises ConfigError for layers that a model or `known` does not have, and for a model that scales or caps its embedding
         or logits, which engines do not do for a drafter.
         """
-        super().__init__(backend, config.loss)
+        super().__init__(backend)
         usual = default_layers(backend.num_layers) if known is None else known.form.layers
         layers = tuple(sorted(config.layers or usual))
         for layer in layers:
@@ -117,9 +117,7 @@ class FrozenEagle3(DrafterModule):
         taught = finals[:, 1:-1][is_target]
         with torch.no_grad():
             embedded = self.backend.embed(input_ids[:, 1:-1]).float()
-            known = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
-            wanted = known.exp()
-            entropy = -_dots(wanted, known)
+            wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
         feature = layer.feature([state[:, :-2] for state in states])
         losses, first = [], torch.empty(0)
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
@@ -127,7 +125,7 @@ class FrozenEagle3(DrafterModule):
             whole[:, :draft] = False  # the first entries of a row have no output of so many drafts before them
             logits = layer.logits(hidden[whole[:, start:]])
             rows = whole[is_target]
-            losses.append(divergence(wanted[rows], entropy[rows], logits.log_softmax(-1), self._loss).sum())
+            losses.append(F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True))
             first = first if draft else logits.argmax(-1)
         agreeing = torch.zeros((), device=taught.device)
         if not self.training:
@@ -190,50 +188,19 @@ def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int,
     count = embedded.shape[1]
     places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
     groups, scale = layer.form.heads // layer.form.kv_heads, layer.form.head_dim**-0.5
-    later: list[tuple[Tensor, Tensor]] = []
+    entries: list[tuple[Tensor, Tensor]] = []  # the keys and values of each draft
     outputs: list[Tensor] = []
-    first: tuple[Tensor, Tensor] | None = None
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)
-        keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
-        if first is None:
-            first = keys, values
+        entries.append((keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)))
+        if not draft:
             residual, queries = residual[:, start:], queries[:, :, start:]
             embedded, feature, places = embedded[:, start:], feature[:, start:], places[:, start:]
-        else:
-            later.append((keys, values))
-        queries = queries * scale
-        scores = queries @ first[0].transpose(2, 3)
-        scores = scores.masked_fill(order > order[start:, None] - draft, -torch.inf)
-        # The key of draft j that the entry at i sees stands at i - draft + j.
-        own = [(shifted(held, draft - j), shifted(seen, draft - j)) for j, (held, seen) in enumerate(later, start=1)]
-        near = [(queries * held).sum(-1, keepdim=True) for held, _ in own]
-        weights = torch.cat((scores, *near), dim=-1).softmax(-1)
-        attended = weights[..., :count] @ first[1]
-        for number, (_, seen) in enumerate(own):
-            attended = attended + weights[..., count + number, None] * seen
-        outputs.append(layer.finish(residual, attended))
+        ends = order[start:, None] - draft
+        visible = [order <= ends, *(order[start:] == ends + later for later in range(1, draft + 1))]
+        seen, values = (torch.cat(part, dim=2) for part in zip(*entries, strict=True))
+        scores = (queries * scale) @ seen.transpose(2, 3)
+        weights = scores.masked_fill(~torch.cat(visible, dim=1), -torch.inf).softmax(-1)
+        outputs.append(layer.finish(residual, weights @ values))
         feature = torch.cat((feature[:, :1], outputs[-1][:, :-1]), dim=1)
     return outputs
-
-
-def shifted(entries: Tensor, by: int) -> Tensor:
-    """(B, H, N, head dim) moved to later places; the first ones are repeated where there is nothing."""
-    return entries if not by else torch.cat((entries[:, :, :1].expand(-1, -1, by, -1), entries[:, :, :-by]), dim=2)
-
-
-def _dots(first: Tensor, second: Tensor) -> Tensor:
-    """The dot products (M,) of rows (M, N), without a matrix of the products."""
-    return (first[:, None] @ second[..., None]).flatten()
-
-
-def divergence(wanted: Tensor, entropy: Tensor, found: Tensor, loss: BlockLoss) -> Tensor:
-    """Of a drafter's log-probabilities (M, N) from the wanted probabilities, whose entropy is (M,), by target (M,).
-
-    `kl` is KL(wanted || found). `tv` is the total variation distance, one minus the expected acceptance a = sum(min(p, q));
-    `acceptance` is -log a.
-    """
-    if loss == "kl":
-        return -_dots(wanted, found) - entropy
-    accepted = torch.minimum(found.exp(), wanted).sum(-1)
-    return 1 - accepted if loss == "tv" else -accepted.log()

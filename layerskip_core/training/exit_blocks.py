@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
 from ..config.resolution import require_exit_layer
-from ..config.training import BlockLoss, DrafterConfig
+from ..config.training import DrafterConfig
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
@@ -74,10 +74,10 @@ class DrafterModule(nn.Module):
     names: dict[int, str]
     details: dict[str, Any]
 
-    def __init__(self, backend: TransformersBackend, loss: BlockLoss) -> None:
+    def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
-        self.backend, self.config, self._loss = backend, model.requires_grad_(False).config, loss
+        self.backend, self.config = backend, model.requires_grad_(False).config
         self.decoder: Backend = backend
 
     @torch.no_grad()
@@ -139,8 +139,8 @@ class FrozenExits(DrafterModule):
 
     setting = "exits"
 
-    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
-        super().__init__(backend, loss)
+    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock]) -> None:
+        super().__init__(backend)
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.layers = tuple(block.exit_layer for block in blocks)
         self.names = {exit_layer: str(exit_layer) for exit_layer in self.layers}
@@ -154,7 +154,7 @@ class FrozenExits(DrafterModule):
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
-        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits], config.loss)
+        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits])
 
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
@@ -181,7 +181,7 @@ class FrozenExits(DrafterModule):
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
             mean = [(0.0, 1 / len(runs))] * len(runs)
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher, self._loss == "tv"))
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),

@@ -286,7 +286,6 @@ class FrozenModel(Plan):
         config, info = self.config, self.trainable.info
         shared = {
             **self.module.details,
-            "loss": config.loss,
             "data": asdict(config.data),
             "validation": config.validation,
             "answers": config.answers,

@@ -38,12 +38,11 @@ def stored(folder):
     return read_eagle3(Path(folder, "eagle3"), for_decoding(folder, "cpu").backend.spec)
 
 
-@pytest.mark.parametrize("loss", ["kl", "tv", "acceptance"])
-def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint, loss):
+def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint):
     """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
     rows = {"validation": "train", "validation_samples": 40}
-    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, loss=loss, **rows)
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, **rows)
     described, reports, _ = train(config)
     assert described["eagle3"]["divergence"] < 0.75 * reports[0].exit_losses[0]
     assert described["eagle3"]["agreement"] > 10 / 64
@@ -177,7 +176,6 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
     [
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
         ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"layout": "exit", "draft_vocab": 8192, "loss": "acceptance"}, "`loss` must be used with `layout` eagle3"),
         ({"feature": "final"}, "`feature` must be used with `layout` exit"),
         ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
     ],
