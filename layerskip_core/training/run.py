@@ -41,7 +41,7 @@ from .module import RecipeModule, with_lora
 from .plan import Plan
 from .progress import KEPT, LOSSES, LossHistory, ResumePoint, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
-from .sharding import gather_whole, process_index, resolve_sharding, world_size
+from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
 from .worth import Original, Worth
 
@@ -324,24 +324,20 @@ def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
     if isinstance(config, DrafterConfig):
         plan = FrozenModel(config, device, resume)
     else:
-        plan = WholeModel(resolve_sharding(config, device), device, resume)
+        check_sharding(config, device)
+        plan = WholeModel(config, device, resume)
     if config.training_arguments:
         training_arguments(plan)
     return plan
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's.
-
-    Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
-    """
-    if device.index:
-        raise ConfigError(
-            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
-            "environment and give `device` cuda"
-        )
+    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"  # Trainer takes the first of them
+    require(not device.index, "device", seen, device)
     if device.type == "cuda":
-        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
         torch.cuda.set_device(number)
     return torch.device(device.type)

@@ -6,7 +6,6 @@ whole model at the end.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..config.training import FinetuneConfig
 from ..errors import require
 
 _SHARD = "shard-{}.pt"
-_TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
 
 
 def world_size() -> int:
@@ -34,26 +32,16 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
-    """The config with `fsdp` on where a config of `accelerate launch` turns it on.
-
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for a setting of that config that the run
-    would not follow.
+def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
+    """Raises ConfigError for `fsdp` with one process, or on a device other than GPUs and CPUs, and for that of `accelerate
+    launch`, whose settings a run does not follow.
     """
-    given = {name: value.lower() for name, value in os.environ.items()}
-    launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
-    if not (config.fsdp or launched):
-        return config
-    if launched:
-        version = given.get("FSDP_VERSION", "1")
-        require(version == "2", "accelerate's fsdp_version", "2", version)
-        for name, instead in (("offload_params", "more processes"), ("activation_checkpointing", "`gradient_checkpointing`")):
-            asked = given.get(f"FSDP_{name.upper()}", "false")
-            require(asked not in _TRUE, f"accelerate's fsdp_{name}", f"false; give {instead} instead", asked)
-    processes = world_size()
-    require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
-    require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
-    return replace(config, fsdp=True)
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
+    require(launched == "false", "accelerate's use_fsdp", "false; give `fsdp` instead", launched)
+    if config.fsdp:
+        processes = world_size()
+        require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
+        require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
 
 
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:

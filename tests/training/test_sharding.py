@@ -121,19 +121,11 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
     assert [len(ids) for ids in seen] == [4, 4] and not seen[0] & seen[1]  # of eight rows: each is read once
 
 
-def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(settings, monkeypatch):
+def test_sharding_needs_processes_and_no_config_of_accelerate(settings, monkeypatch):
     with pytest.raises(ConfigError, match=r"`fsdp` must be used under torchrun with at least 2 processes .*, got 1"):
         prepare(settings(fsdp=True))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="accelerate's fsdp_version must be 2, got 1"):
-        prepare(settings())
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert prepare(settings()).config.fsdp
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(
-        ConfigError, match="fsdp_activation_checkpointing must be false; give `gradient_checkpointing` instead, got true"
-    ):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
+    with pytest.raises(ConfigError, match="accelerate's use_fsdp must be false; give `fsdp` instead, got true"):
         prepare(settings())
 
 

@@ -79,7 +79,7 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     plan.run(lambda report: None)
     assert batches == [4]
     monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
-    with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ConfigError, match=r"`device` must be cuda, of the GPUs that CUDA_VISIBLE_DEVICES=1 leaves, got cuda:1"):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
