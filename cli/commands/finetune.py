@@ -164,13 +164,12 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
         cut = f"{plan.truncated} truncated at {config.max_length}{left_out}"
         rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens, {cut}"
-    adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
     sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
     shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{adapted}{plan.dtype} on {plan.device}{shared}",
+        f"{plan.dtype} on {plan.device}{shared}",
     ]
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
@@ -186,12 +185,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
     if (texts := plan.answers) is not None:
-        there = f"{len(texts.known)} of which are there"
         own, replayed = step_rows(config)
-        longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
         lines.append(
-            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of "
-            f"at most {longest} tokens by the original, {there}"
+            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of {texts.how.tokens} "
+            f"tokens by the original, {len(texts.known)} of which are there"
         )
     return lines
 
@@ -200,7 +197,7 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, answers, worth = plan.config, plan.answers, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
     most = "at most " if len(answers.known) < len(answers.prompts) else ""
-    there = f" ({len(answers.known)} of them are there)" if answers.prompts else ""
+    there = f", {len(answers.known)} of which are there" if answers.prompts else ""
     left_out = f", {plan.left_out} left out" if plan.left_out else ""
     what = f"blocks at exits {','.join(map(str, plan.module.layers))}"
     reads = f"feature {config.feature}"

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
-from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Temperature, Text
+from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Text
 
 Preset = Literal["auto", "finetune", "continual", "scratch", "code", "none"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
@@ -21,13 +21,11 @@ OptimizerName = Literal["adamw", "muon"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3"]
-LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
 _Epochs = Annotated[float, Meta(gt=0, le=1_000_000)]
 _RunSteps = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _BY_PRESET = "by --recipe"
-_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit"}
-_LAYOUTS |= {"layers": "eagle3", "draft_vocab": "eagle3", "start_from": "eagle3"}
+_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
 @dataclass(frozen=True)
@@ -167,14 +165,10 @@ class FinetuneConfig(TrainingSettings):
             default="a quarter with --recipe auto and none, of a model of 50M parameters or more",
         ),
     ] = None
-    replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
     lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
     lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
     lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
-    lora_layers: Annotated[
-        LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
-    ] = "all"
     lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
     streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")] = False
     pack: Annotated[
@@ -196,14 +190,13 @@ class FinetuneConfig(TrainingSettings):
             (self.streaming, "left out with `streaming`", ("limit", "vocab_size", "replay")),
             (not scratch, "used with `preset` scratch", ("vocab_size",)),
             (scratch, "left out with `preset` scratch, which has no original", ("replay",)),
-            (self.replay == 0, "used with `replay`", ("replay_tokens",)),
         ):
             for name in names if is_so else ():
                 require(not given[name], name, needed, given[name])
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
-        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "lora_keep"):
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
             require(self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank")
         reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"
         require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
@@ -230,10 +223,6 @@ class DrafterConfig(TrainingSettings):
         Feature,
         Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
     ] = "none"
-    layers: Annotated[
-        tuple[Layer, ...] | None,
-        Flag("Layers after which a drafter of the layout eagle3 reads states.", default="2, a half of all, and all but 3"),
-    ] = None
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
     start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
     answers: Annotated[
@@ -241,7 +230,6 @@ class DrafterConfig(TrainingSettings):
         Flag("Who writes the answers to the prompts of --data.", default="model, if it has prompts"),
     ] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
-    answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
     steps: Annotated[
         _RunSteps | None,
         Flag("Optimizer steps; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
@@ -253,8 +241,8 @@ class DrafterConfig(TrainingSettings):
         super().__post_init__()
         for name, layout in self._of_one_layout.items():
             require(layout == self.implied_layout, name, f"used with `layout` {layout}", getattr(self, name))
-        for name in ("answer_tokens", "answer_temperature") if self.answers == "data" else ():
-            require(self._is_usual(name), name, "left out with `answers` data", getattr(self, name))
+        given = self.answers != "data" or self._is_usual("answer_tokens")
+        require(given, "answer_tokens", "left out with `answers` data", self.answer_tokens)
 
     @property
     def implied_layout(self) -> BlockLayout | None:

@@ -44,8 +44,8 @@ class Writing:
 
     tokens: int
     max_length: int
-    temperature: float
-    seed: int
+    temperature: float = 0.0
+    seed: int = 0
 
     def room(self, prompt: int) -> int:
         """Tokens of an answer to a prompt of so many tokens."""
@@ -124,7 +124,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
-    tokens = config.replay_tokens or round(data.tokens / len(data.seen))
+    tokens = round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     starts = _beginnings(decoder, count, config.seed, encoder.max_length - 1)
     journal = f"replay-{digest(original, starts, how, config.dtype)}.jsonl"

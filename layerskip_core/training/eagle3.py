@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
-from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
@@ -34,7 +33,6 @@ class FrozenEagle3(DrafterModule):
     """
 
     first_target = 2  # by the embedding of the token before, and the states of the one before that
-    setting = "layers"
     names = {0: "eagle3"}  # noqa: RUF012
 
     def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
@@ -43,16 +41,10 @@ class FrozenEagle3(DrafterModule):
         If the head of `known` is the model's, or was before another training, its tokens are chosen anew, too: another task
         has other ones.
 
-        Raises ConfigError for layers that a model or `known` does not have, and for a model that scales or caps its embedding
-        or logits, which engines do not do for a drafter.
+        Raises ConfigError for a model that scales or caps its embedding or logits, which engines do not do for a drafter.
         """
         super().__init__(backend)
-        usual = default_layers(backend.num_layers) if known is None else known.form.layers
-        layers = tuple(sorted(config.layers or usual))
-        for layer in layers:
-            require_exit_layer(layer, backend.num_layers, field="layers")
-        require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        form = known.form if known is not None else _form(backend, layers, config.draft_vocab)
+        form = _form(backend, config.draft_vocab) if known is None else known.form
         self.drafter = Eagle3(form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed)
         self._has_own_head = False
         if known is not None:
@@ -64,7 +56,7 @@ class FrozenEagle3(DrafterModule):
         self.to(backend.device, torch.float32)
         for name, weight in self.weights().items():
             weight.requires_grad_(name in MATRICES)
-        self.layers, self.details = layers, {"layers": layers, "draft_vocab": form.vocab}
+        self.layers, self.details = form.layers, {"layers": form.layers, "draft_vocab": form.vocab}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
@@ -151,7 +143,7 @@ def suits_engines(backend: TransformersBackend) -> bool:
         return plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
 
 
-def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Eagle3Form:
+def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
     """A layer of the model's own widths, as far as its configuration says them in the usual names.
 
     Raises ConfigError for a model whose embedding or logits are scaled or capped.
@@ -167,7 +159,7 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
     rope = getattr(config, "rope_parameters", None) or {}
     kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
     return Eagle3Form(
-        tuple(layers),
+        default_layers(backend.num_layers),
         spec.hidden,
         heads,
         kv_heads,

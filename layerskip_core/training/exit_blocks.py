@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,8 +60,7 @@ class DrafterModule(nn.Module):
     Attributes:
         backend: the model's.
         decoder: the backend that computes the states, that of decoding.
-        setting: of the config, which names the layers after which states are read.
-        layers: these, ascending.
+        layers: those after which states are read, ascending.
         names: by measured exit, of what is trained, as layerskip.json has it.
         first_target: the index of the first token of a row that is predicted.
         details: of how all of it was trained.
@@ -69,7 +68,6 @@ class DrafterModule(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
     first_target = 1
-    setting: Literal["exits", "layers"]
     layers: tuple[int, ...]
     names: dict[int, str]
     details: dict[str, Any]
@@ -136,8 +134,6 @@ class FrozenExits(DrafterModule):
     94.2% agreement, 600 of AdamW on all weights 94.7%. Muon takes no weights of three dimensions; blocks that have them
     (experts) are trained by AdamW as a whole.
     """
-
-    setting = "exits"
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock]) -> None:
         super().__init__(backend)

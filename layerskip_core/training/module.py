@@ -17,7 +17,7 @@ from ..checkpoint.beside import exit_blocks_content, fingerprint
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, quiet_transformers
 from ..checkpoint.save import write_model
 from ..config.training import FinetuneConfig
-from ..errors import ConfigError, first_line, require
+from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
@@ -141,28 +141,16 @@ class RecipeModule(nn.Module):
 
 
 @quiet_transformers()
-def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
-    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
-
-    With `layers`, only those in so many of the first layers.
-    """
+def with_lora(model: Any, config: FinetuneConfig) -> Any:
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D  # of GPT-2
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
-    if layers is not None:
-        modules = dict(model.named_modules())  # peft adapts what is named in full whatever its layer
-        whole = [name for name in targets if name in modules]
-        require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
-        if targets == ["all-linear"]:  # which peft does not take together with layers
-            parts = TransformersBackend(model).layers[:layers].named_modules()
-            targets = sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))})
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        layers_to_transform=None if layers is None else list(range(layers)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.model,
     )

@@ -59,7 +59,6 @@ class WholeModel(Plan):
     module: RecipeModule
     recipe: Recipe
     truncated: int  # rows
-    adapted_layers: int | None = None  # the first ones, to which LoRA is confined: those below the highest trained early exit
 
     def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
@@ -109,10 +108,6 @@ class WholeModel(Plan):
         if config.lora_keep:  # beside an adapter alone nothing else is saved
             self.recipe = replace(self.recipe, exit_reader="none")
         self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
-        if config.lora_layers == "below-exit":
-            trains = self.recipe.curriculum != "none"
-            require(trains, "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
-            self.adapted_layers = max(self.recipe.exits, default=spec.layers - 1)
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
         self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)
         facts = asdict(self.recipe) | {"original": None, "tokens": rows.tokens, "data_digest": rows.digest}
@@ -120,7 +115,6 @@ class WholeModel(Plan):
             facts["original"] = original = fingerprint(spec, self.trainable.model.get_parameter)
             if config.replay:
                 self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
-                self.config = replace(self.config, replay_tokens=self.answers.how.tokens)
                 facts["replayed"] = self.answers.journal.name
         self.seal(resume, facts)
 
@@ -132,7 +126,7 @@ class WholeModel(Plan):
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
             readers = new_readers(backend, self.recipe.exits, blocks)
         if config.lora_rank:
-            model = with_lora(model, config, self.adapted_layers)
+            model = with_lora(model, config)
         module = RecipeModule(model, self.recipe, config.seed, config.gradient_checkpointing, readers)
         module.tokenizer, module.by_muon = self.trainable.tokenizer, config.optimizer == "muon"
         return module
@@ -217,8 +211,8 @@ class FrozenModel(Plan):
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
         layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
         module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
-        chosen: dict[str, Any] = {"layout": layout, "answers": answers, module.setting: module.layers}
-        self.config = config = replace(config, lr=config.lr or module.usual_lr, **chosen)
+        exits = module.layers if layout == "exit" else None
+        self.config = config = replace(config, lr=config.lr or module.usual_lr, layout=layout, answers=answers, exits=exits)
         self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
         held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
         held |= {} if self.kept.eagle3 is None else {0: "a drafter"}
@@ -253,8 +247,7 @@ class FrozenModel(Plan):
         self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows, once the answers are written
         if config.answers == "model":
             self.texts, prompts = [], self.texts
-        heat = config.answer_temperature
-        how = Writing(config.answer_tokens, longest, heat, config.seed if heat else 0)  # greedy ones need none
+        how = Writing(config.answer_tokens, longest)
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 

@@ -52,7 +52,7 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
     shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
               "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
               "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
-              "--replay", "0.5", "--replay-tokens", "8")  # fmt: skip
+              "--replay", "0.5")  # fmt: skip
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
     threads = torch.get_num_threads()

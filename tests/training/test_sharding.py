@@ -37,7 +37,7 @@ WHOLE = {
     "max_length": 64,
     "seed": 3,
 }
-ADAPTERS = WHOLE | {"lora_rank": 2, "lora_layers": "below-exit", "validation": None, "validation_samples": None,
+ADAPTERS = WHOLE | {"lora_rank": 2, "validation": None, "validation_samples": None,
                     "recipe": replace(WHOLE["recipe"], exits=(2,), rotation=None), "lr": 1e-2}  # fmt: skip
 
 
