@@ -1,5 +1,6 @@
 """Convert a checkpoint by the LayerSkip recipe, or train it without."""
 
+import json
 import os
 import shlex
 import sys
@@ -38,20 +39,16 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(read_bytes(path, f"--config {path}", ConfigError).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
-    named = {flag.removeprefix("--"): each for each in context.command.params for flag in each.opts}
-    known = {flag: parameter for flag, parameter in named.items() if flag not in ("config", "help")}
-    defaults: dict[str, Any] = {}
+    named = {flag.removeprefix("--"): str(each.name) for each in context.command.params for flag in each.opts}
+    known = {flag: name for flag, name in named.items() if flag not in ("config", "help")}
+    defaults: dict[str, str] = {}
     for key, value in values.items():
-        parameter = known.get(key.replace("_", "-"))
-        if parameter is None:
+        flag = key.replace("_", "-")
+        if flag not in known:
             raise ConfigError(
                 f"--config {path}: {shown(key)!r} is no flag of {context.info_name}; known: {', '.join(sorted(known))}"
             )
-        is_switch = bool(getattr(parameter, "is_flag", False))
-        if is_switch != isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
-            needed = "true or false" if is_switch else "a text or a number"
-            raise ConfigError(f"--config {path}: {parameter.opts[0]} must be {needed}, got {shown(value)}")
-        defaults[str(parameter.name)] = value if is_switch else str(value)  # 2.5 is no whole number
+        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)  # as it is typed
     context.default_map = {**cast(dict[str, Any], context.default_map or {}), **defaults}
     return path
 
@@ -147,10 +144,25 @@ def _command(name: str, config: TrainingConfig) -> str:
 def plan_text(plan: "WholeModel | FrozenModel") -> str:
     from layerskip_core.training.run import WholeModel
 
-    lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
+    config, is_whole = plan.config, isinstance(plan, WholeModel)
+    rows = f"a stream, cut at {config.max_length} tokens"
+    if plan.rows is not None:
+        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
+        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+    lines = [
+        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{plan.dtype} on {plan.device}",
+        *(_recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)),
+    ]
+    if (texts := plan.answers) is not None and texts.prompts:
+        what = "replayed texts" if is_whole else "answers"
+        lines.append(
+            f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} are there"
+        )
     if plan.step_seconds is not None:
-        training, memory = _minutes(plan.step_seconds * plan.steps), plan.memory_mb
-        lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
+        training = _minutes(plan.step_seconds * plan.steps)
+        lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}")
     return "\n".join((*lines, *plan.notes))
 
 
@@ -158,19 +170,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.data import step_rows
     from layerskip_core.training.sharding import world_size
 
-    config, recipe, processes = plan.config, plan.recipe, world_size()
-    rows = f"a stream, cut at {config.max_length} tokens"
-    if plan.rows is not None:
-        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
-        cut = f"{plan.truncated} truncated at {config.max_length}{left_out}"
-        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens, {cut}"
-    sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
-    shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
-    lines = [
-        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}{shared}",
-    ]
+    config, recipe, processes, (own, replayed) = plan.config, plan.recipe, world_size(), step_rows(plan.config)
+    lines = [f"{plan.truncated} rows are truncated at {config.max_length}"] if plan.truncated else []
+    if processes > 1:
+        lines.append(f"{processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else ""))
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
         lines.append("trained at full depth alone, as any model")
@@ -184,32 +187,17 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
             f"recipe {recipe.preset}: p_max {recipe.p_max:g} {recipe.dropout_schedule}{profile}, e_scale {recipe.e_scale:g} "
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
-    if (texts := plan.answers) is not None:
-        own, replayed = step_rows(config)
-        lines.append(
-            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of {texts.how.tokens} "
-            f"tokens by the original, {len(texts.known)} of which are there"
-        )
-    return lines
+    return [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"] if replayed else lines
 
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
-    config, answers, worth = plan.config, plan.answers, plan.worth
+    config, worth = plan.config, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
-    most = "at most " if len(answers.known) < len(answers.prompts) else ""
-    there = f", {len(answers.known)} of which are there" if answers.prompts else ""
-    left_out = f", {plan.left_out} left out" if plan.left_out else ""
-    what = f"blocks at exits {','.join(map(str, plan.module.layers))}"
-    reads = f"feature {config.feature}"
+    what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
     if config.layout == "eagle3":
-        what, reads = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens"
+        what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [
-        f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
-        f"{plan.trained / 1e6:.1f}M parameters, {reads}",
-        f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}"
-        f"{there}, {most}{plan.tokens} tokens",
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}",
+        f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
         f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",

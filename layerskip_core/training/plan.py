@@ -4,14 +4,13 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -40,7 +39,7 @@ _FREE = (
     *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
     *("validation", "validation_samples", "eval_steps"),
 )
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,6 @@ class Plan:
     trained: int  # parameters
     notes: tuple[str, ...] = ()  # what the user should know before it starts
     step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
-    memory_mb: float  # at its peak, with the optimizer's moments
-
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, float]  # of a model: that train each exit, the last layer included
@@ -123,26 +120,22 @@ class Plan:
         self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         if self.config.fsdp:
             return
-        device, on_gpu = torch.device(self.device), self.device.startswith("cuda")
+        device = torch.device(self.device)
         module.to(device).train()
         batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), self.config.batch_size))).items()}
         measured = int(batch.pop("lengths").sum())
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 loss = module(**batch, step=RunStep(self.steps // 2, self.steps))["loss"]
             torch.autograd.backward(loss)
-            if on_gpu:
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             module.zero_grad(set_to_none=True)
             if seconds > _BRIEF:
                 break
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
         self.step_seconds = seconds * self.config.batch_size * self.config.accumulation * mean_tokens / measured
-        self.memory_mb = (peak + 8 * self.trained) / 2**20
 
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
@@ -167,7 +160,8 @@ class Plan:
         repository, is_first = self.config.push_to_hub, process_index() == 0
         if repository is not None and is_first:
             claim_repository(repository)
-        with run_lock(self.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
+        _keep_memory()
+        with run_lock(self.config.output), Interruption() as interruption, quiet_transformers():
 
             def progress(stage: str, total: int, done: int) -> None:
                 if interruption.signal is not None:
@@ -230,23 +224,13 @@ class Plan:
         return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
 
 
-def _peak_memory() -> int:
-    """The most bytes that this process had in memory at once."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def run_lock(output: str) -> AbstractContextManager[None]:
     """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
     return hold(output, "a training") if process_index() == 0 else nullcontext()
 
 
-@contextmanager
-def _kept_memory() -> Iterator[None]:
-    """glibc keeps the memory that a step frees for the next one.
+def _keep_memory() -> None:
+    """From now on glibc keeps the memory that a step frees for the next one.
 
     Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
     """
@@ -254,9 +238,3 @@ def _kept_memory() -> Iterator[None]:
     mallopt = getattr(library, "mallopt", lambda option, value: 0)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:  # the default, and the highest values that glibc would have come to by itself
-        mallopt(_MMAP_MAX, 1 << 16)
-        mallopt(_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_TRIM_THRESHOLD, 1 << 26)

@@ -277,19 +277,8 @@ class FrozenModel(Plan):
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
-        shared = {
-            **self.module.details,
-            "data": asdict(config.data),
-            "validation": config.validation,
-            "answers": config.answers,
-            "rows": self.rows,
-            "target_tokens": sum(label != IGNORED for text in self.texts[: self.rows] for label in text["labels"][1:]),
-            "steps": self.steps,
-            "batch_size": config.batch_size * config.accumulation,
-            "lr": config.lr,
-            "seed": config.seed,
-            "versions": _VERSIONS,
-        }
+        how = asdict(config) | self.module.details | {"rows": self.rows, "steps": self.steps, "versions": _VERSIONS}
+        shared = json.loads(json.dumps(how))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share

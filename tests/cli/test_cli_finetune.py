@@ -40,12 +40,12 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     what, how, recipe, cost = result.err.splitlines()
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
-        r"4 rows and 0 held out, \d+ tokens, 0 truncated at 48",
+        r"4 rows and 0 held out, \d+ tokens at most",
         what,
     )
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     assert recipe == ("recipe auto: p_max 0.3 falling, e_scale 0.2 uniform, all, exits 2 on 7 of 7 steps, each read by a block")
-    assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s; about \d+ MB", cost)
+    assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s", cost)
     assert list(Path().iterdir()) == []
 
 
@@ -87,15 +87,15 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypa
 def test_a_replay_is_planned_written_and_found_again(finetune):
     arguments = finetune("--replay", "0.5", "--steps", "3", "--lora-rank", "2")
     plan = run(*arguments, "--dry-run")
-    assert re.search(r"^replay: 1 of the 2 rows of a step, of 3 texts of \d+ tokens by the original, 0 of which are there$",
-                     plan.err, re.MULTILINE)  # fmt: skip
+    assert "\nreplay: 1 of the 2 rows of a step\n" in plan.err
+    assert re.search(r"^3 replayed texts by the model, at most \d+ tokens; 0 are there$", plan.err, re.MULTILINE)
     assert "lr 0.0005, fp32 on cpu" in plan.err and list(Path().iterdir()) == []
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^replay texts 3/3 ", result.err, re.MULTILINE)
     assert json.loads(Path("out", "layerskip.json").read_text())["config"]["replay"] == 0.5
     again = run(*arguments, "--overwrite", "--dry-run")
-    assert "by the original, 3 of which are there" in again.err
+    assert "tokens; 3 are there\n" in again.err
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
@@ -161,7 +161,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
         'curriculum = "gradual"\nbatch_size = 3\ndevice = "cpu"\n'
     )
     plan = plan_of("finetune", "--config", "run.toml")
-    assert "4 rows" in plan and "truncated at 20" in plan and "9 steps of 3 x 1" in plan
+    assert "4 rows" in plan and "4 rows are truncated at 20" in plan and "9 steps of 3 x 1" in plan
     assert "recipe auto: p_max 0.4 falling, e_scale 0.2 uniform, gradual, " in plan
     plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
     assert "truncated at 20" in plan and "5 steps of 3 x 1" in plan and "p_max 0 falling" in plan
@@ -179,11 +179,8 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
         (b"model = '\xff'\n", "is not valid TOML: 'utf-8' codec"),
         ("steps = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
         ("a = " + "[" * 5000, "is not valid TOML: "),
-        ('data = "a\\u0000b"\n', "--data must be a text or a number, got a"),
         (None, "there is no such file"),
-        ("lr = true", "--lr must be a text or a number, got True"),
-        ("data = {a = 1}", "--data must be a text or a number, got {'a': 1}"),
-        ("resume = 1", "--resume must be true or false, got 1"),
+        ("data = {a = 1}", '--data {"a": 1} is none of: commands'),
         ("seed = 4294967296", "--seed must be a whole number in 0..4294967295, got 4294967296"),
         ("lr = nan", "--lr must be a number in (0, 100], got nan"),
     ],
@@ -195,7 +192,7 @@ def test_a_config_file_that_cannot_be(finetune, text, named):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("value", ['"many"', "1.5"])
+@pytest.mark.parametrize("value", ['"many"', "1.5", "true"])
 def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, value):
     Path("run.toml").write_text(f"steps = {value}\n")
     result = run(*finetune("--config", "run.toml"))
@@ -274,14 +271,14 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    what, rows, steps, worth, cost, note = planned.err.splitlines()
-    assert what == (
-        f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, feature final"
-    )
+    rows, steps, what, worth, answers, cost, note = planned.err.splitlines()
+    assert what == ("blocks at exits 2,4, feature final, 0.0M parameters; the model stays as it is; answers of the model")
     assert re.fullmatch(
-        r"on .*rows\.jsonl: 4 rows and 0 held out, answers of the model, 0 of which are there, at most \d+ tokens", rows
+        rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
+        rows,
     )
     assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    assert answers == "4 answers by the model, at most 4 tokens; 0 are there"
     speeds = ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
     assert re.match(
         rf"drafts here would take [\d.]+ of a step \([\d.]+ ms\) each, so by drafts accepted about {speeds} of plain", worth
