@@ -30,10 +30,9 @@ _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at mo
 FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
-_SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
+_SHUFFLED = 10_000  # rows of a stream at a time
 _SAMPLED = 64  # rows of a stream that are read to plan a run
-_COUNTED = 50_000  # rows whose targets are counted, evenly spaced; of a stream the first ones
-_COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be counted
+_COUNTED = 1000  # rows of a stream whose targets are counted
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
@@ -178,24 +177,16 @@ def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    rows: Iterable[dict[str, Any]]
-    if isinstance(data.rows, StreamedRows):
-        rows, most = itertools.islice(data.rows.one_pass(0), _COUNTED), _COUNTED_TOKENS
-    else:
-        rows, most = data.rows[:: -(-len(data.rows) // _COUNTED)], 1 << 62
-    counts, seen = np.zeros(vocab_size, np.int64), 0
-    for row in rows:
-        labels = np.asarray(row["labels"])
-        np.add.at(counts, labels[labels != IGNORED], 1)
-        seen += len(labels)
-        if seen >= most:
-            break
+    streamed = isinstance(data.rows, StreamedRows)
+    rows = itertools.islice(data.rows.one_pass(0), _COUNTED) if streamed else data.rows
+    labels = np.concatenate([row["labels"] for row in rows])
+    counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them.
+    """Encoded rows of a file or hub data set, pass after pass, endlessly, each ten thousand of them shuffled.
 
     Of several processes each reads all rows, and encodes its own share of them.
     """
@@ -220,15 +211,9 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
     def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        waiting: list[Row] = []
-        for row in stream_rows(self._config):
-            if len(waiting) < _SHUFFLED:
-                waiting.append(row)
-                continue
-            at = int(torch.randint(_SHUFFLED, (), generator=generator))
-            yield waiting[at]
-            waiting[at] = row
-        yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
+        rows = stream_rows(self._config)
+        while some := list(itertools.islice(rows, _SHUFFLED)):
+            yield from (some[at] for at in torch.randperm(len(some), generator=generator).tolist())
 
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:

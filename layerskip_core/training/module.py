@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, quiet_transformers
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
 from ..checkpoint.save import write_model
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
@@ -22,7 +22,6 @@ from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .exit_blocks import MUON_LR, copy_into, named_weights
-from .progress import load_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .worth import Worth, worth_of_exit
 
@@ -134,8 +133,13 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Loads the model inside. Raises CheckpointError as `load_weights` does."""
-        load_weights(self.model, folder)
+        stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
+        if hasattr(self.model, "get_base_model"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, stored)
+        else:
+            self.model.load_state_dict(stored, strict=False)  # tied weights are stored once
         if self.readers:
             copy_into(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
 

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import nn
 
-from ..checkpoint.folder import open_weights
-from ..checkpoint.info import holds_model
-from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import CheckpointError, ConfigError, listed
+from ..config.training import TrainingConfig
+from ..errors import CheckpointError, ConfigError
 from ..files import read_json
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
@@ -137,16 +134,12 @@ def resume_point(config: TrainingConfig) -> ResumePoint | None:
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
         return ResumePoint(there[0], read_json(there[0] / _SEAL, CheckpointError))
-    texts = isinstance(config, DrafterConfig) or (config.replay != 0 and any(folder.glob("replay-*.jsonl")))
-    if config.resume and not texts:
+    if config.resume and not any(folder.glob("*.jsonl")):
         again = "a run with `save_steps` N has them until it ends"
         raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; {again}")
     if there and not config.overwrite:
-        replaces = holds_model(config.output) and not (isinstance(config, DrafterConfig) and config.in_place)
-        held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
-        raise ConfigError(
-            f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"
-        )
+        again = "give `resume` to go on (and `overwrite` if it replaces a model), or `overwrite` alone to start anew"
+        raise ConfigError(f"`output` {config.output} holds an unfinished run; {again}")
     return None
 
 
@@ -164,23 +157,6 @@ def discard_after(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
     with suppress(OSError):
         folder.rmdir()
-
-
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
-    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint).items()}
-    if hasattr(model, "get_base_model"):
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-        missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys())
-        unknown = set_peft_model_state_dict(model, stored).unexpected_keys
-    else:
-        unknown = model.load_state_dict(stored, strict=False).unexpected_keys
-        # Tied weights are stored once.
-        loaded = {weight.data_ptr() for name, weight in model.state_dict().items() if name in stored}
-        missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
-    if unknown or missing:
-        raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
 
 
 def _step(checkpoint: Path) -> int:

@@ -258,11 +258,8 @@ def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
     assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order
-    monkeypatch.setattr(training_data, "_COUNTED_TOKENS", 1)
+    monkeypatch.setattr(training_data, "_COUNTED", 1)
     assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300)[0] == z  # of one row alone
-    monkeypatch.setattr(training_data, "_COUNTED", 2)
-    spread = [Example("q", "z"), Example("q", "y"), Example("q", "zz"), Example("q", "y")]  # of these the first and the third
-    assert token_order(encode_rows(spread, encoder), 300)[:2] == [z, end]
 
 
 EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))
