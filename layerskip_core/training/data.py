@@ -24,7 +24,7 @@ from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder
 from .recipe import TEXT_PRESETS
-from .sharding import process_index, world_size
+from .sharding import world_size
 
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
 FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
@@ -188,7 +188,7 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     """Encoded rows of a file or hub data set, pass after pass, endlessly, each ten thousand of them shuffled.
 
-    Of several processes each reads all rows, and encodes its own share of them.
+    Of several processes each reads all, and accelerate gives it its own batches.
     """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
@@ -198,16 +198,14 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         for number in itertools.count():
             rows = self.one_pass(number)
             first = next(rows, None)
-            if first is None:  # the file has changed since the run was planned, or has too few rows
-                fewer = f", or the data has fewer rows than the {world_size()} processes" if world_size() > 1 else ""
-                raise DataError(f"{no_room(self._encoder)}{fewer}")
+            if first is None:  # the file has changed since the run was planned
+                raise no_room(self._encoder)
             yield first
             yield from rows
 
     def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
-        """The rows of this process in pass `number` over the data."""
-        own = itertools.islice(self._shuffled(number), process_index(), None, world_size())
-        return filter(has_target, self._encoder.rows(own))
+        """The rows of pass `number` over the data."""
+        return filter(has_target, self._encoder.rows(self._shuffled(number)))
 
     def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)

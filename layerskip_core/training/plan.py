@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from math import cos, pi
 from typing import Any
 
 import torch
@@ -214,14 +213,6 @@ class Plan:
             return 0
         once = self.recipe is not None and self.config.validation is None
         return self.config.eval_steps or (self.steps if once else max(1, self.steps // _VALIDATIONS))
-
-    def lr_share(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, over the highest one: a line upwards, then as `scheduler` says to 0."""
-        warmup = round(self.config.warmup * self.steps)
-        if step < warmup:
-            return step / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:

@@ -30,13 +30,13 @@ from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..files import require_disk
 from ..losses import IGNORED
-from ..model.exit_blocks import NO_BLOCKS
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock
 from ..model.vocabulary import ORDER_FILE
 from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import Encoder, train_tokenizer
-from .exit_blocks import FrozenExits, new_readers
+from .exit_blocks import MUON_LR, FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
 from .progress import KEPT, LOSSES, LossHistory, ResumePoint, checkpoints_folder, resume_point
@@ -124,7 +124,7 @@ class WholeModel(Plan):
             source, blocks = locate(config.model).folder, NO_BLOCKS
             if source is not None and not self.scratch:
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
-            readers = new_readers(backend, self.recipe.exits, blocks)
+            readers = new_readers(backend, [ExitBlock(layer) for layer in self.recipe.exits], blocks)
         if config.lora_rank:
             model = with_lora(model, config)
         module = RecipeModule(model, self.recipe, config.seed, config.gradient_checkpointing, readers)
@@ -212,7 +212,7 @@ class FrozenModel(Plan):
         layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
         module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
         exits = module.layers if layout == "exit" else None
-        self.config = config = replace(config, lr=config.lr or module.usual_lr, layout=layout, answers=answers, exits=exits)
+        self.config = config = replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
         self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
         held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
         held |= {} if self.kept.eagle3 is None else {0: "a drafter"}

@@ -16,7 +16,6 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -25,7 +24,7 @@ from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingError
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
-from .data import StreamedRows, collate
+from .data import collate
 from .progress import KEPT, LossHistory, StepLosses, StepReport, checkpoints_folder, discard_after, newest_first, seal
 from .recipe import RunStep
 from .sharding import process_index, read_shard, use_fsdp, write_shard
@@ -104,15 +103,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
         others = (Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment) for weights, lr, adjustment in groups)
         self.optimizer = Optimizers(adamw, *others) if groups else adamw
-        self.lr_scheduler = LambdaLR(self.optimizer, self.plan.lr_share)  # in place of the one that Trainer would make
         return self.optimizer
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's own, which divides the rows among the processes; a stream has been divided."""
-        if not isinstance(self.train_dataset, StreamedRows):
-            return super().get_train_dataloader()
-        pinned = self.args.dataloader_pin_memory
-        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator, pin_memory=pinned)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -281,6 +272,8 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
+        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
+        warmup_steps=round(config.warmup * plan.steps),
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
         adam_beta2=_BETAS[1],
@@ -296,8 +289,11 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         save_total_limit=KEPT,
-        # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.config.fsdp else None,
+        accelerator_config={
+            "dispatch_batches": False,  # each process reads a stream, whose batches have different lengths
+            # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
+            "gradient_accumulation_kwargs": {"sync_each_batch": True} if plan.config.fsdp else None,
+        },
         logging_strategy="no",  # on_step_end says that every step is logged
         logging_nan_inf_filter=False,
         report_to=trackers(config.report_to),
