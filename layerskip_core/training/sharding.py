@@ -75,27 +75,18 @@ def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler,
     (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
     """
     reshard(module)
-    state = optimizer.state_dict()
-    parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}
-    weights = {name: _local(weight) for name, weight in _trained(module)}
     folder.mkdir(parents=True, exist_ok=True)
-    states = {"optimizer": {**state, "state": parts}, "scheduler": scheduler.state_dict()}
-    torch.save({"weights": weights, **states}, folder / _SHARD.format(process_index()))
+    states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save({"weights": dict(_trained(module)), **states}, folder / _SHARD.format(process_index()))
 
 
+@torch.no_grad()
 def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
     """Loads what `write_shard` wrote, in a run of as many processes."""
-    stored = torch.load(folder / _SHARD.format(process_index()), map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, weight in _trained(module):
-            _local(weight).copy_(stored["weights"][name])
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = stored["optimizer"]
-    state["state"] = {
-        index: {name: _sharded(value, trained[index]) for name, value in moments.items()}
-        for index, moments in state["state"].items()
-    }
-    optimizer.load_state_dict(state)
+    stored = torch.load(folder / _SHARD.format(process_index()), weights_only=True)
+    for name, weight in _trained(module):
+        weight.copy_(stored["weights"][name])
+    optimizer.load_state_dict(stored["optimizer"])
     scheduler.load_state_dict(stored["scheduler"])
 
 
@@ -131,15 +122,3 @@ def reshard(module: nn.Module) -> None:
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
-
-
-def _local(value: Any) -> Any:
-    return value.to_local().detach() if isinstance(value, DTensor) else value
-
-
-def _sharded(value: Any, weight: Tensor) -> Any:
-    """A moment of the optimizer, sharded like its weight; a count of steps stays as it is."""
-    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    local = value.to(weight.device)
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())
