@@ -104,7 +104,7 @@ def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
 
         def report_step(report: "StepReport") -> None:
-            show("training", report.step, report.total_steps, report_text(report, plan.recipe is None))
+            show("training", report.step, report.total_steps, report_text(report))
 
         try:
             return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
@@ -204,36 +204,29 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
     ]
 
 
-def report_text(report: "StepReport", is_drafter: bool) -> str:
-    """How a step is shown."""
+def report_text(report: "StepReport") -> str:
+    """How a step is shown: its loss or, of what drafts, its divergence; a drafter in the EAGLE-3 layout is exit 0."""
+    shown = (
+        ("exits", report.exit_losses, ".3f"),
+        ("held-out", report.validation_losses, ".3f"),
+        ("first drafts agree", report.agreement, ".0%"),
+    )
+    parts = [f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in spread(each)) for what, each, form in shown if each]
     speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    exits = _by_exit(report.exit_losses, ".3f" if is_drafter else ".2f")
-    if is_drafter:
-        agreement = _by_exit(report.agreement, ".1%")
-        return f"divergence {exits} {f'first drafts agree {agreement} ' if agreement else ''}{speed}"
-    held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
-    return f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{speed}"
-
-
-def _by_exit(values: dict[int, float], form: str) -> str:
-    """A few of the exits; a drafter in the EAGLE-3 layout, whose key is 0, stands at none."""
-    return " ".join(f"{layer}:{value:{form}}" if layer else f"{value:{form}}" for layer, value in spread(values))
+    return " ".join((f"loss {report.loss:.3f}", *parts, speed))
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
     """The last losses, or divergences of what drafts; what drafts give; what the training cost the model."""
     details = info.details
+    kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
     if plan.recipe is None:
-        trained = {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}
-        titles = {name: f"exit {name}" if name.isdigit() else "the drafter" for name in trained}
-        lines = [f"{titles[name]}: divergence {divergence:.3f}" for name, divergence in trained.items()]
-    else:
-        kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
-        lines = [
-            f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in details[name].items())
-            for name, what in kinds
-            if details[name]
-        ]
+        kinds = {"divergence": {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}}
+    lines = [
+        f"{what}: " + "  ".join(f"{name}: {loss:.3f}" for name, loss in losses.items())
+        for what, losses in kinds.items()
+        if losses
+    ]
     lines += [
         f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; with {verdict.drafts} drafts about "
         f"{verdict.speed:.2f}x of plain decoding here{'' if verdict.speed >= _PAYS else ': does not pay'}"

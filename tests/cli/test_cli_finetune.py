@@ -103,7 +103,7 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert (result.code, result.out) == (0, "")
     *_, progress, exits, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
     assert re.fullmatch(
-        r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
+        r"training 2/2 loss [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
@@ -124,8 +124,8 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
     following = f"train-drafter --model out --output out --data {rows}"
     assert result.err.endswith(f"saved out; next: layerskip {following}\n")
     drafter = run(*following.split(), *SHORT, "--answers", "data", "--steps", "1")
-    assert drafter.code == 0 and re.search(r"^training 1/1 divergence \d\.\d{3} lr ", drafter.err, re.MULTILINE)
-    assert re.search(r"^the drafter: divergence \d", drafter.err, re.MULTILINE)
+    assert drafter.code == 0 and re.search(r"^training 1/1 loss \d\.\d{3} exits 0:\d\.\d{3} lr ", drafter.err, re.MULTILINE)
+    assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
     measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
     assert f"rows: {rows}, split train, which the model was trained on; --data gives others\n" in measured.err
@@ -288,8 +288,10 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
 
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
-    assert re.search(r"^training 2/2 divergence 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE)
-    assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
+    assert re.search(
+        r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE
+    )
+    assert re.search(r"^divergence: 2: [\d.]+  4: [\d.]+$", result.err, re.MULTILINE)
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
     assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(files())
     for wrong, told in (
