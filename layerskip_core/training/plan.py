@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from ..checkpoint.loaded import Trainable, pick_dtype
 from ..checkpoint.open import for_decoding
 from ..checkpoint.save import claim_repository, push
 from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import ConfigError, TrainingInterrupted
-from ..files import hold
+from ..errors import CheckpointError, ConfigError, TrainingInterrupted
+from ..files import hold, read_json
 from ..interruption import Interruption
 from ..model.native.compiled import multiplies_bf16
 from .answers import Answers
 from .data import collate
 from .module import use_fp32_attention
-from .progress import LossHistory, ResumePoint, StepReport, checkpoints_folder, discard_after
+from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe, RunStep
 from .sharding import process_index, world_size
 
@@ -73,7 +74,7 @@ class Plan:
     parameters: int
     num_layers: int
     sealed: Mapping[str, Any]
-    resume: ResumePoint | None
+    resume: Path | None  # a checkpoint
     held_out: int  # rows
     trained: int  # parameters
     notes: tuple[str, ...] = ()  # what the user should know before it starts
@@ -92,7 +93,7 @@ class Plan:
         if self.autocast and device.type == "cpu":
             use_fp32_attention(trainable.model)
 
-    def seal(self, resume: ResumePoint | None, facts: Mapping[str, Any]) -> None:
+    def seal(self, resume: Path | None, facts: Mapping[str, Any]) -> None:
         """Seals the config and the `facts`. Raises ConfigError where the checkpoint to resume from was sealed with others."""
         config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         config |= config.pop("recipe", {})
@@ -102,13 +103,12 @@ class Plan:
         self.sealed = json.loads(json.dumps(command | config | run | dict(facts)))
         if resume is None:
             return
-        self.notes += (f"going on from {resume.folder}",)
-        for name, value in self.sealed.items():
-            if name in resume.settings and resume.settings[name] != value:
-                raise ConfigError(
-                    f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
-                    "resumed with the same settings on the same data"
-                )
+        self.notes += (f"going on from {resume}",)
+        before = read_json(resume / SEAL, CheckpointError)
+        for name in self.sealed.keys() & before.keys():
+            if before[name] != (now := self.sealed[name]):
+                again = "a run is resumed with the same settings on the same data"
+                raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
 
     def measure(self, rows: Sequence[dict[str, Any]], mean_tokens: float) -> None:
         """Measures a step in the middle of the run: forward and backward on one batch of `rows`.
@@ -171,7 +171,7 @@ class Plan:
             history = RunTrainer(self, *self.data_sets(progress), on_step, interruption).run()
             info = self.save(history)
             if is_first:
-                discard_after(checkpoints_folder(self.config.output), 0)
+                discard_after(checkpoints_folder(self.config.output), None)
                 if repository is not None:
                     push(self.config.output, repository)
         return info

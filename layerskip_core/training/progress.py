@@ -18,11 +18,10 @@ import msgspec
 
 from ..config.training import TrainingConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2
-_SEAL = "run.json"  # written first
+SEAL = "run.json"  # written first
 _STATE = "trainer_state.json"  # last, by Trainer
 _PREFIX = "checkpoint-"
 
@@ -93,18 +92,6 @@ class LossHistory:
         return msgspec.json.Encoder().encode_lines(self.steps)
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """The newest checkpoint, and the settings of the run that wrote it."""
-
-    folder: Path
-    settings: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return _step(self.folder)
-
-
 def checkpoints_folder(output: str) -> Path:
     """The folder of the checkpoints of a run."""
     return Path(output) / "checkpoints"
@@ -120,7 +107,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
-def resume_point(config: TrainingConfig) -> ResumePoint | None:
+def resume_point(config: TrainingConfig) -> Path | None:
     """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
 
     Raises CheckpointError if there is nothing to go on from; without `resume`, ConfigError if there is a run to lose. Raises
@@ -130,10 +117,10 @@ def resume_point(config: TrainingConfig) -> ResumePoint | None:
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
     for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
-        if path.is_symlink() or not (path / _SEAL).is_file():
+        if path.is_symlink() or not (path / SEAL).is_file():
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
-        return ResumePoint(there[0], read_json(there[0] / _SEAL, CheckpointError))
+        return there[0]
     if config.resume and not any(folder.glob("*.jsonl")):
         again = "a run with `save_steps` N has them until it ends"
         raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; {again}")
@@ -146,14 +133,14 @@ def resume_point(config: TrainingConfig) -> ResumePoint | None:
 def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
     """Begins a checkpoint with what a run needs beside Trainer's files."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (checkpoint / SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
-def discard_after(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps than this one, and the folder if nothing else is there."""
+def discard_after(folder: Path, kept: Path | None) -> None:
+    """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
     for checkpoint in _checkpoints(folder):
-        if _step(checkpoint) > step:
+        if kept is None or _step(checkpoint) > _step(kept):
             shutil.rmtree(checkpoint)
     with suppress(OSError):
         folder.rmdir()

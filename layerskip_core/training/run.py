@@ -39,7 +39,7 @@ from .encoding import Encoder, train_tokenizer
 from .exit_blocks import MUON_LR, FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
-from .progress import KEPT, LOSSES, LossHistory, ResumePoint, checkpoints_folder, resume_point
+from .progress import KEPT, LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
@@ -60,7 +60,7 @@ class WholeModel(Plan):
     recipe: Recipe
     truncated: int  # rows
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
+    def __init__(self, config: FinetuneConfig, device: torch.device, resume: Path | None) -> None:
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
         if config.lora_keep:
             (adapters, below), output = adapters_of(config.model), config.output
@@ -97,7 +97,7 @@ class WholeModel(Plan):
         self.measure(sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size], self.tokens / len(seen))
         self.order = data.token_order(self.data, trainable.backend.spec.vocab)
 
-    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: ResumePoint | None) -> None:
+    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: Path | None) -> None:
         spec, rows, seen = self.trainable.backend.spec, self.data, self.data.seen
         self.rows, self.tokens, self.left_out = None if config.streaming else len(seen), rows.tokens, rows.left_out
         self.truncated = sum(row["truncated"] for row in seen)
@@ -194,7 +194,7 @@ class FrozenModel(Plan):
     answers: Answers
     worth: Worth  # of the first drafter that is trained
 
-    def __init__(self, config: DrafterConfig, device: torch.device, resume: ResumePoint | None) -> None:
+    def __init__(self, config: DrafterConfig, device: torch.device, resume: Path | None) -> None:
         if world_size() > 1:
             raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
         source = downloaded(config.model)
@@ -251,7 +251,7 @@ class FrozenModel(Plan):
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
-    def _resolve(self, resume: ResumePoint | None) -> None:
+    def _resolve(self, resume: Path | None) -> None:
         config, answers = self.config, self.answers
         longest = self.texts or [  # as they may become
             answered(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))

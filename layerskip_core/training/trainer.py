@@ -68,16 +68,16 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Trains to the end, or raises what stopped it."""
         folder, resume = self.checkpoints, self.plan.resume
         if process_index() == 0:  # what an earlier run left there must never be what a later `resume` finds
-            discard_after(folder, 0 if resume is None else resume.step)
+            discard_after(folder, resume)
         try:
             if resume is not None:
-                self.history = LossHistory.read(resume.folder)
-            self.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+                self.history = LossHistory.read(resume)
+            self.train(resume_from_checkpoint=resume and str(resume))
         except LayerSkipError:
             raise
         except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
             if self.phase == "loading" and resume is not None:
-                raise CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}") from error
+                raise CheckpointError(f"cannot resume from {resume}: {first_line(error)}") from error
             if self.phase == "saving":
                 what = f"the checkpoint of step {self.state.global_step} to {folder}"
                 raise CheckpointError(f"cannot write {what}: {first_line(error)}; those before it are whole") from error

@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch
             prepare(settings(save_steps=1)).run(fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert prepare(settings(save_steps=1, resume=True)).resume.step == 1
+    assert prepare(settings(save_steps=1, resume=True)).resume.name == "checkpoint-1"
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
@@ -195,7 +195,7 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     shutil.copytree(checkpoint(two_checkpoints, 2), checkpoint(two_checkpoints, 7))
     (checkpoint(two_checkpoints, 7) / "trainer_state.json").unlink()
     plan = prepare(settings(save_steps=1, resume=True))
-    assert plan.resume.step == 2
+    assert plan.resume.name == "checkpoint-2"
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         plan.run(lambda report: None)
