@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from .errors import CheckpointError, DataError, LayerSkipError, LockedError, first_line
+from .errors import DataError, LayerSkipError, LockedError, first_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LOCK = ".layerskip.lock"
@@ -126,19 +126,6 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
     """Raises `error` for a folder, and if there is no folder to write to."""
     if path.is_dir() or not path.parent.is_dir():
         raise error(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
-
-
-def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder, whose present content will be replaced.
-
-    The folder may not exist yet.
-    """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free + held
-    if needed > free:
-        found = f"{free >> 20} MB are free{advice and f'; {advice}'}"
-        raise CheckpointError(f"{what} need {needed >> 20} MB of disk in {folder}, {found}")
 
 
 def is_empty(folder: Path) -> bool:

@@ -28,7 +28,6 @@ from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
-from ..files import require_disk
 from ..losses import IGNORED
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock
 from ..model.vocabulary import ORDER_FILE
@@ -39,7 +38,7 @@ from .encoding import Encoder, train_tokenizer
 from .exit_blocks import MUON_LR, FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
-from .progress import KEPT, LOSSES, LossHistory, checkpoints_folder, resume_point
+from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
@@ -82,16 +81,10 @@ class WholeModel(Plan):
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
         self.template = encoder.template
-        self.data = (
-            data.encode_stream(config.data, encoder, config.seed) if config.streaming else data.encode_rows(rows, encoder)
-        )
+        streamed = config.streaming
+        self.data = data.encode_stream(config.data, encoder, config.seed) if streamed else data.encode_rows(rows, encoder)
         self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
         self._resolve(config, encoder, resume)
-        # Of weights and two moments in fp32; one checkpoint more than are kept, while it is written. With LoRA they are small.
-        every = 0 if config.lora_rank else config.save_steps
-        checkpoints = min(KEPT + 1, self.steps // every) if every else 0
-        needed = self.parameters * (self.stored_dtype.itemsize + 12 * checkpoints)
-        require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
         self.module = self._module()
         seen = self.data.seen
         self.measure(sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size], self.tokens / len(seen))
