@@ -180,7 +180,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     else:
         profile = " constant over depth" if recipe.dropout_profile == "constant" else ""
         rotation = f" R={recipe.rotation}" if recipe.rotation else ""
-        chosen = ", ".join(f"{layer} on {steps:.0f}" for layer, steps in spread(early))
+        chosen = ", ".join(f"{layer} on {steps}" for layer, steps in spread(early))
         reader = ", each read by a block" if recipe.exit_reader == "block" else ""
         exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
         lines.append(

@@ -153,7 +153,6 @@ class FinetuneConfig(TrainingSettings):
                 require(not given[name], name, needed, given[name])
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
-        require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
             require(self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank")
         reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"

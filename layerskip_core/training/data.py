@@ -177,9 +177,9 @@ def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    streamed = isinstance(data.rows, StreamedRows)
-    rows = itertools.islice(data.rows.one_pass(0), _COUNTED) if streamed else data.rows
-    labels = np.concatenate([row["labels"] for row in rows])
+    rows = data.rows
+    counted = itertools.islice(rows.one_pass(0), _COUNTED) if isinstance(rows, StreamedRows) else rows
+    labels = np.concatenate([row["labels"] for row in counted])
     counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order

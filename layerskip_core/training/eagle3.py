@@ -84,15 +84,14 @@ class FrozenEagle3(DrafterModule):
 
         If these are too few, the drafter keeps tokens of its own.
         """
+        if self._has_own_head:
+            return
         answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
-        counts = answers.bincount(minlength=self.backend.spec.vocab)
-        if not self._has_own_head:
-            preferred = counts.float().index_add(0, self.drafter.tokens.cpu(), torch.full((self.drafter.form.vocab,), 0.5))
-            tokens = preferred.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
-            self.drafter.tokens.copy_(tokens)
-            copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
-        drafted = counts[self.drafter.tokens.cpu()].sum()
-        self.details["coverage"] = float(drafted / counts.sum())  # of the answers' tokens, the share that it can draft
+        counts, own = answers.bincount(minlength=self.backend.spec.vocab).float(), self.drafter.tokens.cpu()
+        preferred = counts.index_add(0, own, torch.full((len(own),), 0.5)).argsort(descending=True, stable=True)
+        tokens = preferred[: len(own)].sort().values
+        self.drafter.tokens.copy_(tokens)
+        copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
         """The drafter in this precision."""

@@ -77,16 +77,15 @@ class DrafterModule(nn.Module):
         self.backend, self.config = backend, model.requires_grad_(False).config
         self.decoder: Backend = backend
 
-    @torch.no_grad()
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T)."""
         backend, (rows, tokens) = self.decoder, ids.shape
         places, last = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True), backend.num_layers
-        with torch.autocast(ids.device.type, enabled=False):
+        with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)
             states[last] = self.backend.normed(states[last].to(self.backend.dtype))
         shape = rows, tokens, backend.spec.hidden
-        *read, final = (state[:, : shape[2]].float().view(shape) for state in states.values())
+        *read, final = (state[:, : shape[2]].reshape(shape).to(torch.float32, copy=True) for state in states.values())
         return read, final
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:

@@ -81,7 +81,7 @@ class Plan:
     step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     recipe: Recipe | None = None
-    exit_steps: Mapping[int, float]  # of a model: that train each exit, the last layer included
+    exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
 
     def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
         """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""

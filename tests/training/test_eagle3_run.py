@@ -50,7 +50,6 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
     assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
     assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
     assert tuple(described["eagle3"]["layers"]) == (2, 3)
-    assert 0.5 < described["eagle3"]["coverage"] <= 1
     assert read_info(config.output).draft_profile(6).acceptance == {"eagle3": described["eagle3"]["agreement"]}
 
 
@@ -113,13 +112,13 @@ def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
     again = FrozenEagle3(backend, SMALL, known)
     again.begin(rows)
-    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.details["coverage"] == 1
+    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50]
     head = "lm_head.weight"
     assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
     weights = {**known.weights, head: torch.randn_like(known.weights[head])}
     other = FrozenEagle3(backend, SMALL, replace(known, weights=weights))
     other.begin(rows)
-    assert torch.equal(other.drafter.tokens, known.tokens) and other.details["coverage"] == 0
+    assert torch.equal(other.drafter.tokens, known.tokens)
     assert torch.equal(other.stored(torch.float32).weights[head], weights[head])
 
 
