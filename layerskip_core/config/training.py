@@ -136,7 +136,6 @@ class FinetuneConfig(TrainingSettings):
     lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
     lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
     streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")] = False
-    pack: Annotated[bool | None, Flag("Pack plain text into full rows.", None, "in recipes continual, scratch, code")] = None
     vocab_size: Annotated[_Vocabulary | None, Flag("With --recipe scratch: train a BPE tokenizer of this size.")] = None
     fsdp: Annotated[bool, Flag("Shard weights and optimizer over torchrun's processes (FSDP2).", panel="Machine")] = False
 

@@ -49,7 +49,7 @@ def step_rows(config: TrainingConfig) -> tuple[int, int]:
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
+    """Optimizer steps over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
     return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
@@ -89,16 +89,16 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
     """The encoder of a run, for validation too, chosen by its training `rows`, or the first of them.
 
-    Plain text without prompts is packed by default in the recipes for it. Raises ConfigError for rows longer than the context.
+    Plain text without prompts is packed in the recipes for it. Raises ConfigError for rows longer than the context.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
-    pack, usual, asked, context = False, _LENGTH, config.max_length, trainable.backend.spec.context
-    if isinstance(config, FinetuneConfig):
-        for_text = config.recipe.preset in TEXT_PRESETS
-        pack, usual = for_text and plain if config.pack is None else config.pack, _TEXT_LENGTH if for_text else _LENGTH
-    fits = asked is None or asked <= context
-    require(fits, "max_length", f"at most the model's context of {context} tokens", asked)
-    return Encoder(trainable.tokenizer, _template(config, trainable, rows), asked or min(usual, context), pack)
+    for_text, context = (
+        isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS,
+        trainable.backend.spec.context,
+    )
+    longest = config.max_length or min(_TEXT_LENGTH if for_text else _LENGTH, context)
+    require(longest <= context, "max_length", f"at most the model's context of {context} tokens", longest)
+    return Encoder(trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text)
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:

@@ -51,7 +51,7 @@ class Encoder:
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
         if self.pack and (isinstance(row, Conversation) or row.prompt):
-            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
+            raise DataError("packed rows are of plain text: one with a prompt, or a conversation, would be cut anywhere")
         with _naming(row):
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
