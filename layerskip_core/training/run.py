@@ -246,10 +246,7 @@ class FrozenModel(Plan):
 
     def _resolve(self, resume: Path | None) -> None:
         config, answers = self.config, self.answers
-        longest = self.texts or [  # as they may become
-            answered(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))
-            for row, prompt in enumerate(answers.prompts)
-        ]
+        longest = self.texts or [answered(prompt, [0] * answers.how.room(len(prompt))) for prompt in answers.prompts]
         self.tokens = sum(len(text["input_ids"]) for text in longest)
         if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
             why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
