@@ -52,30 +52,20 @@ class Block(nn.Module):
 
 class DrafterModule(nn.Module):
     """What drafts for a model that stays as it is, in training. A kind of it also has `of`, a new one as a config asks for it,
-    and `files`, what is saved.
-
-    The forward is as that of `RecipeModule`, with divergences from full depth instead of cross-entropies.
-
-    Attributes:
-        backend: the model's.
-        decoder: the backend that computes the states, that of decoding.
-        layers: those after which states are read, ascending.
-        names: by measured exit, of what is trained, as layerskip.json has it.
-        first_target: the index of the first token of a row that is predicted.
-        details: of how all of it was trained.
+    and `files`, what is saved. The forward is as that of `RecipeModule`, with divergences from full depth as losses.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    first_target = 1
-    layers: tuple[int, ...]
-    names: dict[int, str]
-    details: dict[str, Any]
+    first_target = 1  # the index of the first token of a row that is predicted
+    layers: tuple[int, ...]  # after which states are read, ascending
+    names: dict[int, str]  # by measured exit, of what is trained, as layerskip.json has it
+    details: dict[str, Any]  # of how all of it was trained
 
     def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
         self.backend, self.config = backend, model.requires_grad_(False).config
-        self.decoder: Backend = backend
+        self.decoder: Backend = backend  # computes the states; in a run that of decoding
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T)."""
@@ -146,9 +136,8 @@ class FrozenExits(DrafterModule):
         return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of
-        a round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both,
-        and `per_exit` of the first.
+        """With the feature `final` a block runs twice: on the final states of the tokens before, as in the first draft of a
+        round, and on its own, as in later ones (HASS, Zhang et al., 2025); the loss is the mean, and `per_exit` of the first.
         """
         is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
         head, vocab, teacher = self.backend.head, self.backend.spec.vocab, finals[:, :-1][is_target]

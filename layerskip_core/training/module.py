@@ -39,8 +39,8 @@ class RecipeModule(nn.Module):
     ) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `readers`: by exits, see `new_readers`.
 
-        `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        The attribute `tokenizer`, of transformers, is saved with the model; `by_muon`: Muon trains the matrices of the layers.
+        `recompute`: the backward pass runs the layers again, with the same rows dropped. The attribute `tokenizer` is saved
+        with the model; `by_muon`: Muon trains the matrices of the layers.
         """
         super().__init__()
         self.model, self.config = model, model.config
@@ -57,8 +57,7 @@ class RecipeModule(nn.Module):
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
         """As `DrafterModule.muon`: the readers' matrices, and with `by_muon` those of the model's layers.
 
-        Muon's steps do not depend on the gradient's scale: readers learn at their own speed, whatever their losses weigh beside
-        the last layer's.
+        Muon's steps do not depend on the gradient's scale, so readers learn at their own speed, whatever their losses weigh.
         """
         if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
             yield weights, MUON_LR, "original"
@@ -168,9 +167,8 @@ def with_lora(model: Any, config: FinetuneConfig) -> Any:
 def use_fp32_attention(model: Any) -> None:
     """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged.
 
-    Under bf16 autocast on the CPU torch's flash kernel is slow in bf16. Forward and backward of one layer with torch 2.13 on
-    AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5 heads of 32: 15 and 7 ms; 16 of 128 with 9 heads
-    of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms.
+    There torch's flash kernel is slow in bf16 on a CPU (torch 2.13, AVX-512 BF16, forward and backward of a layer): 32 rows of
+    56 tokens take 15 ms in bf16 and 7 in fp32, 8 of 224 take 39 and 44.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -44,9 +44,7 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Verdict:
-    """`accepted`: the share of its first drafts that are right on held-out rows. `speed`: about what decoding with the best
-    number of `drafts` gains over plain decoding.
-    """
+    """`accepted`: share of first drafts on held-out rows. `speed`: over plain decoding, with the best number of `drafts`."""
 
     name: str
     accepted: float
@@ -111,10 +109,7 @@ class Plan:
                 raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
 
     def measure(self, rows: Sequence[dict[str, Any]], mean_tokens: float) -> None:
-        """Measures a step in the middle of the run: forward and backward on one batch of `rows`.
-
-        The run's rows have `mean_tokens` each.
-        """
+        """Times forward and backward in the middle of the run on a batch of `rows`; the run's have `mean_tokens` each."""
         module: nn.Module = self.module
         self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         if self.config.fsdp:
@@ -139,20 +134,13 @@ class Plan:
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> CheckpointInfo:
-        """Train to the end and write the result to the config's `output`.
+        """Trains to the end, and writes the result to the config's `output`. Returns the info of the saved model.
 
-        Args:
-            on_step: called after each optimizer step; an exception of it ends the run.
-            on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
+        `on_step` is called after each step; an exception of it ends the run. `on_progress` gets a stage before the training,
+        such as "answers", and how many of how many are done.
 
-        Returns:
-            The info of the saved model, with the last losses of every exit, or how each block was trained.
-
-        Raises:
-            CheckpointError: a checkpoint cannot be read or written.
-            TrainingError: the loss is not finite, or explodes.
-            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
-            LockedError: another process writes to the folder.
+        Raises CheckpointError for a checkpoint that cannot be read or written, TrainingError for a loss that is not finite or
+        explodes, TrainingInterrupted by Ctrl-C or SIGTERM, after which it can be resumed, and LockedError.
         """
         from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
 
@@ -177,10 +165,7 @@ class Plan:
         return info
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """(the rows of the run in their order, the held-out rows).
-
-        `progress` gets a stage, the number of its texts and how many of them are done.
-        """
+        """(the rows of the run in their order, the held-out rows). `progress` gets a stage, its texts and how many are done."""
         raise NotImplementedError
 
     def save(self, history: LossHistory) -> CheckpointInfo:
@@ -189,8 +174,7 @@ class Plan:
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
         """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
-
-        Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
+        None of what was not measured on held-out rows, and in other processes than the first.
         """
         names, measured, found = self.module.names, info.agreement, list[Verdict]()
         known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}

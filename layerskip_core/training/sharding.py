@@ -47,9 +47,8 @@ def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
     """Makes an Accelerator shard what it prepares from now on.
 
-    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit,
-    which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
-    Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
+    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit, which stays whole
+    from the first layer to the last exit. Compute is in bf16 where the Accelerator's is; gradients are summed in fp32.
 
     accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
     """
@@ -91,10 +90,9 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Puts whole weights on the CPU in the place of sharded ones, weight by weight, where `keep`; elsewhere empty ones.
+    """Puts whole weights on the CPU in the place of sharded ones where `keep`; elsewhere empty ones. All processes call it.
 
-    Every process must call it, because all send their shards. Tied weights stay tied. The module cannot be trained afterwards;
-    where `keep`, it runs on the CPU.
+    Tied weights stay tied. The module cannot be trained afterwards; where `keep`, it runs on the CPU.
     """
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}

@@ -39,9 +39,8 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     """Trains a module through a run, and is told of the steps as its own callback.
 
-    It gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step. (A
-    token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under FSDP2
-    a checkpoint has a file of each process.
+    It gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step. Its
+    checkpoints hold what the module keeps; under FSDP2 a checkpoint has a file of each process.
 
     Raises TrainingError for a gradient that is not finite and for a loss that explodes.
     """
@@ -145,10 +144,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what the module keeps, such as an ordinary transformers or peft checkpoint, and no pickled arguments.
-
-        Trainer calls it first when it writes a checkpoint.
-        """
+        """Begins a checkpoint with what the module keeps, such as an ordinary one of transformers or peft."""
         self.phase, folder = "saving", Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             seal(folder, self.plan.sealed, self.history)
