@@ -160,9 +160,6 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
         lines.append(
             f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} are there"
         )
-    if plan.step_seconds is not None:
-        training = _minutes(plan.step_seconds * plan.steps)
-        lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}")
     return "\n".join((*lines, *plan.notes))
 
 
@@ -246,10 +243,6 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:

@@ -3,16 +3,13 @@
 import ctypes
 import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
@@ -25,14 +22,12 @@ from ..files import hold, read_json
 from ..interruption import Interruption
 from ..model.native.compiled import multiplies_bf16
 from .answers import Answers
-from .data import collate
 from .module import use_fp32_attention
 from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
-from .recipe import Recipe, RunStep
+from .recipe import Recipe
 from .sharding import process_index, world_size
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
-_BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
 
 # May differ between a run and its resumption: none of it changes the steps that follow.
 _FREE = (
@@ -74,9 +69,7 @@ class Plan:
     sealed: Mapping[str, Any]
     resume: Path | None  # a checkpoint
     held_out: int  # rows
-    trained: int  # parameters
     notes: tuple[str, ...] = ()  # what the user should know before it starts
-    step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
@@ -107,29 +100,6 @@ class Plan:
             if before[name] != (now := self.sealed[name]):
                 again = "a run is resumed with the same settings on the same data"
                 raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
-
-    def measure(self, rows: Sequence[dict[str, Any]], mean_tokens: float) -> None:
-        """Times forward and backward in the middle of the run on a batch of `rows`; the run's have `mean_tokens` each."""
-        module: nn.Module = self.module
-        self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-        if self.config.fsdp:
-            return
-        device = torch.device(self.device)
-        module.to(device).train()
-        batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), self.config.batch_size))).items()}
-        measured = int(batch.pop("lengths").sum())
-        for _ in range(2):
-            started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-                loss = module(**batch, step=RunStep(self.steps // 2, self.steps))["loss"]
-            torch.autograd.backward(loss)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            module.zero_grad(set_to_none=True)
-            if seconds > _BRIEF:
-                break
-        self.step_seconds = seconds * self.config.batch_size * self.config.accumulation * mean_tokens / measured
 
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
@@ -185,6 +155,11 @@ class Plan:
             speed, drafts = self.module.worth(backend, exit_layer).speed(share)
             found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
         return found
+
+    @property
+    def trained(self) -> int:
+        """Parameters."""
+        return sum(weight.numel() for weight in self.module.parameters() if weight.requires_grad)
 
     @property
     def dtype(self) -> str:

@@ -86,8 +86,6 @@ class WholeModel(Plan):
         self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
         self._resolve(config, encoder, resume)
         self.module = self._module()
-        seen = self.data.seen
-        self.measure(sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size], self.tokens / len(seen))
         self.order = data.token_order(self.data, trainable.backend.spec.vocab)
 
     def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: Path | None) -> None:
@@ -246,15 +244,14 @@ class FrozenModel(Plan):
 
     def _resolve(self, resume: Path | None) -> None:
         config, answers = self.config, self.answers
-        longest = self.texts or [answered(prompt, [0] * answers.how.room(len(prompt))) for prompt in answers.prompts]
-        self.tokens = sum(len(text["input_ids"]) for text in longest)
+        self.tokens = sum(len(text["input_ids"]) for text in self.texts)
+        self.tokens += sum(len(prompt) + answers.how.room(len(prompt)) for prompt in answers.prompts)
         if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
             why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
         self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
-        self.measure([max(longest, key=lambda text: len(text["input_ids"]))], self.tokens / len(longest))
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         texts, trained = self.texts, self.rows or 0

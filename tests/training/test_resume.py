@@ -41,11 +41,11 @@ def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes,
 
 
 def signal_in_step(monkeypatch, at, number):
-    """Sends this process a signal in the middle of the forward pass of a step, counted from 1, of a run that heeds it."""
-    drawn, before = module.kept_rows, signal.getsignal(number)
+    """Sends this process a signal in the middle of the forward pass of a step, counted from 1."""
+    drawn = module.kept_rows
 
     def interrupting(rate, batch_size, seed, step, first_row, layer):
-        if (step + 1, layer) == (at, 1) and signal.getsignal(number) != before:  # a plan times a step, too
+        if (step + 1, layer) == (at, 1):
             os.kill(os.getpid(), number)
         return drawn(rate, batch_size, seed, step, first_row, layer)
 

@@ -189,7 +189,6 @@ def test_the_plan(settings, base):
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
-    assert plan.step_seconds > 0
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
