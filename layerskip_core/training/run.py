@@ -85,7 +85,7 @@ class WholeModel(Plan):
         self.data = data.encode_stream(config.data, encoder, config.seed) if streamed else data.encode_rows(rows, encoder)
         self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
         self._resolve(config, encoder, resume)
-        self.module = self._module()
+        self.module = self._module() if config.fsdp else self._module().to(device)
         self.order = data.token_order(self.data, trainable.backend.spec.vocab)
 
     def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: Path | None) -> None:
