@@ -104,7 +104,8 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
 
     R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
 
-    Raises ConfigError for settings that the curriculum does not use, and for early exits that all weigh nothing.
+    Raises ConfigError for settings that the curriculum does not use, for early exits that all weigh nothing, and for dropout in
+    a model of one layer or a run of one step.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
     preset = recipe_preset(asked.preset, spec, steps)
@@ -124,6 +125,7 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
         needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
         require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
         require(recipe.exit_reader == "none" or bool(recipe.exits), "exit_reader", "none without `exits`", recipe.exit_reader)
+    dropout_rates(recipe.p_max, spec.layers, time_scale(0, steps, recipe.dropout_schedule) if recipe.p_max else 0.0)
     rotation = 0
     if recipe.curriculum == "rotational":
         count = len(recipe.exits) or spec.layers
