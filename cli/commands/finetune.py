@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import tomllib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -245,7 +246,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     return "\n".join(lines)
 
 
-def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
+def spread(losses: Mapping[int, float], count: int = 4) -> list[tuple[int, float]]:
     """At most `count` exits at even distances, the last one among them, so that they fit in one line."""
     items = list(losses.items())
     count = min(count, len(items))

@@ -254,7 +254,8 @@ class FrozenModel(Plan):
         self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        texts, trained = self.texts, self.rows or 0
+        texts: Any = self.texts
+        trained = self.rows or 0
         if prompts := self.answers.prompts:
             texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
         self.module.begin(texts[:trained])

@@ -198,8 +198,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(value):
                 raise self._failure(f"the {what} of step {losses.step} is {value}")
         if losses.final > _EXPLODED * max(math.log(self.model.backend.spec.vocab), first):
-            value = f"{losses.final:.1f} in the last layer, first {first:.1f}"
-            raise self._failure(f"the loss exploded at step {losses.step}: {value}")
+            found = f"{losses.final:.1f} in the last layer, first {first:.1f}"
+            raise self._failure(f"the loss exploded at step {losses.step}: {found}")
         history.add(losses)
         logs |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
         now = time.perf_counter()
