@@ -57,10 +57,9 @@ class TrainingSettings:
     max_grad_norm: Annotated[float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")] = 1.0
     training_arguments: Annotated[dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")] = None
     max_length: Annotated[_Length | None, Flag("Tokens per row.", None, "512; 2048 in recipes for plain text", "Data")] = None
-    validation: Annotated[
-        Text | None,
-        Flag("A split of --data, or other data, to measure on.", None, "1 row of --data in 20", reads="perhaps data"),
-    ] = None
+    validation: Annotated[Text | None, Flag("A split or other data.", None, "1 row of --data in 20", reads="perhaps data")] = (
+        None
+    )
     validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
     eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0
     dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
@@ -92,18 +91,12 @@ class RecipeSettings:
     cross-entropy.
     """
 
-    preset: Annotated[
-        Preset, Flag("auto: a few exits, each with a reader; none: no exits; four are the paper's.", "--recipe", panel="Recipe")
-    ] = "auto"
+    preset: Annotated[Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")] = "auto"
     p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", None, _BY_PRESET)] = None
     exit_reader: Annotated[ExitReader | None, Flag("Before the head: a block (a layer and a norm).", None, _BY_PRESET)] = None
-    dropout_schedule: Annotated[
-        DropoutSchedule | None, Flag("Dropout over the run; falling: to 0 in its first third.", None, _BY_PRESET)
-    ] = None
-    dropout_profile: Annotated[
-        DropoutProfile | None, Flag("Dropout over depth; constant: the same mean at every layer.", None, "exponential")
-    ] = None
+    dropout_schedule: Annotated[DropoutSchedule | None, Flag("Falling: to 0 in a third of the run.", None, _BY_PRESET)] = None
+    dropout_profile: Annotated[DropoutProfile | None, Flag("Constant: the same at every layer.", None, "exponential")] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)] = None
     exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
     curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
@@ -126,10 +119,7 @@ class FinetuneConfig(TrainingSettings):
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     optimizer: Annotated[OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")] = "adamw"
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    replay: Annotated[
-        Fraction | None,
-        Flag("Share of rows of the model's own text, to keep it.", None, "0.25 with recipes auto, none, from 50M"),
-    ] = None
+    replay: Annotated[Fraction | None, Flag("Share of rows of its own text.", None, "0.25 in recipes auto and none")] = None
     lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
     lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
@@ -164,12 +154,9 @@ class DrafterConfig(TrainingSettings):
     that other engines read (see model/eagle3.py).
     """
 
-    layout: Annotated[
-        BlockLayout | None,
-        Flag(
-            "eagle3: for vLLM, SGLang and llama.cpp too.", None, "exit with --exits, else eagle3 where they run it", "Drafter"
-        ),
-    ] = None
+    layout: Annotated[BlockLayout | None, Flag("eagle3: for vLLM, too.", None, "exit with --exits, else eagle3", "Drafter")] = (
+        None
+    )
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
     feature: Annotated[Feature, Flag("final: a block reads the model's output state for the token before, too.")] = "none"
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
