@@ -96,8 +96,8 @@ class Plan:
             return
         self.notes += (f"going on from {resume}",)
         before = read_json(resume / SEAL, CheckpointError)
-        for name in self.sealed.keys() & before.keys():
-            if before[name] != (now := self.sealed[name]):
+        for name, now in self.sealed.items():
+            if before.get(name, now) != now:
                 again = "a run is resumed with the same settings on the same data"
                 raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
 

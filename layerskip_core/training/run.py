@@ -265,8 +265,8 @@ class FrozenModel(Plan):
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
-        how = asdict(config) | self.module.details | {"rows": self.rows, "steps": self.steps, "versions": _VERSIONS}
-        shared = json.loads(json.dumps(how))  # as it is read back
+        told = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **told}))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share
