@@ -119,7 +119,7 @@ class FinetuneConfig(TrainingSettings):
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     optimizer: Annotated[OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")] = "adamw"
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    replay: Annotated[Fraction | None, Flag("Share of rows of its own text.", None, "0.25 in recipes auto and none")] = None
+    replay: Annotated[Fraction | None, Flag("Share of rows of the model's own text.", None, "0.25 with auto and none")] = None
     lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
     lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
