@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from .errors import CheckpointError, DataError, LayerSkipError, LockedError, first_line
+from .errors import DataError, LayerSkipError, LockedError, first_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LOCK = ".layerskip.lock"
@@ -111,16 +111,6 @@ def require_writable(path: Path, error: type[LayerSkipError]) -> None:
         raise error(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
 
 
-def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
-    """Raises CheckpointError if `needed` bytes do not fit on the disk of a folder whose content will be replaced."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free + held
-    if needed > free:
-        found = f"{free >> 20} MB are free{advice and f'; {advice}'}"
-        raise CheckpointError(f"{what} need {needed >> 20} MB of disk in {folder}, {found}")
-
-
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but its lock."""
     return all(path.name == _LOCK for path in folder.iterdir())
@@ -131,11 +121,6 @@ def new_staging(folder: Path) -> Path:
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
     staging.mkdir(parents=True)
     return staging
-
-
-def run_staging(folder: Path) -> Path:
-    """The staging folder of a training run, under a name that all its processes know; not created."""
-    return folder / f"{_STAGING}run"
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -25,7 +25,6 @@ def summed_losses(
     vocab_size: int,
     weights: Sequence[tuple[float, float]],
     teacher: Tensor | None = None,
-    total_variation: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
 
@@ -35,9 +34,6 @@ def summed_losses(
     it, if any of them has a weight for it. Else the divergence is 0. No gradient flows into a reference; that of the loss
     reaches the runs and the weights of the head.
     Agreement, which is counted without gradients alone, is the number of tokens where the best one is the reference's.
-
-    With `total_variation`, for which there are no targets, the divergence is half the L1 distance of the probabilities: one
-    minus the expected acceptance.
 
     Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
     and none are computed twice.
@@ -57,7 +53,7 @@ def summed_losses(
                 logits = unembeds[index](part)
             found = logits.detach()
             wanted = None if targets is None else targets[chunk]
-            losses, slope = _losses(found, wanted, aim, weights[index], trains[index], total_variation)
+            losses, slope = _losses(found, wanted, aim, weights[index], trains[index])
             sums[index, :2] += losses
             if aim is not None and not torch.is_grad_enabled():
                 sums[index, 2] += (found.argmax(-1) == aim.argmax(-1)).sum()
@@ -87,13 +83,13 @@ def _chunks(tokens: int, vocab_size: int) -> list[slice]:
 
 
 def _losses(
-    found: Tensor, targets: Tensor | None, aim: Tensor | None, weights: tuple[float, float], trains: bool, total_variation: bool
+    found: Tensor, targets: Tensor | None, aim: Tensor | None, weights: tuple[float, float], trains: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(cross-entropy and divergence from the `aim`, (2,), summed over tokens; gradient of their weighted sum by `found`).
 
     `found` and `aim` are logits (N, V). With p the probabilities of the aim and q those found, the gradient of the
-    cross-entropy is q - one_hot(target), that of KL(p || q) q - p, and that of the total variation q (s - sum(q s)),
-    s = sign(q - p) / 2. On a CPU a few tokens are taken at a time, which stay in its cache.
+    cross-entropy is q - one_hot(target), that of KL(p || q) q - p. On a CPU a few tokens are taken at a time, which stay in its
+    cache.
     """
     sums = torch.zeros(2, device=found.device)
     gradient = torch.empty_like(found) if trains else None
@@ -109,15 +105,9 @@ def _losses(
         if aim is not None:
             aims = aim[block].log_softmax(-1, dtype=wide)
             chances = aims.exp()
-            if not total_variation:
-                sums[1] += torch.dot(chances.flatten(), (aims - logs).flatten())
+            sums[1] += torch.dot(chances.flatten(), (aims - logs).flatten())
         slope = logs.exp_()
-        if total_variation:
-            signs = (slope - chances).sign_().div_(2)
-            sums[1] += ((slope - chances) * signs).sum()
-            if trains:
-                slope.mul_(signs.sub_((slope * signs).sum(-1, keepdim=True)).mul_(soft))
-        elif trains:
+        if trains:
             slope.mul_(hard + soft)
             if aim is not None:
                 slope.sub_(chances, alpha=soft)

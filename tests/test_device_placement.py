@@ -243,7 +243,7 @@ def run_on(base, tmp_path, monkeypatch):
 
 RUNS = {
     "the recipe": {
-        "recipe": RECIPE, "replay": 0.5, "replay_tokens": 8,
+        "recipe": RECIPE, "replay": 0.5,
         "validation": "test", "validation_samples": 4, "eval_steps": 2, "batch_size": 2, "accumulation": 2,
     },
     "readers": {"recipe": RecipeSettings(exits=(2,)), "batch_size": 2},

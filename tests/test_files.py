@@ -7,13 +7,12 @@ import stat
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 from command_line import fails, run
 
 from layerskip_core.checkpoint.save import _usual
-from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
+from layerskip_core.errors import DataError, LayerSkipError, LockedError
 from layerskip_core.files import (
     append_lines,
     discard_folder,
@@ -22,7 +21,6 @@ from layerskip_core.files import (
     parse_json,
     read_json,
     remove_leftovers,
-    require_disk,
     whole_lines,
     write_file,
 )
@@ -106,19 +104,6 @@ def test_half_a_file_is_not_taken_for_part_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: found.append((names(tmp_path), _usual(tmp_path))))
     write_file(tmp_path / "int4.safetensors", b"new", LayerSkipError)
     assert found == [([".layerskip-writing-int4.safetensors.part"], set())]
-
-
-def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    folder = tmp_path / "not" / "there"
-    require_disk(folder, 1000, "the states")
-    with pytest.raises(CheckpointError, match=r"^the states need \d+ MB of disk in .*there, \d+ MB are free; give fewer rows$"):
-        require_disk(folder, 1 << 60, "the states", "give fewer rows")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "file").write_bytes(bytes(3 << 20))
-    require_disk(tmp_path, 4 << 20, "the states")  # what is there is written over
-    with pytest.raises(CheckpointError, match=r"^the states need 4 MB of disk in .*, 1 MB are free$"):
-        require_disk(tmp_path / "other", 4 << 20, "the states")
 
 
 HOLDING = """

@@ -17,6 +17,7 @@ from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data import load_examples
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
+from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.training import answers
 from layerskip_core.training.encoding import train_tokenizer
 from layerskip_core.training.exit_blocks import new_readers
@@ -112,7 +113,7 @@ def recipe_module(model, recipe, *arguments, **keywords):
     backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
     resolved = resolve_recipe(recipe, backend.spec, 100)
     if resolved.exit_reader != "none":
-        keywords["readers"] = new_readers(backend, resolved.exits)
+        keywords["readers"] = new_readers(backend, list(map(ExitBlock, resolved.exits)))
     return RecipeModule(model, resolved, *arguments, **keywords)
 
 

@@ -1,9 +1,11 @@
 """Convert a checkpoint by the LayerSkip recipe, or train it without."""
 
+import json
 import os
 import shlex
 import sys
 import tomllib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -38,20 +40,16 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(read_bytes(path, f"--config {path}", ConfigError).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
-    named = {flag.removeprefix("--"): each for each in context.command.params for flag in each.opts}
-    known = {flag: parameter for flag, parameter in named.items() if flag not in ("config", "help")}
-    defaults: dict[str, Any] = {}
+    named = {flag.removeprefix("--"): str(each.name) for each in context.command.params for flag in each.opts}
+    known = {flag: name for flag, name in named.items() if flag not in ("config", "help")}
+    defaults: dict[str, str] = {}
     for key, value in values.items():
-        parameter = known.get(key.replace("_", "-"))
-        if parameter is None:
+        flag = key.replace("_", "-")
+        if flag not in known:
             raise ConfigError(
                 f"--config {path}: {shown(key)!r} is no flag of {context.info_name}; known: {', '.join(sorted(known))}"
             )
-        is_switch = bool(getattr(parameter, "is_flag", False))
-        if is_switch != isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
-            needed = "true or false" if is_switch else "a text or a number"
-            raise ConfigError(f"--config {path}: {parameter.opts[0]} must be {needed}, got {shown(value)}")
-        defaults[str(parameter.name)] = value if is_switch else str(value)  # 2.5 is no whole number
+        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)  # as it is typed
     context.default_map = {**cast(dict[str, Any], context.default_map or {}), **defaults}
     return path
 
@@ -107,7 +105,7 @@ def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
 
         def report_step(report: "StepReport") -> None:
-            show("training", report.step, report.total_steps, report_text(report, plan.recipe is None))
+            show("training", report.step, report.total_steps, report_text(report))
 
         try:
             return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
@@ -147,10 +145,22 @@ def _command(name: str, config: TrainingConfig) -> str:
 def plan_text(plan: "WholeModel | FrozenModel") -> str:
     from layerskip_core.training.run import WholeModel
 
-    lines = _recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)
-    if plan.step_seconds is not None:
-        training, memory = _minutes(plan.step_seconds * plan.total_steps), plan.memory_mb
-        lines.append(f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {memory:.0f} MB")
+    config, is_whole = plan.config, isinstance(plan, WholeModel)
+    rows = f"a stream, cut at {config.max_length} tokens"
+    if plan.rows is not None:
+        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
+        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+    lines = [
+        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{plan.dtype} on {plan.device}",
+        *(_recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)),
+    ]
+    if (texts := plan.answers) is not None and texts.prompts:
+        what = "replayed texts" if is_whole else "answers"
+        lines.append(
+            f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} are there"
+        )
     return "\n".join((*lines, *plan.notes))
 
 
@@ -158,98 +168,63 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.data import step_rows
     from layerskip_core.training.sharding import world_size
 
-    config, recipe, processes = plan.config, plan.recipe, world_size()
-    rows = f"a stream, cut at {config.max_length} tokens"
-    if plan.rows is not None:
-        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
-        cut = f"{plan.truncated} truncated at {config.max_length}{left_out}"
-        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens, {cut}"
-    adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
-    sharded = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
-    shared = "" if processes == 1 else f" in each of {processes} processes{sharded}"
-    lines = [
-        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{adapted}{plan.dtype} on {plan.device}{shared}",
-    ]
+    config, recipe, processes, (own, replayed) = plan.config, plan.recipe, world_size(), step_rows(plan.config)
+    lines = [f"{plan.truncated} rows are truncated at {config.max_length}"] if plan.truncated else []
+    if processes > 1:
+        lines.append(f"{processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else ""))
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
         lines.append("trained at full depth alone, as any model")
     else:
         profile = " constant over depth" if recipe.dropout_profile == "constant" else ""
         rotation = f" R={recipe.rotation}" if recipe.rotation else ""
-        chosen = ", ".join(f"{layer} on {steps:.0f}" for layer, steps in spread(early))
+        chosen = ", ".join(f"{layer} on {steps}" for layer, steps in spread(early))
         reader = ", each read by a block" if recipe.exit_reader == "block" else ""
         exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
         lines.append(
             f"recipe {recipe.preset}: p_max {recipe.p_max:g} {recipe.dropout_schedule}{profile}, e_scale {recipe.e_scale:g} "
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
-    if (texts := plan.answers) is not None:
-        there = f"{len(texts.known)} are there, the others" if texts.known else "written"
-        own, replayed = step_rows(config)
-        longest = max(len(start) + texts.how.room(len(start)) for start in texts.prompts)
-        lines.append(
-            f"replay: {replayed} of the {own + replayed} rows of a step, of {len(texts.prompts)} texts of "
-            f"at most {longest} tokens by the original, {there} in about {_minutes(texts.seconds)}"
-        )
-    return lines
+    return [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"] if replayed else lines
 
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
-    config, answers, worth = plan.config, plan.answers, plan.worth
+    config, worth = plan.config, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
-    most = "at most " if len(answers.known) < len(answers.prompts) else ""
-    writing = f"{len(answers.known)} answers are there, the others in {most}{_minutes(answers.seconds)}; "
-    left_out = f", {plan.left_out} left out" if plan.left_out else ""
-    what = f"blocks at exits {','.join(map(str, plan.taps))}"
-    reads, steps = f"feature {config.feature}", "steps per exit"
+    what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
     if config.layout == "eagle3":
-        what, reads, steps = "a drafter in the EAGLE-3 layout", f"at most {config.draft_vocab} tokens", "steps"
+        what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [
-        f"{what} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which stays as it is; "
-        f"{plan.trained / 1e6:.1f}M parameters, {reads}, loss {config.loss}",
-        f"on {config.data.name}: {plan.rows} rows and {plan.held_out} held out{left_out}, answers of the {config.answers}, "
-        f"{most}{plan.tokens} tokens",
-        f"{writing if answers.prompts else ''}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk",
-        f"{plan.steps} {steps} of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}",
+        f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
         f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",
     ]
 
 
-def report_text(report: "StepReport", is_drafter: bool) -> str:
-    """How a step is shown."""
+def report_text(report: "StepReport") -> str:
+    """How a step is shown: its loss or, of what drafts, its divergence; a drafter in the EAGLE-3 layout is exit 0."""
+    shown = (
+        ("exits", report.exit_losses, ".3f"),
+        ("held-out", report.validation_losses, ".3f"),
+        ("first drafts agree", report.agreement, ".0%"),
+    )
+    parts = [f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in spread(each)) for what, each, form in shown if each]
     speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    exits = _by_exit(report.exit_losses, ".3f" if is_drafter else ".2f")
-    if is_drafter:
-        agreement = _by_exit(report.agreement, ".1%")
-        return f"divergence {exits} {f'first drafts agree {agreement} ' if agreement else ''}{speed}"
-    held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
-    return f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{speed}"
-
-
-def _by_exit(values: dict[int, float], form: str) -> str:
-    """A few of the exits; a drafter in the EAGLE-3 layout, whose key is 0, stands at none."""
-    return " ".join(f"{layer}:{value:{form}}" if layer else f"{value:{form}}" for layer, value in spread(values))
+    return " ".join((f"loss {report.loss:.3f}", *parts, speed))
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
     """The last losses, or divergences of what drafts; what drafts give; what the training cost the model."""
     details = info.details
+    kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
     if plan.recipe is None:
-        trained = {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}
-        titles = {name: f"exit {name}" if name.isdigit() else "the drafter" for name in trained}
-        lines = [f"{titles[name]}: divergence {divergence:.3f}" for name, divergence in trained.items()]
-    else:
-        kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
-        lines = [
-            f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in details[name].items())
-            for name, what in kinds
-            if details[name]
-        ]
+        kinds = {"divergence": {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}}
+    lines = [
+        f"{what}: " + "  ".join(f"{name}: {loss:.3f}" for name, loss in losses.items())
+        for what, losses in kinds.items()
+        if losses
+    ]
     lines += [
         f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; with {verdict.drafts} drafts about "
         f"{verdict.speed:.2f}x of plain decoding here{'' if verdict.speed >= _PAYS else ': does not pay'}"
@@ -271,11 +246,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     return "\n".join(lines)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
+def spread(losses: Mapping[int, float], count: int = 4) -> list[tuple[int, float]]:
     """At most `count` exits at even distances, the last one among them, so that they fit in one line."""
     items = list(losses.items())
     count = min(count, len(items))

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
-from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Temperature, Text
+from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Text
 
 Preset = Literal["auto", "finetune", "continual", "scratch", "code", "none"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
@@ -20,57 +20,46 @@ Scheduler = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
-BlockLoss = Literal["kl", "tv", "acceptance"]
 BlockLayout = Literal["exit", "eagle3"]
-LoraLayers = Literal["all", "below-exit"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Rate = Annotated[float, Meta(gt=0, le=100)]
 _Epochs = Annotated[float, Meta(gt=0, le=1_000_000)]
 _RunSteps = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+_Length = Annotated[int, Meta(ge=2, le=10_000_000)]
+_Rotation = Annotated[int, Meta(ge=1, le=10_000)]
+_Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
-_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit"}
-_LAYOUTS |= {"layers": "eagle3", "draft_vocab": "eagle3", "start_from": "eagle3"}
+_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What both trainings have. None: the model and the data decide."""
 
-    model: Annotated[Text, Flag("embedded-base, a folder, a .gguf file or a hub id.", panel="Model", reads="model")] = (
+    model: Annotated[Text, Flag("embedded-base, a folder, .gguf file or hub id.", panel="Model", reads="model")] = (
         "embedded-base"
     )
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
     streaming = fsdp = False  # which a model's training alone can turn on
-    steps: Annotated[
-        _RunSteps | None, Flag("Optimizer steps; overrides --epochs.", default="300 on `commands`", panel="Optimisation")
-    ] = None
+    steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation")] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
-    lr: Annotated[
-        Annotated[float, Meta(gt=0, le=100)] | None,
-        Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained, and its size"),
-    ] = None
+    lr: Annotated[_Rate | None, Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained, and its size")] = (
+        None
+    )
     scheduler: Annotated[Scheduler, Flag("How the learning rate falls after --warmup.")] = "cosine"
     warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
     max_grad_norm: Annotated[float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")] = 1.0
-    training_arguments: Annotated[dict[str, Any] | None, Flag("Further TrainingArguments of transformers, a JSON object.")] = (
+    training_arguments: Annotated[dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")] = None
+    max_length: Annotated[_Length | None, Flag("Tokens per row.", None, "512; 2048 in recipes for plain text", "Data")] = None
+    validation: Annotated[Text | None, Flag("A split or other data.", None, "1 row of --data in 20", reads="perhaps data")] = (
         None
     )
-    max_length: Annotated[
-        Annotated[int, Meta(ge=2, le=10_000_000)] | None,
-        Flag("Tokens per row, prompt included.", default="512; 2048 in the recipes for plain text", panel="Data"),
-    ] = None
-    validation: Annotated[
-        Text | None,
-        Flag(
-            "A split of --data, or other data, to measure on.",
-            default="one row in twenty of --data, at most 64",
-            reads="perhaps data",
-        ),
-    ] = None
     validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
     eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0
     dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
@@ -102,46 +91,17 @@ class RecipeSettings:
     cross-entropy.
     """
 
-    preset: Annotated[
-        Preset,
-        Flag(
-            "auto trains a few exits, each with a reader, in short runs; four are the paper's; none has no exits.",
-            "--recipe",
-            panel="Recipe",
-        ),
-    ] = "auto"
+    preset: Annotated[Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")] = "auto"
     p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)] = None
-    exits: Annotated[
-        tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", default="by depth; every layer as in the paper")
-    ] = None
-    exit_reader: Annotated[
-        ExitReader | None,
-        Flag(
-            "What reads an exit's states before the shared head: none, or block, one more layer and a norm.", default=_BY_PRESET
-        ),
-    ] = None
-    dropout_schedule: Annotated[
-        DropoutSchedule | None,
-        Flag("Dropout over the run: constant, rising, or falling to 0 in the first third.", default=_BY_PRESET),
-    ] = None
-    dropout_profile: Annotated[
-        DropoutProfile | None,
-        Flag(
-            "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
-            default="exponential",
-        ),
-    ] = None
+    exits: Annotated[tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", None, _BY_PRESET)] = None
+    exit_reader: Annotated[ExitReader | None, Flag("Before the head: a block (a layer and a norm).", None, _BY_PRESET)] = None
+    dropout_schedule: Annotated[DropoutSchedule | None, Flag("Falling: to 0 in a third of the run.", None, _BY_PRESET)] = None
+    dropout_profile: Annotated[DropoutProfile | None, Flag("Constant: the same at every layer.", None, "exponential")] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)] = None
     exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
     curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
-    rotation: Annotated[
-        Annotated[int, Meta(ge=1, le=10_000)] | None,
-        Flag("R of the rotational curriculum: each exit is trained every R steps.", default=_BY_PRESET),
-    ] = None
-    distill: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Flag("Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default=_BY_PRESET),
-    ] = None
+    rotation: Annotated[_Rotation | None, Flag("R: rotational trains each exit every R steps.", None, _BY_PRESET)] = None
+    distill: Annotated[_Share | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items() if self.preset == "none" else ():
@@ -157,37 +117,17 @@ class FinetuneConfig(TrainingSettings):
     """One training of a model, as requested."""
 
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    optimizer: Annotated[
-        OptimizerName, Flag("adamw; muon trains the layers' matrices by Muon, the rest by AdamW.", panel="Optimisation")
-    ] = "adamw"
+    optimizer: Annotated[OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")] = "adamw"
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    replay: Annotated[
-        Fraction | None,
-        Flag(
-            "Share of the rows that are the model's own text, sampled before the training: it keeps what the model knows.",
-            default="a quarter with --recipe auto and none, of a model of 50M parameters or more",
-        ),
-    ] = None
-    replay_tokens: Annotated[Count | None, Flag("Tokens of such a text, after its beginning.", default="the mean row's")] = None
+    replay: Annotated[Fraction | None, Flag("Share of rows of the model's own text.", None, "0.25 with auto and none")] = None
     lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
     lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
     lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
-    lora_layers: Annotated[
-        LoraLayers, Flag("Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
-    ] = "all"
     lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
     streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")] = False
-    pack: Annotated[
-        bool | None, Flag("Pack plain text into full rows.", default="yes in the recipes continual, scratch and code")
-    ] = None
-    vocab_size: Annotated[
-        Annotated[int, Meta(ge=260, le=10_000_000)] | None,
-        Flag("With --recipe scratch: train a BPE tokenizer of this size on the data."),
-    ] = None
-    fsdp: Annotated[
-        bool, Flag("Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).", panel="Machine")
-    ] = False
+    vocab_size: Annotated[_Vocabulary | None, Flag("With --recipe scratch: train a BPE tokenizer of this size.")] = None
+    fsdp: Annotated[bool, Flag("Shard weights and optimizer over torchrun's processes (FSDP2).", panel="Machine")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,14 +137,12 @@ class FinetuneConfig(TrainingSettings):
             (self.streaming, "left out with `streaming`", ("limit", "vocab_size", "replay")),
             (not scratch, "used with `preset` scratch", ("vocab_size",)),
             (scratch, "left out with `preset` scratch, which has no original", ("replay",)),
-            (self.replay == 0, "used with `replay`", ("replay_tokens",)),
         ):
             for name in names if is_so else ():
                 require(not given[name], name, needed, given[name])
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
-        require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
-        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "lora_keep"):
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
             require(self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank")
         reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"
         require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
@@ -213,55 +151,28 @@ class FinetuneConfig(TrainingSettings):
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
     """One training of what drafts for a model that stays as it is: blocks at its exits (see model/exit_blocks.py), or a drafter
-    that other engines read (see model/eagle3.py). The steps and epochs are those of each exit.
-
-    `loss`: KL(full depth || exit); their total variation, which is one minus the expected acceptance; or, for the layout
-    eagle3, the negative logarithm of the expected acceptance.
+    that other engines read (see model/eagle3.py).
     """
 
-    layout: Annotated[
-        BlockLayout | None,
-        Flag(
-            "exit: a block at each of --exits; eagle3: one drafter that vLLM, SGLang and llama.cpp read too.",
-            default="that of the other flags, else eagle3 where these engines run the model, else exit",
-            panel="Drafter",
-        ),
-    ] = None
-    exits: Annotated[
-        tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", default="one, after a third of the layers")
-    ] = None
-    feature: Annotated[
-        Feature,
-        Flag("What a block reads besides the exit's state: none, or final, the model's output state for the token before."),
-    ] = "none"
-    layers: Annotated[
-        tuple[Layer, ...] | None,
-        Flag("Layers after which a drafter of the layout eagle3 reads states.", default="2, a half of all, and all but 3"),
-    ] = None
+    layout: Annotated[BlockLayout | None, Flag("eagle3: for vLLM, too.", None, "exit with --exits, else eagle3", "Drafter")] = (
+        None
+    )
+    exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
+    feature: Annotated[Feature, Flag("final: a block reads the model's output state for the token before, too.")] = "none"
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
     start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
-    answers: Annotated[
-        Answers | None,
-        Flag("Who writes the answers to the prompts of --data.", default="model, if it has prompts"),
-    ] = None
+    answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
-    answer_temperature: Annotated[Temperature, Flag("Temperature of these answers; 0 is greedy.")] = 0.0
-    loss: Annotated[
-        BlockLoss, Flag("kl (divergence) or tv (total variation) from the last layer, or acceptance (its negative logarithm).")
-    ] = "kl"
-    steps: Annotated[
-        _RunSteps | None,
-        Flag("Optimizer steps of each exit; overrides --epochs.", default="600 on `commands`", panel="Optimisation"),
-    ] = None
+    steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation")] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="2")] = None
-    usual_epochs, commands_steps = 2.0, 600  # of each exit
+    usual_epochs, commands_steps = 2.0, 600
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, layout in self._of_one_layout.items():
             require(layout == self.implied_layout, name, f"used with `layout` {layout}", getattr(self, name))
-        for name in ("answer_tokens", "answer_temperature") if self.answers == "data" else ():
-            require(self._is_usual(name), name, "left out with `answers` data", getattr(self, name))
+        given = self.answers != "data" or self._is_usual("answer_tokens")
+        require(given, "answer_tokens", "left out with `answers` data", self.answer_tokens)
 
     @property
     def implied_layout(self) -> BlockLayout | None:
@@ -271,8 +182,7 @@ class DrafterConfig(TrainingSettings):
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
         """The layout of each setting given that only one has."""
-        given = {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
-        return given if self.loss != "acceptance" else {**given, "loss": "eagle3"}
+        return {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
 
     @property
     def in_place(self) -> bool:

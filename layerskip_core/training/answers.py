@@ -5,14 +5,12 @@ A text is decoded once: it goes to a journal, where an interrupted run and a run
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from ..checkpoint.loaded import Decoder
@@ -23,7 +21,6 @@ from ..decoding import decode_batch
 from ..errors import CheckpointError
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
-from ..model.cache import Places
 from .data import EncodedData, step_rows
 from .encoding import Encoder
 from .progress import checkpoints_folder
@@ -34,7 +31,6 @@ _APART = 1 << 31  # between the seeds of a replay and of these texts
 OWN_TEXTS, OWN_TOKENS = 32, 64  # of the original's own that a training's cost is measured on
 MOST_REPLAYED = 4096  # texts; a run with more rows of replay sees them again: writing takes longer than training on them
 _DIGITS = 16  # of a digest in the name of what a run keeps
-_MEASURED = 256  # tokens of a pass that is timed
 _WAIT = 1.0  # seconds
 
 
@@ -47,48 +43,21 @@ class Writing:
 
     tokens: int
     max_length: int
-    temperature: float
-    seed: int
+    temperature: float = 0.0
+    seed: int = 0
 
     def room(self, prompt: int) -> int:
         """Tokens of an answer to a prompt of so many tokens."""
         return min(self.tokens, self.max_length - prompt)
 
 
-class _Answer(msgspec.Struct):
-    """A line of a journal."""
-
-    row: int
-    ids: list[int]
-
-
-def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
-    """Batches of texts of similar length, as indices, the longest first; the same in every run.
-
-    `fits(texts, longest)` says whether a batch may hold that many texts, of which the longest has that many tokens.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batches and fits(len(batches[-1]) + 1, lengths[batches[-1][0]]):
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
 class Answers:
-    """A model's answers to prompts, kept in a journal. `known` are there, by row; the others take about `seconds`.
-
-    The prompts must leave room for a token. `token_seconds` are those of a token in a pass of many.
-    """
+    """A model's answers to prompts, which must leave room for a token, kept in a journal. `known` are there, by row."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path) -> None:
-        """Raises CheckpointError for a journal that is damaged."""
         self.prompts, self.how, self.journal = prompts, how, journal
         self._decoder: Decoder | None = decoder
         self.known = self._read()
-        missing = [prompt for row, prompt in enumerate(prompts) if row not in self.known]
-        self.seconds, self.token_seconds = estimated_seconds(decoder, missing, how)
 
     def write(self, report: Callable[[int], None]) -> list[list[int]]:
         """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
@@ -102,7 +71,8 @@ class Answers:
             assert decoder is not None
             if self.journal.exists():
                 write_file(self.journal, b"".join(whole_lines(self.journal, CheckpointError)), CheckpointError)
-            for batch in batches_of([len(prompt) for prompt in self.prompts], lambda texts, longest: texts <= BATCH):
+            order = sorted(range(len(self.prompts)), key=lambda row: (-len(self.prompts[row]), row))
+            for batch in (order[at : at + BATCH] for at in range(0, len(order), BATCH)):
                 if all(row in known for row in batch):
                     continue
                 report(len(known))
@@ -123,36 +93,13 @@ class Answers:
 
     def _read(self) -> dict[int, list[int]]:
         """An incomplete last line, of a process that was killed or still writes, is left out."""
-        try:
-            lines = msgspec.json.Decoder(_Answer).decode_lines(b"".join(whole_lines(self.journal, CheckpointError)))
-        except msgspec.MsgspecError as error:
-            message = f"{self.journal} is damaged: {error}; remove the file to write the answers again"
-            raise CheckpointError(message) from None
-        return {line.row: line.ids for line in lines}
+        lines = map(json.loads, whole_lines(self.journal, CheckpointError))
+        return {line["row"]: line["ids"] for line in lines}
 
 
 def digest(*values: object) -> str:
     """A digest of everything that decides what is written, for the name of its file."""
     return hashlib.sha256(json.dumps(values, default=asdict).encode()).hexdigest()[:_DIGITS]
-
-
-@torch.inference_mode()
-def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writing) -> tuple[float, float]:
-    """(seconds that answers of the full length take on this machine, seconds of a token in a pass of many), by timed passes."""
-    backend = decoder.backend
-    length = min(_MEASURED, backend.spec.context - 1)
-    cache = backend.new_cache(BATCH, length + 1)
-
-    def seconds(places: Places) -> float:
-        started = time.perf_counter()
-        ids = torch.zeros(sum(places.counts), dtype=torch.long, device=backend.device)
-        hidden = backend.run_layers(backend.embed(ids), 0, backend.num_layers, places)
-        float(backend.unembed(hidden[-places.cache.rows :]).sum())  # waits for a device
-        return time.perf_counter() - started
-
-    token = min(seconds(backend.new_cache(1, length).span(0, length)) for _ in range(2)) / length
-    step = min(seconds(cache.span(at, at + 1)) for at in range(min(3, length)))
-    return sum(map(len, prompts)) * token + math.ceil(len(prompts) / BATCH) * how.tokens * step, token
 
 
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
@@ -164,7 +111,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
-    tokens = config.replay_tokens or round(data.tokens / len(data.seen))
+    tokens = round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     starts = _beginnings(decoder, count, config.seed, encoder.max_length - 1)
     journal = f"replay-{digest(original, starts, how, config.dtype)}.jsonl"

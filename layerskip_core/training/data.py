@@ -24,16 +24,15 @@ from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder
 from .recipe import TEXT_PRESETS
-from .sharding import process_index, world_size
+from .sharding import world_size
 
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
 FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
-_SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
+_SHUFFLED = 10_000  # rows of a stream at a time
 _SAMPLED = 64  # rows of a stream that are read to plan a run
-_COUNTED = 50_000  # rows whose targets are counted, evenly spaced; of a stream the first ones
-_COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be counted
+_COUNTED = 1000  # rows of a stream whose targets are counted
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
@@ -50,7 +49,7 @@ def step_rows(config: TrainingConfig) -> tuple[int, int]:
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
+    """Optimizer steps over so many rows. An epoch sees each once; rows of a replay come on top."""
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
     return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
@@ -90,16 +89,16 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
     """The encoder of a run, for validation too, chosen by its training `rows`, or the first of them.
 
-    Plain text without prompts is packed by default in the recipes for it. Raises ConfigError for rows longer than the context.
+    Plain text without prompts is packed in the recipes for it. Raises ConfigError for rows longer than the context.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
-    pack, usual, asked, context = False, _LENGTH, config.max_length, trainable.backend.spec.context
-    if isinstance(config, FinetuneConfig):
-        for_text = config.recipe.preset in TEXT_PRESETS
-        pack, usual = for_text and plain if config.pack is None else config.pack, _TEXT_LENGTH if for_text else _LENGTH
-    fits = asked is None or asked <= context
-    require(fits, "max_length", f"at most the model's context of {context} tokens", asked)
-    return Encoder(trainable.tokenizer, _template(config, trainable, rows), asked or min(usual, context), pack)
+    for_text, context = (
+        isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS,
+        trainable.backend.spec.context,
+    )
+    longest = config.max_length or min(_TEXT_LENGTH if for_text else _LENGTH, context)
+    require(longest <= context, "max_length", f"at most the model's context of {context} tokens", longest)
+    return Encoder(trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text)
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
@@ -178,26 +177,18 @@ def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    rows: Iterable[dict[str, Any]]
-    if isinstance(data.rows, StreamedRows):
-        rows, most = itertools.islice(data.rows.one_pass(0), _COUNTED), _COUNTED_TOKENS
-    else:
-        rows, most = data.rows[:: -(-len(data.rows) // _COUNTED)], 1 << 62
-    counts, seen = np.zeros(vocab_size, np.int64), 0
-    for row in rows:
-        labels = np.asarray(row["labels"])
-        np.add.at(counts, labels[labels != IGNORED], 1)
-        seen += len(labels)
-        if seen >= most:
-            break
+    rows = data.rows
+    counted = itertools.islice(rows.one_pass(0), _COUNTED) if isinstance(rows, StreamedRows) else rows
+    labels = np.concatenate([row["labels"] for row in counted])
+    counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them.
+    """Encoded rows of a file or hub data set, pass after pass, endlessly, each ten thousand of them shuffled.
 
-    Of several processes each reads all rows, and encodes its own share of them.
+    Of several processes each reads all, and accelerate gives it its own batches.
     """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
@@ -207,28 +198,20 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         for number in itertools.count():
             rows = self.one_pass(number)
             first = next(rows, None)
-            if first is None:  # the file has changed since the run was planned, or has too few rows
-                fewer = f", or the data has fewer rows than the {world_size()} processes" if world_size() > 1 else ""
-                raise DataError(f"{no_room(self._encoder)}{fewer}")
+            if first is None:  # the file has changed since the run was planned
+                raise no_room(self._encoder)
             yield first
             yield from rows
 
     def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
-        """The rows of this process in pass `number` over the data."""
-        own = itertools.islice(self._shuffled(number), process_index(), None, world_size())
-        return filter(has_target, self._encoder.rows(own))
+        """The rows of pass `number` over the data."""
+        return filter(has_target, self._encoder.rows(self._shuffled(number)))
 
     def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        waiting: list[Row] = []
-        for row in stream_rows(self._config):
-            if len(waiting) < _SHUFFLED:
-                waiting.append(row)
-                continue
-            at = int(torch.randint(_SHUFFLED, (), generator=generator))
-            yield waiting[at]
-            waiting[at] = row
-        yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
+        rows = stream_rows(self._config)
+        while some := list(itertools.islice(rows, _SHUFFLED)):
+            yield from (some[at] for at in torch.randperm(len(some), generator=generator).tolist())
 
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
@@ -274,7 +257,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
 
     It has `input_ids` and `labels` (B, T), and `lengths` (B,) without padding. Packed rows add `documents` (B, T), -1 in the
-    padding; rows with states (see exit_blocks.py) `states` (X, B, T, D), `finals` (B, T, D) and `exits` (X,).
+    padding.
     """
 
     def padded(name: str, filler: int) -> Tensor:
@@ -285,9 +268,4 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
     if "documents" in rows[0]:
         batch["documents"] = padded("documents", -1)
-    if "states" in rows[0]:
-        states = zip(*(row["states"] for row in rows), strict=True)
-        batch["states"] = torch.stack([pad_sequence(list(state), batch_first=True) for state in states])
-        batch["finals"] = pad_sequence([row["finals"] for row in rows], batch_first=True)
-        batch["exits"] = torch.tensor(rows[0]["exits"])
     return batch

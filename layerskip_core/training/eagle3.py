@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
-from ..config.resolution import require_exit_layer
-from ..config.training import BlockLoss, DrafterConfig
+from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
@@ -34,7 +33,6 @@ class FrozenEagle3(DrafterModule):
     """
 
     first_target = 2  # by the embedding of the token before, and the states of the one before that
-    setting, file = "layers", "eagle3.safetensors"
     names = {0: "eagle3"}  # noqa: RUF012
 
     def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
@@ -43,16 +41,10 @@ class FrozenEagle3(DrafterModule):
         If the head of `known` is the model's, or was before another training, its tokens are chosen anew, too: another task
         has other ones.
 
-        Raises ConfigError for layers that a model or `known` does not have, and for a model that scales or caps its embedding
-        or logits, which engines do not do for a drafter.
+        Raises ConfigError for a model that scales or caps its embedding or logits, which engines do not do for a drafter.
         """
-        super().__init__(backend, config.loss)
-        usual = default_layers(backend.num_layers) if known is None else known.form.layers
-        layers = tuple(sorted(config.layers or usual))
-        for layer in layers:
-            require_exit_layer(layer, backend.num_layers, field="layers")
-        require(known is None or layers == usual, "layers", f"{usual}, as `start_from` has", layers)
-        form = known.form if known is not None else _form(backend, layers, config.draft_vocab)
+        super().__init__(backend)
+        form = _form(backend, config.draft_vocab) if known is None else known.form
         self.drafter = Eagle3(form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed)
         self._has_own_head = False
         if known is not None:
@@ -64,7 +56,7 @@ class FrozenEagle3(DrafterModule):
         self.to(backend.device, torch.float32)
         for name, weight in self.weights().items():
             weight.requires_grad_(name in MATRICES)
-        self.phases, self.details = (layers,), {"layers": layers, "draft_vocab": form.vocab}
+        self.layers, self.details = form.layers, {"layers": form.layers, "draft_vocab": form.vocab}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
@@ -92,44 +84,39 @@ class FrozenEagle3(DrafterModule):
 
         If these are too few, the drafter keeps tokens of its own.
         """
+        if self._has_own_head:
+            return
         answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
-        counts = answers.bincount(minlength=self.backend.spec.vocab)
-        if not self._has_own_head:
-            preferred = counts.float().index_add(0, self.drafter.tokens.cpu(), torch.full((self.drafter.form.vocab,), 0.5))
-            tokens = preferred.argsort(descending=True, stable=True)[: self.drafter.form.vocab].sort().values
-            self.drafter.tokens.copy_(tokens)
-            copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
-        drafted = counts[self.drafter.tokens.cpu()].sum()
-        self.details["coverage"] = float(drafted / counts.sum())  # of the answers' tokens, the share that it can draft
+        counts, own = answers.bincount(minlength=self.backend.spec.vocab).float(), self.drafter.tokens.cpu()
+        preferred = counts.index_add(0, own, torch.full((len(own),), 0.5)).argsort(descending=True, stable=True)
+        tokens = preferred[: len(own)].sort().values
+        self.drafter.tokens.copy_(tokens)
+        copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
         """The drafter in this precision."""
         weights = {name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()}
         return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
-    ) -> dict[str, Tensor | tuple[int, ...]]:
+    def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
         """The loss is the mean over the drafts of a round, and `per_exit` of the first. Each other draft reads the output for
         the one before. Sums are over the targets, the tokens with labels after the second.
         """
-        layer, is_target = self.drafter.layer, labels[:, 2:] != IGNORED
+        layer, is_target, (states, finals) = self.drafter.layer, labels[:, 2:] != IGNORED, self.states(input_ids)
         before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row
         start = max(0, before - DRAFTS + 1)
-        taught = finals[:, 1:-1][is_target].float()
+        taught = finals[:, 1:-1][is_target]
         with torch.no_grad():
             embedded = self.backend.embed(input_ids[:, 1:-1]).float()
-            known = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
-            wanted = known.exp()
-            entropy = -_dots(wanted, known)
-        feature = layer.feature([state[:, :-2] for state in states.float()])
+            wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
+        feature = layer.feature([state[:, :-2] for state in states])
         losses, first = [], torch.empty(0)
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()
             whole[:, :draft] = False  # the first entries of a row have no output of so many drafts before them
             logits = layer.logits(hidden[whole[:, start:]])
             rows = whole[is_target]
-            losses.append(divergence(wanted[rows], entropy[rows], logits.log_softmax(-1), self._loss).sum())
+            losses.append(F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True))
             first = first if draft else logits.argmax(-1)
         agreeing = torch.zeros((), device=taught.device)
         if not self.training:
@@ -155,7 +142,7 @@ def suits_engines(backend: TransformersBackend) -> bool:
         return plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
 
 
-def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Eagle3Form:
+def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
     """A layer of the model's own widths, as far as its configuration says them in the usual names.
 
     Raises ConfigError for a model whose embedding or logits are scaled or capped.
@@ -171,7 +158,7 @@ def _form(backend: TransformersBackend, layers: Sequence[int], vocab: int) -> Ea
     rope = getattr(config, "rope_parameters", None) or {}
     kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
     return Eagle3Form(
-        tuple(layers),
+        default_layers(backend.num_layers),
         spec.hidden,
         heads,
         kv_heads,
@@ -192,50 +179,19 @@ def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int,
     count = embedded.shape[1]
     places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
     groups, scale = layer.form.heads // layer.form.kv_heads, layer.form.head_dim**-0.5
-    later: list[tuple[Tensor, Tensor]] = []
+    entries: list[tuple[Tensor, Tensor]] = []  # the keys and values of each draft
     outputs: list[Tensor] = []
-    first: tuple[Tensor, Tensor] | None = None
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)
-        keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
-        if first is None:
-            first = keys, values
+        entries.append((keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)))
+        if not draft:
             residual, queries = residual[:, start:], queries[:, :, start:]
             embedded, feature, places = embedded[:, start:], feature[:, start:], places[:, start:]
-        else:
-            later.append((keys, values))
-        queries = queries * scale
-        scores = queries @ first[0].transpose(2, 3)
-        scores = scores.masked_fill(order > order[start:, None] - draft, -torch.inf)
-        # The key of draft j that the entry at i sees stands at i - draft + j.
-        own = [(shifted(held, draft - j), shifted(seen, draft - j)) for j, (held, seen) in enumerate(later, start=1)]
-        near = [(queries * held).sum(-1, keepdim=True) for held, _ in own]
-        weights = torch.cat((scores, *near), dim=-1).softmax(-1)
-        attended = weights[..., :count] @ first[1]
-        for number, (_, seen) in enumerate(own):
-            attended = attended + weights[..., count + number, None] * seen
-        outputs.append(layer.finish(residual, attended))
+        ends = order[start:, None] - draft
+        visible = [order <= ends, *(order[start:] == ends + later for later in range(1, draft + 1))]
+        seen, values = (torch.cat(part, dim=2) for part in zip(*entries, strict=True))
+        scores = (queries * scale) @ seen.transpose(2, 3)
+        weights = scores.masked_fill(~torch.cat(visible, dim=1), -torch.inf).softmax(-1)
+        outputs.append(layer.finish(residual, weights @ values))
         feature = torch.cat((feature[:, :1], outputs[-1][:, :-1]), dim=1)
     return outputs
-
-
-def shifted(entries: Tensor, by: int) -> Tensor:
-    """(B, H, N, head dim) moved to later places; the first ones are repeated where there is nothing."""
-    return entries if not by else torch.cat((entries[:, :, :1].expand(-1, -1, by, -1), entries[:, :, :-by]), dim=2)
-
-
-def _dots(first: Tensor, second: Tensor) -> Tensor:
-    """The dot products (M,) of rows (M, N), without a matrix of the products."""
-    return (first[:, None] @ second[..., None]).flatten()
-
-
-def divergence(wanted: Tensor, entropy: Tensor, found: Tensor, loss: BlockLoss) -> Tensor:
-    """Of a drafter's log-probabilities (M, N) from the wanted probabilities, whose entropy is (M,), by target (M,).
-
-    `kl` is KL(wanted || found). `tv` is the total variation distance, one minus the expected acceptance a = sum(min(p, q));
-    `acceptance` is -log a.
-    """
-    if loss == "kl":
-        return -_dots(wanted, found) - entropy
-    accepted = torch.minimum(found.exp(), wanted).sum(-1)
-    return 1 - accepted if loss == "tv" else -accepted.log()

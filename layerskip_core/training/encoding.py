@@ -51,7 +51,7 @@ class Encoder:
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
         if self.pack and (isinstance(row, Conversation) or row.prompt):
-            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
+            raise DataError("packed rows are of plain text: one with a prompt, or a conversation, would be cut anywhere")
         with _naming(row):
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
@@ -129,19 +129,12 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
     """A transformers tokenizer of `vocab_size` entries, including bytes and three special tokens; of fewer entries if the rows
     have too few pairs of characters to merge.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(rows), trainer)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(_texts(rows), vocab_size, min_frequency=0, show_progress=False, special_tokens=_SPECIAL)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     pad, bos, eos = _SPECIAL
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
 

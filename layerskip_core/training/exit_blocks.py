@@ -1,41 +1,27 @@
-"""Blocks at the exits of a model that stays as it is: their training forward, and the model's states that they are trained on.
+"""Blocks at the exits of a model that stays as it is: their training forward, over the model's states as decoding has them."""
 
-The states are computed once and kept on disk: for every token the state after each exit, before a norm, and the last layer's
-after the final norm, in bf16. The file is written from its start to its end, so its size tells how much of it is there.
-"""
-
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
 from ..config.resolution import require_exit_layer
-from ..config.training import BlockLoss, DrafterConfig
-from ..errors import CheckpointError
-from ..files import synchronise
+from ..config.training import DrafterConfig
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
-from .answers import batches_of
-from .recipe import SMALL_MODEL, RunStep
+from .recipe import RunStep
 from .worth import Worth, worth_of_exit
 
 MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
-_LR, _SMALL_LR = 1.5e-3, 2e-3  # of AdamW
-_TOKENS = 2048  # of a pass
-_BYTES = torch.bfloat16.itemsize
-_STATES = "states.bf16"
+_FILE = "drafter.safetensors"  # of a run's checkpoint
 
 
 class Block(nn.Module):
@@ -66,49 +52,35 @@ class Block(nn.Module):
 
 class DrafterModule(nn.Module):
     """What drafts for a model that stays as it is, in training. A kind of it also has `of`, a new one as a config asks for it,
-    and `files`, what is saved.
-
-    The forward is as that of `RecipeModule`, over a batch of rows with states, see `collate`: of the exits of the batch, with
-    divergences from full depth instead of cross-entropies.
-
-    Attributes:
-        backend: the model's.
-        setting: of the config, which names the layers after which states are read.
-        names: by measured exit, of what is trained, as layerskip.json has it.
-        phases: the learning rate rises and falls once in each, over the states after these layers.
-        first_target: the index of the first token of a row that is predicted.
-        details: of how all of it was trained.
-        file: of a run's checkpoint.
+    and `files`, what is saved. The forward is as that of `RecipeModule`, with divergences from full depth as losses.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    first_target = 1
-    setting: Literal["exits", "layers"]
-    file: str
-    names: dict[int, str]
-    phases: tuple[tuple[int, ...], ...]
-    details: dict[str, Any]
+    first_target = 1  # the index of the first token of a row that is predicted
+    layers: tuple[int, ...]  # after which states are read, ascending
+    names: dict[int, str]  # by measured exit, of what is trained, as layerskip.json has it
+    details: dict[str, Any]  # of how all of it was trained
 
-    def __init__(self, backend: TransformersBackend, loss: BlockLoss) -> None:
+    def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
-        self.backend, self.config, self._loss = backend, model.requires_grad_(False).config, loss
+        self.backend, self.config = backend, model.requires_grad_(False).config
+        self.decoder: Backend = backend  # computes the states; in a run that of decoding
 
-    @property
-    def usual_lr(self) -> float:
-        """The learning rate unless another is asked for."""
-        if any(self.muon(MUON_LR)):
-            return MUON_LR
-        return _SMALL_LR if self.backend.spec.parameters < SMALL_MODEL else _LR
+    def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T)."""
+        backend, (rows, tokens) = self.decoder, ids.shape
+        places, last = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True), backend.num_layers
+        with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
+            states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)
+            states[last] = self.backend.normed(states[last].to(self.backend.dtype))
+        shape = rows, tokens, backend.spec.hidden
+        *read, final = (state[:, : shape[2]].reshape(shape).to(torch.float32, copy=True) for state in states.values())
+        return read, final
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it.
-
-        It trains all, or none where something else is trained too.
-        """
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        if all(weight.dim() == 2 for weight in weights):
-            yield weights, lr, "original"
+        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""
+        yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
 
     def worth(self, backend: Backend, exit_layer: int) -> Worth:
         """What drafts of this exit would gain, with the backend that decodes."""
@@ -124,39 +96,33 @@ class DrafterModule(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes the weights of a run's checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()}, folder / self.file)
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
         """Reads them."""
-        copy_into(self.weights(), load_file(folder / self.file))
+        copy_into(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):
     """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
 
-    Their matrices are trained by Muon, and their norms and biases stay as they start: on `embedded-base` 300 such steps gave
-    94.2% agreement, 600 of AdamW on all weights 94.7%. Muon takes no weights of three dimensions; blocks that have them
-    (experts) are trained by AdamW as a whole.
+    Their matrices are trained by Muon, and the rest stays as it starts, see `new_readers`: on `embedded-base` 300 such steps
+    gave 94.2% agreement, 600 of AdamW on all weights 94.7%.
     """
 
-    setting, file = "exits", "blocks.safetensors"
-
-    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
-        super().__init__(backend, loss)
-        self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
-        self.names = {block.exit_layer: str(block.exit_layer) for block in blocks}
-        self.phases = tuple((exit_layer,) for exit_layer in self.names)
+    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock]) -> None:
+        super().__init__(backend)
+        self.exits = new_readers(backend, blocks)
+        self.layers = tuple(block.exit_layer for block in blocks)
+        self.names = {exit_layer: str(exit_layer) for exit_layer in self.layers}
         self.details = {"feature": blocks[0].feature if blocks else "none"}
-        by_muon = all(weight.dim() <= 2 for weight in self.parameters())
-        for weight in self.parameters():
-            weight.requires_grad_(not by_muon or weight.dim() == 2)
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
-        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits], config.loss)
+        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits])
 
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
@@ -169,43 +135,35 @@ class FrozenExits(DrafterModule):
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
-    ) -> dict[str, Tensor | tuple[int, ...]]:
-        """With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of
-        a round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both,
-        and `per_exit` of the first.
+    def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
+        """With the feature `final` a block runs twice: on the final states of the tokens before, as in the first draft of a
+        round, and on its own, as in later ones (HASS, Zhang et al., 2025); the loss is the mean, and `per_exit` of the first.
         """
-        is_target = labels[:, 1:] != IGNORED
-        finals = finals.float()
-        head, vocab, exit_layers = self.backend.head, self.backend.spec.vocab, tuple(exits.tolist())
-        teacher = finals[:, :-1][is_target]
+        is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
+        head, vocab, teacher = self.backend.head, self.backend.spec.vocab, finals[:, :-1][is_target]
         results = []
-        for exit_layer, state in zip(exit_layers, states.float(), strict=True):
-            block = self.exits[str(exit_layer)]
+        for block, state in zip(self.exits.values(), states, strict=True):
             runs = [block(state, features_of(finals), input_ids)]
             if block.input is not None:
                 runs.append(block(state, features_of(runs[0]), input_ids))
             runs = [run[:, :-1][is_target] for run in runs]
             mean = [(0.0, 1 / len(runs))] * len(runs)
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher, self._loss == "tv"))
+            results.append(summed_losses(head, runs, None, vocab, mean, teacher))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
             "agreeing": torch.stack([sums[0, 2] for _, sums in results]),
-            "exit_layers": exit_layers,
+            "exit_layers": self.layers,
         }
 
 
-def new_readers(backend: TransformersBackend, exits: Sequence[int], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
-    """Blocks that read exits of a model in training, by exit: the model's own where `kept` has them, else new ones.
+def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
+    """Blocks in training, by exit: the model's own where `kept` has them, else new ones.
 
-    As in a drafter's training their norms stay as they start. So do weights of three dimensions (experts), which Muon does not
-    take.
+    Norms and biases stay as they start, and so do weights of three dimensions (experts), which Muon does not take.
     """
-    readers = nn.ModuleDict({str(exit_layer): Block(backend, ExitBlock(exit_layer)) for exit_layer in exits})
-    known = [block for block in kept.blocks if block.feature == "none" and block.exit_layer in exits]
-    stored = kept.weights(backend.spec)
+    readers = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
+    stored, known = kept.weights(backend.spec), [block for block in kept.blocks if block in blocks]
     copy_into(named_weights(readers), {name: stored.of(name) for block in known for name in block.shapes(backend.spec)})
     for weight in readers.parameters():
         weight.requires_grad_(weight.dim() == 2)
@@ -222,79 +180,3 @@ def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
     """Gives some of the weights other values."""
     for name, value in values.items():
         weights[name].copy_(value)
-
-
-def states_bytes(tokens: int, width: int, exits: int) -> int:
-    """The disk that the states of so many tokens need."""
-    return tokens * (exits + 1) * width * _BYTES
-
-
-@torch.inference_mode()
-def write_states(
-    backend: Backend,
-    model: TransformersBackend,
-    texts: Sequence[Mapping[str, Any]],
-    exits: Sequence[int],
-    folder: Path,
-    report: Callable[[int], None],
-) -> None:
-    """Writes the states of all texts (encoded rows), in the order of `_layout`, after the states already there.
-
-    `model` is the same model, with the final norm. `exits` ascend. `report` gets the number of texts that are done, and may
-    raise to end it.
-    """
-    (batches, places), path = _layout(texts), folder / _STATES
-    ends = [0, *(states_bytes(places[batch[-1]], backend.spec.hidden, len(exits)) for batch in batches)]
-    written = path.stat().st_size if path.is_file() else 0
-    done = sum(end <= written for end in ends) - 1
-    rows = sum(map(len, batches[:done]))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.truncate(path, ends[done])
-        for batch in batches[done:]:
-            report(rows)
-            states = _states(backend, model, [texts[row]["input_ids"] for row in batch], exits)
-            with path.open("ab") as file:
-                file.write(states.cpu().view(torch.int16).numpy().tobytes())
-            rows += len(batch)
-        synchronise(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the states to {folder}: {error.strerror}") from error
-    report(rows)
-
-
-def _states(backend: Backend, model: TransformersBackend, texts: list[list[int]], exits: Sequence[int]) -> Tensor:
-    """The states (N, X + 1, D) of all N tokens of some texts, one after the other, after each of X exits and the final norm."""
-    lengths, last = list(map(len, texts)), backend.num_layers
-    tokens = torch.tensor([*chain(*texts)], device=backend.device)
-    places = Places(backend.new_cache(len(texts), max(lengths)), [0] * len(texts), lengths, settled=True)
-    states = states_at(backend, backend.embed(tokens), (*exits, last), places)
-    states[last] = model.normed(states[last].to(model.dtype))
-    return torch.stack([state[:, : backend.spec.hidden].bfloat16() for state in states.values()], dim=1)
-
-
-def _layout(texts: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], dict[int, int]]:
-    """(batches of texts, as indices, the number of tokens up to the end of each text)."""
-    lengths = [len(text["input_ids"]) for text in texts]
-    batches = batches_of(lengths, lambda count, longest: count * longest <= _TOKENS)
-    order = list(chain(*batches))
-    return batches, dict(zip(order, accumulate(lengths[row] for row in order), strict=True))
-
-
-class States(Dataset[dict[str, Any]]):
-    """The texts (encoded rows) of `write_states`, with the states of the `chosen` exits, read from disk as they are needed."""
-
-    def __init__(
-        self, texts: Sequence[Mapping[str, Any]], folder: Path, width: int, exits: Sequence[int], chosen: Sequence[int]
-    ) -> None:
-        self._texts, self._chosen, self._places = texts, chosen, [exits.index(exit_layer) for exit_layer in chosen]
-        self._ends = _layout(texts)[1]
-        shape = max(self._ends.values()), len(exits) + 1, width
-        self._states = torch.from_file(str(folder / _STATES), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """A text with the `exits` (X,), its `states` (X, T, D) after them and its `finals` (T, D)."""
-        text, end = self._texts[row], self._ends[row]
-        states = self._states[end - len(text["input_ids"]) : end]
-        return {**text, "exits": self._chosen, "states": states[:, self._places].transpose(0, 1), "finals": states[:, -1]}

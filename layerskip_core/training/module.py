@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, quiet_transformers
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
 from ..checkpoint.save import write_model
 from ..config.training import FinetuneConfig
-from ..errors import ConfigError, first_line, require
+from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .exit_blocks import MUON_LR, copy_into, named_weights
-from .progress import load_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .worth import Worth, worth_of_exit
 
@@ -40,8 +39,8 @@ class RecipeModule(nn.Module):
     ) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `readers`: by exits, see `new_readers`.
 
-        `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        The attribute `tokenizer`, of transformers, is saved with the model; `by_muon`: Muon trains the matrices of the layers.
+        `recompute`: the backward pass runs the layers again, with the same rows dropped. The attribute `tokenizer` is saved
+        with the model; `by_muon`: Muon trains the matrices of the layers.
         """
         super().__init__()
         self.model, self.config = model, model.config
@@ -58,8 +57,7 @@ class RecipeModule(nn.Module):
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
         """As `DrafterModule.muon`: the readers' matrices, and with `by_muon` those of the model's layers.
 
-        Muon's steps do not depend on the gradient's scale: readers learn at their own speed, whatever their losses weigh beside
-        the last layer's.
+        Muon's steps do not depend on the gradient's scale, so readers learn at their own speed, whatever their losses weigh.
         """
         if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
             yield weights, MUON_LR, "original"
@@ -134,35 +132,28 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Loads the model inside. Raises CheckpointError as `load_weights` does."""
-        load_weights(self.model, folder)
+        stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
+        if hasattr(self.model, "get_base_model"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, stored)
+        else:
+            self.model.load_state_dict(stored, strict=False)  # tied weights are stored once
         if self.readers:
             copy_into(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
 
 
 @quiet_transformers()
-def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
-    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
-
-    With `layers`, only those in so many of the first layers.
-    """
+def with_lora(model: Any, config: FinetuneConfig) -> Any:
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D  # of GPT-2
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
-    if layers is not None:
-        modules = dict(model.named_modules())  # peft adapts what is named in full whatever its layer
-        whole = [name for name in targets if name in modules]
-        require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
-        if targets == ["all-linear"]:  # which peft does not take together with layers
-            parts = TransformersBackend(model).layers[:layers].named_modules()
-            targets = sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))})
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        layers_to_transform=None if layers is None else list(range(layers)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.model,
     )
@@ -176,9 +167,8 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
 def use_fp32_attention(model: Any) -> None:
     """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged.
 
-    Under bf16 autocast on the CPU torch's flash kernel is slow in bf16. Forward and backward of one layer with torch 2.13 on
-    AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5 heads of 32: 15 and 7 ms; 16 of 128 with 9 heads
-    of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms.
+    There torch's flash kernel is slow in bf16 on a CPU (torch 2.13, AVX-512 BF16, forward and backward of a layer): 32 rows of
+    56 tokens take 15 ms in bf16 and 7 in fp32, 8 of 224 take 39 and 44.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

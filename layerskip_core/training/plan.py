@@ -3,17 +3,13 @@
 import ctypes
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
-from math import cos, pi
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import nn
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
@@ -21,33 +17,29 @@ from ..checkpoint.loaded import Trainable, pick_dtype
 from ..checkpoint.open import for_decoding
 from ..checkpoint.save import claim_repository, push
 from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import ConfigError, TrainingInterrupted
-from ..files import hold
+from ..errors import CheckpointError, ConfigError, TrainingInterrupted
+from ..files import hold, read_json
 from ..interruption import Interruption
 from ..model.native.compiled import multiplies_bf16
 from .answers import Answers
-from .data import collate
 from .module import use_fp32_attention
-from .progress import LossHistory, ResumePoint, StepReport, checkpoints_folder, discard_after
-from .recipe import Recipe, RunStep
+from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
+from .recipe import Recipe
 from .sharding import process_index, world_size
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
-_BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
 
 # May differ between a run and its resumption: none of it changes the steps that follow.
 _FREE = (
     *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
     *("validation", "validation_samples", "eval_steps"),
 )
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`accepted`: the share of its first drafts that are right on held-out rows. `speed`: about what decoding with the best
-    number of `drafts` gains over plain decoding.
-    """
+    """`accepted`: share of first drafts on held-out rows. `speed`: over plain decoding, with the best number of `drafts`."""
 
     name: str
     accepted: float
@@ -60,7 +52,7 @@ class Plan:
 
     Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
     still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
-    the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
+    the same or not at all.
     """
 
     config: TrainingConfig  # with `lr` and `max_length`, and for a drafter the exits
@@ -75,17 +67,12 @@ class Plan:
     parameters: int
     num_layers: int
     sealed: Mapping[str, Any]
-    resume: ResumePoint | None
+    resume: Path | None  # a checkpoint
     held_out: int  # rows
-    trained: int  # parameters
     notes: tuple[str, ...] = ()  # what the user should know before it starts
-    step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
-    memory_mb: float  # at its peak, with the optimizer's moments
-
     answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
     recipe: Recipe | None = None
-    exit_steps: Mapping[int, float]  # of a model: that train each exit, the last layer included
-    phases: int = 1
+    exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
 
     def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
         """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""
@@ -97,7 +84,7 @@ class Plan:
         if self.autocast and device.type == "cpu":
             use_fp32_attention(trainable.model)
 
-    def seal(self, resume: ResumePoint | None, facts: Mapping[str, Any]) -> None:
+    def seal(self, resume: Path | None, facts: Mapping[str, Any]) -> None:
         """Seals the config and the `facts`. Raises ConfigError where the checkpoint to resume from was sealed with others."""
         config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         config |= config.pop("recipe", {})
@@ -107,68 +94,31 @@ class Plan:
         self.sealed = json.loads(json.dumps(command | config | run | dict(facts)))
         if resume is None:
             return
-        self.notes += (f"going on from {resume.folder}",)
-        for name, value in self.sealed.items():
-            if name in resume.settings and resume.settings[name] != value:
-                raise ConfigError(
-                    f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
-                    "resumed with the same settings on the same data"
-                )
-
-    def measure(self, rows: Sequence[dict[str, Any]], mean_tokens: float) -> None:
-        """Measures a step in the middle of the run: forward and backward on one batch of `rows`.
-
-        The run's rows have `mean_tokens` each.
-        """
-        module: nn.Module = self.module
-        self.trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-        if self.config.fsdp:
-            return
-        device, on_gpu = torch.device(self.device), self.device.startswith("cuda")
-        module.to(device).train()
-        batch = {name: value.to(device) for name, value in collate(list(islice(cycle(rows), self.config.batch_size))).items()}
-        measured = int(batch.pop("lengths").sum())
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-                loss = module(**batch, step=RunStep(self.steps // 2, self.steps))["loss"]
-            torch.autograd.backward(loss)
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            module.zero_grad(set_to_none=True)
-            if seconds > _BRIEF:
-                break
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
-        self.step_seconds = seconds * self.config.batch_size * self.config.accumulation * mean_tokens / measured
-        self.memory_mb = (peak + 8 * self.trained) / 2**20
+        self.notes += (f"going on from {resume}",)
+        before = read_json(resume / SEAL, CheckpointError)
+        for name, now in self.sealed.items():
+            if before.get(name, now) != now:
+                again = "a run is resumed with the same settings on the same data"
+                raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
 
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> CheckpointInfo:
-        """Train to the end and write the result to the config's `output`.
+        """Trains to the end, and writes the result to the config's `output`. Returns the info of the saved model.
 
-        Args:
-            on_step: called after each optimizer step; an exception of it ends the run.
-            on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
+        `on_step` is called after each step; an exception of it ends the run. `on_progress` gets a stage before the training,
+        such as "answers", and how many of how many are done.
 
-        Returns:
-            The info of the saved model, with the last losses of every exit, or how each block was trained.
-
-        Raises:
-            CheckpointError: a checkpoint cannot be read or written.
-            TrainingError: the loss is not finite, or explodes.
-            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
-            LockedError: another process writes to the folder.
+        Raises CheckpointError for a checkpoint that cannot be read or written, TrainingError for a loss that is not finite or
+        explodes, TrainingInterrupted by Ctrl-C or SIGTERM, after which it can be resumed, and LockedError.
         """
         from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
 
-        resume, repository, is_first = self.resume, self.config.push_to_hub, process_index() == 0
+        repository, is_first = self.config.push_to_hub, process_index() == 0
         if repository is not None and is_first:
             claim_repository(repository)
-        with run_lock(self.config.output), Interruption() as interruption, quiet_transformers(), _kept_memory():
+        _keep_memory()
+        with run_lock(self.config.output), Interruption() as interruption, quiet_transformers():
 
             def progress(stage: str, total: int, done: int) -> None:
                 if interruption.signal is not None:
@@ -176,20 +126,16 @@ class Plan:
                     raise TrainingInterrupted(kept, interruption.signal, 0)
                 on_progress(stage, done, total)
 
-            history = LossHistory() if resume is None else LossHistory.read(resume.folder)
-            RunTrainer(self, *self.data_sets(progress), history, on_step, interruption).run()
+            history = RunTrainer(self, *self.data_sets(progress), on_step, interruption).run()
             info = self.save(history)
             if is_first:
-                discard_after(checkpoints_folder(self.config.output), 0)
+                discard_after(checkpoints_folder(self.config.output), None)
                 if repository is not None:
                     push(self.config.output, repository)
         return info
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """(the rows of the run in their order, the held-out rows).
-
-        `progress` gets a stage, the number of its texts and how many of them are done.
-        """
+        """(the rows of the run in their order, the held-out rows). `progress` gets a stage, its texts and how many are done."""
         raise NotImplementedError
 
     def save(self, history: LossHistory) -> CheckpointInfo:
@@ -198,8 +144,7 @@ class Plan:
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
         """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
-
-        Of what was not measured on held-out rows there is none. Other processes of torchrun than the first have none.
+        None of what was not measured on held-out rows, and in other processes than the first.
         """
         names, measured, found = self.module.names, info.agreement, list[Verdict]()
         known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
@@ -212,12 +157,13 @@ class Plan:
         return found
 
     @property
-    def dtype(self) -> str:
-        return "bf16 autocast" if self.autocast else "fp32"
+    def trained(self) -> int:
+        """Parameters."""
+        return sum(weight.numel() for weight in self.module.parameters() if weight.requires_grad)
 
     @property
-    def total_steps(self) -> int:
-        return self.steps * self.phases
+    def dtype(self) -> str:
+        return "bf16 autocast" if self.autocast else "fp32"
 
     @property
     def eval_steps(self) -> int:
@@ -225,25 +171,7 @@ class Plan:
         if not self.held_out:
             return 0
         once = self.recipe is not None and self.config.validation is None
-        return self.config.eval_steps or (self.total_steps if once else max(1, self.total_steps // _VALIDATIONS))
-
-    def lr_share(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, over the highest one: a line upwards, then as `scheduler` says to 0."""
-        warmup = round(self.config.warmup * self.steps)
-        index = step % self.steps if step < self.total_steps else self.steps
-        if index < warmup:
-            return index / warmup
-        done = (index - warmup) / max(1, self.steps - warmup)
-        return {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.config.scheduler]
-
-
-def _peak_memory() -> int:
-    """The most bytes that this process had in memory at once."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return self.config.eval_steps or (self.steps if once else max(1, self.steps // _VALIDATIONS))
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
@@ -251,9 +179,8 @@ def run_lock(output: str) -> AbstractContextManager[None]:
     return hold(output, "a training") if process_index() == 0 else nullcontext()
 
 
-@contextmanager
-def _kept_memory() -> Iterator[None]:
-    """glibc keeps the memory that a step frees for the next one.
+def _keep_memory() -> None:
+    """From now on glibc keeps the memory that a step frees for the next one.
 
     Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
     """
@@ -261,9 +188,3 @@ def _kept_memory() -> Iterator[None]:
     mallopt = getattr(library, "mallopt", lambda option, value: 0)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:  # the default, and the highest values that glibc would have come to by itself
-        mallopt(_MMAP_MAX, 1 << 16)
-        mallopt(_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_TRIM_THRESHOLD, 1 << 26)

@@ -1,12 +1,13 @@
 """A run in progress: the report of each step, the history of losses, and checkpoints.
 
-These are written to a staging folder with the settings of the run, then renamed into place, so each is whole. A run refuses to
-start beside a folder of such a name that this program did not write.
+A checkpoint begins with the settings of its run, and is whole if it has Trainer's state, which is written last. A run refuses
+to start beside a folder of such a name that this program did not write.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import nn
 
-from ..checkpoint.folder import open_weights
-from ..checkpoint.info import holds_model
-from ..config.training import DrafterConfig, TrainingConfig
-from ..errors import CheckpointError, ConfigError, listed
-from ..files import discard_folder, publish_folder, read_json, remove_leftovers
+from ..config.training import TrainingConfig
+from ..errors import CheckpointError, ConfigError
 
-_LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
+LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2
-_SEAL = "run.json"
+SEAL = "run.json"  # written first
+_STATE = "trainer_state.json"  # last, by Trainer
 _PREFIX = "checkpoint-"
 
 
@@ -43,8 +41,7 @@ class StepReport:
     agreement: dict[int, float] = field(default_factory=dict)  # of early exits there: the share of first drafts accepted
 
 
-@dataclass(frozen=True)
-class StepLosses:
+class StepLosses(msgspec.Struct, frozen=True, omit_defaults=True):
     """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
 
     `agreement`: on held-out rows, the share of targets where the exit's best token is the last layer's.
@@ -53,8 +50,8 @@ class StepLosses:
     step: int
     loss: float
     exits: dict[int, float]
-    validation: dict[int, float] = field(default_factory=dict)
-    agreement: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = {}
+    agreement: dict[int, float] = {}
 
     @property
     def final(self) -> float:
@@ -75,7 +72,7 @@ class LossHistory:
     def read(cls, checkpoint: Path) -> "LossHistory":
         """Of the run that a checkpoint belongs to."""
         history = cls()
-        for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / _LOSSES).read_bytes()):
+        for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / LOSSES).read_bytes()):
             history.add(losses)
         return history
 
@@ -90,22 +87,9 @@ class LossHistory:
         step, rest = self.steps[-1], (learning_rate, speed, self.validated, self.agreement)
         return StepReport(step.step, total_steps, step.loss, step.final, self.latest, *rest)
 
-    def to_jsonl(self) -> str:
-        """One JSON line per step; agreement only where it was measured."""
-        rows = ({name: value for name, value in vars(step).items() if name != "agreement" or value} for step in self.steps)
-        return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """The newest checkpoint, and the settings of the run that wrote it."""
-
-    folder: Path
-    settings: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return _step(self.folder)
+    def to_jsonl(self) -> bytes:
+        """One JSON line per step."""
+        return msgspec.json.Encoder().encode_lines(self.steps)
 
 
 def checkpoints_folder(output: str) -> Path:
@@ -114,72 +98,52 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's checkpoints by their names; their files are not checked."""
+    """A run's whole checkpoints."""
+    return [path for path in _checkpoints(folder) if (path / _STATE).is_file()]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All, the newest first, by their names."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
-def resume_point(config: TrainingConfig) -> ResumePoint | None:
+def resume_point(config: TrainingConfig) -> Path | None:
     """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
 
     Raises CheckpointError if there is nothing to go on from; without `resume`, ConfigError if there is a run to lose. Raises
-    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, or the losses
-    of a run: a checkpoint of transformers' own Trainer has neither.
+    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, which those of
+    transformers' own Trainer lack.
     """
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
-    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else there:
-        if path.is_symlink() or not any((path / name).is_file() for name in (_SEAL, _LOSSES)):
+    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
+        if path.is_symlink() or not (path / SEAL).is_file():
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
-        return ResumePoint(there[0], read_json(there[0] / _SEAL, CheckpointError))
-    texts = isinstance(config, DrafterConfig) or (config.replay != 0 and any(folder.glob("replay-*.jsonl")))
-    if config.resume and not texts:
+        return there[0]
+    if config.resume and not any(folder.glob("*.jsonl")):
         again = "a run with `save_steps` N has them until it ends"
         raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; {again}")
     if there and not config.overwrite:
-        replaces = holds_model(config.output) and not (isinstance(config, DrafterConfig) and config.in_place)
-        held, again = ("a model and an", "`resume` with `overwrite`") if replaces else ("an", "`resume`")
-        raise ConfigError(
-            f"`output` {config.output} holds {held} unfinished run; give {again} to go on, or `overwrite` alone to start anew"
-        )
+        again = "give `resume` to go on (and `overwrite` if it replaces a model), or `overwrite` alone to start anew"
+        raise ConfigError(f"`output` {config.output} holds an unfinished run; {again}")
     return None
 
 
-def publish(written: Path, folder: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
-    """Adds what a run needs to a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
-    (written / _LOSSES).write_text(history.to_jsonl(), encoding="utf-8")
-    (written / _SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    publish_folder(written, folder / written.name)
-    for old in newest_first(folder)[KEPT:]:
-        with suppress(OSError):
-            discard_folder(old)
+def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
+    """Begins a checkpoint with what a run needs beside Trainer's files."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
-def discard_after(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps than this one, staging folders, and the folder if nothing else is there."""
-    remove_leftovers(folder)
-    for checkpoint in newest_first(folder):
-        if _step(checkpoint) > step:
-            discard_folder(checkpoint)
+def discard_after(folder: Path, kept: Path | None) -> None:
+    """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
+    for checkpoint in _checkpoints(folder):
+        if kept is None or _step(checkpoint) > _step(kept):
+            shutil.rmtree(checkpoint)
     with suppress(OSError):
         folder.rmdir()
-
-
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
-    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint).items()}
-    if hasattr(model, "get_base_model"):
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-        missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys())
-        unknown = set_peft_model_state_dict(model, stored).unexpected_keys
-    else:
-        unknown = model.load_state_dict(stored, strict=False).unexpected_keys
-        # Tied weights are stored once.
-        loaded = {weight.data_ptr() for name, weight in model.state_dict().items() if name in stored}
-        missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
-    if unknown or missing:
-        raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
 
 
 def _step(checkpoint: Path) -> int:

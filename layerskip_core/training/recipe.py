@@ -22,7 +22,6 @@ SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for model
 _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
-_COUNTED = 9973  # steps of a run; a prime, which no rotation divides
 TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
 
 
@@ -55,9 +54,7 @@ class RunStep:
 def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
     """The fields of a recipe: the paper's for a model of that many parameters (LayerSkip tables 1 and 2), or ours, `auto`.
 
-    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default, which is L-1 for a
-    vocabulary above 8k. For tasks the paper uses the gradual curriculum, which trains every exit on every step of its second
-    half; the rotational curriculum costs a fraction of that.
+    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default.
     """
     parameters = spec.parameters
     if preset == "none" or (preset == "auto" and spec.layers == 1):
@@ -80,8 +77,8 @@ def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
 def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
     """The exits of the preset auto: after a third of the layers and, in runs that can teach two, a fifth.
 
-    On SmolLM2 readers at exits 6, 10 and 12 of 30 agree equally often (71 to 75% after 100 steps), so the lowest is the
-    fastest; on `embedded-base` exit 8 of 24 has 94% after 300 steps, exit 4 has 53%.
+    On SmolLM2 readers at exits 6, 10 and 12 of 30 agree equally often; on `embedded-base` that of exit 8 of 24 far more often
+    than that of exit 4.
     """
     third, fifth = max(1, num_layers // 3), max(1, num_layers // 5)
     return tuple(sorted({third, fifth} if steps >= TAUGHT else {third}))
@@ -90,9 +87,8 @@ def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
     """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
 
-    5e-5 was chosen on SmolLM2 (135M), beside a replay (examples/smollm2/RESULTS.md). That larger models take less, by the cube
-    root of their size (2.6e-5 at 1B, 1.3e-5 at 8B), is not measured. LoRA takes ten times as much (Schulman et al., LoRA
-    Without Regret, 2025).
+    5e-5 was chosen on SmolLM2 (135M; examples/smollm2/RESULTS.md). That larger models take less, by the cube root of their
+    size, is not measured. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:
         return 2e-5
@@ -108,7 +104,8 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
 
     R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
 
-    Raises ConfigError for settings that the curriculum does not use, and for early exits that all weigh nothing.
+    Raises ConfigError for settings that the curriculum does not use, for early exits that all weigh nothing, and for dropout in
+    a model of one layer or a run of one step.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
     preset = recipe_preset(asked.preset, spec, steps)
@@ -128,6 +125,7 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
         needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
         require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
         require(recipe.exit_reader == "none" or bool(recipe.exits), "exit_reader", "none without `exits`", recipe.exit_reader)
+    dropout_rates(recipe.p_max, spec.layers, time_scale(0, steps, recipe.dropout_schedule) if recipe.p_max else 0.0)
     rotation = 0
     if recipe.curriculum == "rotational":
         count = len(recipe.exits) or spec.layers
@@ -222,12 +220,10 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
     return tuple(sorted({*chosen, num_layers}))
 
 
-def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, float]:
-    """On how many of the steps each exit is on, the last layer included; of a long run by a sample of its steps."""
-    samples = min(total_steps, _COUNTED)
-    sampled = (total_steps * number // samples for number in range(samples))
-    counts = Counter(exit_layer for step in sampled for exit_layer in exits_on(recipe, step, total_steps, num_layers))
-    return {exit_layer: count * total_steps / samples for exit_layer, count in sorted(counts.items())}
+def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, int]:
+    """On how many of the steps each exit is on, the last layer included."""
+    counts = Counter(layer for step in range(total_steps) for layer in exits_on(recipe, step, total_steps, num_layers))
+    return dict(sorted(counts.items()))
 
 
 def trained_exits(recipe: Recipe, total_steps: int, num_layers: int) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ There are two kinds: of a model, or adapters on it, under the recipe or not; and
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 
 from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
@@ -29,20 +28,19 @@ from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
-from ..files import require_disk
 from ..losses import IGNORED
-from ..model.exit_blocks import NO_BLOCKS
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock
 from ..model.vocabulary import ORDER_FILE
 from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import Encoder, train_tokenizer
-from .exit_blocks import FrozenExits, States, new_readers, states_bytes, write_states
+from .exit_blocks import MUON_LR, FrozenExits, new_readers
 from .module import RecipeModule, with_lora
 from .plan import Plan
-from .progress import KEPT, LossHistory, ResumePoint, checkpoints_folder, resume_point
+from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
-from .sharding import gather_whole, process_index, resolve_sharding, world_size
+from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
 from .worth import Original, Worth
 
@@ -60,9 +58,8 @@ class WholeModel(Plan):
     module: RecipeModule
     recipe: Recipe
     truncated: int  # rows
-    adapted_layers: int | None = None  # the first ones, to which LoRA is confined: those below the highest trained early exit
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, resume: ResumePoint | None) -> None:
+    def __init__(self, config: FinetuneConfig, device: torch.device, resume: Path | None) -> None:
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
         if config.lora_keep:
             (adapters, below), output = adapters_of(config.model), config.output
@@ -84,22 +81,14 @@ class WholeModel(Plan):
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
         self.template = encoder.template
-        self.data = (
-            data.encode_stream(config.data, encoder, config.seed) if config.streaming else data.encode_rows(rows, encoder)
-        )
+        streamed = config.streaming
+        self.data = data.encode_stream(config.data, encoder, config.seed) if streamed else data.encode_rows(rows, encoder)
         self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
         self._resolve(config, encoder, resume)
-        # Of weights and two moments in fp32; one checkpoint more than are kept, while it is written. With LoRA they are small.
-        every = 0 if config.lora_rank else config.save_steps
-        checkpoints = min(KEPT + 1, self.steps // every) if every else 0
-        needed = self.parameters * (self.stored_dtype.itemsize + 12 * checkpoints)
-        require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
-        self.module = self._module()
-        seen = self.data.seen
-        self.measure(sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size], self.tokens / len(seen))
+        self.module = self._module() if config.fsdp else self._module().to(device)
         self.order = data.token_order(self.data, trainable.backend.spec.vocab)
 
-    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: ResumePoint | None) -> None:
+    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: Path | None) -> None:
         spec, rows, seen = self.trainable.backend.spec, self.data, self.data.seen
         self.rows, self.tokens, self.left_out = None if config.streaming else len(seen), rows.tokens, rows.left_out
         self.truncated = sum(row["truncated"] for row in seen)
@@ -110,10 +99,6 @@ class WholeModel(Plan):
         if config.lora_keep:  # beside an adapter alone nothing else is saved
             self.recipe = replace(self.recipe, exit_reader="none")
         self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
-        if config.lora_layers == "below-exit":
-            trains = self.recipe.curriculum != "none"
-            require(trains, "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
-            self.adapted_layers = max(self.recipe.exits, default=spec.layers - 1)
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
         self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)
         facts = asdict(self.recipe) | {"original": None, "tokens": rows.tokens, "data_digest": rows.digest}
@@ -121,7 +106,6 @@ class WholeModel(Plan):
             facts["original"] = original = fingerprint(spec, self.trainable.model.get_parameter)
             if config.replay:
                 self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
-                self.config = replace(self.config, replay_tokens=self.answers.how.tokens)
                 facts["replayed"] = self.answers.journal.name
         self.seal(resume, facts)
 
@@ -131,9 +115,9 @@ class WholeModel(Plan):
             source, blocks = locate(config.model).folder, NO_BLOCKS
             if source is not None and not self.scratch:
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
-            readers = new_readers(backend, self.recipe.exits, blocks)
+            readers = new_readers(backend, [ExitBlock(layer) for layer in self.recipe.exits], blocks)
         if config.lora_rank:
-            model = with_lora(model, config, self.adapted_layers)
+            model = with_lora(model, config)
         module = RecipeModule(model, self.recipe, config.seed, config.gradient_checkpointing, readers)
         module.tokenizer, module.by_muon = self.trainable.tokenizer, config.optimizer == "muon"
         return module
@@ -186,7 +170,7 @@ class WholeModel(Plan):
             model = self.module.model
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             order = json.dumps(self.order, separators=(",", ":")).encode()
-            files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: order}
+            files = {LOSSES: history.to_jsonl(), ORDER_FILE: order}
             if self.module.readers:
                 files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
@@ -200,10 +184,8 @@ class FrozenModel(Plan):
     module: FrozenExits | FrozenEagle3
     answers: Answers
     worth: Worth  # of the first drafter that is trained
-    state_seconds: float
-    disk_mb: float  # of states
 
-    def __init__(self, config: DrafterConfig, device: torch.device, resume: ResumePoint | None) -> None:
+    def __init__(self, config: DrafterConfig, device: torch.device, resume: Path | None) -> None:
         if world_size() > 1:
             raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
         source = downloaded(config.model)
@@ -213,15 +195,15 @@ class FrozenModel(Plan):
             )
         refuse_overwrite(config.output, config.overwrite or config.in_place)
         answers = config.answers or ("model" if has_prompts(config.data) else "data")
-        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding.
+        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding, which
+        # write the answers and compute the states.
         self.place(config, device, for_training(config.model, str(device), config.dtype))
         backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
         layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
         module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
-        self.phases, self.taps = len(module.phases), tuple(chain(*module.phases))
-        chosen: dict[str, Any] = {"layout": layout, "answers": answers, module.setting: self.taps}
-        self.config = config = replace(config, lr=config.lr or module.usual_lr, **chosen)
+        exits = module.layers if layout == "exit" else None
+        self.config = config = replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
         self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
         held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
         held |= {} if self.kept.eagle3 is None else {0: "a drafter"}
@@ -229,7 +211,8 @@ class FrozenModel(Plan):
         if there and config.in_place and not (config.overwrite or resume):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
-        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(self.decoder.backend, min(module.names))
+        module.decoder = decoding = self.decoder.backend
+        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
@@ -255,69 +238,35 @@ class FrozenModel(Plan):
         self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows, once the answers are written
         if config.answers == "model":
             self.texts, prompts = [], self.texts
-        heat = config.answer_temperature
-        how = Writing(config.answer_tokens, longest, heat, config.seed if heat else 0)  # greedy ones need none
+        how = Writing(config.answer_tokens, longest)
         journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
-    def _resolve(self, resume: ResumePoint | None) -> None:
-        config, answers, width = self.config, self.answers, self.trainable.backend.spec.hidden
-        kernels, prompts = self.decoder.backend.implementation, answers.journal.name
-        texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        named = digest(self.made_for, prompts, texts, self.taps, config.dtype, kernels)
-        self.states = answers.journal.with_name(f"states-{named}")
-        longest = self.texts or [  # as they may become
-            answered(prompt, answers.known.get(row, [0] * answers.how.room(len(prompt))))
-            for row, prompt in enumerate(answers.prompts)
-        ]
-        self.tokens = sum(len(text["input_ids"]) for text in longest)
-        disk = states_bytes(self.tokens, width, len(self.taps))
-        self.disk_mb, self.state_seconds = disk / 2**20, self.tokens * answers.token_seconds
-        require_disk(self.states, disk, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
+    def _resolve(self, resume: Path | None) -> None:
+        config, answers = self.config, self.answers
+        self.tokens = sum(len(text["input_ids"]) for text in self.texts)
+        self.tokens += sum(len(prompt) + answers.how.room(len(prompt)) for prompt in answers.prompts)
         if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
             why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
-        self.seal(resume, {"original": self.made_for, "texts": named})
-        exits, example = self.module.phases[0], max(longest, key=lambda text: len(text["input_ids"]))
-        shape = (len(example["input_ids"]), width)
-        states = {"exits": exits, "states": torch.randn(len(exits), *shape), "finals": torch.randn(shape)}
-        self.measure([example | states], self.tokens / len(longest))
+        texts = [(text["input_ids"], text["labels"]) for text in self.texts]
+        self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """Of the states of rows, written where they are not there. Rows come once for each exit, one exit after the other."""
-        texts, exits, backend = self.texts, self.taps, self.trainable.backend
+        texts: Any = self.texts
+        trained = self.rows or 0
         if prompts := self.answers.prompts:
             texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
-        for other in self.states.parent.glob(f"states-{'[0-9a-f]' * 16}"):
-            if other != self.states:  # of an earlier run with other rows or settings
-                shutil.rmtree(other, ignore_errors=True)
-        write_states(self.decoder.backend, backend, texts, exits, self.states, partial(progress, "states", len(texts)))
-        del self.decoder  # frees its weights
-        states = partial(States, texts, self.states, backend.spec.hidden, exits)
-        trained = len(texts) - self.held_out
         self.module.begin(texts[:trained])
         order = data.ordered(self.config, [len(text["input_ids"]) for text in texts[:trained]], self.steps)
-        phases = [Subset(states(chosen), order) for chosen in self.module.phases]
-        return ConcatDataset(phases), Subset(states(exits), range(trained, len(texts))) if self.held_out else None
+        return Subset(texts, order), texts[trained:] or None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
-        shared = {
-            **self.module.details,
-            "loss": config.loss,
-            "data": asdict(config.data),
-            "validation": config.validation,
-            "answers": config.answers,
-            "rows": self.rows,
-            "target_tokens": sum(label != IGNORED for text in self.texts[: self.rows] for label in text["labels"][1:]),
-            "steps": self.steps,
-            "batch_size": config.batch_size * config.accumulation,
-            "lr": config.lr,
-            "seed": config.seed,
-            "versions": _VERSIONS,
-        }
+        told = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **told}))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share
@@ -332,7 +281,6 @@ class FrozenModel(Plan):
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
             copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
-        shutil.rmtree(self.states, ignore_errors=True)
         return info.with_exit_blocks(trained)
 
 
@@ -346,24 +294,20 @@ def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
     if isinstance(config, DrafterConfig):
         plan = FrozenModel(config, device, resume)
     else:
-        plan = WholeModel(resolve_sharding(config, device), device, resume)
+        check_sharding(config, device)
+        plan = WholeModel(config, device, resume)
     if config.training_arguments:
         training_arguments(plan)
     return plan
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's.
-
-    Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
-    """
-    if device.index:
-        raise ConfigError(
-            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
-            "environment and give `device` cuda"
-        )
+    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"  # Trainer takes the first of them
+    require(not device.index, "device", seen, device)
     if device.type == "cuda":
-        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
         torch.cuda.set_device(number)
     return torch.device(device.type)

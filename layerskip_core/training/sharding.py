@@ -6,7 +6,6 @@ whole model at the end.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..config.training import FinetuneConfig
 from ..errors import require
 
 _SHARD = "shard-{}.pt"
-_TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
 
 
 def world_size() -> int:
@@ -34,34 +32,23 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
-    """The config with `fsdp` on where a config of `accelerate launch` turns it on.
-
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for a setting of that config that the run
-    would not follow.
+def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
+    """Raises ConfigError for `fsdp` with one process, or on a device other than GPUs and CPUs, and for that of `accelerate
+    launch`, whose settings a run does not follow.
     """
-    given = {name: value.lower() for name, value in os.environ.items()}
-    launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
-    if not (config.fsdp or launched):
-        return config
-    if launched:
-        version = given.get("FSDP_VERSION", "1")
-        require(version == "2", "accelerate's fsdp_version", "2", version)
-        for name, instead in (("offload_params", "more processes"), ("activation_checkpointing", "`gradient_checkpointing`")):
-            asked = given.get(f"FSDP_{name.upper()}", "false")
-            require(asked not in _TRUE, f"accelerate's fsdp_{name}", f"false; give {instead} instead", asked)
-    processes = world_size()
-    require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
-    require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
-    return replace(config, fsdp=True)
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
+    require(launched == "false", "accelerate's use_fsdp", "false; give `fsdp` instead", launched)
+    if config.fsdp:
+        processes = world_size()
+        require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
+        require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
 
 
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
     """Makes an Accelerator shard what it prepares from now on.
 
-    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit,
-    which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
-    Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
+    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit, which stays whole
+    from the first layer to the last exit. Compute is in bf16 where the Accelerator's is; gradients are summed in fp32.
 
     accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
     """
@@ -87,35 +74,25 @@ def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler,
     (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
     """
     reshard(module)
-    state = optimizer.state_dict()
-    parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}
-    weights = {name: _local(weight) for name, weight in _trained(module)}
     folder.mkdir(parents=True, exist_ok=True)
-    states = {"optimizer": {**state, "state": parts}, "scheduler": scheduler.state_dict()}
-    torch.save({"weights": weights, **states}, folder / _SHARD.format(process_index()))
+    states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save({"weights": dict(_trained(module)), **states}, folder / _SHARD.format(process_index()))
 
 
+@torch.no_grad()
 def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
     """Loads what `write_shard` wrote, in a run of as many processes."""
-    stored = torch.load(folder / _SHARD.format(process_index()), map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, weight in _trained(module):
-            _local(weight).copy_(stored["weights"][name])
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = stored["optimizer"]
-    state["state"] = {
-        index: {name: _sharded(value, trained[index]) for name, value in moments.items()}
-        for index, moments in state["state"].items()
-    }
-    optimizer.load_state_dict(state)
+    stored = torch.load(folder / _SHARD.format(process_index()), weights_only=True)
+    for name, weight in _trained(module):
+        weight.copy_(stored["weights"][name])
+    optimizer.load_state_dict(stored["optimizer"])
     scheduler.load_state_dict(stored["scheduler"])
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Puts whole weights on the CPU in the place of sharded ones, weight by weight, where `keep`; elsewhere empty ones.
+    """Puts whole weights on the CPU in the place of sharded ones where `keep`; elsewhere empty ones. All processes call it.
 
-    Every process must call it, because all send their shards. Tied weights stay tied. The module cannot be trained afterwards;
-    where `keep`, it runs on the CPU.
+    Tied weights stay tied. The module cannot be trained afterwards; where `keep`, it runs on the CPU.
     """
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
@@ -143,15 +120,3 @@ def reshard(module: nn.Module) -> None:
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
-
-
-def _local(value: Any) -> Any:
-    return value.to_local().detach() if isinstance(value, DTensor) else value
-
-
-def _sharded(value: Any, weight: Tensor) -> Any:
-    """A moment of the optimizer, sharded like its weight; a count of steps stays as it is."""
-    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    local = value.to(weight.device)
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())

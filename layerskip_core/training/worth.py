@@ -33,8 +33,8 @@ _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so th
 
 @dataclass(frozen=True)
 class Worth:
-    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of drafts that are accepted
-    after accepted ones, the speed over plain decoding with the best number of drafts, and this number.
+    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of accepted drafts, the speed
+    over plain decoding with the best number of drafts, and this number.
     """
 
     step: float

@@ -37,15 +37,14 @@ def files():
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     result = run(*finetune("--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"))
     assert (result.code, result.out) == (0, "")
-    what, how, recipe, cost = result.err.splitlines()
+    what, how, recipe = result.err.splitlines()
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
-        r"4 rows and 0 held out, \d+ tokens, 0 truncated at 48",
+        r"4 rows and 0 held out, \d+ tokens at most",
         what,
     )
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     assert recipe == ("recipe auto: p_max 0.3 falling, e_scale 0.2 uniform, all, exits 2 on 7 of 7 steps, each read by a block")
-    assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s; about \d+ MB", cost)
     assert list(Path().iterdir()) == []
 
 
@@ -85,20 +84,17 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypa
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
-    arguments = finetune("--replay", "0.5", "--replay-tokens", "6", "--steps", "3", "--lora-rank", "2",
-                         "--lora-layers", "below-exit", "--exits", "2")  # fmt: skip
+    arguments = finetune("--replay", "0.5", "--steps", "3", "--lora-rank", "2")
     plan = run(*arguments, "--dry-run")
-    assert re.search(r"^replay: 1 of the 2 rows of a step, of 3 texts of at most \d+ tokens by the original, written in about "
-                     r"\d+ s$", plan.err, re.MULTILINE)  # fmt: skip
-    assert "lr 0.0005, adapters on layers 1 to 2, fp32 on cpu" in plan.err and list(Path().iterdir()) == []
+    assert "\nreplay: 1 of the 2 rows of a step\n" in plan.err
+    assert re.search(r"^3 replayed texts by the model, at most \d+ tokens; 0 are there$", plan.err, re.MULTILINE)
+    assert "lr 0.0005, fp32 on cpu" in plan.err and list(Path().iterdir()) == []
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^replay texts 3/3 ", result.err, re.MULTILINE)
-    config = json.loads(Path("out", "layerskip.json").read_text())["config"]
-    assert (config["replay"], config["replay_tokens"]) == (0.5, 6)
-    assert config["lora_layers"] == "below-exit"
+    assert json.loads(Path("out", "layerskip.json").read_text())["config"]["replay"] == 0.5
     again = run(*arguments, "--overwrite", "--dry-run")
-    assert "by the original, 3 are there, the others in about 0 s" in again.err
+    assert "tokens; 3 are there\n" in again.err
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
@@ -106,7 +102,7 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert (result.code, result.out) == (0, "")
     *_, progress, exits, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
     assert re.fullmatch(
-        r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
+        r"training 2/2 loss [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
@@ -127,8 +123,8 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
     following = f"train-drafter --model out --output out --data {rows}"
     assert result.err.endswith(f"saved out; next: layerskip {following}\n")
     drafter = run(*following.split(), *SHORT, "--answers", "data", "--steps", "1")
-    assert drafter.code == 0 and re.search(r"^training 1/1 divergence \d\.\d{3} lr ", drafter.err, re.MULTILINE)
-    assert re.search(r"^the drafter: divergence \d", drafter.err, re.MULTILINE)
+    assert drafter.code == 0 and re.search(r"^training 1/1 loss \d\.\d{3} exits 0:\d\.\d{3} lr ", drafter.err, re.MULTILINE)
+    assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
     measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
     assert f"rows: {rows}, split train, which the model was trained on; --data gives others\n" in measured.err
@@ -160,14 +156,14 @@ def plan_of(*arguments):
 def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
     data = finetune()[finetune().index("--data") + 1]
     Path("run.toml").write_text(
-        f"model = {json.dumps(checkpoint)}\ndata = {json.dumps(data)}\nsteps = 9\npmax = 0.4\nmax-length = 20\n"
+        f"model = {json.dumps(checkpoint)}\ndata = {json.dumps(data)}\nsteps = 9\npmax = 0.4\nmax-length = 12\n"
         'curriculum = "gradual"\nbatch_size = 3\ndevice = "cpu"\n'
     )
     plan = plan_of("finetune", "--config", "run.toml")
-    assert "4 rows" in plan and "truncated at 20" in plan and "9 steps of 3 x 1" in plan
+    assert "4 rows" in plan and "4 rows are truncated at 12" in plan and "9 steps of 3 x 1" in plan
     assert "recipe auto: p_max 0.4 falling, e_scale 0.2 uniform, gradual, " in plan
     plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
-    assert "truncated at 20" in plan and "5 steps of 3 x 1" in plan and "p_max 0 falling" in plan
+    assert "truncated at 12" in plan and "5 steps of 3 x 1" in plan and "p_max 0 falling" in plan
     Path("run.toml").write_text("dry-run = true\n")
     assert run(*finetune("--config", "run.toml")).code == 0  # a switch too
     assert not Path("out").exists()
@@ -182,11 +178,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
         (b"model = '\xff'\n", "is not valid TOML: 'utf-8' codec"),
         ("steps = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
         ("a = " + "[" * 5000, "is not valid TOML: "),
-        ('data = "a\\u0000b"\n', "--data must be a text or a number, got a"),
         (None, "there is no such file"),
-        ("lr = true", "--lr must be a text or a number, got True"),
-        ("data = {a = 1}", "--data must be a text or a number, got {'a': 1}"),
-        ("resume = 1", "--resume must be true or false, got 1"),
         ("seed = 4294967296", "--seed must be a whole number in 0..4294967295, got 4294967296"),
         ("lr = nan", "--lr must be a number in (0, 100], got nan"),
     ],
@@ -198,7 +190,7 @@ def test_a_config_file_that_cannot_be(finetune, text, named):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("value", ['"many"', "1.5"])
+@pytest.mark.parametrize("value", ['"many"', "1.5", "true"])
 def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, value):
     Path("run.toml").write_text(f"steps = {value}\n")
     result = run(*finetune("--config", "run.toml"))
@@ -223,7 +215,6 @@ def test_settings_that_cannot_be(finetune):
         (["--streaming"], "--steps must be given with --streaming"),
         (["--streaming", "--steps", "1", "--samples", "2"], "--samples must be left out with --streaming, got 2"),
         (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
-        (["--replay", "0", "--replay-tokens", "3"], "--replay-tokens must be used with --replay, got 3"),
         (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends"),
     ):
         refused(f"error: {named}", *finetune("--threads", "1", *arguments))
@@ -278,25 +269,26 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    what, rows, before, steps, worth, cost, note = planned.err.splitlines()
-    assert what == (
-        f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, "
-        "feature final, loss kl"
+    rows, steps, what, worth, answers, note = planned.err.splitlines()
+    assert what == ("blocks at exits 2,4, feature final, 0.0M parameters; the model stays as it is; answers of the model")
+    assert re.fullmatch(
+        rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
+        rows,
     )
-    assert re.fullmatch(r"on .*rows\.jsonl: 4 rows and 0 held out, answers of the model, at most \d+ tokens", rows)
-    assert re.fullmatch(r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk", before)
-    assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    assert answers == "4 answers by the model, at most 4 tokens; 0 are there"
     speeds = ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
     assert re.match(
         rf"drafts here would take [\d.]+ of a step \([\d.]+ ms\) each, so by drafts accepted about {speeds} of plain", worth
     )
-    assert cost.startswith("a timed step: ")
     assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")
 
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
-    assert re.search(r"^training 4/4 divergence 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE)
-    assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
+    assert re.search(
+        r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE
+    )
+    assert re.search(r"^divergence: 2: [\d.]+  4: [\d.]+$", result.err, re.MULTILINE)
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
     assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(files())
     for wrong, told in (

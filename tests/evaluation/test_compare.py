@@ -46,7 +46,7 @@ def trained(folder, last_losses, validation="test"):
         held_out = {exit_layer: loss + 3 - step for exit_layer, loss in last_losses.items()} if step != 2 else {}
         history.add(StepLosses(step, 3.0, {2: 3.0, 4: 2.0}, validation=held_out))
     saved(folder, "layerskip.json", json.dumps({"validation_rows": validation}))
-    return saved(folder, "losses.jsonl", history.to_jsonl())
+    return saved(folder, "losses.jsonl", history.to_jsonl().decode())
 
 
 def saved(folder, name, text):

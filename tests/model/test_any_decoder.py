@@ -192,9 +192,9 @@ def check_exit_block(model, backend, ids):
         expected = module.exits["2"](own, features_of(finals), ids)
     torch.testing.assert_close(block.norm(found), expected, rtol=1e-4, atol=1e-4)  # a state counts for little in Falcon-H1
     torch.testing.assert_close(decoding.normed(last), finals[:, 12:], rtol=1e-4, atol=1e-4)
-    module(ids, ids, own[None], finals, torch.tensor([2]))["loss"].backward()
+    module(ids, ids)["loss"].backward()
     gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
-    assert len(gradients) > 4 and all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert len(gradients) > 2 and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def check_exit(model, backend, ids, folder):

@@ -7,14 +7,15 @@ from conftest import CHANGES, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from test_generic import ids_of, logits_of
+from training_runs import recipe_module
 from transformers import AutoModelForCausalLM
 
 from layerskip_core.checkpoint.folder import open_weights
 from layerskip_core.checkpoint.save import save_checkpoint, write_model
 from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.decoding.drafters.knowledge import _usual_times
 from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
-from layerskip_core.training.progress import load_weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MIXTURES = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
@@ -37,7 +38,7 @@ def test_a_checkpoint_of_training_has_the_weights_as_they_are(model_type, tmp_pa
     for weight in other.parameters():
         torch.nn.init.zeros_(weight)
     write_model(model, tmp_path, as_it_is=True)
-    load_weights(other, tmp_path)
+    recipe_module(other, RecipeSettings("none")).load(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, weight in model.named_parameters():
         assert torch.equal(other.get_parameter(name), weight) and torch.equal(read.get_parameter(name), weight)

@@ -24,7 +24,7 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
 from layerskip_core.training.run import prepare
 
-SMALL = DrafterConfig(layers=(1, 2), draft_vocab=8)
+SMALL = DrafterConfig(draft_vocab=8)
 EAGLE3 = {"layout": "eagle3", "answer_tokens": 8, "draft_vocab": 64}
 
 
@@ -38,20 +38,18 @@ def stored(folder):
     return read_eagle3(Path(folder, "eagle3"), for_decoding(folder, "cpu").backend.spec)
 
 
-@pytest.mark.parametrize("loss", ["kl", "tv", "acceptance"])
-def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint, loss):
+def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint):
     """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
     rows = {"validation": "train", "validation_samples": 40}
-    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, loss=loss, **rows)
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, **rows)
     described, reports, _ = train(config)
     assert described["eagle3"]["divergence"] < 0.75 * reports[0].exit_losses[0]
     assert described["eagle3"]["agreement"] > 10 / 64
     after = hashes(config.output)
     assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
     assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
-    assert described["eagle3"]["layers"] == [2, 3] or described["eagle3"]["layers"] == (2, 3)
-    assert 0.5 < described["eagle3"]["coverage"] <= 1
+    assert tuple(described["eagle3"]["layers"]) == (2, 3)
     assert read_info(config.output).draft_profile(6).acceptance == {"eagle3": described["eagle3"]["agreement"]}
 
 
@@ -77,7 +75,7 @@ def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
         prepare(frozen(output=cut, save_steps=2)).run(stop_at(3))
     _, reports, stages = train(frozen(output=cut, save_steps=2, resume=True))
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    assert {stage[1:] for stage in stages} == {(40, 40)}
+    assert stages == [("answers", 40, 40)]
     one, other = stored(whole), stored(cut)
     assert torch.equal(one.tokens, other.tokens)
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
@@ -114,13 +112,13 @@ def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
     again = FrozenEagle3(backend, SMALL, known)
     again.begin(rows)
-    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50] and again.details["coverage"] == 1
+    assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50]
     head = "lm_head.weight"
     assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
     weights = {**known.weights, head: torch.randn_like(known.weights[head])}
     other = FrozenEagle3(backend, SMALL, replace(known, weights=weights))
     other.begin(rows)
-    assert torch.equal(other.drafter.tokens, known.tokens) and other.details["coverage"] == 0
+    assert torch.equal(other.drafter.tokens, known.tokens)
     assert torch.equal(other.stored(torch.float32).weights[head], weights[head])
 
 
@@ -148,7 +146,6 @@ def test_the_folder_names_the_target(frozen):
     ("changes", "message"),
     [
         ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
-        ({"layers": (1, 4)}, "`layers` must be in 1..3"),
         ({"start_from": "no/where"}, "cannot load model no/where"),
     ],
 )
@@ -177,7 +174,6 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
     [
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
         ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"layout": "exit", "draft_vocab": 8192, "loss": "acceptance"}, "`loss` must be used with `layout` eagle3"),
         ({"feature": "final"}, "`feature` must be used with `layout` exit"),
         ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
     ],

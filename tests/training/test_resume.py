@@ -4,23 +4,18 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import run
-from conftest import tiny_model
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train
 
-from layerskip_core.checkpoint.save import write_model
 from layerskip_core.config.model import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
-from layerskip_core.training.progress import load_weights
 from layerskip_core.training.run import prepare
 
 
@@ -46,11 +41,11 @@ def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes,
 
 
 def signal_in_step(monkeypatch, at, number):
-    """Sends this process a signal in the middle of the forward pass of a step, counted from 1, of a run that heeds it."""
-    drawn, before = module.kept_rows, signal.getsignal(number)
+    """Sends this process a signal in the middle of the forward pass of a step, counted from 1."""
+    drawn = module.kept_rows
 
     def interrupting(rate, batch_size, seed, step, first_row, layer):
-        if (step + 1, layer) == (at, 1) and signal.getsignal(number) != before:  # a plan times a step, too
+        if (step + 1, layer) == (at, 1):
             os.kill(os.getpid(), number)
         return drawn(rate, batch_size, seed, step, first_row, layer)
 
@@ -123,9 +118,8 @@ def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
     assert steps_saved(tmp_path / "out") == []
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_older_checkpoint(settings):
     """No file may grow beyond 0.1 MB, as by a quota, from the end of step 2 on; the optimizer's has 0.3 MB."""
-    monkeypatch.setattr("layerskip_core.training.run.require_disk", lambda *_: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(report):
@@ -133,14 +127,11 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, monkeypatch
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     try:
-        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2 .*MB are free") as error:
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2 .*; those before it are whole"):
             prepare(settings(save_steps=1)).run(fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    first = checkpoint(tmp_path / "out", 1)
-    assert f"{first} before it is whole: go on from it with `resume`" in str(error.value)
-    assert [path.name for path in first.parent.iterdir()] == ["checkpoint-1"]
-    assert prepare(settings(save_steps=1, resume=True)).resume.step == 1
+    assert prepare(settings(save_steps=1, resume=True)).resume.name == "checkpoint-1"
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
@@ -199,16 +190,15 @@ def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeypatch):
-    """kill -9 leaves it in a staging folder, which a resumed run removes."""
-    written = two_checkpoints / "checkpoints" / ".layerskip-staging-0" / "checkpoint-3"
-    written.mkdir(parents=True)
-    (written / "model.safetensors").write_bytes(b"half")
+    """kill -9 leaves it without Trainer's state, which is written last; a resumed run removes it."""
+    shutil.copytree(checkpoint(two_checkpoints, 2), checkpoint(two_checkpoints, 7))
+    (checkpoint(two_checkpoints, 7) / "trainer_state.json").unlink()
     plan = prepare(settings(save_steps=1, resume=True))
-    assert plan.resume.step == 2
+    assert plan.resume.name == "checkpoint-2"
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         plan.run(lambda report: None)
-    assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()
+    assert steps_saved(two_checkpoints) == [2, 3]
 
 
 def test_a_resumed_run_saves_as_often_as_now_asked(settings, two_checkpoints):
@@ -228,25 +218,7 @@ def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_pa
         prepare(replace(config, resume=True))
     with pytest.raises(Interrupted):
         prepare(replace(config, overwrite=True, seed=1)).run(stop_at(2))
-    with pytest.raises(ConfigError, match=r"holds a model and an unfinished run; give `resume` with `overwrite` to go on, or"):
+    with pytest.raises(ConfigError, match=r"holds an unfinished run; give `resume` to go on \(and `overwrite` if it replaces"):
         prepare(replace(config, seed=1))
     assert train(replace(config, overwrite=True, resume=True, seed=1))[0].step == 2
     assert not folder.exists()
-
-
-def adapted():
-    torch.manual_seed(1)
-    return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-
-
-@pytest.mark.parametrize(("make", "file", "name"), [
-    (tiny_model, "model.safetensors", "model.layers.2.mlp.up_proj.weight"),
-    (adapted, "adapter_model.safetensors", "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
-])  # fmt: skip
-def test_weights_that_do_not_fit_are_named(make, file, name, tmp_path):
-    write_model(make(), tmp_path)
-    weights = load_file(tmp_path / file)
-    other = name.replace("layers.2", "layers.9")
-    save_file({other if key == name else key: weight for key, weight in weights.items()}, tmp_path / file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"does not fit the model: missing {name}; unknown .*layers.9"):
-        load_weights(make(), tmp_path)

@@ -24,7 +24,6 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
-from layerskip_core.training import plan as plans
 from layerskip_core.training import trainer
 from layerskip_core.training.run import own_device, prepare
 
@@ -37,7 +36,7 @@ WHOLE = {
     "max_length": 64,
     "seed": 3,
 }
-ADAPTERS = WHOLE | {"lora_rank": 2, "lora_layers": "below-exit", "validation": None, "validation_samples": None,
+ADAPTERS = WHOLE | {"lora_rank": 2, "validation": None, "validation_samples": None,
                     "recipe": replace(WHOLE["recipe"], exits=(2,), rotation=None), "lr": 1e-2}  # fmt: skip
 
 
@@ -47,14 +46,13 @@ READERS = {"recipe": RecipeSettings(p_max=0.0, exits=(2,)), "batch_size": 2, "st
 def sharded_runs(rank, base, folder):
     settings = settings_on(base, Path(folder))
     run_quietly(settings(**WHOLE, fsdp=True, output=f"{folder}/whole"))
-    plans.discard_after = lambda *_: None  # the last checkpoints are looked at
     resumed = {**WHOLE, "fsdp": True, "output": f"{folder}/resumed", "save_steps": 2}
     try:
         prepare(settings(**resumed)).run(stop_at(3))
     except Interrupted:
         torch.distributed.barrier()
     run_quietly(settings(**resumed, resume=True))
-    run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters", save_steps=4))
+    run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters"))
     run_quietly(settings(**READERS, fsdp=True, output=f"{folder}/readers"))
     running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
     seen = []
@@ -62,12 +60,6 @@ def sharded_runs(rank, base, folder):
     streamed = {"data": DataConfig(name=f"{folder}/rows.jsonl"), "streaming": True, "steps": 2, "batch_size": 2}
     run_quietly(settings(**streamed, fsdp=True, output=f"{folder}/streamed"))
     Path(f"{folder}/seen-{rank}.json").write_text(json.dumps(seen))
-
-
-def stored_weights(folder):
-    """How many numbers the shards of a run's last checkpoint hold together, without the optimizer's."""
-    shards = [torch.load(folder / f"checkpoints/checkpoint-4/shard-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    return sum(weight.numel() for shard in shards for weight in shard["weights"].values())
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +88,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         for step, expected in zip(loss_rows(tmp_path / sharded), loss_rows(tmp_path / one), strict=True):
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
             assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
-            assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+            assert step.get("validation", {}) == pytest.approx(expected.get("validation", {}), rel=1e-4)
         reference = weights(tmp_path / one)
         assert weights(tmp_path / sharded).keys() == reference.keys()
         for name, weight in weights(tmp_path / sharded).items():
@@ -115,25 +107,15 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         assert step["exits"] == pytest.approx(one["exits"], rel=1e-2)
     assert (tmp_path / "resumed" / "losses.jsonl").read_bytes() == (tmp_path / "whole" / "losses.jsonl").read_bytes()
     assert same_weights(tmp_path / "resumed", tmp_path / "whole")
-    assert stored_weights(tmp_path / "resumed") == sum(weight.numel() for weight in weights(tmp_path / "one").values())
-    assert 0 < stored_weights(tmp_path / "adapters") < 10_000  # no weights of the model
-    seen = [{tuple(ids) for ids in json.loads((tmp_path / f"seen-{rank}.json").read_text())} for rank in (0, 1)]
+    seen = [{tuple(ids) for ids in json.loads((tmp_path / f"seen-{rank}.json").read_text())[:4]} for rank in (0, 1)]
     assert [len(ids) for ids in seen] == [4, 4] and not seen[0] & seen[1]  # of eight rows: each is read once
 
 
-def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(settings, monkeypatch):
+def test_sharding_needs_processes_and_no_config_of_accelerate(settings, monkeypatch):
     with pytest.raises(ConfigError, match=r"`fsdp` must be used under torchrun with at least 2 processes .*, got 1"):
         prepare(settings(fsdp=True))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="accelerate's fsdp_version must be 2, got 1"):
-        prepare(settings())
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert prepare(settings()).config.fsdp
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(
-        ConfigError, match="fsdp_activation_checkpointing must be false; give `gradient_checkpointing` instead, got true"
-    ):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
+    with pytest.raises(ConfigError, match="accelerate's use_fsdp must be false; give `fsdp` instead, got true"):
         prepare(settings())
 
 

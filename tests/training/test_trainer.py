@@ -79,7 +79,7 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     plan.run(lambda report: None)
     assert batches == [4]
     monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
-    with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ConfigError, match=r"`device` must be cuda, of the GPUs that CUDA_VISIBLE_DEVICES=1 leaves, got cuda:1"):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
@@ -154,19 +154,17 @@ def test_the_result_is_a_plain_checkpoint_with_its_details(trained, base):
     assert not (output / "checkpoints").exists()  # a run without --save-steps
 
 
-@pytest.mark.parametrize(("layers", "exits", "adapted"), [("all", (), 4), ("below-exit", (1, 2), 2), ("below-exit", (), 3)])
-def test_adapters_on_all_layers_or_below_the_highest_early_exit(settings, base, tmp_path, layers, exits, adapted):
-    """Merged, the layers that follow have the weights that they had; kept, the adapter has no others and loads as a model."""
-    changes = {"lora_rank": 2, "lora_layers": layers, "lr": 1e-2, "steps": 2, "recipe": replace(RECIPE, exits=exits)}
+def test_adapters_are_merged_or_kept_alone(settings, base, tmp_path):
+    """Kept, the adapter has no other weights, and loads as a model."""
+    changes = {"lora_rank": 2, "lr": 1e-2, "steps": 2}
     train(settings(**changes))
     before, after = weights(base), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    trained = tuple(f"model.layers.{layer}." for layer in range(adapted))
-    assert changed == {name for name in before if name.endswith("_proj.weight") and name.startswith(trained)}
-    assert len(changed) == adapted * 7  # every linear layer but the head
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    assert len(changed) == 4 * 7  # every linear layer but the head
     train(settings(**changes, lora_keep=True, output=str(tmp_path / "kept")))
     stored = load_file(tmp_path / "kept" / "adapter_model.safetensors")
-    assert {int(name.split(".layers.")[1].split(".")[0]) for name in stored} == set(range(adapted))
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in stored} == set(range(4))
     merged = for_training(str(tmp_path / "kept"), "cpu", "fp32").model.state_dict()
     torch.testing.assert_close({name: merged[name] for name in after}, after, rtol=1e-6, atol=1e-7)
 
@@ -191,7 +189,6 @@ def test_the_plan(settings, base):
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
-    assert plan.step_seconds > 0 and plan.memory_mb > 16 * plan.parameters / 2**20
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
@@ -232,14 +229,12 @@ def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, messa
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
+def test_a_gradient_that_is_not_finite_stops_the_run(settings):
     plan = prepare(settings())
     head = plan.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
-    before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
         plan.run(lambda report: None)
-    assert torch.equal(head, before)
 
 
 def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
@@ -254,7 +249,7 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     reports = train(settings(report_to="recorder"))
-    assert folders == [str(tmp_path / "out" / "checkpoints")]  # where tensorboard writes, and not in a staging folder
+    assert folders == [str(tmp_path / "out" / "checkpoints")]  # where tensorboard writes
     steps = [(step, logs) for step, logs in logged if "loss" in logs]
     assert [step for step, _ in steps] == [1, 2, 3, 4]
     for (_, logs), report in zip(steps, reports, strict=True):
@@ -298,11 +293,7 @@ def test_an_adapter_that_is_kept_trains_on(settings, tmp_path):
         prepare(settings(**{**changes, "lora_targets": "nothing", "output": str(tmp_path / "on")}, overwrite=True))
 
 
-HEAD_ADAPTED = {"lora_rank": 2, "lora_layers": "below-exit", "lora_targets": "lm_head", "recipe": replace(RECIPE, exits=(2,))}
 REFUSED = {
-    "adapters below an exit without adapters": (lambda make: make(lora_layers="below-exit"), "lora_layers"),
-    "adapters below no exit": (lambda make: make(lora_rank=2, lora_layers="below-exit", recipe=PLAIN), "lora_layers"),
-    "adapters outside the layers": (lambda make: make(**HEAD_ADAPTED), "lora_targets"),
     "no row of replay": (lambda make: make(replay=0.1), "replay"),
     "nothing but replay": (lambda make: make(replay=0.9), "replay"),
     "dropout without a recipe": (lambda make: make(recipe=RecipeSettings("none", p_max=0.1)), "p_max"),
