@@ -44,21 +44,25 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A short convolution in place of attention in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
+    """A short convolution in place of attention in some layers, and perhaps a recurrence after it: a gated delta rule (Yang et
+    al., 2024), or Mamba-2 (Dao and Gu, 2024) if its steps have `limits`.
 
-    `projections`: of the hidden states, and of the output. Steps and decays come from `steps` and `rates`; `norm` is over each
-    head, before its gate. `taps`, `biased` and `sizes` (heads of keys and of values, dimensions) name values of config.json.
+    `projections`: of the hidden states, and of the output. Steps and decays come from `rates` and `steps`, or from what Mamba-2
+    projects with the rest. `norm` is over each head, before its gate; of Mamba-2 over a group of heads, after it. `taps`,
+    `biased` (projections, the convolution), `sizes` (heads of keys and of values, dimensions) and `limits` name values of
+    config.json.
     """
 
     kind: str  # in layer_types
     projections: tuple[str, ...]
     convolution: str
     taps: str
-    biased: str | bool = False
+    biased: tuple[str | bool, str | bool] = (False, False)
     steps: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
     norm: str | None = None
     sizes: tuple[str, ...] = ()
+    limits: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Architecture:
     `norm`: the factors of "plus_one" are 1 + the stored weights; "layer" is LayerNorm, with biases. `query_key_norms`: over
     each head, or over all heads together. Projections that read the hidden states come first; fewer names than matrices mean
     that they are stored as one. A field of `str | bool` holds always, never, or where that value of config.json says so.
-    `windows`, which layers have a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
+    `needs` has a set where a list may have no other entries. `windows`, which layers have a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
     `use_sliding_window` says so ("optional"), or always those ("listed"). `rope`, which layers have rotary positions: those of
     `no_rope_layers` ("listed"), or those with a window, and all where no window is set ("sliding").
     """
@@ -106,6 +110,7 @@ class Architecture:
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
     mixer: Mixer | None = None
+    one_block: bool = False  # in a layer: attention, the mixer, or an MLP
     gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
     activation: str | None = "hidden_act"
     default_activation: str = "silu"
@@ -129,7 +134,8 @@ class Architecture:
             read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
             switches += [self.experts.inner, self.experts.normalised]
         if self.mixer is not None:
-            switches += ["layer_types", self.mixer.taps, self.mixer.biased, *self.mixer.sizes]
+            read |= {"layer_types"}
+            switches += [self.mixer.taps, *self.mixer.biased, *self.mixer.sizes, self.mixer.limits]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
 
@@ -180,6 +186,27 @@ _FALCON = Architecture(
     activation="activation",
 )
 
+
+
+def _mamba2(block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str) -> Mixer:
+    return Mixer(
+        "linear_attention",
+        (f"{block}.in_proj", f"{block}.out_proj"),
+        f"{block}.conv1d",
+        taps,
+        biased,
+        rates=(f"{block}.A_log", f"{block}.dt_bias", f"{block}.D"),
+        norm=f"{block}.norm",
+        sizes=sizes,
+        limits=limits,
+    )
+
+
+_MAMBA2 = _mamba2(
+    *("mamba", "mamba_d_conv", ("mamba_proj_bias", "mamba_conv_bias")),
+    *(("mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head"), "time_step_limit"),
+)
+_HYBRID = frozenset({"full_attention", "linear_attention"})  # kinds of layers
 _MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"
 _EXPERTS = Experts(
     {
@@ -194,6 +221,15 @@ _MIXTRAL_EXPERTS = Experts(
         "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
         "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
     }
+)
+_GRANITE_HYBRID = Architecture(
+    names=Names(mlp="shared_mlp."),
+    values={"intermediate_size": "shared_intermediate_size", "num_local_experts": None, "num_experts_per_tok": None},
+    needs={"num_local_experts": 0, "hidden_act": "silu", "layer_types": _HYBRID},
+    mlp_projections=("input_linear", "output_linear"),
+    mixer=_MAMBA2,
+    uses=_MULTIPLIERS,
+    rope="none",
 )
 _GRANITE_EXPERTS = Experts(
     {
@@ -245,6 +281,40 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(query_key_norms="projection", uses=("clip_qkv",), experts=_EXPERTS),
     "granite": Architecture(biases=_EVERYWHERE, uses=_MULTIPLIERS),
     "granitemoe": Architecture(uses=_MULTIPLIERS, experts=_GRANITE_EXPERTS),
+    "granitemoehybrid": replace(
+        _GRANITE_HYBRID,
+        needs={**_GRANITE_HYBRID.needs, "position_embedding_type": "rope"},
+        rope="all",
+        otherwise=_GRANITE_HYBRID,
+    ),
+    "bamba": Architecture(
+        names=Names(norm="model.final_layernorm", mlp="feed_forward."),
+        values={"layer_types": None},
+        needs={"hidden_act": "silu"},
+        norms=("input_layernorm", None, "pre_ff_layernorm", None),
+        biases=_EVERYWHERE,
+        mixer=_MAMBA2,
+        uses=("attn_layer_indices",),
+        partial_rope=True,
+    ),
+    "nemotron_h": Architecture(
+        names=Names("model.embeddings", None, "model.layers", "model.norm_f", "mixer.", "mixer.", stored_prefix="backbone."),
+        values={"num_hidden_layers": "layers_block_type", "layer_types": "layers_block_type"},
+        needs={"mamba_hidden_act": "silu", "layers_block_type": _HYBRID | {"mlp"}},
+        norms=("norm", None, "norm", None),
+        norm_eps="layer_norm_epsilon",
+        mlp_projections=("up_proj", "down_proj"),
+        biases=(False, False, "mlp_bias"),
+        mixer=_mamba2(
+            *("mixer", "conv_kernel", ("use_bias", "use_conv_bias")),
+            *(("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"), "time_step_min"),
+        ),
+        one_block=True,
+        gated=False,
+        activation="mlp_hidden_act",
+        uses=("head_dim",),
+        rope="none",
+    ),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
         mlp_projections=("gate_up_proj", "down_proj"),
@@ -308,7 +378,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlp_projections=("w1", "w3", "w2"),
         biases=_NOWHERE,
-        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", "conv_bias"),
+        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", ("conv_bias",) * 2),
         activation=None,
         uses=("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
     ),
@@ -371,9 +441,13 @@ SUPPORTED = tuple(ARCHITECTURES)
 def known_architecture(config: Any) -> Architecture | None:
     """That of a configuration; None for one that our kernels do not run."""
     found = ARCHITECTURES.get(str(config.model_type))
-    while found is not None and any(getattr(config, name, None) != value for name, value in found.needs.items()):
+    while found is not None and not all(_suits(getattr(config, name, None), value) for name, value in found.needs.items()):
         found = found.otherwise
     return found
+
+
+def _suits(found: object, needed: object) -> bool:
+    return isinstance(found, list) and needed.issuperset(found) if isinstance(needed, frozenset) else found == needed
 
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too

@@ -33,7 +33,8 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts */
+    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts. What
+                                   * a layer lacks has no panels */
     const float *router;          /* (expert, hidden); NULL: the layer has an MLP */
     Norm before_attention, after_attention, before_mlp, after_mlp;
     Norm embedding;       /* of a drafter's layer, see enter; else no norm */
@@ -500,13 +501,14 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         const Layer *l = work->layers + (work->order ? work->order[i] : i);
         Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
         if (l->recurrence) recall(work, l, thread, threads);
-        else attend_layer(work, l, thread, threads);
+        else if (l->qkv.panels) attend_layer(work, l, thread, threads);
         if (work->keys_only) continue;
-        if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        if (!s->parallel && l->qkv.panels) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);
             continue;
         }
+        if (!l->up.panels) continue;
         multiply(work, up, 0, thread, threads);
         meet(&work->team, threads);
         if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
@@ -717,7 +719,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 20; }
+int layerskip_interface(void) { return 21; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {

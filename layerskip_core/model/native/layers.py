@@ -26,7 +26,7 @@ from ..weights import (
     stacked,
     xielu_factors,
 )
-from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, Kernels
+from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, Kernels
 from .matrix import MatrixForm, PackMatrix
 from .recurrence import NativeRecurrence
 
@@ -160,11 +160,15 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms, first = feature_norm is not None, layer_norms(weights, spec, index), spec.first_block(index)
+        is_fed, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
         before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
-        _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
-        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
-        output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
+        matrices = {}
+        if (first := blocks[0]) != "mlp":
+            _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
+            qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+            output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
+            matrices["qkv"] = pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, first))])
+            matrices["output"] = pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)])
         up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
         read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
@@ -173,24 +177,22 @@ class NativeLayer:
             up = replace(up, outputs=experts.inner, experts=experts.count)
             down = replace(down, inputs=experts.inner, experts=experts.count)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
-        self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, first))]),
-            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)]),
-            pack(f"layers.{index}.up", up, read_up),
-            pack(f"layers.{index}.down", down, read_down),
-        ]
+        if "mlp" in blocks:
+            matrices["up"] = pack(f"layers.{index}.up", up, read_up)
+            matrices["down"] = pack(f"layers.{index}.down", down, read_down)
+        self.matrices = list(matrices.values())
         self._router = None if experts is None else router(weights, spec).float().contiguous()
         self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
-        self._recurrence = None if first == "attention" else NativeRecurrence(weights, spec, index)
+        self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
         self.structure = CLayer(
-            *(matrix.structure for matrix in self.matrices),
+            *(matrices[name].structure if name in matrices else CMatrix() for name in ("qkv", "output", "up", "down")),
             None if self._router is None else self._router.data_ptr(),
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
-            spec.attending.index(index) if self._recurrence is None else 0,
+            spec.attending.index(index) if first == "attention" else 0,
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
         )
 

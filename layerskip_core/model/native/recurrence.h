@@ -27,6 +27,7 @@ struct Recurrence {
     int32_t convolved, query, key, value; /* the channels, and what they are */
     int32_t factor, gate;           /* what multiplies the convolution's inputs, -1 for nothing; what gates outputs */
     int32_t key_heads, heads, key_dim, value_dim;
+    int32_t steps;                  /* where what steps are computed from begins; 0: Passage.steps has it */
     int32_t norm_size, gates_first; /* outputs that are normed together, 0 for no norm; whether gates come before the norm */
     float eps, least_step, most_step;
     int64_t state, entry;     /* where the layer begins in a text's state, and in a slot of its ring; in bytes */
@@ -213,7 +214,10 @@ static void convolve(const Recurrence *l, const Passage *p, int thread, int thre
         for (int i = 0; i < t.count && l->kind != CONVOLUTION; i++) {
             if (t.first + i < first || t.first + i >= last) continue;
             float *kept = t.start + i >= t.settled ? entry_at(&t, t.start + i) + decays_of(l) : NULL;
-            take_steps(l, p->steps + (size_t)(t.first + i) * 2 * (size_t)l->heads, kept);
+            size_t token = (size_t)(t.first + i), heads = (size_t)l->heads;
+            float *steps = p->steps + token * 2 * heads;
+            if (l->steps) memcpy(steps + heads, p->rows + token * (size_t)l->width + l->steps, 4 * heads);
+            take_steps(l, steps, kept);
         }
     }
 }
