@@ -299,7 +299,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "nemotron_h": Architecture(
         names=Names("model.embeddings", None, "model.layers", "model.norm_f", "mixer.", "mixer.", stored_prefix="backbone."),
-        values={"num_hidden_layers": "layers_block_type", "layer_types": "layers_block_type"},
+        values={"num_hidden_layers": "layers_block_type", "layer_types": "layers_block_type", "tie_word_embeddings": False},
         needs={"mamba_hidden_act": "silu", "layers_block_type": _HYBRID | {"mlp"}},
         norms=("norm", None, "norm", None),
         norm_eps="layer_norm_epsilon",

@@ -51,8 +51,8 @@ class KVCache(ABC):
         return 1
 
     def first(self, row: int) -> int:
-        """The first position that a row can go on from."""
-        return 0
+        """The first position that a row can go on from; beyond its end, if that is the only one."""
+        return 0 if self.rolls_back else self.max_positions
 
     def lacking(self, stops: Sequence[int]) -> int:
         """How many pages rows need for positions before these stops."""

@@ -118,6 +118,7 @@ class Memory:
         """`of`: whose content it has, of a text that goes on at position `end`."""
         state, slot, _ = pool.memory
         self._pool, self._pages, self.end = pool, 0, end
+        self.first = 0 if of is None else of.first  # position that the text can go on from
         pool.require(pages := pool.pages_of_memory(slots))
         self._pages = pages
         pool.remembered += pages
@@ -139,7 +140,6 @@ class PagedCache(KVCache):
         super().__init__(batch_size, max_positions)
         self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
         self._memories: list[Memory | None] = [None] * batch_size  # of rows that have one
-        self.rolls_back = not any(pool.memory)
         self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
         self._capacity = 0  # positions for which every row has pages
 
@@ -157,7 +157,9 @@ class PagedCache(KVCache):
         return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
 
     def first(self, row: int) -> int:
-        pages, window = self._pages[row], self._pool.window
+        pages, window, memory = self._pages[row], self._pool.window, self._memories[row]
+        if memory is not None:
+            return memory.first
         forgotten = 0 if window is None else pages.count(self._pool.nowhere)
         return forgotten and forgotten * PAGE + (window or 0) - 1
 
@@ -210,12 +212,12 @@ class PagedCache(KVCache):
 
     @property
     def _margin(self) -> int:
-        """How many tokens before the end of a pass may run again."""
-        return self.steps_back + 1 if self.steps_back else 0
+        """How many tokens before the end of a pass may run again: a draft, or the last one of a text."""
+        return self.steps_back + 1
 
     @property
     def _slots(self) -> int:
-        return max(2 * self._margin, self._margin + self._pool.memory[2])
+        return self._margin + self._pool.memory[2] - 1
 
     def memories(self, places: Places) -> Tensor:
         """(4, T), on the host: of the T rows that have tokens in a pass, where states and rings begin, how many slots these
@@ -229,8 +231,8 @@ class PagedCache(KVCache):
             if memory is None or len(memory.ring) < self._slots:
                 self._memories[row] = memory = Memory(self._pool, self._slots, memory, 0 if memory is None else memory.end)
             stays = places.settled or count > self._margin  # no draft has so many tokens
-            settled = start + count - (0 if stays else self._margin)
-            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), settled))
+            memory.first = max(memory.first, start + count - (1 if stays else self._margin))
+            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), memory.first))
         return torch.tensor(found).T.contiguous()
 
     def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:
