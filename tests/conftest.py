@@ -74,12 +74,16 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
     },
 }
 _MAMBA2 = {"layer_types": "linear_attention", "mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_state": 8}
+_DELTA = {
+    **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
+}
+_SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXERS = {  # types whose layers are not all of attention, and what the others are
     "lfm2": {"layer_types": "conv"},
-    "qwen3_5_text": {
-        **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-        **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
-    },
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 32},
+    "qwen3_next": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 64, "mlp_only_layers": [3]},
     "granitemoehybrid": {
         **{**_MAMBA2, **CHANGES["granite"], "num_local_experts": 0, "num_experts_per_tok": 0},
         **{"shared_intermediate_size": 96, "mamba_proj_bias": True, "tie_word_embeddings": True},

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .architectures import EXPERT_COUNTS, Architecture
+from .variants import EXPERT_COUNTS, Architecture
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 MLP = "mlp"  # the kind of a layer without anything else
@@ -19,7 +19,8 @@ _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
 _Window = Annotated[int, Meta(ge=0, le=1 << 31)]
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
-_ExpertCount = Annotated[int, Meta(ge=1, le=1024)]  # as the kernels have room for
+_MOST_EXPERTS = 1024  # as the kernels have room for
+_ExpertCount = Annotated[int, Meta(ge=1, le=_MOST_EXPERTS)]
 _Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 _Limit = Annotated[float, Meta(ge=0)]
@@ -67,6 +68,8 @@ class Values:
     block_auto_adjust_ff_dim: bool | None = None  # LFM2's: the MLP has about two thirds of `intermediate_size`
     block_ffn_dim_multiplier: _Positive | None = None
     block_multiple_of: _Width | None = None
+    shared_intermediate_size: _Width | None = None  # of experts that all tokens have
+    shared_expert_intermediate_size: _Width | None = None
     attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
 
     @property
@@ -152,7 +155,9 @@ class Values:
             layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
         if isinstance(normalised, str):
             normalised = bool(getattr(self, normalised))
-        return ExpertsSpec(tuple(layers), count, chosen, _given(experts.inner, getattr(self, experts.inner)), normalised)
+        inner = _given(experts.inner, getattr(self, experts.inner))
+        shared = _given(experts.shared_inner, getattr(self, experts.shared_inner)) if experts.shared_inner else 0
+        return ExpertsSpec(tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None)
 
 
 # The values of rope_parameters that are checked here; transformers computes the rarer types and reads the others.
@@ -192,6 +197,23 @@ class ExpertsSpec:
     chosen: int  # by each token
     inner: int  # width of an expert
     normalised: bool  # whether the weights of a token's experts sum to 1
+    shared_inner: int  # width of an MLP that all tokens have too
+    gates_shared: bool  # whether it has a weight, too
+
+    @property
+    def shared(self) -> int:
+        """How many experts it is."""
+        return self.shared_inner // self.inner
+
+    @property
+    def choices(self) -> int:
+        """How many experts run for a token."""
+        return self.chosen + self.shared
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether the shared MLP is a few experts."""
+        return self.shared_inner % self.inner == 0 and self.count + self.shared <= _MOST_EXPERTS
 
 
 @dataclass(frozen=True)

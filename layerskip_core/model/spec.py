@@ -9,7 +9,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
-from .architectures import SUPPORTED, Architecture, Names, known_architecture
+from .architectures import SUPPORTED, known_architecture
 from .configuration import (
     LAYER_KINDS,
     MLP,
@@ -22,6 +22,7 @@ from .configuration import (
     ropes_of,
     rotary_size,
 )
+from .variants import Architecture, Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -298,6 +299,11 @@ class ModelSpec:
                 f"{names.block}gate_up_proj": (experts.count, 2 * experts.inner, self.hidden),
                 f"{names.block}down_proj": (experts.count, self.hidden, experts.inner),
             }
+            *inward, back = names.shared or ("",)
+            width = 2 * experts.shared_inner // max(len(inward), 1)
+            shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
+            shapes |= {f"{back}.weight": (self.hidden, experts.shared_inner)} if back else {}
+            shapes |= {} if names.shared_gate is None else {f"{names.shared_gate}.weight": (1, self.hidden)}
         if "mixer" in blocks:
             shapes |= self._mixer_shapes()
         per_head = self.architecture.query_key_norms == "head"
@@ -314,7 +320,7 @@ class ModelSpec:
         assert mixer is not None and sizes is not None
         shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (sizes.channels, 1, sizes.taps)}
         shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased_convolution else {}
-        shapes |= {f"{name}.weight": (sizes.heads, self.hidden) for name in mixer.steps}
+        shapes |= {f"{name}.weight": (2 * sizes.heads // len(mixer.steps), self.hidden) for name in mixer.steps}
         shapes |= {name: (sizes.heads,) for name in mixer.rates}
         normed = sizes.value_dim if sizes.limits is None else sizes.outputs
         return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})

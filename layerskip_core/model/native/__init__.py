@@ -43,7 +43,7 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
         return False
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if len(spec.ropes) > MOST_ROPES:
+    if len(spec.ropes) > MOST_ROPES or (spec.experts is not None and not spec.experts.are_equal):
         return False
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2

@@ -56,8 +56,10 @@ class Engine:
             gated=spec.architecture.gated,
             norms_projections=spec.architecture.query_key_norms == "projection",
             experts=spec.experts.count if spec.experts else 0,
-            chosen=spec.experts.chosen if spec.experts else 0,
+            chosen=spec.experts.choices if spec.experts else 0,
             normalised=spec.experts is not None and spec.experts.normalised,
+            shared=spec.experts.shared if spec.experts else 0,
+            gates_shared=spec.experts is not None and spec.experts.gates_shared,
             norms_rotated=spec.architecture.norms_rotated,
             parallel=spec.parallel,
             gates_attention=spec.architecture.gates_attention,
@@ -68,7 +70,7 @@ class Engine:
             residual_scale=spec.residual_scale,
         )
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
-        chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
+        chosen, inner = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inside = max(spec.inner, chosen * inner)
         read, mixed, steps = sum(spec.projections("attention").widths), spec.queries, 0
         if (recurrence := spec.recurrence) is not None:
@@ -117,7 +119,7 @@ class Buffers:
         for name, part in zip(("qkv", "mixed", "inside", "block", "steps"), self._shared, strict=True):
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
-            choices, most = rows * experts.chosen, experts.count + 1
+            choices, most = rows * experts.choices, experts.count + experts.shared + 1
             sizes = {
                 "choice_slots": choices,
                 "chosen": choices,
@@ -127,7 +129,7 @@ class Buffers:
                 "used": 1,
             }
             self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
-            sizes = {"logits": rows * experts.count, "weights": choices, "products": choices * hidden}
+            sizes = {"logits": rows * (experts.count + experts.gates_shared), "weights": choices, "products": choices * hidden}
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
             for name, part in self._routing.items():
                 setattr(self.call, name, part.data_ptr())
@@ -174,8 +176,8 @@ class NativeLayer:
         read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
         read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp")]  # noqa: E731
         if (experts := spec.experts_of(index)) is not None:
-            up = replace(up, outputs=experts.inner, experts=experts.count)
-            down = replace(down, inputs=experts.inner, experts=experts.count)
+            up = replace(up, outputs=experts.inner, experts=experts.count + experts.shared)
+            down = replace(down, inputs=experts.inner, experts=experts.count + experts.shared)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
         if "mlp" in blocks:
             matrices["up"] = pack(f"layers.{index}.up", up, read_up)

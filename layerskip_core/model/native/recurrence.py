@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from ..spec import ModelSpec
-from ..weights import Weights, convolution
+from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
 
 CONVOLUTION, DECAY, DELTA = range(3)  # kinds, as the C code numbers them
@@ -29,6 +29,8 @@ class NativeRecurrence:
         assert sizes is not None and mixer is not None
         filters, bias = convolution(weights, spec)
         parts, steps = {"filter": filters.T, "filter_bias": bias}, [weights.of(f"{name}.weight") for name in mixer.steps]
+        if mixer.by_head:
+            steps = by_key_head(steps[0], spec, *[sizes.heads // sizes.key_heads] * 2)
         if sizes.key_heads:
             log_rate, rate_bias, *skip = (weights.of(name) for name in mixer.rates)
             norm = weights.of(f"{mixer.norm}.weight")
