@@ -57,7 +57,9 @@ def with_weights(model_type, weights):
     return backend
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", *MIXERS])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "phi3", "gemma3_text", *(name for name in MIXERS if "num_experts" not in MIXERS[name])]
+)
 def test_each_step_brings_predictions_nearer_to_the_original(model_type):
     backend = backend_of(model_type)
     names = matrix_names(backend.spec)
