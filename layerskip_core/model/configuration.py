@@ -132,14 +132,14 @@ class Values:
         if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
             return None
         taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
-        biased = tuple(is_on(switch, config) for switch in mixer.biased)
+        projections, convolution = (is_on(switch, config) for switch in mixer.biased)
         if not mixer.sizes:
-            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, *biased)
+            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
         sized = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
         key_heads, heads, key_dim, value_dim = sized
         _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
         limits = None if mixer.limits is None else _limits(config, mixer.limits)
-        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, *biased, limits)
+        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits)
         _require(sizes.channels <= _MOST_WIDTH, f"the width of {mixer.kind}", f"at most {_MOST_WIDTH}", sizes.channels)
         return sizes
 

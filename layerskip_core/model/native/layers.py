@@ -27,7 +27,7 @@ from ..weights import (
     xielu_factors,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, Kernels
-from .matrix import MatrixForm, PackMatrix
+from .matrix import MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
@@ -164,7 +164,7 @@ class NativeLayer:
         """
         is_fed, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
         before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
-        matrices = {}
+        matrices = dict[str, NativeMatrix]()
         if (first := blocks[0]) != "mlp":
             _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
             qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
