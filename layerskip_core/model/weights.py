@@ -154,7 +154,8 @@ def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[i
         return (None,) * len(outputs)
     if block == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
         values = sizes.outputs // sizes.key_heads
-        return by_key_head(fused, spec, sizes.key_dim, sizes.key_dim, values, values)
+        *convolved, gates = by_key_head(fused, spec, sizes.key_dim, sizes.key_dim, values, values)
+        return torch.cat(convolved), gates
     if not spec.architecture.fused_by_head:
         return torch.split(fused, [*outputs])
     by_head = fused.view(spec.kv_heads, spec.groups + 2, spec.head_dim, *fused.shape[1:])

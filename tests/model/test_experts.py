@@ -110,7 +110,7 @@ def test_experts_beside_what_all_tokens_share(model_type, changes):
             expected = model(ids_of(2, 12)).logits
         backend = native_or_skip(model)
         whole = logits_of(backend, ids_of(2, 12))
-        torch.testing.assert_close(whole, expected, atol=1e-4 * float(expected.std()), rtol=0)
+        torch.testing.assert_close(whole, expected, atol=1e-3 * float(expected.std()), rtol=0)
         assert torch.equal(logits_of(backend, ids_of(2, 12), range(1, 12)), whole)
     spec = ModelSpec.of(tiny_model(model_type, torch.float32, **sizes, **{shared: 40}).config)
     assert missing_feature(spec) and not suits_kernels(spec, torch.float32, torch.device("cpu"), None)
