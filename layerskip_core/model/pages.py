@@ -118,7 +118,7 @@ class Memory:
         """`of`: whose content it has, of a text that goes on at position `end`."""
         state, slot, _ = pool.memory
         self._pool, self._pages, self.end = pool, 0, end
-        self.first = 0 if of is None else of.first  # position that the text can go on from
+        self.first: int = 0 if of is None else of.first  # position that the text can go on from
         pool.require(pages := pool.pages_of_memory(slots))
         self._pages = pages
         pool.remembered += pages

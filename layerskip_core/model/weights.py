@@ -143,7 +143,7 @@ def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
 def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
     """Of projections that are stored as one, so many rows of each of them for each key head of a recurrence."""
     assert spec.recurrence is not None
-    parts = rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]).split(sizes, 1)
+    parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
     return [part.flatten(0, 1) for part in parts]
 
 
