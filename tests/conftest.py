@@ -94,6 +94,7 @@ MIXERS = {  # types whose layers are not all of attention, and what the others a
         "time_step_min": 1e-9,  # transformers has no limit where it runs one token
     },
 }
+DENSE_MIXERS = [name for name, changes in MIXERS.items() if "num_experts" not in changes]
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
