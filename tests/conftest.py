@@ -75,13 +75,28 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
         "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
     },
 }
+_MAMBA2 = {"layer_types": "linear_attention", "mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_state": 8}
+_DELTA = {
+    **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
+}
+_SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXERS = {  # types whose layers are not all of attention, and what the others are
     "lfm2": {"layer_types": "conv"},
-    "qwen3_5_text": {
-        **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-        **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 32},
+    "qwen3_next": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 64, "mlp_only_layers": [3]},
+    "granitemoehybrid": {
+        **{**_MAMBA2, **CHANGES["granite"], "num_local_experts": 0, "num_experts_per_tok": 0},
+        **{"shared_intermediate_size": 96, "mamba_proj_bias": True, "tie_word_embeddings": True},
+    },
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1, 4]},
+    "nemotron_h": {
+        **{"layer_types": "linear_attention", "n_groups": 2, "mamba_num_heads": 4, "ssm_state_size": 8, "mamba_head_dim": 16},
+        "time_step_min": 1e-9,  # transformers has no limit where it runs one token
     },
 }
+DENSE_MIXERS = [name for name, changes in MIXERS.items() if "num_experts" not in changes]
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
@@ -104,9 +119,14 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
     kind = CONFIG_MAPPING[model_type]
     shape = {name: size for name, size in _SHAPE.items() if not isinstance(getattr(kind, name, None), property)}
     if model_type in MIXERS:
-        layers = range(changes.get("num_hidden_layers", shape["num_hidden_layers"]))
+        layers = range(changes.get("num_hidden_layers", _SHAPE["num_hidden_layers"]))
         shape |= MIXERS[model_type]
-        shape["layer_types"] = ["full_attention" if layer % 3 == 1 else shape["layer_types"] for layer in layers]
+        other = shape.pop("layer_types")
+        kinds = ["full_attention" if layer % 3 == 1 else other for layer in layers]
+        if model_type == "nemotron_h":
+            shape["layers_block_type"] = ["mlp" if layer % 3 == 2 else kind for layer, kind in enumerate(kinds)]
+        elif model_type != "bamba":
+            shape["layer_types"] = kinds
     config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):

@@ -168,7 +168,7 @@ class Recurrence:
             return True
         start, stop = int(positions[first]), int(positions[last - 1]) + 1
         base = memory.base if len(memory.state) else start
-        return base <= start and (settled >= stop or max(stop - base, stop - settled + self.structure.taps - 1) <= slots)
+        return base <= start <= base + slots and (settled >= stop or stop - settled + self.structure.taps - 1 <= slots)
 
     def settle(self, memories: Sequence[TextMemory], settled: Sequence[int], threads: int = 1) -> None:
         """Applies the changes of tokens before the `settled` positions to the states. The next call does it as well."""

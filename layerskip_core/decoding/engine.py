@@ -149,6 +149,7 @@ class DecodingLoop:
         self._cache: KVCache
         if prefixes is not None and len(prompts) == 1:
             self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
+            self._active[0].stop = prefixes.parting(model, self._target, prompts[0], self.reused_tokens)
         elif isolated and model.recordable and not rerun and isinstance(self._target, FixedTarget):
             self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
             self._cache = recorder.cache
@@ -282,7 +283,8 @@ class DecodingLoop:
         """By row, how many tokens of its prompt, or of a text that runs again, the next step runs."""
         room, pieces = self.piece, []
         for row in self._active:
-            pieces.append(int(min(row.lacks, room)))
+            until = row.stop - row.filled if self.piece < inf and row.filled < row.stop else inf
+            pieces.append(int(min(row.lacks, room, until)))
             room -= pieces[-1]
         return pieces
 
@@ -376,6 +378,8 @@ class DecodingLoop:
         for index, row in enumerate(self._active):
             if pieces[index]:
                 row.filled, last[index] = row.filled + pieces[index], bounds[index + 1] - 1
+                if row.filled == row.stop:
+                    self._keep(index, row.ids[: row.stop])
             elif index in verified:
                 row.filled, last[index] = len(row.ids) - 1, bounds[index] + len(verified[index]) - 1
         staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]

@@ -285,6 +285,7 @@ class Row:
         self.number, self.config = number, config
         self.ids = list(prompt)  # and the output
         self.filled = 0
+        self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts

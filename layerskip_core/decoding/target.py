@@ -302,6 +302,12 @@ class Prefixes:
         # A drafter's own entry of a token that is rerun stays.
         return text.cache.branch([0], [known], [known + target.rerun] if target.rerun else None, end), known
 
+    def parting(self, model: Backend, target: Target, prompt: Sequence[int], known: int) -> int:
+        """Where a prompt leaves the text that it has most in common with, if no text goes on from there: 0 elsewhere."""
+        texts = (text for text in self._texts if text.made_for == (model, target.writes))
+        common = max((_common(text.ids, prompt) for text in texts), default=0)
+        return common if common - known >= self._least else 0
+
     def drop(self) -> bool:
         """Forgets the text that was not used for the longest time. Returns False if there is none."""
         return bool(self._texts) and self._texts.pop(0) is not None
@@ -309,30 +315,28 @@ class Prefixes:
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
-        if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < self._least:
+        known = max((count for text, count in common.items() if count >= text.first), default=0)
+        if not self._most_bytes or model.exact or len(ids) - known < self._least:
             return
         while cache.free_pages < cache.branch_pages and self.drop():
             pass
         if cache.free_pages < cache.branch_pages:
             return
-        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]))
-        self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with
+        first = min(cache.first(row), len(ids))  # a recurrent state is one at the end
+        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]), first)
+        # Without those that the new text begins with.
+        self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]
         self._texts.append(kept)
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
 
     def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
-        def is_usable(text: _KeptText) -> bool:
-            if text.made_for != (model, target.writes) or text.cache.rolls_back:
-                return text.made_for == (model, target.writes)
-            # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
-            return not target.rerun and len(text.ids) == _common(text.ids, prompt) < len(prompt)
-
-        text = max(filter(is_usable, self._texts), key=lambda text: _common(text.ids, prompt), default=None)
-        if text is None:
-            return 0, None
-        known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-        return (known, text) if known >= self._least else (0, None)
+        best: tuple[int, _KeptText | None] = 0, None
+        for text in self._texts:
+            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
+            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, best[0] + 1):
+                best = known, text
+        return best
 
 
 @dataclass(eq=False)
@@ -342,6 +346,7 @@ class _KeptText:
     made_for: tuple[Backend, Hashable]
     ids: list[int]
     cache: KVCache
+    first: int  # position that a prompt can go on from
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -283,6 +283,8 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
         step = values["decoder_sparse_step"]
         values["mlp_only_layers"] = [place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
         values["decoder_sparse_step"] = 1
+    if attending := getattr(config, "attn_layer_indices", None):  # Bamba's
+        values["attn_layer_indices"] = [place for place, layer in enumerate(kept) if layer in attending]
     if shared := values.get("num_kv_shared_layers"):  # so many last ones have the keys and values of earlier ones
         values["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in kept)
     return config.__class__.from_dict(values)

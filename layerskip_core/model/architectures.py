@@ -1,138 +1,20 @@
 """How architectures differ: one entry of ARCHITECTURES each. `ModelSpec.of` in spec.py reads a configuration by them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
-# Names of the norms before and after attention, and before and after the MLP; None where there is none. All act inside the
-# residual branch.
-Norms = tuple[str | None, str | None, str | None, str | None]
-_BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
+from .variants import EXPERT_COUNTS, Architecture, Biases, Experts, Mixer, Names, Norms
+
 _ONE: Norms = ("input_layernorm", None, "input_layernorm", None)
 _AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _AROUND: Norms = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-# Biases of queries, keys and values, of the attention's output, and of the MLP: always, never, or where this value of
-# config.json says so.
-Biases = tuple[str | bool, str | bool, str | bool]
 _NOWHERE: Biases = (False, False, False)
-_IN_ATTENTION: Biases = ("attention_bias", "attention_bias", False)
 _EVERYWHERE: Biases = ("attention_bias", "attention_bias", "mlp_bias")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in the place of the MLP. Names of weights follow a layer's prefix; other strings name values of
-    config.json.
-
-    A router (experts, D) scores the experts for each token. The best `num_experts_per_tok` of them are added up, weighted by
-    the softmax of their scores: over these alone (`normalised`), or over all. `on_some_layers`: by `decoder_sparse_step` and
-    `mlp_only_layers`; the other layers have an MLP. `stored`: the names in checkpoints where they differ from those in memory,
-    with {} for the index of an expert: the parts of a weight, which stand below each other.
-    """
-
-    stored: Mapping[str, tuple[str, ...]]
-    router: str = "mlp.gate"
-    block: str = "mlp.experts."
-    inner: str = "intermediate_size"
-    normalised: bool | str = True
-    on_some_layers: bool = False
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """A short convolution in place of attention in some layers, and perhaps a gated delta rule after it (Yang et al., 2024).
-
-    `projections`: of the hidden states, and of the output. Steps and decays come from `steps` and `rates`; `norm` is over each
-    head, before its gate. `taps`, `biased` and `sizes` (heads of keys and of values, dimensions) name values of config.json.
-    """
-
-    kind: str  # in layer_types
-    projections: tuple[str, ...]
-    convolution: str
-    taps: str
-    biased: str | bool = False
-    steps: tuple[str, ...] = ()
-    rates: tuple[str, ...] = ()
-    norm: str | None = None
-    sizes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Names:
-    """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
-
-    embedding: str = "model.embed_tokens"
-    positions: str | None = None  # those that are learned, added to the embedding
-    layers: str = "model.layers"
-    norm: str = "model.norm"
-    attention: str = "self_attn."
-    mlp: str = "mlp."
-    query_norm: str = "q_norm"
-    key_norm: str = "k_norm"
-    stored_head: str | None = None  # in files, where it is another than lm_head in memory
-    stored_prefix: str | None = None  # of names in some files, in the place of "model."
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
-
-    `norm`: the factors of "plus_one" are 1 + the stored weights; "layer" is LayerNorm, with biases. `query_key_norms`: over
-    each head, or over all heads together. Projections that read the hidden states come first; fewer names than matrices mean
-    that they are stored as one. A field of `str | bool` holds always, never, or where that value of config.json says so.
-    `windows`, which layers have a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
-    `use_sliding_window` says so ("optional"), or always those ("listed"). `rope`, which layers have rotary positions: those of
-    `no_rope_layers` ("listed"), or those with a window, and all where no window is set ("sliding").
-    """
-
-    names: Names = Names()
-    values: Mapping[str, str | int | None] = field(default_factory=dict)  # by Llama's names: other names, or what is not read
-    needs: Mapping[str, object] = field(default_factory=dict)  # values of config.json without which it is not this
-    otherwise: "Architecture | None" = None  # what it is then; None: nothing that our kernels run
-    norms: Norms = _BEFORE
-    parallel: str | bool = False  # attention and MLP read the same hidden states
-    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
-    norm_eps: str = "rms_norm_eps"
-    query_key_norms: Literal["none", "head", "projection"] = "none"
-    norms_rotated: bool = False  # queries and keys are normed after their rotation
-    attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    fused_by_head: bool = False  # stored as one: for each key head its queries, key and value; otherwise all queries first
-    transposed: bool = False  # weights are stored as (inputs, outputs)
-    biases: Biases = _IN_ATTENTION
-    experts: Experts | None = None
-    mixer: Mixer | None = None
-    gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
-    activation: str | None = "hidden_act"
-    default_activation: str = "silu"
-    windows: Literal["none", "all", "optional", "listed"] = "none"
-    uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
-    rope: Literal["all", "none", "listed", "sliding"] = "all"
-    partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
-    gates_attention: bool = False  # what a query gets, by numbers that are projected with it
-    interleaved_rope: bool = False  # neighbours rotate together, not one of each half
-    scales_embeddings: bool = False  # by sqrt(hidden_size)
-    head_bias: bool = False
-
-    @property
-    def reads(self) -> set[str]:
-        """The values of config.json that a model is read from."""
-        read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[self.windows], *self.uses}
-        read |= {"rope_parameters"} if self.rope != "none" else set()
-        switches = [*self.biases, self.parallel, self.norm_eps, self.activation]
-        if self.experts is not None:
-            read |= {"num_experts_per_tok"}
-            read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
-            switches += [self.experts.inner, self.experts.normalised]
-        if self.mixer is not None:
-            switches += ["layer_types", self.mixer.taps, self.mixer.biased, *self.mixer.sizes]
-        named = (self.values.get(name, name) for name in read)
-        return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}
-
 
 _GELU = "gelu_pytorch_tanh"
 _GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, uses=("head_dim",), scales_embeddings=True)
@@ -180,6 +62,26 @@ _FALCON = Architecture(
     activation="activation",
 )
 
+
+def _mamba2(block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str) -> Mixer:
+    return Mixer(
+        "linear_attention",
+        (f"{block}.in_proj", f"{block}.out_proj"),
+        f"{block}.conv1d",
+        taps,
+        biased,
+        rates=(f"{block}.A_log", f"{block}.dt_bias", f"{block}.D"),
+        norm=f"{block}.norm",
+        sizes=sizes,
+        limits=limits,
+    )
+
+
+_MAMBA2 = _mamba2(
+    *("mamba", "mamba_d_conv", ("mamba_proj_bias", "mamba_conv_bias")),
+    *(("mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head"), "time_step_limit"),
+)
+_HYBRID = frozenset({"full_attention", "linear_attention"})  # kinds of layers
 _MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"
 _EXPERTS = Experts(
     {
@@ -188,12 +90,46 @@ _EXPERTS = Experts(
     },
     normalised="norm_topk_prob",
 )
+_QWEN_EXPERTS = replace(
+    _EXPERTS,
+    inner="moe_intermediate_size",
+    shared=tuple(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+    shared_inner="shared_expert_intermediate_size",
+    shared_gate="mlp.shared_expert_gate",
+)
 _MIXTRAL_EXPERTS = Experts(
     {
         "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
         "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
         "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
     }
+)
+_GATED_DELTA = Mixer(
+    "linear_attention",
+    ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+    "linear_attn.conv1d",
+    "linear_conv_kernel_dim",
+    steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    rates=("linear_attn.A_log", "linear_attn.dt_bias"),
+    norm="linear_attn.norm",
+    sizes=tuple(f"linear_{size}" for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+)
+_QWEN3_5 = Architecture(
+    norm="rms_plus_one",
+    query_key_norms="head",
+    mixer=_GATED_DELTA,
+    uses=("head_dim",),
+    partial_rope=True,
+    gates_attention=True,
+)
+_GRANITE_HYBRID = Architecture(
+    names=Names(mlp="shared_mlp."),
+    values={"intermediate_size": "shared_intermediate_size", "num_local_experts": None, "num_experts_per_tok": None},
+    needs={"num_local_experts": 0, "hidden_act": "silu", "layer_types": _HYBRID},
+    mlp_projections=("input_linear", "output_linear"),
+    mixer=_MAMBA2,
+    uses=_MULTIPLIERS,
+    rope="none",
 )
 _GRANITE_EXPERTS = Experts(
     {
@@ -204,6 +140,25 @@ _GRANITE_EXPERTS = Experts(
     router="block_sparse_moe.router",
     block="block_sparse_moe.experts.",
 )
+
+_GRANITE_MOE_HYBRID = replace(
+    _GRANITE_HYBRID,
+    values={},
+    needs={"hidden_act": "silu", "layer_types": _HYBRID},
+    uses=(*_MULTIPLIERS, "shared_intermediate_size"),
+    experts=replace(
+        _GRANITE_EXPERTS,
+        shared=("shared_mlp.input_linear", "shared_mlp.output_linear"),
+        shared_inner="shared_intermediate_size",
+    ),
+)
+
+
+def _with_rope(hybrid: Architecture, otherwise: Architecture | None = None) -> Architecture:
+    """Where the configuration says so; else without."""
+    needs = {**hybrid.needs, "position_embedding_type": "rope"}
+    return replace(hybrid, needs=needs, rope="all", otherwise=replace(hybrid, otherwise=otherwise))
+
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
@@ -218,23 +173,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows="all",
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
     ),
-    "qwen3_5_text": Architecture(
-        names=Names(stored_prefix="model.language_model."),
-        norm="rms_plus_one",
-        query_key_norms="head",
-        mixer=Mixer(
-            "linear_attention",
-            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
-            "linear_attn.conv1d",
-            "linear_conv_kernel_dim",
-            steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
-            rates=("linear_attn.A_log", "linear_attn.dt_bias"),
-            norm="linear_attn.norm",
-            sizes=tuple(f"linear_{size}" for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+    "qwen3_5_text": replace(_QWEN3_5, names=Names(stored_prefix="model.language_model.")),
+    "qwen3_5_moe_text": replace(
+        _QWEN3_5,
+        values={"intermediate_size": None},
+        uses=("head_dim", "shared_expert_intermediate_size"),
+        experts=replace(_QWEN_EXPERTS, normalised=True),
+    ),
+    "qwen3_next": replace(
+        _QWEN3_5,
+        uses=("head_dim", "shared_expert_intermediate_size"),
+        experts=replace(_QWEN_EXPERTS, on_some_layers=True),
+        mixer=replace(
+            _GATED_DELTA,
+            projections=("linear_attn.in_proj_qkvz", "linear_attn.out_proj"),
+            steps=("linear_attn.in_proj_ba",),
+            by_head=True,
         ),
-        uses=("head_dim",),
-        partial_rope=True,
-        gates_attention=True,
     ),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA3, uses=(*_GEMMA3.uses, "attn_logit_softcapping")),
@@ -245,6 +200,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(query_key_norms="projection", uses=("clip_qkv",), experts=_EXPERTS),
     "granite": Architecture(biases=_EVERYWHERE, uses=_MULTIPLIERS),
     "granitemoe": Architecture(uses=_MULTIPLIERS, experts=_GRANITE_EXPERTS),
+    "granitemoehybrid": _with_rope(_GRANITE_HYBRID, _with_rope(_GRANITE_MOE_HYBRID)),
+    "bamba": Architecture(
+        names=Names(norm="model.final_layernorm", mlp="feed_forward."),
+        values={"layer_types": None},
+        needs={"hidden_act": "silu"},
+        norms=("input_layernorm", None, "pre_ff_layernorm", None),
+        biases=_EVERYWHERE,
+        mixer=_MAMBA2,
+        uses=("attn_layer_indices",),
+        partial_rope=True,
+    ),
+    "nemotron_h": Architecture(
+        names=Names("model.embeddings", None, "model.layers", "model.norm_f", "mixer.", "mixer.", stored_prefix="backbone."),
+        values={"num_hidden_layers": "layers_block_type", "layer_types": "layers_block_type", "tie_word_embeddings": False},
+        needs={"mamba_hidden_act": "silu", "layers_block_type": _HYBRID | {"mlp"}},
+        norms=("norm", None, "norm", None),
+        norm_eps="layer_norm_epsilon",
+        mlp_projections=("up_proj", "down_proj"),
+        biases=(False, False, "mlp_bias"),
+        mixer=_mamba2(
+            *("mixer", "conv_kernel", ("use_bias", "use_conv_bias")),
+            *(("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"), "time_step_min"),
+        ),
+        one_block=True,
+        gated=False,
+        activation="mlp_hidden_act",
+        uses=("head_dim",),
+        rope="none",
+    ),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
         mlp_projections=("gate_up_proj", "down_proj"),
@@ -308,7 +292,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlp_projections=("w1", "w3", "w2"),
         biases=_NOWHERE,
-        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", "conv_bias"),
+        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", ("conv_bias",) * 2),
         activation=None,
         uses=("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
     ),
@@ -371,24 +355,13 @@ SUPPORTED = tuple(ARCHITECTURES)
 def known_architecture(config: Any) -> Architecture | None:
     """That of a configuration; None for one that our kernels do not run."""
     found = ARCHITECTURES.get(str(config.model_type))
-    while found is not None and any(getattr(config, name, None) != value for name, value in found.needs.items()):
+    while found is not None and not all(_suits(getattr(config, name, None), value) for name, value in found.needs.items()):
         found = found.otherwise
     return found
 
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too
-
-# The values of config.json that are always read, and those that say which layers have windows.
-_ALWAYS_READ = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
-)
-_READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "all": ("sliding_window",),
-    "optional": ("sliding_window", "use_sliding_window"),
-    "listed": ("sliding_window", "layer_types"),
-}
+def _suits(found: object, needed: object) -> bool:
+    return isinstance(found, list) and needed.issuperset(found) if isinstance(needed, frozenset) else found == needed
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

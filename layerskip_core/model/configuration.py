@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Annotated, Any
 
 import msgspec
@@ -9,17 +10,20 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .architectures import EXPERT_COUNTS, Architecture
+from .variants import EXPERT_COUNTS, Architecture
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
+MLP = "mlp"  # the kind of a layer without anything else
 _MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
 _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
 _Window = Annotated[int, Meta(ge=0, le=1 << 31)]
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
-_ExpertCount = Annotated[int, Meta(ge=1, le=1024)]  # as the kernels have room for
+_MOST_EXPERTS = 1024  # as the kernels have room for
+_ExpertCount = Annotated[int, Meta(ge=1, le=_MOST_EXPERTS)]
 _Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
+_Limit = Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Values:
     block_auto_adjust_ff_dim: bool | None = None  # LFM2's: the MLP has about two thirds of `intermediate_size`
     block_ffn_dim_multiplier: _Positive | None = None
     block_multiple_of: _Width | None = None
+    shared_intermediate_size: _Width | None = None  # of experts that all tokens have
+    shared_expert_intermediate_size: _Width | None = None
+    attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -89,10 +96,12 @@ class Values:
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
         """The kind of each layer, how many positions the sliding ones see, and which layers have rotary positions."""
-        layers, window, listed = self.num_hidden_layers, self.sliding_window, self.layer_types
+        layers, window, listed, mixer = self.num_hidden_layers, self.sliding_window, self.layer_types, architecture.mixer
+        if mixer is not None and "attn_layer_indices" in architecture.uses:
+            listed = [FULL if layer in (self.attn_layer_indices or ()) else mixer.kind for layer in range(layers)]
         if listed is not None:
             _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
-            known = LAYER_KINDS if architecture.mixer is None else (FULL, architecture.mixer.kind)
+            known = LAYER_KINDS if mixer is None else (FULL, mixer.kind, *((MLP,) if architecture.one_block else ()))
             _require({*listed} <= {*known}, "layer_types", f"a list, each one of {', '.join(known)}", listed)
         rotates = [architecture.rope != "none"] * layers
         if architecture.rope == "listed":
@@ -100,7 +109,7 @@ class Values:
             rotates = usual if self.no_rope_layers is None else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
             needed = f"a list of at least num_hidden_layers, {layers}, entries"
             _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
-        if architecture.mixer is not None:
+        if mixer is not None:
             _require(listed is not None, "layer_types", "given", listed)
             return tuple(listed or ()), None, rotates
         unused = window is None or (architecture.windows == "optional" and not self.use_sliding_window)
@@ -119,17 +128,18 @@ class Values:
             rotates = slides
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
 
-    def recurrence(self, config: Any, architecture: Architecture) -> "RecurrenceSpec | None":
-        if (mixer := architecture.mixer) is None:
+    def recurrence(self, config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> "RecurrenceSpec | None":
+        if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
             return None
         taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
-        biased = is_on(mixer.biased, config)
+        projections, convolution = (is_on(switch, config) for switch in mixer.biased)
         if not mixer.sizes:
-            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, biased)
+            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
         sized = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
         key_heads, heads, key_dim, value_dim = sized
         _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
-        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, biased)
+        limits = None if mixer.limits is None else _limits(config, mixer.limits)
+        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits)
         _require(sizes.channels <= _MOST_WIDTH, f"the width of {mixer.kind}", f"at most {_MOST_WIDTH}", sizes.channels)
         return sizes
 
@@ -145,7 +155,9 @@ class Values:
             layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
         if isinstance(normalised, str):
             normalised = bool(getattr(self, normalised))
-        return ExpertsSpec(tuple(layers), count, chosen, _given(experts.inner, getattr(self, experts.inner)), normalised)
+        inner = _given(experts.inner, getattr(self, experts.inner))
+        shared = _given(experts.shared_inner, getattr(self, experts.shared_inner)) if experts.shared_inner else 0
+        return ExpertsSpec(tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None)
 
 
 # The values of rope_parameters that are checked here; transformers computes the rarer types and reads the others.
@@ -185,6 +197,23 @@ class ExpertsSpec:
     chosen: int  # by each token
     inner: int  # width of an expert
     normalised: bool  # whether the weights of a token's experts sum to 1
+    shared_inner: int  # width of an MLP that all tokens have too
+    gates_shared: bool  # whether it has a weight, too
+
+    @property
+    def shared(self) -> int:
+        """How many experts it is."""
+        return self.shared_inner // self.inner
+
+    @property
+    def choices(self) -> int:
+        """How many experts run for a token."""
+        return self.chosen + self.shared
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether the shared MLP is a few experts."""
+        return self.shared_inner % self.inner == 0 and self.count + self.shared <= _MOST_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -196,7 +225,9 @@ class RecurrenceSpec:
     heads: int
     key_dim: int
     value_dim: int
-    biased: bool
+    biased: bool  # projections
+    biased_convolution: bool
+    limits: tuple[float, float] | None = None  # of Mamba-2's steps
 
     @property
     def keys(self) -> int:
@@ -215,14 +246,16 @@ class RecurrenceSpec:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of a row of projections: queries, keys, values, and gates; of a convolution alone, what multiplies its inputs, its
-        outputs, and the inputs.
+        """Of a row of projections: queries, keys, values, and gates; of Mamba-2 gates, values, keys, queries, and steps; of a
+        convolution alone, what multiplies its inputs, its outputs, and the inputs.
         """
+        if self.limits is not None:
+            return self.outputs, self.channels, self.heads
         return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
 
     @property
     def steps(self) -> int:
-        """How many numbers a recurrence reads besides."""
+        """How many numbers a recurrence computes of a row: steps and decays."""
         return 2 * self.heads if self.key_heads else 0
 
 
@@ -235,7 +268,10 @@ def read_values(config: Any, architecture: Architecture) -> Values:
         if not isinstance(name, str):  # a value that is not read
             values[field.name] = name
         elif field.default is not None or field.name in architecture.uses:
-            values[field.name] = _checked(getattr(config, name, None), hints[field.name], name)
+            found = getattr(config, name, None)
+            if field.name == "num_hidden_layers" and isinstance(found, list):
+                found = len(found)
+            values[field.name] = _checked(found, hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
     return Values(**values)
@@ -244,6 +280,14 @@ def read_values(config: Any, architecture: Architecture) -> Values:
 def is_on(switch: str | bool, config: Any) -> bool:
     """A field of Architecture that holds always, never, or where a value of the configuration says so."""
     return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
+
+
+def _limits(config: Any, name: str) -> tuple[float, float]:
+    """The least and the most; a number is the least."""
+    found = getattr(config, name, None)
+    least, most = found if isinstance(found, list | tuple) and len(found) == 2 else (found, inf)
+    most = inf if most == {"__float__": "Infinity"} else most  # as transformers writes it
+    return _checked(least, _Limit, name), _checked(most, _Limit, name)
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:

@@ -4,6 +4,7 @@ with (Kwon et al., PagedAttention, SOSP 2023).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import torch
@@ -21,16 +22,23 @@ class PagePool:
 
     A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
     kernels' way with what is not seen (attention.h) they change no bit.
-    `most`: pages that there may be.
+    `most`: pages that there may be. `window`: the positions that a token sees, if all layers have a sliding window: the pages
+    before it are given back. Where some layers see all, a page must stay for them, and its numbers of the others with it.
     """
 
     def __init__(
-        self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, memory: tuple[int, int, int] = (0, 0, 0)
+        self,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        memory: tuple[int, int, int] = (0, 0, 0),
+        window: int | None = None,
     ) -> None:
         """`memory`: of layers without attention, see Memory: bytes of a text's state and of a slot, and the slots that they
         need at least.
         """
-        self.shape, self.dtype, self.memory = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory
+        self.shape, self.dtype, self.memory, self.window = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory, window
         self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
         self.most: float = inf
         self.remembered = 0  # what all memories take, in pages
@@ -40,6 +48,11 @@ class PagePool:
     def used(self) -> int:
         """How many pages are held."""
         return self.remembered + sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
+
+    @cached_property
+    def nowhere(self) -> "Page":
+        """In the place of pages that were given back: kernels read it beside what is seen, and write late entries to it."""
+        return Page(_Slab(torch.zeros(1, *self.shape, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
         """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
@@ -105,6 +118,7 @@ class Memory:
         """`of`: whose content it has, of a text that goes on at position `end`."""
         state, slot, _ = pool.memory
         self._pool, self._pages, self.end = pool, 0, end
+        self.first: int = 0 if of is None else of.first  # position that the text can go on from
         pool.require(pages := pool.pages_of_memory(slots))
         self._pages = pages
         pool.remembered += pages
@@ -126,7 +140,6 @@ class PagedCache(KVCache):
         super().__init__(batch_size, max_positions)
         self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
         self._memories: list[Memory | None] = [None] * batch_size  # of rows that have one
-        self.rolls_back = not any(pool.memory)
         self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
         self._capacity = 0  # positions for which every row has pages
 
@@ -142,6 +155,13 @@ class PagedCache(KVCache):
     @property
     def branch_pages(self) -> int:
         return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
+
+    def first(self, row: int) -> int:
+        pages, window, memory = self._pages[row], self._pool.window, self._memories[row]
+        if memory is not None:
+            return memory.first
+        forgotten = 0 if window is None else pages.count(self._pool.nowhere)
+        return forgotten and forgotten * PAGE + (window or 0) - 1
 
     def lacking(self, stops: Sequence[int]) -> int:
         pages = sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
@@ -170,8 +190,10 @@ class PagedCache(KVCache):
     def addresses(self, places: Places) -> Tensor:
         """(B, pages), on the host: where the pages of each row begin, with pages for the tokens of a pass."""
         if places.stop > self._capacity:
-            for pages, start, count in zip(self._pages, places.starts, places.counts, strict=True):
+            of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
+            for pages, start, count, origin in of_rows:
                 while count and len(pages) * PAGE < start + count:
+                    self._forget(pages, origin)
                     pages.append(self._pool.take())
                     self._addresses = None
             self._capacity = min(map(len, self._pages)) * PAGE
@@ -180,14 +202,22 @@ class PagedCache(KVCache):
             self._addresses = torch.tensor([[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages])
         return self._addresses
 
+    def _forget(self, pages: list[Page], start: int) -> None:
+        """Gives back the pages before the window of a text that goes on at `start`, or a page or rejected drafts earlier."""
+        if (window := self._pool.window) is not None:
+            for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
+                if pages[index] is self._pool.nowhere:
+                    break
+                pages[index] = self._pool.nowhere
+
     @property
     def _margin(self) -> int:
-        """How many tokens before the end of a pass may run again."""
-        return self.steps_back + 1 if self.steps_back else 0
+        """How many tokens before the end of a pass may run again: a draft, or the last one of a text."""
+        return self.steps_back + 1
 
     @property
     def _slots(self) -> int:
-        return max(2 * self._margin, self._margin + self._pool.memory[2])
+        return self._margin + self._pool.memory[2] - 1
 
     def memories(self, places: Places) -> Tensor:
         """(4, T), on the host: of the T rows that have tokens in a pass, where states and rings begin, how many slots these
@@ -201,8 +231,8 @@ class PagedCache(KVCache):
             if memory is None or len(memory.ring) < self._slots:
                 self._memories[row] = memory = Memory(self._pool, self._slots, memory, 0 if memory is None else memory.end)
             stays = places.settled or count > self._margin  # no draft has so many tokens
-            settled = start + count - (0 if stays else self._margin)
-            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), settled))
+            memory.first = max(memory.first, start + count - (1 if stays else self._margin))
+            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), memory.first))
         return torch.tensor(found).T.contiguous()
 
     def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:

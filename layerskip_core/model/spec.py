@@ -9,9 +9,10 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
-from .architectures import SUPPORTED, Architecture, Names, known_architecture
+from .architectures import SUPPORTED, known_architecture
 from .configuration import (
     LAYER_KINDS,
+    MLP,
     SLIDING,
     ExpertsSpec,
     RecurrenceSpec,
@@ -21,6 +22,7 @@ from .configuration import (
     ropes_of,
     rotary_size,
 )
+from .variants import Architecture, Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +91,7 @@ class ModelSpec:
     context: int  # positions
     eps: float  # of every norm
     activation: str  # transformers' name
-    kinds: tuple[str, ...]  # by layer: of LAYER_KINDS, or that of the architecture's mixer
+    kinds: tuple[str, ...]  # by layer: of LAYER_KINDS, that of the architecture's mixer, or MLP
     window: int | None  # positions that a sliding layer sees
     ropes: tuple[RopeSpec, ...]  # the different rotary embeddings
     rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None where it has no positions
@@ -132,7 +134,7 @@ class ModelSpec:
             head_dim=head_dim,
             inner=values.inner,
             experts=values.experts(architecture),
-            recurrence=values.recurrence(config, architecture),
+            recurrence=values.recurrence(config, architecture, kinds),
             vocab=values.vocab_size,
             context=min(filter(None, (values.max_position_embeddings, *ends))),
             eps=values.norm_eps,
@@ -264,14 +266,17 @@ class ModelSpec:
         assert of.mixer is not None and mixer is not None
         return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
 
-    def first_block(self, layer: int) -> Block:
-        """What comes before a layer's MLP."""
-        return "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
+    def blocks_of(self, layer: int) -> tuple[Block, ...]:
+        """What a layer consists of, in order. Experts count as an MLP."""
+        if self.kinds[layer] == MLP:
+            return ("mlp",)
+        first: Block = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
+        return (first,) if self.architecture.one_block else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
         """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
         names = self.names
-        normed = self.architecture.query_key_norms != "none" and self.first_block(layer) == "attention"
+        normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(layer)
         own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
         return *self.architecture.norms, *own
 
@@ -279,8 +284,8 @@ class ModelSpec:
         """Names and shapes of the weights of a layer, after its prefix."""
         shapes: dict[str, tuple[int, ...]] = {}
         experts, names = self.experts_of(index), self.architecture.experts
-        first = self.first_block(index)
-        for block in (first, "mlp") if experts is None else (first,):
+        blocks = self.blocks_of(index)
+        for block in blocks if experts is None else blocks[:-1]:
             (*inward, back), outputs, inputs, (inner, outer) = self.projections(block)
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
             for name, width in zip(inward, widths, strict=True):
@@ -294,7 +299,12 @@ class ModelSpec:
                 f"{names.block}gate_up_proj": (experts.count, 2 * experts.inner, self.hidden),
                 f"{names.block}down_proj": (experts.count, self.hidden, experts.inner),
             }
-        if first == "mixer":
+            *inward, back = names.shared or ("",)
+            width = 2 * experts.shared_inner // max(len(inward), 1)
+            shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
+            shapes |= {f"{back}.weight": (self.hidden, experts.shared_inner)} if back else {}
+            shapes |= {} if names.shared_gate is None else {f"{names.shared_gate}.weight": (1, self.hidden)}
+        if "mixer" in blocks:
             shapes |= self._mixer_shapes()
         per_head = self.architecture.query_key_norms == "head"
         sizes = (*(self.hidden,) * 4, *((self.head_dim,) * 2 if per_head else (self.queries, self.keys)))
@@ -309,10 +319,11 @@ class ModelSpec:
         mixer, sizes = self.architecture.mixer, self.recurrence
         assert mixer is not None and sizes is not None
         shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (sizes.channels, 1, sizes.taps)}
-        shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased else {}
-        shapes |= {f"{name}.weight": (sizes.heads, self.hidden) for name in mixer.steps}
+        shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased_convolution else {}
+        shapes |= {f"{name}.weight": (2 * sizes.heads // len(mixer.steps), self.hidden) for name in mixer.steps}
         shapes |= {name: (sizes.heads,) for name in mixer.rates}
-        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (sizes.value_dim,)})
+        normed = sizes.value_dim if sizes.limits is None else sizes.outputs
+        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """The experts in the place of a layer's MLP; None where it has one."""

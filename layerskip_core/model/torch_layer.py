@@ -56,8 +56,10 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         return f"the activation {spec.activation}"
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
-    if spec.recurrence is not None and not recurrent:
+    if not recurrent and (spec.recurrence is not None or spec.architecture.one_block):
         return "recurrent layers"
+    if not recurrent and spec.experts is not None and spec.experts.shared_inner:
+        return "shared experts"
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
             return f"rotary positions of type {rope.type}"

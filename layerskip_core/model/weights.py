@@ -124,7 +124,7 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
         parts = (_affine(weights, name, spec) for name in names)
     else:
         fused = _affine(weights, names[0], spec)
-        parts = starmap(Affine, zip(*(_split(part, spec, outputs) for part in fused), strict=True))
+        parts = starmap(Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True))
     gates = []
     for index, part in enumerate(parts):
         if block == "attention" and index == 0 and spec.architecture.gates_attention:
@@ -143,10 +143,22 @@ def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
     return list(map(Affine, halves(part.weight), biases))
 
 
-def _split(fused: Tensor | None, spec: ModelSpec, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
+def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
+    """Of projections that are stored as one, so many rows of each of them for each key head of a recurrence."""
+    assert spec.recurrence is not None
+    parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
     """Of projections that are stored as one, (outputs, ...) each."""
+    mixer, sizes = spec.architecture.mixer, spec.recurrence
     if fused is None:
         return (None,) * len(outputs)
+    if block == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
+        values = sizes.outputs // sizes.key_heads
+        *convolved, gates = by_key_head(fused, spec, sizes.key_dim, sizes.key_dim, values, values)
+        return torch.cat(convolved), gates
     if not spec.architecture.fused_by_head:
         return torch.split(fused, [*outputs])
     by_head = fused.view(spec.kv_heads, spec.groups + 2, spec.head_dim, *fused.shape[1:])
@@ -171,22 +183,30 @@ def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
 
 
 def router(weights: Weights, spec: ModelSpec) -> Tensor:
-    """The scores' weights (experts, D) of a layer with experts."""
+    """The scores' weights (experts, D) of a layer with experts, and the gate of shared ones, if they have one."""
     assert spec.architecture.experts is not None
-    return weights.of(f"{spec.architecture.experts.router}.weight")
+    scores, gate = weights.of(f"{spec.architecture.experts.router}.weight"), spec.architecture.experts.shared_gate
+    return scores if gate is None else torch.cat([scores, weights.of(f"{gate}.weight")])
 
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
-    """Gate and up of each expert in turn, (inner, D) each."""
-    assert spec.architecture.experts is not None
+    """Gate and up of each expert in turn, (inner, D) each. Shared ones are one wide MLP."""
+    assert spec.architecture.experts is not None and spec.experts is not None
     for expert in weights.of(f"{spec.architecture.experts.block}gate_up_proj"):
         yield from (Affine(part, None) for part in expert.chunk(2))
+    if spec.experts.shared:
+        wide = torch.cat([weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]])
+        for pair in zip(*(part.chunk(spec.experts.shared) for part in wide.chunk(2)), strict=True):
+            yield from (Affine(part, None) for part in pair)
 
 
 def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """(D, inner) of each expert."""
-    assert spec.architecture.experts is not None
-    return (Affine(expert, None) for expert in weights.of(f"{spec.architecture.experts.block}down_proj"))
+    assert spec.architecture.experts is not None and spec.experts is not None
+    yield from (Affine(expert, None) for expert in weights.of(f"{spec.architecture.experts.block}down_proj"))
+    if spec.experts.shared:
+        wide = weights.of(f"{spec.architecture.experts.shared[-1]}.weight")
+        yield from (Affine(expert, None) for expert in wide.chunk(spec.experts.shared, 1))
 
 
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:

@@ -78,10 +78,26 @@ def shapes(draw, architecture):
         shape |= of({}, {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2})
         shape["num_kv_heads"] = shape.pop("num_key_value_heads")
     if kind.mixer is not None:
-        shape["layer_types"] = [*(of("full_attention", kind.mixer.kind) for _ in range(layers - 1)), "full_attention"]
+        kinds = "full_attention", kind.mixer.kind, *(("mlp",) if kind.one_block else ())
+        listed = [*(of(*kinds) for _ in range(layers - 1)), "full_attention"]
+        if architecture == "bamba":
+            shape["attn_layer_indices"] = [layer for layer, own in enumerate(listed) if own == "full_attention"]
+        else:
+            shape["layers_block_type" if architecture == "nemotron_h" else "layer_types"] = listed
+    if architecture in ("bamba", "granitemoehybrid"):
+        shape |= {"mamba_n_groups": of(1, 2), "mamba_n_heads": 2, "mamba_d_state": of(8, 5, 64), "mamba_d_conv": of(4, 1, 2)}
+        shape["mamba_proj_bias"] = draw(st.booleans())
+    if architecture == "granitemoehybrid":
+        shape |= {"num_local_experts": of(0, 4), "shared_intermediate_size": of(96, 48), "intermediate_size": of(48, 32)}
+        shape["position_embedding_type"] = of("rope", "nope", None)
+    if architecture == "nemotron_h":
+        del shape["num_hidden_layers"]
+        groups = of(1, 2, 3)
+        shape |= {"n_groups": groups, "mamba_num_heads": groups * of(1, 2), "ssm_state_size": of(8, 5, 64)}
+        shape |= {"mamba_head_dim": of(16, 7, 40), "conv_kernel": of(4, 1, 2), "time_step_min": 1e-9}
     if architecture == "lfm2":
         shape |= {"conv_bias": draw(st.booleans()), "conv_L_cache": of(3, 1, 2, 8, 9), "block_multiple_of": of(16, 1)}
-    if architecture == "qwen3_5_text":
+    if architecture in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"):
         key_heads = of(1, 2, 3)
         shape |= {"linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * of(1, 2, 3)}
         shape |= {"linear_key_head_dim": of(8, 5, 64), "linear_value_head_dim": of(16, 7, 40)}
@@ -92,10 +108,11 @@ def shapes(draw, architecture):
         shape |= dict.fromkeys(names, count) | {
             "num_experts_per_tok": of(*range(1, count + 1)),
             kind.experts.inner: of(48, 1, 16),
+            **({"shared_expert_intermediate_size": of(48, 96, 32)} if kind.experts.shared else {}),
         }
     if architecture == "granite":
         shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
-    if architecture not in ("gemma3_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon") and draw(st.booleans()):
+    if architecture not in ("gemma3_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon", "nemotron_h") and draw(st.booleans()):
         shape["rope_parameters"] = dict(of(*ROPES))
         shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2 where the type is dynamic
     return shape

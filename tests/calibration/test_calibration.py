@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import fails, run
-from conftest import MIXERS, run_texts, tiny_model
+from conftest import DENSE_MIXERS, run_texts, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def with_weights(model_type, weights):
     return backend
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", *MIXERS])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", *DENSE_MIXERS])
 def test_each_step_brings_predictions_nearer_to_the_original(model_type):
     backend = backend_of(model_type)
     names = matrix_names(backend.spec)

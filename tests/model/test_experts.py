@@ -4,6 +4,7 @@ import pytest
 import torch
 from command_line import fails
 from conftest import CHANGES, tiny_model
+from decodings import native_or_skip
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from test_generic import ids_of, logits_of
@@ -16,6 +17,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.decoding.drafters.knowledge import _usual_times
 from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
+from layerskip_core.model.native import suits_kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MIXTURES = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
@@ -95,3 +97,21 @@ def test_calibration_refuses_experts_and_transposed_weights(tmp_path, model_type
     model = tiny_model(model_type, torch.float32, **{**WIDE, **CHANGES[model_type], **sizes})
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
     fails(f"calibration needs a --model {needed}, got {model_type}", "calibrate", "--model", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("model_type", ["granitemoehybrid", "qwen3_5_moe_text", "qwen3_next"])
+@pytest.mark.parametrize("changes", [{}, {"position_embedding_type": "rope"}])
+def test_experts_beside_what_all_tokens_share(model_type, changes):
+    """As the model has them, in any division of the text into calls; or, where these are no whole experts, nowhere."""
+    shared = "shared_intermediate_size" if model_type == "granitemoehybrid" else "shared_expert_intermediate_size"
+    sizes = {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, **changes}
+    for width in (32, 96):
+        model = tiny_model(model_type, torch.float32, **sizes, **{shared: width})
+        with torch.no_grad():
+            expected = model(ids_of(2, 12)).logits
+        backend = native_or_skip(model)
+        whole = logits_of(backend, ids_of(2, 12))
+        torch.testing.assert_close(whole, expected, atol=1e-3 * float(expected.std()), rtol=0)
+        assert torch.equal(logits_of(backend, ids_of(2, 12), range(1, 12)), whole)
+    spec = ModelSpec.of(tiny_model(model_type, torch.float32, **sizes, **{shared: 40}).config)
+    assert missing_feature(spec) and not suits_kernels(spec, torch.float32, torch.device("cpu"), None)

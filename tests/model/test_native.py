@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import MIXERS, at, tiny_model
+from conftest import DENSE_MIXERS, MIXERS, at, tiny_model
 from decodings import context_after, draft_of, entries
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
@@ -97,7 +97,7 @@ def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
-@pytest.mark.parametrize("case", [*EACH_PART, *MIXERS])
+@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS])
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
     generic, fast = pair(case, torch.bfloat16, NativeBackend)

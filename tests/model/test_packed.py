@@ -50,7 +50,7 @@ EACH_PART = [
     "gpt_neox",
     "gpt2",
 ]
-LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 5e-5}  # in standard deviations of what is expected
+LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 1e-4}  # in standard deviations of what is expected
 BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers
 
 

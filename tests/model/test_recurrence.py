@@ -173,6 +173,16 @@ def test_the_division_of_a_text_into_calls_changes_no_bit(shape, settles):
     assert torch.equal(memory.state, other.state)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_token_of_a_long_call_may_stay_unsettled(shape):
+    """Where its slot is that of a change which the state lacks, too; and the token runs again."""
+    layer = Layer(shape)
+    text, memory = layer.text(60, 2), layer.memory()
+    whole = layer.whole(text)
+    for start, stop in ((0, 5), (5, 5 + SLOTS), (14, 15), (14, 33), (33, 33 + SLOTS), (41, 60)):
+        assert torch.equal(layer.run([text], [memory], [(start, stop)], [stop - 1], 2)[0], whole[start:stop])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rejected_tokens_leave_no_trace(shape, threads):

@@ -11,7 +11,7 @@ from test_packed import BIASES
 
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, can_run_native
-from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED, is_complete
+from layerskip_core.model.architectures import SUPPORTED, is_complete, known_architecture
 
 LLAMA = {
     "model_type": "llama",
@@ -114,7 +114,7 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
     document = config.to_dict()
     assert is_complete(document)
     assert ModelSpec.of(SimpleNamespace(**document)) == ModelSpec.of(config)
-    architecture = ARCHITECTURES[model_type]
+    architecture = known_architecture(config)
     assert {architecture.activation or "vocab_size", architecture.norm_eps, "vocab_size"} < architecture.reads
     for name in architecture.reads:
         assert not is_complete({key: value for key, value in document.items() if key != name})

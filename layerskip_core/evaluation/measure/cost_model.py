@@ -114,7 +114,8 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
     stored = getattr(backend, "bytes_per_weight", stored)  # of our own kernels
     total = stored * spec.weights_read(1)
     if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
-        total += 2 * width * spec.keys * sum(min(positions, spec.window_of(kind) or positions) for kind in spec.kinds)
+        windows = (spec.window_of(spec.kinds[layer]) for layer in spec.attending)
+        total += 2 * width * spec.keys * sum(min(positions, window or positions) for window in windows)
     memory, times = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device), []
     for _ in range(_SUMS):
         started = time.perf_counter()

@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 21  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 23  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -76,7 +76,7 @@ class CLayer(Structure):
 class CShape(Structure):
     _fields_ = [
         *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
-        *_fields(c_int32, "experts chosen normalised"),
+        *_fields(c_int32, "experts chosen normalised shared gates_shared"),
         *_fields(c_int32, "norms_rotated parallel norms_residual gates_attention"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
@@ -119,7 +119,7 @@ class CChoice(Structure):
 class CRecurrence(Structure):
     _fields_ = [
         *_fields(c_int32, "kind taps channels width convolved query key value factor gate"),
-        *_fields(c_int32, "key_heads heads key_dim value_dim norm_size gates_first"),
+        *_fields(c_int32, "key_heads heads key_dim value_dim steps norm_size gates_first"),
         *_fields(c_float, "eps least_step most_step"),
         *_fields(c_int64, "state entry"),
         *_fields(c_void_p, "filter filter_bias rate rate_bias skip norm"),

@@ -18,14 +18,19 @@ static float dot(const float *x, const float *y, int n) {
     return f_sum(f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]))) + rest;
 }
 
-/* A row's experts, those with the largest logits, and their weights: the softmax over all experts, or over the chosen ones. */
+/* Of a router; the last one may be that of the gate of shared experts. */
+INLINE int logits_of_router(const Shape *s) { return s->experts + s->gates_shared; }
+
+/* A row's experts, those with the largest logits, and their weights: the softmax over all experts, or over the chosen ones. Then
+ * those that all rows share, each with the same weight. */
 static void choose_experts(const Shape *s, const Routing *routing, int row) {
-    const float *logits = routing->logits + (size_t)row * (size_t)s->experts;
+    const float *logits = routing->logits + (size_t)row * (size_t)logits_of_router(s);
+    int routed = s->chosen - s->shared;
     int32_t *chosen = routing->chosen + (size_t)row * (size_t)s->chosen;
     float *weights = routing->weights + (size_t)row * (size_t)s->chosen, all = 0, sum = 0, most = 0;
     float exps[MOST_EXPERTS]; /* threads that make the same choice write nothing but its results */
     uint8_t taken[MOST_EXPERTS] = {0};
-    for (int c = 0; c < s->chosen; c++) {
+    for (int c = 0; c < routed; c++) {
         int best = -1;
         for (int e = 0; e < s->experts; e++)
             if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
@@ -34,7 +39,11 @@ static void choose_experts(const Shape *s, const Routing *routing, int row) {
         sum += exps[c] = expf(logits[best] - most);
     }
     for (int e = 0; e < s->experts && !s->normalised; e++) all += expf(logits[e] - most);
-    for (int c = 0; c < s->chosen; c++) weights[c] = exps[c] / (s->normalised ? sum : all);
+    for (int c = 0; c < routed; c++) weights[c] = exps[c] / (s->normalised ? sum : all);
+    for (int c = routed; c < s->chosen; c++) {
+        chosen[c] = s->experts + c - routed;
+        weights[c] = s->gates_shared ? 1 / (1 + expf(-logits[s->experts])) : 1;
+    }
 }
 
 /* The slots of all choices. */
@@ -42,7 +51,7 @@ static void group_rows(const Shape *s, const Routing *routing, int rows) {
     int32_t next[MOST_EXPERTS] = {0}; /* by expert, how often it was chosen; then its next slot */
     int choices = rows * s->chosen, used = 0, slot = 0;
     for (int c = 0; c < choices; c++) next[routing->chosen[c]]++;
-    for (int e = 0; e < s->experts; e++) {
+    for (int e = 0; e < s->experts + s->shared; e++) {
         int count = next[e];
         next[e] = slot;
         if (count) routing->experts[used] = e, routing->starts[used++] = slot, slot += count;
@@ -60,14 +69,14 @@ static void route(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     const Routing *routing = &call->routing;
-    int rows = call->rows, n = s->hidden, is_few = rows <= FEW_ROWS;
+    int rows = call->rows, n = s->hidden, outputs = logits_of_router(s), is_few = rows <= FEW_ROWS;
     int first = is_few ? 0 : share(rows, thread, threads), last = is_few ? rows : share(rows, thread + 1, threads);
-    int from = is_few ? share(s->experts, thread, threads) : 0, to = is_few ? share(s->experts, thread + 1, threads) : s->experts;
+    int from = is_few ? share(outputs, thread, threads) : 0, to = is_few ? share(outputs, thread + 1, threads) : outputs;
     float *own = own_room(work, thread).row;
     for (int r = first; r < last; r++) {
         const float *x = call->hidden + (size_t)r * (size_t)n;
         if (l->before_mlp.weight) normed(x, &l->before_mlp, n, s->eps, own), x = own;
-        float *logits = routing->logits + (size_t)r * (size_t)s->experts;
+        float *logits = routing->logits + (size_t)r * (size_t)outputs;
         for (int e = from; e < to; e++) logits[e] = dot(x, l->router + (size_t)e * (size_t)n, n);
     }
     if (is_few) meet(&work->team, threads);

@@ -47,8 +47,9 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts */
-    const float *router;          /* (expert, hidden); NULL: the layer has an MLP */
+    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts. What
+                                   * a layer lacks has no panels */
+    const float *router;          /* (expert, hidden), and perhaps a gate; NULL: the layer has an MLP */
     Norm before_attention, after_attention, before_mlp, after_mlp;
     Norm embedding;       /* of a drafter's layer, see enter; else no norm */
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
@@ -65,6 +66,7 @@ typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
     int32_t bf16_cache, activation, gated, norms_projections;
     int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
+    int32_t shared, gates_shared; /* of those chosen, how many further ones all rows have; whether their weight has a logit */
     int32_t norms_rotated; /* queries and keys are normed after their rotation */
     int32_t parallel;      /* the MLP reads what the attention reads */
     int32_t norms_residual; /* of a drafter's layer, see enter */
@@ -540,13 +542,14 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         const Layer *l = work->layers + (work->order ? work->order[i] : i);
         Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
         if (l->recurrence) recall(work, l, thread, threads);
-        else attend_layer(work, l, thread, threads);
+        else if (l->qkv.panels) attend_layer(work, l, thread, threads);
         if (work->keys_only) continue;
-        if (!s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        if (!s->parallel && l->qkv.panels) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);
             continue;
         }
+        if (!l->up.panels) continue;
         multiply(work, up, 0, thread, threads);
         meet(&work->team, threads);
         if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
@@ -757,7 +760,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 21; }
+int layerskip_interface(void) { return 23; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {

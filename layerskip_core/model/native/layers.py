@@ -26,8 +26,8 @@ from ..weights import (
     router,
     xielu_factors,
 )
-from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, Kernels
-from .matrix import PANEL, MatrixForm, PackMatrix
+from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, Kernels
+from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
@@ -56,8 +56,10 @@ class Engine:
             gated=spec.architecture.gated,
             norms_projections=spec.architecture.query_key_norms == "projection",
             experts=spec.experts.count if spec.experts else 0,
-            chosen=spec.experts.chosen if spec.experts else 0,
+            chosen=spec.experts.choices if spec.experts else 0,
             normalised=spec.experts is not None and spec.experts.normalised,
+            shared=spec.experts.shared if spec.experts else 0,
+            gates_shared=spec.experts is not None and spec.experts.gates_shared,
             norms_rotated=spec.architecture.norms_rotated,
             parallel=spec.parallel,
             gates_attention=spec.architecture.gates_attention,
@@ -68,7 +70,7 @@ class Engine:
             residual_scale=spec.residual_scale,
         )
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
-        chosen, inner = (spec.experts.chosen, spec.experts.inner) if spec.experts else (0, 0)
+        chosen, inner = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inside = max(spec.inner, chosen * inner)
         read, mixed, steps = sum(spec.projections("attention").widths), spec.queries, 0
         if (recurrence := spec.recurrence) is not None:
@@ -117,7 +119,7 @@ class Buffers:
         for name, part in zip(("qkv", "mixed", "inside", "block", "steps"), self._shared, strict=True):
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
-            choices, most = rows * experts.chosen, experts.count + 1
+            choices, most = rows * experts.choices, experts.count + experts.shared + 1
             sizes = {
                 "choice_slots": choices,
                 "chosen": choices,
@@ -127,7 +129,7 @@ class Buffers:
                 "used": 1,
             }
             self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
-            sizes = {"logits": rows * experts.count, "weights": choices, "products": choices * hidden}
+            sizes = {"logits": rows * (experts.count + experts.gates_shared), "weights": choices, "products": choices * hidden}
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
             for name, part in self._routing.items():
                 setattr(self.call, name, part.data_ptr())
@@ -160,37 +162,39 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms, first = feature_norm is not None, layer_norms(weights, spec, index), spec.first_block(index)
+        is_fed, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
         before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
-        _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
-        qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
-        output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
+        matrices = dict[str, NativeMatrix]()
+        if (first := blocks[0]) != "mlp":
+            _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
+            qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+            output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
+            matrices["qkv"] = pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
+            matrices["output"] = pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)])
         up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
         down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
         read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
         read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp")]  # noqa: E731
         if (experts := spec.experts_of(index)) is not None:
-            up = replace(up, outputs=experts.inner, experts=experts.count)
-            down = replace(down, inputs=experts.inner, experts=experts.count)
+            up = replace(up, outputs=experts.inner, experts=experts.count + experts.shared)
+            down = replace(down, inputs=experts.inner, experts=experts.count + experts.shared)
             read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
-        self.matrices = [
-            pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL)),
-            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)]),
-            pack(f"layers.{index}.up", up, read_up),
-            pack(f"layers.{index}.down", down, read_down),
-        ]
+        if "mlp" in blocks:
+            matrices["up"] = pack(f"layers.{index}.up", up, read_up)
+            matrices["down"] = pack(f"layers.{index}.down", down, read_down)
+        self.matrices = list(matrices.values())
         self._router = None if experts is None else router(weights, spec).float().contiguous()
         self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
-        self._recurrence = None if first == "attention" else NativeRecurrence(weights, spec, index)
+        self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
         self.structure = CLayer(
-            *(matrix.structure for matrix in self.matrices),
+            *(matrices[name].structure if name in matrices else CMatrix() for name in ("qkv", "output", "up", "down")),
             None if self._router is None else self._router.data_ptr(),
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
-            spec.attending.index(index) if self._recurrence is None else 0,
+            spec.attending.index(index) if first == "attention" else 0,
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
         )
 

@@ -27,6 +27,7 @@ struct Recurrence {
     int32_t convolved, query, key, value; /* the channels, and what they are */
     int32_t factor, gate;           /* what multiplies the convolution's inputs, -1 for nothing; what gates outputs */
     int32_t key_heads, heads, key_dim, value_dim;
+    int32_t steps;                  /* where what steps are computed from begins; 0: Passage.steps has it */
     int32_t norm_size, gates_first; /* outputs that are normed together, 0 for no norm; whether gates come before the norm */
     float eps, least_step, most_step;
     int64_t state, entry;     /* where the layer begins in a text's state, and in a slot of its ring; in bytes */
@@ -38,8 +39,8 @@ struct Recurrence {
     const float *norm;        /* by output */
 };
 
-/* Some tokens of each of some texts, text after text; a text that has none is only settled. Tokens that are not settled at once
- * need slots for all positions from `base` on, and for the taps before the first that may be rejected. */
+/* Some tokens of each of some texts, text after text; a text that has none is only settled. Slots are needed for the positions
+ * from `base` to the first token, and for those that are not settled and the taps before them. */
 typedef struct {
     const int64_t *positions; /* by token; consecutive in a text */
     const int32_t *starts;    /* by text its first token; then the number of tokens */
@@ -119,7 +120,6 @@ INLINE vf softplus(vf x) {
 typedef struct {
     int column, size;
     float scale; /* of a head that is normed, to this length; else 0 */
-    int is_key;
 } Chunk;
 
 INLINE int chunks_of_channels(const Recurrence *l) {
@@ -129,10 +129,10 @@ INLINE int chunks_of_channels(const Recurrence *l) {
 static Chunk chunk_of(const Recurrence *l, int index) {
     int head = index - 2 * l->key_heads;
     if (l->kind == CONVOLUTION)
-        return (Chunk){l->convolved + 64 * index, l->channels - 64 * index < 64 ? l->channels - 64 * index : 64, 0, 0};
-    if (head >= 0) return (Chunk){l->value + head * l->value_dim, l->value_dim, 0, 0};
+        return (Chunk){l->convolved + 64 * index, l->channels - 64 * index < 64 ? l->channels - 64 * index : 64, 0};
+    if (head >= 0) return (Chunk){l->value + head * l->value_dim, l->value_dim, 0};
     int is_key = index >= l->key_heads, column = (is_key ? l->key : l->query) + index % l->key_heads * l->key_dim;
-    return (Chunk){column, l->key_dim, l->kind == DELTA ? is_key ? 1 : 1 / sqrtf((float)l->key_dim) : 0, is_key};
+    return (Chunk){column, l->key_dim, l->kind == DELTA ? is_key ? 1 : 1 / sqrtf((float)l->key_dim) : 0};
 }
 
 /* A head of keys or queries on the given length. */
@@ -182,13 +182,11 @@ static void convolve_chunk(const Recurrence *l, const Passage *p, const Text *t,
         else if (taps == 4 && !skipped) convolve_token(l, 4, 0, chunk, row, at, out);
         else convolve_token(l, taps, skipped, chunk, row, at, out);
         if (chunk.scale > 0) lengthen(out, chunk.size, chunk.scale);
-        if (chunk.is_key && position >= t->settled)
-            memcpy(at[taps - 1] + keys_of(l) + (chunk.column - l->key), out, 4 * (size_t)chunk.size);
     }
 }
 
 /* Steps and decays of a token. */
-static void take_steps(const Recurrence *l, float *steps, float *kept) {
+static void take_steps(const Recurrence *l, float *steps) {
     float *decays = steps + l->heads;
     for (int h = 0; h < l->heads; h += 16) {
         int n = l->heads - h;
@@ -198,23 +196,22 @@ static void take_steps(const Recurrence *l, float *steps, float *kept) {
         vf decay = f_exp(f_mul(rate, l->kind == DELTA ? soft : step));
         decay = f_max(f_set(0), f_sub(decay, f_set(1e-37f))); /* 0 where it would make a state subnormal, which is slow */
         store_up_to(steps + h, step, n), store_up_to(decays + h, decay, n);
-        if (kept) store_up_to(kept + h, decay, n);
     }
 }
 
 /* This thread's part of all channels, and of all tokens' steps. */
 static void convolve(const Recurrence *l, const Passage *p, int thread, int threads) {
-    int chunks = chunks_of_channels(l), tokens = p->starts[p->texts];
-    int first = share(tokens, thread, threads), last = share(tokens, thread + 1, threads);
+    int chunks = chunks_of_channels(l), tokens = l->kind == CONVOLUTION ? 0 : p->starts[p->texts];
+    size_t heads = (size_t)l->heads;
     for (int text = 0; text < p->texts; text++) {
         Text t = text_of(l, p, text);
         for (int c = share(chunks, thread, threads); c < share(chunks, thread + 1, threads); c++)
             convolve_chunk(l, p, &t, chunk_of(l, c));
-        for (int i = 0; i < t.count && l->kind != CONVOLUTION; i++) {
-            if (t.first + i < first || t.first + i >= last) continue;
-            float *kept = t.start + i >= t.settled ? entry_at(&t, t.start + i) + decays_of(l) : NULL;
-            take_steps(l, p->steps + (size_t)(t.first + i) * 2 * (size_t)l->heads, kept);
-        }
+    }
+    for (int token = share(tokens, thread, threads); token < share(tokens, thread + 1, threads); token++) {
+        float *steps = p->steps + (size_t)token * 2 * heads;
+        if (l->steps) memcpy(steps + heads, p->rows + (size_t)token * (size_t)l->width + l->steps, 4 * heads);
+        take_steps(l, steps);
     }
 }
 
@@ -327,6 +324,22 @@ static void recur(const Recurrence *l, const Passage *p, int thread, int threads
     }
 }
 
+/* This thread's part of the decays and keys of tokens that are not settled: once the changes that were kept before, perhaps in the
+ * same slots, are part of the states. */
+static void keep_changes(const Recurrence *l, const Passage *p, int thread, int threads) {
+    size_t heads = (size_t)l->heads, keys = (size_t)(l->key_heads * l->key_dim);
+    for (int text = 0; text < p->texts; text++) {
+        Text t = text_of(l, p, text);
+        for (int64_t position = t.settled > t.start ? t.settled : t.start; position < t.end; position++) {
+            size_t token = (size_t)(t.first + (int)(position - t.start));
+            if ((int)(token % (size_t)threads) != thread) continue;
+            float *kept = entry_at(&t, position);
+            memcpy(kept + decays_of(l), p->steps + (2 * token + 1) * heads, 4 * heads);
+            memcpy(kept + keys_of(l), p->rows + token * (size_t)l->width + l->key, 4 * keys);
+        }
+    }
+}
+
 /* This thread's part of the outputs: their norm and their gates. */
 static void gate_outputs(const Recurrence *l, const Passage *p, int thread, int threads) {
     int width = l->heads * l->value_dim, size = l->norm_size ? l->norm_size : l->value_dim, groups = width / size;
@@ -356,8 +369,9 @@ static void remember(const Recurrence *l, const Passage *p, Team *team, int thre
     if (l->kind == CONVOLUTION) return;
     recur(l, p, thread, threads);
     meet(team, threads);
-    for (int text = 0; text < p->texts && thread == 0; text++)
-        *(int64_t *)(p->states[text] + l->state) = text_of(l, p, text).settled;
+    keep_changes(l, p, thread, threads);
     gate_outputs(l, p, thread, threads);
     meet(team, threads);
+    for (int text = 0; text < p->texts && thread == 0; text++)
+        *(int64_t *)(p->states[text] + l->state) = text_of(l, p, text).settled;
 }

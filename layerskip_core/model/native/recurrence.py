@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from ..spec import ModelSpec
-from ..weights import Weights, convolution
+from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
 
 CONVOLUTION, DECAY, DELTA = range(3)  # kinds, as the C code numbers them
@@ -14,10 +14,10 @@ MOST_TAPS, LARGEST_KEY = 8, 256  # as in recurrence.h
 
 def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
     """Of all such layers of a model: the bytes of a text's state and of a slot of its ring; and how many slots they need."""
-    if spec.recurrence is None:
+    if spec.recurrence is None or spec.architecture.mixer is None:
         return 0, 0, 0
     state, entry = _layer_bytes(spec)
-    count = len(spec.kinds) - len(spec.attending)
+    count = spec.kinds.count(spec.architecture.mixer.kind)
     return count * state, count * entry, spec.recurrence.taps
 
 
@@ -29,31 +29,39 @@ class NativeRecurrence:
         assert sizes is not None and mixer is not None
         filters, bias = convolution(weights, spec)
         parts, steps = {"filter": filters.T, "filter_bias": bias}, [weights.of(f"{name}.weight") for name in mixer.steps]
+        if mixer.by_head:
+            steps = by_key_head(steps[0], spec, *[sizes.heads // sizes.key_heads] * 2)
         if sizes.key_heads:
-            log_rate, rate_bias = (weights.of(name) for name in mixer.rates)
-            norm = weights.of(f"{mixer.norm}.weight").repeat(sizes.heads)
-            parts |= {"rate": -log_rate.float().exp(), "rate_bias": rate_bias, "norm": norm}
+            log_rate, rate_bias, *skip = (weights.of(name) for name in mixer.rates)
+            norm = weights.of(f"{mixer.norm}.weight")
+            parts |= {"rate": -log_rate.float().exp(), "rate_bias": rate_bias, "norm": norm.repeat(sizes.outputs // len(norm))}
+            parts |= dict(zip(["skip"], skip, strict=False))
         self._parts = {name: part.float().contiguous() for name, part in parts.items() if part is not None}
         self._steps = torch.cat(steps).float() if steps else None
-        place = index - sum(layer < index for layer in spec.attending)  # among such layers
-        state, entry = (place * size for size in _layer_bytes(spec))
-        columns = {"key": sizes.keys, "value": 2 * sizes.keys, "factor": -1}  # of queries, keys, values and gates
+        state, entry = (spec.kinds[:index].count(mixer.kind) * size for size in _layer_bytes(spec))
+        keys, outputs, least, most = sizes.keys, sizes.outputs, 0.0, 1.0
         if not sizes.key_heads:
-            columns = {"convolved": 2 * sizes.channels}
+            kind, columns = CONVOLUTION, {"gate": sizes.channels, "convolved": 2 * sizes.channels}
+        elif sizes.limits is None:
+            kind, columns = DELTA, {"key": keys, "value": 2 * keys, "gate": sizes.channels, "factor": -1}
+        else:
+            kind, columns, (least, most) = DECAY, {"convolved": outputs, "value": outputs, "factor": -1}, sizes.limits
+            columns |= {"key": 2 * outputs, "query": 2 * outputs + keys, "steps": 2 * (outputs + keys)}
         self._structure = CRecurrence(
-            kind=DELTA if sizes.key_heads else CONVOLUTION,
+            kind=kind,
             taps=sizes.taps,
             channels=sizes.channels,
             width=sum(sizes.widths),
-            gate=sizes.channels,
             **columns,
             key_heads=sizes.key_heads,
             heads=sizes.heads,
             key_dim=sizes.key_dim,
             value_dim=sizes.value_dim,
-            norm_size=sizes.value_dim,
+            norm_size=outputs // sizes.key_heads if kind == DECAY else sizes.value_dim,
+            gates_first=kind == DECAY,
             eps=spec.eps,
-            most_step=1.0,
+            least_step=least,
+            most_step=most,
             state=state,
             entry=entry,
             **{name: part.data_ptr() for name, part in self._parts.items()},
