@@ -57,10 +57,10 @@ stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
     layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
         sed "s/^/    batch size $size: /"
 done' - $((3 * samples)) "$model" "$device"
-stage 'A step of the recipe and a plain one: time and memory' bash -c 'for dtype in fp32 bf16; do for plain in "" "--pmax 0 --curriculum none"; do
-    layerskip finetune --recipe finetune $plain --model "$1" --device "$2" --dtype $dtype --dry-run 2>&1 | grep "a timed step" |
-        sed "s/^/    $dtype $plain /"
-done; done' - "$base" "$device"
+stage 'Speed of training by the recipe and without it' bash -c 'for dtype in fp32 bf16; do for recipe in finetune none; do
+    layerskip finetune --recipe $recipe --model "$1" --device "$2" --dtype $dtype --steps 4 --output "$3" --overwrite 2>&1 |
+        grep "tokens/s" | tail -n 1 | sed "s/^/    timed, $dtype, $recipe: /"
+done; done' - "$base" "$device" "$out/timed"
 stage 'Training by the recipe' bash -c 'layerskip finetune --recipe finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|loss by exit|^recipe |agree|^cost" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
 stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
