@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache, Places, on_device
+from ..model.cache import Places, on_device
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -138,15 +138,13 @@ class DecodingLoop:
             check_prompt(prompt, model)
             limits = config.max_new_tokens, model.room - len(prompt)
             self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
-        processors: list[LogitsProcessor] = []
-        if config.changes_logits:
-            processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in self._active]
+        rows = self._active if config.changes_logits else []
+        processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in rows]
         self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         recorder, rerun = None, self._target.rerun
         self.piece: float = inf
         self.reused_tokens = 0  # of the prompt, which need no pass
-        self._cache: KVCache
         if prefixes is not None and len(prompts) == 1:
             self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
             self._active[0].stop = prefixes.parting(model, self._target, prompts[0], self.reused_tokens)
@@ -283,8 +281,7 @@ class DecodingLoop:
         """By row, how many tokens of its prompt, or of a text that runs again, the next step runs."""
         room, pieces = self.piece, []
         for row in self._active:
-            until = row.stop - row.filled if self.piece < inf and row.filled < row.stop else inf
-            pieces.append(int(min(row.lacks, room, until)))
+            pieces.append(int(min(row.lacks, room, row.before_stop if self.piece < inf else inf)))
             room -= pieces[-1]
         return pieces
 
@@ -360,8 +357,7 @@ class DecodingLoop:
             first += count + 1
             if place is None:
                 step = step._replace(prompt_logprobs=row.prompt_logprobs)
-                if self._prefixes is not None:
-                    self._prefixes.keep(self._model, self._target, row.ids[: row.prompt_tokens], self._cache, index)
+                self._keep(index, row.ids[: row.prompt_tokens])
             steps.append(step)
             if self._earlier is not None and step.finish_reason is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
@@ -369,7 +365,7 @@ class DecodingLoop:
 
     def _keep(self, index: int, ids: list[int]) -> None:
         """Adds the KV entries of a row's first tokens to the prefixes."""
-        if self._prefixes is not None and self._target.decodes_like_prefill:
+        if self._prefixes is not None and (self._target.decodes_like_prefill or len(ids) <= self._active[index].prompt_tokens):
             self._prefixes.keep(self._model, self._target, ids, self._cache, index)
 
     def _go_on(self, pieces: list[int], verified: Mapping[int, list[int]], bounds: list[int]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -297,6 +298,11 @@ class Row:
     def lacks(self) -> int:
         """How many tokens must run before the row can have drafts: those of its prompt, or of a text that runs again."""
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
+
+    @property
+    def before_stop(self) -> float:
+        """How many tokens a piece may have."""
+        return self.stop - self.filled if self.filled < self.stop else inf
 
     @property
     def output(self) -> list[int]:
