@@ -315,24 +315,22 @@ class Prefixes:
             pass
         if cache.free_pages < cache.branch_pages:
             return
-        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]))
-        self._texts = [text for text in self._texts if common.get(text) != len(text.ids)]  # what the new text begins with
+        # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
+        first = cache.first(row) if cache.rolls_back else len(ids)
+        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]), first)
+        # Without those that the new text begins with.
+        self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]
         self._texts.append(kept)
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
 
     def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
-        def is_usable(text: _KeptText) -> bool:
-            if text.made_for != (model, target.writes) or text.cache.rolls_back:
-                return text.made_for == (model, target.writes)
-            # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
-            return not target.rerun and len(text.ids) == _common(text.ids, prompt) < len(prompt)
-
-        text = max(filter(is_usable, self._texts), key=lambda text: _common(text.ids, prompt), default=None)
-        if text is None:
-            return 0, None
-        known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-        return (known, text) if known >= self._least else (0, None)
+        best: tuple[int, _KeptText | None] = 0, None
+        for text in self._texts:
+            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
+            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, best[0] + 1):
+                best = known, text
+        return best
 
 
 @dataclass(eq=False)
@@ -342,6 +340,7 @@ class _KeptText:
     made_for: tuple[Backend, Hashable]
     ids: list[int]
     cache: KVCache
+    first: int  # position that a prompt can go on from
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -50,6 +50,10 @@ class KVCache(ABC):
         """How many pages a branch of a row takes at most, before it goes on."""
         return 1
 
+    def first(self, row: int) -> int:
+        """The first position that a row can go on from."""
+        return 0
+
     def lacking(self, stops: Sequence[int]) -> int:
         """How many pages rows need for positions before these stops."""
         return 0
@@ -78,6 +82,7 @@ class Places:
 
     Attributes:
         starts: by row, the position of its first token in the pass; of a row that has none, of its next token.
+        origins: the same for the whole pass, of which these may be a part.
         counts: by row, how many tokens are in the pass.
         settled: whether rows will go on from the end of this pass alone; else from any token in it, as far as the cache's
             `steps_back` allows.
@@ -94,7 +99,7 @@ class Places:
     ) -> None:
         """Raises ConfigError for a token beyond the cache's `max_positions`."""
         self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
-        self._positions = recorded
+        self._positions, self.origins = recorded, starts
         self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
         if self.stop > cache.max_positions:
             last = self.stop - 1
@@ -138,7 +143,9 @@ class Places:
             counts = [stop - start for start, stop in pairwise(cuts)]
             done = [min(max(first - bound, 0), count) for bound, count in zip(self.bounds[:-1], self.counts, strict=True)]
             starts = [start + before for start, before in zip(self.starts, done, strict=True)]
-            yield Places(self.cache, starts, counts, self.settled)
+            part = Places(self.cache, starts, counts, self.settled)
+            part.origins = self.origins
+            yield part
 
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
         """What `run` gives for all tokens, in the shape of their hidden states (..., D): in few grids of rows and columns.

@@ -4,6 +4,7 @@ with (Kwon et al., PagedAttention, SOSP 2023).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import torch
@@ -21,16 +22,23 @@ class PagePool:
 
     A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
     kernels' way with what is not seen (attention.h) they change no bit.
-    `most`: pages that there may be.
+    `most`: pages that there may be. `window`: the positions that a token sees, if all layers have a sliding window: the pages
+    before it are given back. Where some layers see all, a page must stay for them, and its numbers of the others with it.
     """
 
     def __init__(
-        self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, memory: tuple[int, int, int] = (0, 0, 0)
+        self,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        memory: tuple[int, int, int] = (0, 0, 0),
+        window: int | None = None,
     ) -> None:
         """`memory`: of layers without attention, see Memory: bytes of a text's state and of a slot, and the slots that they
         need at least.
         """
-        self.shape, self.dtype, self.memory = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory
+        self.shape, self.dtype, self.memory, self.window = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory, window
         self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
         self.most: float = inf
         self.remembered = 0  # what all memories take, in pages
@@ -40,6 +48,11 @@ class PagePool:
     def used(self) -> int:
         """How many pages are held."""
         return self.remembered + sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
+
+    @cached_property
+    def nowhere(self) -> "Page":
+        """In the place of pages that were given back: kernels read it beside what is seen, and late entries are written to it."""
+        return Page(_Slab(torch.zeros(1, *self.shape, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
         """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
@@ -143,6 +156,11 @@ class PagedCache(KVCache):
     def branch_pages(self) -> int:
         return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
 
+    def first(self, row: int) -> int:
+        pages, window = self._pages[row], self._pool.window
+        forgotten = 0 if window is None else pages.count(self._pool.nowhere)
+        return forgotten and forgotten * PAGE + (window or 0) - 1
+
     def lacking(self, stops: Sequence[int]) -> int:
         pages = sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
         return pages + self._memories.count(None) * self._pool.pages_of_memory(self._slots)
@@ -170,8 +188,10 @@ class PagedCache(KVCache):
     def addresses(self, places: Places) -> Tensor:
         """(B, pages), on the host: where the pages of each row begin, with pages for the tokens of a pass."""
         if places.stop > self._capacity:
-            for pages, start, count in zip(self._pages, places.starts, places.counts, strict=True):
+            of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
+            for pages, start, count, origin in of_rows:
                 while count and len(pages) * PAGE < start + count:
+                    self._forget(pages, origin)
                     pages.append(self._pool.take())
                     self._addresses = None
             self._capacity = min(map(len, self._pages)) * PAGE
@@ -179,6 +199,14 @@ class PagedCache(KVCache):
             longest = max(map(len, self._pages))
             self._addresses = torch.tensor([[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages])
         return self._addresses
+
+    def _forget(self, pages: list[Page], start: int) -> None:
+        """Gives back the pages before the window of a text that goes on at `start`, or a page or rejected drafts earlier."""
+        if (window := self._pool.window) is not None:
+            for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
+                if pages[index] is self._pool.nowhere:
+                    break
+                pages[index] = self._pool.nowhere
 
     @property
     def _margin(self) -> int:

@@ -36,8 +36,10 @@ class Rows:
 class Pages:
     """Of a PagedCache. A page is written only by the row that has it alone."""
 
+    window = None
+
     def __init__(self):
-        self.pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+        self.pool = PagePool(LAYERS, HEADS, SIZE, torch.float32, window=self.window)
 
     def new(self, count):
         return PagedCache(self.pool, count, CONTEXT)
@@ -56,24 +58,38 @@ class Pages:
         return torch.cat([page.content for page in cache._pages[row]], dim=3)[..., :stop, :]
 
 
-@pytest.mark.parametrize("kind", [Rows, Pages])
+class Windowed(Pages):
+    """Of which a token sees the last 100. What no token will see again is no part of what is read."""
+
+    window = 100
+
+    def read(self, cache, row, stop):
+        forgotten = cache._pages[row].count(self.pool.nowhere)
+        assert len(cache._pages[row]) - forgotten <= (self.window + cache.steps_back + 150) // PAGE + 3  # 150 in a pass
+        return super().read(cache, row, stop)
+
+
+@pytest.mark.parametrize("kind", [Rows, Pages, Windowed])
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40)
 def test_rows_keep_their_numbers(kind, seed):
     """Whoever leaves, joins, goes on from an earlier position or begins as another does, in a cache or in one that branches.
 
-    A row is its numbers, and the position from which it may still write.
+    A row is its numbers, and the position from which it may still write; with a window the numbers that may still be seen.
     """
     random, memory, generator = Random(seed), kind(), torch.Generator().manual_seed(seed)
 
     def grown(cache, rows, row):
         """With new numbers from a position on."""
         numbers, least = rows[row]
-        start = random.randint(max(least, numbers.shape[3] - 70), numbers.shape[3])
+        start = random.randint(max(least, first(cache, row), numbers.shape[3] - 70), numbers.shape[3])
         new = torch.rand(LAYERS, 2, HEADS, min(random.randint(1, 150), CONTEXT - start), SIZE, generator=generator)
         if new.shape[3]:
             memory.write(cache, row, start, new)
         return torch.cat([numbers[..., :start, :], new], dim=3), least
+
+    def first(cache, row):
+        return 0 if kind is Rows else cache.first(row)
 
     def fresh():
         cache, rows = memory.new(1), [(torch.zeros(LAYERS, 2, HEADS, 0, SIZE), 0)]
@@ -97,8 +113,8 @@ def test_rows_keep_their_numbers(kind, seed):
             rows[row] = grown(cache, rows, row)
         elif action == "branch" and rows and len(caches) < 6:
             chosen = [random.randrange(len(rows)) for _ in range(random.randint(1, 3))]
-            stops = [random.randint(1, rows[row][0].shape[3]) for row in chosen]
-            starts = [random.randint(max(0, stop - 5), stop) for stop in stops]
+            stops = [random.randint(max(1, first(cache, row)), rows[row][0].shape[3]) for row in chosen]
+            starts = [random.randint(max(first(cache, row), stop - 5), stop) for row, stop in zip(chosen, stops, strict=True)]
             taken = list(zip(chosen, starts, stops, strict=True))
             branched = [(rows[row][0][..., :stop, :], start) for row, start, stop in taken]
             caches.append((cache.branch(chosen, starts, stops), branched))
@@ -109,10 +125,13 @@ def test_rows_keep_their_numbers(kind, seed):
         for each, known in caches:
             assert each.rows == len(known)
             for row, (numbers, _) in enumerate(known):
-                assert torch.equal(memory.read(each, row, numbers.shape[3]), numbers)
+                least = max(0, first(each, row) - (kind is Windowed and memory.window - 1))
+                found = memory.read(each, row, numbers.shape[3])
+                assert torch.equal(found[..., least:, :], numbers[..., least:, :])
     cache = other = None
-    if kind is Pages:
-        assert memory.pool.used == len({page.address for each, _ in caches for pages in each._pages for page in pages})
+    if kind is not Rows:
+        held = {page for each, _ in caches for pages in each._pages for page in pages} - {memory.pool.nowhere}
+        assert memory.pool.used == len(held)
 
 
 @pytest.mark.parametrize(("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)])

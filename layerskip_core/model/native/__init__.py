@@ -11,6 +11,7 @@ from torch import Tensor
 from ...config.model import PackingConfig, Quantization
 from ..backend import DraftKernel
 from ..cache import KVCache, Places
+from ..configuration import SLIDING
 from ..eagle3 import Eagle3Weights
 from ..exit_blocks import ExitBlock
 from ..pages import PAGE, PagePool
@@ -98,7 +99,8 @@ class NativeBackend(RepackedBackend):
     def _prepare(self, packing: PackingConfig) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
-        self._pool = PagePool(len(spec.attending), spec.kv_heads, spec.head_dim, self._embedding.dtype, memory_of(spec))
+        shape, slides = (len(spec.attending), spec.kv_heads, spec.head_dim), {*spec.kinds} == {SLIDING}
+        self._pool = PagePool(*shape, self._embedding.dtype, memory_of(spec), spec.window if slides else None)
 
     def _described(self, packing: PackingConfig) -> str:
         return f"native ({', '.join(filter(None, (self._kernels.variant, packing.quantize)))}){packing.drafting}"
@@ -120,7 +122,7 @@ class NativeBackend(RepackedBackend):
         return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
-        own = self._chain_spec, self._embedding, self._pool
+        own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # it sees the whole text
         return NativeEagle3(self._kernels, self._packed, stored, *own, place, packing.drafter)
 
     def _norm(self, weights: Affine) -> Norm:
