@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import inf
 
 import pytest
+import torch
 from decodings import WIDE, backend_on, ids_of, prompt_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
@@ -62,8 +63,7 @@ def test_no_page_is_given_back_where_a_layer_sees_all(most_used):
     assert most_used[0] == 420 // PAGE + 1
 
 
-def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used, monkeypatch):
-    """And has the tokens of one whole pass, whose calls of 256 tokens run the layers up to the block first."""
+def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used):
     told, backend = [], sliding()
     request = Request(prompt_of(1500), replace(STRATEGIES["block"], max_new_tokens=60), told.append)
     scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 1)
@@ -71,10 +71,20 @@ def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used, monk
     while scheduler.held:
         scheduler.step()
     assert most_used[0] <= MOST + 256 // PAGE
-    monkeypatch.setattr(repacked, "MOST_BYTES", 1)
     answer = DecodingLoop(backend, [request.ids], request.config)
     assert sum(len(step.ids) for steps in answer for step in steps) == request.stats.new_tokens
     assert "".join(update.text for update in told) == tiny_loaded().detokenize(answer.rows[0].output)
+
+
+def test_a_pass_in_several_calls_keeps_the_pages_of_its_first_tokens(monkeypatch):
+    """The first two layers run over all calls of 256 tokens, then the others."""
+    backend, last = sliding(), []
+    for most_bytes in (repacked.MOST_BYTES, 1):
+        monkeypatch.setattr(repacked, "MOST_BYTES", most_bytes)
+        loop = decode(backend, prompt_of(600), replace(STRATEGIES["block"], max_new_tokens=20, ignore_eos=True))
+        next(loop)
+        last.append(loop._cache._pages[0][-1].content.clone())
+    assert torch.equal(*last)
 
 
 def test_a_prompt_goes_on_only_from_what_a_text_still_has():
