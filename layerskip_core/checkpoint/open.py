@@ -16,7 +16,7 @@ from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError, refused
 from ..model.backend import Backend
-from ..model.cache import available_memory
+from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
@@ -35,7 +35,6 @@ from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
 from .transformers_read import merge_adapters, open_model, read_model, tokenizer_in, written_dtype
 
-_MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
 
 
@@ -63,12 +62,14 @@ def for_decoding(
     dtype: str = "auto",
     packing: PackingConfig | None = None,
     policies: Collection[str] | None = (),
+    memory: int | None = None,
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
     `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, fp32
     or bf16. `packing`: how the weights are stored; drafts that it leaves open have the head and vocabulary of the policies.
-    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them.
+    `policies`: the saved policies whose low-bit copies are made too, on the CPU; None: all of them. `memory`: bytes that
+    the weights may take with a copy for adaptive drafting, which is not made otherwise; None: as `memory_budget` says.
 
     Raises CheckpointError for a model that is absent, incomplete or damaged, or of an unsupported architecture; ConfigError for
     an absent device, a packing that this architecture or device cannot do, a draft model of another vocabulary, and an unknown
@@ -79,6 +80,7 @@ def for_decoding(
 
     def read() -> Decoder:
         info, used, folder = read_info(location.path), packing or PLAIN, location.folder
+        most = memory_budget()[1] if memory is None else memory
         if folder is not None:
             mapped = is_packed(folder)
             on = _CPU if mapped and device == "auto" else target
@@ -86,9 +88,9 @@ def for_decoding(
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
-                backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
+                backend, notes = _backend(_with_files_beside(source, folder, most), folder)
                 return replace(_decoder(name, folder, info, backend), notes=notes)
-        return _repacked(_trainable(name, location, target, dtype), location, used)
+        return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
     found = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
@@ -234,8 +236,8 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
-    """With a low-bit copy for adaptive drafting, if it is fast here and fits in `memory` (bytes) beside the weights; and with
-    the files of `folder`.
+    """With a low-bit copy for adaptive drafting, if it is fast here and fits in `memory` (bytes) with the weights; and with the
+    files of `folder`.
 
     The copy is int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
@@ -245,11 +247,11 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
         kind: Quantization = "int4" if calibrated else "int8"
         copied = replace(packing, draft_weights=(kind,))
         if can_run_native(spec, source.dtype, source.device, copied):
-            needed = spec.parameters * (source.dtype.itemsize + 1) / _MEMORY_SHARE
+            needed = spec.parameters * (source.dtype.itemsize + 1)
             if needed <= memory:
                 packing = copied
             else:
-                lacking = f"the model needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available"
+                lacking = f"the model needs {needed / 1e6:,.0f} MB, and {memory / 1e6:,.0f} MB are free beside keys and values"
                 source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
     if folder is None:
         return replace(source, packing=packing)
@@ -293,14 +295,13 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> 
     return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
 
 
-def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
+def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, memory: float) -> Decoder:
     """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing = missing_feature(spec)
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = _model_source(trainable, packing)
-        memory = available_memory() + spec.parameters * source.dtype.itemsize  # of the weights, which are in memory already
         backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:

@@ -196,6 +196,15 @@ _CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1):
 }
 
 
+def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
+    """Of the memory that is free before a model is loaded, the bytes for keys and values (a fifth unless told otherwise), and
+    those that they leave to its weights and their low-bit copies.
+    """
+    free = available_memory()
+    kv_bytes = free // 5 if kv_megabytes is None else kv_megabytes * 2**20
+    return kv_bytes, free - kv_bytes
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can still take: of the machine's memory, and within the limits of its cgroups (of a container).
 

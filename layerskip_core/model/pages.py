@@ -51,7 +51,7 @@ class PagePool:
 
     @cached_property
     def nowhere(self) -> "Page":
-        """In the place of pages that were given back: kernels read it beside what is seen, and late entries are written to it."""
+        """In the place of pages that were given back: kernels read it beside what is seen, and write late entries to it."""
         return Page(_Slab(torch.zeros(1, *self.shape, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
