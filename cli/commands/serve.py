@@ -101,8 +101,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             loaded.backend.limit_memory(kv_bytes)
             needed = "memory for keys and values of a text of 64 tokens at least, in megabytes"
             require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
-        kept = EarlierAnswers(serving.remember), Prefixes(serving.prefix_cache * 2**20)
-        engine = Engine(loaded, serving.batch_size, serving.queue_size, *kept)
+        kept = {"earlier": EarlierAnswers(serving.remember), "prefixes": Prefixes(serving.prefix_cache * 2**20)}
+        engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(

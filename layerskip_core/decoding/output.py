@@ -279,7 +279,14 @@ class RowStep(NamedTuple):
 
 
 class Row:
-    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never."""
+    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never.
+
+    Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
+    which is None in a prefill.
+    """
+
+    runs, drafts = 0, 0
+    source: str | None = None
 
     def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
         self.number, self.config = number, config
@@ -298,26 +305,24 @@ class Row:
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
 
     @property
+    def chooses(self) -> bool:
+        """Whether it gets new tokens in this step: after drafts, or after all of its prompt."""
+        lacks = self.lacks
+        return lacks == 0 or (lacks == self.runs and len(self.ids) == self.prompt_tokens)
+
+    @property
     def output(self) -> list[int]:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
 
-    def commit(
-        self,
-        drafted: int,
-        verified: list[int],
-        source: str | None,
-        layers: int,
-        survival: Sequence[float] = (),
-        logits: Tensor | None = None,
-    ) -> RowStep:
+    def commit(self, verified: list[int], layers: int, survival: Sequence[float], logits: Tensor | None) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it.
 
-        `source` and `survival`: Draft's; no source in a prefill. `logits` (T, V): the target's in their places, if it has any.
+        `survival`: Draft's. `logits` (T, V): the target's in their places, if it has any.
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count, source, layers, survival)
+        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
         self.steps.append(step)
         told: list[TokenLogprobs] = []
         if self.config.logprobs is not None and logits is not None:

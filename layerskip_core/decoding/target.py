@@ -51,14 +51,11 @@ class FixedTarget:
             self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
         self.head = model.unembed if self._block is None else self._block.head
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
-        drafting = exits.get(config.strategy, ())
-        blocks: dict[int, DraftBlock] = {
-            exit_layer: block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting
-        }
+        drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
+        blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
         self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None
-        self._taps = self.exit_cache.taps if self.exit_cache else ()
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
@@ -66,14 +63,14 @@ class FixedTarget:
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
         """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
-        states = self._run(tokens, {0: self._model.embed(tokens)}, places)
+        states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
     def verify(self, draft: "Draft", places: Places) -> TargetOutput:
         """Logits (N, V), or choices, after each of the draft's tokens."""
-        recorder, stops = self.recorder, tuple(draft.exit_states)
-        if recorder is None:
+        if self.recorder is None:
             return self._pass(draft.tokens, draft.exit_states, places)
+        stops = tuple(draft.exit_states)
 
         def work(tokens: Tensor, positions: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
@@ -81,41 +78,29 @@ class FixedTarget:
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
         name = "pass", self.writes, self._only_chooses, stops
-        (found,) = recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
+        (found,) = self.recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
         return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
-        """One pass over tokens (N,), from their exit states on."""
-        if not self._only_chooses:
-            return TargetOutput(self.head(self._run(tokens, states or {0: self._model.embed(tokens)}, places)), self._layers)
-        states, start = self._with_embedding(tokens, states), max(states, default=0)
-        kept = self._stops_after(start)
-        choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
-        self._write({**states, **reached}, places)
-        return TargetOutput(None, self._layers, choices)
+        hidden, choices = self._run(tokens, states, places, self._only_chooses)
+        return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
-    def _with_embedding(self, tokens: Tensor, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The states, with the embedding if a drafter reads it."""
-        return {0: self._model.embed(tokens), **states} if 0 in self._taps and 0 not in states else states
-
-    def _stops_after(self, start: int) -> tuple[int, ...]:
-        """After which layers above `start` blocks read states."""
-        return (*(tap for tap in self._taps if tap > start), self._layers) if self.exit_cache else ()
-
-    def _write(self, states: Mapping[int, Tensor], places: Places) -> None:
-        if self.exit_cache is not None:
-            self.exit_cache.write(states, states[self._layers], places)
-
-    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> Tensor:
-        """The layers after the highest of the `states` of tokens (N,), and the exit's block."""
-        start, states = max(states), self._with_embedding(tokens, states)
-        stops = self._stops_after(start) or (self._layers,)
-        states = {**states, **states_at(self._model, states[start], stops, places, start)}
-        hidden = states[self._layers]
-        self._write(states, places)
+    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of tokens (N,), from the highest of their exit states on, or what it `chooses`. Blocks are fed."""
+        start, blocks, choices = max(states, default=0), self.exit_cache, None
+        kept = () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
+        if 0 not in states and ((start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)):
+            states = {0: self._model.embed(tokens), **states}
+        if chooses:
+            choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
+        else:
+            reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
+        hidden = reached.get(self._layers, tokens)  # which a choice without blocks does not keep
+        if blocks is not None:
+            blocks.write({**states, **reached}, hidden, places)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
-        return hidden
+        return hidden, choices
 
 
 class CalmTarget:
@@ -157,10 +142,7 @@ class CalmTarget:
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                earlier, left = (
-                    places.cache.span(self._begin + written, self._begin + count),
-                    torch.cat(self._left[written:count]),
-                )
+                left, earlier = torch.cat(self._left[written:count]), places.cache.span(self._begin + written, self._begin + count)
                 self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
                     self._model.write_kv(left, block.layer, block.layer + 1, earlier)
@@ -288,10 +270,6 @@ class Prefixes:
         """That the texts take; what they share counts once."""
         return sum({address: size for text in self._texts for address, size in text.cache.memory.items()}.values())
 
-    def known(self, model: Backend, target: Target, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens need no pass."""
-        return self._best(model, target, prompt)[0]
-
     def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
         """A cache of one row for positions before `end`, and how many of the prompt's first tokens need no pass."""
         known, text = self._best(model, target, prompt)
@@ -308,8 +286,10 @@ class Prefixes:
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
+        if not self._most_bytes or model.exact:
+            return
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
-        if not self._most_bytes or model.exact or len(ids) - max(common.values(), default=0) < self._least:
+        if len(ids) - max(common.values(), default=0) < self._least:
             return
         while cache.free_pages < cache.branch_pages and self.drop():
             pass
@@ -331,6 +311,9 @@ class Prefixes:
             if text.made_for == (model, target.writes) and known >= max(text.first, self._least, best[0] + 1):
                 best = known, text
         return best
+
+
+NO_PREFIXES = Prefixes(0)  # where nothing is kept
 
 
 @dataclass(eq=False)
