@@ -86,7 +86,7 @@ class FixedTarget:
         return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
     def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool) -> tuple[Tensor, Tensor | None]:
-        """What the head reads of tokens (N,), from the highest of their exit states on, or what it `chooses`. Blocks are fed."""
+        """What the head reads of tokens (N,), from the highest of their exit states on, or what it `chooses`; feeds blocks."""
         start, blocks, choices = max(states, default=0), self.exit_cache, None
         kept = () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
         if 0 not in states and ((start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)):
@@ -142,7 +142,10 @@ class CalmTarget:
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                left, earlier = torch.cat(self._left[written:count]), places.cache.span(self._begin + written, self._begin + count)
+                left, earlier = (
+                    torch.cat(self._left[written:count]),
+                    places.cache.span(self._begin + written, self._begin + count),
+                )
                 self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
                     self._model.write_kv(left, block.layer, block.layer + 1, earlier)
@@ -272,13 +275,17 @@ class Prefixes:
 
     def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
         """A cache of one row for positions before `end`, and how many of the prompt's first tokens need no pass."""
-        known, text = self._best(model, target, prompt)
-        if text is None:
+        best, most = None, 0
+        for text in self._texts:
+            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
+            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, most + 1):
+                best, most = text, known
+        if best is None:
             return model.new_cache(1, end), 0
-        self._texts.remove(text)
-        self._texts.append(text)
+        self._texts.remove(best)
+        self._texts.append(best)
         # A drafter's own entry of a token that is rerun stays.
-        return text.cache.branch([0], [known], [known + target.rerun] if target.rerun else None, end), known
+        return best.cache.branch([0], [most], [most + target.rerun] if target.rerun else None, end), most
 
     def drop(self) -> bool:
         """Forgets the text that was not used for the longest time. Returns False if there is none."""
@@ -291,26 +298,15 @@ class Prefixes:
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
         if len(ids) - max(common.values(), default=0) < self._least:
             return
-        while cache.free_pages < cache.branch_pages and self.drop():
-            pass
-        if cache.free_pages < cache.branch_pages:
-            return
-        # A recurrent state is the one after the last token: a prompt goes on from there, or begins anew.
-        first = cache.first(row) if cache.rolls_back else len(ids)
-        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]), first)
+        while cache.free_pages < cache.branch_pages:
+            if not self.drop():
+                return
+        first, branch = cache.first(row, len(ids)), cache.branch([row], [len(ids)])
         # Without those that the new text begins with.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]
-        self._texts.append(kept)
+        self._texts.append(_KeptText((model, target.writes), list(ids), branch, first))
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
-
-    def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
-        best: tuple[int, _KeptText | None] = 0, None
-        for text in self._texts:
-            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, best[0] + 1):
-                best = known, text
-        return best
 
 
 NO_PREFIXES = Prefixes(0)  # where nothing is kept

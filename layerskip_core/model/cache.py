@@ -24,7 +24,6 @@ class KVCache(ABC):
     row that leaves is forgotten.
     """
 
-    rolls_back = True  # whether a row can go on from any position, and not only from those that MixedCache keeps states of
     steps_back = 8  # how far before the end of a pass its rows may go on
 
     def __init__(self, batch_size: int, max_positions: int) -> None:
@@ -50,8 +49,8 @@ class KVCache(ABC):
         """How many pages a branch of a row takes at most, before it goes on."""
         return 1
 
-    def first(self, row: int) -> int:
-        """The first position that a row can go on from."""
+    def first(self, row: int, stop: int) -> int:
+        """The first position that a row's branch at `stop` can go on from: 0 if no layer is recurrent and no window is past."""
         return 0
 
     def lacking(self, stops: Sequence[int]) -> int:

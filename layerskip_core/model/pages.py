@@ -139,7 +139,6 @@ class PagedCache(KVCache):
         super().__init__(batch_size, max_positions)
         self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
         self._memories: list[Memory | None] = [None] * batch_size  # of rows that have one
-        self.rolls_back = not any(pool.memory)
         self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
         self._capacity = 0  # positions for which every row has pages
 
@@ -156,10 +155,10 @@ class PagedCache(KVCache):
     def branch_pages(self) -> int:
         return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
 
-    def first(self, row: int) -> int:
-        pages, window = self._pages[row], self._pool.window
-        forgotten = 0 if window is None else pages.count(self._pool.nowhere)
-        return forgotten and forgotten * PAGE + (window or 0) - 1
+    def first(self, row: int, stop: int) -> int:
+        window = self._pool.window
+        forgotten = 0 if window is None else self._pages[row].count(self._pool.nowhere)
+        return stop if any(self._pool.memory) else forgotten and forgotten * PAGE + (window or 0) - 1
 
     def lacking(self, stops: Sequence[int]) -> int:
         pages = sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))

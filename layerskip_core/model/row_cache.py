@@ -162,6 +162,9 @@ class MixedCache(KVCache):
             for index, entry in enumerate(entries)
         }
 
+    def first(self, row: int, stop: int) -> int:
+        return 0 if self.rolls_back else stop
+
     @property
     def memory(self) -> dict[int, int]:
         held = {state.data_ptr(): state.nbytes for state in self.states.values()}
