@@ -21,7 +21,7 @@ from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ...model.eagle3 import NO_DRAFTER
-from ..target import FixedTarget, Prefixes
+from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
 
 DRAFT_MODEL = "draft model"  # in reports
@@ -254,7 +254,7 @@ class ModelDrafter:
 
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
-        self.model, self._prefixes = setup.model.draft_model, setup.prefixes or Prefixes(0)
+        self.model, self._prefixes = setup.model.draft_model, setup.prefixes or NO_PREFIXES
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
         own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
@@ -286,22 +286,18 @@ class ModelDrafter:
         for index in reversed(range(len(counts))):
             if self._spare(counts, allowed) < 0:  # then the oldest rows draft
                 counts[index] = allowed[index] = 0
-        if any(counts):
-            self._run(context, counts)
-            for index, (ids, count) in enumerate(zip(context.ids, counts, strict=True)):
-                if count >= _KEPT and self._spare([0] * len(counts), allowed) >= 1:
-                    ids = list(ids[: self._filled[context.rows[index]]])
-                    self._prefixes.keep(self.model, self._target, ids, self._cache, index)
-        return allowed
-
-    def _run(self, context: Context, counts: Sequence[int]) -> None:
-        """A pass over the next tokens of each row, so many."""
+        if not any(counts):
+            return allowed
         own, tokens = self._own(context), list[int]()
         for row, ids, start, count in zip(context.rows, context.ids, own.filled, counts, strict=True):
             tokens += ids[start : start + count]
             self._filled[row] += count
         hidden = self.model.embed(torch.tensor(tokens).to(self.model.device, non_blocking=True))
         self.model.run_layers(hidden, 0, self.model.num_layers, own.places(counts, [0] * len(counts)))
+        for index, (row, ids, count) in enumerate(zip(context.rows, context.ids, counts, strict=True)):
+            if count >= _KEPT and self._spare([0] * len(counts), allowed) >= 1:
+                self._prefixes.keep(self.model, self._target, ids[: self._filled[row]], self._cache, index)
+        return allowed
 
     def _spare(self, counts: Sequence[int], limits: Sequence[int]) -> float:
         """How many pages there may be besides those that rows need for so many tokens and drafts."""
@@ -339,10 +335,9 @@ def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
             raise ConfigError(f"`strategy` eagle3: {NO_DRAFTER}", "strategy")
         return ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
     if config.strategy == "draft-and-verify":
-        name = f"{model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
-        return ExitDrafter(
-            setup, weights, Submodel(*kept_layers(config.skip, model.num_layers)), f"{weights or ''} {name}".strip()
-        )
+        kept = Submodel(*kept_layers(config.skip, model.num_layers))
+        name = f"{weights or ''} {model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
+        return ExitDrafter(setup, weights, kept, name.strip())
     assert config.exit_layer is not None
     return ExitDrafter(setup, weights, Submodel(config.exit_layer), drafter_name(weights, config.exit_layer, model.num_layers))
 
