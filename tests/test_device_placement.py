@@ -207,7 +207,7 @@ def test_stats_say_what_ran(on_gpu):
     """`generate` replays passes, and `chat`, whose texts share keys and values, does not."""
     config = DecodingConfig("autoregressive", max_new_tokens=12, ignore_eos=True)
     for prefixes, kernels in ((None, "packed, CUDA graphs"), (Prefixes(inf), "packed")):
-        stats = TextStream(on_gpu, PROMPTS[0], config, prefixes).finish().stats
+        stats = TextStream(on_gpu, PROMPTS[0], config, prefixes=prefixes).finish().stats
         assert f"; layers: {kernels}, float32 on cuda:0; " in stats_text(stats, on_gpu, None)
 
 

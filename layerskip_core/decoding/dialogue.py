@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from math import inf
+from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..model.backend import check_prompt
 from ..prompting import CHAT
-from .drafters.lookup import EarlierAnswers
 from .engine import decode
 from .output import Answer, DecodeStats, OutputText, StopReason
 from .target import Prefixes
@@ -19,21 +19,14 @@ class TextStream:
     `text`, `stats` and `finish_reason` describe what has come so far.
     """
 
-    def __init__(
-        self,
-        loaded: Decoder,
-        prompt: str | list[int],
-        config: DecodingConfig,
-        prefixes: Prefixes | None = None,
-        earlier: EarlierAnswers | None = None,
-    ) -> None:
-        """`prompt`: a text for the template, or token ids. `prefixes` and `earlier`: as in `decode`.
+    def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
+        """`prompt`: a text for the template, or token ids. `kept`: the DecodingLoop's `prefixes` and `earlier`.
 
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
-        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefixes=prefixes, earlier=earlier)
+        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
     @property
@@ -42,8 +35,7 @@ class TextStream:
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
         [row] = self._decoding.rows
-        counted = row.logprobs, row.prompt_logprobs
-        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, *counted)
+        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, row.logprobs, row.prompt_logprobs)
 
     @property
     def text(self) -> str:
@@ -142,7 +134,7 @@ class Dialogue:
         check_prompt(ids, self._loaded.backend, "the conversation with this message" if turns else "the prompt")
         if self._asked is not None:
             self._asked[1].leave()
-        stream = TextStream(self._loaded, ids, self._config, self._prefixes)
+        stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns, self._asked = turns, (message, stream)
         return stream
 

@@ -135,7 +135,7 @@ class DecodingLoop:
             self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
         rows = self._active if config.changes_logits else []
         processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in rows]
-        self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
+        self._sampler = Sampler(config, model.device, seeds or [config.seed] * len(prompts), processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         self.piece: float = inf
         self.reused_tokens, recorder = 0, None
@@ -184,19 +184,19 @@ class DecodingLoop:
         """Whether rows may be set aside: their texts, when they run again, have the KV entries that they have now."""
         return self._target.decodes_like_prefill
 
-    def lacking(self) -> tuple[int, float]:
-        """(how many pages the next step needs, how many there may be)."""
+    def spare(self) -> float:
+        """How many more pages there may be than the next step needs."""
         self._divide()
         more, most = 1 + (0 if self._drafter is None else self._num_draft_tokens), self._cache.max_positions
-        stops = [min(row.filled + (row.runs or more), most) for row in self._active]
-        return self._cache.lacking(stops), self._cache.free_pages
+        return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
 
     def set_aside(self, number: int) -> "DecodingLoop":
         """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again."""
         index = next(index for index, row in enumerate(self._active) if row.number == number)
         aside, row = copy(self), self._active[index]
         row.filled = 0
-        aside._active, aside.rows, aside._sampler = [row], (row,), self._sampler.only(index)
+        aside._active, aside.rows, aside._sampler = [row], (row,), copy(self._sampler)
+        aside._sampler.keep_rows([index])
         aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
         aside._cache.steps_back = self._cache.steps_back
         aside._setup = replace(self._setup, sampler=aside._sampler)

@@ -232,19 +232,14 @@ class StopScanner:
     """
 
     def __init__(
-        self,
-        eos_ids: frozenset[int],
-        stop: Sequence[str],
-        max_new_tokens: int,
-        context_room: int,
-        detokenize: Detokenize | None = None,
+        self, eos_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int, room: int, detokenize: Detokenize | None = None
     ) -> None:
-        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
+        """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self._eos_ids, self._stop = eos_ids, stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
-        self.room = min(max_new_tokens, context_room)  # how many tokens may still come
-        self._last: StopReason = "length" if max_new_tokens <= context_room else "context"
+        self.room = min(max_new_tokens, room)  # how many tokens may still come
+        self._last: StopReason = "length" if max_new_tokens <= room else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
     def cut(self, ids: Sequence[int]) -> tuple[int, StopReason | None]:

@@ -298,7 +298,7 @@ class Prefixes:
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
         if len(ids) - max(common.values(), default=0) < self._least:
             return
-        while cache.free_pages < cache.branch_pages:
+        while cache.spare() < cache.branch_pages:
             if not self.drop():
                 return
         first, branch = cache.first(row, len(ids)), cache.branch([row], [len(ids)])

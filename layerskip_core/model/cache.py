@@ -39,9 +39,8 @@ class KVCache(ABC):
     def memory(self) -> dict[int, int]:
         """Bytes of each part of memory that it holds, by address: caches may share some of them."""
 
-    @property
-    def free_pages(self) -> float:
-        """How many more pages there may be, for all rows of the model."""
+    def spare(self, stops: Sequence[int] = ()) -> float:
+        """How many more pages there may be, for all rows of the model, once the rows have those before these stops."""
         return inf
 
     @property
@@ -51,10 +50,6 @@ class KVCache(ABC):
 
     def first(self, row: int, stop: int) -> int:
         """The first position that a row's branch at `stop` can go on from: 0 if no layer is recurrent and no window is past."""
-        return 0
-
-    def lacking(self, stops: Sequence[int]) -> int:
-        """How many pages rows need for positions before these stops."""
         return 0
 
     @abstractmethod
@@ -130,21 +125,23 @@ class Places:
     def moved(self, by: int, skipped: Sequence[int] | None = None) -> "Places":
         """Other positions of the same tokens; without the first tokens of rows, if so many are `skipped` by row."""
         skipped = skipped or [0] * len(self.counts)
-        starts = [start + by + count for start, count in zip(self.starts, skipped, strict=True)]
-        return Places(
-            self.cache, starts, [count - less for count, less in zip(self.counts, skipped, strict=True)], self.settled
-        )
+        counts = [count - less for count, less in zip(self.counts, skipped, strict=True)]
+        return self._part([by + less for less in skipped], counts)
 
     def parts(self, most: int) -> Iterator["Places"]:
         """The same tokens in passes of at most so many, one after the other."""
-        for first in range(0, sum(self.counts), most):
-            cuts = [min(max(bound - first, 0), most) for bound in self.bounds]
-            counts = [stop - start for start, stop in pairwise(cuts)]
-            done = [min(max(first - bound, 0), count) for bound, count in zip(self.bounds[:-1], self.counts, strict=True)]
-            starts = [start + before for start, before in zip(self.starts, done, strict=True)]
-            part = Places(self.cache, starts, counts, self.settled)
-            part.origins = self.origins
-            yield part
+        bounds = self.bounds
+        for first in range(0, bounds[-1], most):
+            cuts = [min(max(bound - first, 0), most) for bound in bounds]
+            done = [min(max(first - bound, 0), count) for bound, count in zip(bounds, self.counts, strict=False)]
+            yield self._part(done, [stop - start for start, stop in pairwise(cuts)])
+
+    def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
+        """By row, so many tokens that stand so far after its first."""
+        starts = [start + by for start, by in zip(self.starts, ahead, strict=True)]
+        part = Places(self.cache, starts, counts, self.settled)
+        part.origins = self.origins
+        return part
 
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
         """What `run` gives for all tokens, in the shape of their hidden states (..., D): in few grids of rows and columns.

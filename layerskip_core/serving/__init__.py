@@ -268,10 +268,10 @@ class Scheduler:
     def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
         cache = self._decoder.backend.new_cache()
-        needed = cache.lacking([len(request.ids) + request.stats.new_tokens + 1]) + self.running
-        while needed > cache.free_pages and self._prefixes.drop():
+        stops = [len(request.ids) + request.stats.new_tokens + 1]
+        while cache.spare(stops) < self.running and self._prefixes.drop():
             pass
-        return needed <= cache.free_pages or not self.running
+        return not self.running or cache.spare(stops) >= self.running
 
     def _make_room(self, run: _Run) -> bool:
         """Memory for a run's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
@@ -279,8 +279,7 @@ class Scheduler:
         Returns whether it has rows then.
         """
         while run.rows:
-            needed, free = run.loop.lacking()
-            if needed <= free:
+            if run.loop.spare() >= 0:
                 return True
             if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
                 continue

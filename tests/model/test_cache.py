@@ -39,7 +39,7 @@ class Pages:
     window = None
 
     def __init__(self):
-        self.pool = PagePool(LAYERS, HEADS, SIZE, torch.float32, window=self.window)
+        self.pool = PagePool((LAYERS, HEADS, SIZE), torch.float32, window=self.window)
 
     def new(self, count):
         return PagedCache(self.pool, count, CONTEXT)
@@ -155,7 +155,7 @@ def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
 
 def test_pages_are_given_back_and_taken_again():
     """Without a row there is no page, and as many rows again take no more memory."""
-    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
 
     def texts(count):
         cache = PagedCache(pool, count, CONTEXT)
@@ -175,7 +175,7 @@ def test_pages_are_given_back_and_taken_again():
 
 
 def test_a_prefix_shares_all_pages_but_the_last():
-    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
     cache = PagedCache(pool, 1, CONTEXT)
     cache.addresses(cache.span(200, 201))
     branches = [cache.branch([0], [200]) for _ in range(5)]

@@ -303,7 +303,7 @@ class ModelDrafter:
         """How many pages there may be besides those that rows need for so many tokens and drafts."""
         sizes = zip(self._filled.values(), counts, limits, strict=True)
         stops = [filled + count + limit + (limit > 0) for filled, count, limit in sizes]
-        return self._cache.free_pages - self._cache.lacking(stops)
+        return self._cache.spare(stops)
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())

@@ -6,6 +6,7 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import hypot, inf
 from weakref import WeakKeyDictionary
 
@@ -57,33 +58,23 @@ _FEW = 48  # tokens of a row, from steps that looked for drafts
 _SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
 
 
+@dataclass(eq=False)
 class Arm:
-    """One way to draft, and what is known about it.
+    """One way to draft, and what is known about it."""
 
-    Attributes:
-        steps: the times of passes of its layers by their rows.
-        pace: of the drafts of all arms with the same kernels.
-        ahead: passes besides one per token: 1 where the target needs the last draft's state.
-        share: of a pass of the target that is left to verify its drafts.
-        tries: rounds of it whose times were measured.
-        reach: it drafts for texts of fewer tokens.
-    """
+    name: str
+    acceptance: Acceptance
+    steps: PassTimes  # of its layers, by their rows
+    pace: Pace  # of the drafts of all arms with the same kernels
+    share: float  # of a pass of the target that is left to verify its drafts
+    calibration: Calibration
+    tries: float  # rounds of it whose times were measured
+    reach: float  # it drafts for texts of fewer tokens
+    length: int = 1  # of the draft that was last found best
+    last_choice: int = 0  # the number of the choice at which it was chosen, or up to which it has faded
 
-    def __init__(
-        self,
-        name: str,
-        acceptance: Acceptance,
-        steps: PassTimes,
-        pace: Pace,
-        share: float,
-        calibration: Calibration,
-        tries: float,
-        reach: float,
-    ) -> None:
-        self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
-        self.steps, self.pace, self.share, self.ahead, self.reach = steps, pace, share, int(share < 1), reach
-        self.length = 1  # of the draft that was last found best
-        self.last_choice = 0  # the number of the choice at which it was chosen, or up to which it has faded
+    def __post_init__(self) -> None:
+        self.ahead = int(self.share < 1)  # passes besides one per token: 1 where the target needs the last draft's state
 
     def fade(self, choice: int) -> None:
         """Before the choice with this number: without a try for long, it may have been unlucky, or its times disturbed."""

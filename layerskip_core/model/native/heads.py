@@ -69,43 +69,30 @@ def draft(
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
-    most, engine = sum(places.counts) - 1, layers.engine
-    buffers = layers.call_at(places, rows=1)
-    tokens = torch.empty(most + 1, dtype=torch.long)
+    most, engine, buffers = sum(places.counts) - 1, layers.engine, layers.call_at(places, rows=1)
+    tokens, states = torch.empty(most + 1, dtype=torch.long), torch.empty(len(stops), most + 1, spec.hidden)
     tokens[0] = int(token)
-    states = torch.empty(len(stops), most + 1, spec.hidden)
-    logits = torch.empty(head.matrix.outputs)
-    after_exit = torch.empty(spec.hidden) if beyond else states
-    ids = None if vocabulary is None else vocabulary.ids
-    end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
-    indices = (ctypes.c_int32 * len(order))(*order)
-    stop_counts = (ctypes.c_int32 * len(stops))(*stops)
-    probs = (ctypes.c_float * most)() if ends.needs_probs else None
+    after_exit, logits = torch.empty(spec.hidden) if beyond else states, torch.empty(head.matrix.outputs)
+    end_ids, indices = (ctypes.c_int64 * len(ends.ids))(*ends.ids), (ctypes.c_int32 * len(order))(*order)
+    stop_counts, probs = (ctypes.c_int32 * len(stops))(*stops), (ctypes.c_float * most)() if ends.needs_probs else None
     call = CDraft(
         embedding=layers.embedding.data_ptr(),
         learned=None if layers.learned is None or exit_layer == 0 else layers.learned.data_ptr(),
-        vocabulary=None if ids is None else ids.data_ptr(),
-        ends=ctypes.addressof(end_ids),
-        order=ctypes.addressof(indices),
-        stops=ctypes.addressof(stop_counts),
+        vocabulary=None if vocabulary is None or vocabulary.ids is None else vocabulary.ids.data_ptr(),
+        **{"ends": ctypes.addressof(end_ids), "order": ctypes.addressof(indices), "stops": ctypes.addressof(stop_counts)},
         probs=None if probs is None else ctypes.addressof(probs),
-        layer_count=len(order),
-        stop_count=len(stops),
-        end_count=len(end_ids),
-        most=most,
-        runs_last=runs_last,
-        power=ends.power,
-        logits_scale=1 / spec.logits_divisor,
-        logits_cap=spec.logits_cap or 0.0,
-        confidence=ends.confidence,
-        survival=ends.survival,
-        doubt=ends.doubt,
+        **{"layer_count": len(order), "stop_count": len(stops), "end_count": len(end_ids), "most": most},
+        **{"runs_last": runs_last, "power": ends.power, "doubt": ends.doubt},
+        **{"logits_scale": 1 / spec.logits_divisor, "logits_cap": spec.logits_cap or 0.0},
+        **{"confidence": ends.confidence, "survival": ends.survival},
         join=ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
         joined=None if joined is None else joined.data_ptr(),
-        tokens=tokens.data_ptr(),
-        states=states.data_ptr(),
-        beyond=after_exit.data_ptr(),
-        logits=logits.data_ptr(),
+        **{
+            "tokens": tokens.data_ptr(),
+            "states": states.data_ptr(),
+            "beyond": after_exit.data_ptr(),
+            "logits": logits.data_ptr(),
+        },
     )
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
