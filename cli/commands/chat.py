@@ -168,5 +168,5 @@ class _Chat:
         counts, limit = stream.stats, self._loaded.backend.spec.context
         return (
             f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
-            f"{stream.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
+            f"{stream.decoding.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
         )

@@ -16,7 +16,7 @@ from .target import Prefixes
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe what has come so far.
+    `text`, `stats` and `finish_reason` describe what has come so far; `decoding` is the loop that it comes from.
     """
 
     def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
@@ -26,7 +26,7 @@ class TextStream:
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
-        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
+        self.decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
     @property
@@ -34,7 +34,7 @@ class TextStream:
         """The whole answer, once all pieces have come. Raises RuntimeError before."""
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
-        [row] = self._decoding.rows
+        [row] = self.decoding.rows
         return Answer(self.text, self.finish_reason, self.stats, row.output, 0, row.logprobs, row.prompt_logprobs)
 
     @property
@@ -43,20 +43,11 @@ class TextStream:
 
     @property
     def stats(self) -> DecodeStats:
-        return self._decoding.stats
+        return self.decoding.stats
 
     @property
     def finish_reason(self) -> StopReason | None:
-        return self._decoding.finish_reason
-
-    @property
-    def reused_tokens(self) -> int:
-        """How many of the prompt's first tokens needed no pass."""
-        return self._decoding.reused_tokens
-
-    def leave(self) -> None:
-        """Adds the text so far to the prefixes; once the answer is finished, it is there."""
-        self._decoding.leave()
+        return self.decoding.finish_reason
 
     def finish(self) -> Answer:
         """The whole answer, decoded to its end."""
@@ -65,7 +56,7 @@ class TextStream:
         return self.answer
 
     def __iter__(self) -> Iterator[str]:
-        for [step] in self._decoding:
+        for [step] in self.decoding:
             if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
 
@@ -76,7 +67,7 @@ class TextStream:
         """
         output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
-        for [step] in self._decoding:
+        for [step] in self.decoding:
             finished, start = step.finish_reason is not None, len(self.text)
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
@@ -133,7 +124,7 @@ class Dialogue:
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, self._loaded.backend, "the conversation with this message" if turns else "the prompt")
         if self._asked is not None:
-            self._asked[1].leave()
+            self._asked[1].decoding.leave()
         stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns, self._asked = turns, (message, stream)
         return stream
