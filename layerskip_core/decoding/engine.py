@@ -140,14 +140,13 @@ class DecodingLoop:
         self.piece: float = inf
         self.reused_tokens, recorder = 0, None
         self._cache: KVCache
-        fits = prefixes is NO_PREFIXES and isinstance(self._target, FixedTarget) and not self._target.rerun
-        if isolated and model.recordable and fits:
-            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
-            self._cache = recorder.cache
-        elif len(prompts) == 1:
+        if len(prompts) == 1:
             self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
         else:
             self._cache = model.new_cache(len(prompts), end)
+        if isolated and model.recordable and isinstance(self._target, FixedTarget) and not self._target.rerun:
+            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
+            self._cache = recorder.begin(self._cache)
         self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
