@@ -19,37 +19,26 @@ _INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come 
 
 @dataclass(frozen=True)
 class DecodeStats:
-    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties.
-
-    `drafted` counts the drafts that the target verified. `accepted` counts the accepted drafts in the output: a draft after an
-    EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the passes that verified drafts.
-    `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before it were accepted and none of
-    them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted. Steps without drafts count in
-    `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a strategy that drafts, by what
-    drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens were chosen after j+1 layers.
-    `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that they and all before them in the
-    round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of the chances.
-    `replayed`: passes that ran as CUDA graphs.
-    """
+    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties."""
 
     sequences: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    prefill_seconds: float = 0.0
+    drafted: int = 0  # drafts that the target verified
+    accepted: int = 0  # those in the output: not drafts after an EOS, a stop string or the last token allowed
+    rounds: int = 0  # passes that verified drafts
+    prefill_seconds: float = 0.0  # the first token comes from the prefill
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
+    verify_seconds: float = 0.0  # of steps without drafts, too
     total_seconds: float = 0.0
-    tested_by_position: tuple[int, ...] = ()
-    accepted_by_position: tuple[int, ...] = ()
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)
-    tokens_by_layers: tuple[int, ...] = ()
-    foretold: tuple[int, ...] = ()
-    foretold_accepted: tuple[int, ...] = ()
-    foretold_sum: tuple[float, ...] = ()
-    replayed: int = 0
+    tested_by_position: tuple[int, ...] = ()  # rounds that compared draft j+1, as all before it were accepted and none was last
+    accepted_by_position: tuple[int, ...] = ()  # those of them that accepted it
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # where a strategy drafts; `plain` are those without drafts
+    tokens_by_layers: tuple[int, ...] = ()  # new tokens that were chosen after j+1 layers
+    foretold: tuple[int, ...] = ()  # drafts with a foretold chance of b/10 to (b+1)/10 that they and all before are accepted
+    foretold_accepted: tuple[int, ...] = ()  # how many of them were
+    foretold_sum: tuple[float, ...] = ()  # the sum of their chances
+    replayed: int = 0  # passes that ran as CUDA graphs
 
     @property
     def calibration_error(self) -> float:

@@ -29,19 +29,10 @@ class TargetOutput(NamedTuple):
 
 
 class FixedTarget:
-    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one.
+    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
-    Attributes:
-        decodes_like_prefill: whether decoding writes the same KV entries as prefilling the same tokens.
-        writes: which layers and exit blocks have KV entries, to be compared.
-        rerun: how many of the tokens that have KV entries the pass over a prompt needs again.
-        exit_cache: of the blocks that draft; None without.
-        head: hidden states (..., D) to logits (..., V).
-        recorder: records the passes over drafts, if it is set.
-    """
-
-    decodes_like_prefill = True
-    recorder: Recorder | None = None
+    decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
+    recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
     def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
         """Raises ConfigError for an exit that can only draft."""
@@ -49,13 +40,14 @@ class FixedTarget:
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
             self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
-        self.head = model.unembed if self._block is None else self._block.head
+        self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
         blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
-        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None
+        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
+        # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None

@@ -71,11 +71,6 @@ class PagePool:
         state, slot, _ = self.memory
         return -(-(state + slots * slot) // self.page_bytes)
 
-    def copy_of(self, page: "Page") -> "Page":
-        copy = self.take()
-        copy.content.copy_(page.content)
-        return copy
-
 
 class _Slab:
     """Pages that lie together in memory, and the indices of those that are free."""
@@ -232,4 +227,8 @@ class PagedCache(KVCache):
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
         """The pages of a row before position `stop`, with copies of those that will be written from position `start` on."""
         whole, last = start // PAGE, -(-stop // PAGE)
-        return pages[:whole] + [self._pool.copy_of(page) for page in pages[whole:last]]
+        shared, written = pages[:whole], pages[whole:last]
+        for page in written:
+            shared.append(self._pool.take())
+            shared[-1].content.copy_(page.content)
+        return shared

@@ -88,9 +88,6 @@ class RowCache(KVCache):
             self._matrices = {key: list(zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True))}
         return self._matrices[key]
 
-    def held(self, entry: "Entry", stop: int, like: Tensor) -> Tensor:
-        return self.half(2 * entry[0] + (entry[1] == "values"), stop)
-
     def half(self, index: int, stop: int) -> Tensor:
         """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, those of layer 1, ... of all rows."""
         self.written = max(self.written, stop)
@@ -190,9 +187,12 @@ def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> t
     """
     cache, found = places.cache, []
     assert isinstance(cache, RowCache | MixedCache)
-    for kind, new in (("keys", keys), ("values", values)):
-        held = cache.held((layer, kind), places.stop, new)
-        rows, positions = (part.to(held.device, non_blocking=True) for part in (places.rows, places.positions))
+    rows, positions = (part.to(keys.device, non_blocking=True) for part in (places.rows, places.positions))
+    for index, new in enumerate((keys, values)):
+        if isinstance(cache, RowCache):
+            held = cache.half(2 * layer + index, places.stop)
+        else:
+            held = cache.held((layer, ("keys", "values")[index]), places.stop, new)
         held[rows, :, positions] = new.to(held.dtype)
         found.append(held[:, :, : places.stop].to(new.dtype))
     return found[0], found[1]

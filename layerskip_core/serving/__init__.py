@@ -56,25 +56,18 @@ class Update(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to decode it, and the receiver of its updates.
-
-    `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
-    sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
-    `stats`: counts so far. `reused`: the prompt's first tokens that needed no pass.
-    """
+    """A prompt, how to decode it, and the receiver of its updates."""
 
     ids: list[int]
     config: DecodingConfig
-    deliver: Callable[[Update], None]
-    isolated: bool = False
-    streams: bool = True
-    stats: DecodeStats = field(default_factory=DecodeStats)
-    reused: int = 0
+    deliver: Callable[[Update], None]  # is called in the thread that decodes, and must not raise
+    isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
+    streams: bool = True  # the text comes as it is verified, else all of it with the last update
+    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
+    reused: int = 0  # the prompt's first tokens that needed no pass
     _number: int = 0  # the older, the less
     _text: OutputText | None = None  # once it is being decoded
-    _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
-    _untold: list[TokenLogprobs] = field(default_factory=list)  # of these ids
-    _of_prompt: Sequence[TokenLogprobs] = ()  # until they are told
+    _untold: list[RowStep] = field(default_factory=list)  # steps of which no text was made yet
 
     def begin(self, decoder: Decoder) -> None:
         """Raises ConfigError for a prompt that does not fit."""
@@ -87,14 +80,13 @@ class Request:
         assert self._text is not None
         finished = step.finish_reason is not None
         self.stats += step.counts
-        self._unread += step.ids
-        self._untold += step.logprobs
-        self._of_prompt = step.prompt_logprobs or self._of_prompt
+        self._untold.append(step)
         if not (self.streams or finished):
             return Update("")
-        ids, logprobs, of_prompt = self._unread, self._untold, self._of_prompt
-        self._unread, self._untold, self._of_prompt = [], [], ()
-        return Update(self._text.add(ids, finished), step.finish_reason, None, logprobs, of_prompt)
+        steps, self._untold = self._untold, []
+        text = self._text.add([token for each in steps for token in each.ids], finished)
+        told = [one for each in steps for one in each.logprobs]
+        return Update(text, step.finish_reason, None, told, [one for each in steps for one in each.prompt_logprobs])
 
 
 @dataclass(eq=False)

@@ -32,18 +32,12 @@ class Updates:
 
 
 class Engine:
-    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
-
-    Attributes:
-        held: how many requests wait or are being decoded.
-        running: how many of them are being decoded.
-        is_stopped: whether it was stopped, or failed: it takes no requests any more.
-    """
+    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
         """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `kept`: the Scheduler's."""
-        self.held = self.running = 0
-        self.is_stopped = False
+        self.held = self.running = 0  # requests that wait or are being decoded; those that are
+        self.is_stopped = False  # or has failed: it takes no requests any more
         self._scheduler = Scheduler(decoder, batch_size, **kept)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
