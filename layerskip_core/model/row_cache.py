@@ -29,6 +29,7 @@ class RowCache(KVCache):
         """`shape`: L, kv heads, head dim."""
         super().__init__(batch_size, max_positions)
         self.written = 0  # nothing was ever written from this position on
+        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]  # the last views
         layers, heads, width = shape
         self._hold(like.new_zeros(layers, 2, batch_size, heads, 0, width))
 
@@ -95,8 +96,7 @@ class RowCache(KVCache):
         return self._halves[index]
 
     def _hold(self, storage: Tensor) -> Tensor:
-        self.storage, self._matrices = storage, dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]()
-        self._halves = storage.flatten(0, 1).unbind()
+        self.storage, self._halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
         return storage
 
 
@@ -146,8 +146,8 @@ class MixedCache(KVCache):
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, MixedCache)
-        for shape, like in {**other.parts, **self.parts}.items():
-            self._part(shape, like.storage).join(other._part(shape, like.storage))
+        for shape, part in {**other.parts, **self.parts}.items():
+            self._part(shape, part.storage).join(other._part(shape, part.storage))
         for state in {*self.states, *other.states}:
             parts = [(self.states.get(state), self.rows), (other.states.get(state), other.rows)]
             like = max((held for held, _ in parts if held is not None), key=len)
