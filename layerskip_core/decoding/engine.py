@@ -355,7 +355,7 @@ class DecodingLoop:
             row.filled = row.filled + row.runs if fills else len(row.ids) - 1
             if row.scanner.reason is None and not row.is_dropped:
                 staying.append(index)
-            elif row.output:
+            elif row.output and not row.lacks:
                 self._keep(index)
         if self._target.exit_cache is not None and last:
             self._target.exit_cache.go_on(last)
