@@ -168,7 +168,7 @@ def test_recorded_passes_see_no_key_that_the_mask_hides(model):
             return model.unembed(hidden).cpu()
 
         expected = run()
-        recorder.cache._storage[..., 9:, :] = 1e3
+        recorder.cache.storage[..., 9:, :] = 1e3
         assert torch.equal(run(), expected)
         usual = model.run_layers(model.embed(newest), 0, 3, recorder.cache.span(5, 9))
         torch.testing.assert_close(model.unembed(usual).cpu(), expected)
