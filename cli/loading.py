@@ -26,12 +26,13 @@ def load_model(
     packing: PackingConfig = PLAIN,
     policies: Collection[str] | None = (),
     prompting: PromptingConfig | None = None,
+    memory: int | None = None,
 ) -> "Decoder":
     """The model with its template and the copies of these policies (None: all); prints its notes, sets the threads."""
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
 
-    loaded = for_decoding(model, machine.device, machine.dtype, packing, policies)
+    loaded = for_decoding(model, machine.device, machine.dtype, packing, policies, memory)
     if prompting is not None:
         loaded = loaded.with_template(prompting.asked, prompting.system)
     for note in loaded.notes:
@@ -51,15 +52,20 @@ class DecoderFlags:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
 
-def load_to_decode(flags: DecoderFlags, all_policies: bool = False) -> "tuple[Decoder, DecodingConfig]":
-    """The model, with what its flags (or all policies) draft with, and its decoding; raises for a wrong flag."""
+def load_to_decode(
+    flags: DecoderFlags, all_policies: bool = False, memory: int | None = None
+) -> "tuple[Decoder, DecodingConfig]":
+    """The model, with what its flags (or all policies) draft with, and its decoding; raises for a wrong flag.
+
+    `memory`: see `for_decoding`.
+    """
     decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
     adaptive = "policy" not in given and implied_strategy(decoding) in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
     policies = None if all_policies else () if policy is None else (policy,)
-    loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting)
+    loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting, memory)
     config, users = loaded.resolve(decoding, packing), used_by("draft_model")
     if packing.draft_model and config.strategy not in users:
         raise refused("draft_model", f"used with `strategy` {' or '.join(users)}", f"`strategy` {config.strategy}")

@@ -1,9 +1,8 @@
 """A model that answers prompts: what `layerskip_core.load` gives a program or a notebook."""
 
-import asyncio
 import warnings
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
@@ -14,8 +13,8 @@ from .config.options import check, checked
 from .decoding import Answer, check_prompt, decode_batch
 from .decoding.dialogue import Dialogue, TextStream
 from .decoding.drafters.lookup import EarlierAnswers
-from .serving import Request, Update
-from .serving.engine import Engine
+from .serving import Request
+from .serving.engine import Engine, Updates
 
 _TOGETHER, _WAITING = 8, 1 << 16  # asynchronous answers that are decoded at once, and that may wait
 
@@ -51,27 +50,19 @@ class LanguageModel:
         """
         config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
         check_prompt(ids, self.decoder.backend)
-        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update]()
-
-        def deliver(update: Update) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(updates.put_nowait, update)
-
-        request = Request(ids, config, deliver, isolated="seed" in options)
+        updates = Updates()
+        request = Request(ids, config, partial(updates.deliver, 0), isolated="seed" in options)
         if self._engine is None:
-            self._engine = Engine(self.decoder, _TOGETHER, _WAITING, self._earlier)
+            self._engine = Engine(self.decoder, _TOGETHER, _WAITING, earlier=self._earlier)
         engine = self._engine
         engine.hold(1)
         engine.submit(request)
         try:
-            while True:
-                update = await updates.get()
+            async for _, update in updates.all(1):
                 if update.error is not None:
                     raise update.error
                 if update.text:
                     yield update.text
-                if update.is_last:
-                    return
         finally:
             engine.cancel(request)
 

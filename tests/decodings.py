@@ -57,8 +57,8 @@ def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eo
 def entries(cache, row=0):
     """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels."""
     if not isinstance(cache, PagedCache):
-        [cache] = getattr(cache, "parts", [cache])
-        return cache.entries(row, cache.capacity)
+        [cache] = getattr(cache, "parts", {"all": cache}).values()
+        return cache.storage[:, :, row]
     held = torch.cat([page.content for page in cache._pages[row]], dim=3)
     keys, values = held.unbind(1)
     layers, heads, places, size = keys.shape

@@ -166,7 +166,8 @@ class _Chat:
 
     def _stats_of(self, stream: "TextStream") -> str:
         counts, limit = stream.stats, self._loaded.backend.spec.context
+        reused = stream.decoding.reused_tokens
         return (
             f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
-            f"{stream.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
+            f"{reused} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
         )

@@ -45,23 +45,24 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     from layerskip_core.decoding import Prefixes
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.model import NativeBackend
-    from layerskip_core.model.cache import available_memory
+    from layerskip_core.model.cache import memory_budget
     from layerskip_core.serving.engine import Engine
 
     with _bound(serving.host, serving.port) as listener:
-        loaded, _ = load_to_decode(DecoderFlags(serving.model, serving.decoding, prompting, packing, machine))
+        kv_bytes, memory = memory_budget(serving.kv_memory)
+        flags = DecoderFlags(serving.model, serving.decoding, prompting, packing, machine)
+        loaded, _ = load_to_decode(flags, memory=memory)
         serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
         if serving.embedding_layer is not None:
             require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
         path = Path(serving.model)  # clients see its last part only
         name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
-            free = available_memory() // 2 if serving.kv_memory is None else serving.kv_memory * 2**20
-            loaded.backend.limit_memory(free)
+            loaded.backend.limit_memory(kv_bytes)
             needed = "memory for keys and values of a text of 64 tokens at least, in megabytes"
-            require(loaded.backend.room > 0, "kv_memory", needed, serving.kv_memory or free // 2**20)
-        kept = EarlierAnswers(serving.remember), Prefixes(serving.prefix_cache * 2**20)
-        engine = Engine(loaded, serving.batch_size, serving.queue_size, *kept)
+            require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
+        kept = {"earlier": EarlierAnswers(serving.remember), "prefixes": Prefixes(serving.prefix_cache * 2**20)}
+        engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(

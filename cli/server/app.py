@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -29,7 +29,7 @@ from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids
 from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
-from layerskip_core.serving.engine import Engine
+from layerskip_core.serving.engine import Engine, Updates
 
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
@@ -255,40 +255,6 @@ def _teller(tokenizer: Tokenizer) -> str:
     return "user"
 
 
-class Updates:
-    """Updates of the engine's thread, as the event loop reads them."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
-
-    def deliver(self, number: int, update: Update) -> None:
-        """In the engine's thread."""
-        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
-
-    async def watch(self, receive: Receive) -> None:
-        """Waits until the client disconnects: nothing else is received after the body."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._queue.put_nowait(None)
-
-    async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
-        """Until `count` answers are finished. Raises ClientDisconnect, and ApiError if one of them fails."""
-        while count:
-            item = await self._queue.get()
-            if item is None:
-                raise ClientDisconnect
-            number, update = item
-            if update.error is not None:
-                refused = api_error(update.error)
-                if refused.status == 500:
-                    tell_error(update.error, debug=True)
-                raise refused
-            count -= update.is_last
-            yield number, update
-
-
 class _Endpoint:
     """Answers prompts or embeds texts; an ASGI application, so one coroutine has the request from first to last byte."""
 
@@ -318,9 +284,11 @@ class _Endpoint:
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
         streamed = None if isinstance(document, Vectors) or not asked.stream else document
-        watch, begun, answers = asyncio.create_task(updates.watch(receive)), False, dict[int, Update]()
+        watch, begun, answers = asyncio.create_task(_watch(receive, updates)), False, dict[int, Update]()
         try:
             async for number, update in updates.all(len(jobs)):
+                if update.error is not None:
+                    raise _told(update.error)
                 if not begun:
                     begun = True
                     self._observe(service.metrics.first_token, started)
@@ -348,6 +316,22 @@ class _Endpoint:
     def _observe(self, histogram: Histogram, started: float) -> None:
         if self._family != "embeddings":  # which have no tokens
             histogram.observe(time.monotonic() - started)
+
+
+async def _watch(receive: Receive, updates: Updates) -> None:
+    """Waits until the client goes away: after the body nothing else is received."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    updates.deliver(0, Update("", error=ClientDisconnect()))
+
+
+def _told(error: BaseException) -> BaseException:
+    """What ends a request whose answer failed; stderr has an error that is not the client's."""
+    if isinstance(error, ClientDisconnect):
+        return error
+    if (refused := api_error(error)).status == 500:
+        tell_error(error, debug=True)
+    return refused
 
 
 async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:

@@ -16,7 +16,7 @@ from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError, refused
 from ..model.backend import Backend
-from ..model.cache import available_memory
+from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
@@ -52,7 +52,6 @@ from .transformers_read import (
     written_dtype,
 )
 
-_MEMORY_SHARE = 0.8  # of the available memory, that a model with a copy may take
 _CPU = torch.device("cpu")
 
 
@@ -78,12 +77,14 @@ def for_decoding(
     dtype: str = "auto",
     packing: PackingConfig | None = None,
     policies: Collection[str] | None = (),
+    memory: int | None = None,
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
     `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
     fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
-    saved ones whose low-bit copies are made too, on the CPU; None: all.
+    saved ones whose low-bit copies are made too, on the CPU; None: all. `memory`: bytes that the weights may take with a copy
+    for adaptive drafting, which is not made otherwise; None: as `memory_budget` says.
 
     Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
     impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
@@ -94,6 +95,7 @@ def for_decoding(
 
     def read() -> Decoder:
         info, used, folder = read_info(location.path), packing or PLAIN, location.folder
+        most = memory_budget()[1] if memory is None else memory
         if folder is not None:
             mapped = is_packed(folder)
             on = _CPU if mapped and device == "auto" else target
@@ -101,11 +103,11 @@ def for_decoding(
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
-                backend, notes = _backend(_with_files_beside(source, folder, available_memory()), folder)
+                backend, notes = _backend(_with_files_beside(source, folder, most), folder)
                 return replace(_decoder(name, folder, info, backend), notes=notes)
-        if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used)) is not None:
+        if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
-        return _repacked(_trainable(name, location, target, dtype), location, used)
+        return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
     found = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
@@ -236,7 +238,9 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 
 
 @quiet_transformers()
-def _as_stored(name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder | None:
+def _as_stored(
+    name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig, memory: float
+) -> Decoder | None:
     """A GGUF file, for kernels that read its weights as they are stored; None where they cannot run it."""
     files = open_model(location)
     assert isinstance(files, GgufFile)
@@ -249,7 +253,7 @@ def _as_stored(name: str, location: Location, device: torch.device, dtype: str, 
         return files.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, files.weight, lambda: take, packing, stored=files.rows)
-    backend, notes = _backend(_with_files_beside(source, None, available_memory()), location.path)
+    backend, notes = _backend(_with_files_beside(source, None, memory), location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, None)
     return replace(made, notes=notes)
 
@@ -273,11 +277,11 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
         kind: Quantization = "int4" if calibrated else "int8"
         copied = replace(packing, draft_weights=(kind,))
         if can_run_native(spec, source.dtype, source.device, copied):
-            needed = spec.parameters * (source.dtype.itemsize + 1) / _MEMORY_SHARE
+            needed = spec.parameters * (source.dtype.itemsize + 1)
             if needed <= memory:
                 packing = copied
             else:
-                lacking = f"the model needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available"
+                lacking = f"the model needs {needed / 1e6:,.0f} MB, and {memory / 1e6:,.0f} MB are free beside keys and values"
                 source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
     if folder is None:
         return replace(source, packing=packing)
@@ -322,14 +326,13 @@ def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> 
     return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
 
 
-def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
+def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, memory: float) -> Decoder:
     """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing = missing_feature(spec)
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = _model_source(trainable, packing)
-        memory = available_memory() + spec.parameters * source.dtype.itemsize  # of the weights, which are in memory already
         backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:

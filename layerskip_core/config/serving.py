@@ -40,7 +40,7 @@ class ServeConfig:
     ] = 512
     kv_memory: Annotated[
         Count | None,
-        Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="half of what is free"),
+        Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="a fifth of what is free"),
     ] = None
     decoding: Annotated[RequestOptions, Without(("seed", "logprobs", "prompt_logprobs"))] = field(
         default_factory=RequestOptions

@@ -2,19 +2,7 @@
 
 from ..model.backend import check_prompt
 from .engine import DecodingLoop, decode, decode_batch
-from .output import Answer, DecodeStats, StopReason, StopScanner, before_stop, step_counts
+from .output import Answer, DecodeStats, StopReason
 from .target import Prefixes
 
-__all__ = [
-    "Answer",
-    "DecodeStats",
-    "DecodingLoop",
-    "Prefixes",
-    "StopReason",
-    "StopScanner",
-    "before_stop",
-    "check_prompt",
-    "decode",
-    "decode_batch",
-    "step_counts",
-]
+__all__ = ["Answer", "DecodeStats", "DecodingLoop", "Prefixes", "StopReason", "check_prompt", "decode", "decode_batch"]

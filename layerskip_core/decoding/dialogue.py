@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from math import inf
+from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..model.backend import check_prompt
 from ..prompting import CHAT
-from .drafters.lookup import EarlierAnswers
 from .engine import decode
 from .output import Answer, DecodeStats, OutputText, StopReason
 from .target import Prefixes
@@ -16,24 +16,17 @@ from .target import Prefixes
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe what has come so far.
+    `text`, `stats` and `finish_reason` describe what has come so far; `decoding` is the loop that it comes from.
     """
 
-    def __init__(
-        self,
-        loaded: Decoder,
-        prompt: str | list[int],
-        config: DecodingConfig,
-        prefixes: Prefixes | None = None,
-        earlier: EarlierAnswers | None = None,
-    ) -> None:
-        """`prompt`: a text for the template, or token ids. `prefixes` and `earlier`: as in `decode`.
+    def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
+        """`prompt`: a text for the template, or token ids. `kept`: the DecodingLoop's `prefixes` and `earlier`.
 
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
-        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefixes=prefixes, earlier=earlier)
+        self.decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
 
     @property
@@ -41,9 +34,8 @@ class TextStream:
         """The whole answer, once all pieces have come. Raises RuntimeError before."""
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
-        [row] = self._decoding.rows
-        counted = row.logprobs, row.prompt_logprobs
-        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, *counted)
+        [row] = self.decoding.rows
+        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, row.logprobs, row.prompt_logprobs)
 
     @property
     def text(self) -> str:
@@ -51,20 +43,11 @@ class TextStream:
 
     @property
     def stats(self) -> DecodeStats:
-        return self._decoding.stats
+        return self.decoding.stats
 
     @property
     def finish_reason(self) -> StopReason | None:
-        return self._decoding.finish_reason
-
-    @property
-    def reused_tokens(self) -> int:
-        """How many of the prompt's first tokens needed no pass."""
-        return self._decoding.reused_tokens
-
-    def leave(self) -> None:
-        """Adds the text so far to the prefixes; once the answer is finished, it is there."""
-        self._decoding.leave()
+        return self.decoding.finish_reason
 
     def finish(self) -> Answer:
         """The whole answer, decoded to its end."""
@@ -73,7 +56,7 @@ class TextStream:
         return self.answer
 
     def __iter__(self) -> Iterator[str]:
-        for [step] in self._decoding:
+        for [step] in self.decoding:
             if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
 
@@ -84,7 +67,7 @@ class TextStream:
         """
         output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
-        for [step] in self._decoding:
+        for [step] in self.decoding:
             finished, start = step.finish_reason is not None, len(self.text)
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
@@ -141,8 +124,8 @@ class Dialogue:
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, self._loaded.backend, "the conversation with this message" if turns else "the prompt")
         if self._asked is not None:
-            self._asked[1].leave()
-        stream = TextStream(self._loaded, ids, self._config, self._prefixes)
+            self._asked[1].decoding.leave()
+        stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns, self._asked = turns, (message, stream)
         return stream
 

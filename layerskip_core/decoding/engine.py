@@ -18,14 +18,14 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import Places, on_device
+from ..model.cache import KVCache, Places, on_device
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, Row, RowStep, StopReason, StopScanner, logprobs_of
 from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices
-from .target import FixedTarget, Prefixes, TargetOutput, target_of
+from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
 _NOTHING = "plain"  # drafts where only one token has room
 _SCORED = 64  # tokens of a prompt whose logits are in memory at once
@@ -37,10 +37,7 @@ def decode(
     config: DecodingConfig,
     eos_ids: frozenset[int] = frozenset(),
     detokenize: Detokenize | None = None,
-    *,
-    reuse_exit_states: bool = True,
-    prefixes: Prefixes | None = None,
-    earlier: EarlierAnswers | None = None,
+    **options: Any,
 ) -> "DecodingLoop":
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
 
@@ -48,14 +45,11 @@ def decode(
 
     Args:
         detokenize: ids to text; needed for stop strings only.
-        reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-        prefixes: texts that the prompt may begin with; what is decoded is added to them.
-        earlier: answers that lookups search too, if rows are greedy and drafts change no bit; this one is added to them.
+        options: DecodingLoop's `prefixes`, `earlier` and `reuse_exit_states`.
 
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    options: dict[str, Any] = {"reuse_exit_states": reuse_exit_states, "prefixes": prefixes, "earlier": earlier}
     return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, isolated=True, **options)
 
 
@@ -76,7 +70,7 @@ def decode_batch(
     Args:
         detokenize: ids to text; without it answers have ids only.
         seeds: of each sampled row; None: the config's for all.
-        earlier: as for `decode`.
+        earlier: as for DecodingLoop.
 
     Raises:
         ConfigError: as `decode`, and for several prompts with exact weights or with an `exit_confidence`, with which the rows
@@ -122,17 +116,18 @@ class DecodingLoop:
         isolated: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
-        """Arguments and errors as for `decode` and `decode_batch`. A single row begins as one of the `prefixes`; all rows leave
-        their own.
+        """Arguments and errors as for `decode` and `decode_batch`.
 
-        `isolated`: it has one row, and no others will join: its passes are recorded where the model allows it. `drafter`:
-        instead of the config's.
+        Args:
+            reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
+            prefixes: texts, as one of which a single row begins; those of all rows are added.
+            earlier: answers that lookups search too, if rows are greedy and drafts change no bit; those of all rows are added.
+            isolated: there is one row, and no others will join: its passes are recorded where the model allows it.
+            drafter: instead of the config's.
         """
-        if config.prompt_logprobs:  # every token of the prompt needs its pass
-            prefixes = None
         self._target = target_of(model, config, len(prompts))
-        self._model, self._prefixes, self._earlier = model, prefixes, earlier
-        self._num_draft_tokens = config.num_draft_tokens
+        self._prefixes = prefixes = NO_PREFIXES if prefixes is None or config.prompt_logprobs else prefixes
+        self._model, self._earlier, self._num_draft_tokens = model, earlier, config.num_draft_tokens
         self._active = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model)
@@ -140,19 +135,19 @@ class DecodingLoop:
             self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
         rows = self._active if config.changes_logits else []
         processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in rows]
-        self._sampler = Sampler(config, model.device, len(prompts), seeds, processors)
+        self._sampler = Sampler(config, model.device, seeds or [config.seed] * len(prompts), processors)
         end = max(len(row.ids) + row.scanner.room for row in self._active)
-        recorder, rerun = None, self._target.rerun
         self.piece: float = inf
-        self.reused_tokens = 0  # of the prompt, which need no pass
-        if prefixes is not None and len(prompts) == 1:
+        self.reused_tokens, recorder = 0, None  # of the prompt, which need no pass
+        self._cache: KVCache
+        if len(prompts) == 1:
             self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
             self._active[0].stop = prefixes.parting(model, self._target, prompts[0], self.reused_tokens)
-        elif isolated and model.recordable and not rerun and isinstance(self._target, FixedTarget):
-            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
-            self._cache = recorder.cache
         else:
             self._cache = model.new_cache(len(prompts), end)
+        if isolated and model.recordable and isinstance(self._target, FixedTarget) and not self._target.rerun:
+            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
+            self._cache = recorder.begin(self._cache)
         self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
@@ -189,21 +184,19 @@ class DecodingLoop:
         """Whether rows may be set aside: their texts, when they run again, have the KV entries that they have now."""
         return self._target.decodes_like_prefill
 
-    def lacking(self) -> tuple[int, float]:
-        """(how many pages the next step needs, how many there may be)."""
-        more = 1 + (0 if self._drafter is None else self._num_draft_tokens)
-        stops = [
-            min(row.filled + (piece or more), self._cache.max_positions)
-            for row, piece in zip(self._active, self._pieces(), strict=True)
-        ]
-        return self._cache.lacking(stops), self._cache.free_pages
+    def spare(self) -> float:
+        """How many more pages there may be than the next step needs."""
+        self._divide()
+        more, most = 1 + (0 if self._drafter is None else self._num_draft_tokens), self._cache.max_positions
+        return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
 
     def set_aside(self, number: int) -> "DecodingLoop":
         """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again."""
         index = next(index for index, row in enumerate(self._active) if row.number == number)
         aside, row = copy(self), self._active[index]
         row.filled = 0
-        aside._active, aside.rows, aside._sampler = [row], (row,), self._sampler.only(index)
+        aside._active, aside.rows, aside._sampler = [row], (row,), copy(self._sampler)
+        aside._sampler.keep_rows([index])
         aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
         aside._cache.steps_back = self._cache.steps_back
         aside._setup = replace(self._setup, sampler=aside._sampler)
@@ -235,7 +228,7 @@ class DecodingLoop:
         """Adds the texts of all rows so far to the prefixes."""
         for index, row in enumerate(self._active):
             if row.output and not row.lacks:
-                self._keep(index, row.ids[:-1])
+                self._keep(index)
 
     def drop(self, row: int) -> None:
         """The row with this number is gone after the next step."""
@@ -255,35 +248,31 @@ class DecodingLoop:
 
     def _step(self) -> list[RowStep]:
         """A draft, the target's pass over it and over pieces of prompts, the tokens that it verifies, and those committed."""
-        started, pieces = time.perf_counter(), self._pieces()
+        started = time.perf_counter()
+        self._divide()
         drafting = [index for index, row in enumerate(self._active) if not row.lacks]
-        draft, draft_seconds = self._draft(drafting)
-        counts = dict(zip(drafting, draft.counts, strict=True))  # of the drafts of rows that get new tokens
-        counts |= {index: 0 for index, row in enumerate(self._active) if not row.output and pieces[index] == row.lacks > 0}
-        counts = dict(sorted(counts.items()))
-        output, bounds = self._pass(draft, drafting, pieces, counts)
-        verified: list[list[int]] = []
+        draft, instants = self._draft(drafting)
+        output, bounds = self._pass(draft, drafting)
+        counts, verified = {index: row.drafts for index, row in enumerate(self._active) if row.chooses}, list[list[int]]()
         if output.choices is not None:
             verified = accepted_choices(draft.drafts, draft.counts, output.choices)
         elif output.logits is not None:
             judged = draft.drafts, list(counts.values()), draft.probs, output.logits, list(counts)
             verified = self._sampler.verify(*judged)
-        draft_time = seconds_between(*draft_seconds) if draft_seconds else 0.0
-        filled = any(pieces)
-        self._seconds["prefill_seconds" if filled else "verify_seconds"] += time.perf_counter() - started - draft_time
+        draft_time = seconds_between(*instants) if instants else 0.0
+        fills = len(drafting) < len(self._active) and any(row.lacks and row.runs for row in self._active)
+        self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
-        steps = self._committed(draft, drafting, output, dict(zip(counts, verified, strict=True)))
-        self._go_on(pieces, dict(zip(counts, verified, strict=True)), bounds)
+        steps = self._committed(draft, output, dict(zip(counts, verified, strict=True)), bounds)
         self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
-    def _pieces(self) -> list[int]:
-        """By row, how many tokens of its prompt, or of a text that runs again, the next step runs."""
-        room, pieces = self.piece, []
+    def _divide(self) -> None:
+        """Between the rows, from the oldest on: how many tokens of texts, which have not run yet, the next step runs."""
+        room = self.piece
         for row in self._active:
-            pieces.append(int(min(row.lacks, room, row.before_stop if self.piece < inf else inf)))
-            room -= pieces[-1]
-        return pieces
+            row.runs, row.drafts, row.source = int(min(row.lacks, room, row.before_stop if self.piece < inf else inf)), 0, None
+            room -= row.runs
 
     def _draft(self, drafting: list[int]) -> tuple[Draft, tuple[Any, Any] | None]:
         """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
@@ -291,40 +280,43 @@ class DecodingLoop:
         """
         rows, limits, device = [self._active[index] for index in drafting], [0], self._model.device
         newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
+        draft, instants = Draft(newest, (0,) * len(rows), source=_NOTHING), None
         if self._drafter is not None and rows:
             limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
         if self._target.recorder is not None and rows:
             self._target.recorder.reach(len(rows[0].ids) + max(limits))
-        if self._drafter is None or max(limits) == 0:
-            return Draft(newest, (0,) * len(rows), source=_NOTHING), None
-        features = {} if self._target.exit_cache is None else self._target.exit_cache.features
-        processors: Sequence[LogitsProcessor] = self._sampler.processors
-        if len(rows) < len(self._active):
-            features = {exit_layer: found[on_device(drafting, found)] for exit_layer, found in features.items()}
-            processors = [processors[index] for index in drafting] if processors else ()
-        numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
-        seconds = self._seconds["total_seconds"]
-        context = Context(numbers, ids, newest, self._cache, drafting, filled, features, processors, seconds, piece=self.piece)
-        first = instant(device)
-        draft = self._drafter.draft(context, limits)
-        return draft, (first, instant(device)) if any(draft.counts) else None
+        if self._drafter is not None and max(limits) > 0:
+            features = {} if self._target.exit_cache is None else self._target.exit_cache.features
+            processors: Sequence[LogitsProcessor] = self._sampler.processors
+            if len(rows) < len(self._active):
+                features = {exit_layer: found[on_device(drafting, found)] for exit_layer, found in features.items()}
+                processors = [processors[index] for index in drafting] if processors else ()
+            numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
+            of_rows = numbers, ids, newest, self._cache, drafting, filled, features, processors
+            first = instant(device)
+            draft = self._drafter.draft(Context(*of_rows, self._seconds["total_seconds"], piece=self.piece), limits)
+            instants = (first, instant(device)) if any(draft.counts) else None
+        for place, (row, count) in enumerate(zip(rows, draft.counts, strict=True)):
+            row.runs, row.drafts = 1 + count, count
+            row.source = None if self._drafter is None else "lookup" if place in draft.lookups else draft.source
+        return draft, instants
 
-    def _pass(
-        self, draft: Draft, drafting: list[int], pieces: list[int], counts: Mapping[int, int]
-    ) -> tuple[TargetOutput, list[int]]:
+    def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, list[int]]:
         """The target's pass, and where the tokens of each row begin in it. It scores drafts and the ends of prompts."""
-        whole, rows = list(pieces), self._active
-        for index, count in zip(drafting, draft.counts, strict=True):
-            whole[index] = 1 + count
-        places = Places(self._cache, [row.filled for row in rows], whole, settled=not drafting)
+        rows = self._active
+        places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
-        if not any(pieces):
+        if len(drafting) == sum(row.runs > 0 for row in rows):
             return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
-        parts, drafts = list[Tensor](), dict(zip(drafting, draft.by_row(), strict=True))
-        for index, row in enumerate(rows):
-            own = torch.tensor(row.ids[row.filled : row.filled + pieces[index]], dtype=torch.long)
-            parts.append(drafts[index] if index in drafts else own.to(self._model.device, non_blocking=True))
-        scored = [place for index, count in counts.items() for place in range(bounds[index + 1] - count - 1, bounds[index + 1])]
+        drafts, device = iter(draft.by_row()), self._model.device
+        parts = [
+            torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
+            if row.lacks
+            else next(drafts)
+            for row in rows
+        ]
+        ends = zip(rows, bounds[1:], strict=True)
+        scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]
         output = self._target.fill(torch.cat(parts), places, scored)
         for index, row in enumerate(rows):
             if row.config.prompt_logprobs and not row.output and output.states is not None:
@@ -341,51 +333,43 @@ class DecodingLoop:
             row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
 
     def _committed(
-        self, draft: Draft, drafting: list[int], output: TargetOutput, verified: Mapping[int, list[int]]
+        self, draft: Draft, output: TargetOutput, verified: Mapping[int, list[int]], bounds: list[int]
     ) -> list[RowStep]:
-        """The steps of the rows that got tokens."""
-        steps, first, places = [], 0, {index: place for place, index in enumerate(drafting)}
-        for index, ids in verified.items():
-            row, place = self._active[index], places.get(index)
-            count, source = 0 if place is None else draft.counts[place], None
-            if self._drafter is not None and place is not None:
-                source = "lookup" if place in draft.lookups else draft.source
-                if draft.source != _NOTHING:
-                    self._drafter.observe(row.number, count, ids)
-            logits = None if output.logits is None else output.logits[first : first + count + 1]
-            step = row.commit(count, ids, source, output.layers, draft.survival, logits)
-            first += count + 1
-            if place is None:
-                step = step._replace(prompt_logprobs=row.prompt_logprobs)
-                self._keep(index, row.ids[: row.prompt_tokens])
-            steps.append(step)
-            if self._earlier is not None and step.finish_reason is not None:
-                self._earlier.add(row.ids, row.prompt_tokens)
-        return steps
-
-    def _keep(self, index: int, ids: list[int]) -> None:
-        """Adds the KV entries of a row's first tokens to the prefixes."""
-        if self._prefixes is not None and (self._target.decodes_like_prefill or len(ids) <= self._active[index].prompt_tokens):
-            self._prefixes.keep(self._model, self._target, ids, self._cache, index)
-
-    def _go_on(self, pieces: list[int], verified: Mapping[int, list[int]], bounds: list[int]) -> None:
-        """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
+        """The steps of the rows that got tokens. Those that are not finished go on: later tokens overwrite rejected drafts."""
+        steps, staying, scored = list[RowStep](), list[int](), 0
         last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
         for index, row in enumerate(self._active):
-            if pieces[index]:
-                row.filled, last[index] = row.filled + pieces[index], bounds[index + 1] - 1
-                if row.filled == row.stop:
-                    self._keep(index, row.ids[: row.stop])
-            elif index in verified:
-                row.filled, last[index] = len(row.ids) - 1, bounds[index] + len(verified[index]) - 1
-        staying = [index for index, row in enumerate(self._active) if row.scanner.reason is None and not row.is_dropped]
-        for index in set(range(len(self._active))).difference(staying):
-            if self._active[index].output:
-                self._keep(index, self._active[index].ids[:-1])
+            ids, fills = verified.get(index, []), row.lacks > 0
+            if row.runs:
+                last[index] = bounds[index] + (row.runs if fills else len(ids)) - 1
+            if ids:
+                if self._drafter is not None and row.source not in (None, _NOTHING):
+                    self._drafter.observe(row.number, row.drafts, ids)
+                logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
+                step = row.commit(ids, output.layers, draft.survival, logits)
+                scored += row.drafts + 1
+                steps.append(step._replace(prompt_logprobs=row.prompt_logprobs) if fills else step)
+                if fills:
+                    self._keep(index, row.ids[: row.prompt_tokens])
+                if self._earlier is not None and step.finish_reason is not None:
+                    self._earlier.add(row.ids, row.prompt_tokens)
+            row.filled = row.filled + row.runs if fills else len(row.ids) - 1
+            if row.runs and row.filled == row.stop:
+                self._keep(index, row.ids[: row.stop])
+            if row.scanner.reason is None and not row.is_dropped:
+                staying.append(index)
+            elif row.output and not row.lacks:
+                self._keep(index)
         if self._target.exit_cache is not None and last:
             self._target.exit_cache.go_on(last)
         if len(staying) < len(self._active):
             self._stay(staying)
+        return steps
+
+    def _keep(self, index: int, prompt: list[int] | None = None) -> None:
+        """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
+        if prompt is not None or self._target.decodes_like_prefill:
+            self._prefixes.keep(self._model, self._target, prompt or self._active[index].ids[:-1], self._cache, index)
 
     def _stay(self, rows: list[int]) -> None:
         """With these rows of the batch, by their indices."""

@@ -2,7 +2,8 @@
 
 On a GPU the host needs longer to start the many kernels of a small pass than the GPU needs to run them. A recorded pass is one
 call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places that the cache
-has now, and reads its positions from the device. When the text outgrows the cache, passes are recorded anew.
+has now, and reads its positions from the device. When the text outgrows the cache, passes are recorded anew. A text that goes
+on from a kept one is copied into that cache. Batches have no recordings: their cache moves whenever a row joins or leaves.
 
 Recorded are the target's pass over K drafts (K = 0 in plain decoding) and a whole greedy draft. Everything else runs as usual
 on the same cache: prompts, sampled drafts, and drafts that end where they are uncertain.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..model.backend import Backend
+from ..model.cache import KVCache
 from ..model.row_cache import RowCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
@@ -56,6 +58,14 @@ class Recorder:
             recorder = cls(model)
         recorder.cache.max_positions, recorder.counts = end, defaultdict(int)
         return recorder
+
+    def begin(self, text: KVCache) -> RowCache:
+        """The cache, whose row begins as the one of another cache."""
+        assert isinstance(text, RowCache)
+        with torch.inference_mode():  # which it was written in
+            self.cache.reach(text.capacity)[..., : text.capacity, :] = text.storage
+        self.cache.written = max(self.cache.written, text.written)
+        return self.cache
 
     def give_back(self, model: Backend) -> None:
         """The decoding is over."""

@@ -20,37 +20,26 @@ _INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come 
 
 @dataclass(frozen=True)
 class DecodeStats:
-    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties.
-
-    `drafted` counts the drafts that the target verified. `accepted` counts the accepted drafts in the output: a draft after an
-    EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the passes that verified drafts.
-    `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before it were accepted and none of
-    them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted. Steps without drafts count in
-    `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a strategy that drafts, by what
-    drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens were chosen after j+1 layers.
-    `foretold[b]`: the drafts for which the drafter foretold a chance of b/10 to (b+1)/10 that they and all before them in the
-    round are accepted; `foretold_accepted` and `foretold_sum`: how many were, and the sum of the chances.
-    `replayed`: passes that ran as CUDA graphs.
-    """
+    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties."""
 
     sequences: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    prefill_seconds: float = 0.0
+    drafted: int = 0  # drafts that the target verified
+    accepted: int = 0  # those in the output: not drafts after an EOS, a stop string or the last token allowed
+    rounds: int = 0  # passes that verified drafts
+    prefill_seconds: float = 0.0  # the first token comes from the prefill
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
+    verify_seconds: float = 0.0  # of steps without drafts, too
     total_seconds: float = 0.0
-    tested_by_position: tuple[int, ...] = ()
-    accepted_by_position: tuple[int, ...] = ()
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)
-    tokens_by_layers: tuple[int, ...] = ()
-    foretold: tuple[int, ...] = ()
-    foretold_accepted: tuple[int, ...] = ()
-    foretold_sum: tuple[float, ...] = ()
-    replayed: int = 0
+    tested_by_position: tuple[int, ...] = ()  # rounds that compared draft j+1, as all before it were accepted and none was last
+    accepted_by_position: tuple[int, ...] = ()  # those of them that accepted it
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # where a strategy drafts; `plain` are those without drafts
+    tokens_by_layers: tuple[int, ...] = ()  # new tokens that were chosen after j+1 layers
+    foretold: tuple[int, ...] = ()  # drafts with a foretold chance of b/10 to (b+1)/10 that they and all before are accepted
+    foretold_accepted: tuple[int, ...] = ()  # how many of them were
+    foretold_sum: tuple[float, ...] = ()  # the sum of their chances
+    replayed: int = 0  # passes that ran as CUDA graphs
 
     @property
     def calibration_error(self) -> float:
@@ -233,19 +222,14 @@ class StopScanner:
     """
 
     def __init__(
-        self,
-        eos_ids: frozenset[int],
-        stop: Sequence[str],
-        max_new_tokens: int,
-        context_room: int,
-        detokenize: Detokenize | None = None,
+        self, eos_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int, room: int, detokenize: Detokenize | None = None
     ) -> None:
-        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
+        """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self._eos_ids, self._stop = eos_ids, stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
-        self.room = min(max_new_tokens, context_room)  # how many tokens may still come
-        self._last: StopReason = "length" if max_new_tokens <= context_room else "context"
+        self.room = min(max_new_tokens, room)  # how many tokens may still come
+        self._last: StopReason = "length" if max_new_tokens <= room else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
     def cut(self, ids: Sequence[int]) -> tuple[int, StopReason | None]:
@@ -280,7 +264,14 @@ class RowStep(NamedTuple):
 
 
 class Row:
-    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never."""
+    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never.
+
+    Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
+    which is None in a prefill.
+    """
+
+    runs, drafts = 0, 0
+    source: str | None = None
 
     def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
         self.number, self.config = number, config
@@ -305,26 +296,24 @@ class Row:
         return self.stop - self.filled if self.filled < self.stop else inf
 
     @property
+    def chooses(self) -> bool:
+        """Whether it gets new tokens in this step: after drafts, or after all of its prompt."""
+        lacks = self.lacks
+        return lacks == 0 or (lacks == self.runs and len(self.ids) == self.prompt_tokens)
+
+    @property
     def output(self) -> list[int]:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
 
-    def commit(
-        self,
-        drafted: int,
-        verified: list[int],
-        source: str | None,
-        layers: int,
-        survival: Sequence[float] = (),
-        logits: Tensor | None = None,
-    ) -> RowStep:
+    def commit(self, verified: list[int], layers: int, survival: Sequence[float], logits: Tensor | None) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it.
 
-        `source` and `survival`: Draft's; no source in a prefill. `logits` (T, V): the target's in their places, if it has any.
+        `survival`: Draft's. `logits` (T, V): the target's in their places, if it has any.
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count, source, layers, survival)
+        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
         self.steps.append(step)
         told: list[TokenLogprobs] = []
         if self.config.logprobs is not None and logits is not None:

@@ -4,7 +4,6 @@ Before that, a row's own options may change its logits (processing.py).
 """
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import islice
 
 import torch
@@ -26,15 +25,14 @@ class Sampler:
         self,
         config: DecodingConfig,
         device: torch.device,
-        rows: int = 1,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] = (),
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        """`seeds`: one per row; None: the config's for all. `processors`: one per row, or none if logits stay as they are."""
+        """`seeds`: one per row; none: the config's for the only one. `processors`: one per row, or none if logits stay."""
         self.is_greedy = config.temperature == 0
         self.processors = list(processors)
         self._config = config
-        seeds = () if self.is_greedy else seeds or [config.seed] * rows
+        seeds = () if self.is_greedy else seeds or [config.seed]
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -111,12 +109,6 @@ class Sampler:
         """Adds the rows of a sampler that chooses in the same way after its own."""
         self._generators = self._generators + other._generators
         self.processors = self.processors + other.processors
-
-    def only(self, row: int) -> "Sampler":
-        """That of one row, which goes on by itself."""
-        sampler = copy(self)
-        sampler.keep_rows([row])
-        return sampler
 
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:

@@ -29,19 +29,10 @@ class TargetOutput(NamedTuple):
 
 
 class FixedTarget:
-    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one.
+    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
-    Attributes:
-        decodes_like_prefill: whether decoding writes the same KV entries as prefilling the same tokens.
-        writes: which layers and exit blocks have KV entries, to be compared.
-        rerun: how many of the tokens that have KV entries the pass over a prompt needs again.
-        exit_cache: of the blocks that draft; None without.
-        head: hidden states (..., D) to logits (..., V).
-        recorder: records the passes over drafts, if it is set.
-    """
-
-    decodes_like_prefill = True
-    recorder: Recorder | None = None
+    decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
+    recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
     def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
         """Raises ConfigError for an exit that can only draft."""
@@ -49,16 +40,14 @@ class FixedTarget:
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
             self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
-        self.head = model.unembed if self._block is None else self._block.head
+        self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
-        drafting = exits.get(config.strategy, ())
-        blocks: dict[int, DraftBlock] = {
-            exit_layer: block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting
-        }
+        drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
+        blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
-        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None
-        self._taps = self.exit_cache.taps if self.exit_cache else ()
+        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
+        # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
@@ -66,14 +55,14 @@ class FixedTarget:
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
         """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
-        states = self._run(tokens, {0: self._model.embed(tokens)}, places)
+        states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
     def verify(self, draft: "Draft", places: Places) -> TargetOutput:
         """Logits (N, V), or choices, after each of the draft's tokens."""
-        recorder, stops = self.recorder, tuple(draft.exit_states)
-        if recorder is None:
+        if self.recorder is None:
             return self._pass(draft.tokens, draft.exit_states, places)
+        stops = tuple(draft.exit_states)
 
         def work(tokens: Tensor, positions: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
@@ -81,41 +70,29 @@ class FixedTarget:
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
         name = "pass", self.writes, self._only_chooses, stops
-        (found,) = recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
+        (found,) = self.recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
         return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
-        """One pass over tokens (N,), from their exit states on."""
-        if not self._only_chooses:
-            return TargetOutput(self.head(self._run(tokens, states or {0: self._model.embed(tokens)}, places)), self._layers)
-        states, start = self._with_embedding(tokens, states), max(states, default=0)
-        kept = self._stops_after(start)
-        choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
-        self._write({**states, **reached}, places)
-        return TargetOutput(None, self._layers, choices)
+        hidden, choices = self._run(tokens, states, places, self._only_chooses)
+        return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
-    def _with_embedding(self, tokens: Tensor, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The states, with the embedding if a drafter reads it."""
-        return {0: self._model.embed(tokens), **states} if 0 in self._taps and 0 not in states else states
-
-    def _stops_after(self, start: int) -> tuple[int, ...]:
-        """After which layers above `start` blocks read states."""
-        return (*(tap for tap in self._taps if tap > start), self._layers) if self.exit_cache else ()
-
-    def _write(self, states: Mapping[int, Tensor], places: Places) -> None:
-        if self.exit_cache is not None:
-            self.exit_cache.write(states, states[self._layers], places)
-
-    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> Tensor:
-        """The layers after the highest of the `states` of tokens (N,), and the exit's block."""
-        start, states = max(states), self._with_embedding(tokens, states)
-        stops = self._stops_after(start) or (self._layers,)
-        states = {**states, **states_at(self._model, states[start], stops, places, start)}
-        hidden = states[self._layers]
-        self._write(states, places)
+    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of tokens (N,), from the highest of their exit states on, or what it `chooses`; feeds blocks."""
+        start, blocks, choices = max(states, default=0), self.exit_cache, None
+        kept = () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
+        if 0 not in states and ((start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)):
+            states = {0: self._model.embed(tokens), **states}
+        if chooses:
+            choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
+        else:
+            reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
+        hidden = reached.get(self._layers, tokens)  # which a choice without blocks does not keep
+        if blocks is not None:
+            blocks.write({**states, **reached}, hidden, places)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
-        return hidden
+        return hidden, choices
 
 
 class CalmTarget:
@@ -157,9 +134,9 @@ class CalmTarget:
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                earlier, left = (
-                    places.cache.span(self._begin + written, self._begin + count),
+                left, earlier = (
                     torch.cat(self._left[written:count]),
+                    places.cache.span(self._begin + written, self._begin + count),
                 )
                 self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
@@ -288,19 +265,19 @@ class Prefixes:
         """That the texts take; what they share counts once."""
         return sum({address: size for text in self._texts for address, size in text.cache.memory.items()}.values())
 
-    def known(self, model: Backend, target: Target, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens need no pass."""
-        return self._best(model, target, prompt)[0]
-
     def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
         """A cache of one row for positions before `end`, and how many of the prompt's first tokens need no pass."""
-        known, text = self._best(model, target, prompt)
-        if text is None:
+        best, most = None, 0
+        for text in self._texts:
+            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
+            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, most + 1):
+                best, most = text, known
+        if best is None:
             return model.new_cache(1, end), 0
-        self._texts.remove(text)
-        self._texts.append(text)
+        self._texts.remove(best)
+        self._texts.append(best)
         # A drafter's own entry of a token that is rerun stays.
-        return text.cache.branch([0], [known], [known + target.rerun] if target.rerun else None, end), known
+        return best.cache.branch([0], [most], [most + target.rerun] if target.rerun else None, end), most
 
     def parting(self, model: Backend, target: Target, prompt: Sequence[int], known: int) -> int:
         """Where a prompt leaves the text that it has most in common with, if no text goes on from there: 0 elsewhere."""
@@ -314,29 +291,23 @@ class Prefixes:
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
+        if not self._most_bytes or model.exact:
+            return
         common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
-        known = max((count for text, count in common.items() if count >= text.first), default=0)
-        if not self._most_bytes or model.exact or len(ids) - known < self._least:
+        if len(ids) - max((count for text, count in common.items() if count >= text.first), default=0) < self._least:
             return
-        while cache.free_pages < cache.branch_pages and self.drop():
-            pass
-        if cache.free_pages < cache.branch_pages:
-            return
-        first = min(cache.first(row), len(ids))  # a recurrent state is one at the end
-        kept = _KeptText((model, target.writes), list(ids), cache.branch([row], [len(ids)]), first)
+        while cache.spare() < cache.branch_pages:
+            if not self.drop():
+                return
+        first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is one at the end
         # Without those that the new text begins with.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]
-        self._texts.append(kept)
+        self._texts.append(_KeptText((model, target.writes), list(ids), branch, first))
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
 
-    def _best(self, model: Backend, target: Target, prompt: Sequence[int]) -> "tuple[int, _KeptText | None]":
-        best: tuple[int, _KeptText | None] = 0, None
-        for text in self._texts:
-            known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, best[0] + 1):
-                best = known, text
-        return best
+
+NO_PREFIXES = Prefixes(0)  # where nothing is kept
 
 
 @dataclass(eq=False)

@@ -19,7 +19,8 @@ from ..checkpoint.open import for_decoding
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
 from ..config.model import DTYPES, PackingConfig, Quantization
 from ..config.options import checked
-from ..decoding import before_stop, check_prompt, decode_batch
+from ..decoding import check_prompt, decode_batch
+from ..decoding.output import before_stop
 from ..errors import CheckpointError, ConfigError, require
 from ..prompting import encoded, render_chat
 from .likelihood import Pair, likelihoods

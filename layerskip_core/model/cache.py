@@ -24,7 +24,6 @@ class KVCache(ABC):
     row that leaves is forgotten.
     """
 
-    rolls_back = True  # whether a row can go on from any position, and not only from those that MixedCache keeps states of
     steps_back = 8  # how far before the end of a pass its rows may go on
 
     def __init__(self, batch_size: int, max_positions: int) -> None:
@@ -40,9 +39,8 @@ class KVCache(ABC):
     def memory(self) -> dict[int, int]:
         """Bytes of each part of memory that it holds, by address: caches may share some of them."""
 
-    @property
-    def free_pages(self) -> float:
-        """How many more pages there may be, for all rows of the model."""
+    def spare(self, stops: Sequence[int] = ()) -> float:
+        """How many more pages there may be, for all rows of the model, once the rows have those before these stops."""
         return inf
 
     @property
@@ -52,10 +50,6 @@ class KVCache(ABC):
 
     def first(self, row: int) -> int:
         """The first position that a row can go on from; beyond its end, if that is the only one."""
-        return 0 if self.rolls_back else self.max_positions
-
-    def lacking(self, stops: Sequence[int]) -> int:
-        """How many pages rows need for positions before these stops."""
         return 0
 
     @abstractmethod
@@ -131,21 +125,23 @@ class Places:
     def moved(self, by: int, skipped: Sequence[int] | None = None) -> "Places":
         """Other positions of the same tokens; without the first tokens of rows, if so many are `skipped` by row."""
         skipped = skipped or [0] * len(self.counts)
-        starts = [start + by + count for start, count in zip(self.starts, skipped, strict=True)]
-        return Places(
-            self.cache, starts, [count - less for count, less in zip(self.counts, skipped, strict=True)], self.settled
-        )
+        counts = [count - less for count, less in zip(self.counts, skipped, strict=True)]
+        return self._part([by + less for less in skipped], counts)
 
     def parts(self, most: int) -> Iterator["Places"]:
         """The same tokens in passes of at most so many, one after the other."""
-        for first in range(0, sum(self.counts), most):
-            cuts = [min(max(bound - first, 0), most) for bound in self.bounds]
-            counts = [stop - start for start, stop in pairwise(cuts)]
-            done = [min(max(first - bound, 0), count) for bound, count in zip(self.bounds[:-1], self.counts, strict=True)]
-            starts = [start + before for start, before in zip(self.starts, done, strict=True)]
-            part = Places(self.cache, starts, counts, self.settled)
-            part.origins = self.origins
-            yield part
+        bounds = self.bounds
+        for first in range(0, bounds[-1], most):
+            cuts = [min(max(bound - first, 0), most) for bound in bounds]
+            done = [min(max(first - bound, 0), count) for bound, count in zip(bounds, self.counts, strict=False)]
+            yield self._part(done, [stop - start for start, stop in pairwise(cuts)])
+
+    def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
+        """By row, so many tokens that stand so far after its first."""
+        starts = [start + by for start, by in zip(self.starts, ahead, strict=True)]
+        part = Places(self.cache, starts, counts, self.settled)
+        part.origins = self.origins
+        return part
 
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
         """What `run` gives for all tokens, in the shape of their hidden states (..., D): in few grids of rows and columns.
@@ -194,6 +190,15 @@ _CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1):
     "": ("memory.max", "memory.current", ""),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
+
+
+def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
+    """Of the memory that is free before a model is loaded, the bytes for keys and values (a fifth unless told otherwise), and
+    those that they leave to its weights and their low-bit copies.
+    """
+    free = available_memory()
+    kv_bytes = free // 5 if kv_megabytes is None else kv_megabytes * 2**20
+    return kv_bytes, free - kv_bytes
 
 
 def available_memory(root: Path = Path("/")) -> int:

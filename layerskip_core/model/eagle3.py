@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .cache import Places
 from .rope import llama3_factors
-from .row_cache import MixedCache, RowCache
+from .row_cache import write_entries
 from .vocabulary import DraftVocabulary
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ class PlacedEagle3:
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         assert before is not None
         places, (residual, queries, keys, values) = self._begun(states, before, places)
-        assert isinstance(places.cache, RowCache | MixedCache)
-        keys, values = places.cache.update(self._place, keys[:, :, 0], values[:, :, 0], places)
+        keys, values = write_entries(self._place, keys[:, :, 0], values[:, :, 0], places)
         if places.rows.tolist() != list(range(len(keys))):
             keys, values = (part[places.rows.to(part.device, non_blocking=True)] for part in (keys, values))
         mask = (torch.arange(keys.shape[2]) <= places.positions[:, None])[:, None, None].to(queries.device, non_blocking=True)
@@ -213,8 +212,7 @@ class PlacedEagle3:
     def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
         assert before is not None
         places, (_, _, keys, values) = self._begun(states[0], before, places)
-        assert isinstance(places.cache, RowCache | MixedCache)
-        places.cache.update(self._place, keys[:, :, 0], values[:, :, 0], places)
+        write_entries(self._place, keys[:, :, 0], values[:, :, 0], places)
 
     def _begun(self, states: Tensor, before: Tensor, places: Places) -> tuple[Places, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The places of entries, each before its token's, and what the layer begins with, as N texts of one token."""

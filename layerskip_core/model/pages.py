@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import LayerSkipError
 from .cache import KVCache, Places
 
+Sizes = tuple[int, int, int]
 PAGE = 64  # positions; as in attention.h
 _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fewer
 
@@ -26,19 +27,12 @@ class PagePool:
     before it are given back. Where some layers see all, a page must stay for them, and its numbers of the others with it.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        memory: tuple[int, int, int] = (0, 0, 0),
-        window: int | None = None,
-    ) -> None:
-        """`memory`: of layers without attention, see Memory: bytes of a text's state and of a slot, and the slots that they
-        need at least.
+    def __init__(self, shape: Sizes, dtype: torch.dtype, memory: Sizes = (0, 0, 0), window: int | None = None) -> None:
+        """`shape`: layers, kv heads, head dim. `memory`: of layers without attention, see Memory: bytes of a text's state and
+        of a slot, and the slots that they need at least.
         """
-        self.shape, self.dtype, self.memory, self.window = (num_layers, 2, kv_heads, PAGE, head_dim), dtype, memory, window
+        layers, kv_heads, head_dim = shape
+        self.shape, self.dtype, self.memory, self.window = (layers, 2, kv_heads, PAGE, head_dim), dtype, memory, window
         self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
         self.most: float = inf
         self.remembered = 0  # what all memories take, in pages
@@ -76,11 +70,6 @@ class PagePool:
         """What a text's memory takes, in pages."""
         state, slot, _ = self.memory
         return -(-(state + slots * slot) // self.page_bytes)
-
-    def copy_of(self, page: "Page") -> "Page":
-        copy = self.take()
-        copy.content.copy_(page.content)
-        return copy
 
 
 class _Slab:
@@ -148,9 +137,12 @@ class PagedCache(KVCache):
         memories = {memory.ring.data_ptr(): memory.bytes for memory in self._memories if memory is not None}
         return memories | {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
 
-    @property
-    def free_pages(self) -> float:
-        return self._pool.most - self._pool.used
+    def spare(self, stops: Sequence[int] = ()) -> float:
+        free = self._pool.most - self._pool.used
+        for stop, pages, memory in zip(stops, self._pages, self._memories, strict=False):
+            free -= max(0, -(-stop // PAGE) - len(pages))
+            free -= 0 if memory else self._pool.pages_of_memory(self._slots)
+        return free
 
     @property
     def branch_pages(self) -> int:
@@ -162,10 +154,6 @@ class PagedCache(KVCache):
             return memory.first
         forgotten = 0 if window is None else pages.count(self._pool.nowhere)
         return forgotten and forgotten * PAGE + (window or 0) - 1
-
-    def lacking(self, stops: Sequence[int]) -> int:
-        pages = sum(max(0, -(-stop // PAGE) - len(pages)) for stop, pages in zip(stops, self._pages, strict=True))
-        return pages + self._memories.count(None) * self._pool.pages_of_memory(self._slots)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._set([self._pages[row] for row in rows], [self._memories[row] for row in rows])
@@ -242,4 +230,8 @@ class PagedCache(KVCache):
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
         """The pages of a row before position `stop`, with copies of those that will be written from position `start` on."""
         whole, last = start // PAGE, -(-stop // PAGE)
-        return pages[:whole] + [self._pool.copy_of(page) for page in pages[whole:last]]
+        shared, written = pages[:whole], pages[whole:last]
+        for page in written:
+            shared.append(self._pool.take())
+            shared[-1].content.copy_(page.content)
+        return shared

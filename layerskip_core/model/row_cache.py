@@ -20,93 +20,59 @@ def _in_blocks(count: int) -> int:
 
 
 class RowCache(KVCache):
-    """A tensor for all rows, for PyTorch's kernels.
+    """A tensor for all rows, (L, 2 for key and value, B, kv heads, capacity, head dim), for PyTorch's kernels.
 
     They read all places and mask the rest, and 0 * NaN is NaN, so what another text left in a place is cleared.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], batch_size: int, max_positions: int, like: Tensor) -> None:
+        """`shape`: L, kv heads, head dim."""
         super().__init__(batch_size, max_positions)
         self.written = 0  # nothing was ever written from this position on
-        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]] = {}  # the last views
-        self.halves: Sequence[Tensor] = ()  # (B, kv heads, capacity, head dim): the keys of layer 0, its values, ...
-        self._num_layers = num_layers
-        self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
+        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]  # the last views
+        layers, heads, width = shape
+        self._hold(like.new_zeros(layers, 2, batch_size, heads, 0, width))
 
     @property
     def memory(self) -> dict[int, int]:
-        return {} if self._storage is None else {self._storage.data_ptr(): self._storage.nbytes}
+        return {self.storage.data_ptr(): self.storage.nbytes}
 
     @property
     def capacity(self) -> int:
         """How many positions have room now."""
-        return 0 if self._storage is None else self._storage.shape[4]
-
-    def entries(self, row: int, stop: int) -> Tensor:
-        """(L, 2, kv heads, stop, head dim): what a row has before a position."""
-        assert self._storage is not None
-        return self._storage[:, :, row, :, :stop]
+        return self.storage.shape[4]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        if self._storage is not None and list(rows) != list(range(self.rows)):
-            self._hold(self._storage[:, :, rows])
+        if list(rows) != list(range(self.rows)):
+            self._hold(self.storage[:, :, rows])
         self.rows = len(rows)
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, RowCache)
-        self.max_positions, rows = max(self.max_positions, other.max_positions), self.rows
-        self.rows, self.written = rows + other.rows, max(self.written, other.written)
-        held, added = self._storage, other._storage
-        if (like := added if held is None else held) is None:  # of layers that nothing has run
-            return
-        capacity = max(0 if part is None else part.shape[4] for part in (held, added))
-        parts = [
-            like.new_zeros(*like.shape[:2], count, *like.shape[3:]) if part is None else part
-            for part, count in ((held, rows), (added, other.rows))
-        ]
-        self._hold(torch.cat([F.pad(part, (0, 0, 0, capacity - part.shape[4])) for part in parts], dim=2))
+        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
+        self.written, capacity = max(self.written, other.written), max(self.capacity, other.capacity)
+        parts = [F.pad(cache.storage, (0, 0, 0, capacity - cache.capacity)) for cache in (self, other)]
+        self._hold(torch.cat(parts, dim=2))
 
     def branch(
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "RowCache":
-        branch, stops = RowCache(self._num_layers, len(rows), end or self.max_positions), stops or starts
+        branch, stops = copy(self), stops or starts
+        branch.rows, branch.max_positions = len(rows), end or self.max_positions
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # which it may have been written in
-            if self._storage is not None:
-                branch._hold(self._storage[:, :, list(rows), :, : branch.written])
-                for row, stop in enumerate(stops):
-                    branch.entries(row, branch.written)[..., stop:, :] = 0
+            held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
+            for row, stop in enumerate(stops):
+                held[:, :, row, :, stop:] = 0
         return branch
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, places: "Places") -> tuple[Tensor, Tensor]:
-        """Writes keys and values (N, kv heads, head dim) of a layer that runs on PyTorch's kernels, whatever the others do.
-
-        Returns the layer's keys and values at all positions before the pass's last, (B, kv heads, S, head dim).
-        """
-        (_, heads, width), stop = keys.shape, places.stop
-        self.room(stop, heads, width, keys if self._storage is None else self._storage)
-        self.written = max(self.written, stop)
-        keys, values = (
-            _written(self.halves[2 * layer + index], new, places).to(new.dtype) for index, new in enumerate((keys, values))
-        )
-        return keys, values
-
-    def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        """The storage, (L, 2, B, kv heads, capacity >= stop, head dim), grown if necessary.
+    def reach(self, stop: int) -> Tensor:
+        """The storage, which moves if it has too little room for positions before `stop`: it grows by half, or to the end.
 
         The keys of a head are contiguous, because attention over a long text is bound by reading them. Places come in whole
         blocks, the last of them partly filled, so that kernels can read all and mask the rest.
         """
-        if self._storage is None:
-            self._hold(like.new_zeros(self._num_layers, 2, self.rows, kv_heads, 0, head_dim))
-        return self.reach(stop)
-
-    def reach(self, stop: int) -> Tensor:
-        """The storage, which has begun. It moves if it has too little room for positions before `stop`: it grows by half, or to
-        the end.
-        """
-        held = self._storage
-        assert held is not None
+        held = self.storage
         if held.shape[4] < stop:
             capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
             places = min(_in_blocks(self.written), held.shape[4])
@@ -117,15 +83,20 @@ class RowCache(KVCache):
 
     def matrices(self, rows: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By layer, the first three of LayerSlots, of all rows or some; of keys and values the blocks that were written."""
-        assert self._storage is not None
-        held, key = self._storage[:, :, rows], (_in_blocks(self.written), rows.start, rows.stop)
+        held, key = self.storage[:, :, rows], (_in_blocks(self.written), rows.start, rows.stop)
         if key not in self._matrices:
             keys, values = held[..., : key[0], :].flatten(2, 3).unbind(1)
             self._matrices = {key: list(zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True))}
         return self._matrices[key]
 
+    def half(self, index: int, stop: int) -> Tensor:
+        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, those of layer 1, ... of all rows."""
+        self.written = max(self.written, stop)
+        self.reach(stop)
+        return self._halves[index]
+
     def _hold(self, storage: Tensor) -> Tensor:
-        self._storage, self.halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
+        self.storage, self._halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
         return storage
 
 
@@ -155,28 +126,28 @@ class MixedCache(KVCache):
         of_shape = defaultdict[tuple[int, int], list[Entry]](list)
         for entry, shape in shapes.items():
             of_shape[shape].append(entry)
-        self.parts = [RowCache(-(-len(entries) // 2), batch_size, max_positions) for entries in of_shape.values()]
-        self.places = {
-            entry: (number, shape, index)
-            for number, (shape, entries) in enumerate(of_shape.items())
-            for index, entry in enumerate(entries)
-        }
+        self.parts: dict[tuple[int, int], RowCache] = {}  # by shape, once there are entries
+        self._pairs = {shape: -(-len(entries) // 2) for shape, entries in of_shape.items()}
+        self.places = {entry: (shape, index) for shape, own in of_shape.items() for index, entry in enumerate(own)}
+
+    def first(self, row: int) -> int:
+        return 0 if self.rolls_back else self.max_positions
 
     @property
     def memory(self) -> dict[int, int]:
         held = {state.data_ptr(): state.nbytes for state in self.states.values()}
-        return held | {address: size for part in self.parts for address, size in part.memory.items()}
+        return held | {address: size for part in self.parts.values() for address, size in part.memory.items()}
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.rows = len(rows)
         self.states = {state: held[:, rows] for state, held in self.states.items()}
-        for part in self.parts:
+        for part in self.parts.values():
             part.keep_rows(rows)
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, MixedCache)
-        for part, added in zip(self.parts, other.parts, strict=True):
-            part.join(added)
+        for shape, part in {**other.parts, **self.parts}.items():
+            self._part(shape, part.storage).join(other._part(shape, part.storage))
         for state in {*self.states, *other.states}:
             parts = [(self.states.get(state), self.rows), (other.states.get(state), other.rows)]
             like = max((held for held, _ in parts if held is not None), key=len)
@@ -190,35 +161,41 @@ class MixedCache(KVCache):
         """Without stops only the states before the starts are kept."""
         branch = copy(self)
         branch.rows, branch.max_positions, branch.states = len(rows), end or self.max_positions, {}
-        branch.parts = [part.branch(rows, starts, stops, end) for part in self.parts]
+        branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
         with torch.inference_mode():
             for state, held in self.states.items():
                 last = [(start - 1) % len(held) for start in starts]
                 branch.states[state] = held[last, rows][None] if stops is None else held[:, rows]
         return branch
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """As RowCache's."""
-        keys, values = (
-            _written(self.held((layer, kind), places.stop, new), new, places)
-            for kind, new in (("keys", keys), ("values", values))
-        )
-        return keys, values
-
     def held(self, entry: Entry, stop: int, like: Tensor) -> Tensor:
         """(B, heads, capacity >= stop, width): what all rows have of an entry."""
-        number, shape, index = self.places[entry]
-        part = self.parts[number]
-        part.written = max(part.written, stop)
-        part.room(stop, *shape, like)
-        return part.halves[index]
+        shape, index = self.places[entry]
+        return self._part(shape, like).half(index, stop)
+
+    def _part(self, shape: tuple[int, int], like: Tensor) -> RowCache:
+        """The entries of a shape, which begin with the first."""
+        if shape not in self.parts:
+            self.parts[shape] = RowCache((self._pairs[shape], *shape), self.rows, self.max_positions, like)
+        return self.parts[shape]
 
 
-def _written(held: Tensor, new: Tensor, places: Places) -> Tensor:
-    """Writes the entries (N, heads, width) of a pass; returns those (B, heads, S, width) of all positions before its end."""
-    rows, positions = (part.to(held.device, non_blocking=True) for part in (places.rows, places.positions))
-    held[rows, :, positions] = new.to(held.dtype)
-    return held[:, :, : places.stop]
+def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    """Writes keys and values (N, kv heads, head dim) of a layer that runs on PyTorch's kernels, whatever the others do.
+
+    Returns the layer's keys and values at all positions before the pass's last, (B, kv heads, S, head dim).
+    """
+    cache, found = places.cache, []
+    assert isinstance(cache, RowCache | MixedCache)
+    rows, positions = (part.to(keys.device, non_blocking=True) for part in (places.rows, places.positions))
+    for index, new in enumerate((keys, values)):
+        if isinstance(cache, RowCache):
+            held = cache.half(2 * layer + index, places.stop)
+        else:
+            held = cache.held((layer, ("keys", "values")[index]), places.stop, new)
+        held[rows, :, positions] = new.to(held.dtype)
+        found.append(held[:, :, : places.stop].to(new.dtype))
+    return found[0], found[1]
 
 
 class EntryWriter:
@@ -315,14 +292,14 @@ class SpanWriter:
             self.start, self.stop, self.contiguous = _places(positions)
         cache.written = max(cache.written, self.stop)
 
-    def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
+    def layers(self, start: int, stop: int) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
-        held, indices = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop, :, self._rows], None
+        held, indices = self._cache.reach(self.stop)[start:stop, :, self._rows], None
         if self.contiguous:
             slots = held[..., self.start : self.stop, :].unbind()
         else:
-            rows = torch.arange(self._positions.shape[0], device=like.device)[:, None]
-            slots, indices = held.unbind(), (rows, self._positions.to(like.device, non_blocking=True))
+            rows = torch.arange(self._positions.shape[0], device=held.device)[:, None]
+            slots, indices = held.unbind(), (rows, self._positions.to(held.device, non_blocking=True))
         views = self._cache.matrices(self._rows)[start:stop]
         return [LayerSlots(*of_layer, into, indices) for of_layer, into in zip(views, slots, strict=True)]
 

@@ -52,7 +52,7 @@ class TorchLayers(RepackedLayers):
         return 4 * (2 * spec.queries + 2 * spec.keys + 3 * max(spec.inner, inner) + 4 * spec.hidden)
 
     def new_cache(self, batch_size: int, max_positions: int) -> RowCache:
-        return RowCache(self.spec.layers, batch_size, max_positions)
+        return RowCache((self.spec.layers, self.spec.kv_heads, self.spec.head_dim), batch_size, max_positions, self.embedding)
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
@@ -84,7 +84,7 @@ class TorchLayers(RepackedLayers):
         # A pass that is recorded, which has positions on the device, has buffers of its own.
         keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
         space, stop = (self._kept if keeps else self._workspace)(*positions.shape), start + len(layers)
-        slots = writer.layers(start, stop, self.spec.kv_heads, self.spec.head_dim, hidden)
+        slots = writer.layers(start, stop)
         step, rows = self._step(writer, positions, slots[0].values.shape[1]), hidden.reshape(space.rows, -1).clone()
         for layer, kind, held in zip(layers, self.spec.kinds[start:stop], slots, strict=True):
             if only_kv:

@@ -22,6 +22,7 @@ from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..decoding.output import OutputText, RowStep, TokenLogprobs
+from ..decoding.target import NO_PREFIXES
 from ..errors import LayerSkipError
 from ..model import Backend, KVCache
 
@@ -55,25 +56,18 @@ class Update(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to decode it, and the receiver of its updates.
-
-    `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
-    sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
-    `stats`: counts so far. `reused`: the prompt's first tokens that needed no pass.
-    """
+    """A prompt, how to decode it, and the receiver of its updates."""
 
     ids: list[int]
     config: DecodingConfig
-    deliver: Callable[[Update], None]
-    isolated: bool = False
-    streams: bool = True
-    stats: DecodeStats = field(default_factory=DecodeStats)
-    reused: int = 0
+    deliver: Callable[[Update], None]  # is called in the thread that decodes, and must not raise
+    isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
+    streams: bool = True  # the text comes as it is verified, else all of it with the last update
+    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
+    reused: int = 0  # the prompt's first tokens that needed no pass
     _number: int = 0  # the older, the less
     _text: OutputText | None = None  # once it is being decoded
-    _unread: list[int] = field(default_factory=list)  # ids of which no text was made yet
-    _untold: list[TokenLogprobs] = field(default_factory=list)  # of these ids
-    _of_prompt: Sequence[TokenLogprobs] = ()  # until they are told
+    _untold: list[RowStep] = field(default_factory=list)  # steps of which no text was made yet
 
     def begin(self, decoder: Decoder) -> None:
         """Raises ConfigError for a prompt that does not fit."""
@@ -86,14 +80,13 @@ class Request:
         assert self._text is not None
         finished = step.finish_reason is not None
         self.stats += step.counts
-        self._unread += step.ids
-        self._untold += step.logprobs
-        self._of_prompt = step.prompt_logprobs or self._of_prompt
+        self._untold.append(step)
         if not (self.streams or finished):
             return Update("")
-        ids, logprobs, of_prompt = self._unread, self._untold, self._of_prompt
-        self._unread, self._untold, self._of_prompt = [], [], ()
-        return Update(self._text.add(ids, finished), step.finish_reason, None, logprobs, of_prompt)
+        steps, self._untold = self._untold, []
+        text = self._text.add([token for each in steps for token in each.ids], finished)
+        told = [one for each in steps for one in each.logprobs]
+        return Update(text, step.finish_reason, None, told, [one for each in steps for one in each.prompt_logprobs])
 
 
 @dataclass(eq=False)
@@ -155,24 +148,16 @@ class _Run:
         return done
 
     def fail(self, error: BaseException) -> list[Request]:
-        failed = list(self.rows.values())
-        self.rows.clear()
-        return _failed(failed, error)
+        failed, self.rows = self.rows, {}
+        return _failed(failed.values(), error)
 
-    def drop(self, request: Request) -> bool:
+    def drop(self, request: Request | Embedding) -> bool:
         """Gives up a request. Returns whether it is here."""
         found = [row for row, running in self.rows.items() if running is request]
         for row in found:
             self.loop.drop(row)
             del self.rows[row]
         return bool(found)
-
-
-class _Failed(Exception):
-    """Requests that an error has ended, which were told."""
-
-    def __init__(self, requests: "list[Request]") -> None:
-        self.requests = requests
 
 
 class Scheduler:
@@ -182,11 +167,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        batch_size: int,
-        earlier: EarlierAnswers | None = None,
-        prefixes: Prefixes | None = None,
+        self, decoder: Decoder, batch_size: int, earlier: EarlierAnswers | None = None, prefixes: Prefixes = NO_PREFIXES
     ) -> None:
         """`earlier`: answers that lookups of every request search too; each answer is added to them.
 
@@ -219,7 +200,7 @@ class Scheduler:
         if request in self._queue(request):
             self._queue(request).remove(request)
             return True
-        found = isinstance(request, Request) and any(run.drop(request) for run in (*self._groups.values(), *self._aside))
+        found = any(run.drop(request) for run in (*self._groups.values(), *self._aside))
         self._forget_empty()
         return found
 
@@ -230,12 +211,8 @@ class Scheduler:
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
-        pending = sum(run.loop.pending for run in self._groups.values())
-        while not blocked and pending < _PREFILLED and self.running < self._batch_size and self._next_has_room():
-            try:
-                pending += self._join(self._aside.popleft() if self._aside else self._begun(self._waiting.popleft()))
-            except _Failed as failed:
-                done += failed.requests
+        while not blocked and self._pending < _PREFILLED and self.running < self._batch_size and self._next_has_room():
+            done += self._take_in()
         room = _PREFILLED
         for run in list(self._groups.values()):
             run.loop.piece = room
@@ -250,11 +227,14 @@ class Scheduler:
         """Ends all requests with an error, and returns them."""
         decoding = (request for run in (*self._groups.values(), *self._aside) for request in run.rows.values())
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
-        self._waiting.clear()
-        self._embeddings.clear()
-        self._groups.clear()
-        self._aside.clear()
+        for held in (self._waiting, self._embeddings, self._groups, self._aside):
+            held.clear()
         return _failed(requests, error)
+
+    @property
+    def _pending(self) -> int:
+        """How many tokens of prompts have to run."""
+        return sum(run.loop.pending for run in self._groups.values())
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
@@ -277,13 +257,13 @@ class Scheduler:
             return self._has_room(*self._aside[0].rows.values())
         return bool(self._waiting) and self._has_room(self._waiting[0])
 
-    def _has_room(self, request: "Request | Embedding") -> bool:
+    def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
         cache = self._decoder.backend.new_cache()
-        needed = cache.lacking([len(request.ids) + request.stats.new_tokens + 1]) + self.running
-        while needed > cache.free_pages and self._prefixes is not None and self._prefixes.drop():
+        stops = [len(request.ids) + request.stats.new_tokens + 1]
+        while cache.spare(stops) < self.running and self._prefixes.drop():
             pass
-        return needed <= cache.free_pages or not self.running
+        return not self.running or cache.spare(stops) >= self.running
 
     def _make_room(self, run: _Run) -> bool:
         """Memory for a run's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
@@ -291,12 +271,9 @@ class Scheduler:
         Returns whether it has rows then.
         """
         while run.rows:
-            needed, free = run.loop.lacking()
-            if needed <= free:
+            if run.loop.spare() >= 0:
                 return True
-            if self._prefixes is not None and self._prefixes.drop():
-                continue
-            if self._embeddings and self._embeddings[0].give_back():
+            if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
                 continue
             others = [(row, other) for other in self._groups.values() if other.loop.can_wait for row in other.rows]
             if len(others) < 2:  # then this one cannot go on
@@ -305,39 +282,41 @@ class Scheduler:
             self._aside.appendleft(_Run(youngest.loop.set_aside(row), {row: youngest.rows.pop(row)}))
         return False
 
-    def _begun(self, request: Request) -> "_Run":
-        """A request in a loop of its own. Raises _Failed for one that cannot be decoded, which is told."""
-        decoder, config = self._decoder, request.config
-        try:
-            request.begin(decoder)
-            options: dict[str, Any] = {"seeds": [config.seed], "earlier": self._earlier, "prefixes": self._prefixes}
-            loop = DecodingLoop(decoder.backend, [request.ids], config, decoder.ends_of(config), decoder.detokenize, **options)
-        except BaseException as error:
-            raise _Failed(_failed([request], error)) from error
-        request.reused = loop.reused_tokens
-        return _Run(loop, {0: request})
-
-    def _join(self, run: "_Run") -> int:
-        """Its request joins the loop with its settings. Returns how many tokens have to run first. Raises _Failed."""
-        [request], pending = run.rows.values(), run.loop.pending
-        # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
+    def _take_in(self) -> list[Request]:
+        """The next request joins the loop with its settings. Returns the requests that an error ends."""
+        if self._aside:
+            run = self._aside.popleft()
+        else:
+            request = self._waiting.popleft()
+            try:
+                run = self._begun(request)
+            except BaseException as error:  # it cannot be decoded
+                return _failed([request], error)
+        [request] = run.rows.values()
         config = request.config
-        key: Hashable = request if self._is_single(request) else (config.shared, config.changes_logits, config.logprobs is None)
+        is_single = request.isolated or bool(config.exit_confidence) or self._decoder.backend.exact
+        # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
+        key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
         group = self._groups.setdefault(key, run)
         if group is not run:
             try:
                 group.rows |= zip(group.loop.join(run.loop), [request], strict=True)
             except BaseException as error:  # the group's own loop may have been changed in part
-                raise _Failed([*self._groups.pop(key).fail(error), *run.fail(error)]) from error
-        return pending
+                return [*self._groups.pop(key).fail(error), *run.fail(error)]
+        return []
+
+    def _begun(self, request: Request) -> _Run:
+        """A request in a loop of its own."""
+        decoder, config = self._decoder, request.config
+        request.begin(decoder)
+        options: dict[str, Any] = {"seeds": [config.seed], "earlier": self._earlier, "prefixes": self._prefixes}
+        loop = DecodingLoop(decoder.backend, [request.ids], config, decoder.ends_of(config), decoder.detokenize, **options)
+        request.reused = loop.reused_tokens
+        return _Run(loop, {0: request})
 
     def _forget_empty(self) -> None:
         self._groups = {key: run for key, run in self._groups.items() if run.rows}
         self._aside = deque(run for run in self._aside if run.rows)
-
-    def _is_single(self, request: Request) -> bool:
-        """Whether no other can share its loop."""
-        return request.isolated or bool(request.config.exit_confidence) or self._decoder.backend.exact
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:

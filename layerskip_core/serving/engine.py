@@ -1,37 +1,44 @@
 """A thread that decodes requests, for callers in other threads."""
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from ..decoding import Prefixes
-from ..decoding.drafters.lookup import EarlierAnswers
-from . import Embedding, QueueFull, Request, Scheduler, Stopped
+from . import Embedding, QueueFull, Request, Scheduler, Stopped, Update
+
+
+class Updates:
+    """Updates of requests, by their numbers, as the event loop reads them in which this was made."""
+
+    def __init__(self) -> None:
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Update]]()
+
+    def deliver(self, number: int, update: Update) -> None:
+        """In any thread."""
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
+
+    async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
+        """Until `count` requests had their last."""
+        while count:
+            number, update = await self._queue.get()
+            count -= update.is_last
+            yield number, update
 
 
 class Engine:
-    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
+    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
-    Attributes:
-        held: how many requests wait or are being decoded.
-        running: how many of them are being decoded.
-        is_stopped: whether it was stopped, or failed: it takes no requests any more.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch_size: int,
-        queue_size: int,
-        earlier: EarlierAnswers | None = None,
-        prefixes: Prefixes | None = None,
-    ) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. The others are Scheduler's."""
-        self.held = self.running = 0
-        self.is_stopped = False
-        self._scheduler = Scheduler(decoder, batch_size, earlier, prefixes)
+    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `kept`: the Scheduler's."""
+        self.held = self.running = 0  # requests that wait or are being decoded; those that are
+        self.is_stopped = False  # or has failed: it takes no requests any more
+        self._scheduler = Scheduler(decoder, batch_size, **kept)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()

@@ -23,6 +23,8 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import NativeBackend, TransformersBackend
+from layerskip_core.model import cache as caches
+from layerskip_core.model.cache import memory_budget
 from layerskip_core.prompting import PromptTemplate, encode_prompt
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
@@ -152,13 +154,14 @@ def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
 @pytest.mark.parametrize("by_transformers", [False, True], ids=["lean", "transformers"])
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype, itemsize, by_transformers, monkeypatch):
-    """0.8 of the memory takes the weights, of which transformers has read its own already, and a byte for each of the copy."""
+    """Beside keys and values (a fifth of the memory by default) the weights have room, and a byte for each of the copy."""
     if by_transformers:
         monkeypatch.setattr(opening, "_lean_source", lambda *_: None)
 
-    def sides(available):
-        monkeypatch.setattr(opening, "available_memory", lambda: available)
-        decoder = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True))
+    def sides(available, kv_megabytes=None):
+        monkeypatch.setattr(caches, "available_memory", lambda: int(available))
+        memory = None if kv_megabytes is None else memory_budget(kv_megabytes)[1]
+        decoder = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True), memory=memory)
         backend, told = decoder.backend, " ".join(decoder.notes)
         if not isinstance(backend, NativeBackend):
             pytest.skip("no kernels were built here")
@@ -168,8 +171,10 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype,
         return list(backend.draft_sides), backend.spec.parameters
 
     _, parameters = sides(0)
-    needed = parameters * (itemsize + 1) / 0.8 - by_transformers * parameters * itemsize
-    assert sides(0.999 * needed) == ([None], parameters) and sides(1.001 * needed) == ([None, "int8"], parameters)
+    needed = parameters * (itemsize + 1)
+    for taken in (None, 1, 2**20):
+        all_free = needed / 0.8 if taken is None else needed + taken * 2**20
+        assert sides(all_free - 9, taken) == ([None], parameters) and sides(all_free + 9, taken) == ([None, "int8"], parameters)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_an_answer_that_was_left_is_a_turn_as_far_as_it_came(loaded):
     expected = TextStream(loaded, loaded.encode_prompt("on", [("go", piece)]), PLAIN)
     assert first + "".join(pieces) == "".join(expected)
     assert piece + more + "".join(left) == "".join(TextStream(loaded, "go", PLAIN))
-    assert following.reused_tokens >= len(loaded.encode_prompt("go"))
+    assert following.decoding.reused_tokens >= len(loaded.encode_prompt("go"))
     with pytest.raises(ContextError):
         dialogue.ask(LONG)
     with pytest.raises(ConfigError, match="valid Unicode"):

@@ -135,15 +135,17 @@ class OnKernels:
         with compiled.requesting(variant):
             model = tiny_model("llama", dtype, **SHAPE)
             self.backend = native_or_skip(model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored))
-        like, vocab = torch.zeros(0, dtype=torch.float64), self.backend.spec.vocab
-        self.torch = PlacedEagle3(stored, 6, vocab, like, lambda matrix: partial(F.linear, weight=matrix.double()))
+        self.like, vocab = torch.zeros(0, dtype=torch.float64), self.backend.spec.vocab
+        self.shape = 7, form.kv_heads, form.head_dim
+        self.torch = PlacedEagle3(stored, 6, vocab, self.like, lambda matrix: partial(F.linear, weight=matrix.double()))
         self.states, self.before = torch.randn(2, 9, form.hidden), torch.randn(2, 9, form.hidden)
 
     def run(self, drafter, dtype, first=0, cache=None, rows=slice(None)):
         """The head's logits of the entries from the `first` on."""
         states, before = (part[rows, first:].to(dtype) for part in (self.states, self.before))
         count = len(states)
-        cache = cache or (RowCache(7, count, 16) if drafter is self.torch else self.backend.new_cache(count))
+        of_torch = RowCache(self.shape, count, 16, self.like)
+        cache = cache or (of_torch if drafter is self.torch else self.backend.new_cache(count))
         states, before = (part.flatten(0, 1) for part in (states, before))
         return drafter.head(drafter.run(None, states, before, cache.span(1 + first, 10))).view(count, 9 - first, -1)
 

@@ -14,6 +14,7 @@ from torch import tensor
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, sampling
 from layerskip_core.decoding.drafters import Draft
+from layerskip_core.decoding.output import Row
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
@@ -190,7 +191,8 @@ def test_an_interrupt_ends_a_decoding(backend, monkeypatch):
     with monkeypatch.context() as patched:  # after the tokens were added to the output
         decoding = decode(backend, prompt_of(9), config)
         next(decoding)
-        patched.setattr(DecodingLoop, "_go_on", interrupt)
+        commit = Row.commit
+        patched.setattr(Row, "commit", lambda *given: interrupt(commit(*given)))
         with pytest.raises(KeyboardInterrupt):
             next(decoding)
     assert list(decoding) == []
@@ -222,7 +224,7 @@ class TableModel:
         return DraftHead(self.unembed)
 
     def new_cache(self, batch_size=1, max_positions=None):
-        return RowCache(2, batch_size, max_positions)
+        return RowCache((2, 1, 1), batch_size, max_positions, torch.empty(0))
 
     def embed(self, ids):
         return torch.stack((ids, torch.zeros_like(ids), torch.zeros_like(ids)), dim=-1)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_bpe import text_bpe
 
-from layerskip_core.decoding import DecodeStats, StopScanner
-from layerskip_core.decoding.output import OutputText, step_counts
+from layerskip_core.decoding import DecodeStats
+from layerskip_core.decoding.output import OutputText, StopScanner, step_counts
 
 SPECIAL = -1
 WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]

@@ -111,8 +111,22 @@ def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
 
 def test_only_what_was_replayed_is_counted(model):
     passes = 24 - 1  # after the prefill
-    for prefixes, replayed in ((None, passes - 2), (None, passes), (Prefixes(inf), 0)):
+    for prefixes, replayed in ((None, passes - 2), (None, passes), (Prefixes(inf), passes)):
         assert answer_of(model, PROMPT, PLAIN, prefixes=prefixes)[2].replayed == replayed
+
+
+@pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
+def test_a_conversation_goes_on_in_the_recorded_cache(gpu, model, config):
+    """Another text's numbers that stand there are overwritten, and those of a text that is kept stay its own."""
+    prefixes, text = Prefixes(inf, least=1), list(PROMPT)
+    for turn in range(3):
+        decoding = decode(model, text, config, prefixes=prefixes)
+        found = ids_of(decoding)
+        assert found == on_cpu(text) and decoding.stats.replayed > 0 and (decoding.reused_tokens > 0) == (turn > 0)
+        assert ids_of(decode(model, OTHER, config)) == on_cpu(OTHER)
+        text = [*text, *found, 7 + turn, 9]
+    again = decode(model, [*PROMPT, *on_cpu(PROMPT), 30], config, prefixes=prefixes)  # as the first turn, then otherwise
+    assert ids_of(again) == on_cpu([*PROMPT, *on_cpu(PROMPT), 30]) and again.reused_tokens > len(PROMPT)
 
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
@@ -154,7 +168,7 @@ def test_recorded_passes_see_no_key_that_the_mask_hides(model):
             return model.unembed(hidden).cpu()
 
         expected = run()
-        recorder.cache._storage[..., 9:, :] = 1e3
+        recorder.cache.storage[..., 9:, :] = 1e3
         assert torch.equal(run(), expected)
         usual = model.run_layers(model.embed(newest), 0, 3, recorder.cache.span(5, 9))
         torch.testing.assert_close(model.unembed(usual).cpu(), expected)

@@ -80,7 +80,7 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
-    assert torch.equal(Sampler(settings, CPU, 4).choose(logits, None, range(4)), logits.argmax(-1))
+    assert torch.equal(Sampler(settings, CPU, [0] * 4).choose(logits, None, range(4)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 49, 49152])
@@ -174,7 +174,7 @@ def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        sampler = Sampler(DecodingConfig(temperature=1), CPU, 40, range(seed, seed + 40))
+        sampler = Sampler(DecodingConfig(temperature=1), CPU, range(seed, seed + 40))
         return sampler.choose(logits, None, range(40)).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)

@@ -82,7 +82,7 @@ def pruned_drafts(skip):
     with torch.inference_mode():
         prompt = whole.embed(torch.tensor([PROMPT[:last]]))
         whole.run_layers(prompt, 0, LAYERS, at(before, full))
-        held = entries(full.parts[0])[:, :, None]
+        held = entries(full)[:, :, None]
         for place, index in enumerate(kept):
             PositionCache(EntryWriter(cache, before)).update(*held[index, ..., :last, :], place)
         for place in range(last, last + MOST):

@@ -9,9 +9,9 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, dialogue, step_counts
+from layerskip_core.decoding import decode, dialogue
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.output import RowStep
+from layerskip_core.decoding.output import RowStep, step_counts
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256

@@ -140,7 +140,7 @@ def check_propagation(backend, ids):
         backend.write_kv(hidden, 1, LAYERS, at(positions, caches[0]))
         for layer in range(1, LAYERS):
             backend.run_layers(hidden, layer, layer + 1, at(positions, caches[1]))
-    for written, expected in zip(*(cache.parts for cache in caches), strict=True):
+    for written, expected in zip(*(cache.parts.values() for cache in caches), strict=True):
         for row in range(written.capacity and 2):
             torch.testing.assert_close(entries(written, row), entries(expected, row))
 

@@ -22,15 +22,15 @@ class Rows:
     """Of a RowCache."""
 
     def new(self, count):
-        return RowCache(LAYERS, count, CONTEXT)
+        return RowCache((LAYERS, HEADS, SIZE), count, CONTEXT, LIKE)
 
     def write(self, cache, row, start, numbers):
         stop = SpanWriter(cache, torch.tensor([[start + numbers.shape[3] - 1]] * cache.rows)).stop
         with torch.inference_mode():
-            cache.room(stop, HEADS, SIZE, LIKE)[:, :, row, :, start:stop] = numbers
+            cache.reach(stop)[:, :, row, :, start:stop] = numbers
 
     def read(self, cache, row, stop):
-        return cache.entries(row, stop)
+        return cache.storage[:, :, row, :, :stop]
 
 
 class Pages:
@@ -39,7 +39,7 @@ class Pages:
     window = None
 
     def __init__(self):
-        self.pool = PagePool(LAYERS, HEADS, SIZE, torch.float32, window=self.window)
+        self.pool = PagePool((LAYERS, HEADS, SIZE), torch.float32, window=self.window)
 
     def new(self, count):
         return PagedCache(self.pool, count, CONTEXT)
@@ -143,19 +143,19 @@ def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
         moved.append(cache.capacity)
         return hold(cache, storage)
 
+    cache = RowCache((LAYERS, HEADS, SIZE), 1, end, LIKE)
     monkeypatch.setattr(RowCache, "_hold", counted)
-    cache = RowCache(LAYERS, 1, end)
     for stop in range(prompt, min(end, 3000) + 1):
-        cache.room(SpanWriter(cache, torch.tensor([[stop - 1]])).stop, HEADS, SIZE, LIKE)
+        cache.reach(SpanWriter(cache, torch.tensor([[stop - 1]])).stop)
         assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
         _, keys, values = cache.matrices(slice(None))[-1]  # read as a whole
         assert stop <= keys.shape[2] == values.shape[1] <= stop + 63
-    assert len(moved) - 1 == moves and sum(moved) <= 2 * cache.capacity
+    assert len(moved) == moves and sum(moved) <= 2 * cache.capacity
 
 
 def test_pages_are_given_back_and_taken_again():
     """Without a row there is no page, and as many rows again take no more memory."""
-    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
 
     def texts(count):
         cache = PagedCache(pool, count, CONTEXT)
@@ -175,7 +175,7 @@ def test_pages_are_given_back_and_taken_again():
 
 
 def test_a_prefix_shares_all_pages_but_the_last():
-    pool = PagePool(LAYERS, HEADS, SIZE, torch.float32)
+    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
     cache = PagedCache(pool, 1, CONTEXT)
     cache.addresses(cache.span(200, 201))
     branches = [cache.branch([0], [200]) for _ in range(5)]

@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.folder import open_weights
 from layerskip_core.checkpoint.save import save_checkpoint, write_model
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding.drafters.knowledge import _usual_times
+from layerskip_core.decoding.drafters.estimates import PassTimes
 from layerskip_core.model import ModelSpec, TorchBackend, missing_feature
 from layerskip_core.model.native import suits_kernels
 
@@ -82,7 +82,7 @@ def test_a_pass_of_more_tokens_reads_more_experts():
         assert spec.weights_read(rows) == pytest.approx(rest + experts * (1 - (5 / 8) ** rows))
     dense = ModelSpec.of(tiny_model("llama", torch.float32).config)
     assert dense.weights_read(1) == dense.weights_read(9) == dense.parameters - 67 * 32
-    ours, theirs = _usual_times(0.1, spec), _usual_times(0.1, dense)
+    ours, theirs = PassTimes.usual(0.1, spec), PassTimes.usual(0.1, dense)
     assert (
         ours[0] == theirs[0] == 1
         and ours[1] > 1.3 > theirs[1]

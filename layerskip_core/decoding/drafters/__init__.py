@@ -100,20 +100,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class DrafterSetup:
-    """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
-
-    `recorder`: of the passes of this decoding, if they are recorded. `earlier`: answers that lookups search too.
-    `prefixes`: texts that prompts may begin with.
-    """
+    """What a drafter is made for."""
 
     model: Backend
     sampler: Sampler
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
-    reuse_exit_states: bool = True
-    recorder: Recorder | None = None
-    earlier: "EarlierAnswers | None" = None
-    prefixes: "Prefixes | None" = None
+    reuse_exit_states: bool = True  # whether the target may go on from the drafter's hidden states
+    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
+    earlier: "EarlierAnswers | None" = None  # that lookups search too
+    prefixes: "Prefixes | None" = None  # that prompts may begin with
 
 
 class Drafter(Protocol):

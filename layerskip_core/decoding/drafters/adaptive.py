@@ -14,9 +14,9 @@ import torch
 from ...model.backend import DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from . import Context, Draft, DrafterSetup
-from .estimates import NO_OTHERS, Acceptance
+from .estimates import NO_OTHERS, Acceptance, Arm
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
-from .knowledge import Arm, Drafting, knowledge_of
+from .knowledge import Drafting, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _LONGER = 1.25  # a draft that stays certain may be this many times as long as is best on average

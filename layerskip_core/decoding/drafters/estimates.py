@@ -5,9 +5,12 @@ And the length of a draft that is best by them.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from math import log, log2, prod, sqrt
+from math import hypot, inf, log, log2, prod, sqrt
+
+from ...model.spec import AnySpec
 
 STRENGTH = 4.0  # observations that a prior counts as
 TIMES = 0.07  # weight of a newly measured time
@@ -89,6 +92,16 @@ class PassTimes:
         self._first = list(accumulate(times, max))
         self._times = list(self._first)
         self._weights = [0.0] * len(numbers)
+
+    @staticmethod
+    def usual(row_cost: float, spec: AnySpec) -> list[float]:
+        """Of passes of 1, 2, ... tokens, which wait for memory as long as these are few, and for arithmetic if they are many.
+
+        Tokens choose other experts, so that memory gives more weights for more tokens.
+        """
+        read = spec.weights_read(1)
+        times = [hypot(spec.weights_read(n) / read, row_cost * n) for n in range(1, 2 ** (POWERS - 1) + 1)]
+        return [time / times[0] for time in times]
 
     def of_part(self, of_one: float, share: float) -> "PassTimes":
         """Times of other passes: of one token `of_one`, and of each token more this `share` of what it takes here."""
@@ -233,3 +246,48 @@ class Pace:
         self.each = (y - self.factor * x) / (count + _ORIGIN)
         if self.each < 0:
             self.each, self.factor = 0.0, only_steps
+
+
+@dataclass(eq=False)
+class Arm:
+    """One way to draft, and what is known about it."""
+
+    name: str
+    acceptance: Acceptance
+    steps: PassTimes  # of its layers, by their rows
+    pace: Pace  # of the drafts of all arms with the same kernels
+    share: float  # of a pass of the target that is left to verify its drafts
+    calibration: Calibration
+    tries: float  # rounds of it whose times were measured
+    reach: float  # it drafts for texts of fewer tokens
+    length: int = 1  # of the draft that was last found best
+    last_choice: int = 0  # the number of the choice at which it was chosen, or up to which it has faded
+
+    def __post_init__(self) -> None:
+        self.ahead = int(self.share < 1)  # passes besides one per token: 1 where the target needs the last draft's state
+
+    def fade(self, choice: int) -> None:
+        """Before the choice with this number: without a try for long, it may have been unlucky, or its times disturbed."""
+        rounds, self.last_choice = choice - 1 - self.last_choice, choice - 1
+        if rounds:
+            self.acceptance.fade(rounds)
+            self.steps.fade(rounds)
+
+    def step(self, rows: int, pace: float) -> float:
+        """The time of a step; as far as this arm was not tried, by the times of arms with the same kernels.
+
+        `pace`: of the target's passes, if none of them was tried.
+        """
+        pace = self.pace.factor if self.pace.tries else pace
+        own, usual = self.steps.of(rows), pace * self.steps.of(rows, at_first=True)
+        trust = 1.0 if self.tries == inf else self.tries / (self.tries + STRENGTH)
+        return trust * own + (1 - trust) * usual
+
+    def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
+        """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
+        self.tries += 1
+        count = drafted + self.ahead
+        self.pace.observe(count * self.steps.of(rows, at_first=True), draft_time)
+        self.steps.observe(rows, max(draft_time - self.pace.each, LEAST_STEPS * draft_time) / count)
+        if self.ahead:
+            self.share += TIMES * (min(verify_time / whole_pass, 1.0) - self.share)

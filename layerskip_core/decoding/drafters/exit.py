@@ -5,10 +5,12 @@ ACL 2024) with all layers but some, and a drafter in the EAGLE-3 layout with non
 attention and MLP blocks one by one; here whole layers are skipped, and the target goes on from the layers before the first one.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,9 @@ from ...config.decoding import DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
-from ...model.cache import on_device
+from ...model.cache import Places, on_device
 from ...model.eagle3 import NO_DRAFTER
-from ..target import FixedTarget, Prefixes
+from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
 
 DRAFT_MODEL = "draft model"  # in reports
@@ -28,22 +30,21 @@ _NO_ENDS = DraftEnds()
 
 
 class _ByRow:
-    """Values of rows in the order in which they came; each part has some rows'."""
+    """Values of rows in the order in which they came."""
 
-    def __init__(self, batch: int) -> None:
-        self.parts: list[Tensor] = []
-        self.places: list[list[int]] = [[] for _ in range(batch)]  # by row: of its values among all
+    def __init__(self) -> None:
+        self.parts, self.rows = list[Tensor](), list[int]()  # the row of each value
 
     def add(self, values: Tensor, rows: Sequence[int]) -> None:
-        """`rows`: the row of each value."""
-        for place, row in enumerate(rows, start=sum(map(len, self.places))):
-            self.places[row].append(place)
         self.parts.append(values)
+        self.rows += rows
 
     def by_row(self, counts: Sequence[int]) -> Tensor:
         """The first values of each row, so many, row by row."""
-        values = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        order = [place for places, count in zip(self.places, counts, strict=True) for place in places[:count]]
+        values, places = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts), [list[int]() for _ in counts]
+        for place, row in enumerate(self.rows):
+            places[row].append(place)
+        order = [place for own, count in zip(places, counts, strict=True) for place in own[:count]]
         return values if order == list(range(len(values))) else values[on_device(order, values)]
 
 
@@ -59,15 +60,13 @@ class _Unfinished:
     """
 
     def __init__(self, context: Context, rooms: list[int], feature: Tensor | None) -> None:
-        batch = len(rooms)
         self.context, self.rooms, self.step = context, rooms, 0
-        self.going, self.token, self.feature = list(range(batch)), context.newest, feature
-        self.tokens, self.probs, self.states = _ByRow(batch), _ByRow(batch), dict[int, _ByRow]()
-        self.run, self.unread = [0] * batch, list[tuple[list[int], Tensor]]()
+        self.going, self.token, self.feature = list(range(len(rooms))), context.newest, feature
+        self.tokens, self.probs, self.states = _ByRow(), _ByRow(), defaultdict[int, _ByRow](_ByRow)
+        self.run, self.unread = [0] * len(rooms), list[tuple[list[int], Tensor]]()
         self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]
         self.tokens.add(context.newest, self.going)
-        if kept := self.narrow():
-            self.token = self.token[on_device(kept, self.token)]
+        [self.token] = self.narrow(self.token)
 
     def add(self, tokens: Tensor, rows: Sequence[int]) -> None:
         """Further drafts, which did not run: one of each row, or several of the only one."""
@@ -75,14 +74,16 @@ class _Unfinished:
         self.token = torch.cat((self.token, tokens))
         self.step += len(tokens) // len(self.going)
 
-    def narrow(self) -> list[int]:
-        """To the rows that have room: their places among those before, if some had none and some have."""
-        kept, before = [place for place, row in enumerate(self.going) if self.rooms[row] > self.step], len(self.going)
+    def narrow(self, *parts: Tensor | None) -> list[Any]:
+        """To the rows that have room, if there are any; the same of what has a value for each row before."""
+        kept = [place for place, row in enumerate(self.going) if self.rooms[row] > self.step]
+        every = len(kept) in (0, len(self.going))
         self.going = [self.going[place] for place in kept]
-        if len(kept) in (0, before):
-            return []
-        self.feature = None if self.feature is None else self.feature[on_device(kept, self.feature)]
-        return kept
+        if every:
+            return [*parts]
+        parts = (self.feature, *parts)
+        self.feature, *rest = (part if part is None else part[on_device(kept, part)] for part in parts)
+        return rest
 
 
 class ExitDrafter:
@@ -150,7 +151,7 @@ class ExitDrafter:
             logits, probs = self._judged(made, self._run(made), ends)
             if made.going:
                 self._choose(made, logits, probs, ends)
-        rooms, counts = made.rooms, [len(places) - 1 for places in made.tokens.places]
+        rooms, counts = made.rooms, [made.tokens.rows.count(row) - 1 for row in range(len(limits))]
         if made.unread:
             rows = chain.from_iterable(rows for rows, _ in made.unread)
             for row, prob in zip(rows, torch.cat([largest for _, largest in made.unread]).tolist(), strict=True):
@@ -181,16 +182,20 @@ class ExitDrafter:
 
     def _run(self, made: "_Unfinished") -> Tensor:
         """The logits (G, N) after the last token of each row that goes on."""
-        side, submodel = self._side, self.submodel
         counts = [made.step + 1 - run if row in made.going else 0 for row, run in enumerate(made.run)]
-        places = made.context.places(counts, made.run)
-        reached = states_at(side.layers, side.layers.embed(made.token), submodel.stops, places)
-        logits, made.feature = beyond_exit(side, submodel, reached[self._exit], places, made.feature)
-        rows = [row for row in made.going for _ in range(counts[row])]
-        for stop, states in reached.items():
-            made.states.setdefault(stop, _ByRow(len(counts))).add(states, rows)
-        made.run = [run + count for run, count in zip(made.run, counts, strict=True)]
+        reached, places = self._through(made, made.token, counts)
+        logits, made.feature = beyond_exit(self._side, self.submodel, reached, places, made.feature)
         return logits[-len(made.going) :]
+
+    def _through(self, made: "_Unfinished", tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Places]:
+        """The states at the exit of the next tokens of each row, so many, and their places. They are kept."""
+        layers, places = self._side.layers, made.context.places(counts, made.run)
+        reached = states_at(layers, layers.embed(tokens), self.submodel.stops, places)
+        rows = [row for row, count in enumerate(counts) for _ in range(count)]
+        for stop, states in reached.items():
+            made.states[stop].add(states, rows)
+        made.run = [run + count for run, count in zip(made.run, counts, strict=True)]
+        return reached[self._exit], places
 
     def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> tuple[Tensor, Tensor | None]:
         """The logits as the sampler reads them, and what it draws from, of the rows that go on after these."""
@@ -210,9 +215,7 @@ class ExitDrafter:
                     made.rooms[row] = ends.length(made.likely[row], made.rooms[row])
             else:
                 made.unread.append((made.going, largest))
-        if kept := made.narrow():
-            index = on_device(kept, logits)
-            logits, probs = logits[index], None if probs is None else probs[index]
+        logits, probs = made.narrow(logits, probs)
         return logits, probs
 
     def _choose(self, made: "_Unfinished", logits: Tensor, probs: Tensor | None, ends: DraftEnds) -> None:
@@ -228,20 +231,15 @@ class ExitDrafter:
             for row, new in zip(made.going, token.tolist(), strict=True):
                 made.ids[row].append(new)
                 made.rooms[row] = made.step if new in ends.ids else made.rooms[row]
-        if kept := made.narrow():
-            made.token = token[on_device(kept, token)]
+        [made.token] = made.narrow(token)
 
     def _completed(self, made: "_Unfinished", counts: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
         """The states of all tokens, after the last of them have run."""
         lacking = [max(0, count + 1 - run) for count, run in zip(counts, made.run, strict=True)]
-        layers, stops = self._side.layers, self.submodel.stops
         if any(lacking):
             parts = torch.split(tokens, [count + 1 for count in counts])
             last = torch.cat([part[len(part) - count :] for part, count in zip(parts, lacking, strict=True)])
-            places = made.context.places(lacking, made.run)
-            rows = [row for row, count in enumerate(lacking) for _ in range(count)]
-            for stop, states in states_at(layers, layers.embed(last), stops, places).items():
-                made.states[stop].add(states, rows)
+            self._through(made, last, lacking)
         return {stop: states.by_row([count + 1 for count in counts]) for stop, states in made.states.items()}
 
     def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
@@ -256,7 +254,7 @@ class ModelDrafter:
 
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
-        self.model, self._prefixes = setup.model.draft_model, setup.prefixes or Prefixes(0)
+        self.model, self._prefixes = setup.model.draft_model, setup.prefixes or NO_PREFIXES
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
         own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
@@ -288,28 +286,24 @@ class ModelDrafter:
         for index in reversed(range(len(counts))):
             if self._spare(counts, allowed) < 0:  # then the oldest rows draft
                 counts[index] = allowed[index] = 0
-        if any(counts):
-            self._run(context, counts)
-            for index, (ids, count) in enumerate(zip(context.ids, counts, strict=True)):
-                if count >= _KEPT and self._spare([0] * len(counts), allowed) >= 1:
-                    ids = list(ids[: self._filled[context.rows[index]]])
-                    self._prefixes.keep(self.model, self._target, ids, self._cache, index)
-        return allowed
-
-    def _run(self, context: Context, counts: Sequence[int]) -> None:
-        """A pass over the next tokens of each row, so many."""
+        if not any(counts):
+            return allowed
         own, tokens = self._own(context), list[int]()
         for row, ids, start, count in zip(context.rows, context.ids, own.filled, counts, strict=True):
             tokens += ids[start : start + count]
             self._filled[row] += count
         hidden = self.model.embed(torch.tensor(tokens).to(self.model.device, non_blocking=True))
         self.model.run_layers(hidden, 0, self.model.num_layers, own.places(counts, [0] * len(counts)))
+        for index, (row, ids, count) in enumerate(zip(context.rows, context.ids, counts, strict=True)):
+            if count >= _KEPT and self._spare([0] * len(counts), allowed) >= 1:
+                self._prefixes.keep(self.model, self._target, ids[: self._filled[row]], self._cache, index)
+        return allowed
 
     def _spare(self, counts: Sequence[int], limits: Sequence[int]) -> float:
         """How many pages there may be besides those that rows need for so many tokens and drafts."""
         sizes = zip(self._filled.values(), counts, limits, strict=True)
         stops = [filled + count + limit + (limit > 0) for filled, count, limit in sizes]
-        return self._cache.free_pages - self._cache.lacking(stops)
+        return self._cache.spare(stops)
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())
@@ -341,10 +335,9 @@ def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
             raise ConfigError(f"`strategy` eagle3: {NO_DRAFTER}", "strategy")
         return ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
     if config.strategy == "draft-and-verify":
-        name = f"{model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
-        return ExitDrafter(
-            setup, weights, Submodel(*kept_layers(config.skip, model.num_layers)), f"{weights or ''} {name}".strip()
-        )
+        kept = Submodel(*kept_layers(config.skip, model.num_layers))
+        name = f"{weights or ''} {model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
+        return ExitDrafter(setup, weights, kept, name.strip())
     assert config.exit_layer is not None
     return ExitDrafter(setup, weights, Submodel(config.exit_layer), drafter_name(weights, config.exit_layer, model.num_layers))
 

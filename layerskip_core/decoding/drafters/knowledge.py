@@ -6,26 +6,12 @@ The drafters are the arms of a bandit. An arm is judged by the upper end of the 
 
 from collections import defaultdict
 from collections.abc import Mapping
-from math import hypot, inf
+from math import inf
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
-from ...model.spec import AnySpec
-from .estimates import (
-    JUMP,
-    LEAST_STEPS,
-    NO_OTHERS,
-    PERIODS,
-    POWERS,
-    STRENGTH,
-    TIMES,
-    Acceptance,
-    Calibration,
-    Pace,
-    PassTimes,
-    best_length,
-)
+from .estimates import JUMP, NO_OTHERS, PERIODS, STRENGTH, TIMES, Acceptance, Arm, Calibration, Pace, PassTimes, best_length
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter
 
 Drafting = ExitDrafter | ModelDrafter
@@ -55,61 +41,6 @@ _DOUBTFUL, _DOUBTFUL_PLAIN_EVERY = 1.15, 8  # below this gain, one step of so ma
 _REST = 0.1  # of a pass: what the rest of a step may be if nothing is known of it
 _FEW = 48  # tokens of a row, from steps that looked for drafts
 _SETTLED, _COMPARED = 64, 8  # after so many choices, all arms are compared in one of so many
-
-
-class Arm:
-    """One way to draft, and what is known about it.
-
-    Attributes:
-        steps: the times of passes of its layers by their rows.
-        pace: of the drafts of all arms with the same kernels.
-        ahead: passes besides one per token: 1 where the target needs the last draft's state.
-        share: of a pass of the target that is left to verify its drafts.
-        tries: rounds of it whose times were measured.
-        reach: it drafts for texts of fewer tokens.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        acceptance: Acceptance,
-        steps: PassTimes,
-        pace: Pace,
-        share: float,
-        calibration: Calibration,
-        tries: float,
-        reach: float,
-    ) -> None:
-        self.name, self.acceptance, self.calibration, self.tries = name, acceptance, calibration, tries
-        self.steps, self.pace, self.share, self.ahead, self.reach = steps, pace, share, int(share < 1), reach
-        self.length = 1  # of the draft that was last found best
-        self.last_choice = 0  # the number of the choice at which it was chosen, or up to which it has faded
-
-    def fade(self, choice: int) -> None:
-        """Before the choice with this number: without a try for long, it may have been unlucky, or its times disturbed."""
-        rounds, self.last_choice = choice - 1 - self.last_choice, choice - 1
-        if rounds:
-            self.acceptance.fade(rounds)
-            self.steps.fade(rounds)
-
-    def step(self, rows: int, pace: float) -> float:
-        """The time of a step; as far as this arm was not tried, by the times of arms with the same kernels.
-
-        `pace`: of the target's passes, if none of them was tried.
-        """
-        pace = self.pace.factor if self.pace.tries else pace
-        own, usual = self.steps.of(rows), pace * self.steps.of(rows, at_first=True)
-        trust = 1.0 if self.tries == inf else self.tries / (self.tries + STRENGTH)
-        return trust * own + (1 - trust) * usual
-
-    def observe_times(self, rows: int, drafted: int, draft_time: float, verify_time: float, whole_pass: float) -> None:
-        """Times of a round; `whole_pass`: of the target over the same tokens, as expected."""
-        self.tries += 1
-        count = drafted + self.ahead
-        self.pace.observe(count * self.steps.of(rows, at_first=True), draft_time)
-        self.steps.observe(rows, max(draft_time - self.pace.each, LEAST_STEPS * draft_time) / count)
-        if self.ahead:
-            self.share += TIMES * (min(verify_time / whole_pass, 1.0) - self.share)
 
 
 class Knowledge:
@@ -255,7 +186,7 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    passes = PassTimes(1.0, 0.0, profile.passes or _usual_times(model.row_cost, spec))
+    passes = PassTimes(1.0, 0.0, profile.passes or PassTimes.usual(model.row_cost, spec))
     arms: dict[str, Arm] = {}
     paces = defaultdict[str, Pace](Pace)
     for name, drafter in drafters.items():
@@ -279,13 +210,3 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
         known_acceptance = Acceptance(acceptance, acceptance, strength)
         arms[name] = Arm(name, known_acceptance, steps, pace, share, calibration, tries, reach)
     return Knowledge(passes, arms)
-
-
-def _usual_times(row_cost: float, spec: AnySpec) -> list[float]:
-    """Of passes of 1, 2, ... tokens, which wait for memory as long as these are few, and for arithmetic if they are many.
-
-    Tokens choose other experts, so that memory gives more weights for more tokens.
-    """
-    read = spec.weights_read(1)
-    times = [hypot(spec.weights_read(n) / read, row_cost * n) for n in range(1, 2 ** (POWERS - 1) + 1)]
-    return [time / times[0] for time in times]

@@ -25,7 +25,7 @@ from ...checkpoint.transformers_read import GgufFile
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as
-from ...decoding import DecodeStats, StopScanner, step_counts
+from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
 from ..metrics import scores_by_exit

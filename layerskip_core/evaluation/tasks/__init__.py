@@ -11,7 +11,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
 from ...data import Example, Record, file_records, hub_records, spread
-from ...decoding import before_stop
+from ...decoding.output import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
 from ..metrics import Losses, Scores, reference_losses, text_losses

@@ -112,7 +112,7 @@ class NativeBackend(RepackedBackend):
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
         shape, slides = (len(spec.attending), spec.kv_heads, spec.head_dim), {*spec.kinds} == {SLIDING}
-        self._pool = PagePool(*shape, self._embedding.dtype, memory_of(spec), spec.window if slides else None)
+        self._pool = PagePool(shape, self._embedding.dtype, memory_of(spec), spec.window if slides else None)
 
     def _described(self, packing: PackingConfig) -> str:
         precision = packing.quantize or ("as stored" if self._stored else None)

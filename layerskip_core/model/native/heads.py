@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,43 +70,19 @@ def draft(
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
-    most, engine = sum(places.counts) - 1, layers.engine
-    buffers = layers.call_at(places, rows=1)
-    tokens = torch.empty(most + 1, dtype=torch.long)
+    most, engine, buffers = sum(places.counts) - 1, layers.engine, layers.call_at(places, rows=1)
+    tokens, states = torch.empty(most + 1, dtype=torch.long), torch.empty(len(stops), most + 1, spec.hidden)
     tokens[0] = int(token)
-    states = torch.empty(len(stops), most + 1, spec.hidden)
-    logits = torch.empty(head.matrix.outputs)
-    after_exit = torch.empty(spec.hidden) if beyond else states
-    ids = None if vocabulary is None else vocabulary.ids
-    end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
-    indices = (ctypes.c_int32 * len(order))(*order)
-    stop_counts = (ctypes.c_int32 * len(stops))(*stops)
-    probs = (ctypes.c_float * most)() if ends.needs_probs else None
-    call = CDraft(
-        embedding=layers.embedding.data_ptr(),
-        learned=None if layers.learned is None or exit_layer == 0 else layers.learned.data_ptr(),
-        vocabulary=None if ids is None else ids.data_ptr(),
-        ends=ctypes.addressof(end_ids),
-        order=ctypes.addressof(indices),
-        stops=ctypes.addressof(stop_counts),
-        probs=None if probs is None else ctypes.addressof(probs),
-        layer_count=len(order),
-        stop_count=len(stops),
-        end_count=len(end_ids),
-        most=most,
-        runs_last=runs_last,
-        power=ends.power,
-        logits_scale=1 / spec.logits_divisor,
-        logits_cap=spec.logits_cap or 0.0,
-        confidence=ends.confidence,
-        survival=ends.survival,
-        doubt=ends.doubt,
-        join=ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
-        joined=None if joined is None else joined.data_ptr(),
-        tokens=tokens.data_ptr(),
-        states=states.data_ptr(),
-        beyond=after_exit.data_ptr(),
-        logits=logits.data_ptr(),
+    after_exit, logits = torch.empty(spec.hidden) if beyond else states, torch.empty(head.matrix.outputs)
+    end_ids, indices = (ctypes.c_int64 * len(ends.ids))(*ends.ids), (ctypes.c_int32 * len(order))(*order)
+    stop_counts, probs = (ctypes.c_int32 * len(stops))(*stops), (ctypes.c_float * most)() if ends.needs_probs else None
+    ids, learned = None if vocabulary is None else vocabulary.ids, None if exit_layer == 0 else layers.learned
+    call = CDraft(  # in the order of its fields
+        *map(_address, (layers.embedding, learned, ids, end_ids, indices, stop_counts, probs)),
+        *(len(order), len(stops), len(end_ids), most, runs_last, ends.power),
+        *(1 / spec.logits_divisor, spec.logits_cap or 0.0, ends.confidence, ends.survival, ends.doubt),
+        ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
+        *map(_address, (joined, tokens, states, after_exit, logits)),
     )
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
@@ -113,6 +90,12 @@ def draft(
     drafted = call.drafted
     kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
     return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
+
+
+def _address(part: "Tensor | ctypes.Array[Any] | None") -> int | None:
+    if part is None:
+        return None
+    return part.data_ptr() if isinstance(part, Tensor) else ctypes.addressof(part)
 
 
 def choose(
