@@ -387,7 +387,7 @@ MISSING = "the compiled kernels are missing: decoding uses torch's"
 def absent(monkeypatch, tmp_path):
     """A checkout whose built files were cleaned, on a machine that could run them."""
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    on_processor(monkeypatch, "x86_64", {"avx2", "fma", "sse2"})
+    on_processor(monkeypatch, "x86_64", {*compiled._AVX2, "sse2"})
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
     return monkeypatch
@@ -402,9 +402,9 @@ def on_processor(monkeypatch, processor, flags):
 
 def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(absent):
     for processor, flags, requested, note in (
-        ("x86_64", {"avx2", "fma", "sse2"}, "", MISSING),
-        ("x86_64", {"avx2", "fma", "sse2"}, "torch", None),
-        ("x86_64", {"avx2", "fma", "sse2"}, "avx512", "this CPU lacks instructions of the avx512 kernels"),
+        ("x86_64", {*compiled._AVX2, "sse2"}, "", MISSING),
+        ("x86_64", {*compiled._AVX2, "sse2"}, "torch", None),
+        ("x86_64", {*compiled._AVX2, "sse2"}, "avx512", "this CPU lacks instructions of the avx512 kernels"),
         ("x86_64", {"sse2"}, "", None),
         ("aarch64", {"asimddp", "bf16"}, "", MISSING),
         ("riscv64", set(), "", None),
