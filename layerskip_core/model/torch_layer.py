@@ -58,6 +58,8 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         return f"projections clipped at {spec.clip:g}"
     if not recurrent and (spec.recurrence is not None or spec.architecture.one_block):
         return "recurrent layers"
+    if not recurrent and spec.architecture.gates_attention:
+        return "gated attention"
     if not recurrent and spec.experts is not None and spec.experts.shared_inner:
         return "shared experts"
     for rope in spec.ropes:
