@@ -39,7 +39,7 @@ FEWER = {  # by command: flags with these values in place of the script's
     "train-drafter": {"--steps": "1", "--batch-size": "2", "--answers": "data", "--samples": "8", "--draft-vocab": "100"},
     "sweep-exits": {**_MEASURED, "--exits": "1,2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
-    "verify": {"--samples": "2", "--max-new-tokens": "2", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
+    "verify": {"--samples": "2", "--max-new-tokens": "3", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }
@@ -214,7 +214,7 @@ def test_evidence(run, tmp_path):
 def test_gpu_on_a_cpu(run, tmp_path):
     run("gpu.sh", tmp_path, DEVICE="cpu", STEPS="1", SAMPLES="2", REPEATS="1")
     report = (tmp_path / "report.md").read_text()
-    assert report.count("exit status 0") == report.count("## ") > 8 and report.count("    timed, ") == 4
+    assert report.count("exit status 0") == report.count("## ") > 8 and report.count("\n    timed, ") == 4
 
 
 def test_lm_eval(run, tmp_path):
@@ -235,16 +235,18 @@ def test_batches(run, through):
     assert rows_in(out) == ["0", "0", "40", "40"]
 
 
-def test_llama_cpp(run):
+def test_llama_cpp(run, wide_base):
     pytest.importorskip("xllamacpp")
-    out = run("engines.py", "llama.cpp", "--formats=f16", "--samples=2", "--repeats=1", "--max-new-tokens=3")
+    few = (f"--model={wide_base}", "--exit=2", "--samples=2", "--repeats=1", "--max-new-tokens=3")
+    out = run("engines.py", "llama.cpp", "--formats=f16", *few)
     assert len(rows_in(out)) == 4 and out.count("2 of 2 | 2 of 2") == 4
 
 
-def test_serve(run):
-    out = run("engines.py", "serve", "--clients=1,2", "--samples=2", "--repeats=1", "--max-new-tokens=4")
+def test_serve(run, wide_base):
+    few = (f"--model={wide_base}", "--samples=2", "--repeats=1")
+    out = run("engines.py", "serve", "--clients=1,2", "--max-new-tokens=4", *few)
     assert rows_in(out) == ["without drafts"] * 2 + ["default flags"] * 2 and out.count("2 of 2") == 4
-    assert "4 of 4 answers are the same" in run("engines.py", "prefix", "--samples=2", "--repeats=1", "--tokens=100")
+    assert "4 of 4 answers are the same" in run("engines.py", "prefix", "--tokens=100", *few)
 
 
 def test_first_token(run, tmp_path):

@@ -97,6 +97,7 @@ def shapes(draw, architecture):
         shape |= {"mamba_head_dim": of(16, 7, 40), "conv_kernel": of(4, 1, 2), "time_step_min": 1e-9}
     if architecture == "lfm2":
         shape |= {"conv_bias": draw(st.booleans()), "conv_L_cache": of(3, 1, 2, 8, 9), "block_multiple_of": of(16, 1)}
+        shape["intermediate_size"] = max(2, shape["intermediate_size"])  # of which it takes two thirds
     if architecture in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"):
         key_heads = of(1, 2, 3)
         shape |= {"linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * of(1, 2, 3)}

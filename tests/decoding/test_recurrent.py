@@ -6,8 +6,8 @@ from math import inf
 
 import pytest
 import torch
+from conftest import DENSE_MIXERS, logits_of, tiny_model
 from conftest import MIXERS as ALL_MIXERS
-from conftest import logits_of, tiny_model
 from decodings import ids_of, native_or_skip, prompt_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks, random_eagle3
@@ -228,18 +228,19 @@ def test_a_full_pool_loses_nothing(model_type, name):
     assert pool.used == 0
 
 
-@pytest.mark.parametrize("model_type", MIXERS)
+@pytest.mark.parametrize("model_type", [name for name in MIXERS if name in DENSE_MIXERS])
 def test_low_bits_are_those_of_the_weights(model_type):
-    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations. Stored int4 too."""
+    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations, which changes the choice
+    of experts, so no model has any. Stored int4 too.
+    """
     ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
     rounded = tiny_model(model_type, torch.float32, **shape)
     spec = ModelSpec.of(rounded.config)
-    others = (spec.embedding_name, *spec.architecture.mixer.steps, "mlp.gate.", "shared_expert_gate")
+    others = (spec.embedding_name, *spec.architecture.mixer.steps)
     with torch.no_grad():
         for name, weight in rounded.named_parameters():
-            if (weight.dim() == 2 or ".experts." in name) and not any(part in name for part in others):
-                for matrix in weight if weight.dim() == 3 else (weight,):
-                    matrix.copy_(int4_of(matrix).weight)
+            if weight.dim() == 2 and not any(part in name for part in others):
+                weight.copy_(int4_of(weight).weight)
     expected = logits_of(native_or_skip(rounded), ids)
     actual = logits_of(native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig("int4")), ids)
     assert (actual - expected).std() < 0.1 * expected.std()
