@@ -230,8 +230,8 @@ def test_a_full_pool_loses_nothing(model_type, name):
 
 @pytest.mark.parametrize("model_type", [name for name in MIXERS if name in DENSE_MIXERS])
 def test_low_bits_are_those_of_the_weights(model_type):
-    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations, which changes the choice
-    of experts, so no model has any. Stored int4 too.
+    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations, which changes
+    the choice of experts, so no model has any. Stored int4 too.
     """
     ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
     rounded = tiny_model(model_type, torch.float32, **shape)
