@@ -15,7 +15,7 @@ from ..config.training import DrafterConfig
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
-from ..model.cache import Places
+from ..model.cache import Places, available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .recipe import RunStep
 from .worth import Worth, worth_of_exit
@@ -66,17 +66,40 @@ class DrafterModule(nn.Module):
         model: Any = backend.model
         self.backend, self.config = backend, model.requires_grad_(False).config
         self.decoder: Backend = backend  # computes the states; in a run that of decoding
+        self._kept: dict[bytes, Tensor] = {}  # by the ids of a text, its states (X + 1, T, D)
+        self._room = available_memory() / 4  # bytes
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T)."""
+        """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T).
+
+        Those of a text are computed once, as long as a quarter of the memory that is free at first holds them.
+        """
+        texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]  # without padding, which no token sees
+        fresh = [row for row, text in enumerate(texts) if text not in self._kept]
+        found = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
+        for row, states in found.items():
+            if self._room > states.nbytes:
+                self._kept[texts[row]], self._room = states, self._room - states.nbytes
+        states = torch.zeros(len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device)
+        for row, text in enumerate(texts):
+            own = found[row] if row in found else self._kept[text]
+            states[:, row, : own.shape[1]] = own[:, : ids.shape[1]]
+        *read, final = states
+        return read, final
+
+    def _computed(self, ids: Tensor) -> Iterator[Tensor]:
+        """The states (X + 1, T, D) of each text."""
         backend, (rows, tokens) = self.decoder, ids.shape
         places, last = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True), backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)
             states[last] = self.backend.normed(states[last].to(self.backend.dtype))
-        shape = rows, tokens, backend.spec.hidden
-        *read, final = (state[:, : shape[2]].reshape(shape).to(torch.float32, copy=True) for state in states.values())
-        return read, final
+            width = backend.spec.hidden
+            of_all = torch.stack(
+                [state[:, :width].to("cpu", torch.float32).view(rows, tokens, -1) for state in states.values()]
+            )
+        for row in range(rows):
+            yield of_all[:, row].clone()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
         """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""

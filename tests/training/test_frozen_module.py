@@ -125,6 +125,9 @@ def test_states_are_those_of_each_text_alone(model_type):
         expected = [run_texts(backend, hidden, 0, stop)[0] for stop in (2, 4, backend.num_layers)]
         for found, wanted in zip((*states, finals), (*expected[:2], backend.normed(expected[2])), strict=True):
             torch.testing.assert_close(found[row], wanted)
+    module.decoder = None  # padded further, known texts need no pass
+    again, _ = module.states(torch.nn.functional.pad(IDS.flip(0), (0, 3)))
+    assert torch.equal(again[0].flip(0)[:, : IDS.shape[1]], states[0])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
