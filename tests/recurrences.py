@@ -48,11 +48,11 @@ class Recurrence:
 
     def __init__(self, variant: str, outputs: int, weights: Mapping[str, Tensor | None], **sizes: float) -> None:
         """`variant`: of the kernels. `weights` and `sizes`: the fields of CRecurrence."""
-        self.library, self.outputs = _library(variant), outputs
+        self.loaded, self.outputs = _library(variant), outputs
         self._weights = {name: part.detach().float().contiguous() for name, part in weights.items() if part is not None}
         self.structure = CRecurrence(**sizes, **{name: part.data_ptr() for name, part in self._weights.items()})
         assert self.structure.taps <= MOST_TAPS and self.structure.key_dim <= LARGEST_KEY
-        self._bytes = [int(self.library.layerskip_memory_bytes(self.structure, of_slot)) for of_slot in (0, 1)]
+        self._bytes = [int(self.loaded.layerskip_memory_bytes(self.structure, of_slot)) for of_slot in (0, 1)]
 
     def memory(self, slots: int) -> TextMemory:
         """Of a text that begins. `slots`: for all positions from its base to the end of a call that does not settle them, and
@@ -158,7 +158,7 @@ class Recurrence:
         passage = CPassage(
             positions.data_ptr(), *(ctypes.addressof(part) for part in arrays), self._bytes[1], len(spans), *addresses
         )
-        self.library.layerskip_remember(self.structure, passage, threads)
+        self.loaded.layerskip_remember(self.structure, passage, threads)
         return out
 
     def _can_run(self, memory: TextMemory, span: tuple[int, int], settled: int, positions: Tensor) -> bool:

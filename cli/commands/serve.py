@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from layerskip_core.config.decoding import KEY, ServeConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.resolution import require_exit_layer
-from layerskip_core.config.serving import KEY, ServeConfig
 from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate

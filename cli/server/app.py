@@ -21,9 +21,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import GUIDES, RequestOptions, changed
+from layerskip_core.config.decoding import GUIDES, RequestOptions, ServeConfig, changed
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, Tokenizer, chat_template, encode_conversation, render_chat, special_ids

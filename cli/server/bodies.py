@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, changed
+from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, ServeConfig, changed
 from layerskip_core.config.options import checked
-from layerskip_core.config.serving import ServeConfig
 from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped

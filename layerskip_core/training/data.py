@@ -32,7 +32,7 @@ _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text;
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream at a time
 _SAMPLED = 64  # rows of a stream that are read to plan a run
-_COUNTED = 1000  # rows of a stream whose targets are counted
+_COUNTED = 10_000  # rows whose targets are counted, evenly spaced; of a stream the first ones
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
@@ -92,10 +92,8 @@ def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Ro
     Plain text without prompts is packed in the recipes for it. Raises ConfigError for rows longer than the context.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
-    for_text, context = (
-        isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS,
-        trainable.backend.spec.context,
-    )
+    for_text = isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS
+    context = trainable.backend.spec.context
     longest = config.max_length or min(_TEXT_LENGTH if for_text else _LENGTH, context)
     require(longest <= context, "max_length", f"at most the model's context of {context} tokens", longest)
     return Encoder(trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text)
@@ -177,9 +175,9 @@ def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    rows = data.rows
-    counted = itertools.islice(rows.one_pass(0), _COUNTED) if isinstance(rows, StreamedRows) else rows
-    labels = np.concatenate([row["labels"] for row in counted])
+    every = 1 if isinstance(data.rows, StreamedRows) else -(-len(data.rows) // _COUNTED)
+    rows = data.rows.one_pass(0) if isinstance(data.rows, StreamedRows) else data.rows
+    labels = np.concatenate([row["labels"] for row in itertools.islice(rows, 0, every * _COUNTED, every)])
     counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order

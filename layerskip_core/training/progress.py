@@ -98,8 +98,9 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's whole checkpoints."""
-    return [path for path in _checkpoints(folder) if (path / _STATE).is_file()]
+    """A run's whole checkpoints: those whose state, which is written last, has content."""
+    states = ((path, path / _STATE) for path in _checkpoints(folder))
+    return [path for path, state in states if state.is_file() and state.stat().st_size]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -117,7 +118,8 @@ def resume_point(config: TrainingConfig) -> Path | None:
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
     for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
-        if path.is_symlink() or not (path / SEAL).is_file():
+        # A process that was killed before it wrote the seal leaves an empty folder.
+        if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / SEAL).is_file()):
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
         return there[0]

@@ -18,9 +18,8 @@ from conftest import run_texts, tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig, ServeConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend

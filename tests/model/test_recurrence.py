@@ -132,7 +132,7 @@ class Layer:
 
 @pytest.mark.parametrize("variant", RUNNABLE)
 def test_structures_have_the_size_that_they_have_in_c(variant):
-    library = Layer("lfm2", variant).kernel.library
+    library = Layer("lfm2", variant).kernel.loaded
     assert library.layerskip_size_of(len(STRUCTURES)) == ctypes.sizeof(CPassage)
 
 

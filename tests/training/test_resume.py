@@ -189,10 +189,17 @@ def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
     assert not list(tmp_path.glob("ran *"))
 
 
-def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeypatch):
+@pytest.mark.parametrize("left", ["all but the state", "an empty state", "an empty folder"])
+def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeypatch, left):
     """kill -9 leaves it without Trainer's state, which is written last; a resumed run removes it."""
-    shutil.copytree(checkpoint(two_checkpoints, 2), checkpoint(two_checkpoints, 7))
-    (checkpoint(two_checkpoints, 7) / "trainer_state.json").unlink()
+    half = checkpoint(two_checkpoints, 7)
+    if left == "an empty folder":
+        half.mkdir()
+    else:
+        shutil.copytree(checkpoint(two_checkpoints, 2), half)
+        (half / "trainer_state.json").unlink()
+    if left == "an empty state":
+        (half / "trainer_state.json").touch()
     plan = prepare(settings(save_steps=1, resume=True))
     assert plan.resume.name == "checkpoint-2"
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
