@@ -191,9 +191,12 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, worth = plan.config, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
-    what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
-    if config.layout == "eagle3":
-        what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
+    kinds = {
+        "exit": f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}",
+        "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
+        "mtp": "the drafter that the checkpoint ships" if config.start_from else "a drafter as Qwen3.5 ships it",
+    }
+    what = kinds[config.layout or "exit"]
     return [
         f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "

@@ -24,7 +24,7 @@ def import_model(
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 
-    Calibrated int4 weights, exit blocks and a drafter in the EAGLE-3 layout beside the model are kept.
+    Calibrated int4 weights, exit blocks and drafters of the model are kept.
 
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """

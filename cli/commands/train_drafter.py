@@ -12,7 +12,8 @@ def train_drafter(
 ) -> None:
     """Train what drafts for a model, which stays as it is, byte for byte: in minutes, on its own answers.
 
-    By default a drafter in the EAGLE-3 layout, which vLLM, SGLang and llama.cpp read too; with --exits a block at each exit.
+    By default a drafter in the EAGLE-3 layout, which vLLM, SGLang and llama.cpp read too; with --exits a block at each exit;
+    with --start-from shipped the checkpoint's own, on.
 
     Example: layerskip train-drafter --model my-model --output my-model --data rows.jsonl
     """

@@ -1,7 +1,8 @@
-"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
+"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, the drafter that its checkpoint ships, and a
+drafter in the EAGLE-3 layout.
 
-The header of the first two says which format they have, and has a fingerprint of the weights that they were made for, so that
-they are not used with others.
+The header of the first three says which format they have, and has a fingerprint of the weights that they were made for, so that
+they are not used with others; the shipped drafter is, but the user is told.
 
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
 projections and of the head, by the weight's name.
@@ -9,6 +10,9 @@ projections and of the head, by the weight's name.
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
 block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
 an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
+
+A shipped drafter is found by its tensors, `mtp.*`, in any of the model's safetensors files; mtp.safetensors holds one that was
+copied or trained on, in place of theirs.
 
 eagle3/ is the folder of the drafter, as vLLM, SGLang and llama.cpp read it. Its config.json has what the library `speculators`
 writes (vLLM reads `speculators_config` and `transformer_layer_config`), and the same values at its top, where SGLang and
@@ -21,6 +25,7 @@ which trains for it, read that in `eagle_config`, where a list that begins with 
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,10 +40,10 @@ from torch import Tensor
 from ..errors import CheckpointError, first_line, require
 from ..files import read_json
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
-from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
+from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
-from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
+from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, MTP_FILE, WeightFile, weight_files
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
@@ -46,6 +51,14 @@ PROPOSED = 4  # drafts of a round, unless whoever serves it says another number
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
+_SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, and those of Qwen3.5 and Qwen3-Next
+    "layer.": "mtp.layers.0.",
+    "norm.": "mtp.norm.",
+    "input.": "mtp.fc.",
+    "embedding_norm.": "mtp.pre_fc_norm_embedding.",
+    "feature_norm.": "mtp.pre_fc_norm_hidden.",
+}
+STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
 _FINGERPRINT = "fingerprint"
 _OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
@@ -104,7 +117,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """A folder's blocks, read when taken, and its drafter. Raises CheckpointError if they are not this model's."""
+    """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
         with naming(path):
@@ -113,8 +126,49 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
             _check_fingerprint(file, spec, weight_of)
             _check_entries(file.entries, blocks.shapes(spec), FLOATS)
-    drafter = eagle3_beside(folder, spec)
-    return blocks if drafter is None else replace(blocks, eagle3=drafter)
+    blocks = with_drafters(blocks, folder, spec)
+    stale = blocks.mtp is not None and blocks.mtp.made_for not in (None, fingerprint(spec, weight_of))
+    return replace(blocks, notes=(STALE,)) if stale else blocks
+
+
+def with_drafters(blocks: ExitBlocks, folder: str | Path, spec: AnySpec) -> ExitBlocks:
+    """With the drafters of a folder."""
+    eagle3, (mtp, notes) = eagle3_beside(folder, spec), mtp_beside(folder, spec)
+    return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
+
+
+def mtp_beside(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
+    """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
+    files, own = weight_files(folder), Path(folder) / MTP_FILE
+    found: dict[str, tuple[WeightFile, str]] = {}
+    for file in map(WeightFile, [*files, *([own] if own.is_file() else [])]):
+        known = {name: re.search(r"(?:^|\.)(mtp\..*)", name) for name in file.entries}
+        found |= {match[1]: (file, name) for name, match in known.items() if match}
+    if not found:
+        return None, ()
+    shapes = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}
+    try:
+        _check_entries({name: file.entries[stored] for name, (file, stored) in found.items()}, shapes, FLOATS)
+    except ValueError as error:
+        return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
+
+    def take(name: str) -> Tensor | None:
+        file, stored = found[_shipped(name)]
+        return file.read(stored)
+
+    return ExitBlocks((MTP,), take, made_for=found[f"{_SHIPPED['input.']}weight"][0].metadata.get(_FINGERPRINT)), ()
+
+
+def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
+    """mtp.safetensors. `weight_of`: the model that the drafter was made for, unless it says so."""
+    weights, made_for = mtp.weights(spec), fingerprint(spec, weight_of) if mtp.made_for is None else mtp.made_for
+    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, made_for, {"format": "pt"})
+
+
+def _shipped(name: str) -> str:
+    """The name in a checkpoint of a weight of MTP."""
+    part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
+    return _SHIPPED[part + dot] + rest
 
 
 def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:

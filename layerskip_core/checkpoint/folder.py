@@ -28,6 +28,7 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
+MTP_FILE = "mtp.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
@@ -123,7 +124,7 @@ class JoinedWeights:
 
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder that hold the model's own weights."""
-    others = {Path(folder) / name for name in (INT4_FILE, EXIT_BLOCKS_FILE, PACKED_FILE)}
+    others = {Path(folder) / name for name in (INT4_FILE, EXIT_BLOCKS_FILE, MTP_FILE, PACKED_FILE)}
     return sorted(set(Path(folder).glob("*.safetensors")) - others)
 
 

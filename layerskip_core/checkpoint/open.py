@@ -20,16 +20,27 @@ from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
-from ..model.spec import ModelSpec
+from ..model.spec import AnySpec, ModelSpec
 from ..model.torch_backend import TorchBackend
 from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
+from .beside import (
+    EAGLE3_FOLDER,
+    STALE,
+    eagle3_content,
+    mtp_beside,
+    mtp_content,
+    read_eagle3,
+    read_exit_blocks,
+    read_int4,
+    with_drafters,
+)
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
+    MTP_FILE,
     generation_config,
     is_packed,
     lean_spec,
@@ -39,7 +50,7 @@ from .folder import (
 )
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
-from .locate import Location, adapters_of, fetched, present, reading
+from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
 from .transformers_read import (
@@ -147,7 +158,8 @@ def import_checkpoint(
 ) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
+    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as are the token order and the
+    shipped drafter.
     `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
     of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
     out. Raises CheckpointError.
@@ -167,6 +179,7 @@ def import_checkpoint(
                 sidecars[file] = path.read_bytes()
             except CheckpointError as error:
                 left_out.append(str(error))
+    sidecars |= shipped_files(name, loaded)
     drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
     if drafter is not None and Path(drafter).is_dir():
         sidecars |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
@@ -181,6 +194,21 @@ def import_checkpoint(
     info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
     return precision, left_out
+
+
+def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
+    """The file of the drafter that a model's checkpoint ships, to be saved with its weights or what these become."""
+    mtp = _shipped(name, loaded.backend.spec).mtp
+    return {} if mtp is None else {MTP_FILE: mtp_content(loaded.backend.spec, mtp, loaded.model.get_parameter)}
+
+
+def _shipped(name: str, spec: AnySpec) -> ExitBlocks:
+    """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
+    adapters, base = adapters_of(name)
+    if (folder := present(base).folder) is None or (mtp := mtp_beside(folder, spec)[0]) is None:
+        return NO_BLOCKS
+    changed = replace(mtp, made_for=mtp.made_for or "") if adapters else mtp
+    return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
 
 
 def _trainable(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
@@ -288,7 +316,7 @@ def _with_files_beside(source: Source, folder: str | None, memory: float) -> Sou
     blocks = read_exit_blocks(folder, spec, source.weight_of)
     has_int4 = "int4" in (packing.quantize, packing.draft_head, *packing.draft_weights)
     int4 = read_int4(folder, spec, source.weight_of) if has_int4 else None
-    return replace(source, packing=packing, int4=int4, exit_blocks=blocks)
+    return replace(source, packing=packing, int4=int4, exit_blocks=blocks, notes=source.notes + blocks.notes)
 
 
 def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
@@ -315,7 +343,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
             f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab)
-    blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))
+    blocks = with_drafters(file.exit_blocks, folder, spec)
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
@@ -330,9 +358,9 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
-    missing = missing_feature(spec)
+    missing, blocks = missing_feature(spec), _shipped(location.path, spec) if is_adapter(location.path) else NO_BLOCKS
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
-        source = _model_source(trainable, packing)
+        source = replace(_model_source(trainable, packing), exit_blocks=blocks, notes=blocks.notes)
         backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:
@@ -341,5 +369,8 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
         )
     if isinstance(spec, ModelSpec) and suits_kernels(spec, dtype, device, packing) and (note := kernel_note()):
         generic = replace(generic, notes=(note,))
-    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
-    return replace(generic, backend=TransformersBackend(trainable.model, blocks)) if blocks is not NO_BLOCKS else generic
+    if folder is not None:
+        blocks = read_exit_blocks(folder, spec, trainable.model.get_parameter)
+    if blocks is NO_BLOCKS:
+        return generic
+    return replace(generic, backend=TransformersBackend(trainable.model, blocks), notes=generic.notes + blocks.notes)

@@ -33,18 +33,20 @@ if TYPE_CHECKING:
 DRAFTERS = {
     "adaptive": "layerskip_core.decoding.drafters.adaptive",
     "self-speculative": "layerskip_core.decoding.drafters.exit",
+    "mtp": "layerskip_core.decoding.drafters.exit",
     "eagle3": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.exit",
     "draft-model": "layerskip_core.decoding.drafters.exit",
 }
+BESIDE = "mtp", "eagle3"  # those of a drafter beside the model
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
 # The strategies that use an option; other options are used by all.
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": ("adaptive", "self-speculative", "eagle3", "draft-and-verify", "draft-model"),
+    "draft_confidence": ("adaptive", "self-speculative", *BESIDE, "draft-and-verify", "draft-model"),
     "draft_model": ("adaptive", "draft-model"),
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),

@@ -20,7 +20,7 @@ Scheduler = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
-BlockLayout = Literal["exit", "eagle3"]
+BlockLayout = Literal["exit", "eagle3", "mtp"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Rate = Annotated[float, Meta(gt=0, le=100)]
@@ -30,6 +30,7 @@ _Length = Annotated[int, Meta(ge=2, le=10_000_000)]
 _Rotation = Annotated[int, Meta(ge=1, le=10_000)]
 _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
+SHIPPED = "shipped"  # the drafter that the model's checkpoint has
 _LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
@@ -151,16 +152,19 @@ class FinetuneConfig(TrainingSettings):
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
     """One training of what drafts for a model that stays as it is: blocks at its exits (see model/exit_blocks.py), or a drafter
-    that other engines read (see model/eagle3.py).
+    that other engines read (see model/eagle3.py), or the one that its checkpoint ships.
     """
 
-    layout: Annotated[BlockLayout | None, Flag("eagle3: for vLLM, too.", None, "exit with --exits, else eagle3", "Drafter")] = (
-        None
-    )
+    layout: Annotated[
+        BlockLayout | None,
+        Flag("eagle3: for vLLM, too; mtp: as Qwen3.5 ships it.", None, "exit with --exits, else eagle3", "Drafter"),
+    ] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
     feature: Annotated[Feature, Flag("final: a block reads the model's output state for the token before, too.")] = "none"
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
-    start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
+    start_from: Annotated[
+        Text | None, Flag("Drafter to go on from: the folder of one in the layout eagle3, or `shipped` with the model.")
+    ] = None
     answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation")] = None
@@ -182,7 +186,8 @@ class DrafterConfig(TrainingSettings):
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
         """The layout of each setting given that only one has."""
-        return {name: layout for name, layout in _LAYOUTS.items() if not self._is_usual(name)}
+        layouts = _LAYOUTS | ({"start_from": "mtp"} if self.start_from == SHIPPED else {})
+        return {name: layout for name, layout in layouts.items() if not self._is_usual(name)}
 
     @property
     def in_place(self) -> bool:

@@ -43,9 +43,8 @@ class FixedTarget:
         self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
-        blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
-        if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
-            blocks[0] = model.eagle3
+        blocks: dict[int | str, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
+        blocks |= {name: block for name, block in model.drafters.items() if config.strategy in ("adaptive", name)}
         self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
         # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
@@ -174,14 +173,14 @@ class ExitBlockCache:
     to the next, if any `is_fed`.
     """
 
-    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock], rows: int) -> None:
-        """`blocks`: by the exits at which their drafts start."""
+    def __init__(self, model: Backend, blocks: Mapping[int | str, DraftBlock], rows: int) -> None:
+        """`blocks`: by the exits at which their drafts start, or the names of drafters."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self.is_fed = any(block.is_fed for block in blocks.values())
         self._known = [False] * rows  # by row: whether it has features
-        self.features: dict[int, Tensor] = {}  # by exit, (B, D): of the token before each row's next
-        self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
+        self.features: dict[int | str, Tensor] = {}  # by block, (B, D): of the token before each row's next
+        self._of_pass: dict[int | str, Tensor] = {}  # by block, (N, D): of the tokens of the last pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
         """Writes the blocks' KV entries of the tokens of a pass.
@@ -189,18 +188,18 @@ class ExitBlockCache:
         `states` are those after each of `taps`, `finals` those after the last layer, (N, D). After a cached prefix, the
         first token is rerun only to get the second token's feature: its own KV entries are there.
         """
-        for exit_layer, block in self._blocks.items():
+        for name, block in self._blocks.items():
             features = block.features(self._model, states, finals)
             own, before = {tap: states[tap] for tap in block.taps}, None
             if features is None:
                 block.write(self._model, own, before, places)
                 continue
             rows = [row for row, count in enumerate(places.counts) if count]
-            known = self.features.setdefault(exit_layer, features.new_zeros(len(self._known), features.shape[1]))
+            known = self.features.setdefault(name, features.new_zeros(len(self._known), features.shape[1]))
             before = features.roll(1, 0)
             firsts = on_device([places.bounds[row] for row in rows], before)
             before = before.index_copy(0, firsts, known[on_device(rows, known)])
-            self._of_pass[exit_layer] = features
+            self._of_pass[name] = features
             skipped = [
                 int(count > 0 and not has_feature and (start > 0 or block.starts_later))
                 for has_feature, start, count in zip(self._known, places.starts, places.counts, strict=True)
@@ -216,24 +215,24 @@ class ExitBlockCache:
 
     def go_on(self, last: Mapping[int, int]) -> None:
         """After a pass. `last`: by row, the index in it of the token before the row's next."""
-        for exit_layer, found in self._of_pass.items():
+        for name, found in self._of_pass.items():
             rows, places = (on_device(list(part), found) for part in (last, last.values()))
-            self.features[exit_layer] = self.features[exit_layer].index_copy(0, rows, found[places])
+            self.features[name] = self.features[name].index_copy(0, rows, found[places])
         for row in last:
             self._known[row] = True
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.features = {exit_layer: found[on_device(rows, found)] for exit_layer, found in self.features.items()}
+        self.features = {name: found[on_device(rows, found)] for name, found in self.features.items()}
         self._known = [self._known[row] for row in rows]
 
     def join(self, other: "ExitBlockCache") -> None:
         """Adds the rows of another after its own, between two passes."""
-        for exit_layer in self._blocks:
-            parts = [(cache.features.get(exit_layer), len(cache._known)) for cache in (self, other)]
+        for name in self._blocks:
+            parts = [(cache.features.get(name), len(cache._known)) for cache in (self, other)]
             like = next((found for found, _ in parts if found is not None), None)
             if like is not None:
                 both = [like.new_zeros(rows, like.shape[1]) if found is None else found for found, rows in parts]
-                self.features[exit_layer] = torch.cat(both)
+                self.features[name] = torch.cat(both)
         self._known = self._known + other._known
 
 

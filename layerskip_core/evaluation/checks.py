@@ -216,8 +216,7 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
         settings[f"exit {exit_layer}, confidence 0.6"] = setting("self-speculative", exit_layer, draft_confidence=0.6)
         settings[f"lookup, then exit {exit_layer}"] = setting("self-speculative", exit_layer, lookup=1)
     settings["lookup"] = setting("lookup", lookup=1)
-    if backend.eagle3 is not None:
-        settings["drafter in the EAGLE-3 layout"] = setting("eagle3")
+    settings |= {f"{name} drafter": setting(name) for name in backend.drafters}
     if backend.draft_model is not None:
         settings["draft model"] = setting("draft-model")
     if layers > 2:

@@ -87,7 +87,7 @@ def check_drafter(config: CheckConfig, model: str) -> DrafterCheck:
     """Decodes with a model's drafter here, and in vLLM if `python` has it. Raises ConfigError, CheckpointError, DataError."""
     folder = downloaded(model)
     if not (Path(folder) / EAGLE3_FOLDER).is_dir():
-        raise ConfigError(f"`check`: {NO_DRAFTER}", "check")
+        raise ConfigError(f"`check`: {NO_DRAFTER.format('eagle3')}", "check")
     python = config.python or sys.executable
     try:
         looked = subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"])

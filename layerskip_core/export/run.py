@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, read_exit_blocks
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
+from ..checkpoint.beside import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, mtp_content, read_exit_blocks
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, MTP_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
@@ -80,7 +80,9 @@ def export(config: ExportConfig) -> Exported:
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
     draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
-    readme, files = None, {}
+    readme, files = None, dict[str, bytes]()
+    if blocks.mtp is not None and exit_layer == layers and not config.as_gguf:
+        files[MTP_FILE] = mtp_content(loaded.backend.spec, blocks.mtp, loaded.model.get_parameter)
     if config.engine is not None:
         length = recommended_length(decoder, exit_layer, draft_layers)
         length = (PROPOSED, "the number that the drafter's folder tells vLLM") if drafter else length
@@ -130,6 +132,8 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
             if (folder / name).is_file():
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
+        if (mtp := unpacked.exit_blocks.mtp) is not None:
+            (staging / MTP_FILE).write_bytes(mtp_content(unpacked.spec, mtp, unpacked.weight_of))
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
     save_files(write, info, config.output)
@@ -146,7 +150,7 @@ def _write_weights(source: Source, path: Path) -> str:
     """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
     packing = replace(source.packing, draft_vocab=0)
     spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None)  # copied as it is
+    blocks = replace(source.exit_blocks, eagle3=None, mtp=None)  # copied as they are
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     features = {str(block.exit_layer): block.feature for block in blocks.blocks}

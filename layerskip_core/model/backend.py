@@ -191,7 +191,7 @@ class Backend(Layers, Protocol):
         recordable: whether passes can be recorded as CUDA graphs: no weight ever moves.
         room: positions of the longest text, which are the context's, or fewer if memory has no room for more.
         exit_blocks: the blocks of its exits, by their exits.
-        eagle3: its drafter in the EAGLE-3 layout, if it has one.
+        drafters: beside it, by the strategy that drafts with each: `mtp`, `eagle3`.
         draft_model: a smaller model of the same vocabulary that drafts for it, if one was loaded.
         draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
     """
@@ -214,7 +214,7 @@ class Backend(Layers, Protocol):
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
     @property
-    def eagle3(self) -> "DraftBlock | None": ...
+    def drafters(self) -> "Mapping[str, DraftBlock]": ...
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]: ...
 

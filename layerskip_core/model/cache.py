@@ -138,7 +138,7 @@ class Places:
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
         """By row, so many tokens that stand so far after its first."""
-        starts = [start + by for start, by in zip(self.starts, ahead, strict=True)]
+        starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]  # 0: of a row without tokens
         part = Places(self.cache, starts, counts, self.settled)
         part.origins = self.origins
         return part

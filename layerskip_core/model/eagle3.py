@@ -32,7 +32,7 @@ ROPE_VALUES = (
     "original_max_position_embeddings",
 )
 
-NO_DRAFTER = "this model has no EAGLE-3 drafter; `layerskip train-drafter --layout eagle3` makes one"
+NO_DRAFTER = "this model has no {0} drafter; `layerskip train-drafter --layout {0}` makes one"
 FC, HEAD, NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
 LAYER = "layers.0."
 _QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")

@@ -4,6 +4,10 @@ At exit E a block is a decoder layer of the model's own class and a norm, follow
 state after E layers. With the feature `final` it reads W [state; s] instead, where s is the output of the final norm for the
 token before (as EAGLE, Li et al., 2024): the target's own for the first draft of a round, the block's own for later drafts, and
 0 for the first token of a text.
+
+At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024; here Qwen3.5's):
+W [norm(e); norm(s)] of a token's embedding e. Its entry stands where the token before stands, so the first token of a text has
+none. The norms are in front of W because s is already an output of the final norm: the state before it is drafted from badly.
 """
 
 import re
@@ -23,8 +27,9 @@ from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
-    from .backend import Backend, Layers
+    from .backend import Backend, DraftKernel, Layers
     from .native.eagle3 import NativeEagle3
+    from .repacked import RepackedLayers
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,36 @@ class ExitBlock:
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, a map `exits.E.input.weight`."""
         shapes = {f"{self.prefix}{name}": shape for name, shape in spec.block_shapes.items()}
-        return shapes | ({f"{self.prefix}input.weight": (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else {})
+        shapes |= {f"{self.prefix}input.weight": (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else {}
+        norm = {name: shape for name, shape in spec.block_shapes.items() if name.startswith("norm.")}
+        return shapes | {f"{self.prefix}{of}_{name}": shape for of in self.normed for name, shape in norm.items()}
+
+    @property
+    def normed(self) -> tuple[str, ...]:
+        """The inputs that have a norm of their own, `exits.0.embedding_norm.*` and `exits.0.feature_norm.*`."""
+        return ("embedding", "feature") if self.exit_layer == 0 else ()
+
+
+MTP = ExitBlock(0, "final")
 
 
 @dataclass(frozen=True)
 class ExitBlocks:
-    """The blocks of a model, by ascending exits, and their weights; and its drafter in the EAGLE-3 layout, if it has one."""
+    """The blocks of a model, by ascending exits, and their weights; and its drafters.
+
+    Attributes:
+        take: weights by the names of `ExitBlock.shapes`.
+        eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
+        made_for: fingerprint of the model that they were made for, if their file has one.
+        notes: for the user.
+    """
 
     blocks: tuple[ExitBlock, ...]
-    take: Take  # by the names of `ExitBlock.shapes`
+    take: Take
     eagle3: Eagle3Weights | None = None
+    mtp: "ExitBlocks | None" = None
+    made_for: str | None = None
+    notes: tuple[str, ...] = ()
 
     def shapes(self, spec: AnySpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
@@ -80,6 +105,8 @@ class PlacedBlock:
         is_fed: whether it reads a feature of the token before, too: then it can only draft, after passes of the whole model.
         starts_later: whether the first token of a text, which has none before it, has no entry.
         vocabulary: the tokens that its head scores; None for all.
+        input_norms: of the state and of the feature, before they are joined; those of MTP.
+        layers: the chain that has its layer, if that is not its draft side's.
         kernel: makes a whole greedy draft in one call, where its drafts start at the embedding; None: its draft side's does.
     """
 
@@ -89,8 +116,17 @@ class PlacedBlock:
     norm: Callable[[Tensor], Tensor]
     join: Callable[[Tensor], Tensor] | None
     vocabulary: DraftVocabulary | None = None
+    input_norms: "tuple[Callable[[Tensor], Tensor], ...]" = ()
+    layers: "RepackedLayers | None" = None
+    kernel: "DraftKernel | None" = None
 
-    starts_later, kernel = False, None
+    @property
+    def starts_later(self) -> bool:
+        return self.block == MTP
+
+    def entries(self, places: Places) -> Places:
+        """Where the entries of tokens at `places` stand."""
+        return places.moved(-1) if self.starts_later else places
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -102,11 +138,13 @@ class PlacedBlock:
 
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
-        return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, places)
+        chain = self.layers or layers
+        return chain.run_layers(self.enter(states, before), self.layer, self.layer + 1, self.entries(places))
 
     def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
         """Writes its KV entries, of the target's states by `taps`."""
-        model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, places)
+        entered = self.enter(states[self.block.exit_layer], before)
+        (self.layers or model).write_kv(entered, self.layer, self.layer + 1, self.entries(places))
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
         """The features (..., D) of tokens, of the target's states by `taps` and after the last layer."""
@@ -121,6 +159,9 @@ class PlacedBlock:
         if self.join is None:
             return states
         assert features is not None
+        if self.input_norms:
+            of_state, of_feature = self.input_norms
+            states, features = of_state(states), of_feature(features)
         return self.join(torch.cat((states, features.to(states.dtype)), dim=-1))
 
 
@@ -160,9 +201,10 @@ def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
     """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last that
     has keys and values.
 
-    The keys and values of a drafter in the EAGLE-3 layout are those of a further layer.
+    Drafters follow, MTP first: each has the keys and values of a further layer.
     """
-    count, experts, last = len(blocks.blocks) + (blocks.eagle3 is not None), spec.experts, max(spec.attending, default=0)
+    count = len(blocks.blocks) + (blocks.mtp is not None) + (blocks.eagle3 is not None)
+    experts, last = spec.experts, max(spec.attending, default=0)
     return replace(
         spec,
         experts=experts and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),

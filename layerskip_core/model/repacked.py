@@ -12,7 +12,7 @@ from ..config.model import PackingConfig, Quantization
 from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
-from .exit_blocks import NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
+from .exit_blocks import MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
@@ -82,6 +82,7 @@ class RepackedLayers(ABC):
 @dataclass
 class _Chain:
     """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
+    That of depth 0 has the layer of MTP alone.
 
     `whole` and `at_exits` are heads that draft. `blocks`: by exit.
     """
@@ -139,22 +140,25 @@ class RepackedBackend(ABC):
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
+            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # whose norms come before the head too
             self._prepare(packing)
             norm = norm_weights(weights, spec.names.norm, spec)
-            self._head, chains = self._headed_chains(weights, norm, packing, token_order)
+            self._head, chains = self._headed_chains(weights, norm, packing, token_order, exit_blocks.mtp is not None)
             self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
             self._layers = layers = runners[0]
             self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
             self.normed = self._norm(norm)
-            drafter, place = exit_blocks.eagle3, self._chain_spec.layers - 1
-            self.eagle3 = None if drafter is None else self.placed_eagle3(drafter, place, packing)
+            self.drafters: dict[str, DraftBlock] = {}
+            if (drafter := exit_blocks.eagle3) is not None:
+                self.drafters["eagle3"] = self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
-            own = layers is self._layers
-            kernel = self._draft_kernel(layers)
+            own, kernel = layers is self._layers, self._draft_kernel(layers)
+            if chain.depth == 0:
+                self.drafters["mtp"] = replace(chain.blocks[0], layers=layers, kernel=kernel)
+                continue
             side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
@@ -205,6 +209,10 @@ class RepackedBackend(ABC):
     @abstractmethod
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
 
+    def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
+        """The precision of the layer of MTP, and of the head that drafts after it."""
+        return (packing.quantize,) * 2
+
     @abstractmethod
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
 
@@ -219,9 +227,9 @@ class RepackedBackend(ABC):
         return None
 
     def _headed_chains(
-        self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None
+        self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None, has_mtp: bool
     ) -> tuple[Any, list[_Chain]]:
-        """The head that verifies; the model's own chain and the copies that draft, with their heads and without layers."""
+        """The head that verifies; the model's own chain and those that draft, with their heads and without layers."""
         quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
@@ -243,6 +251,12 @@ class RepackedBackend(ABC):
             heads = (chains[0].whole, chains[0].at_exits) if shared else drafting(kind, lambda: head(kind))
             depth = packing.draft_layers or layers
             chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
+        if has_mtp:
+            kind, of_head = self._drafter_kinds(packing)
+            of_copies = (packing.draft_head or "int8") if packing.draft_weights else quantize
+            known = {quantize: chains[0], of_copies: chains[-1]}
+            there = known[of_head].at_exits if of_head in known else drafting(of_head, lambda: head(of_head))[1]
+            chains.append(_Chain(kind, False, 0, there, there))
         return verifying, chains
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
@@ -252,10 +266,12 @@ class RepackedBackend(ABC):
             *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
             *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
         ]
+        if (mtp := exit_blocks.mtp) is not None:
+            parts.append((0, mtp.weights(self.spec, self._embedding).below(MTP.prefix), MTP))
         for place, (depth, stored, block) in enumerate(parts):
-            own = stored.remembered() if block or len(chains) > 1 else stored
+            own = stored.remembered() if block or sum(chain.depth > 0 for chain in chains) > 1 else stored
             for chain in chains:
-                if depth > chain.depth:
+                if depth > chain.depth or (depth == 0) != (chain.depth == 0):
                     chain.layers.append(None)
                     continue
                 of_layer = self._source(own.below("layer.") if block else own, chain.low_bits)
@@ -265,7 +281,8 @@ class RepackedBackend(ABC):
                     join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
                     head: Any = chain.at_exits.unembed
                     few = chain.at_exits.vocabulary
-                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few)
+                    before = tuple(self._norm(norm_weights(own, f"{part}_norm", self.spec)) for part in block.normed)
+                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few, before)
                     if chain is chains[0]:
                         whole = self._head.with_norm(norm)
                         self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)

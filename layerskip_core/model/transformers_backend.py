@@ -18,7 +18,7 @@ from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
 from .cut import CutModel, Form
 from .eagle3 import Eagle3Weights, PlacedEagle3
-from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
+from .exit_blocks import MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
@@ -70,12 +70,15 @@ class TransformersBackend:
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
-            self._add_block(block, exit_blocks)
-        self.eagle3, self._entries = None, dict[Entry, tuple[int, int]]()
+            self.exit_blocks[block.exit_layer] = self._placed(block, exit_blocks)
+        self.drafters: dict[str, DraftBlock] = {}
+        if exit_blocks.mtp is not None:
+            self.drafters["mtp"] = self._placed(MTP, exit_blocks.mtp)
+        self._entries = dict[Entry, tuple[int, int]]()
         if (drafter := exit_blocks.eagle3) is not None:
             place = self._cut.place_of_block(len(self._blocks))
             self._entries = {(place, kind): (drafter.form.kv_heads, drafter.form.head_dim) for kind in ("keys", "values")}
-            self.eagle3 = self.placed_eagle3(drafter, place, PackingConfig())
+            self.drafters["eagle3"] = self.placed_eagle3(drafter, place, PackingConfig())
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
         """Raises CheckpointError for a model whose later layers read tokens, and not only states."""
@@ -198,18 +201,20 @@ class TransformersBackend:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
-    def _add_block(self, block: ExitBlock, blocks: ExitBlocks) -> None:
+    def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
         weights = blocks.weights(self.spec, self.model.get_input_embeddings().weight)
         layer, norm = self.block_parts()
-        for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
+        parts = {"layer": layer, "norm": norm, **{f"{of}_norm": deepcopy(norm) for of in block.normed}}
+        for part, module in parts.items():
             for name, parameter in module.named_parameters():
-                parameter.data = weights.of(prefix + name)
+                parameter.data = weights.of(f"{block.prefix}{part}.{name}")
                 parameter.requires_grad_(False)
         width = self.spec.hidden  # the tokens that some states carry come after it
         join = partial(_joined, weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
         place, head = self.num_layers + len(self._blocks), partial(self._cut.unembed, norm=norm)
-        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, lambda state: norm(state[..., :width]), join)
         self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
+        before = tuple(parts[f"{of}_norm"] for of in block.normed)
+        return PlacedBlock(block, place, head, lambda state: norm(state[..., :width]), join, input_norms=before)
 
 
 class WholeTexts:

@@ -1,22 +1,26 @@
 """Blocks at the exits of a model that stays as it is: their training forward, over the model's states as decoding has them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoint.beside import exit_blocks_content
-from ..checkpoint.folder import EXIT_BLOCKS_FILE
+from ..checkpoint.beside import exit_blocks_content, mtp_beside, mtp_content
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
+from ..checkpoint.locate import downloaded
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
+from ..errors import require
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places, available_memory
-from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
+from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .recipe import RunStep
 from .worth import Worth, worth_of_exit
 
@@ -25,7 +29,8 @@ _FILE = "drafter.safetensors"  # of a run's checkpoint
 
 
 class Block(nn.Module):
-    """A decoder layer and a norm, and with the feature `final` the map of its two inputs; see model/exit_blocks.py.
+    """A decoder layer and a norm, and with the feature `final` the map of its two inputs, with norms of MTP's; see
+    model/exit_blocks.py.
 
     The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as the model's own, and as [I, 0] for
     the map, in fp32.
@@ -38,16 +43,19 @@ class Block(nn.Module):
         self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
         if self.input is not None:
             nn.init.eye_(self.input.weight)
-        self._run = backend.run_block
+        for of in block.normed:
+            self.add_module(f"{of}_norm", deepcopy(self.norm))
+        self._run, self._first = backend.run_block, int(block == MTP)
         self.to(backend.device, torch.float32).requires_grad_(True)
 
     def forward(self, states: Tensor, before: Tensor, ids: Tensor) -> Tensor:
         """The input (B, T, D) of the head, for the states after the exit of the tokens (B, T), and the final states of those
-        before.
+        before; 0 for a first token without an entry.
         """
+        if self._first:
+            states, before, ids = self.embedding_norm(states[:, 1:]), self.feature_norm(before[:, 1:]), ids[:, 1:]
         hidden = states if self.input is None else self.input(torch.cat((states, before), dim=-1))
-        normed: Tensor = self.norm(self._run(self.layer, hidden, ids))
-        return normed
+        return F.pad(self.norm(self._run(self.layer, hidden, ids)), (0, 0, self._first, 0))
 
 
 class DrafterModule(nn.Module):
@@ -127,21 +135,29 @@ class DrafterModule(nn.Module):
 
 
 class FrozenExits(DrafterModule):
-    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
+    """The blocks of a model, or its MTP. Nothing of the model itself is trained, and of it only the head runs.
 
     Their matrices are trained by Muon, and the rest stays as it starts, see `new_readers`: on `embedded-base` 300 such steps
     gave 94.2% agreement, 600 of AdamW on all weights 94.7%.
     """
 
-    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock]) -> None:
+    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], known: ExitBlocks = NO_BLOCKS) -> None:
+        """Those that are `known` go on from there."""
         super().__init__(backend)
-        self.exits = new_readers(backend, blocks)
+        self.exits = new_readers(backend, blocks, known)
         self.layers = tuple(block.exit_layer for block in blocks)
-        self.names = {exit_layer: str(exit_layer) for exit_layer in self.layers}
+        self.names = {exit_layer: str(exit_layer or "mtp") for exit_layer in self.layers}
+        self.first_target = 1 + (MTP in blocks)
         self.details = {"feature": blocks[0].feature if blocks else "none"}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
+        """Raises ConfigError for a model that ships no drafter to start from."""
+        if config.layout == "mtp":
+            known = mtp_beside(downloaded(config.model), backend.spec)[0] if config.start_from else None
+            needed = "left out: this model ships no drafter that is known here"
+            require(known is not None or config.start_from is None, "start_from", needed, config.start_from)
+            return cls(backend, [MTP], known or NO_BLOCKS)
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
@@ -156,7 +172,10 @@ class FrozenExits(DrafterModule):
         `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
         """
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
-        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
+        spec = self.backend.spec
+        if MTP.exit_layer in self.layers:
+            return {MTP_FILE: mtp_content(spec, ExitBlocks((MTP,), weights.get, made_for=made_for), weights.__getitem__)}
+        return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, made_for, kept)}
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
         """With the feature `final` a block runs twice: on the final states of the tokens before, as in the first draft of a

@@ -22,7 +22,7 @@ from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
-from ..checkpoint.open import for_decoding, for_training
+from ..checkpoint.open import for_decoding, for_training, shipped_files
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
@@ -46,6 +46,9 @@ from .worth import Original, Worth
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
+_SHIPPED = (
+    "the drafter of its checkpoint (mtp) is saved as it is: afterwards `layerskip train-drafter --start-from shipped` trains it"
+)
 _REPLAY = 0.25  # of the rows of a step
 _VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
 _SHALLOW = "a model of one layer has no place for exits or a drafter"
@@ -77,6 +80,7 @@ class WholeModel(Plan):
         if self.scratch:
             tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
             trainable = blank(config.model, config.seed, tokenizer)
+        self.shipped = {} if self.scratch or config.lora_keep else shipped_files(config.model, trainable)
         self.place(config, device, trainable)
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
@@ -94,6 +98,7 @@ class WholeModel(Plan):
         self.truncated = sum(row["truncated"] for row in seen)
         self.held_out = 0 if self.held_out_data is None else len(self.held_out_data.seen)
         self.notes = (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1)
+        self.notes += (_SHIPPED,) * bool(self.shipped)
         self.steps = data.run_steps(config, len(seen))
         self.recipe = resolve_recipe(config.recipe, spec, self.steps)
         if config.lora_keep:  # beside an adapter alone nothing else is saved
@@ -170,7 +175,7 @@ class WholeModel(Plan):
             model = self.module.model
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             order = json.dumps(self.order, separators=(",", ":")).encode()
-            files = {LOSSES: history.to_jsonl(), ORDER_FILE: order}
+            files = {LOSSES: history.to_jsonl(), ORDER_FILE: order, **self.shipped}
             if self.module.readers:
                 files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
@@ -201,13 +206,14 @@ class FrozenModel(Plan):
         backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
         layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
-        module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
+        module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))
         exits = module.layers if layout == "exit" else None
         self.config = config = replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
         self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
-        held = {block.exit_layer: f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
-        held |= {} if self.kept.eagle3 is None else {0: "a drafter"}
-        there = [held[exit_layer] for exit_layer in module.names if exit_layer in held]
+        held = {str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
+        held |= {} if self.kept.eagle3 is None else {"eagle3": "a drafter"}
+        held |= {} if self.kept.mtp is None or config.start_from else {"mtp": "a drafter"}
+        there = [held[name] for name in module.names.values() if name in held]
         if there and config.in_place and not (config.overwrite or resume):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)

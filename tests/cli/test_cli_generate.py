@@ -165,7 +165,7 @@ def test_flags_that_cannot_be(checkpoint):
         (["--exit", "6"], "in 1..5, got 6 (model has 6 layers)"),
         (["--exit", "99", "--strategy", "early-exit"], "in 1..6, got 99 (model has 6 layers)"),
         (["--top-p", "0"], "a number in (0, 1], got 0.0"),
-        (["--strategy", "magic"], "one of adaptive, self-speculative, eagle3, lookup, draft-and-verify, draft-model"),
+        (["--strategy", "magic"], "one of adaptive, self-speculative, mtp, eagle3, lookup, draft-and-verify, draft-model"),
         (["--skip", "2,7"], "in 1..6, got 7 (model has 6 layers)"),
         (["--skip", "1:6"], "a list that leaves at least one layer, got all 6 layers"),
         (

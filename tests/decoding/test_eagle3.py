@@ -160,12 +160,12 @@ def variant(request):
 def test_the_kernels_compute_what_torch_does(variant, form, precision):
     """Entries of several tokens and rows have the bits that each has alone, whether earlier ones were written or run."""
     of = OnKernels(variant, form, precision)
-    ours, right = of.run(of.backend.eagle3, torch.float32), of.run(of.torch, torch.float64)
+    ours, right = of.run(of.backend.drafters["eagle3"], torch.float32), of.run(of.torch, torch.float64)
     assert float((ours - right).norm() / right.norm()) < OnKernels.PRECISIONS[precision]
     for row in (0, 1):
         cache, rows = of.backend.new_cache(1), slice(row, row + 1)
-        of.backend.eagle3.write(None, {0: of.states[row, :8]}, of.before[row, :8], cache.span(1, 9))
-        assert torch.equal(of.run(of.backend.eagle3, torch.float32, 8, cache, rows), ours[rows, 8:])
+        of.backend.drafters["eagle3"].write(None, {0: of.states[row, :8]}, of.before[row, :8], cache.span(1, 9))
+        assert torch.equal(of.run(of.backend.drafters["eagle3"], torch.float32, 8, cache, rows), ours[rows, 8:])
 
 
 @pytest.mark.parametrize("precision", OnKernels.PRECISIONS)
@@ -173,7 +173,7 @@ def test_the_kernels_compute_what_torch_does(variant, form, precision):
 def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, monkeypatch):
     """Up to their largest number, an end token, a token that is too uncertain, and drafts that probably fail."""
     of, ids = OnKernels(variant, form, precision), torch.tensor([prompt_of(10)])
-    block, cache, positions = of.backend.eagle3, of.backend.new_cache(), torch.arange(9, 18)[None]
+    block, cache, positions = of.backend.drafters["eagle3"], of.backend.new_cache(), torch.arange(9, 18)[None]
     block.write(None, {0: of.states[0]}, of.before[0], cache.span(1, 10))
 
     def drafted(**ends):
@@ -204,7 +204,7 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
     ],
 )
 def test_its_precision_is_that_of_what_else_drafts(packing, kinds):
-    block = native_or_skip(model_of("native"), PackingConfig(**packing), exit_blocks=stored()).eagle3
+    block = native_or_skip(model_of("native"), PackingConfig(**packing), exit_blocks=stored()).drafters["eagle3"]
     assert (block._fc.matrix.form.kind, block.head.matrix.form.kind) == kinds
     assert {matrix.form.kind for matrix in block._layers.layers[-1].matrices} == {kinds[0]}
 

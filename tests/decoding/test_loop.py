@@ -213,7 +213,7 @@ class TableModel:
     """
 
     num_layers, device, exact, batch_invariant = 2, torch.device("cpu"), False, False
-    exit_blocks, eagle3, choose = {}, None, choose_by_head
+    exit_blocks, drafters, choose = {}, {}, choose_by_head
     shares_states, kernel = True, None  # of its draft side, which is the model itself
 
     def __init__(self, table):

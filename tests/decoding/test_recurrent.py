@@ -20,7 +20,7 @@ from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.model import ModelSpec, NativeBackend
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.exit_blocks import MTP, ExitBlock
 from layerskip_core.model.pages import PAGE
 from layerskip_core.model.weights import int4_of, stored
 from layerskip_core.serving import Request, Scheduler
@@ -40,6 +40,7 @@ DRAFTING = {
     "adaptive": {"strategy": "adaptive", "exits": (2, 4, 5)},
     "skipping": {"strategy": "draft-and-verify", "skip": (3, 4)},
     "skipping a copy": {"strategy": "draft-and-verify", "skip": (2, 5), "draft_weights": "int8"},
+    "mtp": {"strategy": "mtp"},
     "eagle3": {"strategy": "eagle3"},
     "lookup": {"strategy": "lookup"},
 }
@@ -52,7 +53,7 @@ def backend_of(model_type, precision="fp32"):
     dtype, packing = PRECISIONS[precision]
     model = tiny_model(model_type, dtype, **SHAPE)
     blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
-    blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
+    blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP))
     return native_or_skip(model, packing, exit_blocks=blocks)
 
 
@@ -122,7 +123,7 @@ def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
     assert [rows[index].output for index in range(4)] == [plainly(model_type, "fp32", length) for length in lengths]
 
 
-@pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "eagle3", "depth per token", "early exit"])
+@pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "mtp", "eagle3", "depth per token", "early exit"])
 @pytest.mark.parametrize("model_type", MIXERS)
 def test_a_text_goes_on_from_its_end(model_type, name):
     """Or from the token before, for drafters that need its last token once more."""
@@ -133,7 +134,7 @@ def test_a_text_goes_on_from_its_end(model_type, name):
     outputs, reused, last = conversation(backend, config, of_turns())
     expected, _, fresh = conversation(backend, config, None)
     assert outputs == expected
-    known = {"adaptive": (19, 116), "eagle3": (19, 116), "depth per token": (9, 106)}
+    known = {"adaptive": (19, 116), "mtp": (19, 116), "eagle3": (19, 116), "depth per token": (9, 106)}
     assert reused == [0, *known.get(name, (20, 117))]
     stop = len(last.rows[0].ids) - 1
     if name in ("plain", "copy"):

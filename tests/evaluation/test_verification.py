@@ -93,7 +93,7 @@ def test_every_check_ran_on_our_own_kernels(whole):
     promised = {result.promise for result in own if result.check in (ROWS, DRAFTS)}
     assert promised == ({"bits", "tokens"} if VARIANT else {"near-ties"})
     drafted = [result.setting for result in own if result.check == DRAFTS]
-    of_all = {"exit 2, 3 drafts", "drafter in the EAGLE-3 layout", "lookup", "adaptive"}
+    of_all = {"exit 2, 3 drafts", "eagle3 drafter", "lookup", "adaptive"}
     assert of_all | {"int8 copy, 6 layers", "int4 copy, 6 layers"} <= set(drafted)
     assert all(result.tokens > 0 and result.prompts > 0 for result in own)
 

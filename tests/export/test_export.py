@@ -251,7 +251,7 @@ def test_the_exit_status_says_whether_engines_agree(drafting, tmp_path):
 
 
 def test_what_cannot_be_compared_is_one_line(drafting, checkpoint, tmp_path):
-    message = "this model has no EAGLE-3 drafter; `layerskip train-drafter --layout eagle3` makes one"
+    message = "this model has no eagle3 drafter; `layerskip train-drafter --layout eagle3` makes one"
     fails(f"--check: {message}", "export", checkpoint, "--check")
     fails(f"--strategy eagle3: {message}", "generate", "hi", "--model", checkpoint, "--strategy", "eagle3")
     flags = ("export", str(drafting), "--check", "--samples", "1")

@@ -54,8 +54,8 @@ def states(backend):
         for layer in range(backend.num_layers):
             hidden = run_texts(backend, hidden, layer, layer + 1)
             found.append(hidden)
-        if backend.eagle3 is not None:
-            found.append(backend.eagle3.head(backend.eagle3.features(backend, dict.fromkeys(range(1, 6), hidden), hidden)))
+        for drafter in backend.drafters.values():
+            found.append(drafter.head(drafter.features(backend, dict.fromkeys(range(1, 6), hidden), hidden)))
         return [*found, backend.unembed(hidden)]
 
 
@@ -64,7 +64,7 @@ def assert_same(packed, plain):
     assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
-    assert (packed.backend.eagle3 is None) == (plain.backend.eagle3 is None)
+    assert packed.backend.drafters.keys() == plain.backend.drafters.keys()
     ours, theirs = states(packed.backend), states(plain.backend)
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
     assert (packed.eos_ids, packed.template, packed.info.strategy) == (plain.eos_ids, plain.template, plain.info.strategy)

@@ -40,7 +40,7 @@ class Context:
     cache: KVCache  # the target's own
     indices: Sequence[int]  # of the rows in the cache, which may have others
     filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
-    features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, D): what blocks read of the token before
+    features: Mapping[int | str, Tensor] = field(default_factory=dict)  # by block, (B, D): what it reads of the token before
     processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
     seconds: float = 0.0  # that the steps before took, without the caller's time between them
     recorded: Tensor | None = None  # of a draft that is recorded: the positions (d+1,) of its tokens, on the device

@@ -174,13 +174,13 @@ def _merged(draft: Draft, lookups: Draft) -> Draft:
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, low-bit copies with as many layers and with all, in the EAGLE-3 layout, by a draft model."""
+    """Drafts by the trained exits, low-bit copies with as many layers and with all, drafters beside it, a draft model."""
     model, config = setup.model, setup.config
     drafters: dict[str, Drafting] = {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
     blocks: list[DraftBlock] = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits]
-    if model.eagle3 is not None:
-        blocks.append(model.eagle3)
-        drafters["eagle3"] = ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
+    for name, block in model.drafters.items():
+        blocks.append(block)
+        drafters[name] = ExitDrafter(setup, None, Submodel(0, block=block), name)
     tapped = sorted({tap for block in blocks for tap in block.taps})
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]

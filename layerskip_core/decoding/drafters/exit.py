@@ -1,8 +1,8 @@
 """Drafts by layers: a part of the model, a block beside it, or a smaller model (Leviathan et al., ICML 2023).
 
 Self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3) drafts with the first layers, Draft & Verify (Zhang et al.,
-ACL 2024) with all layers but some, and a drafter in the EAGLE-3 layout with none of them. The paper of Draft & Verify skips
-attention and MLP blocks one by one; here whole layers are skipped, and the target goes on from the layers before the first one.
+ACL 2024) with all layers but some, and a drafter beside the model (MTP, EAGLE-3) with none of them. The paper of Draft & Verify
+skips attention and MLP blocks one by one; here whole layers are, and the target goes on from the layers before the first one.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config.decoding import DecodingConfig
+from ...config.decoding import BESIDE, DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
@@ -104,6 +104,7 @@ class ExitDrafter:
         self.source, self.weights = source, weights
         self._side, self._sampler, self.submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
         self._exit = submodel.exit_layer
+        self._fed_by = self._exit or source  # the key of its features
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
         self._looks = side.layers.device.type == "cpu"
@@ -122,7 +123,7 @@ class ExitDrafter:
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-        submodel, features, recorder = self.submodel, context.features.get(self._exit), self._recorder
+        submodel, features, recorder = self.submodel, context.features.get(self._fed_by), self._recorder
         if not self._sampler.is_greedy or len(limits) > 1 or self._sampler.processors:
             return self._step_by_step(context, limits, ends)
         places = context.places([limits[0] + 1], [0])
@@ -146,7 +147,7 @@ class ExitDrafter:
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         """Each step runs a token of each row that goes on, and chooses the next."""
-        made = _Unfinished(context, list(limits), context.features.get(self._exit))
+        made = _Unfinished(context, list(limits), context.features.get(self._fed_by))
         while made.going and self._runs_on(made, ends):
             logits, probs = self._judged(made, self._run(made), ends)
             if made.going:
@@ -326,14 +327,14 @@ class ModelDrafter:
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
-    """Raises ConfigError as `ExitDrafter` does, and for a model without a drafter in the EAGLE-3 layout that is to draft."""
+    """Raises ConfigError as `ExitDrafter` does, and for a model without the drafter that is to draft."""
     config, model, weights = setup.config, setup.model, setup.config.draft_weights
     if config.strategy == "draft-model":
         return ModelDrafter(setup)
-    if config.strategy == "eagle3":
-        if model.eagle3 is None:
-            raise ConfigError(f"`strategy` eagle3: {NO_DRAFTER}", "strategy")
-        return ExitDrafter(setup, None, Submodel(0, block=model.eagle3), "eagle3")
+    if (name := config.strategy) in BESIDE:
+        if name not in model.drafters:
+            raise ConfigError(f"`strategy` {name}: {NO_DRAFTER.format(name)}", "strategy")
+        return ExitDrafter(setup, None, Submodel(0, block=model.drafters[name]), name)
     if config.strategy == "draft-and-verify":
         kept = Submodel(*kept_layers(config.skip, model.num_layers))
         name = f"{weights or ''} {model.num_layers - len(set(config.skip))} of {model.num_layers} layers"

@@ -22,7 +22,7 @@ from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import GgufFile
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions
+from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig, DecodingOptions
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as
 from ...decoding.output import DecodeStats, StopScanner, step_counts
@@ -98,8 +98,8 @@ def bench(
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
     """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
-    if loaded.backend.eagle3 is None:
-        require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
+    for name in chosen & set(BESIDE) - loaded.backend.drafters.keys():
+        require(False, "strategies", f"a list without {name} for a model without such a drafter", name)
     asked, only_drafting = config.generation, loaded.only_drafting
     if asked.get("exit_layer", recommended.exit_layer) in only_drafting and not asked.get("exit_confidence"):
         chosen.discard("early-exit")
@@ -122,7 +122,7 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
         *("autoregressive", "lookup", "adaptive"),
         *(["early-exit"] if exits else []),
         *(["self-speculative"] if exits or config.packing.draft_weights else []),
-        *(["eagle3"] if loaded.backend.eagle3 is not None else []),
+        *loaded.backend.drafters,
         *(["draft-model"] if loaded.backend.draft_model is not None else []),
     }
 

@@ -7,7 +7,7 @@ from itertools import product
 from statistics import fmean, median
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, decoding
+from ...config.decoding import BESIDE, DecodingConfig, decoding
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
@@ -140,7 +140,7 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
         ]
     known = loaded.recommended(config.packing)
     unpredicted = [decoding("lookup", generation)]
-    unpredicted += [] if loaded.backend.eagle3 is None else [decoding("eagle3", generation)]
+    unpredicted += [decoding(name, generation) for name in loaded.backend.drafters]
     if generation.get("skip"):
         unpredicted.append(resolve_as("draft-and-verify", generation, known, num_layers, config.packing))
     lengths = config.specs or _UNPREDICTED
@@ -162,7 +162,7 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[Decoding
     """The settings with the best predicted speedup, their exits alone, and one setting of each unpredicted drafter."""
     best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
-    names = ("lookup", "eagle3", "draft-and-verify", "adaptive")  # without predictions
+    names = ("lookup", *BESIDE, "draft-and-verify", "adaptive")  # without predictions
     by_length = [[setting for setting in settings if setting.strategy == name] for name in names]
     middle = [alike[len(alike) // 2] for alike in by_length if alike]
     early = {each for each in settings if each.strategy == "early-exit" and (each.exit_confidence or each.exit_layer in exits)}

@@ -13,7 +13,7 @@ from ..backend import DraftKernel
 from ..cache import KVCache, Places
 from ..configuration import SLIDING
 from ..eagle3 import Eagle3Weights
-from ..exit_blocks import ExitBlock
+from ..exit_blocks import MTP, ExitBlock
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
@@ -119,7 +119,7 @@ class NativeBackend(RepackedBackend):
         return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> NativeLayer:
-        return NativeLayer(self._pack, weights, self._chain_spec, index, low_bits or self._unrounded)
+        return NativeLayer(self._packs(weights), weights, self._chain_spec, index, low_bits or self._unrounded)
 
     def _head_of(
         self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
@@ -132,7 +132,18 @@ class NativeBackend(RepackedBackend):
     def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> NativeLinear:
         form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
         name = f"{block.prefix}input"
-        return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
+        return NativeLinear(self._engine, self._packs(weights)(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
+
+    def _packs(self, weights: Weights) -> PackMatrix:
+        """Packed files have no drafters."""
+        return self._packed if weights.prefix.startswith(MTP.prefix) else self._pack
+
+    def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
+        kind, of_head = packing.drafter
+        if self._pack is not self._packed:  # whose head is there in some precisions only
+            of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
+        fits = suits_kernels(self.spec, self._embedding.dtype, torch.device("cpu"), PackingConfig("int8"))
+        return (kind, of_head) if fits else (packing.quantize,) * 2
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # it sees the whole text

@@ -12,6 +12,7 @@ from ..cache import Places
 from ..exit_blocks import PlacedBlock
 from ..repacked import rows_at_once
 from ..spec import ModelSpec
+from ..torch_linear import Norm
 from ..weights import Affine
 from .compiled import CChoice, CDraft
 from .layers import Engine, NativeLayers, NativeNorm
@@ -66,7 +67,7 @@ def draft(
     join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
         assert isinstance(block, PlacedBlock)
-        beyond, join = ((block.layer, block.layer + 1),), block.join
+        beyond, join, places = ((block.layer, block.layer + 1),), block.join, block.entries(places)
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
@@ -84,6 +85,9 @@ def draft(
         ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
         *map(_address, (joined, tokens, states, after_exit, logits)),
     )
+    norms = [NativeNorm(norm.weights) for norm in block.input_norms if isinstance(norm, Norm)] if block is not None else []
+    for index, norm in enumerate(norms):
+        call.input_norms[index] = norm.structure
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )

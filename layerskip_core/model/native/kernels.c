@@ -129,6 +129,7 @@ typedef struct {
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
     int32_t drafted;           /* number of drafts made */
+    Norm input_norms[2];       /* of both halves of what `join` reads; without weights if it has none */
 } Draft;
 
 typedef struct {
@@ -662,7 +663,14 @@ static void leave_exit(Work *work, int thread, int threads) {
     const Shape *s = work->shape;
     Draft *draft = work->draft;
     size_t n = (size_t)s->hidden;
-    if (thread == 0) memcpy(draft->joined ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
+    if (thread == 0) {
+        float *input = draft->joined ? draft->joined : draft->beyond;
+        memcpy(input, work->call->hidden, sizeof(float) * n);
+        for (int half = 0; half < 2; half++) {
+            const Norm *norm = &draft->input_norms[half];
+            if (norm->weight) normed(input + half * n, norm, s->hidden, s->eps, input + half * n);
+        }
+    }
     if (draft->join) {
         meet(&work->team, threads);
         multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
@@ -760,7 +768,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 23; }
+int layerskip_interface(void) { return 24; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
