@@ -43,7 +43,7 @@ from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
-from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, MTP_FILE, WeightFile, weight_files
+from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, MTP_FILE, JoinedWeights, WeightFile, weight_files
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
@@ -139,24 +139,31 @@ def with_drafters(blocks: ExitBlocks, folder: str | Path, spec: AnySpec) -> Exit
 
 def mtp_beside(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
     """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
-    files, own = weight_files(folder), Path(folder) / MTP_FILE
-    found: dict[str, tuple[WeightFile, str]] = {}
-    for file in map(WeightFile, [*files, *([own] if own.is_file() else [])]):
-        known = {name: re.search(r"(?:^|\.)(mtp\..*)", name) for name in file.entries}
-        found |= {match[1]: (file, name) for name, match in known.items() if match}
+    own, found, files = Path(folder) / MTP_FILE, dict[str, str](), dict[str, WeightFile]()
+    for file in map(WeightFile, [*weight_files(folder), *([own] if own.is_file() else [])]):
+        for name in file.entries:
+            if (match := re.search(r"(?:^|\.)(mtp\..*)", name)) is not None:
+                found[match[1]], files[name] = name, file
     if not found:
         return None, ()
     shapes = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}
+    experts = (
+        spec.expert_parts(spec.attending[-1], _SHIPPED["layer."]) if isinstance(spec, ModelSpec) and spec.attending else {}
+    )
+
+    def stored(name: str) -> list[list[str]]:
+        if name in found:
+            return [[found[name]]]
+        return [[found.get(part, part) for part in each] for each in experts.get(name, [[name]])]
+
+    weights = JoinedWeights(files, {name: stored(name) for name in shapes}, shapes)
+    others = {name: files[own].entries[own] for name, own in found.items() if own not in weights.joined}
     try:
-        _check_entries({name: file.entries[stored] for name, (file, stored) in found.items()}, shapes, FLOATS)
+        _check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
         return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
-
-    def take(name: str) -> Tensor | None:
-        file, stored = found[_shipped(name)]
-        return file.read(stored)
-
-    return ExitBlocks((MTP,), take, made_for=found[f"{_SHIPPED['input.']}weight"][0].metadata.get(_FINGERPRINT)), ()
+    made_for = files[found[f"{_SHIPPED['input.']}weight"]].metadata.get(_FINGERPRINT)
+    return ExitBlocks((MTP,), lambda name: weights.read(_shipped(name)), made_for=made_for), ()
 
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:

@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
+from ..model.spec import Shapes
 from ..prompting import Tokenizer, special_ids
 
 CONFIG_FILE = "config.json"
@@ -92,11 +93,11 @@ class WeightFile:
 class JoinedWeights:
     """Weights stored under other names or in parts (see `ModelSpec.stored_parts`), with the methods of `WeightFile`."""
 
-    def __init__(self, files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
+    def __init__(self, files: Mapping[str, WeightFile], parts_of: Mapping[str, list[list[str]]], shapes: Shapes) -> None:
         """`files` by the names of the weights in them. A weight is left out if any of its parts is."""
         self._files = files
-        self._parts = {name: parts for name, parts in spec.stored_parts.items() if files.keys() >= {*chain(*parts)}}
-        self.entries = {name: self._entry(parts, len(spec.shapes[name])) for name, parts in self._parts.items()}
+        self._parts = {name: parts for name, parts in parts_of.items() if files.keys() >= {*chain(*parts)}}
+        self.entries = {name: self._entry(parts, len(shapes[name])) for name, parts in self._parts.items()}
         self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
@@ -149,7 +150,7 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
         return dict(files)
-    joined = JoinedWeights(files, spec)
+    joined = JoinedWeights(files, spec.stored_parts, spec.shapes)
     known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
     entries = {name: known[name].entries[name] for name in spec.shapes if name in known}
     spec.check_weights({name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes)

@@ -116,10 +116,27 @@ def test_another_layout_is_left_aside_and_told(shipped):
     save_file(load_file(path) | {"mtp.layers.1.input_layernorm.weight": torch.ones(64)}, path, {"format": "pt"})
     loaded = for_decoding(str(shipped), "cpu", "fp32")
     assert not loaded.backend.drafters
-    assert loaded.notes == (
-        "its drafter is left aside, whose layout is not known here: mtp.layers.1.input_layernorm.weight must be left out, found "
-        "F32 [64]",
-    )
+    told = "mtp.layers.1.input_layernorm.weight must be left out, found F32 [64]"
+    assert loaded.notes == (f"its drafter is left aside, whose layout is not known here: {told}",)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "qwen3_next"])
+def test_its_experts_are_stored_one_by_one_or_together(tmp_path, model_type):
+    tokenizer, found = tiny_loaded(torch.float32).tokenizer, []
+    model = tiny_model(model_type, torch.float32, vocab_size=len(tokenizer), **WIDE)
+    save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32)
+    made, weights = random_blocks(model, MTP), load_file(tmp_path / "model.safetensors")
+    drafter = {_shipped(name): made.take(name) for name in made.shapes(TransformersBackend(model).spec)}
+    apart = dict(drafter)
+    inward, back = (apart.pop(f"mtp.layers.0.mlp.experts.{name}_proj") for name in ("gate_up", "down"))
+    for number, (both, own) in enumerate(zip(inward, back, strict=True)):
+        gate, up = both.chunk(2)
+        for name, part in (("gate", gate), ("up", up), ("down", own)):
+            apart[f"mtp.layers.0.mlp.experts.{number}.{name}_proj.weight"] = part.contiguous()
+    for stored in (drafter, apart):
+        save_file({**weights, **stored}, tmp_path / "model.safetensors", {"format": "pt"})
+        found.append(drafted(tmp_path))
+    assert found[0] == found[1] and found[0][1][1] > 0
 
 
 def test_what_is_made_of_the_model_keeps_it(shipped, tmp_path):

@@ -178,7 +178,9 @@ def trained():
         texts[:, place] = follows[keys, texts[:, place - 1]]
     texts += KEYS
     texts[:, 0] = keys
-    _train(model.parameters(), lambda: F.cross_entropy(model(texts[:, :-1]).logits[:, 1:].flatten(0, 1), texts[:, 2:].flatten()))
+    _train(
+        model.parameters(), lambda: F.cross_entropy(model(texts[:, :-1]).logits[:, 1:].flatten(0, 1), texts[:, 2:].flatten())
+    )
     drafter = FrozenExits(TransformersBackend(model.eval()), [MTP])
     labels = texts.masked_fill(torch.arange(LENGTH) < 2, IGNORED)
     _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel())
