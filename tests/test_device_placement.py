@@ -27,7 +27,7 @@ from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlock
 from layerskip_core.training import run as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
@@ -40,6 +40,7 @@ SETTINGS = {
     "early exit": {"strategy": "early-exit", "exit_layer": 4},
     "exits by confidence": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
     "lookup": {"strategy": "lookup"},
+    "mtp": {"strategy": "mtp", "num_draft_tokens": 4},
     "eagle3": {"strategy": "eagle3", "num_draft_tokens": 4},
     "draft-model": {"strategy": "draft-model", "num_draft_tokens": 4},
     "sampled by a draft model": {"strategy": "draft-model", "num_draft_tokens": 4, **SAMPLED},
@@ -59,9 +60,9 @@ ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("final", "none")}  # of the exits that SETTINGS name
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
-    "packed": tuple(name for name in SETTINGS if name not in ("eagle3", "draft-model", "sampled by a draft model")),
-    "drafter": ("eagle3",),
-    "generic drafter": ("eagle3",),
+    "packed": tuple(name for name in SETTINGS if name not in ("mtp", "eagle3", "draft-model", "sampled by a draft model")),
+    "drafter": ("mtp", "eagle3"),
+    "generic drafter": ("mtp", "eagle3"),
     "draft model": ("draft-model", "sampled by a draft model"),
     "packed without graphs": ("self-speculative", "sampled", "layers left out"),
     "windows": ("autoregressive", "self-speculative"),
@@ -83,7 +84,7 @@ def backend_on(device, kind):
     model = tiny_model("gemma3_text", sliding_window=5) if kind == "windows" else tiny_model()
     blocks = random_blocks(model, *map(ExitBlock, (3, 4), BLOCKS[kind])) if kind in BLOCKS else None
     if kind.endswith("drafter"):
-        blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
+        blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP))
     model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
     if kind.startswith("generic"):
         return TransformersBackend(model, **keywords)

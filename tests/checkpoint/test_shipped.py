@@ -143,8 +143,8 @@ def test_what_is_made_of_the_model_keeps_it(shipped, tmp_path):
     expected = drafted(shipped)
     for name, arguments in {
         "imported": ("import", str(shipped)),
-        "exported": ("export", "--model", str(shipped), "--exit", "6"),
-        "packed": ("export", "--model", str(shipped), "--format", "packed", "--dtype", "fp32"),
+        "exported": ("export", str(shipped), "--exit", "6"),
+        "packed": ("export", str(shipped), "--format", "packed", "--dtype", "fp32"),
         "calibrated": ("calibrate", "--model", str(shipped), "--samples", "2", "--length", "16"),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))

@@ -158,7 +158,7 @@ def test_drafts_in_one_call_are_those_of_single_calls():
     assert len(set(found.tokens.tolist())) > 2
 
 
-KEYS, TOKENS, LENGTH = 6, 32, 20
+KEYS, TOKENS, LENGTH = 12, 32, 20
 
 
 @cache
@@ -168,8 +168,8 @@ def trained():
     """
     torch.manual_seed(0)
     model = tiny_model("qwen3_5_text", torch.float32, **{**SHAPE, "num_hidden_layers": 2, "vocab_size": KEYS + TOKENS})
-    with torch.no_grad():  # real models' differ by orders of magnitude
-        model.model.norm.weight.copy_(torch.linspace(-2, 2, 64)[torch.randperm(64)].exp() - 1)
+    with torch.no_grad():  # a final norm that changes directions a lot, as after long training
+        model.model.norm.weight.copy_(torch.linspace(-3, 3, 64)[torch.randperm(64)] - 1)
         for weight in model.parameters():
             weight.div_(8 if weight.dim() > 1 else 1)
     follows, texts = torch.stack([torch.randperm(TOKENS) for _ in range(KEYS)]), torch.randint(0, TOKENS, (96, LENGTH))
@@ -178,17 +178,16 @@ def trained():
         texts[:, place] = follows[keys, texts[:, place - 1]]
     texts += KEYS
     texts[:, 0] = keys
-    _train(
-        model.parameters(), lambda: F.cross_entropy(model(texts[:, :-1]).logits[:, 1:].flatten(0, 1), texts[:, 2:].flatten())
-    )
+    wanted = texts[:, 2:].flatten()
+    _train(model.parameters(), lambda: F.cross_entropy(model(texts[:, :-1]).logits[:, 1:].flatten(0, 1), wanted), 40)
     drafter = FrozenExits(TransformersBackend(model.eval()), [MTP])
     labels = texts.masked_fill(torch.arange(LENGTH) < 2, IGNORED)
-    _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel())
+    _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel(), 80)
     stored = {name: weight.detach() for name, weight in drafter.weights().items()}
     return TransformersBackend(model, replace(NO_BLOCKS, mtp=ExitBlocks((MTP,), stored.get))), texts
 
 
-def _train(parameters, loss_of, steps=150):
+def _train(parameters, loss_of, steps):
     optimizer = torch.optim.AdamW([weight for weight in parameters if weight.requires_grad], lr=5e-3, weight_decay=0)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -197,15 +196,15 @@ def _train(parameters, loss_of, steps=150):
 
 
 def accepted():
+    """The share of drafts, in the first tokens of each text."""
     backend, texts = trained()
-    counts = [decode(backend, text[:4].tolist(), DRAFTING) for text in texts[:8]]
-    for decoding in counts:
-        ids_of(decoding)
-    return sum(each.stats.accepted for each in counts) / sum(each.stats.drafted for each in counts)
+    loops = [decode(backend, text[:2].tolist(), replace(DRAFTING, max_new_tokens=8)) for text in texts[: 2 * KEYS]]
+    [*map(ids_of, loops)]
+    return sum(loop.stats.accepted for loop in loops) / sum(loop.stats.drafted for loop in loops)
 
 
 def test_the_state_after_the_final_norm_is_the_one_that_drafts_read(monkeypatch):
-    """The one before it is accepted by no engine's check: all texts are right, and most drafts are wrong (llama.cpp#24025)."""
+    """No text shows that it was the one before: only most drafts are wrong (llama.cpp#24025)."""
     right = accepted()
     monkeypatch.setattr(PlacedBlock, "features", lambda block, model, states, finals: finals)
-    assert right > 0.9 and accepted() < 0.6 * right
+    assert right > 0.8 and accepted() < 0.6 * right
