@@ -58,6 +58,7 @@ _SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, an
     "embedding_norm.": "mtp.pre_fc_norm_embedding.",
     "feature_norm.": "mtp.pre_fc_norm_hidden.",
 }
+OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
 _FINGERPRINT = "fingerprint"
@@ -126,14 +127,18 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
             _check_fingerprint(file, spec, weight_of)
             _check_entries(file.entries, blocks.shapes(spec), FLOATS)
-    blocks = with_drafters(blocks, folder, spec)
-    stale = blocks.mtp is not None and blocks.mtp.made_for not in (None, fingerprint(spec, weight_of))
-    return replace(blocks, notes=(STALE,)) if stale else blocks
+    return with_drafters(blocks, folder, spec, weight_of)
 
 
-def with_drafters(blocks: ExitBlocks, folder: str | Path, spec: AnySpec) -> ExitBlocks:
-    """With the drafters of a folder."""
+def with_drafters(
+    blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
+) -> ExitBlocks:
+    """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
     eagle3, (mtp, notes) = eagle3_beside(folder, spec), mtp_beside(folder, spec)
+    if mtp is not None and mtp.made_for is not None:
+        fitting = mtp.made_for if weight_of is None else fingerprint(spec, weight_of)
+        if mtp.made_for == OTHERS or mtp.made_for != fitting:
+            mtp, notes = replace(mtp, made_for=OTHERS), (STALE,)
     return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
 
 

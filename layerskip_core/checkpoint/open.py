@@ -28,6 +28,7 @@ from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
 from .beside import (
     EAGLE3_FOLDER,
+    OTHERS,
     STALE,
     eagle3_content,
     mtp_beside,
@@ -207,7 +208,7 @@ def _shipped(name: str, spec: AnySpec) -> ExitBlocks:
     adapters, base = adapters_of(name)
     if (folder := present(base).folder) is None or (mtp := mtp_beside(folder, spec)[0]) is None:
         return NO_BLOCKS
-    changed = replace(mtp, made_for=mtp.made_for or "") if adapters else mtp
+    changed = replace(mtp, made_for=OTHERS) if adapters else mtp
     return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
 
 
@@ -346,7 +347,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     blocks = with_drafters(file.exit_blocks, folder, spec)
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return _decoder(name, folder, info, backend)
+    return replace(_decoder(name, folder, info, backend), notes=blocks.notes)
 
 
 def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:

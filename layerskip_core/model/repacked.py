@@ -252,11 +252,11 @@ class RepackedBackend(ABC):
             depth = packing.draft_layers or layers
             chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
         if has_mtp:
-            kind, of_head = self._drafter_kinds(packing)
+            of_layer, of_head = self._drafter_kinds(packing)
             of_copies = (packing.draft_head or "int8") if packing.draft_weights else quantize
             known = {quantize: chains[0], of_copies: chains[-1]}
             there = known[of_head].at_exits if of_head in known else drafting(of_head, lambda: head(of_head))[1]
-            chains.append(_Chain(kind, False, 0, there, there))
+            chains.append(_Chain(of_layer, False, 0, there, there))
         return verifying, chains
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:

@@ -53,7 +53,8 @@ class Block(nn.Module):
         before; 0 for a first token without an entry.
         """
         if self._first:
-            states, before, ids = self.embedding_norm(states[:, 1:]), self.feature_norm(before[:, 1:]), ids[:, 1:]
+            of_state, of_feature = map(self.get_submodule, ("embedding_norm", "feature_norm"))
+            states, before, ids = of_state(states[:, 1:]), of_feature(before[:, 1:]), ids[:, 1:]
         hidden = states if self.input is None else self.input(torch.cat((states, before), dim=-1))
         return F.pad(self.norm(self._run(self.layer, hidden, ids)), (0, 0, self._first, 0))
 

@@ -162,6 +162,8 @@ def test_a_finetune_keeps_it_and_training_it_on_ends_the_note(shipped, tmp_path)
     assert not done.code, done.err
     assert "the drafter of its checkpoint (mtp) is saved as it is" in done.err
     assert drafted(tuned)[2] == (STALE,)
+    assert not run("export", tuned, "--output", str(tmp_path / "packed"), "--format", "packed").code
+    assert drafted(tmp_path / "packed")[2] == (STALE,)
     before = load_file(Path(tuned) / MTP_FILE)
     assert before.keys() == NAMES
     done = run("train-drafter", "--model", tuned, "--output", tuned, "--start-from", "shipped", "--answer-tokens", "8", *small)
