@@ -26,18 +26,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from .beside import (
-    EAGLE3_FOLDER,
-    OTHERS,
-    STALE,
-    eagle3_content,
-    mtp_beside,
-    mtp_content,
-    read_eagle3,
-    read_exit_blocks,
-    read_int4,
-    with_drafters,
-)
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
@@ -54,6 +42,18 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
+from .sidecars import (
+    EAGLE3_FOLDER,
+    OTHERS,
+    STALE,
+    eagle3_content,
+    mtp_beside,
+    mtp_content,
+    read_eagle3,
+    read_exit_blocks,
+    read_int4,
+    with_drafters,
+)
 from .transformers_read import (
     GgufFile,
     merge_adapters,

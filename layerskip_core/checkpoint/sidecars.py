@@ -134,7 +134,7 @@ def with_drafters(
     blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
 ) -> ExitBlocks:
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
-    eagle3, (mtp, notes) = eagle3_beside(folder, spec), mtp_beside(folder, spec)
+    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_beside(folder, spec)
     if mtp is not None and mtp.made_for is not None:
         fitting = mtp.made_for if weight_of is None else fingerprint(spec, weight_of)
         if mtp.made_for == OTHERS or mtp.made_for != fitting:
@@ -333,7 +333,7 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
     return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
 
 
-def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
+def eagle3_sidecar(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
     """The drafter of a model's folder, if its config.json, which is written last, is there. Raises as `read_eagle3`."""
     drafter = Path(folder) / EAGLE3_FOLDER
     return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None
