@@ -8,11 +8,12 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.output import Row, StopScanner
 from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS
 from layerskip_core.model.pages import PagedCache
 
+PLAIN = DecodingConfig()
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
 
@@ -35,21 +36,28 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
 
+def context_of(texts, newest, cache, indices, filled, config=PLAIN):
+    """Before a round of rows with these ids."""
+    ends = StopScanner(frozenset(), (), 1000, 1000)
+    rows = [Row(ids, ends, config, torch.device("cpu"), config.seed) for ids in texts]
+    return Context(rows, newest, cache, indices, filled)
+
+
 def context_after(backend, ids):
     """Before a round: all of `ids` but the last are cached."""
     last, cache = len(ids) - 1, backend.new_cache()
     with torch.inference_mode():
         hidden = backend.embed(torch.tensor([ids[:last]]))
         backend.run_layers(hidden, 0, backend.num_layers, cache.span(0, last))
-    return Context([0], [ids], torch.tensor(ids[last:]), cache, [0], [last])
+    return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
 def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
-    setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
-    features = {} if feature is None else {submodel.exit_layer: feature[0]}
-    context = Context([0], ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], features)
+    setup = DrafterSetup(backend, config, eos_ids)
+    cache.features[0] = {} if feature is None else {submodel.exit_layer: feature[0, 0]}
+    context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], config)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 

@@ -109,7 +109,7 @@ def answers(model, name, gpu=None):
         loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
         for number, steps in enumerate(loop):
             for step in steps:
-                found.setdefault((len(prompts), step.row), []).extend(step.ids)
+                found.setdefault((len(prompts), loop.rows.index(step.row)), []).extend(step.ids)
             if gpu is not None:
                 copied = any(step.finish_reason for step in steps)  # the rows of the others
                 if number > 0 and not copied and not config.exit_confidence:  # with which each exit is asked

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache, Places, on_device
+from ..model.cache import KVCache, Places
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, Row, RowStep, StopReason, StopScanner, logprobs_of
-from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices
 from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
@@ -83,10 +81,10 @@ def decode_batch(
     for steps in loop:
         for step in steps:
             if step.finish_reason is not None:
-                row = loop.rows[step.row]
+                row, counts = step.row, sum(step.row.steps, DecodeStats())
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
-                counts = sum(row.steps, DecodeStats())
-                yield Answer(text, step.finish_reason, counts, row.output, step.row, row.logprobs, row.prompt_logprobs)
+                told = row.logprobs, row.prompt_logprobs
+                yield Answer(text, step.finish_reason, counts, row.output, loop.rows.index(row), *told)
 
 
 class DecodingLoop:
@@ -125,17 +123,15 @@ class DecodingLoop:
             isolated: there is one row, and no others will join: its passes are recorded where the model allows it.
             drafter: instead of the config's.
         """
-        self._target = target_of(model, config, len(prompts))
+        self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = prefixes = NO_PREFIXES if prefixes is None or config.prompt_logprobs else prefixes
         self._model, self._earlier, self._num_draft_tokens = model, earlier, config.num_draft_tokens
         self._active = []
-        for number, prompt in enumerate(prompts):
+        for prompt, seed in zip(prompts, seeds or [config.seed] * len(prompts), strict=True):
             check_prompt(prompt, model)
             limits = config.max_new_tokens, model.room - len(prompt)
-            self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
-        rows = self._active if config.changes_logits else []
-        processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in rows]
-        self._sampler = Sampler(config, model.device, seeds or [config.seed] * len(prompts), processors)
+            scanner = StopScanner(eos_ids, config.stop, *limits, detokenize)
+            self._active.append(Row(prompt, scanner, config, model.device, seed))
         end = max(len(row.ids) + row.scanner.room for row in self._active)
         self.piece: float = inf
         self.reused_tokens, recorder = 0, None  # of the prompt, which need no pass
@@ -151,13 +147,12 @@ class DecodingLoop:
         self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
-        self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched, prefixes)
+        self._setup = DrafterSetup(model, config, eos_ids, reuse_exit_states, recorder, searched, prefixes)
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(self._setup)
         self._drafter = drafter
         self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
         self.rows = tuple(self._active)
-        self._numbered = len(self._active)  # rows that have had a number
         self._seconds = defaultdict[str, Any](int) if recorder is None else recorder.counts  # of DecodeStats
 
     def __iter__(self) -> Iterator[list[RowStep]]:
@@ -190,51 +185,32 @@ class DecodingLoop:
         more, most = 1 + (0 if self._drafter is None else self._num_draft_tokens), self._cache.max_positions
         return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
 
-    def set_aside(self, number: int) -> "DecodingLoop":
-        """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again."""
-        index = next(index for index, row in enumerate(self._active) if row.number == number)
-        aside, row = copy(self), self._active[index]
-        row.filled = 0
-        aside._active, aside.rows, aside._sampler = [row], (row,), copy(self._sampler)
-        aside._sampler.keep_rows([index])
+    def set_aside(self, row: Row) -> "DecodingLoop":
+        """Takes out a row, without its KV entries: a loop of its own, which runs the text again."""
+        aside = copy(self)
+        row.filled, aside._active, aside.rows = 0, [row], (row,)
         aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
         aside._cache.steps_back = self._cache.steps_back
-        aside._setup = replace(self._setup, sampler=aside._sampler)
-        aside._drafter = None if self._drafter is None else drafter_for(aside._setup)
+        aside._drafter = None if self._drafter is None else drafter_for(self._setup)
         aside._target, aside._seconds = target_of(self._model, row.config), defaultdict(int)
-        self._stay([other for other in range(len(self._active)) if other != index])
+        self._stay([index for index, other in enumerate(self._active) if other is not row])
         return aside
 
-    def join(self, other: "DecodingLoop") -> list[int]:
-        """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
+    def join(self, other: "DecodingLoop") -> None:
+        """Takes over the rows that another loop still has. That loop is over.
 
         Both have rows left, and decode with one model by the same settings. Limits, stop strings and seeds are each row's own:
         a row goes on with the tokens that it gets alone.
         """
-        numbers = list(range(self._numbered, self._numbered + len(other._active)))
-        self._numbered += len(numbers)
-        for row, number in zip(other._active, numbers, strict=True):
-            row.number = number
-        self._active = self._active + other._active
-        self._sampler.join(other._sampler)
+        self._active, other._active = self._active + other._active, []
         with torch.inference_mode():  # which the cache was written in
             self._cache.join(other._cache)
-            if self._target.exit_cache is not None and other._target.exit_cache is not None:
-                self._target.exit_cache.join(other._target.exit_cache)
-        other._active = []
-        return numbers
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
         for index, row in enumerate(self._active):
             if row.output and not row.lacks:
                 self._keep(index)
-
-    def drop(self, row: int) -> None:
-        """The row with this number is gone after the next step."""
-        for kept in self._active:
-            if kept.number == row:
-                kept.is_dropped = True
 
     @property
     def stats(self) -> DecodeStats:
@@ -253,17 +229,16 @@ class DecodingLoop:
         drafting = [index for index, row in enumerate(self._active) if not row.lacks]
         draft, instants = self._draft(drafting)
         output, bounds = self._pass(draft, drafting)
-        counts, verified = {index: row.drafts for index, row in enumerate(self._active) if row.chooses}, list[list[int]]()
+        rows, verified = [row for row in self._active if row.chooses], list[list[int]]()
         if output.choices is not None:
             verified = accepted_choices(draft.drafts, draft.counts, output.choices)
         elif output.logits is not None:
-            judged = draft.drafts, list(counts.values()), draft.probs, output.logits, list(counts)
-            verified = self._sampler.verify(*judged)
+            verified = self._sampler.verify(draft.drafts, [row.drafts for row in rows], draft.probs, output.logits, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
         fills = len(drafting) < len(self._active) and any(row.lacks and row.runs for row in self._active)
         self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
-        steps = self._committed(draft, output, dict(zip(counts, verified, strict=True)), bounds)
+        steps = self._committed(draft, output, dict(zip(rows, verified, strict=True)), bounds)
         self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
@@ -286,15 +261,10 @@ class DecodingLoop:
         if self._target.recorder is not None and rows:
             self._target.recorder.reach(len(rows[0].ids) + max(limits))
         if self._drafter is not None and max(limits) > 0:
-            features = {} if self._target.exit_cache is None else self._target.exit_cache.features
-            processors: Sequence[LogitsProcessor] = self._sampler.processors
-            if len(rows) < len(self._active):
-                features = {exit_layer: found[on_device(drafting, found)] for exit_layer, found in features.items()}
-                processors = [processors[index] for index in drafting] if processors else ()
-            numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
-            of_rows = numbers, ids, newest, self._cache, drafting, filled, features, processors
+            filled, seconds = [row.filled for row in self._active], self._seconds["total_seconds"]
+            context = Context(rows, newest, self._cache, drafting, filled, seconds, piece=self.piece)
             first = instant(device)
-            draft = self._drafter.draft(Context(*of_rows, self._seconds["total_seconds"], piece=self.piece), limits)
+            draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None
         for place, (row, count) in enumerate(zip(rows, draft.counts, strict=True)):
             row.runs, row.drafts = 1 + count, count
@@ -333,18 +303,18 @@ class DecodingLoop:
             row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
 
     def _committed(
-        self, draft: Draft, output: TargetOutput, verified: Mapping[int, list[int]], bounds: list[int]
+        self, draft: Draft, output: TargetOutput, verified: Mapping[Row, list[int]], bounds: list[int]
     ) -> list[RowStep]:
         """The steps of the rows that got tokens. Those that are not finished go on: later tokens overwrite rejected drafts."""
         steps, staying, scored = list[RowStep](), list[int](), 0
         last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
         for index, row in enumerate(self._active):
-            ids, fills = verified.get(index, []), row.lacks > 0
+            ids, fills = verified.get(row, []), row.lacks > 0
             if row.runs:
                 last[index] = bounds[index] + (row.runs if fills else len(ids)) - 1
             if ids:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
-                    self._drafter.observe(row.number, row.drafts, ids)
+                    self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
                 step = row.commit(ids, output.layers, draft.survival, logits)
                 scored += row.drafts + 1
@@ -361,7 +331,7 @@ class DecodingLoop:
             elif row.output and not row.lacks:
                 self._keep(index)
         if self._target.exit_cache is not None and last:
-            self._target.exit_cache.go_on(last)
+            self._target.exit_cache.go_on(self._cache, last)
         if len(staying) < len(self._active):
             self._stay(staying)
         return steps
@@ -378,7 +348,4 @@ class DecodingLoop:
             if self._target.recorder is not None:
                 self._target.recorder.give_back(self._model)
             return
-        self._sampler.keep_rows(rows)
         self._cache.keep_rows(rows)
-        if self._target.exit_cache is not None:
-            self._target.exit_cache.keep_rows(rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..errors import require
+from .processing import LogitsProcessor
 
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]
@@ -226,7 +227,7 @@ class StopScanner:
     ) -> None:
         """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
-        self._eos_ids, self._stop = eos_ids, stop
+        self.eos_ids, self._stop = eos_ids, stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
         self.room = min(max_new_tokens, room)  # how many tokens may still come
         self._last: StopReason = "length" if max_new_tokens <= room else "context"
@@ -236,7 +237,7 @@ class StopScanner:
         """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
         for count, token in enumerate(ids, start=1):
             self.room -= 1
-            if token in self._eos_ids:
+            if token in self.eos_ids:
                 self.reason = "eos"
             elif self._text is not None and self._completes_stop(self._text, token):
                 self.reason = "stop"
@@ -255,7 +256,7 @@ class StopScanner:
 class RowStep(NamedTuple):
     """The part of one step that belongs to one prompt."""
 
-    row: int  # the prompt's number
+    row: "Row"
     ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
@@ -266,6 +267,8 @@ class RowStep(NamedTuple):
 class Row:
     """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never.
 
+    It draws from a `generator` of its own, and a `processor` changes its logits, if its options do.
+
     Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
     which is None in a prefill.
     """
@@ -273,15 +276,20 @@ class Row:
     runs, drafts = 0, 0
     source: str | None = None
 
-    def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
-        self.number, self.config = number, config
+    def __init__(
+        self, prompt: list[int], scanner: StopScanner, config: DecodingConfig, device: torch.device, seed: int
+    ) -> None:
+        self.config = config
         self.ids = list(prompt)  # and the output
         self.filled = 0
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        processed = config, self.ids, len(prompt), scanner.eos_ids
+        self.processor = LogitsProcessor(*processed) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.is_dropped = False
+        self.is_dropped = False  # it is gone after the next step
         self.logprobs: list[TokenLogprobs] = []  # of the output
         self.prompt_logprobs: list[TokenLogprobs] = []
 
@@ -319,7 +327,7 @@ class Row:
         if self.config.logprobs is not None and logits is not None:
             told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
             self.logprobs += told
-        return RowStep(self.number, verified[:count], reason, step, told)
+        return RowStep(self, verified[:count], reason, step, told)
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:

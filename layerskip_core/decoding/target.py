@@ -34,7 +34,7 @@ class FixedTarget:
     decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
     recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
-    def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
+    def __init__(self, model: Backend, config: DecodingConfig) -> None:
         """Raises ConfigError for an exit that can only draft."""
         self._model, self._layers, self._block = model, model.num_layers, None
         if config.strategy == "early-exit":
@@ -46,7 +46,7 @@ class FixedTarget:
         blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
-        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
+        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None  # of those that draft
         # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
@@ -171,16 +171,14 @@ class ExitBlockCache:
     """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
-    to the next, if any `is_fed`.
+    to the next in the cache's `features`, if any `is_fed`.
     """
 
-    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock], rows: int) -> None:
+    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock]) -> None:
         """`blocks`: by the exits at which their drafts start."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self.is_fed = any(block.is_fed for block in blocks.values())
-        self._known = [False] * rows  # by row: whether it has features
-        self.features: dict[int, Tensor] = {}  # by exit, (B, D): of the token before each row's next
         self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
@@ -195,15 +193,15 @@ class ExitBlockCache:
             if features is None:
                 block.write(self._model, own, before, places)
                 continue
-            rows = [row for row, count in enumerate(places.counts) if count]
-            known = self.features.setdefault(exit_layer, features.new_zeros(len(self._known), features.shape[1]))
-            before = features.roll(1, 0)
-            firsts = on_device([places.bounds[row] for row in rows], before)
-            before = before.index_copy(0, firsts, known[on_device(rows, known)])
+            known = [found.get(exit_layer) for found in places.cache.features]
+            before, none = features.roll(1, 0), features.new_zeros(features.shape[1])
+            for first, count, feature in zip(places.bounds, places.counts, known, strict=False):
+                if count:
+                    before[first] = none if feature is None else feature
             self._of_pass[exit_layer] = features
             skipped = [
-                int(count > 0 and not has_feature and (start > 0 or block.starts_later))
-                for has_feature, start, count in zip(self._known, places.starts, places.counts, strict=True)
+                int(count > 0 and feature is None and (start > 0 or block.starts_later))
+                for feature, start, count in zip(known, places.starts, places.counts, strict=True)
             ]
             if any(skipped):
                 parts = zip(pairwise(places.bounds), skipped, strict=True)
@@ -214,36 +212,20 @@ class ExitBlockCache:
                 own, before = {tap: state[index] for tap, state in own.items()}, before[index]
             block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
 
-    def go_on(self, last: Mapping[int, int]) -> None:
+    def go_on(self, cache: KVCache, last: Mapping[int, int]) -> None:
         """After a pass. `last`: by row, the index in it of the token before the row's next."""
         for exit_layer, found in self._of_pass.items():
-            rows, places = (on_device(list(part), found) for part in (last, last.values()))
-            self.features[exit_layer] = self.features[exit_layer].index_copy(0, rows, found[places])
-        for row in last:
-            self._known[row] = True
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        self.features = {exit_layer: found[on_device(rows, found)] for exit_layer, found in self.features.items()}
-        self._known = [self._known[row] for row in rows]
-
-    def join(self, other: "ExitBlockCache") -> None:
-        """Adds the rows of another after its own, between two passes."""
-        for exit_layer in self._blocks:
-            parts = [(cache.features.get(exit_layer), len(cache._known)) for cache in (self, other)]
-            like = next((found for found, _ in parts if found is not None), None)
-            if like is not None:
-                both = [like.new_zeros(rows, like.shape[1]) if found is None else found for found, rows in parts]
-                self.features[exit_layer] = torch.cat(both)
-        self._known = self._known + other._known
+            for row, place in last.items():
+                cache.features[row][exit_layer] = found[place]
 
 
 Target = FixedTarget | CalmTarget
 
 
-def target_of(model: Backend, config: DecodingConfig, rows: int = 1) -> Target:
+def target_of(model: Backend, config: DecodingConfig) -> Target:
     """Raises ConfigError for an exit that can only draft."""
     by_token = config.strategy == "early-exit" and config.exit_confidence
-    return CalmTarget(model, config) if by_token else FixedTarget(model, config, rows)
+    return CalmTarget(model, config) if by_token else FixedTarget(model, config)
 
 
 class Prefixes:

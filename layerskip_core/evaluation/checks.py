@@ -19,6 +19,7 @@ from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
 from ..config.resolution import require_exit_layer
 from ..decoding import DecodingLoop, Prefixes, decode, decode_batch
+from ..decoding.output import Row
 from ..decoding.sampling import probabilities
 from ..errors import plural
 from .measure import first_difference, logits
@@ -106,7 +107,7 @@ class Subject:
     def joined(self, config: DecodingConfig) -> list[Ids]:
         """The outputs of prompts that join a loop a step apart, as in continuous batching."""
         outputs: list[Ids] = [[] for _ in self.prompts]
-        owner: dict[int, int] = {}  # the prompt of each row of the loop
+        owner: dict[Row, int] = {}  # the prompt of each row of the loop
         running, waiting = None, list(enumerate(self.prompts))
         while waiting or owner:
             if waiting:
@@ -116,10 +117,10 @@ class Subject:
                 outputs[number] += step.ids
                 if step.finish_reason is None:
                     if owner and running is not None:
-                        (row,) = running.join(loop)
+                        running.join(loop)
                     else:
-                        running, row = loop, step.row
-                    owner[row] = number
+                        running = loop
+                    owner[step.row] = number
             for step in next(running) if owner and running is not None else ():
                 outputs[owner[step.row]] += step.ids
                 if step.finish_reason is not None:

@@ -22,6 +22,9 @@ class KVCache(ABC):
 
     So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. A
     row that leaves is forgotten.
+
+    Attributes:
+        features: by row, by exit: what blocks that draft read of the token before the row's next, (D,).
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -29,6 +32,7 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
+        self.features = [dict[int, Tensor]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
         """The positions start..stop-1 of every row. `settled`: see Places."""
@@ -55,10 +59,13 @@ class KVCache(ABC):
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
+        self.rows, self.features = len(rows), [self.features[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
+        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
+        self.features = self.features + other.features
 
     @abstractmethod
     def branch(

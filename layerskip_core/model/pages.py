@@ -156,11 +156,12 @@ class PagedCache(KVCache):
         return forgotten and forgotten * PAGE + (window or 0) - 1
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        super().keep_rows(rows)
         self._set([self._pages[row] for row in rows], [self._memories[row] for row in rows])
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, PagedCache) and other._pool is self._pool
-        self.max_positions = max(self.max_positions, other.max_positions)
+        super().join(other)
         self._set(self._pages + other._pages, self._memories + other._memories)
 
     def branch(
@@ -224,7 +225,7 @@ class PagedCache(KVCache):
         return torch.tensor(found).T.contiguous()
 
     def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:
-        self._pages, self._memories, self.rows, self._addresses = pages, memories, len(pages), None
+        self._pages, self._memories, self._addresses = pages, memories, None
         self._capacity = min(map(len, pages), default=0) * PAGE
 
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:

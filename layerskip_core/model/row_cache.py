@@ -45,11 +45,11 @@ class RowCache(KVCache):
     def keep_rows(self, rows: Sequence[int]) -> None:
         if list(rows) != list(range(self.rows)):
             self._hold(self.storage[:, :, rows])
-        self.rows = len(rows)
+        super().keep_rows(rows)
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, RowCache)
-        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
+        super().join(other)
         self.written, capacity = max(self.written, other.written), max(self.capacity, other.capacity)
         parts = [F.pad(cache.storage, (0, 0, 0, capacity - cache.capacity)) for cache in (self, other)]
         self._hold(torch.cat(parts, dim=2))
@@ -58,7 +58,7 @@ class RowCache(KVCache):
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "RowCache":
         branch, stops = copy(self), stops or starts
-        branch.rows, branch.max_positions = len(rows), end or self.max_positions
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # which it may have been written in
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -139,7 +139,7 @@ class MixedCache(KVCache):
         return held | {address: size for part in self.parts.values() for address, size in part.memory.items()}
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.rows = len(rows)
+        super().keep_rows(rows)
         self.states = {state: held[:, rows] for state, held in self.states.items()}
         for part in self.parts.values():
             part.keep_rows(rows)
@@ -153,14 +153,15 @@ class MixedCache(KVCache):
             like = max((held for held, _ in parts if held is not None), key=len)
             both = [like.new_zeros(1, count, *like.shape[2:]) if held is None else held for held, count in parts]
             self.states[state] = torch.cat([held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1)
-        self.rows, self.max_positions = self.rows + other.rows, max(self.max_positions, other.max_positions)
+        super().join(other)
 
     def branch(
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "MixedCache":
         """Without stops only the states before the starts are kept."""
         branch = copy(self)
-        branch.rows, branch.max_positions, branch.states = len(rows), end or self.max_positions, {}
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.states = {}
         branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
         with torch.inference_mode():
             for state, held in self.states.items():

@@ -21,7 +21,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
-from ..decoding.output import OutputText, RowStep, TokenLogprobs
+from ..decoding.output import OutputText, Row, RowStep, TokenLogprobs
 from ..decoding.target import NO_PREFIXES
 from ..errors import LayerSkipError
 from ..model import Backend, KVCache
@@ -130,7 +130,7 @@ class _Run:
     """A loop, and its requests by row."""
 
     loop: DecodingLoop
-    rows: dict[int, Request]
+    rows: dict[Row, Request]
 
     def advance(self) -> list[Request]:
         """A step. The requests that it ends leave `rows` and are returned: all of them if it fails."""
@@ -155,7 +155,7 @@ class _Run:
         """Gives up a request. Returns whether it is here."""
         found = [row for row, running in self.rows.items() if running is request]
         for row in found:
-            self.loop.drop(row)
+            row.is_dropped = True
             del self.rows[row]
         return bool(found)
 
@@ -300,7 +300,8 @@ class Scheduler:
         group = self._groups.setdefault(key, run)
         if group is not run:
             try:
-                group.rows |= zip(group.loop.join(run.loop), [request], strict=True)
+                group.loop.join(run.loop)
+                group.rows |= run.rows
             except BaseException as error:  # the group's own loop may have been changed in part
                 return [*self._groups.pop(key).fail(error), *run.fail(error)]
         return []
@@ -309,10 +310,10 @@ class Scheduler:
         """A request in a loop of its own."""
         decoder, config = self._decoder, request.config
         request.begin(decoder)
-        options: dict[str, Any] = {"seeds": [config.seed], "earlier": self._earlier, "prefixes": self._prefixes}
+        options: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
         loop = DecodingLoop(decoder.backend, [request.ids], config, decoder.ends_of(config), decoder.detokenize, **options)
         request.reused = loop.reused_tokens
-        return _Run(loop, {0: request})
+        return _Run(loop, {loop.rows[0]: request})
 
     def _forget_empty(self) -> None:
         self._groups = {key: run for key, run in self._groups.items() if run.rows}

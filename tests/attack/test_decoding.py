@@ -331,10 +331,10 @@ def joined(data, model, prompts, config, ends):
         outputs[index] += step.ids
         if step.finish_reason is None:
             if running is None or not owners:
-                running, row = loop, step.row
+                running = loop
             else:
-                (row,) = running.join(loop)
-            owners[row] = index
+                running.join(loop)
+            owners[step.row] = index
         steps = 1000 if index == len(prompts) - 1 else data.draw(st.integers(0, 3))
         while owners and steps > 0:
             steps -= 1

@@ -7,15 +7,14 @@ from itertools import chain
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
+from decodings import WIDE, answer_of, context_of, letters, native_or_skip, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode_batch
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.drafters import Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
@@ -129,14 +128,14 @@ def test_a_pass_without_padding_has_the_bits_of_each_row_alone(counts, reuses):
 def test_some_rows_look_up_while_others_draft():
     backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
     config = DecodingConfig("adaptive", profile=DraftProfile({"int8": 0.7}, (1.0, 1.0), {"int8": 0.2}))
-    drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+    drafter = drafter_for(DrafterSetup(backend, config))
     rows = [[5, 6, 7, 8, 9, 10] * 5, prompt_of(30, seed=1), [11, 12, 13, 14] * 7 + [11, 12]]
     cache, newest = backend.new_cache(3), torch.tensor([row[-1] for row in rows])
     with torch.inference_mode():
         ids = torch.tensor(rows)
         backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, cache.span(0, 29))
-        draft = drafter.draft(Context([0, 1, 2], rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
-        alone = drafter.draft(Context([1], rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
+        draft = drafter.draft(context_of(rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
+        alone = drafter.draft(context_of(rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
     assert (draft.lookups, draft.counts[0], draft.counts[2]) == ({0}, 6, 0)
     first, second, _ = (tokens.tolist() for tokens in draft.by_row())
     assert first == [10, 5, 6, 7, 8, 9, 10]

@@ -144,10 +144,10 @@ def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
     for number, prompt in enumerate(prompts):
         own = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number])
         if loop is None:
-            loop, owner[0] = own, number
+            loop = own
         else:
-            (row,) = loop.join(own)
-            owner[row] = number
+            loop.join(own)
+        owner[own.rows[0]] = number
         for _ in range(2):
             for step in next(loop):
                 found[owner[step.row]] += step.ids

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
+from decodings import WIDE, context_of, ids_of, native_or_skip, plainly, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History, LookupDrafter
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import TransformersBackend
 
 
@@ -66,7 +65,7 @@ def test_another_drafter_drafts_where_nothing_is_found():
     drafter = LookupDrafter(2, frozenset({4}), other)
 
     def drafted(ids):
-        draft = drafter.draft(Context([0], [ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8])
+        draft = drafter.draft(context_of([ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8])
         drafter.observe(0, 1, [draft.source])
         return draft.tokens.tolist(), draft.counts, draft.source
 
@@ -84,8 +83,8 @@ def test_sampled_output_is_reproducible_and_drafts_are_certain(backend):
 def test_the_shortest_match_is_two_tokens_unless_told_otherwise(backend):
     def found(**settings):
         config = DecodingConfig("lookup", **settings)
-        drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
-        return drafter.find(Context([0], [[1, 2, 3, 2]], None, None, [0], [3]), [1])
+        drafter = drafter_for(DrafterSetup(backend, config))
+        return drafter.find(context_of([[1, 2, 3, 2]], None, None, [0], [3]), [1])
 
     assert found() == [([], 0)] and found(lookup=1) == [([3], 1)]
 
@@ -173,7 +172,7 @@ def test_rows_of_a_batch_are_remembered_as_they_finish(invariant):
     assert sum(answer.stats.accepted for answer in again) > sum(answer.stats.accepted for answer in first)
     loop = DecodingLoop(invariant, [prompt_of(5)], config, earlier=EarlierAnswers())
     next(loop)
-    loop.drop(0)
+    loop.rows[0].is_dropped = True
     assert len(list(loop)) == 1 and not loop._earlier  # an answer that was given up is none
 
 

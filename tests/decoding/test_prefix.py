@@ -175,10 +175,10 @@ def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
     for _ in range(4):
         next(loop)
     text = [*loop.rows[0].ids, 5]
-    aside = loop.set_aside(0)
+    aside = loop.set_aside(loop.rows[0])
     aside.piece = 70
     next(aside)
-    aside.drop(0)
+    aside.rows[0].is_dropped = True
     assert next(aside) == [] and not aside.pending
     again = decoded(backend, text, settings_of("exit"), shared)
     assert again.reused_tokens == 200 and ids_of(again) == ids_of(decoded(backend, text, settings_of("exit")))

@@ -114,7 +114,7 @@ def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
             rows[len(rows)] = other.rows[0]
             loop.join(other)
         if turn == 7:
-            aside = loop.set_aside(rows[1].number)
+            aside = loop.set_aside(rows[1])
         if turn == 10:
             loop.join(aside)
         if next(loop, None) is None:

@@ -1,4 +1,5 @@
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.sampling import Sampler, draw, probabilities, verify
 from layerskip_core.model.vocabulary import most_probable
 
-CPU = torch.device("cpu")
-
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def drawing(seeds):
+    """Rows that draw from these seeds."""
+    return [SimpleNamespace(generator=generator(seed), processor=None) for seed in seeds]
 
 
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -80,7 +84,7 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
-    assert torch.equal(Sampler(settings, CPU, [0] * 4).choose(logits, None, range(4)), logits.argmax(-1))
+    assert torch.equal(Sampler(settings).choose(logits, None, drawing(range(4))), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 49, 49152])
@@ -151,18 +155,18 @@ def one_hot(*ids: int) -> torch.Tensor:
 def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
     drafts, choices = [[7, 8], [7, 8], [7, 8], [7], []], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
     logits, counts = one_hot(*chain(*choices)), list(map(len, drafts))
-    verified = Sampler(DecodingConfig(), CPU).verify(tensor([*chain(*drafts)]), counts, None, logits, range(5))
+    verified = Sampler(DecodingConfig()).verify(tensor([*chain(*drafts)]), counts, None, logits, drawing(range(5)))
     assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
-    assert Sampler(DecodingConfig(), CPU).verify(tensor(drafts[0]), [2], None, logits[3:6], [0]) == [[7, 5]]
+    assert Sampler(DecodingConfig()).verify(tensor(drafts[0]), [2], None, logits[3:6], drawing([0])) == [[7, 5]]
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():
-    sampler = Sampler(DecodingConfig(temperature=1e-6), CPU)
+    sampler, rows = Sampler(DecodingConfig(temperature=1e-6)), drawing([0])
     sure = one_hot(7, 8, 9)
 
     def verify_row(drafts, logits, certain):
         probs = None if certain else one_hot(*drafts)
-        return sampler.verify(tensor(drafts, dtype=torch.long), [len(drafts)], probs, logits, [0])
+        return sampler.verify(tensor(drafts, dtype=torch.long), [len(drafts)], probs, logits, rows)
 
     for certain in (False, True):  # a drafter without probabilities puts all of them on its drafts
         assert verify_row([7, 8], sure, certain) == [[7, 8, 9]]
@@ -174,11 +178,10 @@ def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        sampler = Sampler(DecodingConfig(temperature=1), CPU, range(seed, seed + 40))
-        return sampler.choose(logits, None, range(40)).tolist()
+        return Sampler(DecodingConfig(temperature=1)).choose(logits, None, drawing(range(seed, seed + 40))).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)
-    assert Sampler(DecodingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
+    assert Sampler(DecodingConfig()).choose(LOGITS, None, drawing([0])).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from decodings import WIDE, backend_on, silent_layers
+from decodings import WIDE, backend_on, context_of, silent_layers
 from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
@@ -19,8 +19,7 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import counts_text
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import Progress, cost_model, measure_prompt, skip_search
 from layerskip_core.evaluation.measure.bench import bench
@@ -205,7 +204,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
     for skip in ((1,), (3, 5), (6,), (3,), (2, 3, 4, 5, 6)):
         choices = probe.choices(skip)
         config = DecodingConfig("draft-and-verify", skip=skip, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config))
+        drafter = drafter_for(DrafterSetup(model, config))
         for start in range(0, 20, block):
             known = ids[: len(prompt) + start]
             cache, last = model.new_cache(), len(known) - 1
@@ -213,7 +212,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
                 if last:
                     hidden = model.embed(torch.tensor([known[:last]]))
                     model.run_layers(hidden, 0, LAYERS, cache.span(0, last))
-                draft = drafter.draft(Context([0], [known], torch.tensor(known[last:]), cache, [0], [last]), [block])
+                draft = drafter.draft(context_of([known], torch.tensor(known[last:]), cache, [0], [last]), [block])
             for choice, drafted, token in zip(choices[start:], draft.drafts.tolist(), ids[len(known) :], strict=False):
                 assert choice == drafted
                 if drafted != token:

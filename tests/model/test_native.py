@@ -18,7 +18,6 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
@@ -233,7 +232,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(ends)))
+        drafter = drafter_for(DrafterSetup(model, config, frozenset(ends)))
         context = context_after(model, prompt)
         with torch.inference_mode():
             draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))

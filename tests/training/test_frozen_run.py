@@ -21,7 +21,6 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import run as running
 from layerskip_core.training.run import prepare
@@ -124,7 +123,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
     assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
-    drafter = drafter_for(DrafterSetup(decoder.backend, Sampler(decoding, decoder.backend.device), decoding))
+    drafter = drafter_for(DrafterSetup(decoder.backend, decoding))
     assert "exit 2" in drafter._known.arms
     assert in_place or read_info(model) == saved
     assert prepare(replace(config, overwrite=True)).notes == (() if in_place else plan.notes)
