@@ -8,7 +8,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.output import Row, StopScanner
+from layerskip_core.decoding.output import OutputText, Row, StopScanner
 from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS
 from layerskip_core.model.pages import PagedCache
@@ -39,7 +39,7 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
 def context_of(texts, newest, cache, indices, filled, config=PLAIN):
     """Before a round of rows with these ids."""
     ends = StopScanner(frozenset(), (), 1000, 1000)
-    rows = [Row(ids, ends, config, torch.device("cpu"), config.seed) for ids in texts]
+    rows = [Row(ids, ends, OutputText(letters), config, torch.Generator().manual_seed(config.seed)) for ids in texts]
     return Context(rows, newest, cache, indices, filled)
 
 

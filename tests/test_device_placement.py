@@ -106,7 +106,7 @@ def answers(model, name, gpu=None):
     config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
-        loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
+        loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()))
         for number, steps in enumerate(loop):
             for step in steps:
                 found.setdefault((len(prompts), loop.rows.index(step.row)), []).extend(step.ids)

@@ -7,7 +7,7 @@ go through the loop together get the tokens that each gets alone.
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from itertools import repeat
 from math import inf
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache, Places
+from ..model.cache import Places
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -48,7 +48,7 @@ def decode(
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, isolated=True, **options)
+    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
 
 
 def decode_batch(
@@ -82,9 +82,8 @@ def decode_batch(
         for step in steps:
             if step.finish_reason is not None:
                 row, counts = step.row, sum(step.row.steps, DecodeStats())
-                text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
-                told = row.logprobs, row.prompt_logprobs
-                yield Answer(text, step.finish_reason, counts, row.output, loop.rows.index(row), *told)
+                of_row = row.output, loop.rows.index(row), row.logprobs, row.prompt_logprobs
+                yield Answer(row.text.add(row.output, finished=True), step.finish_reason, counts, *of_row)
 
 
 class DecodingLoop:
@@ -96,7 +95,7 @@ class DecodingLoop:
         rows: those that it was made with.
         piece: how many tokens of prompts a step runs at most, those of the oldest rows first. A prompt gives no new tokens
             before its end has run.
-        reused_tokens: of a single prompt, that need no pass.
+        reused_tokens: of the first prompt, that need no pass.
     """
 
     def __init__(
@@ -111,49 +110,32 @@ class DecodingLoop:
         reuse_exit_states: bool = True,
         prefixes: Prefixes | None = None,
         earlier: EarlierAnswers | None = None,
-        isolated: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
         """Arguments and errors as for `decode` and `decode_batch`.
 
         Args:
             reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-            prefixes: texts, as one of which a single row begins; those of all rows are added.
+            prefixes: texts, as one of which a row begins; those of all rows are added.
             earlier: answers that lookups search too, if rows are greedy and drafts change no bit; those of all rows are added.
-            isolated: there is one row, and no others will join: its passes are recorded where the model allows it.
             drafter: instead of the config's.
         """
         self._target, self._sampler = target_of(model, config), Sampler(config)
-        self._prefixes = prefixes = NO_PREFIXES if prefixes is None or config.prompt_logprobs else prefixes
-        self._model, self._earlier, self._num_draft_tokens = model, earlier, config.num_draft_tokens
-        self._active = []
-        for prompt, seed in zip(prompts, seeds or [config.seed] * len(prompts), strict=True):
-            check_prompt(prompt, model)
-            limits = config.max_new_tokens, model.room - len(prompt)
-            scanner = StopScanner(eos_ids, config.stop, *limits, detokenize)
-            self._active.append(Row(prompt, scanner, config, model.device, seed))
-        end = max(len(row.ids) + row.scanner.room for row in self._active)
+        self._prefixes = NO_PREFIXES if prefixes is None else prefixes
+        self._model, self._earlier, self._detokenize = model, earlier, detokenize
         self.piece: float = inf
-        self.reused_tokens, recorder = 0, None  # of the prompt, which need no pass
-        self._cache: KVCache
-        if len(prompts) == 1:
-            self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
-            self._active[0].stop = prefixes.parting(model, self._target, prompts[0], self.reused_tokens)
-        else:
-            self._cache = model.new_cache(len(prompts), end)
-        if isolated and model.recordable and isinstance(self._target, FixedTarget) and not self._target.rerun:
-            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
-            self._cache = recorder.begin(self._cache)
-        self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
-        self._setup = DrafterSetup(model, config, eos_ids, reuse_exit_states, recorder, searched, prefixes)
         if drafter is None and config.strategy in DRAFTERS:
-            drafter = drafter_for(self._setup)
-        self._drafter = drafter
-        self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
-        self.rows = tuple(self._active)
-        self._seconds = defaultdict[str, Any](int) if recorder is None else recorder.counts  # of DecodeStats
+            drafter = drafter_for(DrafterSetup(model, config, eos_ids, reuse_exit_states, searched, self._prefixes))
+        self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
+        self._recorder: Recorder | None = None  # once there are passes over drafts, if they are recorded
+        self._seconds = defaultdict[str, Any](int)  # of DecodeStats
+        self._active, self._cache = list[Row](), model.new_cache(0)
+        self.rows = tuple(map(self.row, prompts, repeat(config), repeat(eos_ids), seeds or repeat(config.seed)))
+        for row in self.rows:
+            self.add(row)
+        self.reused_tokens = self.rows[0].filled if self.rows else 0
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -182,29 +164,46 @@ class DecodingLoop:
     def spare(self) -> float:
         """How many more pages there may be than the next step needs."""
         self._divide()
-        more, most = 1 + (0 if self._drafter is None else self._num_draft_tokens), self._cache.max_positions
+        more, most = 1 + self._num_draft_tokens, self._cache.max_positions
         return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
 
-    def set_aside(self, row: Row) -> "DecodingLoop":
-        """Takes out a row, without its KV entries: a loop of its own, which runs the text again."""
-        aside = copy(self)
-        row.filled, aside._active, aside.rows = 0, [row], (row,)
-        aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
-        aside._cache.steps_back = self._cache.steps_back
-        aside._drafter = None if self._drafter is None else drafter_for(self._setup)
-        aside._target, aside._seconds = target_of(self._model, row.config), defaultdict(int)
-        self._stay([index for index, other in enumerate(self._active) if other is not row])
-        return aside
+    def row(self, prompt: list[int], config: DecodingConfig, eos_ids: frozenset[int], seed: int) -> Row:
+        """A prompt that may be added. Its settings are the loop's but for its limits, stop strings, and changes of its logits.
 
-    def join(self, other: "DecodingLoop") -> None:
-        """Takes over the rows that another loop still has. That loop is over.
-
-        Both have rows left, and decode with one model by the same settings. Limits, stop strings and seeds are each row's own:
-        a row goes on with the tokens that it gets alone.
+        Raises ConfigError for a prompt that does not fit.
         """
-        self._active, other._active = self._active + other._active, []
-        with torch.inference_mode():  # which the cache was written in
-            self._cache.join(other._cache)
+        check_prompt(prompt, self._model)
+        limits = config.max_new_tokens, self._model.room - len(prompt)
+        scanner = StopScanner(eos_ids, config.stop, *limits, self._detokenize)
+        text = OutputText(self._detokenize or (lambda ids: ""), eos_ids, config.stop)
+        return Row(prompt, scanner, text, config, torch.Generator(self._model.device).manual_seed(seed))
+
+    def add(self, row: Row) -> None:
+        """Decodes a row too, from its beginning or from where it was set aside: with the tokens that it gets alone."""
+        known, end = self._prefixes_of(row), len(row.ids) + row.scanner.room
+        with torch.inference_mode():  # which caches are written in
+            cache, row.filled = known.begin(self._model, self._target, row.ids, end)
+            row.stop = known.parting(self._model, self._target, row.ids, row.filled)
+            cache.steps_back = self._num_draft_tokens
+            if self._active:
+                others, self._active = self._active, []  # if this fails, they may be changed in part
+                self._cache.join(cache)
+                self._active = [*others, row]
+            else:
+                self._cache, self._active = cache, [row]
+
+    def set_aside(self, row: Row) -> None:
+        """Takes out a row, without its KV entries: when it is added again, its text runs again."""
+        row.prompt_logprobs = row.prompt_logprobs if row.output else []
+        staying = [index for index, other in enumerate(self._active) if other is not row]
+        self._stay(staying)
+        if not staying:
+            self._cache.keep_rows(staying)  # its memory is for others at once
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row is left."""
+        return not self._active
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
@@ -253,16 +252,18 @@ class DecodingLoop:
         """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
         drafts.
         """
-        rows, limits, device = [self._active[index] for index in drafting], [0], self._model.device
+        rows, device = [self._active[index] for index in drafting], self._model.device
         newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
         draft, instants = Draft(newest, (0,) * len(rows), source=_NOTHING), None
-        if self._drafter is not None and rows:
-            limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
-        if self._target.recorder is not None and rows:
-            self._target.recorder.reach(len(rows[0].ids) + max(limits))
-        if self._drafter is not None and max(limits) > 0:
+        limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+        if self._target.records and rows:
+            if self._recorder is None:
+                self._recorder = Recorder.of(self._model, self._cache)
+                self._recorder.counts, self._cache = self._seconds, self._recorder.cache
+            self._recorder.reach(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
+        if self._drafter is not None and max(limits, default=0) > 0:
             filled, seconds = [row.filled for row in self._active], self._seconds["total_seconds"]
-            context = Context(rows, newest, self._cache, drafting, filled, seconds, piece=self.piece)
+            context = Context(rows, newest, self._cache, drafting, filled, seconds, self.piece, self._recorder)
             first = instant(device)
             draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None
@@ -277,7 +278,7 @@ class DecodingLoop:
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
         if len(drafting) == sum(row.runs > 0 for row in rows):
-            return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
+            return (self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)), bounds
         drafts, device = iter(draft.by_row()), self._model.device
         parts = [
             torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
@@ -316,12 +317,11 @@ class DecodingLoop:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
                     self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
-                step = row.commit(ids, output.layers, draft.survival, logits)
+                steps.append(row.commit(ids, output.layers, draft.survival, logits))
                 scored += row.drafts + 1
-                steps.append(step._replace(prompt_logprobs=row.prompt_logprobs) if fills else step)
                 if fills:
                     self._keep(index, row.ids[: row.prompt_tokens])
-                if self._earlier is not None and step.finish_reason is not None:
+                if self._earlier is not None and row.scanner.reason is not None:
                     self._earlier.add(row.ids, row.prompt_tokens)
             row.filled = row.filled + row.runs if fills else len(row.ids) - 1
             if row.runs and row.filled == row.stop:
@@ -338,14 +338,19 @@ class DecodingLoop:
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
+        row = self._active[index]
         if prompt is not None or self._target.decodes_like_prefill:
-            self._prefixes.keep(self._model, self._target, prompt or self._active[index].ids[:-1], self._cache, index)
+            self._prefixes_of(row).keep(self._model, self._target, prompt or row.ids[:-1], self._cache, index)
+
+    def _prefixes_of(self, row: Row) -> Prefixes:
+        """Where it may begin, and is kept: nowhere if the logits of all of its prompt are needed."""
+        return NO_PREFIXES if row.config.prompt_logprobs else self._prefixes
 
     def _stay(self, rows: list[int]) -> None:
         """With these rows of the batch, by their indices."""
         self._active = [self._active[index] for index in rows]
         if not rows:
-            if self._target.recorder is not None:
-                self._target.recorder.give_back(self._model)
+            if self._recorder is not None:
+                self._recorder.give_back(self._model)
             return
         self._cache.keep_rows(rows)

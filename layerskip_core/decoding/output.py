@@ -260,8 +260,6 @@ class RowStep(NamedTuple):
     ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
-    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if they were asked for
-    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first step
 
 
 class Row:
@@ -277,21 +275,21 @@ class Row:
     source: str | None = None
 
     def __init__(
-        self, prompt: list[int], scanner: StopScanner, config: DecodingConfig, device: torch.device, seed: int
+        self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, generator: torch.Generator
     ) -> None:
-        self.config = config
+        """`text`: others add the output to it."""
+        self.config, self.text, self.generator = config, text, generator
         self.ids = list(prompt)  # and the output
         self.filled = 0
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        self.generator = torch.Generator(device).manual_seed(seed)
         processed = config, self.ids, len(prompt), scanner.eos_ids
         self.processor = LogitsProcessor(*processed) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False  # it is gone after the next step
-        self.logprobs: list[TokenLogprobs] = []  # of the output
-        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
     @property
     def lacks(self) -> int:
@@ -323,11 +321,9 @@ class Row:
         self.ids += verified[:count]
         step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
         self.steps.append(step)
-        told: list[TokenLogprobs] = []
         if self.config.logprobs is not None and logits is not None:
-            told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
-            self.logprobs += told
-        return RowStep(self, verified[:count], reason, step, told)
+            self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)
+        return RowStep(self, verified[:count], reason, step)
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:

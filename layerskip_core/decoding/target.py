@@ -32,7 +32,6 @@ class FixedTarget:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
     decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
-    recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
         """Raises ConfigError for an exit that can only draft."""
@@ -52,25 +51,30 @@ class FixedTarget:
         self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
+        self.records = model.recordable and not self.rerun  # whether its passes can be recorded
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
         """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
-    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
-        """Logits (N, V), or choices, after each of the draft's tokens."""
-        if self.recorder is None:
+    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
+        """Logits (N, V), or choices, after each of the draft's tokens. `recorder`: of such passes, if they are recorded."""
+        if recorder is None:
             return self._pass(draft.tokens, draft.exit_states, places)
-        stops = tuple(draft.exit_states)
+        stops, inputs = tuple(draft.exit_states), (draft.tokens, *draft.exit_states.values())
+        positions, index, kept = places.padded(places.counts, recorder.slots)
+        if is_padded := index.numel() > len(draft.tokens):
+            index, kept = (part.flatten().to(draft.tokens.device, non_blocking=True) for part in (index, kept))
+            inputs = tuple(part[index] for part in inputs)
 
-        def work(tokens: Tensor, positions: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        def work(positions: Tensor, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
             output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded)
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
-        name = "pass", self.writes, self._only_chooses, stops
-        (found,) = self.recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
+        (found,) = recorder.run(("pass", self.writes, self._only_chooses, stops), work, positions, *inputs)
+        found = found[kept] if is_padded else found
         return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
@@ -108,7 +112,7 @@ class CalmTarget:
     """
 
     decodes_like_prefill = False  # a prompt runs through all layers
-    exit_cache, recorder, rerun = None, None, 0
+    exit_cache, records, rerun = None, False, 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
         """Raises ConfigError for an exit that can only draft."""
@@ -129,7 +133,7 @@ class CalmTarget:
                 chosen = chosen or self._leaving(after[on_device(scored, after)], stop)
         return chosen or TargetOutput(None, self._model.num_layers)
 
-    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
+    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
         count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):

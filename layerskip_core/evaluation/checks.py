@@ -19,7 +19,6 @@ from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
 from ..config.resolution import require_exit_layer
 from ..decoding import DecodingLoop, Prefixes, decode, decode_batch
-from ..decoding.output import Row
 from ..decoding.sampling import probabilities
 from ..errors import plural
 from .measure import first_difference, logits
@@ -106,26 +105,14 @@ class Subject:
 
     def joined(self, config: DecodingConfig) -> list[Ids]:
         """The outputs of prompts that join a loop a step apart, as in continuous batching."""
-        outputs: list[Ids] = [[] for _ in self.prompts]
-        owner: dict[Row, int] = {}  # the prompt of each row of the loop
-        running, waiting = None, list(enumerate(self.prompts))
-        while waiting or owner:
-            if waiting:
-                number, prompt = waiting.pop(0)
-                loop = DecodingLoop(self.backend, [prompt], config, *self.ends)
-                (step,) = next(loop)
-                outputs[number] += step.ids
-                if step.finish_reason is None:
-                    if owner and running is not None:
-                        running.join(loop)
-                    else:
-                        running = loop
-                    owner[step.row] = number
-            for step in next(running) if owner and running is not None else ():
-                outputs[owner[step.row]] += step.ids
-                if step.finish_reason is not None:
-                    del owner[step.row]
-        return outputs
+        loop = DecodingLoop(self.backend, [], config, *self.ends)
+        rows = [loop.row(prompt, config, self.ends[0], config.seed) for prompt in self.prompts]
+        for row in rows:
+            loop.add(row)
+            next(loop)
+        for _ in loop:
+            pass
+        return [row.output for row in rows]
 
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
         """`before`: the tokens before the difference."""

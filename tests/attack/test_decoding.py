@@ -323,26 +323,15 @@ def require_prefixes_to_change_nothing(model, prompts, config, ends):
 
 def joined(data, model, prompts, config, ends):
     """The outputs of prompts of which each joins the others after some of their steps."""
-    outputs = [[] for _ in prompts]
-    owners, running = {}, None
-    for index, prompt in enumerate(prompts):
-        loop = DecodingLoop(model, [prompt], config, ends, letters)
-        (step,) = next(loop)
-        outputs[index] += step.ids
-        if step.finish_reason is None:
-            if running is None or not owners:
-                running = loop
-            else:
-                running.join(loop)
-            owners[step.row] = index
-        steps = 1000 if index == len(prompts) - 1 else data.draw(st.integers(0, 3))
-        while owners and steps > 0:
-            steps -= 1
-            for step in next(running):
-                outputs[owners[step.row]] += step.ids
-                if step.finish_reason is not None:
-                    del owners[step.row]
-    return outputs
+    loop = DecodingLoop(model, [], config, ends, letters)
+    rows = [loop.row(prompt, config, ends, config.seed) for prompt in prompts]
+    for row in rows:
+        loop.add(row)
+        for _ in range(data.draw(st.integers(0, 3))):
+            next(loop, None)
+    for _ in loop:
+        pass
+    return [row.output for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["generic", "packed", "native", "native bf16"])

@@ -1,7 +1,7 @@
 """Layers with a memory in the place of attention: drafts, batches, pieces, kept texts and rows that run again change no bit."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from math import inf
 
 import pytest
@@ -104,22 +104,19 @@ def test_a_draft_model_too(model_type):
 @pytest.mark.parametrize("model_type", MIXERS)
 def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
     backend, config, lengths = backend_of(model_type), drafting(name), (20, 3, 50, 31)
-    start = partial(DecodingLoop, backend, config=config)
-    loop, waiting, rows = start([prompt_of(lengths[0])]), list(lengths[1:]), {}
-    rows[0] = loop.rows[0]
-    loop.piece, aside = 7, None
+    loop = DecodingLoop(backend, [], config)
+    rows = [loop.row(prompt_of(length), config, frozenset(), 0) for length in lengths]
+    loop.piece = 7
     for turn in range(200):
-        if waiting and turn % 3 == 2:
-            other = start([prompt_of(waiting.pop(0))])
-            rows[len(rows)] = other.rows[0]
-            loop.join(other)
+        if turn in (0, 2, 5, 8):
+            loop.add(rows[(0, 2, 5, 8).index(turn)])
         if turn == 7:
-            aside = loop.set_aside(rows[1])
+            loop.set_aside(rows[1])
         if turn == 10:
-            loop.join(aside)
+            loop.add(rows[1])
         if next(loop, None) is None:
             break
-    assert [rows[index].output for index in range(4)] == [plainly(model_type, "fp32", length) for length in lengths]
+    assert [row.output for row in rows] == [plainly(model_type, "fp32", length) for length in lengths]
 
 
 @pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "eagle3", "depth per token", "early exit"])

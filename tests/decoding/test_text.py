@@ -11,7 +11,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, dialogue
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.output import RowStep, step_counts
+from layerskip_core.decoding.output import OutputText, RowStep, step_counts
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256
@@ -25,8 +25,9 @@ def bytes_to_text(ids):
 class Scripted:
     """A decoding that verifies the given bytes, a chunk a step. All but the last of a chunk are accepted drafts."""
 
-    def __init__(self, chunks, reason):
+    def __init__(self, chunks, reason, stop):
         self._chunks, self._reason = chunks, reason
+        self.rows = [SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop))]
         self.finish_reason = None
 
     def __iter__(self):
@@ -37,7 +38,7 @@ class Scripted:
 
 
 def scripted(monkeypatch, chunks, reason, stop):
-    monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason))
+    monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason, stop))
     loaded = SimpleNamespace(backend=None, ends_of=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 

@@ -122,12 +122,11 @@ def check_outputs(backend):
     plain = [plainly(backend, prompt, 8) for prompt in prompts]
     drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=8)
     assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
-    loop, later = (DecodingLoop(backend, part, drafting) for part in (prompts[:2], prompts[2:]))
-    for each in (loop, loop, later):
-        next(each)
-    loop.join(later)
+    loop = DecodingLoop(backend, prompts[:2], drafting)
+    next(loop), next(loop)
+    loop.add(later := loop.row(prompts[2], drafting, frozenset(), 0))
     assert all(loop)
-    assert [row.output for row in (*loop.rows, *later.rows)] == plain
+    assert [row.output for row in (*loop.rows, later)] == plain
 
 
 def check_propagation(backend, ids):

@@ -25,6 +25,7 @@ from layerskip_core.errors import ContextError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
+from layerskip_core.model.row_cache import RowCache
 from layerskip_core.serving import Embedding, Request, Scheduler
 
 SHAPE = {**decodings.WIDE, "vocab_size": 300}
@@ -274,7 +275,7 @@ def test_a_join_that_fails_ends_the_requests_of_both_loops(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(DecodingLoop, "join", fail)
+    monkeypatch.setattr(RowCache, "join", fail)
     scheduler.add(second.request)
     assert scheduler.step() == [first.request, second.request]
     assert all(str(client.updates[-1].error) == "out of memory" for client in (first, second))
@@ -398,7 +399,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
                 assert client.answer == expected[number]
         decoder.backend.limit_memory(5 * pool.page_bytes)
         with pytest.raises(ContextError, match=r"319 tokens, got 400 \(the memory for keys and values has room for 320 tokens"):
-            Request(prompt_of(400), config, print).begin(decoder)
+            DecodingLoop(decoder.backend, [prompt_of(400)], config)
     finally:
         pool.most = inf
     while prefixes.drop():

@@ -39,8 +39,9 @@ class Context:
     indices: Sequence[int]  # of the rows in the cache, which may have others
     filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
     seconds: float = 0.0  # that the steps before took, without the caller's time between them
-    recorded: Tensor | None = None  # of a draft that is recorded: the positions (d+1,) of its tokens, on the device
     piece: float = inf  # tokens of texts that a step may run
+    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
+    recorded: Tensor | None = None  # of a draft that is recorded: the positions (B, d+1) of its tokens, on the device
 
     @property
     def ids(self) -> list[list[int]]:
@@ -55,7 +56,7 @@ class Context:
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
         """Those of so many tokens of each row, which stand so many tokens after its newest."""
         if self.recorded is not None:
-            return Places(self.cache, (), (), recorded=self.recorded[after[0] : after[0] + counts[0]])
+            return Places(self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]])
         starts, of_cache = list(self.filled), [0] * len(self.filled)
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
@@ -114,7 +115,6 @@ class DrafterSetup:
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
     reuse_exit_states: bool = True  # whether the target may go on from the drafter's hidden states
-    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
     earlier: "EarlierAnswers | None" = None  # that lookups search too
     prefixes: "Prefixes | None" = None  # that prompts may begin with
 

@@ -13,6 +13,7 @@ from math import inf
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.decoding import DecodingConfig
@@ -43,6 +44,8 @@ class _ByRow:
 
     def by_row(self, counts: Sequence[int]) -> Tensor:
         """The first values of each row, so many, row by row."""
+        if self.rows == [*range(len(counts))] * len(self.parts) and {*counts} == {len(self.parts)}:
+            return torch.stack(self.parts, 1).flatten(0, 1)
         values, places = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts), [list[int]() for _ in counts]
         for place, row in enumerate(self.rows):
             places[row].append(place)
@@ -104,7 +107,7 @@ class ExitDrafter:
         if not config.skip and submodel.block is None:
             submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
         self.source, self.weights = source, weights
-        self._side, self._sampler, self.submodel, self._recorder = side, Sampler(config), submodel, setup.recorder
+        self._side, self._sampler, self.submodel = side, Sampler(config), submodel
         self._exit = submodel.exit_layer
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
@@ -124,27 +127,30 @@ class ExitDrafter:
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-        submodel, features, recorder = self.submodel, context.feature(self._exit), self._recorder
-        if not self._sampler.is_greedy or len(limits) > 1 or self._sampler.processes:
+        submodel, features, recorder, reuses = self.submodel, context.feature(self._exit), context.recorder, self._reuses
+        if not self._sampler.is_greedy or self._sampler.processes:
             return self._step_by_step(context, limits, ends)
-        places = context.places([limits[0] + 1], [0])
-        if self._kernel is not None:
-            reuses = self._reuses
+        if self._kernel is not None and len(limits) == 1:
+            places = context.places([limits[0] + 1], [0])
             tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
             return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
-        if recorder is None or ends.needs_probs or features is not None:
+        ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
+        if recorder is None or ends.needs_probs or features is not None or ragged:
             return self._step_by_step(context, limits, ends)
+        count, slots = len(limits), recorder.slots
+        places = context.places([limit + 1 for limit in limits], [0] * count)
 
         def work(newest: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-            draft = self._step_by_step(replace(context, newest=newest, recorded=positions), limits, ends)
+            of_slots = replace(context, rows=[context.rows[0]] * slots, newest=newest, recorded=positions)
+            draft = self._step_by_step(of_slots, [limits[0]] * slots, ends)
             return (draft.tokens, *draft.exit_states.values())
 
-        reuses = self._reuses
         name = "draft", self.weights, submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
-        tokens, *kept = recorder.run(name, work, context.newest, places.positions)
+        newest, (positions, *_) = F.pad(context.newest, (0, slots - count)), places.padded(places.counts, slots)
+        tokens, *kept = (part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions))
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
-        return Draft(tokens, (len(tokens) - 1,), None, states, self.source)
+        return Draft(tokens, tuple(limits), None, states, self.source)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         """Each step runs a token of each row that goes on, and chooses the next."""
@@ -260,7 +266,7 @@ class ModelDrafter:
         assert setup.model.draft_model is not None
         self.model, self._prefixes = setup.model.draft_model, setup.prefixes or NO_PREFIXES
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
-        own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
+        own = replace(setup, model=self.model, reuse_exit_states=False)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
@@ -311,7 +317,7 @@ class ModelDrafter:
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())
-        return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled)
+        return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, recorder=None)
 
     def _take_rows(self, context: Context) -> None:
         """The cache gets the rows of the context, in their order."""
