@@ -89,8 +89,8 @@ class Sampler:
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
     """Accepts the longest prefix of each row's drafts (N,) that are the target's choices (N + B,); returns as `verify`."""
-    ids: list[int] = (torch.cat((draft_ids, choices)) if len(draft_ids) else choices).tolist()
-    verified, first, after = list[list[int]](), 0, len(draft_ids)
+    verified, first, after = list[list[int]](), 0, sum(counts)
+    ids: list[int] = (torch.cat((draft_ids, choices)) if after else choices).tolist()
     for count in counts:
         drafts, chosen = ids[first : first + count], ids[after : after + count + 1]
         accepted = next((index for index in range(count) if drafts[index] != chosen[index]), count)

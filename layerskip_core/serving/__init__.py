@@ -63,16 +63,19 @@ class Request:
     deliver: Callable[[Update], None]  # is called in the thread that decodes, and must not raise
     isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
     streams: bool = True  # the text comes as it is verified, else all of it with the last update
-    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
     reused: int = 0  # the prompt's first tokens that needed no pass
     _number: int = 0  # the older, the less
     _row: Row | None = None  # once it is being decoded
     _told: int = 0  # tokens of the answer that were delivered
 
+    @property
+    def stats(self) -> DecodeStats:
+        """So far."""
+        return DecodeStats() if self._row is None else sum(self._row.steps, DecodeStats())
+
     def update(self, step: RowStep) -> Update:
         """Adds a step to the answer."""
         finished, row, told = step.finish_reason is not None, step.row, self._told
-        self.stats += step.counts
         if not (self.streams or finished):
             return Update("")
         self._told = len(row.ids) - row.prompt_tokens
@@ -251,8 +254,8 @@ class Scheduler:
 
     def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
-        cache = self._decoder.backend.new_cache()
-        stops = [len(request.ids) + request.stats.new_tokens + 1]
+        cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
+        stops = [1 + len(request.ids if row is None else row.ids)]
         while cache.spare(stops) < self.running and self._prefixes.drop():
             pass
         return not self.running or cache.spare(stops) >= self.running
@@ -296,12 +299,13 @@ class Scheduler:
             self._groups.pop(key, None)
             return [*run.fail(error), *_failed([request], error)]
         if request._row is None:
-            request.reused, request.stats = row.filled, row.steps[0]
+            request.reused = row.filled
         request._row, self._groups[key], run.rows[row] = row, run, request
         return []
 
     def _forget_empty(self) -> None:
-        self._groups = {key: run for key, run in self._groups.items() if run.rows}
+        for key in [key for key, run in self._groups.items() if not run.rows]:
+            del self._groups[key]
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:

@@ -105,9 +105,9 @@ def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, 
     verified = []
     honest = FixedTarget.verify
 
-    def watched(self, draft, places):
+    def watched(self, draft, places, *recorder):
         verified.append(draft.drafts.tolist())
-        return honest(self, draft, places)
+        return honest(self, draft, places, *recorder)
 
     monkeypatch.setattr(FixedTarget, "verify", watched)
     for strategy, drafting in {"autoregressive": {}, **DRAFTING}.items():
@@ -200,10 +200,10 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
     expected = [token for [step] in decode(decoder.backend, ids, plain, decoder.eos_ids) for token in step.ids]
     looked_up, honest = [], FixedTarget.verify
 
-    def watched(self, draft, places):
+    def watched(self, draft, places, *recorder):
         if draft.source == "lookup":
             looked_up.append(draft.drafts.tolist())
-        return honest(self, draft, places)
+        return honest(self, draft, places, *recorder)
 
     monkeypatch.setattr(FixedTarget, "verify", watched)
     found, matcher = [], plain.guide.matcher()

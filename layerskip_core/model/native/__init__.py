@@ -96,7 +96,7 @@ class NativeBackend(RepackedBackend):
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if not self._is_plain or len(tokens) > KEPT_ROWS:
+        if not self._is_plain or sum(places.counts) > KEPT_ROWS:
             return super().choose(tokens, states, start, stop, kept, places)
         assert isinstance(self._layers, NativeLayers)
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places)

@@ -109,17 +109,17 @@ def choose(
     places: Places,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`Backend.choose` in one call, after the layers and the head."""
-    assert layers.has(range(start, stop))
+    count = sum(places.counts)
     if start == 0 and layers.learned is not None:
         hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
     if hidden is None:
         tokens = tokens.contiguous()
-        rows = torch.empty(len(tokens), layers.embedding.shape[1])
+        rows = torch.empty(count, layers.embedding.shape[1])
     else:
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
     engine, buffers = layers.engine, layers.call_at(places)
     buffers.call.hidden = rows.data_ptr()
-    chosen = torch.empty(len(tokens), dtype=torch.long)
+    chosen = torch.empty(count, dtype=torch.long)
     choice = CChoice(
         embedding=layers.embedding.data_ptr(),
         tokens=tokens.data_ptr() if hidden is None else None,

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class Buffers:
                 setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = torch.empty(0)
-        self.read: tuple[Tensor, ...] = ()  # what the next call reads itself
+        self.read: tuple[Any, ...] = ()  # what the next call reads itself
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for a call whose caller does not see them."""
@@ -252,14 +253,15 @@ class NativeLayers(RepackedLayers):
         """The buffers of a call for the tokens at `places`. `rows`: that run at once, if they are not all tokens."""
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
-        buffers = self.engine.buffers(rows or len(places.positions))
+        buffers = self.engine.buffers(rows or sum(places.counts))
         call = buffers.call
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         bounds = [0, rows] if rows else sorted({*places.bounds})
-        buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
-        call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
-        call.row_pages, call.sequences = pages.shape[1], len(bounds) - 1
+        starts = (ctypes.c_int32 * len(bounds))(*bounds)
+        buffers.read = places.positions, pages, places.rows, starts
+        call.positions, call.pages, call.page_rows = (part.data_ptr() for part in buffers.read[:3])
+        call.starts, call.row_pages, call.sequences = ctypes.addressof(starts), pages.shape[1], len(bounds) - 1
         if self.spec.recurrence is not None:
             memories = places.cache.memories(places)
             call.states, call.rings, call.slots, call.settled = (part.data_ptr() for part in memories)
