@@ -145,14 +145,6 @@ class _Run:
         failed, self.rows = self.rows, {}
         return _failed(failed.values(), error)
 
-    def drop(self, request: Request | Embedding) -> bool:
-        """Gives up a request. Returns whether it is here."""
-        found = [row for row, running in self.rows.items() if running is request]
-        for row in found:
-            row.is_dropped = True
-            del self.rows[row]
-        return bool(found)
-
 
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
@@ -196,7 +188,10 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
                 return True
-        found = any(run.drop(request) for run in self._groups.values())
+        row = None if isinstance(request, Embedding) else request._row
+        found = row is not None and any(run.rows.pop(row, None) for run in self._groups.values())
+        if row is not None:
+            row.is_dropped = True
         self._forget_empty()
         return found
 

@@ -212,7 +212,7 @@ class TableModel:
     Hidden states are (token, layers run, position); a state given to the wrong layer fails.
     """
 
-    num_layers, device, exact, batch_invariant = 2, torch.device("cpu"), False, False
+    num_layers, device, exact, batch_invariant, recordable = 2, torch.device("cpu"), False, False, False
     exit_blocks, eagle3, choose = {}, None, choose_by_head
     shares_states, kernel = True, None  # of its draft side, which is the model itself
 

@@ -315,7 +315,8 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
             held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
     longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
     next(longest)
-    assert len(held) >= 18 and max(held) <= sum(longest._cache.memory.values())
+    slots = 1 if kind == "native" else 2  # for a row: PyTorch's caches double them
+    assert len(held) >= 18 and max(held) <= slots * sum(longest._cache.memory.values())
     run(scheduler, [])
     for client in clients:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
