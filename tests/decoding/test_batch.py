@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode_batch
+from layerskip_core.decoding import DecodingLoop, decode_batch
 from layerskip_core.decoding.drafters import Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
@@ -89,6 +89,20 @@ def test_whatever_ends_a_row_s_drafts_ends_those_of_no_other(
     free = alone(model, prompts[0], replace(config, max_new_tokens=16))[0]
     eos_ids = frozenset() if eos_place is None else frozenset({free[min(eos_place, len(free) - 1)]})
     assert together(model, prompts, config, eos_ids) == [alone(model, prompt, config, eos_ids) for prompt in prompts]
+
+
+def test_a_row_draws_for_itself_while_an_older_one_reads_its_prompt():
+    """The older prompt has a piece that ends early, as where prompts part; the younger one drafts before its end."""
+    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
+    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=24, temperature=0.9)
+    loop = DecodingLoop(backend, [], config)
+    rows = [loop.row(prompt_of(length), config, frozenset(), length) for length in (100, 5)]
+    for row in rows:
+        loop.add(row)
+    rows[0].stop, loop.piece = 4, 12
+    list(loop)
+    alone = [DecodingLoop(backend, [prompt_of(length)], config, seeds=[length]) for length in (100, 5)]
+    assert [row.output for row in rows] == [[token for [step] in each for token in step.ids] for each in alone]
 
 
 def test_what_cannot_be_batched_is_refused():
