@@ -191,7 +191,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, worth = plan.config, plan.worth
     speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
-    what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
+    what = f"blocks at exits {','.join(map(str, plan.module.layers))}"
     if config.layout == "eagle3":
         what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
-from ..config.training import Feature
 from ..errors import require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
@@ -39,14 +38,13 @@ _ENTRY = 256  # bytes of the header that an entry takes at most
 
 @dataclass(frozen=True)
 class Content:
-    """The packed content. `dtype`: of the embedding and unquantized weights. `blocks`: each exit block's inputs."""
+    """The packed content. `dtype`: of the embedding and unquantized weights."""
 
     dtype: Literal["fp32", "bf16"]
     quantize: Quantization | None
     draft_weights: tuple[Quantization, ...]
     draft_head: Quantization | None
     calibrated: bool
-    blocks: dict[str, Feature]
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
         """The requested part of the content. Raises ConfigError for anything that was not packed."""
@@ -79,9 +77,8 @@ class PackedFile:
             if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
         self.dtype = _DTYPES[self.content.dtype]
-        blocks = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
-        # Only the weights of their norms can be taken.
-        self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.unpacked)
+        exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
+        self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
 
     def unpacked(self, name: str) -> Tensor | None:
         """A weight outside of matrices, by its name in a checkpoint."""

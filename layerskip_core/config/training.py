@@ -18,7 +18,6 @@ DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
 Scheduler = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
-Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -30,7 +29,7 @@ _Length = Annotated[int, Meta(ge=2, le=10_000_000)]
 _Rotation = Annotated[int, Meta(ge=1, le=10_000)]
 _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
-_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
+_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,6 @@ class DrafterConfig(TrainingSettings):
         None
     )
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
-    feature: Annotated[Feature, Flag("final: a block reads the model's output state for the token before, too.")] = "none"
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
     start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
     answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None

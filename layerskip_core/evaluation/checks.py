@@ -237,9 +237,8 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))
     for exit_layer in subject.middle:
-        if exit_layer not in subject.loaded.only_drafting:
-            early = subject.setting("early-exit", exit_layer)
-            yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
+        early = subject.setting("early-exit", exit_layer)
+        yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
     yield subject.compared(BATCH, "adaptive", subject.together(drafting(subject)["adaptive"]))
 
 

@@ -141,7 +141,7 @@ def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
 
 
 Losses = tuple[int, dict[int, float]]
-"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit. Exits that only draft lack it."""
+"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit."""
 
 
 def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:

@@ -149,9 +149,8 @@ def _write_weights(source: Source, path: Path) -> str:
     blocks = replace(source.exit_blocks, eagle3=None)  # copied as it is
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
-    features = {str(block.exit_layer): block.feature for block in blocks.blocks}
     dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
-    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated, features)
+    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated)
     compiled = kernels()
     assert compiled is not None
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
@@ -212,14 +211,11 @@ def _write_pair(
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     """The model of exit 1..L, which takes its weights from `loaded.model`.
 
-    A block becomes the layer after the exit's, its norm the final one. Raises ConfigError for a block that reads final
-    states, CheckpointError if the configuration with fewer layers does not give the exit's logits.
+    A block becomes the layer after the exit's, its norm the final one. Raises CheckpointError if the configuration with fewer
+    layers does not give the exit's logits.
     """
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
-    if block is not None and block.feature != "none":
-        why = f"its exit block reads the final states of the whole model (feature {block.feature})"
-        raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
     [(_, states, head)] = states_at_exits(backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer])

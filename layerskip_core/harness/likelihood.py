@@ -15,7 +15,6 @@ from ..errors import ContextError
 from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend, states_at_exits
 from ..model.cache import Places
-from ..model.exit_blocks import target_block
 
 _START = 64  # tokens: contexts that share so many probably share the examples of a few-shot prompt
 _WORTHWHILE = 16  # tokens of a common prefix that are worth a pass of their own
@@ -38,11 +37,8 @@ def likelihoods(
     """Yields (place in `pairs`, its likelihood by exit), in the order of computation.
 
     `exits` are in 1..L; one with a block is scored through it. About `batch_size` pairs share a pass. A pair that exceeds
-    the context loses the beginning of its own. Raises ConfigError for an exit that can only draft, ContextError for a
-    continuation longer than the context.
+    the context loses the beginning of its own. Raises ContextError for a continuation longer than the context.
     """
-    for exit_layer in exits:
-        target_block(model.exit_blocks, exit_layer)
     limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:

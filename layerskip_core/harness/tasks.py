@@ -35,7 +35,6 @@ from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
 from ..evaluation.tasks import Task
-from ..model.exit_blocks import target_block
 from ..prompting import CHAT, RAW
 from . import require_harness
 
@@ -193,8 +192,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
         require(given == getattr(usual, name), name, f"{_HERE}, which measures exits alone", given)
     for exit_layer in config.exits:
         require_exit_layer(exit_layer, loaded.backend.num_layers, may_be_last=True, field="exits")
-        target_block(loaded.backend.exit_blocks, exit_layer)
-    exits = tuple(sorted(set(config.exits or usual_exits(loaded)) - loaded.only_drafting))
+    exits = tuple(sorted(set(config.exits or usual_exits(loaded))))
     methods = [decoding("autoregressive", config.generation)]
     methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)

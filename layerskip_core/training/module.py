@@ -109,9 +109,9 @@ class RecipeModule(nn.Module):
             return target_rows(states, labels)
         reader = self.readers[str(exit_layer)]
         if documents is None:
-            return target_rows(reader(states, states, ids), labels)
+            return target_rows(reader(states, ids), labels)
         rows = DocumentRows(documents)
-        return target_rows(rows.together(reader(rows.apart(states), states, rows.apart(ids))), labels)
+        return target_rows(rows.together(reader(rows.apart(states), rows.apart(ids))), labels)
 
     def worth(self, backend: Backend, exit_layer: int) -> Worth:
         """As `DrafterModule.worth`."""

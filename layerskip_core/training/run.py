@@ -164,7 +164,7 @@ class WholeModel(Plan):
         if self.original is not None:
             details["cost"] = msgspec.to_builtins(self.original.cost())
         if self.module.readers:
-            details[EXIT_BLOCKS] = {str(layer): {"feature": "none"} for layer in recipe.exits}
+            details[EXIT_BLOCKS] = {str(layer): {} for layer in recipe.exits}
         info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
         if first:
             model = self.module.model

@@ -265,12 +265,12 @@ def test_the_progress_line_shows_exits_at_even_distances():
 
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     """The plan, the progress and the end on stderr; a run on prompts alone."""
-    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01")
+    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--lr", "0.01")
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     rows, steps, what, worth, answers, note = planned.err.splitlines()
-    assert what == ("blocks at exits 2,4, feature final, 0.0M parameters; the model stays as it is; answers of the model")
+    assert what == ("blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model")
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
         rows,

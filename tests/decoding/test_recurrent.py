@@ -51,7 +51,7 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
 def backend_of(model_type, precision="fp32"):
     dtype, packing = PRECISIONS[precision]
     model = tiny_model(model_type, dtype, **SHAPE)
-    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
     blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
     return native_or_skip(model, packing, exit_blocks=blocks)
 

@@ -32,8 +32,7 @@ IDS = torch.tensor([[5, 9, 33, 7, 120]])
 
 
 def add_two_blocks(folder):
-    """At exits 2 and 4, of both features."""
-    add_blocks(folder, ExitBlock(2), ExitBlock(4, "final"))
+    add_blocks(folder, ExitBlock(2), ExitBlock(4))
 
 
 def packed_from(folder, output, quantize=None, dtype="auto"):
@@ -49,8 +48,7 @@ def states(backend):
             drafted = run_texts(side.layers, side.layers.embed(IDS), 0, 2)
             found += [drafted, side.whole.unembed(drafted), side.at_exits.unembed(drafted)]
             for block in side.exit_blocks.values():
-                entered = block.enter(drafted, drafted)
-                found.append(block.head(run_texts(side.layers, entered, block.layer, block.layer + 1)))
+                found.append(block.head(run_texts(side.layers, drafted, block.layer, block.layer + 1)))
         for layer in range(backend.num_layers):
             hidden = run_texts(backend, hidden, layer, layer + 1)
             found.append(hidden)

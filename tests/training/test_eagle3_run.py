@@ -174,7 +174,7 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
     [
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
         ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"feature": "final"}, "`feature` must be used with `layout` exit"),
+        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
         ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
     ],
 )

@@ -100,15 +100,10 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
     if loaded.backend.eagle3 is None:
         require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
-    asked, only_drafting = config.generation, loaded.only_drafting
-    if asked.get("exit_layer", recommended.exit_layer) in only_drafting and not asked.get("exit_confidence"):
-        chosen.discard("early-exit")
-    alone = replace(recommended, exits=tuple(each for each in recommended.exits if each not in only_drafting))
     settings = []
     for name in ("autoregressive", "early-exit", *DRAFTERS):
         if name in chosen:
-            known = alone if name == "early-exit" else recommended
-            setting = resolve_as(name, asked, known, loaded.backend.num_layers, config.packing)
+            setting = resolve_as(name, config.generation, recommended, loaded.backend.num_layers, config.packing)
             copies = dict.fromkeys(config.packing.draft_weights) if name == "self-speculative" else {}
             settings += [replace(setting, draft_weights=weights) for weights in copies] or [setting]
     return settings

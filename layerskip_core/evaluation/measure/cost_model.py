@@ -20,7 +20,6 @@ from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
-from ...model.exit_blocks import features_of
 from ...model.vocabulary import most_probable
 from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
@@ -167,28 +166,23 @@ def agreement(
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
     One pass serves all exits: a compared draft always follows the autoregressive output. An approximation for low-bit
-    drafts (`weights`), which attend to their own KV entries of the whole output here, in the loop only to those of a round;
-    and for exit blocks with a feature, whose drafts all have the target's own feature here.
+    drafts (`weights`), which attend to their own KV entries of the whole output here, in the loop only to those of a round.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))
-    choices, features = dict[int, list[int]](), None
     exits = sorted(set(exit_layers))
     blocks = {exit_layer: block for exit_layer, block in drafting.exit_blocks.items() if exit_layer in exits}
-    if any(block.is_fed for block in blocks.values()):
-        finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, cache.span(0, len(tokens))))
-        features = features_of(finals)
     if first:
-        before, places = None if features is None else features[:first], cache.span(0, first)
+        places = cache.span(0, first)
         states = states_at(model, model.embed(tokens[:first]), exits, places)
         for stop in blocks:
-            model.exit_blocks[stop].write(model, states, before, places)
-    after, places = None if features is None else features[first:], cache.span(first, len(tokens))
+            model.exit_blocks[stop].write(model, states, None, places)
+    choices, places = dict[int, list[int]](), cache.span(first, len(tokens))
     states = states_at(drafting.layers, drafting.layers.embed(tokens[first:]), exits, places)
     for stop, hidden in states.items():
         submodel = Submodel(stop, block=blocks.get(stop))
-        logits, _ = beyond_exit(drafting, submodel, hidden, places, after)
+        logits, _ = beyond_exit(drafting, submodel, hidden, places, None)
         choices[stop] = drafting.head(submodel).choose(logits).tolist()
     return choices
 

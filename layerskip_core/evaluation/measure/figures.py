@@ -144,7 +144,7 @@ def environment(loaded: Decoder) -> dict[str, Any]:
         "implementation": loaded.backend.implementation + ", CUDA graphs" * loaded.backend.recordable,
         "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        **({"exit_blocks": {str(exit_layer): placed.block.feature for exit_layer, placed in blocks.items()}} if blocks else {}),
+        **({"exit_blocks": list(blocks)} if blocks else {}),
     }
 
 

@@ -122,9 +122,8 @@ typedef struct {
     float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
     float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
-    const Matrix *join;        /* from (exit's state, feature) to the input of the layers beyond it; NULL: that is the state */
-    float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given; NULL: there is none.
-                                * Without `join` it is the entry of a drafter's layer, whose output is the next feature */
+    float *entry;              /* (2 * hidden), of a drafter's layer, whose output is the next feature: the second half is
+                                * the feature, the first token's is given; NULL without such a layer */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
@@ -659,15 +658,11 @@ static void reach_exit(Work *work, int thread, int threads) {
 
 /* From the exit's state to the input of the layers beyond it, which leave the state as it is. */
 static void leave_exit(Work *work, int thread, int threads) {
-    const Shape *s = work->shape;
     Draft *draft = work->draft;
-    size_t n = (size_t)s->hidden;
-    if (thread == 0) memcpy(draft->joined ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
-    if (draft->join) {
-        meet(&work->team, threads);
-        multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
+    if (thread == 0) {
+        memcpy(draft->entry ? draft->entry : draft->beyond, work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
+        work->call->hidden = draft->beyond, work->call->entries = draft->entry;
     }
-    if (thread == 0) work->call->hidden = draft->beyond, work->call->entries = draft->joined;
     meet(&work->team, threads);
 }
 
@@ -694,9 +689,8 @@ static void draft(Work *work, int thread, int threads) {
         score(work, thread, threads);
         meet(&work->team, threads);
         if (thread == 0) {
-            const Shape *s = work->shape;
-            if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
-            else if (draft->joined) memcpy(draft->joined + s->hidden, draft->beyond, sizeof(float) * (size_t)s->hidden);
+            size_t n = (size_t)work->shape->hidden;
+            if (draft->entry) memcpy(draft->entry + n, draft->beyond, sizeof(float) * n);
             int before = draft->drafted;
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
