@@ -27,11 +27,10 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch
 
 
 class Step(NamedTuple):
-    """The tokens of one step of the decoding loop, its wall-clock seconds, and its drafter."""
+    """The tokens of one step of the decoding loop, and its wall-clock seconds."""
 
     tokens: int
     seconds: float
-    drafter: str | None = None  # as in DecodeStats.steps_by_drafter; None of a prefill, and where nothing could draft
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class Result:
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None  # after which a token left
     skip: tuple[int, ...] = ()  # the layers that the drafts of draft-and-verify leave out, by number
-    longest_answer: tuple[Step, ...] = ()  # of adaptive decoding, to show how its speed changes on the way
     intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
     changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
     rows_to_halve: int | None = None  # with so many the speedup's interval would be half as wide; 0: only with more repeats

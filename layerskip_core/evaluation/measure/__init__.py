@@ -213,7 +213,7 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
     started = time.perf_counter()
     for [step] in decoding:
         seconds = time.perf_counter() - started
-        steps.append(Step(len(step.ids), seconds, next(iter(step.counts.steps_by_drafter), None)))
+        steps.append(Step(len(step.ids), seconds))
         started = time.perf_counter()
     return Output(tuple(decoding.rows[0].output), "", tuple(steps), decoding.stats, decoding.finish_reason)
 

@@ -94,7 +94,7 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """Figures of steps: medians over the repeats; phases and the longest answer are those of the first repeat."""
+    """Figures of steps: medians over the repeats; phases are those of the first."""
     firsts, per_token = [], []
     for outputs in measured.repeats:
         firsts.append(median([output.steps[0].seconds for output in outputs if output.steps] or [math.nan]))
@@ -111,13 +111,11 @@ def _speeds(measured: Measured) -> dict[str, Any]:
     parts = {"prefill": stats.prefill_seconds, "draft": stats.draft_seconds, "verify": stats.verify_seconds}
     parts["other"] = sum(step.seconds for output in outputs for step in output.steps) - sum(parts.values())
     peaks = [each.peak_memory_mb for outputs in measured.repeats for each in outputs if each.peak_memory_mb is not None]
-    longest = max(outputs, key=lambda output: len(output.ids)).steps
     return {
         "time_per_token_ms": quantiles,
         "ttft_ms": finite(1000 * median(firsts)),
         "peak_memory_mb": max(peaks, default=None),
         "time_split_ms": {name: 1000 * part / stats.new_tokens for name, part in parts.items()} if stats.new_tokens else {},
-        "longest_answer": longest if measured.setting.strategy == "adaptive" else (),
     }
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 from matplotlib import rc_context
@@ -43,8 +43,6 @@ _STYLE = {
     "legend.frameon": False,
 }
 _PHASES = ("prefill", "draft", "verify", "other")
-_PLAIN = "plain"  # steps without drafts
-_WINDOW = 8  # steps
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -234,56 +232,12 @@ def _time_split(record: RunRecord) -> Figure | None:
     return figure
 
 
-def _speed_within_an_answer(record: RunRecord) -> Figure | None:
-    """Tokens per second along the longest answer of adaptive decoding, and the drafter of each step."""
-    answers = (result.longest_answer[1:] for result in record.results if len(result.longest_answer) > 1)  # after the prefill
-    steps = next(answers, ())
-    if not steps:
-        return None
-    title = f"Speed within the longest answer of adaptive decoding, mean of {_WINDOW} steps"
-    figure, axes = new_figure(title, "seconds after the first token", "tokens per second")
-    ends, speeds = list(accumulate(step.seconds for step in steps)), []
-    for index in range(len(steps)):
-        window = steps[max(0, index - _WINDOW // 2) : index + _WINDOW // 2]
-        speeds.append(sum(step.tokens for step in window) / sum(step.seconds for step in window))
-    axes.plot(ends, speeds, color=GREY, linewidth=1, zorder=0)
-    drafters = [step.drafter or _PLAIN for step in steps]
-    for number, name in enumerate(sorted(set(drafters), key=lambda name: (name == _PLAIN, -drafters.count(name)))):
-        own = [point for *point, drafter in zip(ends, speeds, drafters, strict=True) if drafter == name]
-        colour = GREY if name == _PLAIN or number >= MOST_LINES else f"C{number}"
-        axes.scatter(*zip(*own, strict=True), s=14, color=colour, label=name)
-    if plain := record.results[0].time_per_token_ms.get("p50"):
-        axes.axhline(1000 / plain, linestyle="--", linewidth=1, color=GREY, label="autoregressive")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
-    return figure
-
-
 def _perplexity(record: RunRecord) -> Figure | None:
     measured = {result.exit_layer: result.perplexity for result in record.results if result.perplexity is not None}
     full, line = measured.pop(None, None), list(measured.items())
     curves = {"early exit": line} if line else {}
     dashed = {} if full is None else {"all layers": [(line[end][0], full) for end in (0, -1) if line]}
     return _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
-
-
-def _prediction(record: RunRecord) -> Figure | None:
-    drafters: dict[tuple[str, int], list[Result]] = {}  # by the weights of a low-bit copy, and the exit
-    for result in record.results:
-        if result.predicted_speedup and result.speedup:
-            drafters.setdefault((result.draft_weights or "", result.exit_layer or 0), []).append(result)
-    if not drafters:
-        return None
-    kept, note = best_lines(drafters)
-    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{note}", "measured speedup")
-    points = {name: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in own] for name, own in kept.items()}
-    for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
-        name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]
-        axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=name)
-    start = min(min(point) for own in points.values() for point in own)
-    axes.axline((start, start), slope=1, color=GREY, linewidth=1, zorder=0)
-    axes.legend(fontsize=7)
-    return figure
 
 
 def _pareto(record: RunRecord) -> Figure | None:
@@ -351,7 +305,5 @@ FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
-    "prediction": _prediction,
-    "speed_within_an_answer": _speed_within_an_answer,
     "time_split": _time_split,
 }
