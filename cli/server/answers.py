@@ -31,9 +31,7 @@ class Document:
         calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
-        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer.
-        `include_usage`: at the end of a stream.
-        """
+        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer."""
         self._calls = [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._include_usage = include_usage

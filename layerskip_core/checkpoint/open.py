@@ -81,14 +81,17 @@ def for_decoding(
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
-    fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
-    saved ones whose low-bit copies are made too, on the CPU; None: all. `memory`: bytes that the weights may take with a copy
-    for adaptive drafting, which is not made otherwise; None: as `memory_budget` says.
+    Args:
+        name: an embedded model, a folder, a GGUF file or a hub id.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, fp32 or bf16.
+        packing: how weights are stored; unset drafts take the head and vocabulary of the policies.
+        policies: saved ones whose low-bit copies are made too, on the CPU; None: all.
+        memory: bytes for weights with a copy for adaptive drafting; None: by `memory_budget`.
 
-    Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
-    impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
-    kernels.
+    Raises:
+        CheckpointError: a model that is absent, damaged or unsupported.
+        ConfigError: an absent device, an impossible packing, a draft model of another vocabulary, unknown kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -103,7 +106,7 @@ def for_decoding(
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
-                backend, notes = _backend(_with_files_beside(source, folder, most), folder)
+                backend, notes = _backend(_with_sidecars(source, folder, most), folder)
                 return replace(_decoder(name, folder, info, backend), notes=notes)
         if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
@@ -125,7 +128,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
             weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
-        return _with_files_beside(source, folder, inf)  # weights are packed one by one
+        return _with_sidecars(source, folder, inf)  # weights are packed one by one
 
     return reading(folder, read)
 
@@ -145,12 +148,10 @@ def import_checkpoint(
     change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
     eagle3: str | None = None,
 ) -> tuple[torch.dtype, list[str]]:
-    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
+    """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
     `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
-    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
-    out. Raises CheckpointError.
+    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -253,7 +254,7 @@ def _as_stored(
         return files.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, files.weight, lambda: take, packing, stored=files.rows)
-    backend, notes = _backend(_with_files_beside(source, None, memory), location.path)
+    backend, notes = _backend(_with_sidecars(source, None, memory), location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, None)
     return replace(made, notes=notes)
 
@@ -266,10 +267,10 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     )
 
 
-def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
-    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
+def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
+    """With the sidecars of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
 
-    The copy is int4 if calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    The copy is int4 if calibrated, else int8.
     """
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored):
@@ -333,7 +334,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     missing = missing_feature(spec)
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = _model_source(trainable, packing)
-        backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
+        backend, notes = _backend(_with_sidecars(source, folder, memory), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:
         raise ConfigError(

@@ -1,9 +1,8 @@
 """packed.safetensors: a model's weights as the compiled kernels read them; loading maps the file and packs nothing.
 
-It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (see
-model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`, in several kinds for low-bit copies. The layout is
-the same for all kernels; fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The header names the content
-and has a fingerprint of a few bytes of every tensor, which shows missing content, as of an interrupted copy.
+It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (model/native/matrix.py)
+as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The
+header has a fingerprint of a few bytes of every tensor, against incomplete copies.
 """
 
 import hashlib

@@ -1,9 +1,7 @@
 """Writes models. A folder never holds half a model, and files of others are never lost.
 
-A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY and the
-new model effective. Then its files are moved into place, layerskip.json last. After a kill, the next command that reads or
-writes the folder moves the rest. Other programs see the old model, for a few renames a folder without a config, then the new
-model.
+A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY. Then its
+files are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
 """
 
 import os
@@ -94,8 +92,7 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info` and further `files`.
 
-    Raises CheckpointError for a full or read-only disk and for files of others in the way, LockedError while another
-    process writes to the folder; it is unchanged then.
+    Raises CheckpointError and LockedError; the folder is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):

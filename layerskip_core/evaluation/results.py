@@ -72,10 +72,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one setting (sweep), strategy or baseline (bench), or category. None and empty: not measured or none.
+    """The figures of one setting (sweep), strategy or baseline (bench), or category. None and empty: not measured.
 
-    Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
-    any, else from the first repeat.
+    Rates and times are medians over the repeats; other figures are of the batched answers, else of the first repeat.
     """
 
     strategy: str = ""

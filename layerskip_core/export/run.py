@@ -57,9 +57,8 @@ class Exported:
 def export(config: ExportConfig) -> Exported:
     """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
-    The last layer as exit is the whole model, without the files beside it. In GGUF a drafter in the EAGLE-3 layout replaces
-    the exit, if none is named. Raises CheckpointError if the model cannot be read or the folder written; ConfigError for
-    the model's own folder, one with another model or README.md, and an exit that is not the model's or needs all of it.
+    In GGUF a drafter in the EAGLE-3 layout replaces the exit, if none is named. Raises CheckpointError if the model cannot be
+    read or the folder written; ConfigError for a folder with another model or README.md, and for another exit.
     """
     _refuse_own_folder(config)
     if config.as_gguf:
@@ -102,8 +101,7 @@ def export(config: ExportConfig) -> Exported:
 def export_packed(config: ExportConfig) -> tuple[str, int]:
     """Writes a model to `output`, whose lock the caller holds, with its weights packed for the compiled kernels.
 
-    Returns the format in words (`int4`, `bf16 with int8 for drafts`) and the bytes of the weights. Matrices are packed one
-    by one. Raises CheckpointError if the model cannot be read or run, or the folder written; ConfigError as `export` does.
+    Returns the format in words (`bf16 with int8 for drafts`) and the bytes of the weights. Raises as `export` does.
     """
     _refuse_own_folder(config)
     source = downloaded(config.model)
@@ -180,8 +178,7 @@ def _write_pair(
 ) -> None:
     """Writes target.gguf, draft.gguf (`drafter`, else the exit unless it is the last layer), and `files`.
 
-    `loaded`, in fp32, loses the layers that the draft lacks. An error leaves the folder unchanged, unless the last renames
-    fail. The draft comes last: a killed process leaves no draft beside another's target.
+    `loaded`, in fp32, loses the layers that the draft lacks. A killed process leaves no draft beside another's target.
     """
     folder = Path(output)
     try:
@@ -308,10 +305,9 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
 
 
 def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
-    """A number of draft tokens, and why: a sweep's recommendation, else the best for the exit's acceptance, if known.
+    """A number of draft tokens, and why: a sweep's recommendation, else the most expected tokens per byte of weights.
 
-    The best number has the most expected tokens per byte of weights, because decoding one text is memory-bound. `layers`:
-    of the draft, its block included.
+    `layers`: of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
     if exit_layer == info.exit_layer and info.num_draft_tokens is not None:

@@ -34,10 +34,9 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (place in `pairs`, its likelihood by exit), in the order of computation.
+    """Yields (index in `pairs`, its likelihood by exit), in the order of computation; about `batch_size` pairs share a pass.
 
-    `exits` are in 1..L; one with a block is scored through it. About `batch_size` pairs share a pass. A pair that exceeds
-    the context loses the beginning of its own. Raises ContextError for a continuation longer than the context.
+    Contexts that are too long lose their beginning. Raises ContextError for a continuation longer than the model's context.
     """
     limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):

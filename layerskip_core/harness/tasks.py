@@ -1,8 +1,4 @@
-"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy (`bench`).
-
-One pass gives the log-likelihoods of all exits; strategies that draft have those of full depth. Answers are generated and timed
-by each strategy.
-"""
+"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy (`bench`)."""
 
 import difflib
 import io
@@ -94,10 +90,9 @@ class HarnessTasks:
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
-        """lm-eval's scores of responses, by the number of their requests. Tasks with an unanswered request are left out.
+        """lm-eval's scores of responses, by the number of their requests; of tasks with all requests answered.
 
-        `metrics` and `stderr` (standard errors, where there are any), by `TASK METRIC`, or `TASK METRIC FILTER` with
-        several filters; `samples`: rows by task; `logged`: lm-eval's records of rows.
+        `metrics` and `stderr` by `TASK METRIC[ FILTER]`; `samples`: rows by task; `logged`: lm-eval's records of rows.
         """
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate

@@ -1,7 +1,4 @@
-"""Training: `prepare` loads and plans a run, and writes nothing; the plan that it returns trains, and saves the result.
-
-There are two kinds: of a model, or adapters on it, under the recipe or not; and of what drafts for a model that stays as it is.
-"""
+"""Training: `prepare` loads and plans a run, and writes nothing; the plan trains and saves a model, or a drafter beside one."""
 
 import json
 import os
@@ -178,7 +175,7 @@ class WholeModel(Plan):
 
 
 class FrozenModel(Plan):
-    """The training of what drafts for a model that stays as it is. The held-out prompts and texts are the last ones."""
+    """The training of a drafter of a frozen model. The held-out prompts and texts are the last ones."""
 
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
@@ -195,8 +192,7 @@ class FrozenModel(Plan):
             )
         refuse_overwrite(config.output, config.overwrite or config.in_place)
         answers = config.answers or ("model" if has_prompts(config.data) else "data")
-        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding, which
-        # write the answers and compute the states.
+        # The model twice: in transformers, to copy blocks from, and on the kernels of decoding, for answers and states.
         self.place(config, device, for_training(config.model, str(device), config.dtype))
         backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)

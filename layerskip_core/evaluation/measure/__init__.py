@@ -114,12 +114,11 @@ def measure(
 ) -> Generator[Progress, None, list[Measured]]:
     """Decodes every prompt of the task by every setting. Yields progress; returns the measurement of each setting.
 
-    With a batch size above 1, answers come from batches, and only some prompts are timed, alone. All settings decode a
-    prompt (or a batch of similar lengths) before the next one, in a rotating order, so that a slow moment of the machine
+    All settings decode a prompt (or a batch) before the next one, in a rotating order, so that a slow moment of the machine
     slows all of them. Lookups search earlier answers of the same setting and repeat.
 
-    `settings`: full depth first, the baseline of comparisons. `journal`: outputs of an interrupted run are not measured
-    again. `perplexity`: by exit, of a task on text. Raises LayerSkipError if every prompt failed with the first setting.
+    `settings`: full depth first. `journal`: outputs of an interrupted run. `perplexity`: by exit, of a task on text. Raises
+    LayerSkipError if every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -174,7 +173,6 @@ def answer_prompts(
     """One output per prompt, in the checkpoint's template; a single prompt is timed, without (de)tokenization.
 
     A prompt that exceeds context or memory gives an Output with an error; of a failed batch every prompt is answered alone.
-    Baselines answer one prompt at a time.
     """
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)

@@ -43,11 +43,10 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. A `folder` keeps a journal of the outputs, for `resume` by the same model files,
-    kernels and versions.
+    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files and versions.
 
-    Raises ConfigError for an exit outside the model and a baseline that cannot run it, CheckpointError for a baseline's
-    model, LayerSkipError if no prompt could be answered or the journal to resume belongs to other settings.
+    Raises ConfigError for an exit or baseline that does not suit, CheckpointError for a baseline's model, LayerSkipError if no
+    prompt could be answered or the journal is of other settings.
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
@@ -128,11 +127,9 @@ def must_search(loaded: Decoder, config: BenchConfig) -> bool:
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
-    """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
+    """The config's baselines by name, with exit and draft length of the `speculative` setting.
 
-    They take exit, draft length and limits of the `speculative` setting. transformers' decoders run on transformers' own
-    layers; if `loaded` has repacked weights, the model is read again. Raises ConfigError for a baseline that cannot run it,
-    CheckpointError.
+    If `loaded` has repacked weights, transformers reads the model again. Raises ConfigError and CheckpointError.
     """
 
     def transformers_model(name: str) -> Trainable:
@@ -174,8 +171,7 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts.
 
-    Every round drafts the setting's `num_draft_tokens`: transformers' default changes the number, and stops below a
-    confidence of 0.4. The config replaces the models' own, with which transformers would fill gaps (penalties, sampling).
+    Every round drafts `num_draft_tokens`. The config replaces the models' own (penalties, sampling).
     """
     models = [each for each in (model, assistant) if each is not None]
 
@@ -290,10 +286,9 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp (package xllamacpp): its server in this process, with this process's threads, on a GGUF file.
+    """llama.cpp (package xllamacpp) on a GGUF file: greedy, without drafts, with this process's threads.
 
-    Greedy, without drafts, on token ids. Raises ConfigError if the package or the file is missing or does not suit,
-    CheckpointError for a damaged file.
+    Raises ConfigError if the package or the file is missing or does not suit, CheckpointError for a damaged file.
     """
     try:
         import xllamacpp

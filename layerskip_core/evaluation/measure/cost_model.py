@@ -127,10 +127,9 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part that has room for a round.
+    """Times rounds of each setting along each part that has room for a round, grouped by drafter.
 
-    Settings of one drafter stand together; plain steps are timed beside each group and averaged over all groups, so that
-    their noise does not rank the drafters.
+    Plain steps are timed beside each group and averaged over all, so that their noise does not rank the drafters.
     """
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
@@ -165,8 +164,7 @@ def agreement(
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
-    One pass serves all exits: a compared draft always follows the autoregressive output. An approximation for low-bit
-    drafts (`weights`), which attend to their own KV entries of the whole output here, in the loop only to those of a round.
+    Approximate for low-bit drafts (`weights`), which attend to their own KV entries of the whole output here.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
@@ -192,7 +190,7 @@ def simulate(
 ) -> DecodeStats:
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens, given `agreement`'s choices.
 
-    Exact but for drafts after a wrong one, which are unknown: they are assumed to end where the output ends.
+    Drafts after a wrong one are unknown: they are assumed to end where the output ends.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -225,10 +223,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:
-    """For `tokens` of several answers, of which `prefill` seconds gave the first one each.
-
-    Time = prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain.
-    """
+    """prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain, for `tokens` of several answers."""
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
     return Prediction(rounds, times, (prefill + (tokens - answers) * times.plain) / seconds)
@@ -239,9 +234,8 @@ def predict(
 ) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Settings of one drafter stand together by draft length: three are timed, the others interpolated. Returns predictions,
-    the agreement of each drafter with the autoregressive tokens, and the context of a typical step. Raises LayerSkipError
-    when no prompt could be answered.
+    Of a drafter's settings three are timed, the others interpolated. Returns predictions, the agreement of each drafter,
+    and the context of a typical step. Raises LayerSkipError when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())

@@ -1,7 +1,7 @@
 """Searches the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
 
-The paper uses Bayesian optimisation. Here layers are left out one by one, each time the one that costs the least agreement with
-the model's own greedy outputs. The predicted speedup decides how many, and the draft length.
+Layers are left out one by one, each time the one that costs the least agreement with the model's own greedy outputs (the paper
+uses Bayesian optimisation). The predicted speedup decides how many, and the draft length.
 """
 
 from collections.abc import Generator, Sequence
