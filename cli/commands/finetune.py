@@ -231,16 +231,16 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for verdict in verdicts
     ]
     if (cost := info.cost) is not None:
-        told = [
+        costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
             f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
         ]
         if cost.task is not None:
-            told.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
+            costs.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
         if cost.exact_match is not None:
             before, after = cost.exact_match
-            told.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
-        lines.append("; ".join(told))
+            costs.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
+        lines.append("; ".join(costs))
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)

@@ -158,8 +158,8 @@ class Vectors:
         def written(vector: Sequence[float]) -> Any:
             return b64encode(array("f", vector).tobytes()).decode() if self._as_base64 else vector
 
-        found = [(number, written(update.vector)) for number, update in sorted(answers.items())]
-        data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in found]
+        vectors = [(number, written(update.vector)) for number, update in sorted(answers.items())]
+        data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in vectors]
         counts = {key: usage["prompt_tokens"] for key in ("prompt_tokens", "total_tokens")}
         return {"object": "list", "model": self._model, "data": data, "usage": counts}
 

@@ -112,10 +112,10 @@ def for_decoding(
             return stored
         return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
-    found = reading(name, lambda: read_whole(location.path, read))
+    loaded = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
-        found.backend.draft_model = _draft_model(packing.draft_model, found, dtype, packing)
-    return found
+        loaded.backend.draft_model = _draft_model(packing.draft_model, loaded, dtype, packing)
+    return loaded
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
@@ -311,9 +311,9 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
-    if file.is_widened and (found := kernels()) is not None and not found.widens_bf16:
+    if file.is_widened and (compiled := kernels()) is not None and not compiled.widens_bf16:
         raise CheckpointError(
-            f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
+            f"it was packed in fp32 for kernels that widen bf16, which {compiled.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab)
     blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))

@@ -233,9 +233,9 @@ def _usual(folder: Path) -> set[str]:
 
 def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
     """Raises `error` for files of others that a new model would overwrite (`written`) or loaders take for its own."""
-    found = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
-    if found:
-        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    obstacles = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
+    if obstacles:
+        more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
         raise error(
-            f"{where}in the way is {found[0]}, which layerskip did not write{more}; move it away, or give another folder"
+            f"{where}in the way is {obstacles[0]}, which layerskip did not write{more}; move it away, or give another folder"
         )

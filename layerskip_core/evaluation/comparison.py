@@ -214,8 +214,8 @@ def is_percentage(figure: str) -> bool:
 
 def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
     """By exit, then settings without one; draft lengths follow each other."""
-    found = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
-    for setting in sorted(found, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
+    settings = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
+    for setting in sorted(settings, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
         if exits and setting.exit_layer not in (None, *exits):
             continue
         values = {

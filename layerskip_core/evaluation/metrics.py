@@ -139,12 +139,12 @@ def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
     """The perplexity through each exit, where it is finite. Texts without tokens do not count."""
     counted = [(tokens, nats) for tokens, nats in losses if tokens]
     total = sum(tokens for tokens, _ in counted)
-    found = {}
+    scores = {}
     for exit_layer in counted[0][1] if counted else ():
         values = tuple(nats[exit_layer] for _, nats in counted)
         if sum(values) / total < MOST_NATS:
-            found[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
-    return found
+            scores[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
+    return scores
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
@@ -240,14 +240,14 @@ def estimate(
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
     sums, (repeats, prompts) = values.sum(-1, keepdim=True), values.shape[1:]
-    found = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
-    value = found[:, 0].quantile(0.5).item()
+    replicates = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
+    value = replicates[:, 0].quantile(0.5).item()
     if not math.isfinite(value) or prompts < 2:
         return Estimate(finite(value))
-    found = found.log() if logarithmic else found
-    influence = (prompts - 1) * (found[:, :1] - found[:, 1:]).mean(0)
+    replicates = replicates.log() if logarithmic else replicates
+    influence = (prompts - 1) * (replicates[:, :1] - replicates[:, 1:]).mean(0)
     of_prompts = influence.var().item() / prompts
-    of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats if repeats > 1 else 0.0
+    of_repeats = _OF_A_MEDIAN * replicates[:, 0].var().item() / repeats if repeats > 1 else 0.0
     parts = (of_prompts, prompts - 1), (of_repeats, max(repeats - 1, 1))
     bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, logarithmic, level)
     left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts

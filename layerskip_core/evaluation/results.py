@@ -116,7 +116,7 @@ class Result:
 
     def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
         """Whether its outputs equal those of plain decoding, except at near-ties."""
-        return self.failures == plain.failures and all(found.top2_gap <= near_tie for found in self.differences)
+        return self.failures == plain.failures and all(difference.top2_gap <= near_tie for difference in self.differences)
 
 
 @dataclass(frozen=True)

@@ -229,8 +229,8 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
         layers[place] = layer
     try:
         written = _with_weights(cut_config(model.config, kept), model.state_dict(), count, kept)
-        found = written(input_ids=ids, use_cache=False).logits
-        if not (found - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
+        logits = written(input_ids=ids, use_cache=False).logits
+        if not (logits - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
             raise ValueError(f"a {model.config.model_type} with {len(kept)} layers has other logits")
     except Exception as error:  # which differs by model type
         raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error

@@ -112,7 +112,7 @@ def _scored(
         for _ in states_at_exits(model, prefix, cache.span(0, shared, settled=True), exits):
             pass
         cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
-    found = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
+    scores = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
 
     def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
         """`after`: a continuation, its next token, and the row and column of `texts`, from `starts` on, that predict it."""
@@ -120,7 +120,7 @@ def _scored(
         places = Places(cache, starts, list(map(len, texts)), settled=True)
         ids, at = torch.tensor([*chain(*texts)], device=model.device), torch.tensor(places.bounds)[rows] + columns
         for stop, hidden, head in states_at_exits(model, ids, places, exits):
-            totals, greedy = found[stop]
+            totals, greedy = scores[stop]
             logs, best = _log_probabilities(head, hidden[at], targets.to(hidden.device), model.spec.vocab)
             totals.index_add_(0, owner, logs.double())
             greedy[owner[~best]] = False
@@ -135,7 +135,7 @@ def _scored(
             for column, token in enumerate(each[1:])
         ]
         score(rests, [lengths[row] for row in owners], later)
-    return found
+    return scores
 
 
 def _log_probabilities(

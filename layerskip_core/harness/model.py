@@ -109,24 +109,24 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """Yields (place of a request, (log-probability in nats, is greedy) by depth; of whole texts the former alone)."""
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
-        found: list[list[dict[int, Any]]] = [[] for _ in requests]
+        responses: list[list[dict[int, Any]]] = [[] for _ in requests]
         scored = likelihoods(self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size)
         for number, by_depth in scored:
             place, _ = asked[number]
-            found[place].append(by_depth)
+            responses[place].append(by_depth)
             if len(requests[place].args) == 2:
                 yield place, {depth: tuple(by_depth[depth]) for depth in depths}
-            elif len(found[place]) == len(parts[place]):
-                yield place, {depth: sum(part[depth].total for part in found[place]) for depth in depths}
+            elif len(responses[place]) == len(parts[place]):
+                yield place, {depth: sum(part[depth].total for part in responses[place]) for depth in depths}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """The responses of `score`, at this model's depth, to requests of one kind."""
-        found: list[Any] = [None] * len(requests)
+        responses: list[Any] = [None] * len(requests)
         kind = "loglikelihood" if all(len(request.args) == 2 for request in requests) else "loglikelihood_rolling"
         for place, by_depth in tqdm(self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm):
-            found[place] = by_depth[self.depth]
-            self.cache_hook.add_partial(kind, requests[place].args, found[place])
-        return found
+            responses[place] = by_depth[self.depth]
+            self.cache_hook.add_partial(kind, requests[place].args, responses[place])
+        return responses
 
     loglikelihood_rolling = loglikelihood
 
@@ -145,8 +145,8 @@ class LayerSkipLM(LM):  # type: ignore[misc]
                     answers.append(self.answer(output.ids, config.stop))
                     self.cache_hook.add_partial("generate_until", args, answers[-1])
                     bar.update()
-        found: list[str] = ordered.get_original(answers)
-        return found
+        ordered_answers: list[str] = ordered.get_original(answers)
+        return ordered_answers
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
         """A setting with a request's `generation_kwargs`; `limit` replaces theirs. Raises ConfigError."""

@@ -159,8 +159,8 @@ def has_target(row: dict[str, Any]) -> bool:
 def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
     """A few rows that end with one uninterrupted answer, each with the index of its first token; no packed ones."""
     few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
-    found = [(row, targets, int(targets.argmax())) for row, targets in few]
-    return [(row, start) for row, targets, start in found if targets[max(1, start) :].all()]  # nothing predicts the very first
+    starts = [(row, targets, int(targets.argmax())) for row, targets in few]
+    return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]  # nothing predicts the very first
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:

@@ -69,13 +69,13 @@ class DrafterModule(nn.Module):
         """
         texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]  # without padding, which no token sees
         fresh = [row for row, text in enumerate(texts) if text not in self._kept]
-        found = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
-        for row, states in found.items():
+        computed = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
+        for row, states in computed.items():
             if self._room > states.nbytes:
                 self._kept[texts[row]], self._room = states, self._room - states.nbytes
         states = torch.zeros(len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device)
         for row, text in enumerate(texts):
-            own = found[row] if row in found else self._kept[text]
+            own = computed[row] if row in computed else self._kept[text]
             states[:, row, : own.shape[1]] = own[:, : ids.shape[1]]
         *read, final = states
         return read, final
@@ -138,10 +138,10 @@ class FrozenExits(DrafterModule):
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
-        """The files beside the model by name. `kept`: its blocks. `made_for`: its fingerprint. `verifier`: its folder or id."""
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
+        """The files beside the model by name. `kept`: its blocks. `verifier`: its folder or hub id."""
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
-        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
+        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, model_fingerprint, kept)}
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
         is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)

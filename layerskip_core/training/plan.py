@@ -140,15 +140,15 @@ class Plan:
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
         """The gain of the saved model's exits or drafter on this machine, in the first process; needs held-out rows."""
-        names, measured, found = self.module.names, info.agreement, list[Verdict]()
+        names, measured, gains = self.module.names, info.agreement, list[Verdict]()
         known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
         if not known or process_index() > 0:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
             speed, drafts = self.module.worth(backend, exit_layer).speed(share)
-            found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
-        return found
+            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+        return gains
 
     @property
     def trained(self) -> int:

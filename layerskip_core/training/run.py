@@ -208,7 +208,7 @@ class FrozenModel(Plan):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
         module.decoder = decoding = self.decoder.backend
-        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(decoding, min(module.names))
+        self.model_fingerprint, self.worth = fingerprint(backend.spec, weight_of), module.worth(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
@@ -235,7 +235,7 @@ class FrozenModel(Plan):
         if config.answers == "model":
             self.texts, prompts = [], self.texts
         how = Writing(config.answer_tokens, longest)
-        journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
+        journal = f"answers-{digest(self.model_fingerprint, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
     def _resolve(self, resume: Path | None) -> None:
@@ -247,7 +247,7 @@ class FrozenModel(Plan):
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
+        self.seal(resume, {"original": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         texts: Any = self.texts
@@ -261,13 +261,13 @@ class FrozenModel(Plan):
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
-        told = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
-        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **told}))  # as it is read back
+        how = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
-        files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
+        files = self.module.files(stored_dtype(config.model), self.kept, self.model_fingerprint, verifier)
         if config.in_place:
             for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
                 (Path(config.output) / name).unlink(missing_ok=True)

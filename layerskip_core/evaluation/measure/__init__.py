@@ -191,12 +191,12 @@ def answer_prompts(
         if alone:
             return [Output(error=str(error))]
         return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
-    peak, found = _peak_mb(model.device) if has_peak else None, []
+    peak, detokenized = _peak_mb(model.device) if has_peak else None, []
     for prompt_ids, output in zip(ids, outputs, strict=True):
         # On its own, an answer loses its leading space with some tokenizers, and with it the indentation of code.
         whole = loaded.detokenize(prompt_ids + [token for token in output.ids if token not in loaded.eos_ids])
-        found.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
-    return found
+        detokenized.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
+    return detokenized
 
 
 def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
@@ -225,8 +225,8 @@ def differences(
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            found = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()  # mps has no fp64
-            best, second = found.topk(2).values.tolist()
+            scores = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()  # mps has no fp64
+            best, second = scores.topk(2).values.tolist()
             differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 

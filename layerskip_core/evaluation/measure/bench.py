@@ -85,8 +85,8 @@ def bench(
         by_category = {}
         for name, samples in task.categories.items():
             if any(full.answers[sample].error is None for sample in samples):
-                found = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
-                by_category[name] = replace(found, samples=len(samples))
+                figures = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
+                by_category[name] = replace(figures, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
     used = tuple(dict.fromkeys(setting.strategy for setting in settings if setting.strategy not in baselines))
     named = {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
@@ -135,7 +135,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     def transformers_model(name: str) -> Trainable:
         return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
 
-    found: dict[str, Baseline] = {}
+    baselines: dict[str, Baseline] = {}
     model, vocabulary = None, {}
     if isinstance(loaded.backend, TransformersBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
@@ -145,22 +145,22 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     for name in config.baselines:
         match name:
             case "no-reuse":
-                found[name] = without_reuse
+                baselines[name] = without_reuse
             case "llama.cpp":
-                found[name] = llama_cpp(loaded, config.gguf or "")
+                baselines[name] = llama_cpp(loaded, config.gguf or "")
             case "transformers":
-                found[name] = transformers_generate(model)
+                baselines[name] = transformers_generate(model)
             case "assistant-early-exit":
                 require_early_exit(model)
-                found[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
+                baselines[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
             case "prompt-lookup":
-                found[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
+                baselines[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
             case "assistant-model":
                 draft = transformers_model(config.packing.draft_model or "")
                 if draft.tokenizer.get_vocab() != vocabulary:
                     raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
-                found[name] = transformers_generate(model, assistant=draft.model)
-    return found
+                baselines[name] = transformers_generate(model, assistant=draft.model)
+    return baselines
 
 
 def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
@@ -328,13 +328,13 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         seconds = time.perf_counter() - started
         if "error" in answer:
             raise LayerSkipError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
-        found = answer["__verbose"]
-        count, reason = scanner.cut(found["tokens"])
-        prefill = min(found["timings"]["prompt_ms"] / 1000, seconds)
+        verbose = answer["__verbose"]
+        count, reason = scanner.cut(verbose["tokens"])
+        prefill = min(verbose["timings"]["prompt_ms"] / 1000, seconds)
         steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
         stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
         stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
-        return Output(tuple(found["tokens"][:count]), "", steps, stats, reason)
+        return Output(tuple(verbose["tokens"][:count]), "", steps, stats, reason)
 
     return complete
 

@@ -249,8 +249,8 @@ def predict(
             answered.append((prompt_ids, output))
             choices: dict[Side, list[int]] = {}
             for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
-                found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
-                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+                by_exit = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
+                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in by_exit.items()}
             agreeing.update({side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()})
             room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
             for setting in settings:
@@ -274,8 +274,8 @@ def predict(
     for setting in dict.fromkeys(chain.from_iterable(visits)):
         known.setdefault(side_of(setting), []).append(averages([timed[setting] for timed in visits if setting in timed]))
     predictions = {
-        setting: prediction_of(found, interpolated(found.drafted / max(found.rounds, 1), known[side]), prefill, tokens, answers)
-        for setting, found in rounds.items()
+        setting: prediction_of(stats, interpolated(stats.drafted / max(stats.rounds, 1), known[side]), prefill, tokens, answers)
+        for setting, stats in rounds.items()
         if (side := side_of(setting)) in known
     }
     prompt_ids, output = typical[0]

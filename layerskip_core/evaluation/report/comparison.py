@@ -76,7 +76,7 @@ def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
     with style():
         drawn = {name: _by_exit(comparison, name) for name in {line.figure for each in known for line in each.lines}}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    return {re.sub(r"\W", "_", name) + ".png": figure and to_png(figure) for name, figure in drawn.items()}
+    return {re.sub(r"\W", "_", name) + ".png": None if figure is None else to_png(figure) for name, figure in drawn.items()}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:

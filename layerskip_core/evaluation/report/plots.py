@@ -242,54 +242,54 @@ def _perplexity(record: RunRecord) -> Figure | None:
 
 def _pareto(record: RunRecord) -> Figure | None:
     """A point per setting, the Pareto frontier, and labels. None without quality or speed."""
-    found = points_of(record)
-    if found is None:
+    shown = points_of(record)
+    if shown is None:
         return None
-    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", found.quality_label)
-    points = list(zip(found.speeds, found.values, strict=True))
-    for number, strategy in enumerate(found.strategies):
-        own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
+    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", shown.quality_label)
+    points = list(zip(shown.speeds, shown.values, strict=True))
+    for number, strategy in enumerate(shown.strategies):
+        own = [point for result, point in zip(shown.results, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")  # baselines share colours with strategies
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
-    sign = 1 if found.lower_is_better else -1
-    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))
+    sign = 1 if shown.lower_is_better else -1
+    line = sorted((points[index] for index in shown.optimal), key=lambda point: (point[0], sign * point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
     axes.margins(x=0.12, y=0.16)
-    if is_wide(found.speeds):
+    if is_wide(shown.speeds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    if found.lower_is_better:
-        if is_wide(found.values):
+    if shown.lower_is_better:
+        if is_wide(shown.values):
             logarithmic(axes)
         axes.invert_yaxis()  # better is up for every metric
     legend_above(axes)
-    _label_points(figure, axes, found)
+    _label_points(figure, axes, shown)
     return figure
 
 
-def _label_points(figure: Figure, axes: Any, found: Points) -> None:
+def _label_points(figure: Figure, axes: Any, shown: Points) -> None:
     """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
     figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
-    places = axes.transData.transform(list(zip(found.speeds, found.values, strict=True)))
+    places = axes.transData.transform(list(zip(shown.speeds, shown.values, strict=True)))
     taken = [Bbox([place - 4, place + 4]) for place in places]
-    steps = sorted(map(tuple, places[found.optimal]))
+    steps = sorted(map(tuple, places[shown.optimal]))
     for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
         taken += [Bbox([(left - 1, bottom), (left + 1, top)]), Bbox([(left, bottom - 1), (right, bottom + 1)])]
-    by_speed = sorted(range(len(places)), key=lambda index: found.speeds[index])
-    fastest = {strategy_name(found.results[index]): index for index in by_speed}
-    alone = [index for index, result in enumerate(found.results) if result.strategy == "early-exit"]
-    for index in dict.fromkeys([*found.optimal, *fastest.values(), *alone]):
-        result, strategy = found.results[index], strategy_name(found.results[index])
+    by_speed = sorted(range(len(places)), key=lambda index: shown.speeds[index])
+    fastest = {strategy_name(shown.results[index]): index for index in by_speed}
+    alone = [index for index, result in enumerate(shown.results) if result.strategy == "early-exit"]
+    for index in dict.fromkeys([*shown.optimal, *fastest.values(), *alone]):
+        result, strategy = shown.results[index], strategy_name(shown.results[index])
         text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y in _OFFSETS:
             label = axes.annotate(
-                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
+                text, (shown.speeds[index], shown.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
                 ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
-                color=f"C{found.strategies.index(strategy)}",
+                color=f"C{shown.strategies.index(strategy)}",
             )  # fmt: skip
             area = label.get_window_extent()
             if axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1 and not area.count_overlaps(taken):
