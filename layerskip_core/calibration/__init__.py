@@ -13,12 +13,12 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import fingerprint, int4_content, matrix_names
 from ..checkpoint.folder import INT4_FILE, refuse_packed
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder, reading
 from ..checkpoint.open import for_decoding, for_training, import_checkpoint
 from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
+from ..checkpoint.sidecars import fingerprint, int4_content, matrix_names
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig, DataConfig
 from ..data import load_examples

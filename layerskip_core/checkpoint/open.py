@@ -26,7 +26,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
@@ -42,6 +41,7 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
+from .sidecars import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
 from .transformers_read import (
     GgufFile,
     merge_adapters,

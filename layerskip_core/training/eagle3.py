@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
+from ..checkpoint.sidecars import default_layers, eagle3_content, read_eagle3
 from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
@@ -18,7 +18,7 @@ from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
 from .exit_blocks import DrafterModule, copy_into
 from .recipe import RunStep
-from .worth import Worth, worth_of_eagle3
+from .verdict import Worth, worth_of_eagle3
 
 DRAFTS = 3  # that are unrolled
 _ALIKE = 0.9  # cosine of a head's rows and those of the model's

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
+from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
 from ..losses import IGNORED, summed_losses
@@ -18,7 +18,7 @@ from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from .recipe import RunStep
-from .worth import Worth, worth_of_exit
+from .verdict import Worth, worth_of_exit
 
 MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
 _FILE = "drafter.safetensors"  # of a run's checkpoint

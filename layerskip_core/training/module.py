@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint.beside import exit_blocks_content, fingerprint
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
 from ..checkpoint.save import write_model
+from ..checkpoint.sidecars import exit_blocks_content, fingerprint
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
@@ -21,7 +21,7 @@ from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .exit_blocks import MUON_LR, copy_into, named_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
-from .worth import Worth, worth_of_exit
+from .verdict import Worth, worth_of_exit
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16

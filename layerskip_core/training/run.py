@@ -14,13 +14,13 @@ import msgspec
 import torch
 from torch.utils.data import Subset
 
-from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
+from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
@@ -39,7 +39,7 @@ from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
-from .worth import Original, Worth
+from .verdict import Original, Worth
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"

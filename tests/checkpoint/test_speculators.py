@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import default_layers, eagle3_beside, eagle3_content, read_eagle3
+from layerskip_core.checkpoint.sidecars import default_layers, eagle3_beside, eagle3_content, read_eagle3
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights

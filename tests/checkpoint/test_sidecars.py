@@ -11,11 +11,11 @@ from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
 from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
+from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
