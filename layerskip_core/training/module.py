@@ -21,7 +21,7 @@ from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .exit_blocks import MUON_LR, copy_into, named_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
-from .verdict import Worth, worth_of_exit
+from .verdict import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
@@ -105,9 +105,9 @@ class RecipeModule(nn.Module):
         rows = DocumentRows(documents)
         return target_rows(rows.together(reader(rows.apart(states), rows.apart(ids))), labels)
 
-    def worth(self, backend: Backend, exit_layer: int) -> Worth:
-        """As `DrafterModule.worth`."""
-        return worth_of_exit(backend, exit_layer, str(exit_layer) in self.readers)
+    def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
+        """As `DrafterModule.estimated_speedup`."""
+        return exit_speedup(backend, exit_layer, str(exit_layer) in self.readers)
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""
