@@ -196,8 +196,8 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
         what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [
         f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
-        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted about "
-        f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
+        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted "
+        f"about {speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",
     ]
 

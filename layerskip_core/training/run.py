@@ -208,10 +208,8 @@ class FrozenModel(Plan):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
         module.decoder = decoding = self.decoder.backend
-        self.model_fingerprint, self.estimate = (
-            fingerprint(backend.spec, weight_of),
-            module.estimated_speedup(decoding, min(module.names)),
-        )
+        self.model_fingerprint = fingerprint(backend.spec, weight_of)
+        self.estimate = module.estimated_speedup(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
