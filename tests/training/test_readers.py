@@ -37,7 +37,7 @@ def test_a_reader_stands_between_its_exit_and_the_shared_head():
     output = module(ids, labels, MIDDLE)
     states, is_target = module.texts.states(ids, (2, 6)), labels[:, 1:] != -100
     targets = labels[:, 1:][is_target]
-    read = module.readers["2"](states[2], states[2], ids)
+    read = module.readers["2"](states[2], ids)
     for found, hidden in zip(output["per_exit"], (read, module.backend.normed(states[6])), strict=True):
         expected = F.cross_entropy(module.backend.head(hidden[:, :-1][is_target]), targets, reduction="sum")
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
