@@ -1,7 +1,4 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model.
-
-`import_checkpoint` writes any of them as a folder of safetensors.
-"""
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -268,10 +265,7 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
-    """With the sidecars of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
-
-    The copy is int4 if calibrated, else int8.
-    """
+    """With the sidecars of `folder`, and an int4 (calibrated) or int8 copy for adaptive drafting if it fits in `memory`."""
     spec, packing = source.spec, source.packing
     if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored):
         calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()

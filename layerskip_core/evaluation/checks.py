@@ -1,7 +1,4 @@
-"""Checks on each kernel and in each precision that batching, drafting and resuming do not change outputs.
-
-Outputs are compared with plain greedy decoding, one prompt at a time, and logits with one pass over one row.
-"""
+"""Checks that batching, drafting and resuming keep the outputs of greedy decoding, one prompt at a time, and its logits."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

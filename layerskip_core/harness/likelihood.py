@@ -1,7 +1,4 @@
-"""Log-likelihoods of continuations through several exits, from one pass of the model.
-
-A batch's common prefix runs once, then each context once, then the continuations on the KV entries of their contexts.
-"""
+"""Log-likelihoods of continuations through several exits: a batch's prefix, its contexts and continuations run once each."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence

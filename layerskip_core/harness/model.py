@@ -1,7 +1,6 @@
 """The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
 
-Requests become token ids and decoding settings as in lm-eval's own `hf`, so that scores compare. The checkpoint's prompt
-template is not used.
+Requests become token ids and settings as in lm-eval's own `hf`, without the checkpoint's prompt template.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +48,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
         exit: layers that give every log-probability and token (None: all). spec: generate at full depth by drafts of so
-        many tokens through `exit`, else the recommended exit. dtype: auto, fp32 or bf16. quantize: int8 or int4
-        weights. batch_size: requests that are computed together (auto: 16). threads: of the CPU (0: torch's choice).
+        many tokens through `exit`, else the recommended exit. batch_size: auto is 16. threads: 0 is torch's choice.
         max_gen_toks: the limit of answers whose task has none. Raises ConfigError and CheckpointError.
         """
         super().__init__()

@@ -1,7 +1,4 @@
-"""A run in progress: the report of each step, the history of losses, and checkpoints.
-
-A checkpoint begins with the settings of its run, and is complete with Trainer's state, which is written last.
-"""
+"""A run in progress: reports, losses and checkpoints, which begin with the run's settings and end with Trainer's state."""
 
 import json
 import os

@@ -142,10 +142,7 @@ def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constan
 
 
 def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: DropoutProfile = "exponential") -> list[float]:
-    """p(l, t) = S(t) D(l) p_max for each layer index; `scale` is S(t).
-
-    With the profile "constant", every layer has the mean of these rates: the comparison of LayerSkip's figure 12.
-    """
+    """p(l, t) = S(t) D(l) p_max for each layer index, `scale` = S(t); "constant": their mean (LayerSkip's figure 12)."""
     if p_max == 0:
         return [0.0] * num_layers
     rates = [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]

@@ -1,7 +1,4 @@
-"""The decoding strategies and baselines side by side: the same prompts, in one process, interleaved.
-
-Baselines are transformers' decoders at the same settings, our self-speculation without exit-state reuse, and llama.cpp.
-"""
+"""Decoding strategies, and baselines (transformers, llama.cpp, no reuse of exit states), interleaved on the same prompts."""
 
 import hashlib
 import json

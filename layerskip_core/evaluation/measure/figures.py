@@ -1,7 +1,7 @@
 """Figures of measurements, the machine, and the recommendation of a sweep.
 
-The fastest of twenty settings on a dozen prompts looks faster than it is (winner's curse). So a sweep times the best few once
-more, in turns with plain and adaptive decoding, on other prompts, and decides by the lower end of the speedup's interval.
+Against the winner's curse a sweep times the best few settings once more, in turns with plain and adaptive decoding, on other
+prompts, and decides by the lower end of the speedup's interval.
 """
 
 import math
