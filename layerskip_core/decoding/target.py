@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places, on_device
-from ..model.exit_blocks import DraftBlock, target_block
+from ..model.exit_blocks import DraftBlock
 from .graphs import Recorder
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ class FixedTarget:
     decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
-        """Raises ConfigError for an exit that can only draft."""
         self._model, self._layers, self._block = model, model.num_layers, None
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
-            self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
+            self._layers, self._block = config.exit_layer, model.exit_blocks.get(config.exit_layer)
         self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
@@ -48,7 +47,7 @@ class FixedTarget:
         self.exit_cache = ExitBlockCache(model, blocks) if blocks else None  # of those that draft
         # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
-        self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
+        self.rerun = int(any(block.needs_feature for block in blocks.values()))
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
@@ -115,10 +114,9 @@ class CalmTarget:
     exit_cache, records, rerun = None, False, 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
-        """Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side, self._confidence = model, model.draft_sides[None], config.exit_confidence
         self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
-        self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
+        self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
@@ -175,14 +173,13 @@ class ExitBlockCache:
     """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
-    to the next in the cache's `features`, if any `is_fed`.
+    to the next in the cache's `features`, if any `needs_feature`.
     """
 
     def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock]) -> None:
         """`blocks`: by the exits at which their drafts start."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
-        self.is_fed = any(block.is_fed for block in blocks.values())
         self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
@@ -203,10 +200,7 @@ class ExitBlockCache:
                 if count:
                     before[first] = none if feature is None else feature
             self._of_pass[exit_layer] = features
-            skipped = [
-                int(count > 0 and feature is None and (start > 0 or block.starts_later))
-                for feature, start, count in zip(known, places.starts, places.counts, strict=True)
-            ]
+            skipped = [int(count > 0 and feature is None) for feature, count in zip(known, places.counts, strict=True)]
             if any(skipped):
                 parts = zip(pairwise(places.bounds), skipped, strict=True)
                 kept = [place for (first, end), count in parts for place in range(first + count, end)]
@@ -227,7 +221,6 @@ Target = FixedTarget | CalmTarget
 
 
 def target_of(model: Backend, config: DecodingConfig) -> Target:
-    """Raises ConfigError for an exit that can only draft."""
     by_token = config.strategy == "early-exit" and config.exit_confidence
     return CalmTarget(model, config) if by_token else FixedTarget(model, config)
 
