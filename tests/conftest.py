@@ -97,6 +97,7 @@ MIXERS = {  # types whose layers are not all of attention, and what the others a
     },
 }
 DENSE_MIXERS = [name for name, changes in MIXERS.items() if "num_experts" not in changes]
+OWN_LAYERS = [*MIXERS, "gemma4_text"]  # types whose layers PyTorch's kernels lack
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
@@ -127,6 +128,16 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
             shape["layers_block_type"] = ["mlp" if layer % 3 == 2 else kind for layer, kind in enumerate(kinds)]
         elif model_type != "bamba":
             shape["layer_types"] = kinds
+    if model_type == "gemma4_text":  # in which later layers share keys, and not all heads have one size
+        layers = changes.get("num_hidden_layers", _SHAPE["num_hidden_layers"])
+        kinds = ["sliding_attention" if layer % 2 and layer < layers - 1 else "full_attention" for layer in range(layers)]
+        shape |= {"layer_types": kinds, "sliding_window": 5, "num_kv_shared_layers": max(0, min(3, layers - 2))}
+        shape |= {"global_head_dim": 2 * changes.get("head_dim", shape["head_dim"]), "use_double_wide_mlp": True}
+        shape |= {
+            "hidden_size_per_layer_input": changes.get("hidden_size", shape["hidden_size"]) // 2,
+            "final_logit_softcapping": 30.0,
+        }
+        shape |= {"vocab_size_per_layer_input": changes.get("vocab_size", shape["vocab_size"])}
     config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):
@@ -135,6 +146,8 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
+        for layer, scale in enumerate(part for name, part in model.named_buffers() if name.endswith("layer_scalar")):
+            scale.fill_(1.5 - 0.25 * layer)
     return as_on_this_cpu(model)
 
 

@@ -95,6 +95,8 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     if spec.experts is not None:
         raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")
+    if spec.sizes:
+        raise ConfigError(f"calibration needs a `model` whose layers share no keys, got {spec.model_type}")
     if spec.architecture.transposed:
         raise ConfigError(f"calibration needs a `model` that stores weights by outputs, got {spec.model_type}")
     for name in matrix_names(spec):

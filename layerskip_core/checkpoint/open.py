@@ -22,7 +22,7 @@ from ..model.torch_backend import TorchBackend
 from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
-from ..model.weights import Take, named_int4, taken_from
+from ..model.weights import Take, named_int4, named_weights, taken_from
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
@@ -123,7 +123,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
         source = _lean_source(folder, _CPU, dtype, used)
         if source is None:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
-            weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
+            weights = named_weights(trainable.model)
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
         return _with_sidecars(source, folder, inf)  # weights are packed one by one
 
@@ -229,7 +229,10 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     files = open_weights(folder, spec)
 
     def take(name: str) -> Tensor | None:
-        """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
+        """Reads a weight into memory of its own: there is never a second copy of all."""
+        if name in spec.mapped and name in files:
+            table = files[name].mapped(name)
+            return table if table.dtype in (torch.float32, torch.bfloat16) else table.float()
         return files[name].read(name).to(device, precision) if name in files else None
 
     return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing)
@@ -272,7 +275,7 @@ def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
         kind: Quantization = "int4" if calibrated else "int8"
         copied = replace(packing, draft_weights=(kind,))
         if can_run_native(spec, source.dtype, source.device, copied):
-            needed = spec.parameters * (source.dtype.itemsize + 1)
+            needed = (spec.parameters - spec.unread) * (source.dtype.itemsize + 1)
             if needed <= memory:
                 packing = copied
             else:

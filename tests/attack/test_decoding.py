@@ -67,6 +67,17 @@ def shapes(draw, architecture):
         shape["sliding_window"] = of(5, 1, 2, 16, 4096)
     if architecture in ("gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2"):
         shape["layer_types"] = [of("sliding_attention", "full_attention") for _ in range(layers)]
+    if architecture == "gemma4_text":
+        own = [*(of("sliding_attention", "full_attention") for _ in range(draw(st.integers(0, layers - 1)))), "full_attention"]
+        sharing = layers - len(own)
+        shape["layer_types"] = [*own, *(of(*own) for _ in range(sharing - 1)), *own[-1:] * (sharing > 0)]
+        shape |= {
+            "num_kv_shared_layers": sharing,
+            "use_double_wide_mlp": draw(st.booleans()),
+            "global_head_dim": of(16, 64, 512),
+        }
+        shape |= {"hidden_size_per_layer_input": of(8, 1, 16) if sharing else of(8, 0)}  # else transformers needs some
+        shape |= {"vocab_size_per_layer_input": shape["vocab_size"], "final_logit_softcapping": of(30.0, None)}
     if architecture == "qwen2":
         shape |= {"use_sliding_window": draw(st.booleans()), "sliding_window": 4, "max_window_layers": layers // 2}
     if architecture == "smollm3":
@@ -113,7 +124,9 @@ def shapes(draw, architecture):
         }
     if architecture == "granite":
         shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
-    if architecture not in ("gemma3_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon", "nemotron_h") and draw(st.booleans()):
+    if architecture not in ("gemma3_text", "gemma4_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon", "nemotron_h") and draw(
+        st.booleans()
+    ):
         shape["rope_parameters"] = dict(of(*ROPES))
         shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2 where the type is dynamic
     return shape

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import CHANGES, MIXERS, older, run_texts, tiny_model
+from conftest import CHANGES, OWN_LAYERS, older, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, add_int4
 from safetensors.torch import load_file, save_file
@@ -123,7 +123,7 @@ def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *MIXERS]
+    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *OWN_LAYERS]
 )
 def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
     """And with a tied head; with learned positions, and numbers in activations."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from conftest import DENSE_MIXERS, MIXERS, at, tiny_model
+from conftest import DENSE_MIXERS, MIXERS, OWN_LAYERS, at, tiny_model
 from decodings import context_after, draft_of, entries
 from test_generic import CHANGES, logits_of
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
@@ -66,6 +66,7 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "phi": {},
     "apertus": {},
     **{model_type: {} for model_type in MIXERS},
+    "gemma4_text": {},
 }
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
@@ -97,7 +98,7 @@ def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
-@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS])
+@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS, "gemma4_text"])
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
     generic, fast = pair(case, torch.bfloat16, NativeBackend)
@@ -176,6 +177,7 @@ LONG = {  # of heads: sizes, many that share a key, and what bounds scores or th
     "64": ("qwen3", {"head_dim": 64}),
     "96": ("llama", {"head_dim": 96}),
     "256": ("gemma", {"head_dim": 256}),
+    "256 and 512": ("gemma4_text", {"head_dim": 256, "sliding_window": 140}),
     "20 of one key": ("gemma", {"num_attention_heads": 20, "num_key_value_heads": 1}),
     "window and cap": ("gemma2", {"sliding_window": 140, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
 }
@@ -199,7 +201,7 @@ def test_attention_over_long_texts(variant, case, threads):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in MIXERS])
+@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in OWN_LAYERS])
 def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
@@ -216,7 +218,7 @@ def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision,
     [
         *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": ("int8",)}, {"quantize": "int4"})),
         *(("gemma3_text", {}), ("olmo2", {"draft_weights": ("int8",)}), ("granite", {}), ("starcoder2", {})),
-        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)})),
+        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)}), ("gemma4_text", {"draft_weights": ("int8",)})),
     ],
     ids=str,
 )
@@ -254,7 +256,8 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precision, threads):
     """Of rows at different positions, some of whose neighbours have left the cache, from their tokens and from an exit on."""
     threads(2)
-    model = model_of(precision, model_type, **KINDS[model_type])
+    changes = {**KINDS[model_type], **({"final_logit_softcapping": None} if model_type == "gemma4_text" else {})}
+    model = model_of(precision, model_type, **changes)
     tokens, positions = ids_of(3, 4), torch.tensor([[9], [12], [5]]) + torch.arange(4)
     with torch.inference_mode():
         found, caches = [], []

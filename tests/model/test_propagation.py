@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHANGES, MIXERS, at, tiny_model
+from conftest import CHANGES, OWN_LAYERS, at, tiny_model
 from decodings import entries
 from test_generic import ids_of
 from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
@@ -44,13 +44,13 @@ PLACES = torch.tensor([[9, 10, 11], [7, 8, 9]])
 
 
 @pytest.mark.parametrize("backend", [TransformersBackend, TorchBackend.of], ids=["generic", "packed"])
-@pytest.mark.parametrize("model_type", [kind for kind in SUPPORTED if kind not in MIXERS])
+@pytest.mark.parametrize("model_type", [kind for kind in SUPPORTED if kind not in OWN_LAYERS])
 def test_keys_and_values_are_those_of_the_layers(model_type, backend):
     assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), PLACES)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in MIXERS])
+@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in OWN_LAYERS])
 def test_those_of_the_kernels_too(variant, model_type, precision):  # noqa: F811  a fixture
     assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)
 

@@ -12,6 +12,7 @@ from test_packed import BIASES
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, can_run_native
 from layerskip_core.model.architectures import SUPPORTED, is_complete, known_architecture
+from layerskip_core.model.weights import named_weights
 
 LLAMA = {
     "model_type": "llama",
@@ -38,10 +39,10 @@ def spec_of(**changes):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_the_weights_are_those_that_transformers_makes(model_type, changes):
     model = tiny_model(model_type, torch.float32, **changes)
-    weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    weights = named_weights(model)
     spec = ModelSpec.of(model.config)
-    assert spec.shapes == weights
-    assert spec.parameters == sum(weight.numel() for weight in model.parameters())
+    assert spec.shapes == {name: tuple(weight.shape) for name, weight in weights.items()}
+    assert spec.parameters == sum(weight.numel() for weight in weights.values())
     assert (spec.layers, spec.head_dim, spec.context) == (6, 8, 128)
 
 
