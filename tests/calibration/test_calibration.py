@@ -12,16 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from layerskip_core import load
-from layerskip_core.calibration.model import (
-    Aim,
-    descended,
-    gptq,
-    quantize,
-    searched,
-    tune,
-    with_best_levels,
-    with_best_scales,
-)
+from layerskip_core.calibration.model import Aim, descended, gptq, quantize, tune, with_best_levels, with_best_scales
 from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.info import read_info
@@ -112,22 +103,6 @@ def output_error(made, given, original=None):
 def test_gptq_keeps_outputs_far_better_than_rounding():
     given = inputs()
     assert output_error(gptq(aim(given)), given) < 0.25 * output_error(int4_of(weight()), given)
-
-
-def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
-    made = gptq(Aim(weight(), 3 * torch.eye(INPUTS)))
-    groups = weight().view(OUTPUTS, -1, 32)
-    for number in range(INPUTS // 32):
-        scale, low = searched(groups[:, number], torch.ones(32))
-        assert torch.equal(made.scale[:, number], scale) and torch.equal(made.low[:, number], low)
-        expected = ((groups[:, number] - low[:, None]) / scale[:, None]).round().clamp(0, 15)
-        assert torch.equal(made.levels.view(OUTPUTS, -1, 32)[:, number].float(), expected)
-
-
-def test_the_searched_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(Aim(weight(), torch.eye(INPUTS)))
-    assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
-    assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
 
 
 def test_inputs_of_quantised_layers_are_corrected_towards_the_original_outputs():

@@ -30,7 +30,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named, features_of
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, features_of
 from layerskip_core.training.exit_blocks import FrozenExits
 
 INT4 = PackingConfig("int4")
@@ -137,13 +137,6 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
     assert kept == [True, False, False]
 
 
-def test_the_same_blocks_give_the_same_bytes(loaded):
-    written = {content(loaded, ExitBlock(2), ExitBlock(3, "final")) for _ in range(12)}
-    assert len(written) == 1
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, written.pop())
-    assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3, "final"))
-
-
 def test_the_precision_of_the_model_does_not_matter(loaded):
     spec = loaded.backend.spec
     lower = for_training(loaded.name, "cpu", "bf16").model
@@ -183,16 +176,6 @@ def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
     save_file({"exits.2.norm.weight": torch.zeros(32)}, path)
     with pytest.raises(CheckpointError, match="its format must be 1, found None"):
         read(loaded)
-
-
-def test_a_name_needs_an_exit_and_a_part():
-    assert blocks_named(["exits.3.layer.mlp.down_proj.weight", "exits.1.input.weight"], 4) == (
-        ExitBlock(1, "final"),
-        ExitBlock(3),
-    )
-    for name in ("exits.3.head.weight", "exits.4.norm.weight", "exits.0.norm.weight", "exits.-1.norm.weight", "3.norm.bias"):
-        with pytest.raises(CheckpointError, match="no weight of a block"):
-            blocks_named([name], 4)
 
 
 BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))

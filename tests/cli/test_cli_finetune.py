@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from command_line import fails, refused, run
 
-from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.training import worth
 
@@ -254,13 +253,6 @@ def test_an_output_that_cannot_be_written(finetune):
     assert (result.code, result.out) == (1, "")
     assert re.match(r"error: .*Not a directory.*", result.err.splitlines()[-1])
     assert "Traceback" not in result.err and files() == ["file"]
-
-
-def test_the_progress_line_shows_exits_at_even_distances():
-    losses = {layer: layer / 10 for layer in range(1, 9)}
-    assert spread(losses) == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
-    assert spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
-    assert spread({}) == []
 
 
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):

@@ -1,15 +1,12 @@
 """Policies of `layerskip generate`, and rows of JSON lines that say how they are decoded."""
 
 import json
-import os
 import shutil
-import threading
 
 import pytest
 import torch
 from command_line import refused, run, start
 
-from cli import console
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -284,45 +281,6 @@ def test_whoever_waits_for_answers_gets_them(model):
             assert ["error" in answer for answer in answers] == [False] * (count - 1) + [True]
         process.stdin.close()
         assert process.wait(60) == 1
-
-
-@pytest.fixture
-def pipe(monkeypatch):
-    """What is written to it is standard input."""
-    source, sink = os.pipe()
-    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(console, "_taken", stream)
-        yield pipe
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"", []),
-        (b"a\nb", ["a", "b"]),
-        (b"\xef\xbb\xbfa\r\n\n\xef\xbb\xbfb\r\n", ["a", "", "\ufeffb"]),
-        ("å\n".encode() + b"\xff\n", ["å", "\udcff"]),
-        (b"x" * 200_000 + b"\nb\n", ["x" * 200_000, "b"]),
-    ],
-)
-def test_lines_of_a_pipe(data, expected, pipe):
-    """As they come: all that has been written is ready, and what has not is not."""
-    lines = console.PromptLines()
-    assert not lines.is_ready()
-    writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
-    writer.start()
-    assert list(lines) == expected and lines.is_ready()
-    writer.join()
-
-
-def test_lines_that_are_ready(pipe):
-    lines = console.PromptLines()
-    pipe.write(b"one\ntwo\nthr")
-    assert lines.is_ready() and next(lines) == "one"
-    assert lines.is_ready() and next(lines) == "two"
-    assert not lines.is_ready()
-    pipe.write(b"ee\n")
-    assert lines.is_ready() and next(lines) == "three"
 
 
 def test_policies_from_python(model, ask):

@@ -9,7 +9,6 @@ from command_line import fails, run
 from typer.main import get_command
 
 from cli.main import app
-from cli.options import with_flags
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.evaluation import BASELINES
@@ -84,12 +83,6 @@ def test_help_has_the_choices_of_a_flag():
     text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
-
-
-def test_errors_name_flags_on_the_command_line():
-    assert with_flags("`num_draft_tokens` must be below 64 with `exact`, `data` x, `nothing` and `layerskip bench`") == (
-        "--spec must be below 64 with --exact, --data x, `nothing` and `layerskip bench`"
-    )
 
 
 def test_a_flag_that_two_configs_share_reaches_both(tmp_path):

@@ -24,7 +24,7 @@ from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
-from layerskip_core.serving import Embedding, Request
+from layerskip_core.serving import Request
 from layerskip_core.serving.engine import Engine
 
 NEEDED = "needs the extras dev and serve"
@@ -427,30 +427,6 @@ def test_a_full_queue_refuses_before_any_work():
         api.engine.release(1)
         assert len(api.client().embeddings.create(model="tiny", input=["a", "b"]).data) == 2
         assert api.client().completions.create(model="tiny", prompt=["a", "b"]).choices[1].text == expected("b")[0]
-
-
-def test_embeddings_whose_client_is_gone_are_left_out(monkeypatch):
-    begun, gone, read = threading.Event(), threading.Event(), []
-    honest = Embedding.read
-
-    def slow(self, backend):
-        read.append(len(self.ids))
-        begun.set()
-        gone.wait(60)
-        return honest(self, backend)
-
-    monkeypatch.setattr(Embedding, "read", slow)
-    with serving(tiny_loaded()) as api:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{api.url}/v1/embeddings", json={"model": "tiny", "input": ["a", "b", "c"]}, timeout=0.5)
-        assert begun.wait(60) and api.engine.held == 3
-        while api.server.server_state.tasks:
-            gone.wait(0.01)
-        gone.set()
-        while api.engine.held:
-            begun.wait(0.01)
-        ended = api.metrics()
-        assert len(read) == 1 and ended['layerskip_requests_total{endpoint="embeddings",outcome="cancelled"}'] == 1
 
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):

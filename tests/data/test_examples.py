@@ -198,10 +198,7 @@ def topv2(tmp_path, **files):
 
 def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
     folder = topv2(
-        tmp_path,
-        b_train='b\tsay "hi\t[IN:B say "hi ]\r\n',
-        a_train="a\tgo\t[IN:A go ]\n",
-        a_eval="a\tstop\t[IN:A stop ]\n",
+        tmp_path, b_train='b\tsay "hi\t[IN:B say "hi ]\r\n', a_train="a\tgo\t[IN:A go ]\n", a_eval="a\tstop\t[IN:A stop ]\n"
     )
     assert load(folder) == [("go", "[IN:A go ]"), ('say "hi', '[IN:B say "hi ]')]
     assert load(folder, split="validation") == [("stop", "[IN:A stop ]")]

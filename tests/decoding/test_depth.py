@@ -109,16 +109,6 @@ def test_blocks_decide_and_attend_to_tokens_that_left_below_them():
     assert (ids, stats.tokens_by_layers) == (expected, by_layers(exits))
 
 
-def test_sampling_draws_at_the_exits_that_the_probabilities_without_temperature_choose():
-    model, hot = model_of(TransformersBackend), {"temperature": 2.0, "seed": 5}
-    expected = run(model, prompt_of(9), strategy="autoregressive", **hot)[0]
-    assert dynamic(model, prompt_of(9), 1.0, **hot)[0] == expected  # all at full depth
-    assert (
-        dynamic(model, prompt_of(9), 0.1, 1, **hot)[1].tokens_by_layers
-        == dynamic(model, prompt_of(9), 0.1, 1)[1].tokens_by_layers
-    )
-
-
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     """And keys are written for tokens that left, all together, only when a token goes where they are missing."""
     model, calls = model_of(TransformersBackend), []

@@ -155,13 +155,6 @@ def test_a_long_output_is_not_decoded_again_and_again():
     assert scanner.cut(ids_of("zz")) == (2, "stop")
 
 
-def test_room_is_what_the_tighter_limit_leaves():
-    scanner = StopScanner(frozenset(), (), 7, 5)
-    assert scanner.room == 5
-    scanner.cut([5, 6])
-    assert scanner.room == 3
-
-
 def characters(ids):
     return "".join(map(chr, ids))
 
@@ -181,14 +174,6 @@ def characters(ids):
 )
 def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
     assert OutputText(characters, stop=("END", "\n\n")).add(list(map(ord, text)), finished) == shown
-
-
-def test_shown_text_only_grows():
-    output, shown = OutputText(characters, stop=("aab",)), []
-    for letter in "xaaxaaaabz":
-        output.add([ord(letter)], False)
-        shown.append(output.text)
-    assert shown == ["x", "x", "x", "xaax", "xaax", "xaax", "xaaxa", "xaaxaa", "xaaxaa", "xaaxaa"]
 
 
 def test_the_calibration_error_weighs_the_gaps_between_foretold_and_seen():

@@ -19,7 +19,6 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
-from layerskip_core.evaluation.report.tables import results_table
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -194,18 +193,6 @@ def file(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf") / "model"
     assert run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code == 0
     return str(folder / "target.gguf")
-
-
-def test_the_baseline_stands_beside_our_own_decoding(package, file):
-    config = BenchConfig("tiny", baselines=("llama.cpp",), gguf=file, strategies=("autoregressive",), repeats=1)
-    *_, record = bench(tiny_loaded(), own_answers(2), config)
-    own, other = record.results
-    assert (other.strategy, other.exit_layer, other.num_draft_tokens, other.acceptance_rate) == ("llama.cpp", None, None, None)
-    assert other.identical_outputs == 1.0 and other.metrics == own.metrics
-    assert other.tokens_per_second > 0 and other.ttft_ms == pytest.approx(0.5)
-    note = " ".join(results_table(record).note.split())
-    assert f"llama.cpp: xllamacpp 1.2 (SSE3 AVX2), on {file}." in note
-    assert all(request["temperature"] == 0 and not request["cache_prompt"] for request in Server.asked)
 
 
 def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from command_line import fails, run
 from decodings import WIDE, backend_on, silent_layers
-from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, collect, own_answers, tiny_loaded
+from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
@@ -27,10 +26,8 @@ from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
     agreement,
-    averages,
     draft_profile,
     interpolated,
-    predict,
     prediction_of,
     simulate,
     timed_part,
@@ -69,42 +66,6 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, new_tokens, drafts):
         assert counts(found) == counts(real.stats)
 
 
-def test_simulated_rounds_of_drafts_with_their_own_vocabulary(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    # The draft head scores half of the 300 tokens, in another order than the tokenizer's.
-    (folder / "token_order.json").write_text(json.dumps(list(range(299, -1, -1))))
-    packing = PackingConfig(draft_vocab=150)
-    loaded = for_decoding(str(folder), packing=packing)
-    prompt = loaded.encode_prompt("remind me to call mom")
-    output = list(measure_prompt(loaded, "remind me to call mom", DecodingConfig("autoregressive", max_new_tokens=40)).ids)
-    choices = agreement(loaded, prompt, output, [5])[5]
-    assert min(choices) >= 150
-    expected = simulate(choices, output, 3, 40, loaded.eos_ids)
-    decoding = decode(loaded.backend, prompt, DecodingConfig("self-speculative", 5, 3, 40), loaded.eos_ids)
-    assert [token for [step] in decoding for token in step.ids] == output
-    assert counts(expected) == counts(decoding.stats) and expected.accepted > 0
-
-
-@pytest.mark.parametrize(
-    ("choices", "output", "drafts", "room", "rounds"),
-    [
-        # The first token is the prefill's. 2 3 right and 4 the target's; 5 6 right, and 7 where no draft has room.
-        ([1, 2, 3, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], 2, 7, (4, 4, 2, 0)),
-        # Never right: one token per round. The last but one has room for one draft, the last for none.
-        ([0, 0, 0, 0], [1, 2, 3, 4], 2, 4, (3, 0, 2, 1)),
-        # An accepted EOS ends the draft, and the output.
-        ([1, 2, 9], [1, 2, 9], 2, 5, (2, 2, 1, 0)),
-        # The drafts after a wrong one are assumed to end where the output ends.
-        ([1, 0, 9], [1, 2, 9], 4, 9, (3, 1, 2, 0)),
-        # A wrong EOS ends the draft, and is rejected.
-        ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 3, 5, (3, 2, 2, 0)),
-        ([1], [1], 2, 5, (0, 0, 0, 0)),
-    ],
-)
-def test_rounds_of_known_choices(choices, output, drafts, room, rounds):
-    assert counts(simulate(choices, output, drafts, room, EOS)) == rounds
-
-
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     prompt = loaded.encode_prompt("hi")
@@ -138,23 +99,11 @@ def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
     assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
 
 
-def test_times_that_were_disturbed_do_not_count():
-    usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
-    assert averages([usual] * 7 + [disturbed] + [usual] * 2) == pytest.approx(usual)
-
-
 def test_times_between_those_of_shorter_and_longer_drafts():
     short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
     assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
     assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
     assert interpolated(3.0, [long]) == long
-
-
-def test_prompts_that_fail_are_left_out():
-    loaded, task = tiny_loaded(), own_answers(1)
-    _, (_, alone, _) = collect(predict(loaded, task.examples, [SETTING], PLAIN))
-    _, (_, found, _) = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], PLAIN))
-    assert found == alone
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():

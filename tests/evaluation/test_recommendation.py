@@ -256,14 +256,6 @@ def test_a_dozen_equal_prompts_do_not_show_that_an_exit_keeps_the_quality():
     assert few.endswith("it would take about 138 (`samples`)")
 
 
-def test_the_margin_over_a_share():
-    # d = 1 - 0.98 = 0.02 on each prompt, 1 and -0.98 added: n * 0.02 = 1.96 sqrt(1 + 0.98**2) gives n = 137.2 of equal prompts.
-    assert kept(12).mean == pytest.approx(0.02) and kept(12).low < -0.1
-    assert kept(138).low == pytest.approx(0, abs=0.02)
-    assert kept(1000, wrong=1).low > 0 > kept(1000, wrong=15).low and kept(1000, wrong=15).needed > 1000
-    assert kept(1000, wrong=21).needed is None  # 0.979 is below the share
-
-
 def test_a_perplexity_may_grow_by_the_share():
     """Texts of 100 tokens and ln 9 = 2.197 nats each: the perplexity may be 9 / 0.9 = 10, ln 10 = 2.303 nats."""
     tokens, full = (100,) * 50, [219.7 + (place % 5) for place in range(50)]

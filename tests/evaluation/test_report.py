@@ -75,12 +75,6 @@ def test_json_never_holds_a_nan():
         to_json(RunRecord({"x": math.nan}, {}, ()))
 
 
-def test_a_metric_is_not_hidden_by_a_figure_of_its_name_that_was_not_measured():
-    rows = [replace(SWEEP.results[0], metrics={"perplexity": 7.5}, perplexity=figure) for figure in (7.5, None)]
-    written = csv.DictReader(io.StringIO(to_csv(replace(SWEEP, results=tuple(rows)))))
-    assert [row["perplexity"] for row in written] == ["7.5"] * 2
-
-
 def test_a_csv_file_has_a_column_for_every_figure():
     rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
     assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]
@@ -121,21 +115,6 @@ def test_tables_show_how_a_metric_differs_from_full_depth():
     table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
-
-
-def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
-    low = replace(SWEEP.results[2], exit_layer=30, draft_weights="int8", steps_by_drafter={"int8": 7, "plain": 1})
-    lookup = replace(low, strategy="lookup", exit_layer=None, draft_weights=None)
-    table = results_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
-    assert [row[:3] for row in table.rows[3:]] == [("int8 drafts", "30", "12"), ("lookup", "-", "12")]
-    assert len(table.column_blocks(80)) == 1
-
-
-def test_exits_by_confidence_show_their_mean_layers():
-    by_confidence = replace(SWEEP.results[1], exit_layer=None, exit_confidence=0.95, exits=(4, 8), mean_layers=6.25)
-    table = results_table(replace(SWEEP, results=(*SWEEP.results, by_confidence)))
-    assert table.rows[-1][:3] == ("exits at 0.95", "6.2", "-")
-    assert "exits at P: each token leaves at the first exit with a probability above P" in table.note
 
 
 def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
@@ -282,11 +261,3 @@ def test_perplexity_is_better_below_and_wide_ranges_are_logarithmic():
     (bottom, right), (middle, between), (top, left) = (place(lines, rank) for rank in "321")
     assert top == 0 and bottom == 11 and middle in (5, 6)
     assert between - left == pytest.approx(right - between, abs=1)
-
-
-def test_nothing_measured_has_no_picture():
-    assert points_of(record_of(result("autoregressive", 10.0, {}))) is None
-
-
-def test_one_point_is_drawn():
-    assert lines_of(record_of(result("autoregressive", 100.0, {"exact_match": 1.0})))[-1] == "1 autoregressive: 1.00x, 100"

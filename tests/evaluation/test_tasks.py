@@ -268,14 +268,6 @@ def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
         load_task(TaskConfig("mbpp", file, shots=0))
 
 
-@pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
-def test_lm_of_texts_with_few_words(tmp_path, text):
-    """Passages that start inside a word, or in whitespace."""
-    (tmp_path / "text.md").write_text(text)
-    examples = load_task(TaskConfig("lm", str(tmp_path / "text.md"))).examples
-    assert examples and all(example.prompt for example in examples)
-
-
 def test_lm_takes_passages_of_a_text(tmp_path):
     words = [f"w{number}" for number in range(3000)]
     file = tmp_path / "text.txt"

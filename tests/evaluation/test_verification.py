@@ -213,15 +213,6 @@ def test_chi_square_tells_what_is_drawn_from_another_distribution():
     assert chi_square(Counter({(4,): 1}), shares, 1) == 0.0
 
 
-@needs_kernels
-def test_kernels_are_those_that_were_asked_for(monkeypatch):
-    monkeypatch.setenv(compiled.SWITCH, "torch")
-    assert compiled.kernels() is None
-    with compiled.requesting(VARIANT):
-        assert compiled.kernels().variant == VARIANT
-    assert compiled.kernels() is None
-
-
 @pytest.mark.parametrize(
     ("chosen", "layer"), [([5], 1), ([5, 5, 5], 1), ([1, 5, 5], 2), ([5, 1, 5], 3), ([1, 2, 5], 3), ([5, 5, 1, 5, 5], 4)]
 )
@@ -273,16 +264,6 @@ def test_the_page_of_a_known_inspection():
     }
     assert "a &lt;b&gt;" in page and "exit block" not in page
     assert not re.search(r"https?://|url\(|<script", page)
-
-
-def test_the_page_shows_blocks_and_tabs():
-    trace = TokenTrace("\t", 2, (LayerPrediction("y", 0.25), LayerPrediction("\t", 1.0)), {1: LayerPrediction("\t", 0.5)})
-    page = inspection_page(Inspection("tiny", "a", 2, (trace,), 2.0))
-    rows = re.findall(r'<tr><th scope="row">(.*?)</th>\n<td class="(\w+)".*?title="(.*?)">(.*?)</td>', page)
-    assert [(name, kind, token) for name, kind, _, token in rows] == [
-        ("2", "right", "␣"), ("block 1", "early", "␣"), ("1", "wrong", "y"),
-    ]  # fmt: skip
-    assert html.unescape(rows[1][2]) == "block 1: '\\t' 50%" and "the exit block after layer E" in page
 
 
 def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):

@@ -148,7 +148,6 @@ def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
 
 
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
-POSITIONS = torch.arange(11).expand(2, -1)
 WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}  # from layer 2 on, counted from 0
 
 

@@ -26,11 +26,7 @@ def test_spans_equal_the_model_itself(model_type, monkeypatch):
     with torch.no_grad():
         expected = model(ids).logits
         early = run_texts(backend, backend.embed(ids), 0, 2)
-        torch.testing.assert_close(
-            backend.unembed(run_texts(backend, early, 2, 6)),
-            expected,
-            **near,
-        )
+        torch.testing.assert_close(backend.unembed(run_texts(backend, early, 2, 6)), expected, **near)
     torch.testing.assert_close(logits_of(backend, ids, [7, 8, 11]), expected, **near)
     assert expected.std() > 0.1
 

@@ -32,7 +32,7 @@ from layerskip_core.model import (
     native,
     repacked,
 )
-from layerskip_core.model.backend import choose_by_head, states_at
+from layerskip_core.model.backend import states_at
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 
@@ -276,18 +276,6 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
     for chosen, cache in zip(found, caches, strict=True):
         assert torch.equal(chosen, found[0]) and torch.equal(cache, caches[0])
     assert len(found[0].unique()) > 3
-
-
-@needs_kernels
-def test_where_no_choice_is_one_call(variant):
-    """Too many rows, and logits that a scale or a cap may round to equal ones: the choice is that of layers and head."""
-    for kind, count in (("granite", 1), ("gemma2", 1), ("llama", 65)):
-        model, many = model_of("fp32", kind, **KINDS[kind]), ids_of(1, count)[0]
-        with torch.inference_mode():
-            own, other = (model.new_cache(1).span(0, count) for _ in range(2))
-            expected, states = choose_by_head(model, many, None, 0, 6, (4, 6), own)
-            chosen, kept = model.choose(many, None, 0, 6, (4, 6), other)
-        assert torch.equal(chosen, expected) and all(torch.equal(kept[stop], states[stop]) for stop in (4, 6))
 
 
 @pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])

@@ -11,7 +11,7 @@ from test_native import BUILT, threads  # noqa: F401  a fixture
 
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
-from layerskip_core.model.weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels, stored
+from layerskip_core.model.weights import Affine, inputs_of, int4_of, int8_levels
 
 PANEL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,30 +103,6 @@ def test_panels_are_those_of_torch(variant, quantization, dtype, number, threads
         assert_packed(variant, [random_weight(outputs, inputs, DTYPES[dtype])], quantization)
     for inputs in () if quantization else (2, 14, 30, 34, 62):  # unrounded weights have any even width
         assert_packed(variant, [random_weight(40, inputs, DTYPES[dtype])])
-
-
-@pytest.mark.parametrize("quantization", EXPECTED)
-@pytest.mark.parametrize("variant", BUILT)
-def test_panels_of_two_weights_alternate(variant, quantization):
-    both = random_weight(140, 64, torch.bfloat16)
-    assert_packed(variant, [both[:70], both[70:]], quantization)
-    assert_packed(variant, [both[::2], both[1::2]], quantization)  # rows that do not follow each other
-
-
-@pytest.mark.parametrize("variant", BUILT)
-def test_stored_int4_weights(variant):
-    """Their padding differs from that of rounded weights: rows of zero bytes."""
-    weights = [stored(int4_of(random_weight(100, 3 * GROUP_SIZE, torch.float32))) for _ in range(2)]
-    assert_packed(variant, weights, "int4")
-
-
-@pytest.mark.parametrize("variant", BUILT)
-def test_every_finite_bf16_value_rounds_as_in_torch(variant):
-    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    finite = bits[bits.isfinite()]
-    weight = F.pad(finite, (0, -len(finite) % GROUP_SIZE)).view(-1, GROUP_SIZE)
-    for quantization in EXPECTED:
-        assert_packed(variant, [weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))]], quantization)
 
 
 def test_fp32_weights_that_bf16_holds_take_half_the_room_and_give_the_same_bits(monkeypatch):

@@ -144,10 +144,7 @@ def test_the_folder_names_the_target(frozen):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
-        ({"start_from": "no/where"}, "cannot load model no/where"),
-    ],
+    [({"exits": (2,)}, "`exits` must be used with `layout` exit"), ({"start_from": "no/where"}, "cannot load model no/where")],
 )
 def test_wrong_use_is_one_error(frozen, changes, message):
     with pytest.raises(Exception, match=message):

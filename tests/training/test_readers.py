@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 from safetensors.torch import load_file
-from training_runs import RECIPE, batch, recipe_module, require_exact_resumption, same_weights, train, weights
+from training_runs import batch, recipe_module, require_exact_resumption, same_weights, train, weights
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -163,12 +163,6 @@ def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
     last = dict(TransformersBackend(plan.trainable.model).layers[-1].named_parameters())
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
-
-
-def test_few_steps_and_weightless_exits_are_not_called_trained(settings, tmp_path):
-    train(settings(recipe=replace(RECIPE, rotation=4)))
-    assert read_info(tmp_path / "out").trained_exits(4) == ()
-    assert read_info(tmp_path / "out").draft_profile(4).acceptance == {}
 
 
 def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):

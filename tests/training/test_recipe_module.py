@@ -54,13 +54,6 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
     torch.testing.assert_close(output["loss"], (weights * output["per_exit"]).sum())
 
 
-def test_without_the_recipe_it_is_the_plain_loss(llama):
-    ids, labels = batch(4)
-    output = run(llama, RecipeSettings("finetune", p_max=0, curriculum="none"), RunStep(0, 1), ids, labels)
-    targets = (labels[:, 1:] != IGNORED).sum()
-    torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
-
-
 def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch(4)
     recipe = RecipeSettings("finetune", p_max=0, curriculum="all")
@@ -86,17 +79,6 @@ def test_dropout_over_the_run():
         module(ids, labels, RunStep(step, 10))
         assert rows[0] == 40  # p of the first layer is 0
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
-
-
-def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
-    """p_max 0.9 in 6 layers has a mean of 0.41: 24 of 40 rows run each layer."""
-    ids, labels = batch(40)
-    module = recipe_module(
-        tiny_model(), RecipeSettings("finetune", p_max=0.9, dropout_profile="constant", curriculum="none")
-    ).train()
-    rows = layer_rows(module.model)
-    module(ids, labels, RunStep(0, 10))
-    assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
 
 
 @pytest.mark.parametrize(("bf16", "lora"), [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"])
@@ -269,13 +251,6 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     assert torch.equal(found(True, False), exact)
     ours, torchs = ((found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False))
     assert 0 < ours < 1.1 * torchs < 0.2
-
-
-def test_a_model_with_another_attention_keeps_it():
-    model = tiny_model("gemma2", dtype=torch.float32)
-    model.set_attn_implementation("eager")
-    use_fp32_attention(model)
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
