@@ -107,6 +107,11 @@ def at(positions, cache):
     return Places(cache, starts, [count] * len(starts))
 
 
+def ids_of(batch, length):
+    """Ids (B, T) of the tiny model's tokens."""
+    return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
 def run_texts(model, hidden, start, stop):
     """Layers start..stop-1 over the states (B, T, D) of whole texts."""
     with torch.no_grad():

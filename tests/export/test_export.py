@@ -164,21 +164,20 @@ def written_logits(model, folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
 
 
-@pytest.mark.parametrize("placed", [(), (ExitBlock(2), ExitBlock(4))], ids=["an exit", "an exit with a block"])
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_the_logits_are_those_of_the_exit(model_type, placed, tmp_path):
-    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions."""
+def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
+    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions.
+
+    Exits without blocks: tests/model/test_any_decoder.py.
+    """
     loaded = tiny(model_type, **(WINDOWS if model_type in ("qwen2", "qwen3", "smollm3") else {}))
-    blocks, exit_layer = random_blocks(loaded.model, *placed), 2 if placed else 3
+    blocks = random_blocks(loaded.model, ExitBlock(2), ExitBlock(4))
     backend = TransformersBackend(loaded.model, blocks)
     with torch.no_grad():
-        early = run_texts(backend, backend.embed(IDS), 0, exit_layer)
-        expected, other = backend.unembed(early), loaded.model(IDS).logits
-        if placed:
-            block, other = backend.exit_blocks[2], expected
-            expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
-    torch.testing.assert_close(written_logits(cut_to_exit(loaded, exit_layer, blocks), tmp_path), expected)
-    assert (other - expected).abs().max() > 0.1
+        early, block = run_texts(backend, backend.embed(IDS), 0, 2), backend.exit_blocks[2]
+        expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
+        assert (backend.unembed(early) - expected).abs().max() > 0.1
+    torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
 
 
 def test_a_tied_head_stays_tied(tmp_path):

@@ -5,10 +5,9 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import at, run_texts, tiny_model
+from conftest import at, logits_of, run_texts, tiny_model
 from decodings import WIDE, draft_of, native_or_skip
 from exit_block_models import random_blocks
-from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.model import PackingConfig
@@ -28,10 +27,6 @@ def backend_of(kind, model, packing, blocks):
     if kind == "generic":
         return TransformersBackend(model, blocks)
     return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, token_order=ORDER, exit_blocks=blocks)
-
-
-def places(ids):
-    return torch.arange(ids.shape[1]).expand(len(ids), -1)
 
 
 def shortened(model, blocks, block):

@@ -3,10 +3,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MIXERS, at, tiny_model
+from conftest import CHANGES, MIXERS, at, ids_of, tiny_model
 from evaluating import tiny_loaded
 from fp64 import compute_in_fp64
-from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend, missing_feature

@@ -7,12 +7,11 @@ from functools import cache
 import pytest
 import torch
 from command_line import fails, run
-from conftest import tiny_model
+from conftest import logits_of, tiny_model
 from decodings import ids_of, native_or_skip, prompt_of
 from exit_block_models import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generic import logits_of
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
