@@ -1,7 +1,6 @@
 """Random architectures and shapes on every backend give the logits of transformers; random settings change no row's tokens."""
 
 import math
-from dataclasses import replace
 from functools import cache
 from math import inf
 
@@ -343,21 +342,3 @@ def joined(data, model, prompts, config, ends):
                 if step.finish_reason is not None:
                     del owners[step.row]
     return outputs
-
-
-@pytest.mark.parametrize("kind", ["generic", "packed", "native", "native bf16"])
-@examples(2)
-@given(data=st.data())
-def test_depth_by_confidence_is_between_early_exit_and_plain_decoding(kind, data):
-    """Where no exit is ever confident it equals plain decoding; where the first always is, early exit at that one."""
-    model = data.draw(models(kind))
-    prompt = data.draw(st.lists(st.integers(3, 66), min_size=1, max_size=14))
-    exits = tuple(sorted(data.draw(st.sets(st.sampled_from(answering_exits(model)[:-1]), min_size=1))))
-    plain = DecodingConfig("autoregressive", max_new_tokens=data.draw(st.sampled_from([1, 12, 30])))
-    early = replace(plain, strategy="early-exit", exit_layer=exits[0])
-    for confidence, same in ((1.0, plain), (5e-324, early), (data.draw(st.floats(0.01, 0.99)), None)):
-        config = replace(early, exit_layer=None, exits=exits, exit_confidence=confidence)
-        ids, reason, stats = answer_of(model, prompt, config, frozenset())
-        require_consistent(model, len(prompt), config, ids, reason, stats)
-        assert sum(stats.tokens_by_layers) == len(ids) and len(stats.tokens_by_layers) <= model.num_layers
-        assert same is None or (ids, reason) == answer_of(model, prompt, same, frozenset())[:2]

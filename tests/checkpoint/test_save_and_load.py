@@ -208,10 +208,6 @@ def test_layerskip_json_is_documented_and_readable(folder):
         read_info(str(folder))
 
 
-def test_all_files_have_the_same_permissions(folder):
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
-
-
 def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
     before = contents(folder)
     other = model_of(num_hidden_layers=2)
@@ -314,28 +310,6 @@ def test_killed_at_any_operation_the_folder_holds_the_old_model_or_the_new_one(t
         replace_by(OLD, folder)
         assert state(folder) == OLD and not (folder / "other").exists()
     assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}  # old up to some step, new from then on
-
-
-def test_finishing_a_replacement_can_be_interrupted_too(tmp_path, killed_at, monkeypatch):
-    """With a few operations per command, killed again and again, it still finishes."""
-    folder = old_model(tmp_path / "model")
-    for step in range(1, 99):
-        killed_at(step)
-        with pytest.raises(Killed):
-            replace_by(NEW, folder)
-        monkeypatch.undo()
-        if (folder / READY).exists():
-            break
-    for _ in range(40):
-        killed_at(7)
-        try:
-            settle(folder)
-        except Killed:
-            continue
-        finally:
-            monkeypatch.undo()
-        break
-    assert state(folder) == NEW and not (folder / READY).exists()
 
 
 def test_every_command_finishes_an_interrupted_save(tmp_path, killed_at, monkeypatch):

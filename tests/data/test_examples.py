@@ -364,12 +364,6 @@ def read_all(folder, name, content):
 
 
 @pytest.mark.parametrize("ending", WHOLE)
-def test_whole_files_are_read(folder, ending):
-    rows = read_all(folder, f"a{ending}", WHOLE[ending])
-    assert len(rows) == (30 if ending.startswith(".csv") else 29)
-
-
-@pytest.mark.parametrize("ending", WHOLE)
 @EVERY
 @given(data=st.data())
 def test_damaged_files(folder, ending, data):

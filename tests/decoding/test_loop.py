@@ -12,7 +12,7 @@ from decodings import answer_of, ids_of, letters, prompt_of
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import DecodingLoop, decode, sampling
+from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.output import Row
 from layerskip_core.decoding.sampling import probabilities
@@ -350,55 +350,6 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
 @pytest.mark.parametrize("config", COMBINATIONS, ids=["all", "top-k and top-p"])
 def test_sampled_output_follows_the_target_s_joint_distribution(config):
     assert sampled_table_p_value(config) > 1e-3
-
-
-def accept_half(draft_ids, draft_probs, target_probs, generator):
-    """Wrong: a coin for every draft, and the target where it says no."""
-    accepted = (torch.rand(len(draft_ids), generator=generator) < 0.5).cumprod(0).sum()[None]
-    return torch.cat((accepted, sampling.draw(target_probs.index_select(0, accepted), generator)))
-
-
-def no_residual(draft_ids, draft_probs, target_probs, generator):
-    """Wrong: accepts rightly, but draws a rejected token's successor from the target itself."""
-    accepted = sampling_verify(draft_ids, draft_probs, target_probs, generator)[:1]
-    return torch.cat((accepted, sampling.draw(target_probs.index_select(0, accepted), generator)))
-
-
-sampling_verify = sampling.verify
-
-
-@pytest.mark.parametrize("wrong", [accept_half, no_residual])
-def test_the_chi_square_test_finds_a_wrong_verification(monkeypatch, wrong):
-    monkeypatch.setattr(sampling, "verify", wrong)
-    assert sampled_table_p_value(DecodingConfig(temperature=1.0)) < 1e-6
-
-
-class Certain:
-    """Always drafts token 1, without probabilities."""
-
-    def draft(self, context, limits):
-        return Draft(torch.stack((context.newest, torch.ones_like(context.newest)), 1).flatten(), (1,) * len(limits))
-
-    def observe(self, row, drafted, verified):
-        pass
-
-
-@pytest.mark.parametrize(("is_certain", "least"), [(False, 0.2), (True, 0.05)])
-def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certain, least):
-    """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
-    model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
-    config = DecodingConfig(exit_layer=1, temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW)
-    backend, prompt, drafter = TransformersBackend(model), [3, 1, 4], Certain() if is_certain else None
-    loop = DecodingLoop(backend, [prompt] * 300, config, seeds=range(300), drafter=drafter)
-    list(loop)
-
-    def next_probs(ids):
-        return probabilities(model(tensor([[*prompt, *ids]])).logits[0, -1], config)
-
-    with torch.no_grad():
-        joint = joint_of(next_probs, NEW, VOCABULARY)
-    assert least < loop.stats.acceptance_rate < 0.8
-    assert p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3
 
 
 def test_sampling_is_repeatable_by_its_seed(backend):

@@ -15,7 +15,6 @@ from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
@@ -71,19 +70,6 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in output.steps] == [4, 4, 4]
     assert output.stats.tested_by_position == output.stats.accepted_by_position == (3, 3, 3)
-
-
-@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
-def test_a_stop_string_ends_every_baseline_where_it_ends_our_decoding(name):
-    loaded, prompt = tiny_loaded(), own_answers().examples[2].prompt
-    stop = measure_prompt(loaded, prompt, PLAIN).text[4:6]
-    assert "\ufffd" not in stop
-    plain = replace(PLAIN, stop=(stop,))
-    expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
-    ids = tuple(token for [step] in expected for token in step.ids)
-    output = answer(name, prompt, stop=(stop,))
-    assert (output.error, output.ids, output.finish_reason) == (None, ids, "stop")
-    assert len(ids) < NEW_TOKENS
 
 
 def test_the_checkpoints_generation_config_does_not_reach_the_baselines():

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import at, logits_of, run_texts, tiny_model
+from conftest import at, run_texts, tiny_model
 from decodings import WIDE, draft_of, native_or_skip
 from exit_block_models import random_blocks
 from test_native import threads  # noqa: F401  a fixture
@@ -82,20 +82,6 @@ def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind
         torch.testing.assert_close(own, finals, rtol=1e-4, atol=1e-4, check_dtype=False)
         found = block_logits(backend, backend.exit_blocks[3], IDS, features_of(own))
     torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4, check_dtype=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "packing"),
-    [("generic", None), *product(("native", "packed"), (None, PackingConfig("int8"), PackingConfig(exact=True)))],
-)
-def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
-    logits = []
-    for given in ((), BLOCKS):
-        model = tiny_model("llama", dtype, **WIDE)
-        backend = backend_of(kind, model, packing, random_blocks(model, *given))
-        logits.append(logits_of(backend, IDS))
-    assert torch.equal(*logits)
 
 
 PACKINGS = {

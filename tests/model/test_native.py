@@ -1,6 +1,7 @@
 """The C kernels: equal to the generic layers, batch-invariant, and replaced by torch's where they cannot run."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -342,3 +343,21 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
         results.append(logits_of(model, ids))
         assert max(calls) == most
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_fp32_weights_that_bf16_holds_take_half_the_room_and_give_the_same_bits(monkeypatch):
+    if not getattr(compiled.kernels(), "widens_bf16", False):
+        pytest.skip("no kernels that widen bf16")
+    backends = []
+    for narrows in (True, False):
+        model = tiny_model("llama", torch.float32, **WIDE)
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        if not narrows:
+            monkeypatch.setattr(compiled.kernels(), "widens_bf16", False)
+        backends.append(NativeBackend.of(model))
+    matrices = [backend._layers.layers[0].matrices for backend in backends]
+    assert [matrix.form.kind for matrix in matrices[0]] == 4 * ["widened"]
+    sizes = [sum(matrix.parts["weight"].nbytes for matrix in of_layer) for of_layer in matrices]
+    assert 2 * sizes[0] == sizes[1]
+    assert torch.equal(*(logits_of(one, ids_of(1, 35)) for one in backends))

@@ -129,25 +129,6 @@ def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
     assert_equal_spans(generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral, window"])
-def test_ragged_rows_and_overwritten_positions(pair, case):
-    """Positions 5..8 hold rejected tokens when two rows go on from positions 5 and 4; with a new cache it is the same."""
-    models, ids, wrong, positions = pair(case), ids_of(2, 9), ids_of(2, 4), torch.arange(9).expand(2, -1)
-
-    def run(model, tokens, positions, cache=None):
-        return model.unembed(model.run_layers(model.embed(tokens), 0, 6, at(positions, cache or model.new_cache(2))))
-
-    with torch.inference_mode():
-        expected = run(models[0], ids, positions)
-        for model in models:
-            cache = model.new_cache(2)
-            run(model, ids[:, :5], positions[:, :5], cache)
-            run(model, wrong, positions[:, 5:], cache)
-            ragged = run(model, torch.stack([ids[0, 5:7], ids[1, 4:6]]), torch.tensor([[5, 6], [4, 5]]), cache)
-            torch.testing.assert_close(ragged, torch.stack([expected[0, 5:7], expected[1, 4:6]]))
-            torch.testing.assert_close(run(model, ids, positions), expected)
-
-
 def test_the_original_weights_are_released():
     model = tiny_model()
     TorchBackend.of(model)

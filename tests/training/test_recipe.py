@@ -171,21 +171,6 @@ def test_the_rate_is_the_share_of_dropped_rows():
     assert kept / 10_000 == pytest.approx(0.8, abs=0.012)  # 3 standard deviations
 
 
-def test_dropped_rows_are_not_computed_and_come_back_in_place():
-    """Two of four rows, of one and two documents, run layer 2."""
-    backend, ids = TransformersBackend(tiny_model()), torch.arange(3, 23).view(4, 5)
-    documents = torch.tensor([[0] * 5, [0, 0, 1, 1, 1], [0] * 5, [0, 1, 1, 1, 1]])
-    texts, seen = backend.texts, []
-    hook = backend.layers[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    found = texts.states(ids, (2, 3), documents, lambda layer: [1, 3] if layer == 2 else range(4))
-    hook.remove()
-    assert seen == [2]
-    full = texts.states(ids, (2, 3), documents)
-    torch.testing.assert_close(found[2], full[2], rtol=0, atol=0)
-    torch.testing.assert_close(found[3], torch.stack([full[2][0], full[3][1], full[2][2], full[3][3]]))
-    assert not torch.allclose(full[3][0], full[2][0])
-
-
 def test_a_layer_without_rows_still_gets_a_zero_gradient():
     backend, ids = TransformersBackend(tiny_model()), torch.arange(3, 9).view(2, 3)
     states = backend.texts.states(ids, (1, 2), kept=lambda layer: [] if layer == 1 else range(2))
