@@ -253,16 +253,10 @@ def tmp_path(folders, request):
 
 @pytest.fixture(scope="session", autouse=True)
 def few_visits():
-    """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
-    from layerskip_core.evaluation import measure
-    from layerskip_core.evaluation.measure import cost_model, figures, skip_search
+    from command_line import measure_little
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_WARM_UP_TOKENS", 1)
-        patch.setattr(figures, "_FEWEST_TURNS", 2)
-        patch.setattr(cost_model, "_MOST", 1)
-        patch.setattr(cost_model, "_TIMES", 1)
-        patch.setattr(skip_search, "_VISITS", 1)
+        measure_little(patch)
         yield
 
 

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from command_line import measure_little
 from forks import import_once
 
 pytestmark = pytest.mark.slow
@@ -94,6 +95,7 @@ def _work(connection, model):
         else:
             from cli.main import main
 
+            measure_little(pytest.MonkeyPatch())
             sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:

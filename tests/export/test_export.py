@@ -304,10 +304,10 @@ def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
     target = str(tmp_path / "target")
     flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
     assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
-    done = check_drafter(CheckConfig(samples=3), target)
-    assert done.vllm.answers == done.here.answers and sum(done.here.accepted) > 10
-    shown = run("export", target, "--check", "--samples", "1")
-    assert shown.code == 0 and shown.out.splitlines()[3].startswith("| vLLM 0.")
+    checked = run("export", target, "--check", "--samples", "3")
+    assert checked.code == 0 and "3 of 3 answers the same, rates of acceptance at most 0.0 points apart" in checked.err
+    here, vllm = (line.split(" | ", 1) for line in checked.out.splitlines()[2:])
+    assert vllm[0].startswith("| vLLM 0.") and vllm[1] == here[1] and float(here[1].split("|")[-2]) > 1.1
 
 
 @pytest.mark.slow
