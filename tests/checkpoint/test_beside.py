@@ -116,7 +116,7 @@ def read(loaded, folder=None):
     return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
 
 
-def test_exits_and_features_follow_from_the_names(loaded):
+def test_exits_and_features_follow_from_the_names_whatever_the_precision(loaded):
     assert read(loaded) is NO_BLOCKS
     save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
     found = read(loaded)
@@ -125,6 +125,9 @@ def test_exits_and_features_follow_from_the_names(loaded):
     assert found.take("exits.2.input.weight") is None
     assert EXIT_BLOCKS_FILE in read_info(loaded.name).files
     refuse_overwrite(loaded.name, overwrite=True)
+    spec = loaded.backend.spec
+    lower = for_training(loaded.name, "cpu", "bf16").model
+    assert fingerprint(spec, lower.get_parameter) == fingerprint(spec, loaded.model.get_parameter)
 
 
 def test_another_exit_is_added_and_the_same_one_replaced(loaded):
@@ -135,12 +138,6 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
     norm = loaded.model.model.norm.weight
     kept = [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)]
     assert kept == [True, False, False]
-
-
-def test_the_precision_of_the_model_does_not_matter(loaded):
-    spec = loaded.backend.spec
-    lower = for_training(loaded.name, "cpu", "bf16").model
-    assert fingerprint(spec, lower.get_parameter) == fingerprint(spec, loaded.model.get_parameter)
 
 
 @pytest.mark.parametrize(
@@ -233,13 +230,18 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
     assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
 
 
-def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
+def test_only_exits_that_can_answer_exit_early(folder):
     decoder = for_decoding(folder, "cpu", "fp32")
     decoder.resolve({"strategy": "early-exit", "exit_layer": 2}, PackingConfig())
     with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
         decoder.resolve({"strategy": "early-exit", "exit_layer": 4}, PackingConfig())
     result = run("generate", "wake me", "--model", folder, "--strategy", "early-exit", "--exit", "4")
     assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
+    decoder, confident = for_decoding(folder, "cpu", "fp32"), {"exit_confidence": 0.5}
+    assert decoder.recommended().exits == (2, 4)
+    assert decoder.resolve({**confident}, PackingConfig()).exits == (2,)
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        decoder.resolve({**confident, "exits": [2, 4]}, PackingConfig())
 
 
 def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
@@ -294,11 +296,3 @@ def test_bench_and_sweep_measure_blocks(folder):
     rows = {(result.strategy, result.exit_layer) for result in record.results}
     assert {("early-exit", 2), ("self-speculative", 2), ("self-speculative", 4)} <= rows
     assert ("early-exit", 4) not in rows
-
-
-def test_only_exits_that_can_answer_are_chosen_by_confidence(folder):
-    decoder, confident = for_decoding(folder, "cpu", "fp32"), {"exit_confidence": 0.5}
-    assert decoder.recommended().exits == (2, 4)
-    assert decoder.resolve({**confident}, PackingConfig()).exits == (2,)
-    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-        decoder.resolve({**confident, "exits": [2, 4]}, PackingConfig())

@@ -61,15 +61,12 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     assert decoder.recommended() == Recommended(3, 5, "self-speculative")
 
 
-def test_tied_weights_stay_tied(tmp_path, tokenizer):
+def test_tied_weights_stay_tied_and_capped_attention_eager(tmp_path, tokenizer):
     save_checkpoint(model_of(tie_word_embeddings=True), tokenizer, INFO, str(tmp_path), torch.float32)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = for_training(str(tmp_path), "cpu", "fp32").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model(IDS).logits, model_of(tie_word_embeddings=True)(IDS).logits)
-
-
-def test_a_model_with_capped_attention_scores_uses_eager_attention(tmp_path, tokenizer):
     shape = {"vocab_size": 300, "attn_logit_softcapping": 2.0}
     save_checkpoint(tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32)
     assert for_training(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
@@ -138,13 +135,10 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5, strategy="autoregressive").strategy == "autoregressive"
 
 
-def test_fresh_weights_depend_on_the_seed_alone(folder, tokenizer):
+def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(folder, tokenizer, tmp_path):
     first, again, other = (blank(str(folder), seed).model.lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first, model_of().lm_head.weight)
-
-
-def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
     loaded = blank(str(tmp_path), 0, tokenizer)
     assert loaded.backend.spec.vocab == 300 and decoder_of(loaded).eos_ids == {2}

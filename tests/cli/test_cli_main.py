@@ -97,14 +97,12 @@ def test_debug_shows_where(failing, arguments):
     assert any("in fail" in line for line in between)
 
 
-def test_debug_by_the_environment(failing, monkeypatch):
+def test_debug_by_the_environment_and_a_prompt_of_that_name(failing, monkeypatch):
     failing(LayerSkipError("no"))
     for value, lines in (("", 1), ("0", 1), ("1", 3)):
         monkeypatch.setenv("LAYERSKIP_DEBUG", value)
         assert (run("data").err.count("\n") >= lines) and (lines > 1) == ("Traceback" in run("data").err)
-
-
-def test_after_two_dashes_debug_is_a_prompt():
+    monkeypatch.delenv("LAYERSKIP_DEBUG")
     result = run("generate", "--model", "nonesuch", "--", "--debug")
     assert (result.code, result.err.count("\n")) == (1, 1) and result.err.startswith("error: no model 'nonesuch'")
 
@@ -139,6 +137,9 @@ def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
         result = finish(start("-c", f"{command} {streams}", command=("/bin/sh",)))
         assert (result.code, bool(result.out)) == (code, code == 0)
         assert result.err == ("" if "2>" in streams else FULL)
+    command = f'"{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint} 2>&1 >answer | true'
+    assert finish(start("-c", command, command=("/bin/sh",))).code == 0
+    assert Path("answer").read_text()
 
 
 def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
@@ -146,12 +147,6 @@ def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
     script = "import sys, os\nfrom cli import console\nconsole.take()\nos._exit(open(sys.argv[1], 'w').fileno())"
     command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/file <&- >&- 2>&-'
     assert finish(start("-c", command, command=("/bin/sh",))).code > 2
-
-
-def test_a_reader_of_stderr_that_goes_away_ends_nothing(checkpoint):
-    command = f'"{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint} 2>&1 >answer | true'
-    assert finish(start("-c", command, command=("/bin/sh",))).code == 0
-    assert Path("answer").read_text()
 
 
 def test_an_interrupted_command_ends_with_130(monkeypatch):

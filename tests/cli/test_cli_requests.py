@@ -115,7 +115,7 @@ def test_answers_match_a_schema_a_regex_a_grammar_or_a_choice(ask, tmp_path):
     assert "there is no such file" in run("generate", PROMPT, "--schema", "nothing.json").err
 
 
-def test_a_policy_is_its_settings(ask):
+def test_a_policy_is_its_settings_and_exact_is_the_default(ask, generate):
     row = {"prompt": PROMPT}
     (early,) = ask(row, flags=("--policy", "fast"))
     assert early == ask(row, flags=("--strategy", "early-exit", "--exit", "3"))[0] | {"policy": "fast"}
@@ -124,9 +124,6 @@ def test_a_policy_is_its_settings(ask):
     (confident,) = ask(row, flags=("--policy", "confident"))
     assert confident == ask(row, flags=("--exit-confidence", "0.05", "--exits", "2,3"))[0] | {"policy": "confident"}
     assert len({answer["text"] for answer in (early, exact, confident)}) == 3
-
-
-def test_exact_is_used_where_nothing_is_said(ask, generate):
     row = {"prompt": PROMPT}
     assert ask(row) == ask(row, flags=("--policy", "exact"))
     for flags in (("--exit", "5"), ("--spec", "2"), ("--strategy", "autoregressive"), ("--draft-vocab", "200")):
@@ -211,6 +208,8 @@ def test_rows_override_flags(ask):
     own, flagged = ask({"prompt": PROMPT, "policy": "fast", "temperature": 0, "stop": []}, {"prompt": PROMPT}, flags=flags)
     assert own == ask({"prompt": PROMPT, "policy": "fast"})[0]
     assert flagged | {"line": 1} == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
+    (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
+    assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
 BAD = [
@@ -224,12 +223,6 @@ BAD = [
     ({"exit_layer": 9}, "exit_layer must be in 1..5, got 9 (model has 6 layers)"),
     ({"policy": "too deep"}, "policy too deep does not suit the model: exit_layer must be in 1..6, got 40"),
 ]
-
-
-def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
-    """`--exit` kept only the first layers of the same copies, so that the row failed."""
-    (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
-    assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])

@@ -72,17 +72,14 @@ def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
     assert last.endswith(f" (Possible options: {meant})") == (meant is not None)
 
 
-def test_precisions_have_their_names_of_torch_too(checkpoint):
-    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
-    assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [True, True]
-    fails("--dtype must be one of auto, fp32, bf16, got float16", *flags, "float16")
-
-
-def test_help_has_the_choices_of_a_flag():
+def test_choices_are_in_the_help_and_precisions_have_their_names_of_torch_too(checkpoint):
     """Beside it, or in its help where they are many."""
     text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
+    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
+    assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [True, True]
+    fails("--dtype must be one of auto, fp32, bf16, got float16", *flags, "float16")
 
 
 def test_a_flag_that_two_configs_share_reaches_both(tmp_path):

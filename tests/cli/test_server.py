@@ -137,15 +137,12 @@ def test_stop_and_limits_end_an_answer(client):
     assert (limited.choices[0].text, limited.usage.completion_tokens) == (expected(PROMPT, 100)[0], 100)  # the server's limit
 
 
-def test_a_request_s_own_sampling_wins_over_the_server_s():
+def test_a_request_s_sampling_wins_and_without_limits_answers_go_on_to_the_end_of_the_context():
     with serving(tiny_loaded(), decoding={**FLAGS, "temperature": 2.0, "top_k": 9}) as api:
         greedy = api.client().completions.create(model="tiny", prompt=PROMPT, temperature=0)
         cold = api.client().completions.create(model="tiny", prompt=PROMPT, temperature=1, seed=3)
     assert greedy.choices[0].text == expected(PROMPT)[0]
     assert cold.choices[0].text == expected(PROMPT, temperature=1, top_k=9, seed=3)[0]
-
-
-def test_without_limits_an_answer_goes_on_to_the_end_of_the_context():
     with serving(tiny_loaded(), token_limit=None, decoding={"strategy": "autoregressive"}) as api:
         by_chat = api.client().chat.completions.create(model="tiny", messages=[{"role": "user", "content": PROMPT}])
         for answer in (api.client().completions.create(model="tiny", prompt=PROMPT), by_chat):

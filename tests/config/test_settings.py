@@ -219,9 +219,6 @@ def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
     assert changed(flags, {"policy": "fast", "seed": 1}) == {"policy": "fast", "temperature": 0.9, "seed": 1}
     assert changed({"policy": "fast", "seed": 1}, {"exit_layer": 3}) == {"exit_layer": 3, "seed": 1}
     assert changed(flags, {"lookup": 0}) == flags | {"lookup": 0}
-
-
-def test_what_is_said_of_all_but_the_request():
     assert choices({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0}) == {}
     for said in ({"policy": "fast"}, {"strategy": "autoregressive"}, {"exit_layer": 2}, {"draft_confidence": 0.5}):
         assert choices({**said, "seed": 1}) == said
@@ -238,9 +235,6 @@ def test_how_its_drafts_are_stored_and_its_name():
         "exits by confidence 0.9": {"strategy": "early-exit", "exit_confidence": 0.9},
     }
     assert [policy_text(policy) for policy in names.values()] == list(names)
-
-
-def test_a_policy_that_is_not_saved_names_those_that_are():
     with pytest.raises(ConfigError, match=r"saved with the model \(exact, mine; .*got fast"):
         policy_named({"exact": {"strategy": "autoregressive"}, "mine": LOW}, "fast")
     with pytest.raises(ConfigError, match=r"\(there are none; .*got exact"):

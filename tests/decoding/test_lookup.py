@@ -110,15 +110,11 @@ def test_what_followed_in_an_earlier_answer_is_copied(answers, ids, expected):
     assert remembering(*answers).continuation(ids, 9) == expected
 
 
-def test_a_long_match_in_an_answer_is_followed_further():
+def test_a_long_match_in_an_answer_is_followed_further_and_a_prompt_is_not_drafted():
     answer = list(range(10, 110))
     earlier = remembering(answer)
     assert [len(earlier.continuation(answer[:count], 50)[0]) for count in (3, 10, 30, 90)] == [6, 20, 50, 10]
     assert [earlier.continuation(answer[:count], 50)[1] for count in (10, 30, 64, 90)] == [10, 30, 64, 64]
-
-
-def test_a_prompt_is_not_drafted():
-    """Its last tokens only say where an answer begins."""
     assert remembering([50, 51], prompt=range(40)).continuation([20, 21, 22, 23], 9) == ([], 0)
 
 

@@ -98,18 +98,11 @@ def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend)
     decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
     next(decoding)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
-
-
-def test_an_unsure_draft_costs_no_layer_twice(backend):
-    """No draft is sure enough: the step is a plain one, over the exit state that the drafter has left."""
     config = DecodingConfig(exit_layer=2, num_draft_tokens=3, draft_confidence=1 - 1e-12)
     decoding = decode(backend, prompt_of(9), config)
     next(decoding)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1]] * 6
     assert (decoding.stats.rounds, decoding.stats.drafted) == (0, 0)
-
-
-def test_early_exit_runs_no_later_layer(backend):
     config = DecodingConfig(strategy="early-exit", exit_layer=2, max_new_tokens=3)
     assert tokens_by_layer(backend, lambda: list(decode(backend, prompt_of(9), config))) == [[9, 1, 1]] * 2 + [[]] * 4
 

@@ -33,18 +33,12 @@ def stream(chunks, detokenize):
     return shown
 
 
-def test_a_character_waits_for_its_last_byte():
+def test_a_character_waits_for_its_last_byte_and_a_space_for_its_word():
     house, euro = "🏠".encode(), "€".encode()
     chunks = [b"a", house[:1], house[1:3], house[3:] + euro[:2], euro[2:], b"z"]
     assert stream(chunks, bytes_to_text) == ["a", "a", "a", "a🏠", "a🏠€", "a🏠€z", "a🏠€z"]
-
-
-def test_bytes_that_are_no_character_come_with_what_follows():
     assert stream([b"a", b"\xff", b"b"], bytes_to_text) == ["a", "a", "a\ufffdb", "a\ufffdb"]
     assert stream([b"a", b"\xe2\x82"], bytes_to_text) == ["a", "a", "a\ufffd"]  # the end: nothing follows
-
-
-def test_the_space_before_a_word_survives_ids_without_text():
     assert stream([[1], [SPECIAL], [SPECIAL], [1], [2]], pieces_to_text) == ["a", "a", "a", "a a", "a ab", "a ab"]
 
 

@@ -58,6 +58,8 @@ def test_without_reuse_only_the_time_changes():
     with_reuse = measure_prompt(loaded, prompt, SPECULATIVE).stats
     without = answer("no-reuse", prompt).stats
     assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
+    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
+        answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
@@ -111,11 +113,6 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", stubborn)
     with pytest.raises(ConfigError, match="transformers ignores the early exit of llama models"):
         require_early_exit(model)
-
-
-def test_a_draft_model_with_another_tokenizer_is_refused():
-    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
-        answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):

@@ -66,16 +66,13 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
     )
 
 
-def test_speedup_is_per_token_not_per_output():
+def test_speedup_is_per_token_and_time_is_split():
     # Half the tokens in half the time are no speedup.
     baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
     result = figures(DecodingConfig("early-exit", 5), [shorter], [baseline])
     assert (result.speedup, result.decode_speedup, result.identical_outputs) == (1.0, None, 0.0)
     assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (None, None, None)
     assert result.time_per_token_ms == {"p50": None, "p95": None}
-
-
-def test_acceptance_by_position_and_the_time_split():
     stats = DecodeStats(
         new_tokens=4, prefill_seconds=0.5, draft_seconds=1.0, verify_seconds=2.0,
         tested_by_position=(4, 2, 1), accepted_by_position=(2, 1),

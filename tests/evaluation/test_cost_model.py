@@ -85,11 +85,15 @@ def test_of_a_long_answer_the_middle_is_timed(tokens, start):
     assert (ids, limit) == ([1, 2, *range(10, 10 + start)], tokens - start + 1)
 
 
-def test_the_speed_of_known_rounds():
+def test_the_speed_of_known_rounds_and_times_between_those_of_shorter_and_longer_drafts():
     # 3 answers with 30 tokens: 3 prefills of 0.5 s in all and 27 plain steps of 0.1 s, or 6 drafts, 3 rounds, 2 plain steps.
     rounds = DecodeStats(drafted=6, accepted=4, rounds=3, steps_by_drafter={"plain": 2})
     found = prediction_of(rounds, PassTimes(0.01, 0.19, 0.01, plain=0.1), prefill=0.5, tokens=30, answers=3)
     assert found.speedup == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
+    short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
+    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
+    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
+    assert interpolated(3.0, [long]) == long
 
 
 def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
@@ -97,13 +101,6 @@ def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
     monkeypatch.setattr(cost_model, "_steps", lambda *_: [(0, 0.0, 0.0, 0.25)] * 8)
     rounds = DecodeStats(accepted=6, rounds=2, draft_seconds=1.0, verify_seconds=3.0)
     assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
-
-
-def test_times_between_those_of_shorter_and_longer_drafts():
-    short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
-    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
-    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
-    assert interpolated(3.0, [long]) == long
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():

@@ -35,23 +35,15 @@ from layerskip_core.evaluation.metrics import (
 from layerskip_core.evaluation.results import Output, Step
 
 
-def test_exact_match_tells_equal_texts():
+def test_scores_of_known_texts():
     assert exact_match([" a b ", "c", "d", "e"], [["a b"], ["c"], ["D"], ["f", " e"]]) == [1, 1, 0, 1]
     assert exact_match(["a  b\n c"], [["a b c"]]) == [0]
     assert exact_match(["a  b\n c"], [["a b c"]], fold_whitespace=True) == [1]
-
-
-def test_rouge_of_known_texts():
-    # Bigrams: 2 of 2 predicted ones are among the 3 of the reference: P = 1, R = 2/3, F = 0.8. The second pair shares none.
     two = rouge(["the cat sat", "a b"], [["the cat sat down"], ["b a"]], ["rouge2"])["rouge2"]
     assert two == pytest.approx([0.8, 0.0])
     # Words: 3 of 3, of 4. The longest common subsequence of "sat the cat" is "the cat": 2 of 3, of 4. The stem counts.
     scores = rouge(["sat the cats"], [["the cat sat down"]])
     assert [*scores["rouge1"], *scores["rouge2"], *scores["rougeL"]] == pytest.approx([6 / 7, 0.4, 4 / 7])
-
-
-def test_pass_at_k_is_the_unbiased_estimate():
-    # 1 - C(n - c, k) / C(n, k): n = 5, c = 2: k = 1: 2/5, k = 2: 1 - 3/10, k = 4: no 4 wrong ones, so 1. c = 0: 0. c = 5: 1.
     verdicts = [[True, False, True, False, False], [False] * 5, [True] * 5]
     found = pass_at_k(verdicts, [1, 2, 4])
     assert [*found["pass@1"], *found["pass@2"], *found["pass@4"]] == pytest.approx([0.4, 0, 1, 0.7, 0, 1, 1, 0, 1])
@@ -144,15 +136,12 @@ def test_prompts_are_paired_and_repeats_give_their_median():
     assert value == 2.0 and ends.low < 1 < 3 < ends.high
 
 
-def test_what_has_no_interval_or_no_value():
-    assert speed_ratio(times((1.0,), (2,)), times((0.7,), (3,))).bounds is None
-    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]).value is None
-
-
-def test_the_interval_of_a_share():
+def test_the_interval_of_a_share_and_what_has_none():
     value, (low, high), _ = estimate(torch.div, [[10, 5, 0, 10], [10] * 4], limits=(0.0, 1.0))
     assert value == 25 / 40 and 0 <= low < value < high == 1
     assert estimate(torch.div, [[1] * 4, [1] * 4]) == (1.0, None, None)
+    assert speed_ratio(times((1.0,), (2,)), times((0.7,), (3,))).bounds is None
+    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]).value is None
 
 
 def test_the_answers_to_a_prompt_count_together():
@@ -171,7 +160,7 @@ def test_the_answers_to_a_prompt_count_together():
     assert both.times.tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
 
 
-def test_changes_are_paired():
+def test_changes_are_paired_and_times_leave_out_the_prefill_or_not():
     full, worse = Scores((0.0, 1.0) * 20), Scores((0.0, 0.9) * 20)
     assert change(full, full) == (0.0, None, None)
     paired, own = change(worse, full).bounds, metric(worse).bounds
@@ -179,9 +168,6 @@ def test_changes_are_paired():
     assert own.high - own.low > 5 * (paired.high - paired.low)
     texts = metric(Scores((10.0, 40.0, 30.0), (10, 20, 10)))
     assert texts.value == pytest.approx(math.exp(2.0)) and 0 < texts.bounds.low < texts.value < texts.bounds.high
-
-
-def test_times_leave_out_the_prefill_or_not():
     measured = Measured(DecodingConfig(), (), [outputs_of([(1, 2.0), (3, 1.0)], [(1, 4.0)])])
     assert measured.times[:, 0].tolist() == [[3.0, 4.0], [4, 1], [1.0, 0.0], [3, 0]]
 

@@ -195,14 +195,11 @@ def test_what_differs_from_the_first_answer_is_marked(answer, marked):
     assert found[-1][2] == marked
 
 
-def test_a_long_answer_is_marked_where_it_differs():
+def test_a_long_answer_is_marked_where_it_differs_and_texts_cannot_become_markup():
     words = [f"w{number}" for number in range(400)]
     other = " ".join([*words[:200], "x", *words[201:]])
     found = versions(answers_page(record_of(Answered("p", "", (" ".join(words), other, None, None)))))
     assert re.findall("<mark>(.*?)</mark>", found[-1][2]) == ["x"]
-
-
-def test_texts_cannot_become_markup():
     page = answers_page(record_of(Answered("<b>", "<i>", ("<script>x", "<script>y", None, None))))
     assert not re.search(r"<(b|i|script>x|script>y)>", page) and "&lt;script&gt;" in page
 

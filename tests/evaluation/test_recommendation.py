@@ -269,14 +269,7 @@ def test_a_perplexity_may_grow_by_the_share():
     assert one.low < 0 < one.mean and one.needed == 2
 
 
-def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():
-    generation = {"max_new_tokens": 9, "draft_confidence": 0.4, "lookup": 3}
-    found, _ = policies(row("self-speculative", 4, 6, speedup=1.8), row("early-exit", 2, speedup=2), generation=generation)
-    assert (found["exact"]["draft_confidence"], found["exact"]["lookup"]) == (0.4, 3)
-    assert not found["fast"].keys() & {"draft_confidence", "lookup"}
-
-
-def test_how_drafts_were_stored_belongs_to_the_policy():
+def test_the_settings_of_a_sweep_and_how_drafts_were_stored_belong_to_the_policy():
     table = (
         row("self-speculative", 8, 3, speedup=1.6, draft_weights="int8"),
         row("early-exit", speedup=1.9, exit_confidence=0.9, exits=(2, 4)),
@@ -291,6 +284,10 @@ def test_how_drafts_were_stored_belongs_to_the_policy():
     assert policy_packing(policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"]) == PackingConfig()
     fixed, _ = policies(row("self-speculative", 4, 6, speedup=1.6), row("early-exit", 2, speedup=1.7), packing=packing)
     assert policy_packing(fixed["exact"]) == PackingConfig(draft_vocab=500) and policy_packing(fixed["fast"]) == PackingConfig()
+    generation = {"max_new_tokens": 9, "draft_confidence": 0.4, "lookup": 3}
+    found, _ = policies(row("self-speculative", 4, 6, speedup=1.8), row("early-exit", 2, speedup=2), generation=generation)
+    assert (found["exact"]["draft_confidence"], found["exact"]["lookup"]) == (0.4, 3)
+    assert not found["fast"].keys() & {"draft_confidence", "lookup"}
 
 
 if __name__ == "__main__":

@@ -70,11 +70,6 @@ FASTER = Result(
 BENCH = RunRecord({"model": "tiny", "repeats": 3, "task": {"task": "commands"}}, MACHINE, (BENCHED, FASTER))
 
 
-def test_json_never_holds_a_nan():
-    with pytest.raises(ValueError, match="JSON"):
-        to_json(RunRecord({"x": math.nan}, {}, ()))
-
-
 def test_a_csv_file_has_a_column_for_every_figure():
     rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
     assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]
@@ -109,12 +104,14 @@ def test_the_table_of_a_sweep():
     assert len(table.column_blocks(80)) == 1
 
 
-def test_tables_show_how_a_metric_differs_from_full_depth():
+def test_tables_show_how_a_metric_differs_from_full_depth_and_json_never_holds_a_nan():
     ends = {"intervals": {"exact_match": Bounds(0.25, 0.75)}, "changes": {"exact_match": Bounds(-0.625, 0.0)}}
     config = SWEEP.config | {"quality_metric": "exact_match"}
     table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(RunRecord({"x": math.nan}, {}, ()))
 
 
 def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
@@ -158,14 +155,11 @@ def test_the_verdict_counts_outputs_that_are_the_same_up_to_near_ties(changes, v
         assert results_table(sampled).findings[-1].startswith("Fastest with outputs of the same distribution: exit 8, 6 drafts")
 
 
-def test_a_benchmark_says_what_drafted_adaptively():
+def test_a_benchmark_says_what_drafted_and_how_near_the_memory_bandwidth_is():
     steps = {"plain": 1, "lookup": 4, "int8": 15}
     adaptive = replace(FASTER, strategy="adaptive", steps_by_drafter=steps, categories={})
     found = results_table(replace(BENCH, results=(BENCHED, adaptive))).findings
     assert found[0] == "Steps of adaptive decoding: int8 75%, lookup 20%, plain 5%."
-
-
-def test_a_benchmark_says_how_near_plain_decoding_is_to_the_memory_bandwidth():
     read = {"bytes_per_token": 212e6, "bytes_per_second": 30.8e9, "sum_bytes_per_second": 35e9}
     note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
     told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."

@@ -167,13 +167,10 @@ def test_no_process_survives_the_end_of_the_harness(marker, namespaces, temporar
         shutil.rmtree(path)
 
 
-def test_a_program_has_a_folder_of_its_own(namespaces):
+def test_a_program_has_a_folder_of_its_own_and_inherits_no_open_file(namespaces, tmp_path):
     own = "import os, tempfile\nassert os.listdir('.') == []\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
     own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
     assert not run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces)
-
-
-def test_no_open_file_is_inherited(tmp_path):
     (tmp_path / "secret").write_text("secret")
     with open(tmp_path / "secret") as file:
         os.set_inheritable(file.fileno(), True)

@@ -289,15 +289,12 @@ def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
     assert json.loads(run(*short).out)["prompt"] == "remind me to call mom at 5"
 
 
-def test_bad_flags(checkpoint, tmp_path):
+def test_bad_flags_and_a_page_that_would_replace_a_file_of_a_model(checkpoint, tmp_path):
     fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
     fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
     file = tmp_path / "none" / "x.html"
     message = f"cannot write {file}: there is no folder {file.parent}"
     fails(message, "inspect", "hi", "--model", checkpoint, "--output", str(file))
-
-
-def test_the_page_replaces_no_file_of_a_model(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "link").symlink_to(folder / "config.json")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

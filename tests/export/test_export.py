@@ -84,14 +84,11 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
     assert whole.keys() == written.keys() and all(torch.equal(whole[name], written[name]) for name in whole)
 
 
-def test_a_plain_folder_is_its_own_target(checkpoint, tmp_path):
+def test_a_plain_folder_is_its_own_target_and_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
     done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
     assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
     assert '"num_speculative_tokens": 6' in done.out
-
-
-def test_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
-    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "draft")
+    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "other")
     add_eagle3(folder)
     told = f"--exit must be given: this model has a drafter that vLLM reads as it is, by `vllm serve {folder}/eagle3`, got none"
     fails(told, "export", str(folder), "--output", output, "--engine", "vllm")
@@ -180,13 +177,18 @@ def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
     torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
 
 
-def test_a_tied_head_stays_tied(tmp_path):
+def test_a_tied_head_stays_tied_and_a_block_that_reads_the_final_states_is_refused(tmp_path):
     loaded = tiny("llama", tie_word_embeddings=True)
     written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    loaded = tiny("llama")
+    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
+    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
+        cut_to_exit(loaded, 2, blocks)
+    assert loaded.model.config.num_hidden_layers == 6
 
 
 def test_values_by_layer_follow_the_layers_that_are_kept():
@@ -198,14 +200,6 @@ def test_values_by_layer_follow_the_layers_that_are_kept():
     assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
     gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
     assert gemma.layer_types == [sliding, full, sliding]
-
-
-def test_a_block_that_reads_the_final_states_is_refused():
-    loaded = tiny("llama")
-    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
-    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
-        cut_to_exit(loaded, 2, blocks)
-    assert loaded.model.config.num_hidden_layers == 6
 
 
 @pytest.fixture

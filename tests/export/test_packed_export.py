@@ -203,7 +203,10 @@ def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
 
 
-def test_machines_without_kernels_are_told_so(wide, packed, tmp_path, monkeypatch):
+def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(wide, packed, tmp_path, monkeypatch):
+    both = shutil.copytree(wide, tmp_path / "both")
+    shutil.copy(packed / PACKED_FILE, both)
+    assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     export = ("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other"))
     for command in (("generate", "a", "--model", str(packed)), export):
@@ -251,8 +254,3 @@ def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
     done = run("export", str(wide), "--format", "packed", "--output", str(output))
     assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
     assert done.err.count("\n") == 1 and not output.exists()
-
-
-def test_a_folder_with_weights_is_not_packed(packed, wide):
-    shutil.copy(packed / PACKED_FILE, wide / PACKED_FILE)
-    assert "int4" not in for_decoding(str(wide), "cpu").backend.implementation

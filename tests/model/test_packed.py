@@ -116,6 +116,12 @@ def test_prepacked_spans_equal_the_generic_ones(pair, case, dtype, monkeypatch):
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], dtype)
 
 
+def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
+    """300 tokens are more than one chunk, 390 more than three blocks of the cache and than the first rope table."""
+    generic, fast = pair(max_position_embeddings=400)
+    assert_equal_spans(generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64)
+
+
 def test_without_onednn_plain_layers_run(pair, monkeypatch):
     monkeypatch.setattr(linear, "prepacks", lambda dtype: False)
     generic, fast = pair("llama", torch.bfloat16)
@@ -123,16 +129,13 @@ def test_without_onednn_plain_layers_run(pair, monkeypatch):
     assert_equal_spans(generic, fast, ids_of(1, 12), [0, 8, 12], torch.bfloat16)
 
 
-def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
-    """300 tokens are more than one chunk, 390 more than three blocks of the cache and than the first rope table."""
-    generic, fast = pair(max_position_embeddings=400)
-    assert_equal_spans(generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64)
-
-
-def test_the_original_weights_are_released():
+def test_the_original_weights_are_released_and_rotary_frequencies_stay_in_fp32(saved):
     model = tiny_model()
     TorchBackend.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    loaded = for_training(saved(), "cpu", "bf16")
+    torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+    assert loaded.backend.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -173,9 +176,3 @@ def test_a_checkpoint_is_loaded_for_decoding(saved, monkeypatch, activation, imp
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     assert for_decoding(folder, "cpu", "fp32").backend.implementation == implementation
     assert for_training(folder, "cpu", "fp32").backend.implementation == "generic"
-
-
-def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(saved):
-    loaded = for_training(saved(), "cpu", "bf16")
-    torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
-    assert loaded.backend.dtype == torch.bfloat16

@@ -57,13 +57,19 @@ def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
     assert (stored - weight).abs().max() > allowed.min() / 8  # so it is not the weight itself
 
 
-def test_unsupported_widths_devices_and_settings_are_errors():
+def test_unsupported_widths_devices_and_drafts_are_errors():
     with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
         quantized(torch.zeros(32, 48), None, "int4")
     with pytest.raises(ConfigError, match="int8 weights need layer widths that 16 divides, got 40"):
         quantized(torch.zeros(32, 40), None, "int8")
     with pytest.raises(ConfigError, match="int8 weights need `device` cpu, got meta"):
         quantized(torch.zeros(32, 48, device="meta"), None, "int8")
+    model = packed(draft_weights=("int8",), draft_layers=2)
+    assert model.draft_sides["int8"].num_layers == 2
+    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
+        output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
+    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
+        output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
@@ -132,13 +138,6 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
         assert whole.draft_sides[None].at_exits.unembed(hidden).shape[-1] == 67
 
 
-def test_only_draft_layers_are_copied():
-    model = packed(draft_weights=("int8",), draft_layers=2)
-    assert model.draft_sides["int8"].num_layers == 2
-    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
-        output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
-
-
 @settings(max_examples=8, deadline=None)
 @given(
     quantize=st.sampled_from([None, "int8", "int4"]),
@@ -176,11 +175,6 @@ def test_exact_decoding_of_other_kinds_of_layers(model_type, dtype):
         expected = plain(model, prompt_of(length))
         drafted, stats = output(model, prompt_of(length), exit_layer=4, num_draft_tokens=5)
         assert drafted == expected and stats.drafted > 0
-
-
-def test_drafts_too_long_to_be_exact_are_refused():
-    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
-        output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 
 def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_path):

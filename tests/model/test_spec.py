@@ -44,13 +44,6 @@ def test_the_weights_are_those_that_transformers_makes(model_type, changes):
     assert (spec.layers, spec.head_dim, spec.context) == (6, 8, 128)
 
 
-def test_a_longrope_ends_where_its_frequencies_would_change():
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
-    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
-    assert spec_of().context == 128
-
-
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_complete_configuration_gives_the_same_spec_without_transformers(model_type):
     """It is incomplete if a value that the architecture reads is missing, because transformers may have another default."""
@@ -114,7 +107,7 @@ def test_invalid_values_are_refused_by_name(changes, message):
         spec_of(**changes)
 
 
-def test_missing_and_misshapen_weights_are_refused():
+def test_missing_and_misshapen_weights_are_refused_and_a_longrope_ends_early():
     spec = spec_of()
     spec.check_weights({**spec.shapes, "another": (3,)})
     with pytest.raises(CheckpointError, match=r"2 weights are missing, lm_head\.weight the first"):
@@ -123,6 +116,10 @@ def test_missing_and_misshapen_weights_are_refused():
         )
     with pytest.raises(CheckpointError, match=r"size mismatch of model\.norm\.weight: needed \[32\], found \[31\]"):
         spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
+    assert spec_of().context == 128
 
 
 IMPLEMENTATIONS = [TorchBackend, NativeBackend]

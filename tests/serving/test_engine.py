@@ -71,7 +71,7 @@ def test_requests_of_several_threads_are_answered(engine):
     assert engine.held == engine.running == 0
 
 
-def test_what_is_given_up_makes_room(engine):
+def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(8)]
     assert clients[0].came.wait(60)
     for client in clients:
@@ -80,9 +80,6 @@ def test_what_is_given_up_makes_room(engine):
     wait_until_empty(engine)
     assert not any(client.done.is_set() for client in clients)
     assert submitted(engine, Client("play jazz")).text
-
-
-def test_at_the_end_everyone_is_told():
     engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(3)]
     assert clients[0].came.wait(60)

@@ -152,10 +152,6 @@ def test_the_literal_scales():
     assert exit_weights([1, 2, 3, 4, 5], 5, 0.2) == pytest.approx([e / 7.2 for e in (0, 0.2, 0.6, 1.2, 5.2)])
     assert exit_weights([5], 5, 0.2) == [1.0]
     assert exit_weights([3, 5], 5, 0.0) == [0.0, 1.0]
-
-
-def test_other_scales_by_hand():
-    """L = 4, e_scale = 0.5: linear 0.5, 1, 1.5, 4; sqrt half of it under the root, 2; uniform 0.5 and 1."""
     assert exit_scales(4, 0.5, "linear") == [0.5, 1.0, 1.5, 4.0]
     assert exit_scales(4, 0.5, "sqrt") == pytest.approx([0.5, 0.5 * 2**0.5, 0.5 * 3**0.5, 2.0])
     assert exit_scales(4, 0.5, "uniform") == [0.5, 0.5, 0.5, 1.0]

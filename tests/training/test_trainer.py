@@ -189,17 +189,8 @@ def test_the_plan(settings, base):
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
-
-
-def test_commands_without_a_limit_never_repeat_a_row(settings):
     plan = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2))
     assert (plan.rows, plan.steps) == (40, 5)
-
-
-def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
-    train(settings(steps=2, save_steps=1, lora_rank=2))
-    assert capfd.readouterr() == ("", "")
-    assert not recwarn.list  # Python would print them
 
 
 def spoiling(plan, step, factor):
@@ -235,6 +226,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(settings):
     head.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
         plan.run(lambda report: None)
+
+
+def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
+    train(settings(steps=2, save_steps=1, lora_rank=2))
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list  # Python would print them
 
 
 def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
