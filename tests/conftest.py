@@ -301,7 +301,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory):
-    """A model like that of `base`, of widths that int4 kernels run."""
     from training_runs import saved_base
 
     return saved_base(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=64)
@@ -309,7 +308,6 @@ def wide_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Runs commands in forks, for the attacks."""
     from forks import Forks
 
     return Forks()

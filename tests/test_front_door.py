@@ -86,7 +86,6 @@ def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
-    """A random model with a chat template that never ends an answer."""
     return load(talking_model(tmp_path_factory.mktemp("talking"), 128), device="cpu", dtype="fp32")
 
 

@@ -199,7 +199,6 @@ COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "teste
 
 @cache
 def model_of(kind, exits, feature, scale):
-    """A model of six layers, with exit blocks at `exits`."""
     backend, _, rest = kind.partition(" ")
     architecture = rest if rest in ARCHITECTURES else "llama"
     changes = {"sliding_window": 5} if architecture in ("mistral", "gemma3_text") else {}

@@ -85,7 +85,6 @@ def weight():
 
 
 def inputs(count=600, rank=40):
-    """Inputs that depend on each other."""
     generator = torch.Generator().manual_seed(1)
     mixed = torch.randn(count, rank, generator=generator) @ torch.randn(rank, INPUTS, generator=generator)
     return mixed + 0.3 * torch.randn(count, INPUTS, generator=generator)

@@ -102,7 +102,6 @@ def test_damaged_files_are_refused(wide, damage, found):
 
 @pytest.fixture
 def loaded(checkpoint, tmp_path):
-    """A copy of the tiny model, as transformers reads it."""
     return for_training(shutil.copytree(checkpoint, tmp_path / "model"), "cpu")
 
 

@@ -41,7 +41,6 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
 
 @pytest.fixture
 def with_blocks(checkpoint, tmp_path):
-    """The tiny model with a block at exit 2."""
     folder = shutil.copytree(checkpoint, tmp_path / "with-blocks")
     add_blocks(folder, ExitBlock(2))
     return folder

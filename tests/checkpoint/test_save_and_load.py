@@ -42,7 +42,6 @@ def model_of(vocab_size=300, **changes):
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    """A saved model of six layers."""
     path = tmp_path / "model"
     save_checkpoint(model_of(), tokenizer, INFO, str(path), torch.float32)
     return path
@@ -277,7 +276,6 @@ def old_model(folder):
 
 
 def state(folder):
-    """The model's files, without layerskip.json."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".layerskip" not in str(path.relative_to(folder))]
     found = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     del found["layerskip.json"]

@@ -222,7 +222,6 @@ class Terminal:
         self._unread = ""
 
     def read_until(self, text):
-        """What is shown up to this text."""
         deadline = time.monotonic() + 120
         while text not in self._unread:
             assert time.monotonic() < deadline, self._unread

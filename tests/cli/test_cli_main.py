@@ -13,8 +13,6 @@ from layerskip_core.errors import LayerSkipError
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes `layerskip data` raise an exception."""
-
     def arrange(error):
         def fail(*_):
             raise error

@@ -52,8 +52,6 @@ def generate(model):
 
 @pytest.fixture
 def ask(generate):
-    """The answers to rows, as objects."""
-
     def answers(*rows, flags=(), code=0):
         result = generate("--jsonl", "--max-new-tokens", "20", *flags, stdin="".join(json.dumps(row) + "\n" for row in rows))
         assert (result.code, result.err) == (code, "")
@@ -65,7 +63,6 @@ def ask(generate):
 @pytest.mark.parametrize("batch", ["1", "2"])
 @pytest.mark.parametrize("strategy", ["lookup", "adaptive"])
 def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
-    """The last prompts come again, after their answers."""
     prompts = ["wake me up at 7", "remind me to call mom tomorrow", "play some jazz"] * 2
     stdin = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     answers = {}
@@ -145,7 +142,6 @@ def test_drafts_are_stored_as_the_policy_says(model):
     info = read_info(with_policies(shutil.copytree(model, f"{model} trimmed"), policies))
 
     def stored(packing=None, policies=("exact",)):
-        """How many tokens each draft side chooses among."""
         backend = for_decoding(f"{model} trimmed", "cpu", "fp32", packing, policies).backend
         state = torch.zeros(1, 1, backend.spec.hidden)
         return {name: side.whole.unembed(state).shape[-1] for name, side in backend.draft_sides.items()}
@@ -286,7 +282,6 @@ def test_policies_from_python(model, ask):
 
 
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
-    """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
     loaded = for_decoding(folder, "cpu", "fp32")
     assert loaded.resolve({}, PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies

@@ -34,7 +34,6 @@ def test_every_command_that_decodes_has_the_flags_of_decoding(command):
 
 
 def test_flags_that_a_command_does_not_have():
-    """They would say what the command says itself."""
     assert "--dtype" not in names_of("verify") and "--seed" not in names_of("serve")
     assert names_of("generate") - names_of("chat") >= {"--logprobs", "--prompt-logprobs"}
     assert not names_of("sweep-exits") & {"--exit", "--spec", "--strategy"} and "--exits" not in names_of("bench")
@@ -73,7 +72,6 @@ def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
 
 
 def test_choices_are_in_the_help_and_precisions_have_their_names_of_torch_too(checkpoint):
-    """Beside it, or in its help where they are many."""
     text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text

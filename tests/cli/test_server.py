@@ -78,7 +78,6 @@ def client(api):
 
 
 def expected(prompt, limit=12, decoder=None, **changes):
-    """What the model answers by itself, and its counts."""
     stream = TextStream(decoder or tiny_loaded(), prompt, DecodingConfig("self-speculative", EXIT, 4, limit, **changes))
     return "".join(stream), stream.stats
 
@@ -101,7 +100,6 @@ def test_a_completion_is_the_model_s_answer_with_its_counts(client):
 
 
 def test_a_common_beginning_is_computed_once(client):
-    """The usage says how much of a prompt needed no pass."""
     start = [7, 9, 11, 8] * 20
     for last, cached in ((5, 0), (6, 80)):
         answer = client.completions.create(model="tiny", prompt=[*start, last], max_tokens=4)

@@ -69,7 +69,6 @@ def test_no_tokenizer_is_used_by_two_threads():
 
 
 def test_a_full_queue_refuses_before_any_work():
-    """Nothing of the prompt is encoded, and the queue is as before."""
     users, decoder = watched()
     with serving(decoder, batch_size=1, queue_size=1) as api:
         users.clear()

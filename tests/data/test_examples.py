@@ -325,7 +325,6 @@ json_rows = st.dictionaries(st.sampled_from(["prompt", "completion", "messages",
 
 @st.composite
 def damaged(draw, content):
-    """The content cut, with some bytes changed, and some put in."""
     parts = bytearray(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
     for place, byte in draw(st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 255)), max_size=8)):
         if place < len(parts):

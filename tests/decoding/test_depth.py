@@ -36,7 +36,6 @@ def model_of(backend, model_type="llama"):
 
 
 def run(model, prompt, count=24, **settings):
-    """Ids and stats of a decoding."""
     decoding = decode(model, prompt, DecodingConfig(max_new_tokens=count, **settings))
     return ids_of(decoding), decoding.stats
 

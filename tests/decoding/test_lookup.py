@@ -41,7 +41,6 @@ def test_what_followed_the_longest_match_is_copied(shortest, ids, most, expected
 
 
 def test_an_index_grows_with_the_text():
-    """Step by step the answers are those of a new index of the whole text."""
     ids = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     growing = History(2)
     for end in range(1, 200, 3):

@@ -75,7 +75,6 @@ def test_early_exit_equals_the_truncated_model(llama, backend, exit_layer):
 
 
 def tokens_by_layer(model, run_it):
-    """For each layer, the number of tokens of each of its calls."""
     calls: list[list[int]] = [[] for _ in model.layers]
 
     def watch(layer):

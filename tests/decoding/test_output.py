@@ -15,7 +15,6 @@ WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
 
 
 def bytes_to_text(ids):
-    """A byte-level tokenizer: an id is a byte."""
     return bytes(ids).decode(errors="replace")
 
 
@@ -25,7 +24,6 @@ def pieces_to_text(ids):
 
 
 def stream(chunks, detokenize):
-    """The text after each chunk, and after the end."""
     output, shown = OutputText(detokenize), []
     for chunk, finished in [*((chunk, False) for chunk in chunks), ([], True)]:
         output.decode(list(chunk), finished)

@@ -42,7 +42,6 @@ def native(precision="fp32", model_type="llama", **changes):
 
 
 def of_turns():
-    """As a dialogue has."""
     return Prefixes(inf, most_texts=2, least=1)
 
 

@@ -17,7 +17,6 @@ EOS = 256
 
 
 def bytes_to_text(ids):
-    """A byte-level tokenizer: an id is a byte."""
     return bytes(ids).decode(errors="replace")
 
 

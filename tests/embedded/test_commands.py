@@ -33,7 +33,6 @@ def chains(row):
 
 
 def novelties(row):
-    """The chains of a row, and which of them occur together."""
     paths = chains(row)
     return paths | {frozenset(pair) for pair in itertools.combinations(paths, 2)}
 

@@ -24,7 +24,6 @@ SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 
 
 def answer(name, prompt, stop=(), **changes):
-    """The timed answer of a baseline."""
     setting = replace(SPECULATIVE, stop=stop)
     baselines = load_baselines(tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting)
     (output,) = answer_prompts(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
@@ -157,8 +156,6 @@ class Server:
 
 @pytest.fixture
 def package(monkeypatch):
-    """A package xllamacpp with this server."""
-
     def params():
         return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
 
@@ -172,7 +169,6 @@ def package(monkeypatch):
 
 @pytest.fixture(scope="module")
 def file(checkpoint, tmp_path_factory):
-    """The tiny model as a GGUF file."""
     folder = tmp_path_factory.mktemp("gguf") / "model"
     assert run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code == 0
     return str(folder / "target.gguf")

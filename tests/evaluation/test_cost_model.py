@@ -46,7 +46,6 @@ SETTING = DecodingConfig("self-speculative", 5, 3)
 
 
 def counts(stats):
-    """Drafts, accepted ones, rounds, and steps without drafts."""
     return stats.drafted, stats.accepted, stats.rounds, stats.steps_by_drafter.get("plain", 0)
 
 
@@ -272,17 +271,6 @@ def test_bench_searches_unless_the_layers_are_known(known_times, monkeypatch):
         assert row.skip == skip or (skip is None and {2, 5} <= set(row.skip))
         assert row.identical_outputs == 1.0 and len(searched) == searches
         assert f"Layers that drafts skip: --skip {counts_text(row.skip)}." in results_table(record).text
-
-
-def test_a_resumed_bench_keeps_the_layers_that_it_found(known_times, tmp_path, monkeypatch):
-    loaded, task = replace(silenced(2, 5), name="embedded"), own_answers(2)
-    config = BenchConfig("tiny", strategies=("autoregressive",), baselines=("draft-and-verify",), repeats=1)
-    for event in bench(loaded, task, config, tmp_path):
-        if isinstance(event, Progress) and event.phase == "prompts":
-            break
-    monkeypatch.setattr("layerskip_core.evaluation.measure.bench.search_skips", lambda *args: pytest.fail("searched again"))
-    *_, record = bench(loaded, task, config, tmp_path, resume=True)
-    assert {2, 5} <= set(record.results[-1].skip)
 
 
 def test_save_stores_the_layers_and_generate_uses_them(checkpoint, tmp_path):

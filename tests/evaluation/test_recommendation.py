@@ -122,7 +122,6 @@ class Machine:
         self.prompts, self.own, self.now, self.load = {}, {}, 0.0, 0.0
 
     def answer(self, prompt, place):
-        """Seconds and tokens."""
         draw = self.draw
         tokens, base = self.prompts.setdefault(prompt, (draw.randint(20, 60), 0.001 * exp(draw.gauss(0, 0.2))))
         own = self.own.setdefault((prompt, place), draw.gauss(0, self.spread) if place else 0.0)

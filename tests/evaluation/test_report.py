@@ -216,7 +216,6 @@ def lines_of(record, width=60):
 
 
 def place(lines, marker):
-    """The row and the column of a marker."""
     grid = [line.split("\N{BOX DRAWINGS LIGHT VERTICAL}", 1)[1] for line in lines[1:13]]
     (found,) = ((row, line.index(marker)) for row, line in enumerate(grid) if marker in line)
     return found
@@ -240,18 +239,3 @@ def test_better_is_higher_and_faster_is_further_right():
     assert left < middle < faster < fastest
     assert lines[-2:] == ["1 exit 4, 6 drafts: 2.00x, 90", "2 exit 8 alone: 3.00x, 50"]
     assert "100" in lines[14] and lines[14].endswith("300 tokens/s")
-
-
-def test_perplexity_is_better_below_and_wide_ranges_are_logarithmic():
-    lines = lines_of(
-        record_of(
-            result("autoregressive", 10.0, {"perplexity": 2.0}),
-            result("early-exit", 100.0, {"perplexity": 200.0}, 4),
-            result("early-exit", 1000.0, {"perplexity": 20000.0}, 2),
-            metric="perplexity",
-        )
-    )
-    assert lines[0] == "Quality: perplexity, lower is better"
-    (bottom, right), (middle, between), (top, left) = (place(lines, rank) for rank in "321")
-    assert top == 0 and bottom == 11 and middle in (5, 6)
-    assert between - left == pytest.approx(right - between, abs=1)

@@ -41,7 +41,6 @@ def none_is_left(marker):
 
 
 def survivors(marker):
-    """The processes whose command line contains the marker."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -306,7 +305,6 @@ def test_hostile_programs_of_a_plain_user():
 
 
 def interpreter_of_all():
-    """A Python interpreter that any user can start."""
     for path in (sys.executable, "/usr/bin/python3"):
         with suppress(OSError):
             command = [path, "-c", "import sys; print(sys.version_info >= (3, 11))"]
@@ -316,7 +314,6 @@ def interpreter_of_all():
 
 
 def start_with(patch):
-    """The code that starts a supervisor in which something fails."""
     return (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from layerskip_core.evaluation.sandbox import seccomp, supervisor\n"

@@ -343,7 +343,6 @@ USUAL = TaskConfig()
 
 
 def trained(folder, data, exit_blocks=None, **config):
-    """A model's folder, as far as its training is read."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
     details = {"config": {"data": data, **config}} | ({} if exit_blocks is None else {"exit_blocks": exit_blocks})

@@ -48,7 +48,6 @@ SMALL = tuple(f"--samples 2 --max-new-tokens 6 --draws 0 --kernels {OWN} --preci
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Six layers of widths that every kernel runs, and a drafter."""
     loaded = tiny_loaded(torch.float32, hidden_size=64, intermediate_size=96)
     folder = str(tmp_path_factory.mktemp("verified") / "model")
     info = replace(loaded.info, exit_layer=2, num_draft_tokens=4)
@@ -73,7 +72,6 @@ def missed(record):
 
 @pytest.fixture(scope="module")
 def whole(model):
-    """Every check on every kind of kernels."""
     kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
     return verified(settings(model, samples=2, kernels=kernels, precisions=("fp32", "int8"), draws=40))
 
@@ -142,7 +140,6 @@ def _stale_turns(monkeypatch):
 
 
 def _biased_sampling(monkeypatch):
-    """Sampled drafts that are always accepted."""
     honest = Sampler.verify
 
     def careless(self, draft_ids, counts, draft_probs, logits, rows):

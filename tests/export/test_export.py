@@ -155,7 +155,6 @@ def tiny(model_type, **changes):
 
 @torch.no_grad()
 def written_logits(model, folder):
-    """Those of the files, read by transformers alone."""
     model.save_pretrained(folder)
     kernels = ATTENTION.get(model.config.model_type)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
@@ -360,7 +359,6 @@ class _Stub(ModuleType):
 
 @pytest.fixture
 def plugin(monkeypatch):
-    """The plugin, imported without vLLM."""
     name = "layerskip_core.export.vllm_plugin"
     wanted = re.findall(r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE)
     for module in ("vllm", *wanted):

@@ -32,7 +32,6 @@ IDS = torch.tensor([[5, 9, 33, 7, 120]])
 
 
 def add_two_blocks(folder):
-    """At exits 2 and 4, of both features."""
     add_blocks(folder, ExitBlock(2), ExitBlock(4, "final"))
 
 
@@ -60,7 +59,6 @@ def states(backend):
 
 
 def assert_same(packed, plain):
-    """Two decoders with the same bits, and the same way to run."""
     assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()

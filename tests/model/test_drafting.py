@@ -37,7 +37,6 @@ def backend_of(kind, packing=None):
 
 
 def side_of(backend):
-    """The copy that drafts if there is one, else the backend's own layers."""
     return list(backend.draft_sides.values())[-1]
 
 

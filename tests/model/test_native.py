@@ -76,7 +76,6 @@ def variant(request, monkeypatch):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; put back afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -126,7 +126,6 @@ IMPLEMENTATIONS = [TorchBackend, NativeBackend]
 
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
-    """Packs the tiny model's weights after `change` has edited them."""
     model = tiny_model(model_type, dtype, **shape)
     if implementation is NativeBackend and not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")

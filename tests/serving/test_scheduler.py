@@ -214,16 +214,6 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
     assert len(told) == clients[2].request.stats.new_tokens
 
 
-def test_an_answer_with_a_seed_is_the_same_in_any_company():
-    """Adaptive drafts in a batch depend on the batch, and so would what is drawn."""
-    decoder = decoder_of("packed")
-    config = replace(ADAPTIVE, max_new_tokens=20, temperature=HOT, seed=5)
-    seeded = [Client(prompt_of(6), config, isolated=True) for _ in range(2)]
-    company = [Client(prompt_of(length), replace(config, temperature=HOT, seed=length)) for length in (3, 8)]
-    run(Scheduler(decoder, batch_size=4), [company, [seeded[0]], [seeded[1]]])
-    assert seeded[0].answer == seeded[1].answer == alone(decoder, prompt_of(6), config)[0]
-
-
 def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     decoder = decoder_of("packed")
     scheduler = Scheduler(decoder, batch_size=4)

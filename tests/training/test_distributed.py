@@ -24,7 +24,6 @@ def rows_of_one_length(folder):
 
 
 def train_divided(rank, base, folder, data, batch_size, accumulation):
-    """Two steps of 8 rows."""
     divided = {"batch_size": batch_size, "accumulation": accumulation, "save_steps": 2}
     run_quietly(settings_on(base, Path(folder))(data=data, recipe=DROPPING, steps=2, **divided))
 

@@ -83,7 +83,6 @@ def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
 
 @pytest.mark.parametrize("answers", ["data", "model"])
 def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
-    """Lines of one letter are left out: as a prompt, and as a text with its end."""
     lines = tmp_path / "lines.txt"
     lines.write_text("a\nb\nplay some jazz\n" * 8)
     asked = {"answers": answers, "answer_tokens": 1 if answers == "model" else DrafterConfig.answer_tokens}

@@ -31,7 +31,6 @@ DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
 
 @pytest.fixture
 def frozen(settings):
-    """Makes the DrafterConfig of a short run on `base`, into `out`."""
     usual = {"data": DataConfig(limit=40, seed=1), "exits": (2,), "answer_tokens": 8, "lr": None, "max_length": 96}
     return lambda **changes: settings(DrafterConfig, **{**usual, **changes})
 
@@ -45,7 +44,6 @@ def blocks(folder):
 
 
 def left_by_a_run(folder):
-    """The kinds of files beside the checkpoints of a run."""
     return [path.suffix for path in Path(folder, "checkpoints").iterdir()]
 
 
@@ -60,7 +58,6 @@ def same(one, other):
 
 
 def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
-    """On the tokens that it learns."""
     rows = {"validation": "train", "validation_samples": 40}
     trained, reports, stages = train(frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=20, **rows))
     assert trained["2"]["divergence"] < reports[0].exit_losses[2] / 2

@@ -18,7 +18,6 @@ class Stopped(Exception):
 
 
 def stopping_after(calls):
-    """A report that ends the work at its call of that number."""
     count = 0
 
     def report(done):

@@ -25,7 +25,6 @@ def run(model, recipe, step, ids, labels, **keywords):
 
 
 def layer_rows(model):
-    """Counts the rows that each layer runs from now on."""
     rows = [0] * len(model.model.layers)
 
     def count(at):
@@ -107,27 +106,6 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
 
 
-def test_packed_documents_give_the_losses_of_each_alone():
-    """Documents of 5, 9 and 4 tokens in a row of 18, one sliding window of 4; and a second row with padding."""
-    for model_type, changes in (("llama", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4})):
-        model = tiny_model(model_type, **changes)
-        if model_type == "gemma2":
-            model.set_attn_implementation("eager")  # masks are numbers there, not truth values
-        module = recipe_module(model, RecipeSettings("finetune", p_max=0, curriculum="all")).train()
-        ids, _ = batch(rows=1, length=18)
-        alone = []
-        for start, stop in ((0, 5), (5, 14), (14, 18)):
-            part = ids[:, start:stop]
-            alone.append(module(part, part, RunStep(0, 1))["per_exit"])
-        (row,) = packed([ids[0, :5].tolist(), ids[0, 5:14].tolist(), ids[0, 14:].tolist()], 18)
-        (short,) = packed([ids[0, :5].tolist()], 18)
-        collated = collate([row, short])
-        assert collated["documents"][1].tolist() == [0] * 5 + [-1] * 13
-        collated.pop("lengths")
-        together = module(**collated, step=RunStep(0, 1))["per_exit"]
-        torch.testing.assert_close(together, sum(alone) + alone[0])
-
-
 def truncated(model, exit_layer):
     """The first layers of a model with its final norm and head, as a model of their own."""
     first_layers = tiny_model(num_hidden_layers=exit_layer)
@@ -136,7 +114,6 @@ def truncated(model, exit_layer):
 
 
 def manual_cross_entropy(model, ids, labels):
-    """Loop over rows and tokens: the definition, spelled out."""
     log_probs = model(ids).logits.log_softmax(-1)
     return -sum(
         log_probs[row, column - 1, labels[row, column]]

@@ -145,7 +145,6 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
 
 @pytest.fixture
 def two_checkpoints(settings, tmp_path):
-    """An output with checkpoints of steps 1 and 2."""
     with pytest.raises(Interrupted):
         prepare(settings(save_steps=1)).run(stop_at(3))
     assert steps_saved(tmp_path / "out") == [1, 2]

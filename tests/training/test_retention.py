@@ -35,7 +35,6 @@ def ignored(done):
 
 
 def rows_of(plan):
-    """Those that the run will train on, in their order."""
     rows, _ = plan.data_sets(lambda stage, total, done: None)
     return [rows[position] for position in range(len(rows))]
 

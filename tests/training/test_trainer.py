@@ -83,16 +83,6 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
-def test_a_small_set_is_memorised(settings, tmp_path):
-    data = rows_file(tmp_path, *(f"{letter} is the answer" for letter in "abcdefgh"))
-    reports = train(
-        settings(data=data, recipe=RecipeSettings("finetune", p_max=0, curriculum="all"), steps=80, batch_size=8, lr=1e-2)
-    )
-    first, last = reports[0], reports[-1]
-    assert last.final_loss < 0.5 < first.final_loss - 3
-    assert last.exit_losses[2] < first.exit_losses[2] - 2  # a middle exit learns with it
-
-
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """A run of four steps: the plan, its reports, the info that it returned and its folder."""
@@ -194,8 +184,6 @@ def test_the_plan(settings, base):
 
 
 def spoiling(plan, step, factor):
-    """A listener that multiplies the head by a factor once a step is done."""
-
     def listen(report):
         if report.step == step:
             plan.trainable.model.lm_head.weight.data.mul_(factor)
