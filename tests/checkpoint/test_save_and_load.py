@@ -11,7 +11,6 @@ from command_line import fails
 from conftest import tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core.checkpoint import open as opening
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
@@ -25,7 +24,7 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import NativeBackend, TransformersBackend
 from layerskip_core.model import cache as caches
 from layerskip_core.model.cache import memory_budget
-from layerskip_core.prompting import PromptTemplate, encode_prompt
+from layerskip_core.prompting import PromptTemplate
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])
@@ -112,16 +111,6 @@ def test_the_template_of_layerskip_json_takes_precedence_over_the_chat_template(
     assert ids("go") == tokenizer("go")["input_ids"]
 
 
-def test_eos_at_the_end_of_a_prompt_is_removed(tokenizer):
-    class Ending:
-        eos_token_id = 2
-
-        def __call__(self, text):
-            return {"input_ids": [1, *tokenizer(text)["input_ids"], 2]}
-
-    assert encode_prompt(Ending(), PromptTemplate(), "go") == [1, *tokenizer("go")["input_ids"]]
-
-
 def test_recommendations():
     backend = TransformersBackend(model_of(num_hidden_layers=8))
 
@@ -175,14 +164,6 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype,
 
 def contents(folder):
     return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
-
-
-def test_plain_transformers_loads_it(folder):
-    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert set(contents(folder)) == {*written, "layerskip.json"}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    torch.testing.assert_close(model(IDS).logits, model_of()(IDS).logits)
-    assert tokenizer.eos_token_id == 2
 
 
 def test_layerskip_json_is_documented_and_readable(folder):

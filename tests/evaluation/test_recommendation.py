@@ -1,9 +1,5 @@
-"""What a sweep advises: from known tables and known times on other prompts, and of simulated sweeps.
+"""What a sweep advises: from known tables and known times on other prompts, and of simulated sweeps."""
 
-`python tests/evaluation/test_recommendation.py 1000` prints how often something is recommended in so many of these.
-"""
-
-import sys
 from dataclasses import replace
 from math import exp
 from random import Random
@@ -287,14 +283,3 @@ def test_the_settings_of_a_sweep_and_how_drafts_were_stored_belong_to_the_policy
     found, _ = policies(row("self-speculative", 4, 6, speedup=1.8), row("early-exit", 2, speedup=2), generation=generation)
     assert (found["exact"]["draft_confidence"], found["exact"]["lookup"]) == (0.4, 3)
     assert not found["fast"].keys() & {"draft_confidence", "lookup"}
-
-
-if __name__ == "__main__":
-    print("prompts differ by | one gains | something recommended | that one | fastest of the sweep above 1.05")
-    for spread in (0.05, 0.1, 0.15):
-        for speed in (1.0, 1.1, 1.2):
-            sweeps = [simulated(seed, speed, spread) for seed in range(int(sys.argv[1]))]
-            some = sum(advice.pays for advice, _, _ in sweeps) / len(sweeps)
-            that = sum(advice.exit_layer == right for advice, right, _ in sweeps) / len(sweeps)
-            old = sum(best >= 1.05 for _, _, best in sweeps) / len(sweeps)
-            print(f"{spread:.0%} | {speed:.2f} | {some:.1%} | {that:.1%} | {old:.1%}", flush=True)
