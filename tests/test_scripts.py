@@ -95,7 +95,9 @@ def _work(connection, model):
         else:
             from cli.main import main
 
-            measure_little(pytest.MonkeyPatch())
+            patch = pytest.MonkeyPatch()
+            measure_little(patch)
+            patch.setattr("layerskip_core.evaluation.report.plots.figures", lambda record: {})  # tests/cli look at pictures
             sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:
