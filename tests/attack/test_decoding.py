@@ -198,7 +198,7 @@ COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "teste
 
 
 @cache
-def model_of(kind, exits, feature, scale):
+def model_of(kind, exits, scale):
     backend, _, rest = kind.partition(" ")
     architecture = rest if rest in ARCHITECTURES else "llama"
     changes = {"sliding_window": 5} if architecture in ("mistral", "gemma3_text") else {}
@@ -206,7 +206,7 @@ def model_of(kind, exits, feature, scale):
     if backend == "native" or rest in PACKING:
         changes = {"intermediate_size": 64, "hidden_size": 64}
     model, packing = tiny_model(architecture, dtype, **changes), PACKING.get(rest)
-    blocks = random_blocks(model, *(ExitBlock(exit, feature) for exit in exits), scale=scale) if exits else NO_BLOCKS
+    blocks = random_blocks(model, *map(ExitBlock, exits), scale=scale) if exits else NO_BLOCKS
     if backend == "generic":
         return TransformersBackend(model, blocks)
     if backend == "packed":
@@ -219,13 +219,7 @@ def model_of(kind, exits, feature, scale):
 @st.composite
 def models(draw, kind):
     exits = draw(st.sampled_from([(), (), (1,), (2, 4), (1, 3, 5)]))
-    return model_of(kind, exits, draw(st.sampled_from(["none", "final"])), draw(st.sampled_from([0.05, 0.3, 2.0])))
-
-
-def answering_exits(model):
-    """The exits that can answer: not those whose blocks read the target's final states."""
-    only_drafting = {exit_layer for exit_layer, block in model.exit_blocks.items() if block.is_fed}
-    return [exit_layer for exit_layer in range(1, model.num_layers + 1) if exit_layer not in only_drafting]
+    return model_of(kind, exits, draw(st.sampled_from([0.05, 0.3, 2.0])))
 
 
 @st.composite
@@ -238,7 +232,7 @@ def configs(draw, model, known):
     any_exits = tuple(sorted(draw(st.sets(layers, max_size=3))))
     return DecodingConfig(
         strategy,
-        draw(layers if drafts else st.sampled_from(answering_exits(model))),
+        draw(layers if drafts else st.integers(1, model.num_layers)),
         draw(st.integers(1, 9)),
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
         draw(st.sampled_from([0.0, 0.07, 0.12, 0.99])) if strategy in ("self-speculative", "draft-and-verify") else 0.0,

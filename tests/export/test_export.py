@@ -19,7 +19,6 @@ import torch
 from command_line import fails, run
 from conftest import ATTENTION, CHANGES, run_texts, tiny_model
 from exit_block_models import add_blocks, add_eagle3, random_blocks
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core import load
@@ -28,12 +27,11 @@ from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable, decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import CheckConfig, Engine
-from layerskip_core.errors import ConfigError
 from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import ExitBlock
 
 
 @pytest.fixture
@@ -174,20 +172,6 @@ def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
         expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
         assert (backend.unembed(early) - expected).abs().max() > 0.1
     torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
-
-
-def test_a_tied_head_stays_tied_and_a_block_that_reads_the_final_states_is_refused(tmp_path):
-    loaded = tiny("llama", tie_word_embeddings=True)
-    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
-    names = load_file(tmp_path / "model.safetensors").keys()
-    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    loaded = tiny("llama")
-    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
-    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
-        cut_to_exit(loaded, 2, blocks)
-    assert loaded.model.config.num_hidden_layers == 6
 
 
 def test_values_by_layer_follow_the_layers_that_are_kept():
