@@ -19,6 +19,7 @@ import torch
 from command_line import fails, run
 from conftest import ATTENTION, CHANGES, run_texts, tiny_model
 from exit_block_models import add_blocks, add_eagle3, random_blocks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core import load
@@ -31,7 +32,7 @@ from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 
 @pytest.fixture
@@ -366,3 +367,12 @@ def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
     config = SimpleNamespace(num_hidden_layers=4, **sizes)
     for model in ("me/draft", str(tmp_path)):
         assert plugin.exported_exit(SimpleNamespace(model=model, revision="v1", hf_config=config), target) == 4
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    loaded = tiny("llama", tie_word_embeddings=True)
+    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
