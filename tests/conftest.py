@@ -108,6 +108,11 @@ def at(positions, cache):
     return Places(cache, starts, [count] * len(starts))
 
 
+def ids_of(batch, length):
+    """Ids (B, T) of the tiny model's tokens."""
+    return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
 def run_texts(model, hidden, start, stop):
     """Layers start..stop-1 over the states (B, T, D) of whole texts."""
     with torch.no_grad():
@@ -261,16 +266,10 @@ def tmp_path(folders, request):
 
 @pytest.fixture(scope="session", autouse=True)
 def few_visits():
-    """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
-    from layerskip_core.evaluation import measure
-    from layerskip_core.evaluation.measure import cost_model, figures, skip_search
+    from command_line import measure_little
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_WARM_UP_TOKENS", 1)
-        patch.setattr(figures, "_FEWEST_TURNS", 2)
-        patch.setattr(cost_model, "_MOST", 1)
-        patch.setattr(cost_model, "_TIMES", 1)
-        patch.setattr(skip_search, "_VISITS", 1)
+        measure_little(patch)
         yield
 
 
@@ -315,7 +314,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory):
-    """A model like that of `base`, of widths that int4 kernels run."""
     from training_runs import saved_base
 
     return saved_base(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=64)
@@ -323,7 +321,6 @@ def wide_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Runs commands in forks, for the attacks."""
     from forks import Forks
 
     return Forks()

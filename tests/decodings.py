@@ -30,7 +30,6 @@ def letters(ids):
 
 
 def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
-    """A prompt's ids, why they end, and their counts."""
     decoding = decode(model, prompt, config, frozenset(eos_ids), letters, **options)
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
@@ -74,7 +73,6 @@ def entries(cache, row=0):
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
-    """The ids of autoregressive decoding."""
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
 
 

@@ -30,7 +30,6 @@ def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
 
 
 def add_blocks(folder, *blocks: ExitBlock) -> None:
-    """Saves such blocks beside the model of a folder."""
     loaded = for_training(str(folder), "cpu", "fp32")
     spec, made = loaded.backend.spec, random_blocks(loaded.model, *blocks)
     trained_for = fingerprint(spec, loaded.model.get_parameter)
@@ -48,7 +47,6 @@ def random_eagle3(spec: ModelSpec, tokens: torch.Tensor | None = None) -> Eagle3
 
 
 def add_eagle3(folder) -> None:
-    """Saves such a drafter beside the model of a folder."""
     spec = for_training(str(folder), "cpu", "fp32").backend.spec
     (folder / EAGLE3_FOLDER).mkdir()
     for name, content in eagle3_content(random_eagle3(spec), spec, str(folder)).items():

@@ -24,7 +24,6 @@ ODD = (  # no huge sizes: a model may waste its user's memory
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, forks, wide_base):
-    """Models with exit blocks, with int4 weights, and as a GGUF file."""
     home = tmp_path_factory.mktemp("models") / "home"
     home.mkdir()
     few = ("--samples", "2", "--steps", "1")

@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import fails, run
-from conftest import DENSE_MIXERS, run_texts, tiny_model
+from conftest import run_texts, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from layerskip_core import load
-from layerskip_core.calibration.model import (
-    Aim,
-    descended,
-    gptq,
-    quantize,
-    searched,
-    tune,
-    with_best_levels,
-    with_best_scales,
-)
+from layerskip_core.calibration.model import Aim, descended, gptq, quantize, tune, with_best_levels, with_best_scales
 from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.sidecars import matrix_names
@@ -57,7 +48,7 @@ def with_weights(model_type, weights):
     return backend
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", *DENSE_MIXERS])
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3_text", "qwen3_5_text", "nemotron_h"])
 def test_each_step_brings_predictions_nearer_to_the_original(model_type):
     backend = backend_of(model_type)
     names = matrix_names(backend.spec)
@@ -94,7 +85,6 @@ def weight():
 
 
 def inputs(count=600, rank=40):
-    """Inputs that depend on each other."""
     generator = torch.Generator().manual_seed(1)
     mixed = torch.randn(count, rank, generator=generator) @ torch.randn(rank, INPUTS, generator=generator)
     return mixed + 0.3 * torch.randn(count, INPUTS, generator=generator)
@@ -109,25 +99,13 @@ def output_error(made, given, original=None):
     return (given @ made.weight.T - original @ weight().T).square().mean().item()
 
 
-def test_gptq_keeps_outputs_far_better_than_rounding():
+def test_gptq_keeps_outputs_far_better_than_rounding_also_where_inputs_are_zero():
     given = inputs()
     assert output_error(gptq(aim(given)), given) < 0.25 * output_error(int4_of(weight()), given)
-
-
-def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
-    made = gptq(Aim(weight(), 3 * torch.eye(INPUTS)))
-    groups = weight().view(OUTPUTS, -1, 32)
-    for number in range(INPUTS // 32):
-        scale, low = searched(groups[:, number], torch.ones(32))
-        assert torch.equal(made.scale[:, number], scale) and torch.equal(made.low[:, number], low)
-        expected = ((groups[:, number] - low[:, None]) / scale[:, None]).round().clamp(0, 15)
-        assert torch.equal(made.levels.view(OUTPUTS, -1, 32)[:, number].float(), expected)
-
-
-def test_the_searched_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(Aim(weight(), torch.eye(INPUTS)))
-    assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
-    assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
+    given = inputs()
+    given[:, 7] = 0
+    made = descended(aim(given))
+    assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(int4_of(weight()), given)
 
 
 def test_inputs_of_quantised_layers_are_corrected_towards_the_original_outputs():
@@ -146,14 +124,7 @@ def test_the_correction_does_not_learn_the_noise_of_the_inputs():
     assert output_error(corrected, unseen) < 1.8 * output_error(plain, unseen)
 
 
-def test_inputs_that_are_always_zero_do_no_harm():
-    given = inputs()
-    given[:, 7] = 0
-    made = descended(aim(given))
-    assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(int4_of(weight()), given)
-
-
-def test_each_part_of_the_descent_lowers_the_error():
+def test_each_part_of_the_descent_lowers_the_error_to_a_minimum():
     goal = aim(inputs())
     made = gptq(goal)
     scaled = with_best_scales(made, goal)
@@ -162,9 +133,6 @@ def test_each_part_of_the_descent_lowers_the_error():
     assert torch.equal(scaled.levels, made.levels) and torch.equal(moved.scale, scaled.scale)
     assert goal.error(descended(goal)) < 0.97 * goal.error(moved)
     assert moved.levels.max() == 15 and moved.levels.min() == 0
-
-
-def test_the_best_scales_are_a_minimum():
     goal = aim(inputs())
     best = with_best_scales(gptq(goal), goal)
     for factor in (0.97, 1.03):
@@ -252,12 +220,9 @@ def test_own_rows_are_calibrated_on(wide, tmp_path):
     assert short.code == 1 and "--data" in short.err and "must have at least 24 tokens, found" in short.err
 
 
-def test_wrong_settings_are_one_error(wide):
+def test_settings_and_models_that_cannot_be(wide, checkpoint):
     fails("--length must be at most 128, the model's context, got 129", "calibrate", "--model", str(wide), "--length", "129")
     assert not (wide / INT4_FILE).exists()
-
-
-def test_a_model_without_int4_kernels_is_refused(checkpoint):
     fails(
         "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",
         "calibrate", "--model", checkpoint,

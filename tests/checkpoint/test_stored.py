@@ -283,13 +283,9 @@ def test_configurations_that_need_transformers(saved, changes):
     assert lean_spec(str(path)) is None
 
 
-def test_files_beside_the_weights_are_no_weights(saved):
-    path = saved()
-    (path / "model.safetensors").rename(path / "int4.safetensors")
-    assert lean_spec(str(path)) is None
-
-
-def test_a_tokenizer_that_needs_transformers(saved):
+def test_files_that_only_transformers_reads_are_left_to_it(saved):
     path = saved()
     edit_json(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     assert lean_tokenizer(str(path)) is None
+    (path / "model.safetensors").rename(path / "int4.safetensors")
+    assert lean_spec(str(path)) is None

@@ -58,7 +58,6 @@ def states(backend):
 
 
 def assert_same(packed, plain):
-    """Two decoders with the same bits, and the same way to run."""
     assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
@@ -201,7 +200,10 @@ def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
 
 
-def test_machines_without_kernels_are_told_so(wide, packed, tmp_path, monkeypatch):
+def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(wide, packed, tmp_path, monkeypatch):
+    both = shutil.copytree(wide, tmp_path / "both")
+    shutil.copy(packed / PACKED_FILE, both)
+    assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     export = ("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other"))
     for command in (("generate", "a", "--model", str(packed)), export):
@@ -249,8 +251,3 @@ def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
     done = run("export", str(wide), "--format", "packed", "--output", str(output))
     assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
     assert done.err.count("\n") == 1 and not output.exists()
-
-
-def test_a_folder_with_weights_is_not_packed(packed, wide):
-    shutil.copy(packed / PACKED_FILE, wide / PACKED_FILE)
-    assert "int4" not in for_decoding(str(wide), "cpu").backend.implementation
