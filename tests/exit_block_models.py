@@ -55,9 +55,9 @@ def add_eagle3(folder) -> None:
         (folder / name).write_bytes(content)
 
 
-def add_int4(folder, change=lambda weight: weight):
+def add_int4(folder, change=lambda weight: weight, **details):
     """Calibrated weights that differ visibly from rounded ones, if `change` does."""
     model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
     names = beside.matrix_names(spec)
     rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
-    save_beside(str(folder), INT4_FILE, beside.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))
+    save_beside(str(folder), INT4_FILE, beside.int4_content(rows, fingerprint(spec, model.get_parameter), details))

@@ -45,7 +45,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     """Writes int4 weights to `output_folder`, whose lock the caller holds, and returns the file's path.
 
     Nothing is written before the end. The same settings give the same weights on one machine. The file has the acceptance of
-    drafts by these weights: the share of places in other texts where both models choose the same token.
+    drafts by these weights: the share of tokens that they choose, too, of the model's greedy answers to parts of other texts.
 
     Raises:
         CheckpointError: the model cannot be read, or the folder not be written.
@@ -56,13 +56,12 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         reading(own, lambda: refuse_packed(own))  # before texts are written, which takes long
     if folder == own:
         refuse_beside(folder, INT4_FILE)
-    texts = _texts(config, report)
-    others, texts = texts[:_HELD_OUT], texts[_HELD_OUT:]
+    texts, others, answers = _texts(config, report)
     backend = for_training(config.model, "cpu").backend
-    expected = choices(backend, others)
     made_from = fingerprint(backend.own_spec, backend.model.get_parameter)
     weights = quantize(backend, texts, partial(report, "layers", backend.num_layers + 1))
-    agreement = (choices(backend, others) == expected).double().mean().item()
+    chosen = choices(backend, torch.cat([others, answers[:, :-1]], dim=1))[:, others.shape[1] - 1 :]
+    agreement = (chosen == answers).double().mean().item()
     details = {"texts": len(texts), "seed": config.seed, "agreement": agreement, "torch": torch.__version__}
     rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
     content = int4_content(rows, made_from, {name: str(value) for name, value in details.items()})
@@ -80,8 +79,8 @@ def choices(backend: TransformersBackend, texts: Tensor) -> Tensor:
     return torch.cat([backend.unembed(states).argmax(-1) for states in hidden])
 
 
-def _texts(config: CalibrationConfig, report: Report) -> Tensor:
-    """The texts that are held out, and then the others. Raises ConfigError for a model that no int4 kernel runs."""
+def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts (N, T), halves of others, and greedy answers to these. Raises ConfigError where no int4 kernel runs the model."""
     decoder = for_decoding(config.model, "cpu")
     spec = decoder.backend.spec
     if (missing := missing_feature(spec, recurrent=True)) or not isinstance(spec, ModelSpec):
@@ -94,7 +93,17 @@ def _texts(config: CalibrationConfig, report: Report) -> Tensor:
         width = spec.shapes[name][1]
         require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")
     count = _HELD_OUT + config.samples
-    return written_texts(decoder, count, min(_LENGTH, spec.context), config.seed, partial(report, "texts", count))
+    texts = written_texts(decoder, count, min(_LENGTH, spec.context), config.seed, partial(report, "texts", count))
+    others = texts[:_HELD_OUT, : texts.shape[1] // 2]
+    greedy = DecodingConfig("autoregressive", max_new_tokens=texts.shape[1] - others.shape[1])
+    return texts[_HELD_OUT:], others, torch.tensor(_answers(decoder, others.tolist(), greedy))
+
+
+def _answers(
+    decoder: Decoder, prompts: list[list[int]], config: DecodingConfig, seeds: list[int] | None = None
+) -> list[list[int]]:
+    answers = decode_batch(decoder.backend, prompts, config, seeds=seeds)
+    return [answer.ids for answer in sorted(answers, key=lambda answer: answer.row)]
 
 
 def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]) -> Tensor:
@@ -106,7 +115,7 @@ def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: 
         places = range(len(texts), min(len(texts) + _ROWS, count))
         prompts = [start if start and place % 2 else [draw.randrange(decoder.backend.spec.vocab)] for place in places]
         seeds = [draw.randrange(2**32) for _ in prompts]
-        answers = sorted(decode_batch(decoder.backend, prompts, config, seeds=seeds), key=lambda answer: answer.row)
-        texts += [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = _answers(decoder, prompts, config, seeds)
+        texts += [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         report(len(texts))
     return torch.tensor([text[: config.max_new_tokens + 1] for text in texts])
