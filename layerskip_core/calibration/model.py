@@ -2,11 +2,7 @@
 
 GPTQ (Frantar et al., ICLR 2023) chooses the levels of a weight input by input, and the inputs that follow make up for each
 error. The error of a weight W (out, in) is the sum over inputs x of |(W - W4) x|^2, which is the trace of
-(W - W4) H (W - W4)^T with H = sum x x^T. One round of descent then lowers it: the scales and lowest values of a group for given
-levels, where the error is a quadratic function with one minimum; then each level in turn becomes the best one beside all others
-as they stand (QuantEase, Behdin et al., 2023).
-
-Weights are (in, out) here, so that a loop over inputs runs through memory in order.
+(W - W4) H (W - W4)^T with H = sum x x^T.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,23 +17,7 @@ from ..model.weights import GROUP_SIZE, LEVELS, Int4
 
 _TOKENS = 4096  # of a forward pass
 _FITS = 3  # of a group's scale and lowest value to its levels, which are then nearest again
-_TINY = 1e-8  # the smallest step, and the least determinant
-_CENTRE = (LEVELS - 1) / 2
-
-
-def quantized(weight: Tensor, square: Tensor) -> Int4:
-    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values are those of bf16."""
-    aim = weight.T.float().contiguous()
-    levels, scale, low = with_best_levels(*with_best_scales(*gptq(aim, square), aim, square), aim, square)
-    return Int4(levels.T.to(torch.uint8).contiguous(), scale.T.contiguous(), low.T.contiguous())
-
-
-Parts = tuple[Tensor, Tensor, Tensor]  # levels (in, out), scales and lowest values (groups, out), all fp32
-
-
-def values(levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    """(in, out)."""
-    return (levels.view(len(scale), GROUP_SIZE, -1) * scale[:, None] + low[:, None]).view_as(levels)
+_TINY = 1e-8  # the smallest step
 
 
 def nearest(weights: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -57,20 +37,20 @@ def fitted(group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         centred = levels.sub_(middle)
         scale = ((share @ (centred * (group - mean))) / (share @ centred.square()).clamp_min_(_TINY)).clamp_min_(_TINY)
         low = mean - scale * middle
-    return rounded(scale), rounded(low)
+    return scale.bfloat16().float(), low.bfloat16().float()
 
 
-def rounded(factors: Tensor) -> Tensor:
-    return factors.bfloat16().float()
+def gptq(weight: Tensor, square: Tensor) -> Int4:
+    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values are those of bf16.
 
-
-def gptq(aim: Tensor, square: Tensor) -> Parts:
-    """Without correlations between the inputs, all of them equally large, this is `fitted` for each group."""
+    Without correlations between the inputs, all of them equally large, this is `fitted` for each group.
+    """
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True)
-    diagonal, left = factor.diagonal(), aim.clone()  # what is still to be stored of each input
-    levels = torch.empty_like(aim)
-    scales, lows = aim.new_empty(2, len(aim) // GROUP_SIZE, aim.shape[1])
-    for number, start in enumerate(range(0, len(aim), GROUP_SIZE)):
+    diagonal = factor.diagonal()
+    left = weight.T.float().clone(memory_format=torch.contiguous_format)  # of each input (in, out): what is still to be stored
+    levels = torch.empty_like(left)
+    scales, lows = left.new_empty(2, len(left) // GROUP_SIZE, len(weight))
+    for number, start in enumerate(range(0, len(left), GROUP_SIZE)):
         stop = start + GROUP_SIZE
         block, errors = left[start:stop], torch.empty_like(left[start:stop])
         scales[number], lows[number] = scale, low = fitted(block, diagonal[start:stop].pow(-2))
@@ -79,46 +59,7 @@ def gptq(aim: Tensor, square: Tensor) -> Parts:
             errors[place] = error = (block[place] - (level * scale + low)) / diagonal[column]
             block[place + 1 :].addr_(factor[column, column + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return levels, scales, lows
-
-
-def with_best_scales(levels: Tensor, scale: Tensor, low: Tensor, aim: Tensor, square: Tensor) -> Parts:
-    """The same levels; group by group the scale and lowest value of least error beside the other groups'."""
-    scale, low = scale.clone(), low.clone()
-    slope = square @ (values(levels, scale, low) - aim)  # half the error's derivative by each weight
-    for number, start in enumerate(range(0, len(aim), GROUP_SIZE)):
-        part = slice(start, start + GROUP_SIZE)
-        own, centred = square[part, part], levels[part] - _CENTRE
-        mixed, corner = own.sum(0) @ centred, own.sum()  # of the normal equations, with `first`
-        first = (centred * (own @ centred)).sum(0)
-        by_scale, by_middle = (centred * slope[part]).sum(0), slope[part].sum(0)
-        determinant = first * corner - mixed * mixed
-        solvable = determinant > 1e-6 * first * corner  # else all levels are equal, and the scale has no effect
-        change = torch.where(solvable, (mixed * by_middle - corner * by_scale) / determinant.clamp_min(_TINY), 0.0)
-        middle = low[number] + _CENTRE * scale[number] - (by_middle + mixed * change) / corner
-        new_scale = rounded((scale[number] + change).clamp_min_(_TINY))
-        new_low = rounded(middle - _CENTRE * new_scale)
-        moved = levels[part] * (new_scale - scale[number]) + (new_low - low[number])
-        scale[number], low[number] = new_scale, new_low
-        slope.addmm_(square[:, part], moved)
-    return levels, scale, low
-
-
-def with_best_levels(levels: Tensor, scale: Tensor, low: Tensor, aim: Tensor, square: Tensor) -> Parts:
-    """The same scales; each level, input by input, is the best one beside the others. The error does not grow."""
-    levels = levels.clone()
-    slope = square @ (values(levels, scale, low) - aim)
-    diagonal = square.diagonal()
-    for number, start in enumerate(range(0, len(aim), GROUP_SIZE)):
-        stop = start + GROUP_SIZE
-        inside, changes, step = slope[start:stop], torch.empty_like(slope[start:stop]), scale[number]
-        for place, column in enumerate(range(start, stop)):
-            best = (levels[column] - inside[place] / diagonal[column] / step).round_().clamp_(0, LEVELS - 1)
-            changes[place] = (best - levels[column]) * step
-            levels[column] = best
-            inside[place + 1 :].addr_(square[column, column + 1 : stop], changes[place])
-        slope[stop:].addmm_(square[stop:, start:stop], changes)
-    return levels, scale, low
+    return Int4(levels.T.to(torch.uint8).contiguous(), scales.T.contiguous(), lows.T.contiguous())
 
 
 @torch.no_grad()
@@ -135,14 +76,14 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
         layer, run = backend.layers[index], partial(backend.run_texts, start=index, stop=index + 1)
         for names, square in _squares(layer, run, states, others).items():
             matrices = [layer.get_parameter(f"{name}.weight") for name in names]
-            joint, sizes = quantized(torch.cat(matrices), damped(square, texts.numel())), [*map(len, matrices)]
+            joint, sizes = gptq(torch.cat(matrices), damped(square, texts.numel())), [*map(len, matrices)]
             for name, matrix, *part in zip(names, matrices, *(torch.split(part, sizes) for part in joint), strict=True):
                 weights[f"{spec.layer_prefix(index)}{name}.weight"] = made = Int4(*part)
                 matrix.copy_(made.weight)
         states = [run(hidden) for hidden in states]
         report(index + 1)
     square = sum(map(_square, map(backend.normed, states)), torch.zeros(spec.hidden, spec.hidden))
-    weights[spec.head_name] = quantized(backend.model.get_parameter(spec.head_name), damped(square, texts.numel()))
+    weights[spec.head_name] = gptq(backend.model.get_parameter(spec.head_name), damped(square, texts.numel()))
     report(backend.num_layers + 1)
     return weights
 
