@@ -44,12 +44,11 @@ def context_after(backend, ids):
     return Context([0], [ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
-def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
+def draft_of(backend, weights, submodel, ids, positions, cache, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
-    features = {} if feature is None else {submodel.exit_layer: feature[0]}
-    context = Context([0], ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], features)
+    context = Context([0], ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])])
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 

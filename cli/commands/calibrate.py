@@ -24,7 +24,7 @@ def calibrate(
     """
     use_threads(threads)
     from layerskip_core.calibration import calibrate, output_folder
-    from layerskip_core.checkpoint.beside import cache_folder, clear_cache
+    from layerskip_core.checkpoint.sidecars import cache_folder, clear_cache
     from layerskip_core.files import hold
 
     started = time.monotonic()

@@ -13,13 +13,13 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import cache_folder, cached_int4, fingerprint, int4_content, keep_in_cache, matrix_names
 from ..checkpoint.folder import INT4_FILE, refuse_packed
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder, reading
 from ..checkpoint.open import for_decoding, for_training
-from ..checkpoint.save import refuse_beside, save_beside
+from ..checkpoint.save import refuse_sidecar, save_sidecar
+from ..checkpoint.sidecars import cache_folder, cached_int4, fingerprint, int4_content, keep_in_cache, matrix_names
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig
 from ..decoding import decode_batch
@@ -55,7 +55,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     if own is not None:
         reading(own, lambda: refuse_packed(own))  # before texts are written, which takes long
     if folder == own:
-        refuse_beside(folder, INT4_FILE)
+        refuse_sidecar(folder, INT4_FILE)
     texts, others, answers = _texts(config, report)
     backend = for_training(config.model, "cpu").backend
     made_from = fingerprint(backend.own_spec, backend.model.get_parameter)
@@ -66,7 +66,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
     content = int4_content(rows, made_from, {name: str(value) for name, value in details.items()})
     if folder == own:
-        save_beside(folder, INT4_FILE, content, CheckpointInfo.without_int4)
+        save_sidecar(folder, INT4_FILE, content, CheckpointInfo.without_int4)
         return f"{folder}/{INT4_FILE}"
     keep_in_cache(made_from, content)
     return str(cached_int4(made_from))

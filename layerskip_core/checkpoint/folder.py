@@ -1,7 +1,6 @@
 """A model's folder, read without transformers, which takes seconds to import: settings, weights and tokenizer.
 
-`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose config.json holds every default and tokenizer.json the
-whole tokenizer. They return None for others.
+`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default, and return None for others.
 """
 
 import json
@@ -26,8 +25,8 @@ from ..prompting import Tokenizer, special_ids
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
-EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
+INT4_FILE = "int4.safetensors"  # beside the weights, see sidecars.py
+EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see sidecars.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
@@ -140,10 +139,9 @@ def refuse_packed(folder: str | Path) -> None:
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them; reads none.
+    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them.
 
-    Raises CheckpointError for a weight that is missing, of another shape or not floating point; not if no name is known:
-    transformers knows older names.
+    Raises CheckpointError for a wrong or missing weight; not if no name is known: transformers knows older names.
     """
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
@@ -166,10 +164,7 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer. Raises CheckpointError for one without a vocabulary, or with words beyond the embeddings.
-
-    Special tokens may lie beyond them, as Gemma 3's for images do: no text contains these.
-    """
+    """The tokenizer. Raises CheckpointError without a vocabulary, or for words beyond `vocab_size` that are not special."""
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:

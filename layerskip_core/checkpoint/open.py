@@ -1,7 +1,4 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model.
-
-`import_checkpoint` writes any of them as a folder of safetensors.
-"""
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +24,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
@@ -43,6 +39,7 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
+from .sidecars import EAGLE3_FOLDER, eagle3_content, eagle3_sidecar, read_eagle3, read_exit_blocks, read_int4
 from .transformers_read import (
     GgufFile,
     merge_adapters,
@@ -86,14 +83,17 @@ def for_decoding(
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
-    fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
-    saved ones whose low-bit copies are made too, on the CPU; None: all. `memory`: bytes that the weights may take with a copy
-    for adaptive drafting, which is not made otherwise; None: as `memory_budget` says.
+    Args:
+        name: an embedded model, a folder, a GGUF file or a hub id.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, fp32 or bf16.
+        packing: how weights are stored; unset drafts take the head and vocabulary of the policies.
+        policies: saved ones whose low-bit copies are made too, on the CPU; None: all.
+        memory: bytes for weights with a copy for adaptive drafting; None: by `memory_budget`.
 
-    Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
-    impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
-    kernels.
+    Raises:
+        CheckpointError: a model that is absent, damaged or unsupported.
+        ConfigError: an absent device, an impossible packing, a draft model of another vocabulary, unknown kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -108,17 +108,17 @@ def for_decoding(
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
-                source = _with_files_beside(replace(source, info=info), folder, most)
+                source = _with_sidecars(replace(source, info=info), folder, most)
                 backend, notes = _backend(source, folder)
                 return replace(_decoder(name, folder, source.info, backend), notes=notes)
         if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
         return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
-    found = reading(name, lambda: read_whole(location.path, read))
+    loaded = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
-        found.backend.draft_model = _draft_model(packing.draft_model, found, dtype, packing)
-    return found
+        loaded.backend.draft_model = _draft_model(packing.draft_model, loaded, dtype, packing)
+    return loaded
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
@@ -132,7 +132,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
             weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
-        return _with_files_beside(replace(source, info=info), folder, inf)  # weights are packed one by one
+        return _with_sidecars(replace(source, info=info), folder, inf)  # weights are packed one by one
 
     return reading(folder, read)
 
@@ -152,12 +152,10 @@ def import_checkpoint(
     change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
     eagle3: str | None = None,
 ) -> tuple[torch.dtype, list[str]]:
-    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
+    """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
     `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
-    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
-    out. Raises CheckpointError.
+    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -260,7 +258,7 @@ def _as_stored(
         return files.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, files.weight, lambda: take, packing, stored=files.rows)
-    backend, notes = _backend(_with_files_beside(source, None, memory), location.path)
+    backend, notes = _backend(_with_sidecars(source, None, memory), location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, None)
     return replace(made, notes=notes)
 
@@ -273,7 +271,7 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     )
 
 
-def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
+def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
     """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes)."""
     spec, packing, info, int4 = source.spec, source.packing, source.info, None
     copies = packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored)
@@ -330,12 +328,12 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
-    if file.is_widened and (found := kernels()) is not None and not found.widens_bf16:
+    if file.is_widened and (compiled := kernels()) is not None and not compiled.widens_bf16:
         raise CheckpointError(
-            f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
+            f"it was packed in fp32 for kernels that widen bf16, which {compiled.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab)
-    blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))
+    blocks = replace(file.exit_blocks, eagle3=eagle3_sidecar(folder, spec))
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)
@@ -353,7 +351,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     missing = missing_feature(spec)
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = replace(_model_source(trainable, packing), info=generic.info)
-        source = _with_files_beside(source, folder, memory)
+        source = _with_sidecars(source, folder, memory)
         backend, notes = _backend(source, location.path)
         return replace(generic, backend=backend, notes=notes, info=source.info)
     if not packing.is_plain:

@@ -1,9 +1,7 @@
 """Writes models. A folder never holds half a model, and files of others are never lost.
 
-A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY and the
-new model effective. Then its files are moved into place, layerskip.json last. After a kill, the next command that reads or
-writes the folder moves the rest. Other programs see the old model, for a few renames a folder without a config, then the new
-model.
+A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY. Then its
+files are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
 """
 
 import os
@@ -55,8 +53,8 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
     _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 
-def refuse_beside(model: str, name: str) -> None:
-    """Raises ConfigError if `save_beside` would replace a file of others. Needs the folder's lock."""
+def refuse_sidecar(model: str, name: str) -> None:
+    """Raises ConfigError if `save_sidecar` would replace a file of others. Needs the folder's lock."""
     settle(model)
     _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
@@ -94,8 +92,7 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info` and further `files`.
 
-    Raises CheckpointError for a full or read-only disk and for files of others in the way, LockedError while another
-    process writes to the folder; it is unchanged then.
+    Raises CheckpointError and LockedError; the folder is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):
@@ -141,7 +138,7 @@ def write_info(path: str, info: CheckpointInfo) -> None:
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
 
-def save_beside(
+def save_sidecar(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
     """Adds a file to a folder's model, and to layerskip.json after a `change`. Raises as `write_info` does."""
@@ -236,9 +233,9 @@ def _usual(folder: Path) -> set[str]:
 
 def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
     """Raises `error` for files of others that a new model would overwrite (`written`) or loaders take for its own."""
-    found = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
-    if found:
-        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    obstacles = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
+    if obstacles:
+        more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
         raise error(
-            f"{where}in the way is {found[0]}, which layerskip did not write{more}; move it away, or give another folder"
+            f"{where}in the way is {obstacles[0]}, which layerskip did not write{more}; move it away, or give another folder"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places, on_device
-from ..model.exit_blocks import DraftBlock, target_block
+from ..model.exit_blocks import DraftBlock
 from .graphs import Recorder
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ class FixedTarget:
     recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
     def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
-        """Raises ConfigError for an exit that can only draft."""
         self._model, self._layers, self._block = model, model.num_layers, None
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
-            self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
+            self._layers, self._block = config.exit_layer, model.exit_blocks.get(config.exit_layer)
         self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
@@ -49,7 +48,7 @@ class FixedTarget:
         self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
         # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
-        self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
+        self.rerun = int(any(block.needs_feature for block in blocks.values()))
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
 
@@ -111,10 +110,9 @@ class CalmTarget:
     exit_cache, recorder, rerun = None, None, 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
-        """Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side, self._confidence = model, model.draft_sides[None], config.exit_confidence
         self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
-        self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
+        self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
@@ -171,14 +169,13 @@ class ExitBlockCache:
     """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
-    to the next, if any `is_fed`.
+    to the next, if any `needs_feature`.
     """
 
     def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock], rows: int) -> None:
         """`blocks`: by the exits at which their drafts start."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
-        self.is_fed = any(block.is_fed for block in blocks.values())
         self._known = [False] * rows  # by row: whether it has features
         self.features: dict[int, Tensor] = {}  # by exit, (B, D): of the token before each row's next
         self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
@@ -202,8 +199,7 @@ class ExitBlockCache:
             before = before.index_copy(0, firsts, known[on_device(rows, known)])
             self._of_pass[exit_layer] = features
             skipped = [
-                int(count > 0 and not has_feature and (start > 0 or block.starts_later))
-                for has_feature, start, count in zip(self._known, places.starts, places.counts, strict=True)
+                int(count > 0 and not has_feature) for has_feature, count in zip(self._known, places.counts, strict=True)
             ]
             if any(skipped):
                 parts = zip(pairwise(places.bounds), skipped, strict=True)
@@ -241,7 +237,6 @@ Target = FixedTarget | CalmTarget
 
 
 def target_of(model: Backend, config: DecodingConfig, rows: int = 1) -> Target:
-    """Raises ConfigError for an exit that can only draft."""
     by_token = config.strategy == "early-exit" and config.exit_confidence
     return CalmTarget(model, config) if by_token else FixedTarget(model, config, rows)
 

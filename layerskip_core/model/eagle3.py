@@ -184,8 +184,7 @@ class Eagle3Weights:
 class PlacedEagle3:
     """A drafter of a backend, as a PlacedBlock. Its keys and values are those of layer `place` of the target's cache."""
 
-    is_fed = starts_later = True
-    kernel = None
+    needs_feature, kernel = True, None
 
     def __init__(
         self, stored: Eagle3Weights, place: int, vocab: int, like: Tensor, product_of: Callable[[Tensor], Product]

@@ -203,8 +203,6 @@ class RepackedBackend(ABC):
     ) -> Any: ...
 
     @abstractmethod
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
-
     @abstractmethod
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
 
@@ -262,10 +260,9 @@ class RepackedBackend(ABC):
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
                     norm = norm_weights(own, "norm", self.spec)
-                    join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
                     head: Any = chain.at_exits.unembed
                     few = chain.at_exits.vocabulary
-                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few)
+                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), few)
                     if chain is chains[0]:
                         whole = self._head.with_norm(norm)
                         self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)

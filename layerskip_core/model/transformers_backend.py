@@ -27,12 +27,6 @@ from .spec import AnySpec, ModelSpec, TransformersSpec
 _TEXTS = 3, 4  # tokens of the two texts of a trial
 
 
-def _joined(matrix: Tensor, both: Tensor) -> Tensor:
-    """W (D, 2D) [state; feature]. What a state carries after its D numbers stays as it is."""
-    hidden, carried, feature = both.tensor_split((len(matrix), both.shape[-1] - len(matrix)), dim=-1)
-    return torch.cat((F.linear(torch.cat((hidden, feature), dim=-1), matrix), carried), dim=-1)
-
-
 def attention_for(config: Any) -> str | None:
     """The attention of transformers that computes a model; None: its choice. `sdpa` has no cap of scores, and drops it."""
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
@@ -205,10 +199,8 @@ class TransformersBackend:
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
                 parameter.requires_grad_(False)
-        width = self.spec.hidden  # the tokens that some states carry come after it
-        join = partial(_joined, weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
         place, head = self.num_layers + len(self._blocks), partial(self._cut.unembed, norm=norm)
-        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, lambda state: norm(state[..., :width]), join)
+        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head)
         self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from layerskip_core import load
 from layerskip_core.calibration.model import damped, fitted, gptq, nearest, quantize
-from layerskip_core.checkpoint import beside
-from layerskip_core.checkpoint.beside import matrix_names
+from layerskip_core.checkpoint import sidecars
 from layerskip_core.checkpoint.folder import INT4_FILE
+from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.weights import int4_of
 
@@ -179,7 +179,7 @@ def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(beside.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(sidecars.CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -201,14 +201,14 @@ def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_
 
 
 def test_the_oldest_files_leave_a_full_cache(cache, monkeypatch):
-    monkeypatch.setattr(beside, "_CACHED", 25)
+    monkeypatch.setattr(sidecars, "_CACHED", 25)
     cache.mkdir()
     for age, name in enumerate("abcd"):
-        beside.keep_in_cache(name, b"0123456789")
-        os.utime(beside.cached_int4(name), (age, age))
+        sidecars.keep_in_cache(name, b"0123456789")
+        os.utime(sidecars.cached_int4(name), (age, age))
     assert sorted(path.name[0] for path in cache.iterdir()) == ["c", "d"]
-    monkeypatch.setattr(beside, "_CACHED", 5)
-    beside.keep_in_cache("e", b"0123456789")
+    monkeypatch.setattr(sidecars, "_CACHED", 5)
+    sidecars.keep_in_cache("e", b"0123456789")
     assert [path.name[0] for path in cache.iterdir()] == ["e"]
 
 

@@ -60,8 +60,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     ]  # fmt: skip
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
-    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "prediction", "time_split"]
-    plots.append("speed_within_an_answer")
+    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "time_split"]
     files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
@@ -178,8 +177,6 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
     plain, adaptive = json.loads(result.out)["results"]
     assert (adaptive["exit_layer"], adaptive["num_draft_tokens"], adaptive["draft_weights"]) == (None, None, None)
     assert adaptive["metrics"] == plain["metrics"] and adaptive["identical_outputs"] == 1.0
-    assert sum(step[0] for step in adaptive["longest_answer"]) == 6 and plain["longest_answer"] == []
-    assert {step[2] for step in adaptive["longest_answer"][1:]} <= set(adaptive["steps_by_drafter"])
     swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").out)
     assert swept["results"][-1]["strategy"] == "adaptive"
     assert [packing.adaptive for packing in packings] == [False, True, True]

@@ -11,7 +11,7 @@ from command_line import fails, refused, run
 
 from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.training import worth
+from layerskip_core.training import verdict
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 
@@ -59,8 +59,8 @@ def test_the_papers_recipe_with_named_exits(finetune):
 
 
 def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypatch):
-    monkeypatch.setattr(worth, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
-    monkeypatch.setattr(worth, "FEWEST", 4)
+    monkeypatch.setattr(verdict, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
+    monkeypatch.setattr(verdict, "FEWEST", 4)
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
@@ -265,12 +265,12 @@ def test_the_progress_line_shows_exits_at_even_distances():
 
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     """The plan, the progress and the end on stderr; a run on prompts alone."""
-    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01")
+    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--lr", "0.01")
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     rows, steps, what, worth, answers, note = planned.err.splitlines()
-    assert what == ("blocks at exits 2,4, feature final, 0.0M parameters; the model stays as it is; answers of the model")
+    assert what == ("blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model")
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
         rows,

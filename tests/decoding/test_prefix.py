@@ -1,5 +1,6 @@
 """A prompt that begins like the text before starts at the first difference, and nothing else changes."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from math import inf
@@ -8,13 +9,13 @@ import pytest
 import torch
 from conftest import tiny_model
 from decodings import WIDE, entries, ids_of, native_or_skip, prompt_of
-from exit_block_models import random_blocks
+from exit_block_models import random_blocks, random_eagle3
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode
-from layerskip_core.model import TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 STRATEGIES = {
@@ -87,40 +88,37 @@ def test_so_in_every_precision_and_with_windows(precision, kind):
     assert_same_bits(native(precision, kind, **windows), settings_of("exit"))
 
 
-@pytest.mark.parametrize("features", [("none", "final"), ("final", "none")])
 @pytest.mark.parametrize("strategy", ["adaptive", "exit 2", "exit 4"])
-def test_exit_blocks_go_on_too(features, strategy):
-    """Their keys and values come from true states; with the feature `final` from those of the token before, too."""
+def test_exit_blocks_go_on_too(strategy):
+    """Their keys and values come from the target's states."""
     model = tiny_model("llama", torch.float32, **SHAPE)
-    blocks = random_blocks(model, *map(ExitBlock, (2, 4), features))
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
     backend = native_or_skip(model, PackingConfig(), exit_blocks=blocks)
     exit_layer = int(strategy[-1]) if strategy.startswith("exit") else None
     config = DecodingConfig("self-speculative", exit_layer, 3, 12) if exit_layer else settings_of("adaptive")
-    reused = assert_same_bits(backend, config, None if strategy == "adaptive" else 6)
-    needs_finals = strategy == "adaptive" or features[(2, 4).index(exit_layer)] == "final"
-    assert reused == [0, 20 - needs_finals, 117 - needs_finals]
+    assert assert_same_bits(backend, config, None if strategy == "adaptive" else 6) == [0, 20, 117]
 
 
 @pytest.mark.parametrize("kept", ["a conversation", "shared"])
 @pytest.mark.parametrize("kind", ["native", "packed"])
-def test_a_block_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
+def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     """So it drafts after a known beginning, here of 64 tokens and one that is rerun, what it drafts after a whole prefill."""
     model = tiny_model("llama", torch.float32, **SHAPE)
-    blocks = random_blocks(model, ExitBlock(2, "final"), scale=2.0)
+    blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
     backend = (native_or_skip if kind == "native" else TorchBackend.of)(model, PackingConfig(), exit_blocks=blocks)
-    config, first = DecodingConfig("self-speculative", 2, 3, 1), [*prompt_of(65), 5, 6]
+    config, first = DecodingConfig("eagle3", None, 3, 1), [*prompt_of(65), 5, 6]
 
-    def of_block(**known):
-        """Those of the block for the first 65 tokens of a text, in a loop that has taken its first step."""
+    def of_drafter(**known):
+        """Those of the drafter for the first 65 tokens of a text, in a loop that has taken its first step."""
         loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
         next(loop)
-        return entries(loop._cache)[6, ..., :65, :], loop.reused_tokens
+        return entries(loop._cache)[6, ..., :64, :], loop.reused_tokens
 
     known = {"prefixes": of_turns() if kept == "a conversation" else Prefixes(1 << 30)}
     list(DecodingLoop(backend, [first], config, **known))
-    found, reused = of_block(**known)
+    found, reused = of_drafter(**known)
     assert reused == 64
-    torch.testing.assert_close(found, of_block()[0])
+    torch.testing.assert_close(found, of_drafter()[0])
 
 
 @pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])

@@ -13,7 +13,7 @@ from evaluating import tiny_loaded
 from exit_block_models import random_blocks, random_eagle3
 from test_prefix import SHAPE, conversation, entries, of_turns
 
-from layerskip_core.checkpoint.beside import matrix_names
+from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
@@ -51,7 +51,7 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
 def backend_of(model_type, precision="fp32"):
     dtype, packing = PRECISIONS[precision]
     model = tiny_model(model_type, dtype, **SHAPE)
-    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
     blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
     return native_or_skip(model, packing, exit_blocks=blocks)
 

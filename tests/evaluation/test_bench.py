@@ -199,7 +199,7 @@ def test_prompts_that_failed_count_as_different_and_in_no_time():
 
 
 ANSWER = Output(
-    (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25, "exit 5")),
+    (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25)),
     DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,), {"exit 5": 1}), "eos", 12.5,
 )  # fmt: skip
 FAILURE = Output(error="out of memory")

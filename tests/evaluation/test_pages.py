@@ -19,7 +19,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_json, to_jsonl
 from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
 from layerskip_core.evaluation.report.tables import results_table
-from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step, read_record
+from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
 FULL = replace(
     SWEEP,
@@ -126,7 +126,7 @@ def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out(
 
 def test_only_figures_with_data():
     # Acceptance by exit needs two exits.
-    assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "prediction", "time_split"]
+    assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "time_split"]
     assert list(figures(TABLES)) == ["pareto"]
 
 
@@ -153,22 +153,7 @@ def test_a_plot_has_at_most_eight_lines_with_their_names_at_their_ends():
         assert levels[-1] <= 1 and min(above - below for below, above in pairwise(levels)) > 0.05  # none hides another
         told = "\n8 of 12: those on the Pareto frontier of quality and speed, then the fastest"
         assert drawn.get_xlabel() == "position of the draft in its round" + (told if count > 8 else "")
-    assert len(figures(many(12))["prediction"].axes[0].collections) == 8
     assert len({line.get_color() for line in drawn.lines}) == len({line.get_marker() for line in drawn.lines}) == 8
-
-
-def test_the_speed_within_an_answer_is_drawn_by_drafter():
-    steps = (Step(1, 0.5), Step(3, 0.25, "lookup"), Step(1, 0.25, "plain"), Step(2, 0.5, "int8"), Step(4, 0.5, "int8"))
-    adaptive = replace(BENCH.results[1], strategy="adaptive", exit_layer=None, longest_answer=steps)
-    drawn = figures(replace(TABLES, results=(*TABLES.results, adaptive)))
-    (axes,) = drawn["speed_within_an_answer"].axes
-    line, plain = axes.lines
-    assert list(line.get_xdata()) == [0.25, 0.5, 1.0, 1.5]  # the prefill's step is left out
-    assert list(line.get_ydata()) == [10 / 1.5] * 4  # eight steps around each are all of them
-    assert plain.get_ydata()[0] == 1000 / 6.5
-    assert [points.get_label() for points in axes.collections] == ["int8", "lookup", "plain"]
-    assert axes.collections[0].get_offsets().tolist() == [[1.0, 10 / 1.5], [1.5, 10 / 1.5]]
-    assert "speed_within_an_answer" not in figures(TABLES)
 
 
 def test_an_svg_has_the_text_colour_and_the_width_of_the_page():

@@ -28,7 +28,6 @@ from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable, decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import CheckConfig, Engine
-from layerskip_core.errors import ConfigError
 from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
 from layerskip_core.model import TransformersBackend
@@ -200,14 +199,6 @@ def test_values_by_layer_follow_the_layers_that_are_kept():
     assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
     gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
     assert gemma.layer_types == [sliding, full, sliding]
-
-
-def test_a_block_that_reads_the_final_states_is_refused():
-    loaded = tiny("llama")
-    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
-    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
-        cut_to_exit(loaded, 2, blocks)
-    assert loaded.model.config.num_hidden_layers == 6
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ prompt_of = partial(decodings.prompt_of, vocabulary=300)
 
 @cache
 def decoder_of(kind, **changes):
-    """The tiny model with blocks at its exits 2 and 4, of which one reads the final states."""
-    blocks = (ExitBlock(2, "final"), ExitBlock(4, "none"))
+    """The tiny model with blocks at its exits 2 and 4."""
+    blocks = (ExitBlock(2), ExitBlock(4))
     packing = PackingConfig(draft_weights=("int8",))
     backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE, **changes)
     return replace(tiny_loaded(), backend=backend)

@@ -11,9 +11,9 @@ from decoder_types import tiny
 from test_frozen_run import hashes, train
 from training_runs import Interrupted, stop_at
 
-from layerskip_core.checkpoint.beside import read_eagle3
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.checkpoint.sidecars import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import DrafterConfig
@@ -174,7 +174,7 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
     [
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
         ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"feature": "final"}, "`feature` must be used with `layout` exit"),
+        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
         ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
     ],
 )

@@ -131,7 +131,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
 
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
-    changes = {"feature": "final", "exits": (1, 3), "save_steps": 2}
+    changes = {"exits": (1, 3), "save_steps": 2}
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     _, expected, _ = train(frozen(**changes, output=whole))
     assert [set(report.exit_losses) for report in expected] == [{1, 3}] * 4

@@ -54,7 +54,7 @@ class _Unfinished:
     Attributes:
         rooms: by row, how many drafts there may be at most.
         going: the rows that the next step runs, all of which have `step` drafts.
-        token: their tokens that did not run yet. `feature` (G, D): what the exit's block reads of those before.
+        token: their tokens that did not run yet. `feature` (G, D): what the block reads of those before.
         run: by row, how many tokens ran. `ids`, `likely`: its drafts and their probabilities, as far as they are read.
         unread: rows, and probabilities on a device that is not waited for.
     """

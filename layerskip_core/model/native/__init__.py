@@ -13,7 +13,6 @@ from ..backend import DraftKernel
 from ..cache import KVCache, Places
 from ..configuration import SLIDING
 from ..eagle3 import Eagle3Weights
-from ..exit_blocks import ExitBlock
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
@@ -128,11 +127,6 @@ class NativeBackend(RepackedBackend):
         form = MatrixForm(low_bits or self._unrounded, spec.hidden, spec.vocab, biased=spec.architecture.head_bias)
         matrix = self._pack("head", form, lambda: [head_weights(weights, spec)])
         return NativeLinear(self._engine, matrix if rows is None else matrix.rows_of(rows), norm, spec)
-
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> NativeLinear:
-        form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
-        name = f"{block.prefix}input"
-        return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # it sees the whole text

@@ -104,7 +104,7 @@ class CDraft(Structure):
         *_fields(c_void_p, "embedding learned vocabulary ends order stops probs"),
         *_fields(c_int32, "layer_count stop_count end_count most runs_last power"),
         *_fields(c_float, "logits_scale logits_cap confidence survival doubt"),
-        *_fields(c_void_p, "join joined tokens states beyond logits"),
+        *_fields(c_void_p, "entry tokens states beyond logits"),
         *_fields(c_int32, "drafted"),
     ]
 

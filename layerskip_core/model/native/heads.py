@@ -63,10 +63,10 @@ def draft(
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
     """A `DraftKernel`, after the arguments that stay the same."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
-    join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
+    entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
         assert isinstance(block, PlacedBlock)
-        beyond, join = ((block.layer, block.layer + 1),), block.join
+        beyond = ((block.layer, block.layer + 1),)
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
@@ -81,8 +81,7 @@ def draft(
         *map(_address, (layers.embedding, learned, ids, end_ids, indices, stop_counts, probs)),
         *(len(order), len(stops), len(end_ids), most, runs_last, ends.power),
         *(1 / spec.logits_divisor, spec.logits_cap or 0.0, ends.confidence, ends.survival, ends.doubt),
-        ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
-        *map(_address, (joined, tokens, states, after_exit, logits)),
+        *map(_address, (entry, tokens, states, after_exit, logits)),
     )
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads

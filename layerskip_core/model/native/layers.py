@@ -162,12 +162,12 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
-        before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
+        needs_feature, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
+        before = [feature_norm, *norms[1:4], norms[0]] if needs_feature else [*norms[:4], None]
         matrices = dict[str, NativeMatrix]()
         if (first := blocks[0]) != "mlp":
             _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
-            qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+            qkv = MatrixForm(kind, spec.hidden * (1 + needs_feature), sum(widths), biased=qkv_bias)
             output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
             matrices["qkv"] = pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
             matrices["output"] = pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)])

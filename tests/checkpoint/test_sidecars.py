@@ -7,22 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
 from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
-from layerskip_core.checkpoint.save import refuse_overwrite, save_beside, write_info
+from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
+from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.errors import CheckpointError
 from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
@@ -30,7 +29,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named, features_of
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits
 
@@ -141,20 +140,18 @@ def read(loaded, folder=None):
     return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
 
 
-def test_exits_and_features_follow_from_the_names(loaded):
+def test_exits_follow_from_the_names(loaded):
     assert read(loaded) is NO_BLOCKS
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4), ExitBlock(2)))
     found = read(loaded)
-    assert found.blocks == (ExitBlock(2), ExitBlock(4, "final"))
-    assert found.take("exits.4.input.weight").shape == (32, 64)
-    assert found.take("exits.2.input.weight") is None
+    assert found.blocks == (ExitBlock(2), ExitBlock(4))
     assert EXIT_BLOCKS_FILE in read_info(loaded.name).files
     refuse_overwrite(loaded.name, overwrite=True)
 
 
 def test_another_exit_is_added_and_the_same_one_replaced(loaded):
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3, "final")))
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3)))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
     norm = loaded.model.model.norm.weight
@@ -163,10 +160,10 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
 
 
 def test_the_same_blocks_give_the_same_bytes(loaded):
-    written = {content(loaded, ExitBlock(2), ExitBlock(3, "final")) for _ in range(12)}
+    written = {content(loaded, ExitBlock(2), ExitBlock(3)) for _ in range(12)}
     assert len(written) == 1
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, written.pop())
-    assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3, "final"))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, written.pop())
+    assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3))
 
 
 def test_the_precision_of_the_model_does_not_matter(loaded):
@@ -198,7 +195,7 @@ def test_damaged_blocks_are_refused(loaded, change, found):
 def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
     path = f"{loaded.name}/{EXIT_BLOCKS_FILE}"
     whole = content(loaded, ExitBlock(2), factor=float("nan"))
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, whole)
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, whole)
     with pytest.raises(CheckpointError, match=r"exits\.2\..* holds NaN"):
         for_decoding(loaded.name, "cpu")
     for cut in (b"", whole[:-9]):
@@ -211,16 +208,23 @@ def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
 
 
 def test_a_name_needs_an_exit_and_a_part():
-    assert blocks_named(["exits.3.layer.mlp.down_proj.weight", "exits.1.input.weight"], 4) == (
-        ExitBlock(1, "final"),
+    assert blocks_named(["exits.3.layer.mlp.down_proj.weight", "exits.1.norm.weight"], 4) == (
+        ExitBlock(1),
         ExitBlock(3),
     )
-    for name in ("exits.3.head.weight", "exits.4.norm.weight", "exits.0.norm.weight", "exits.-1.norm.weight", "3.norm.bias"):
+    for name in (
+        "exits.3.head.weight",
+        "exits.3.input.weight",
+        "exits.4.norm.weight",
+        "exits.0.norm.weight",
+        "exits.-1.norm.weight",
+        "3.norm.bias",
+    ):
         with pytest.raises(CheckpointError, match="no weight of a block"):
             blocks_named([name], 4)
 
 
-BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+BLOCKS = (ExitBlock(2), ExitBlock(4))
 
 
 @pytest.fixture(scope="module")
@@ -275,33 +279,22 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
     assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
 
 
-def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
-    decoder = for_decoding(folder, "cpu", "fp32")
-    decoder.resolve({"strategy": "early-exit", "exit_layer": 2}, PackingConfig())
-    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-        decoder.resolve({"strategy": "early-exit", "exit_layer": 4}, PackingConfig())
-    result = run("generate", "wake me", "--model", folder, "--strategy", "early-exit", "--exit", "4")
-    assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
-
-
 def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
-    """Agreement by features of the target's own states for every token, perplexity where the block stands alone."""
     decoder = for_decoding(folder, "cpu", "fp32")
     model, prompt, output = decoder.backend, [5, 9, 33, 12], [7, 8, 60, 23, 40]
     tokens = torch.tensor([prompt + output])
     with torch.inference_mode():
-        features = features_of(model.normed(run_texts(model, model.embed(tokens), 0, 6)))
         chosen, scores = {}, {}
         for exit_layer, block in model.exit_blocks.items():
             states = run_texts(model, model.embed(tokens), 0, exit_layer)
-            hidden = run_texts(model, block.enter(states, features), block.layer, block.layer + 1)
+            hidden = run_texts(model, states, block.layer, block.layer + 1)
             scores[exit_layer] = block.head(hidden)[0]
             chosen[exit_layer] = scores[exit_layer].argmax(-1)[3:-1].tolist()
     assert agreement(decoder, prompt, output, (2, 4)) == chosen
     row = load_examples(DataConfig("commands", "test", limit=1))[0]
     _, losses = reference_losses(decoder, row, (2, 4, 6))
     _, plain = reference_losses(for_decoding(checkpoint, "cpu", "fp32"), row, (6,))
-    assert losses.keys() == {2, 6} and losses[6] == plain[6]
+    assert losses.keys() == {2, 4, 6} and losses[6] == plain[6]
 
 
 def test_inspect_shows_what_blocks_predict(folder):
@@ -325,22 +318,13 @@ def test_bench_and_sweep_measure_blocks(folder):
     *_, record = bench(decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1))
     assert isinstance(record, RunRecord)
     strategies = [result.strategy for result in record.results]
-    assert "self-speculative" in strategies and "early-exit" not in strategies
-    assert all(result.identical_outputs == 1 for result in record.results)
+    assert {"self-speculative", "early-exit"} <= set(strategies)
+    assert all(result.identical_outputs == 1 for result in record.results if result.strategy != "early-exit")
     *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
     assert isinstance(record, RunRecord)
     by_confidence = BenchConfig(generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1)
     *_, benched = bench(replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence)
     assert isinstance(benched, RunRecord)
-    assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2,), ())]
+    assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2, 4), ())]
     rows = {(result.strategy, result.exit_layer) for result in record.results}
-    assert {("early-exit", 2), ("self-speculative", 2), ("self-speculative", 4)} <= rows
-    assert ("early-exit", 4) not in rows
-
-
-def test_only_exits_that_can_answer_are_chosen_by_confidence(folder):
-    decoder, confident = for_decoding(folder, "cpu", "fp32"), {"exit_confidence": 0.5}
-    assert decoder.recommended().exits == (2, 4)
-    assert decoder.resolve({**confident}, PackingConfig()).exits == (2,)
-    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-        decoder.resolve({**confident, "exits": [2, 4]}, PackingConfig())
+    assert {(strategy, exit_layer) for strategy in ("early-exit", "self-speculative") for exit_layer in (2, 4)} <= rows
