@@ -242,6 +242,7 @@ os.fsync = lambda _: None  # what tests write need not outlive this machine, and
 def folders(tmp_path_factory):
     """Makes empty folders. pytest's own way looks through all earlier ones, so that thousands of tests take minutes."""
     root, number = tmp_path_factory.mktemp("session"), count()
+    os.environ["LAYERSKIP_CACHE"] = str(root / "cache")
 
     def make(name):
         made = root / f"{name}{next(number)}"

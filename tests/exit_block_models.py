@@ -53,9 +53,9 @@ def add_eagle3(folder) -> None:
         (folder / name).write_bytes(content)
 
 
-def add_int4(folder, change=lambda weight: weight):
+def add_int4(folder, change=lambda weight: weight, **details):
     """Calibrated weights that differ visibly from rounded ones, if `change` does."""
     model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
     names = sidecars.matrix_names(spec)
     rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
-    save_sidecar(str(folder), INT4_FILE, sidecars.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))
+    save_sidecar(str(folder), INT4_FILE, sidecars.int4_content(rows, fingerprint(spec, model.get_parameter), details))

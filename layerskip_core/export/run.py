@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
-from ..checkpoint.info import CheckpointInfo, read_info
+from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
@@ -114,7 +114,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         raise CheckpointError(
             f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
         )
-    info = read_info(source)
+    info = unpacked.info
     info = replace(info, details={**info.details, "packed_from": config.model})
     written: list[str] = []
 

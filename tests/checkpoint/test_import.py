@@ -110,7 +110,7 @@ def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks
 
 
 def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wide, tmp_path):
-    calibrate(CalibrationConfig(str(wide), samples=2, length=8, tuning_steps=0))
+    calibrate(CalibrationConfig(str(wide), samples=2))
     output = tmp_path / "imported"
     assert "left out" not in run("import", str(wide), "--output", str(output)).err
     assert (output / INT4_FILE).read_bytes() == (wide / INT4_FILE).read_bytes()

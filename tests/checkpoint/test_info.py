@@ -88,15 +88,15 @@ def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
     assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
 
 
-def test_the_agreement_of_new_int4_weights_replaces_what_a_sweep_measured_of_others():
-    swept = {"exit 4": 0.9, "int4": 0.5, "int4 exit 4": 0.25}
-    info = CheckpointInfo(profile=replace(PROFILE, acceptance=swept))
-    assert info.with_int4(0.75).profile == replace(PROFILE, acceptance={"exit 4": 0.9, "int4": 0.75})
-    assert CheckpointInfo().with_int4(0.75).draft_profile(12) == DraftProfile({"int4": 0.75})
-    other = replace(info, profile=replace(info.profile, draft_head="int4"))  # of other drafts than those that were measured
-    assert other.with_int4(0.75).profile.acceptance == {"exit 4": 0.9}
+def test_the_agreement_stored_with_int4_weights_is_a_prior_where_no_sweep_measured_them():
+    info = CheckpointInfo(profile=replace(PROFILE, acceptance={"exit 4": 0.9, "int4": 0.5, "int4 exit 4": 0.25}))
+    assert info.with_int4(0.75) == info and info.without_int4().profile == replace(PROFILE, acceptance={"exit 4": 0.9})
+    assert info.without_int4().with_int4(0.75).profile.acceptance == {"exit 4": 0.9, "int4": 0.75}
+    assert CheckpointInfo().without_int4().with_int4(0.75).draft_profile(12) == DraftProfile({"int4": 0.75})
+    other = replace(info, profile=replace(PROFILE, draft_head="int4"))  # of other drafts than those that were measured
+    assert other.with_int4(0.75) == other
     guessed = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.5, "8": 0.5, "12": 0.5}}
-    known = replace(info.with_int4(0.75), details=guessed).draft_profile(12)
+    known = replace(info.without_int4().with_int4(0.75), details=guessed).draft_profile(12)
     assert known.acceptance == {"exit 4": 0.9, "exit 8": 1.0, "int4": 0.75}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
-from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar
+from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
 from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
@@ -30,6 +30,7 @@ from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits
 
 INT4 = PackingConfig("int4")
@@ -65,6 +66,30 @@ def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, 
     import_checkpoint(str(plain), str(wide), "fp32")
     assert not (wide / INT4_FILE).exists() and set(read_info(wide).files) == set(files)
     assert "calibrated" not in quantized_logits(wide)[1]
+
+
+@pytest.mark.skipif(kernels() is None, reason="copies are of our kernels")
+@pytest.mark.parametrize(
+    ("agreement", "measured", "copy"),
+    [
+        (None, None, "int8"),
+        ("0.95", None, "int4"),
+        ("0.8", None, "int8"),
+        ("0.95", {"int8": 5.0, "int4": 6.0}, "int8"),  # milliseconds of a draft, where a pass takes 10
+        ("0.8", {"int8": 8.0, "int4": 2.0}, "int4"),
+    ],
+)
+def test_the_copy_that_drafts_is_the_one_with_more_tokens_per_second(wide, agreement, measured, copy):
+    if agreement is not None:
+        add_int4(wide, agreement=agreement)
+    if measured is not None:
+        info = read_info(wide)
+        write_info(str(wide), replace(info, profile=DraftProfile({}, (10.0, 11.0), measured)))
+    decoder = for_decoding(str(wide), "cpu", "bf16", PackingConfig(adaptive=True))
+    assert list(decoder.backend.draft_sides) == [None, copy]
+    if agreement is not None:
+        assert decoder.info.draft_profile(6).acceptance == {"int4": float(agreement)}
+        assert "calibrated" not in decoder.backend.implementation or copy == "int4"
 
 
 def test_a_file_of_another_model_is_refused(wide, tmp_path):

@@ -109,7 +109,6 @@ def test_sampling_stays_with_a_model(wide, tmp_path):
             ("import", str(wide)),
             ("export", str(wide), "--exit", "2"),
             *([("export", str(wide), "--format", "packed")] if kernels() else []),
-            ("calibrate", "--model", str(wide), "--samples", "2", "--length", "8", "--steps", "0"),
             ("finetune", "--model", str(wide), "--steps", "1", "--samples", "2", "--batch-size", "1", *lora),
         )
     ):

@@ -34,7 +34,7 @@ NOWHERE = {
     "inspect": ("x", "--model", "nonesuch"),
     "finetune": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
     "train-drafter": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
-    "calibrate": ("--model", "nonesuch", "--data", "none.csv", "--output", "out"),
+    "calibrate": ("--model", "nonesuch"),
     "data": ("--data", "none.csv"),
 }
 NEEDED = {  # of flags that mean nothing by themselves
