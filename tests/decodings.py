@@ -11,7 +11,7 @@ from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.output import OutputText, Row, StopScanner
 from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS
-from layerskip_core.model.pages import PagedCache
+from layerskip_core.model.pages import PAGE, PagedCache
 
 PLAIN = DecodingConfig()
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
@@ -31,7 +31,6 @@ def letters(ids):
 
 
 def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
-    """A prompt's ids, why they end, and their counts."""
     decoding = decode(model, prompt, config, frozenset(eos_ids), letters, **options)
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
@@ -62,21 +61,26 @@ def draft_of(backend, weights, submodel, ids, positions, cache, eos_ids=frozense
 
 
 def entries(cache, row=0):
-    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels."""
+    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels.
+
+    Where head sizes differ, L is 1 and head dim all of them.
+    """
     if not isinstance(cache, PagedCache):
         [cache] = getattr(cache, "parts", {"all": cache}).values()
         return cache.storage[:, :, row]
-    held = torch.cat([page.content for page in cache._pages[row]], dim=3)
-    keys, values = held.unbind(1)
-    layers, heads, places, size = keys.shape
+    held, found, start = torch.stack([page.content for page in cache._pages[row]]), [], 0
     together = 4 // held.element_size()  # numbers that stand side by side
-    keys = keys.reshape(layers, heads, -1, size // together, 16, together).transpose(3, 4)
-    values = values.reshape(layers, heads, -1, size, together).transpose(3, 4)
-    return torch.stack([part.reshape(layers, heads, places, size) for part in (keys, values)], dim=1)
+    for heads, size in cache._pool.sizes:
+        stop = start + 2 * heads * PAGE * size
+        keys, values = held[:, start:stop].reshape(-1, 2, heads, PAGE // 16, 16 * size).transpose(0, 2).unbind(1)
+        keys = keys.reshape(heads, -1, size // together, 16, together).transpose(2, 3)
+        values = values.reshape(heads, -1, size, together).transpose(2, 3)
+        found.append(torch.stack([part.reshape(heads, -1, size) for part in (keys, values)]))
+        start = stop
+    return torch.stack(found) if len({*cache._pool.sizes}) == 1 else torch.cat(found, dim=-1)[None]
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
-    """The ids of autoregressive decoding."""
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
 
 

@@ -175,7 +175,6 @@ def test_texts_that_begin_alike_share_keys_and_values():
 
 @pytest.fixture
 def on_gpu(checkpoint):
-    """The model of `checkpoint` as every command loads it."""
     with simulated_cuda():
         yield for_decoding(checkpoint, "cuda", "fp32")
 

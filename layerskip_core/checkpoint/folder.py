@@ -47,7 +47,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
     if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
-    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
+    simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
     return spec if simple and missing_feature(spec, recurrent=True) is None else None
 
 

@@ -167,13 +167,19 @@ class CheckpointInfo:
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 
+    def without_int4(self) -> "CheckpointInfo":
+        """Without a sweep's measurements of other int4 weights."""
+        if self.profile is None:
+            return self
+        acceptance = {name: share for name, share in self.profile.acceptance.items() if not name.startswith("int4")}
+        return replace(self, profile=replace(self.profile, acceptance=acceptance))
+
     def with_int4(self, agreement: float) -> "CheckpointInfo":
-        """With the agreement of new int4 weights, in place of a sweep's measurements of others."""
+        """With the agreement that is stored with int4 weights, where no sweep measured their drafts."""
         known = self.profile or DraftProfile()
-        acceptance = {name: share for name, share in known.acceptance.items() if not name.startswith("int4")}
-        if (known.draft_head, known.draft_vocab) == (None, 0):  # the drafts whose agreement it is
-            acceptance["int4"] = agreement
-        return replace(self, profile=replace(known, acceptance=acceptance))
+        if (known.draft_head, known.draft_vocab) != (None, 0):  # other drafts than those whose agreement it is
+            return self
+        return replace(self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance))
 
     @property
     def _training(self) -> _Training:

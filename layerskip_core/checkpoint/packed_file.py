@@ -81,7 +81,7 @@ class PackedFile:
 
     def unpacked(self, name: str) -> Tensor | None:
         """A weight outside of matrices, by its name in a checkpoint."""
-        return self._file.read(name) if name in self._file.entries else None
+        return self._file.mapped(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
         return self._part(spec.embedding_name, self.dtype, spec.shapes[spec.embedding_name])
@@ -145,7 +145,7 @@ class PackedWriter:
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
     """The names of the weights of norms, activations, learned positions, convolutions and routers, among all of a model."""
-    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight"}
+    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
         whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}
     routers = () if experts is None else (f"{experts.router}.weight", f"{experts.shared_gate}.weight")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from ..errors import require, require_choice
-from .options import Count, CountOrNone, Flag, ModelName, Seed, Steps, Text, Threads
+from .options import Count, CountOrNone, Flag, ModelName, Seed, Text, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
@@ -131,18 +131,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`samples` texts of `length` tokens, from `data` or else written by the model, and `tuning_steps` on them."""
+    """`samples` texts that the model writes."""
 
     model: ModelName = "embedded"
-    output: Annotated[Text | None, Flag("Folder for a copy.", None, "--model's folder, or calibrated-model", "Output")] = None
-    data: Annotated[
-        Text | None, Flag("Rows: commands, topv2, a file or hub id.", None, "what the model writes", "Data", reads="data")
-    ] = None
-    samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
-    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Tokens of a text.")] = 256
-    tuning_steps: Annotated[Steps, Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")] = 32
-    seed: Annotated[Seed, Flag("Seed of the texts and of their order.", panel="Run")] = 0
-    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
+    samples: Annotated[Count, Flag("Number of texts that the model writes, of 256 tokens each.")] = 24
+    seed: Annotated[Seed, Flag("Seed of the texts.", panel="Run")] = 0
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ class DecodingLoop:
         ]
         ends = zip(rows, bounds[1:], strict=True)
         scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]
-        output = self._target.fill(torch.cat(parts), places, scored)
+        whole = any(row.config.prompt_logprobs and not row.output for row in rows)
+        output = self._target.fill(torch.cat(parts), places, scored, whole)
         for index, row in enumerate(rows):
             if row.config.prompt_logprobs and not row.output and output.states is not None:
                 self._tell(row, output.states[bounds[index] : bounds[index + 1]])

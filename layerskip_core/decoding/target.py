@@ -13,6 +13,7 @@ from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places, on_device
 from ..model.exit_blocks import DraftBlock
+from ..model.spec import ModelSpec
 from .graphs import Recorder
 
 if TYPE_CHECKING:
@@ -51,9 +52,24 @@ class FixedTarget:
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
+        self._writing, spec = self._layers, model.spec  # the layers that all tokens need
+        if isinstance(spec, ModelSpec) and spec.sizes and not (blocks or self._block):
+            self._writing = spec.attending[-1] + 1
 
-    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
-        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
+    def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
+        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`.
+
+        These end rows. `whole`: the states of all are needed.
+        """
+        if self._writing < self._layers and not whole:
+            hidden, writing = self._model.embed(tokens), self._writing
+            hidden = self._model.run_layers(hidden, 0, writing, places)
+            if not scored:
+                return TargetOutput(None, self._layers)
+            counts = [sum(first <= place < end for place in scored) for first, end in pairwise(places.bounds)]
+            ends = places.moved(0, [count - own for count, own in zip(places.counts, counts, strict=True)])
+            hidden = self._model.run_layers(hidden[on_device(scored, hidden)], writing, self._layers, ends)
+            return TargetOutput(self.head(hidden), self._layers)
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
@@ -122,7 +138,7 @@ class CalmTarget:
         self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
-    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
+    def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
         chosen, hidden, self._begin = None, self._model.embed(tokens), places.stop
         for start, stop in self._spans:
             hidden = self._model.run_layers(hidden, start, stop, places)

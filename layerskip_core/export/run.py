@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
-from ..checkpoint.info import CheckpointInfo, read_info
+from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
@@ -114,7 +114,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         raise CheckpointError(
             f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
         )
-    info = read_info(source)
+    info = unpacked.info
     info = replace(info, details={**info.details, "packed_from": config.model})
     written: list[str] = []
 
@@ -268,8 +268,10 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
             values[name] = [value[layer] for layer in kept]
-        if isinstance(value, dict) and value and set(value) <= set(map(str, range(layers))):
-            values[name] = {str(place): value[str(layer)] for place, layer in enumerate(kept) if str(layer) in value}
+        names = [key for key in value if isinstance(key, str) and key.isdecimal()] if isinstance(value, dict) else []
+        if names and len(names) == len(value) and max(map(int, names)) < layers:
+            by_layer = {int(key): of_layer for key, of_layer in value.items()}
+            values[name] = {str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer}
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
     if (dense := values.get("mlp_only_layers")) is not None:  # so have all layers but every `step`-th

@@ -33,6 +33,7 @@ ROPE_VALUES = (
 )
 
 NO_DRAFTER = "this model has no EAGLE-3 drafter; `layerskip train-drafter --layout eagle3` makes one"
+UNSUITED = "no drafter in the EAGLE-3 layout suits model_type {}: its layers read tokens"
 FC, HEAD, NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
 LAYER = "layers.0."
 _QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")

@@ -129,4 +129,5 @@ def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
         layers=spec.layers + count,
         kinds=spec.kinds + spec.kinds[last : last + 1] * count,
         rope_of=spec.rope_of + spec.rope_of[last : last + 1] * count,
+        sizes=spec.sizes + spec.sizes[last : last + 1] * count,
     )

@@ -134,13 +134,13 @@ class RepackedBackend(ABC):
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
         self._stored = None if stored is None else checked(stored, spec.shapes)
-        weights = Weights(checked(take, spec.shapes), spec.shapes)
+        weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
             self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
-            self._prepare(packing)
+            self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
             self._head, chains = self._headed_chains(weights, norm, packing, token_order)
             self.exit_blocks: dict[int, PlacedBlock] = {}
@@ -187,7 +187,7 @@ class RepackedBackend(ABC):
     # are needed. `exact`: rows keep the bits that they have alone.
 
     @abstractmethod
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Sets the shared values, once the embedding is there."""
 
     @abstractmethod

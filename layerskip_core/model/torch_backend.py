@@ -159,7 +159,7 @@ class TorchHead:
 class TorchBackend(RepackedBackend):
     """On PyTorch's kernels, for specs without a `missing_feature`. Hidden states have the precision of the weights."""
 
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Raises ConfigError if GRAPHS is neither on nor off."""
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))

@@ -17,7 +17,7 @@ from .architectures import SUPPORTED, known_architecture
 from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
 from .cut import CutModel, Form
-from .eagle3 import Eagle3Weights, PlacedEagle3
+from .eagle3 import UNSUITED, Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
@@ -74,9 +74,7 @@ class TransformersBackend:
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
         """Raises CheckpointError for a model whose later layers read tokens, and not only states."""
         if self._cut.form.reads_ids:
-            raise CheckpointError(
-                f"no drafter in the EAGLE-3 layout suits model_type {self.spec.model_type}: its layers read tokens"
-            )
+            raise CheckpointError(UNSUITED.format(self.spec.model_type))
         like = self.model.get_input_embeddings().weight
         return PlacedEagle3(stored, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like)))
 
@@ -182,7 +180,8 @@ class TransformersBackend:
         """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
         positions, form = torch.arange(ids.shape[1]).expand(ids.shape), self._cut.form
         assert form.attending is not None
-        state = self._cut.run_span(form.state(hidden, ids), form.attending, form.attending + 1, positions, block=(layer, 0))
+        given = form.state(hidden[..., : form.width], ids)  # which states of texts carry already
+        state = self._cut.run_span(given, form.attending, form.attending + 1, positions, block=(layer, 0))
         return state[..., : form.width]
 
     def block_originals(self) -> dict[str, Any]:

@@ -30,7 +30,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def copy(model, tmp_path):
-    """Where a sweep can save."""
     return str(shutil.copytree(model, tmp_path / "copy"))
 
 
@@ -200,16 +199,6 @@ def test_bench_measures_with_the_flags_of_decoding(model, data):
     assert [one["differences"] for one in hot["results"]] == [[]] * 3
 
 
-def test_what_was_applied_is_in_the_report(model, data):
-    arguments = ("--model", model, "--data", data, "--max-new-tokens", "4", "--samples", "1")
-    table = run("bench", *arguments, "--repeats", "1", "--raw", "--temperature", "0.5", "--draft-confidence", "0.25").out
-    told = "Prompt template: raw.\nSampled at temperature 0.5, top-k 0, top-p 1.\nDrafts stop below a confidence of 0.25.\n"
-    assert told in table
-    swept = run("sweep-exits", *arguments, "--exits", "5", "--specs", "3", "--draft-confidence", "0.25").out
-    assert "Prompt template: '{prompt}\\n'." in swept
-    assert "Predictions are for greedy decoding with whole drafts." in swept
-
-
 def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, monkeypatch):
     out, told = tmp_path / "out", "holds an unfinished run; give --resume to go on, or --overwrite to start anew"
     arguments = ("bench", "--model", model, "--samples", "2", "--repeats", "1", "--max-new-tokens", "2", "--output", str(out))
@@ -259,7 +248,6 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
 
 @pytest.fixture
 def problem(tmp_path, model):
-    """`bench` on a code problem."""
     file = tmp_path / "problems.jsonl"
     row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
     file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")

@@ -186,11 +186,6 @@ def test_wrong_grammars(options, field, message):
     assert caught.value.field == field
 
 
-def test_a_model_without_eos_cannot_end_such_an_answer():
-    with pytest.raises(ConfigError, match="`regex` must be used with a model that has an EOS token"):
-        replace(tiny_loaded(), eos_ids=frozenset()).resolve({"regex": "a"})
-
-
 @pytest.mark.parametrize("options", [{"strategy": "lookup"}, {"strategy": "adaptive", "exits": ()}])
 def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
     """Greedy output repeats itself until the grammar ends the repetition."""
@@ -214,3 +209,5 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
         found += step.ids
     assert found == expected and decoding.finish_reason == "eos"
     assert decoding.stats.steps_by_drafter["lookup"] > 0 and decoding.stats.accepted > 5
+    with pytest.raises(ConfigError, match="`regex` must be used with a model that has an EOS token"):
+        replace(tiny_loaded(), eos_ids=frozenset()).resolve({"regex": "a"})

@@ -14,7 +14,7 @@ from exit_block_models import random_blocks, random_eagle3
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode
-from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
+from layerskip_core.model import ModelSpec, TorchBackend
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -43,7 +43,6 @@ def native(precision="fp32", model_type="llama", **changes):
 
 
 def of_turns():
-    """As a dialogue has."""
     return Prefixes(inf, most_texts=2, least=1)
 
 
@@ -119,16 +118,6 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     found, reused = of_drafter(**known)
     assert reused == 64
     torch.testing.assert_close(found, of_drafter()[0])
-
-
-@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
-@pytest.mark.parametrize("strategy", ["autoregressive", "exit", "depth per token"])
-def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
-    """In fp64, where near-ties are far apart."""
-    backend = kind(tiny_model("llama", torch.float64, **SHAPE))
-    outputs, reused, _ = conversation(backend, settings_of(strategy), of_turns())
-    assert outputs == conversation(backend, settings_of(strategy), None)[0]
-    assert 0 < reused[1] < reused[2]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +234,6 @@ def test_texts_with_a_common_beginning_compute_it_once(strategy):
     assert reused == [0, 0, 80, 70, 79]
 
 
-def test_an_answer_is_part_of_the_next_prompt():
-    backend, config, shared, text = native(), settings_of("exit", 80), Prefixes(1 << 30), prompt_of(9)
-    text = [*text, *ids_of(decoded(backend, text, config, shared)), 5, 6]
-    assert decoded(backend, text, config, shared).reused_tokens == 9 + 80 - 1
-
-
 def test_the_memory_of_shared_texts_is_bounded():
     """The text that was not used for the longest time goes first; one that does not fit at all is not kept."""
     backend, config = native(), settings_of("autoregressive", 1)
@@ -267,14 +250,6 @@ def test_the_memory_of_shared_texts_is_bounded():
     small = Prefixes(one - 1)
     ids_of(decoded(backend, prompts[0], config, small))
     assert small.bytes == 0
-
-
-def test_shared_texts_of_other_layers_are_not_found():
-    backend, shared, prompt = native(), Prefixes(1 << 30), prompt_of(80)
-    ids_of(decoded(backend, prompt, settings_of("early exit"), shared))
-    whole = decoded(backend, prompt, settings_of("exit"), shared)
-    assert whole.reused_tokens == 0 and ids_of(whole) == ids_of(decoded(backend, prompt, settings_of("exit")))
-    assert decoded(backend, prompt, settings_of("adaptive"), shared).reused_tokens == 79  # drafts do not matter
 
 
 def test_exact_weights_reuse_and_share_nothing():

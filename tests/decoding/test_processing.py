@@ -8,12 +8,10 @@ import torch
 from conftest import run_texts
 from decodings import WIDE, backend_on, ids_of, prompt_of
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.processing import LogitsProcessor
 from layerskip_core.decoding.sampling import probabilities
 
 PROMPT = prompt_of(9)
@@ -72,13 +70,6 @@ def test_greedy_drafts_change_nothing(kind, names):
     prompts, drafting = [PROMPT, PROMPT[:4], PROMPT], replace(config, strategy="self-speculative", exit_layer=5)
     for answer in decode_batch(model, prompts, drafting, eos):
         assert answer.ids == reference(model, prompts[answer.row], config, eos)
-
-
-def test_the_repetition_penalty_is_that_of_transformers():
-    logits, ids = torch.randn(1, 67, generator=torch.Generator().manual_seed(0)), [4, 9, 9, 30]
-    expected = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7)])(torch.tensor([ids]), logits.clone())
-    LogitsProcessor(DecodingConfig(repetition_penalty=1.7), ids[:2], 1, ()).process(logits, ids[2:])
-    torch.testing.assert_close(logits, expected)
 
 
 def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():

@@ -39,7 +39,6 @@ def model(gpu):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Names and shapes of the passes that were recorded."""
     made, usual = [], Recorder._recorded
 
     def noted(self, work, inputs):

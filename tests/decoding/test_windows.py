@@ -34,7 +34,6 @@ def sliding(window=WINDOW):
 
 @pytest.fixture
 def most_used(monkeypatch):
-    """The most pages that were in use at once, of any pool."""
     used, take = [0], PagePool.take
 
     def counted(pool):

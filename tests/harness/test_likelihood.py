@@ -32,7 +32,6 @@ def alone(model, context, continuation, exit_layer):
 
 
 def greedy(model, context, count):
-    """What the whole model says after a context."""
     ids = list(context)
     with torch.inference_mode():
         for _ in range(count):

@@ -30,7 +30,6 @@ from layerskip_core.model.exit_blocks import ExitBlock
 
 
 def asked(*arguments):
-    """A request as lm-eval makes it."""
     return SimpleNamespace(args=arguments, task_name="")
 
 
@@ -50,14 +49,12 @@ def tasks(tmp_path_factory, checkpoint):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, checkpoint):
-    """Exit 3 as a model of its own."""
     folder = str(tmp_path_factory.mktemp("exported") / "exit3")
     export(ExportConfig(checkpoint, 3, folder))
     return folder
 
 
 def evaluated(lm, tasks, names=("choice", "shots", "answer", "text")):
-    """lm-eval's scores, and every response."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
     responses = {task: [sample["resps"] for sample in samples] for task, samples in found["samples"].items()}
@@ -71,7 +68,6 @@ def evaluated(lm, tasks, names=("choice", "shots", "answer", "text")):
 
 
 def flat(responses):
-    """Every number and text of nested responses."""
     if isinstance(responses, list | tuple):
         for part in responses:
             yield from flat(part)

@@ -8,7 +8,6 @@ import torch
 from conftest import at, run_texts, tiny_model
 from decodings import WIDE, draft_of, native_or_skip
 from exit_block_models import random_blocks
-from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.model import PackingConfig
@@ -28,10 +27,6 @@ def backend_of(kind, model, packing, blocks):
     if kind == "generic":
         return TransformersBackend(model, blocks)
     return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, token_order=ORDER, exit_blocks=blocks)
-
-
-def places(ids):
-    return torch.arange(ids.shape[1]).expand(len(ids), -1)
 
 
 def shortened(model, blocks, block):
@@ -65,20 +60,6 @@ def test_a_block_is_a_model_of_one_layer_more_than_its_exit(kind, architecture):
         assert list(backend.exit_blocks) == [2, 5] and backend.num_layers == 6
         for exit_layer, block in backend.exit_blocks.items():
             torch.testing.assert_close(block_logits(backend, block, IDS), known[exit_layer], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "packing"),
-    [("generic", None), *product(("native", "packed"), (None, PackingConfig("int8"), PackingConfig(exact=True)))],
-)
-def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
-    logits = []
-    for given in ((), BLOCKS):
-        model = tiny_model("llama", dtype, **WIDE)
-        backend = backend_of(kind, model, packing, random_blocks(model, *given))
-        logits.append(logits_of(backend, IDS))
-    assert torch.equal(*logits)
 
 
 PACKINGS = {

@@ -20,6 +20,7 @@ from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
+from ...model.configuration import LAYER_KINDS
 from ...model.vocabulary import most_probable
 from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
@@ -113,8 +114,9 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
     stored = getattr(backend, "bytes_per_weight", stored)  # of our own kernels
     total = stored * spec.weights_read(1)
     if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
-        windows = (spec.window_of(spec.kinds[layer]) for layer in spec.attending)
-        total += 2 * width * spec.keys * sum(min(positions, window or positions) for window in windows)
+        for layer, kind in enumerate(spec.kinds):
+            keys = spec.of_layer(layer).keys if kind in LAYER_KINDS else 0
+            total += 2 * width * keys * min(positions, spec.window_of(kind) or positions)
     memory, times = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device), []
     for _ in range(_SUMS):
         started = time.perf_counter()

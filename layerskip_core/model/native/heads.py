@@ -30,8 +30,8 @@ class NativeLinear:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs) in fp32."""
-        *shape, size = hidden.shape
-        rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
+        shape, size = hidden.shape[:-1], self.matrix.form.inputs
+        rows = hidden[..., :size].reshape(-1, size).to(torch.float32).contiguous()
         outputs = torch.empty(len(rows), self.matrix.outputs)
         most = rows_at_once(len(rows), self._engine.row_bytes)
         if len(rows) <= most:
@@ -87,7 +87,8 @@ def draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )
     drafted = call.drafted
-    kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
+    ran = drafted + runs_last
+    kept = {stop: layers.carrying(states[place, :ran], tokens[:ran]) for place, stop in enumerate(stops)}
     return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
 
 
@@ -115,9 +116,9 @@ def choose(
         tokens = tokens.contiguous()
         rows = torch.empty(count, layers.embedding.shape[1])
     else:
-        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+        rows, tokens = layers.parted(hidden)
     engine, buffers = layers.engine, layers.call_at(places)
-    buffers.call.hidden = rows.data_ptr()
+    buffers.call.hidden, buffers.call.tokens = rows.data_ptr(), tokens.data_ptr()
     chosen = torch.empty(count, dtype=torch.long)
     choice = CChoice(
         embedding=layers.embedding.data_ptr(),
@@ -126,13 +127,12 @@ def choose(
         chosen=chosen.data_ptr(),
         stop_count=len(kept),
     )
-    reached: dict[int, Tensor] = {}
+    states = rows.new_empty(len(kept), *rows.shape)
     if kept:
-        stops, states = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept)), rows.new_empty(len(kept), *rows.shape)
+        stops = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept))
         choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
-        reached = dict(zip(kept, states.unbind(), strict=True))
     engine.kernels.choose(
         *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
         *(buffers.call, choice, buffers.threads),
     )
-    return chosen, reached
+    return chosen, {layer: layers.carrying(state, tokens) for layer, state in zip(kept, states, strict=True)}
