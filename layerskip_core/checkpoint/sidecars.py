@@ -5,7 +5,8 @@ The header of the first three says which format they have, and has a fingerprint
 they are not used with others; the shipped drafter is, but the user is told.
 
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
-projections and of the head, by the weight's name.
+projections and of the head, by the weight's name. That of a model whose folder cannot be written is in a cache, named by the
+fingerprint.
 
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
 block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
@@ -25,12 +26,13 @@ which trains for it, read that in `eagle_config`, where a list that begins with 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -38,7 +40,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from ..errors import CheckpointError, first_line, require
-from ..files import read_json
+from ..files import read_json, write_file
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
@@ -48,6 +50,9 @@ from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, MTP_FILE, 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
 PROPOSED = 4  # drafts of a round, unless whoever serves it says another number
+
+CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder of int4 weights of models whose folders cannot be written
+_CACHED = 10 << 30  # bytes there; the oldest files go
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
@@ -61,9 +66,10 @@ _SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, an
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
-_FINGERPRINT = "fingerprint"
+_FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
 _OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
+_Share = Annotated[float, Meta(ge=0, le=1)] | None
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, max_length=16)]
 
@@ -95,15 +101,54 @@ def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
     return file
 
 
-def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> Take | None:
-    """A folder's calibrated weights as rows of bytes, read when taken, or None. Raises CheckpointError if not this model's."""
-    path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
-    if not path.is_file():
-        return None
+def cache_folder() -> Path:
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "layerskip")
+
+
+def cached_int4(model_fingerprint: str) -> Path:
+    return cache_folder() / f"{model_fingerprint[:32]}.{INT4_FILE}"
+
+
+def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
+    """Needs the lock of the folder. Raises CheckpointError."""
+    write_file(cached_int4(model_fingerprint), content, CheckpointError)
+    room = _CACHED
+    for path in sorted(cache_folder().glob(f"*.{INT4_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        room -= path.stat().st_size
+        if room < 0 and path != cached_int4(model_fingerprint):
+            path.unlink()
+
+
+def clear_cache() -> int:
+    """Returns the number of files that are gone. Needs the lock of the folder."""
+    paths = list(cache_folder().glob(f"*.{INT4_FILE}"))
+    for path in paths:
+        path.unlink()
+    return len(paths)
+
+
+class StoredInt4(NamedTuple):
+    """Calibrated weights as rows of bytes, read when taken, and the share of places where the model chooses the same token."""
+
+    take: Take
+    agreement: float | None
+
+
+def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> StoredInt4 | None:
+    """A model's calibrated weights from its folder, else from the cache. Raises CheckpointError if they are another model's."""
+    path = Path(folder or "") / INT4_FILE
+    if folder is None or not path.is_file():
+        if not cache_folder().is_dir():
+            return None
+        path = cached_int4(fingerprint(spec, weight_of))
+        if not path.is_file():
+            return None
+    shapes = {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)
         _check_fingerprint(file, spec, weight_of)
         _check_entries(file.entries, shapes, ("U8",))
+        agreement = msgspec.convert(file.metadata.get(_AGREEMENT), _Share, strict=False)
 
     def take(name: str) -> Tensor | None:
         if name not in shapes:
@@ -114,7 +159,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
                 raise ValueError(f"{name} is not finite")
         return rows
 
-    return take
+    return StoredInt4(take, agreement)
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
@@ -134,15 +179,15 @@ def with_drafters(
     blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
 ) -> ExitBlocks:
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
-    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_beside(folder, spec)
-    if mtp is not None and mtp.made_for is not None:
-        fitting = mtp.made_for if weight_of is None else fingerprint(spec, weight_of)
-        if mtp.made_for == OTHERS or mtp.made_for != fitting:
-            mtp, notes = replace(mtp, made_for=OTHERS), (STALE,)
+    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_sidecar(folder, spec)
+    if mtp is not None and mtp.model_fingerprint is not None:
+        fitting = mtp.model_fingerprint if weight_of is None else fingerprint(spec, weight_of)
+        if mtp.model_fingerprint == OTHERS or mtp.model_fingerprint != fitting:
+            mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
     return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
 
 
-def mtp_beside(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
+def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
     """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
     own, found, files = Path(folder) / MTP_FILE, dict[str, str](), dict[str, WeightFile]()
     for file in map(WeightFile, [*weight_files(folder), *([own] if own.is_file() else [])]):
@@ -167,14 +212,17 @@ def mtp_beside(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tu
         _check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
         return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
-    made_for = files[found[f"{_SHIPPED['input.']}weight"]].metadata.get(_FINGERPRINT)
-    return ExitBlocks((MTP,), lambda name: weights.read(_shipped(name)), made_for=made_for), ()
+    model_fingerprint = files[found[f"{_SHIPPED['input.']}weight"]].metadata.get(_FINGERPRINT)
+    return ExitBlocks((MTP,), lambda name: weights.read(_shipped(name)), model_fingerprint=model_fingerprint), ()
 
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
     """mtp.safetensors. `weight_of`: the model that the drafter was made for, unless it says so."""
-    weights, made_for = mtp.weights(spec), fingerprint(spec, weight_of) if mtp.made_for is None else mtp.made_for
-    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, made_for, {"format": "pt"})
+    weights, model_fingerprint = (
+        mtp.weights(spec),
+        fingerprint(spec, weight_of) if mtp.model_fingerprint is None else mtp.model_fingerprint,
+    )
+    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, model_fingerprint, {"format": "pt"})
 
 
 def _shipped(name: str) -> str:

@@ -12,7 +12,7 @@ from ..config.model import PackingConfig, Quantization
 from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
-from .exit_blocks import MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
+from .exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, PlacedMtp, with_blocks
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
@@ -135,13 +135,13 @@ class RepackedBackend(ABC):
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
         self._stored = None if stored is None else checked(stored, spec.shapes)
-        weights = Weights(checked(take, spec.shapes), spec.shapes)
+        weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
             self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # whose norms come before the head too
-            self._prepare(packing)
+            self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
             self._head, chains = self._headed_chains(weights, norm, packing, token_order, exit_blocks.mtp is not None)
             self.exit_blocks: dict[int, PlacedBlock] = {}
@@ -156,8 +156,8 @@ class RepackedBackend(ABC):
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             own, kernel = layers is self._layers, self._draft_kernel(layers)
-            if chain.depth == 0:
-                self.drafters["mtp"] = replace(chain.blocks[0], layers=layers, kernel=kernel)
+            if isinstance(mtp := chain.blocks.get(0), PlacedMtp):
+                self.drafters["mtp"] = replace(mtp, layers=layers, kernel=kernel)
                 continue
             side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
@@ -191,7 +191,7 @@ class RepackedBackend(ABC):
     # are needed. `exact`: rows keep the bits that they have alone.
 
     @abstractmethod
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Sets the shared values, once the embedding is there."""
 
     @abstractmethod
@@ -207,7 +207,7 @@ class RepackedBackend(ABC):
     ) -> Any: ...
 
     @abstractmethod
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
+    def _join(self, weights: Weights, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
         """The precision of the layer of MTP, and of the head that drafts after it."""
@@ -278,11 +278,14 @@ class RepackedBackend(ABC):
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
                     norm = norm_weights(own, "norm", self.spec)
-                    join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
                     head: Any = chain.at_exits.unembed
                     few = chain.at_exits.vocabulary
-                    before = tuple(self._norm(norm_weights(own, f"{part}_norm", self.spec)) for part in block.normed)
-                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few, before)
+                    placed = PlacedBlock(block, place, head.with_norm(norm), few)
+                    if block == MTP:
+                        norms = [self._norm(norm_weights(own, of, self.spec)) for of in ("norm", *INPUT_NORMS)]
+                        join = self._join(own, chain.low_bits)
+                        placed = PlacedMtp(block, place, placed.head, few, norm=norms[0], join=join, input_norms=norms[1:])
+                    chain.blocks[depth] = placed
                     if chain is chains[0]:
                         whole = self._head.with_norm(norm)
                         self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)

@@ -184,7 +184,7 @@ class Norm:
     """
 
     def __init__(self, weights: Affine, eps: float, folds: bool = False) -> None:
-        self._weight, self._bias, self._eps, self.weights = weights.weight, weights.bias, eps, weights
+        self._weight, self._bias, self._eps = weights.weight, weights.bias, eps
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"
         self._folds = self._on_cpu and folds and self._bias is None

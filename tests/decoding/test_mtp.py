@@ -15,7 +15,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import Submodel, TransformersBackend
-from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, PlacedBlock
+from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, PlacedMtp
 from layerskip_core.training.exit_blocks import FrozenExits
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -146,7 +146,7 @@ def test_drafts_in_one_call_are_those_of_single_calls():
     before = torch.randn(9, backend.spec.hidden)
 
     def drafted():
-        return draft_of(backend, None, Submodel(0, block=current), ids, positions, cache, before[None, -1:], survival=1e-9)
+        return draft_of(backend, None, Submodel(0, block=current), ids, positions, cache, before[-1], survival=1e-9)
 
     with torch.inference_mode():
         block.write(backend, {0: backend.embed(ids[0, 1:])}, before, cache.span(1, 10))
@@ -206,5 +206,5 @@ def accepted():
 def test_the_state_after_the_final_norm_is_the_one_that_drafts_read(monkeypatch):
     """No text shows that it was the one before: only most drafts are wrong (llama.cpp#24025)."""
     right = accepted()
-    monkeypatch.setattr(PlacedBlock, "features", lambda block, model, states, finals: finals)
+    monkeypatch.setattr(PlacedMtp, "features", lambda block, model, states, finals: finals)
     assert right > 0.8 and accepted() < 0.6 * right
