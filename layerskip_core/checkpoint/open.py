@@ -319,7 +319,7 @@ def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
             else:
                 lacking = f"the model needs {needed / 1e6:,.0f} MB, and {memory / 1e6:,.0f} MB are free beside keys and values"
                 source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
-    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, source.weight_of)
+    blocks = source.exit_blocks if folder is None else read_exit_blocks(folder, spec, source.weight_of)
     take = int4.take if int4 is not None and _uses_int4(packing) else None
     notes = source.notes + blocks.notes
     return replace(source, packing=packing, int4=take, exit_blocks=blocks, info=info, notes=notes)
@@ -382,7 +382,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing, blocks = missing_feature(spec), _shipped(location.path, spec) if is_adapter(location.path) else NO_BLOCKS
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
-        source = replace(_model_source(trainable, packing), info=generic.info, exit_blocks=blocks, notes=blocks.notes)
+        source = replace(_model_source(trainable, packing), info=generic.info, exit_blocks=blocks)
         source = _with_sidecars(source, folder, memory)
         backend, notes = _backend(source, location.path)
         return replace(generic, backend=backend, notes=notes, info=source.info)

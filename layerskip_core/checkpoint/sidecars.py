@@ -180,10 +180,9 @@ def with_drafters(
 ) -> ExitBlocks:
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
     eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_sidecar(folder, spec)
-    if mtp is not None and mtp.model_fingerprint is not None:
-        fitting = mtp.model_fingerprint if weight_of is None else fingerprint(spec, weight_of)
-        if mtp.model_fingerprint == OTHERS or mtp.model_fingerprint != fitting:
-            mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
+    known = mtp and mtp.model_fingerprint
+    if mtp and known and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of))):
+        mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
     return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
 
 
@@ -196,10 +195,8 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
                 found[match[1]], files[name] = name, file
     if not found:
         return None, ()
-    shapes = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}
-    experts = (
-        spec.expert_parts(spec.attending[-1], _SHIPPED["layer."]) if isinstance(spec, ModelSpec) and spec.attending else {}
-    )
+    shapes, layer = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}, _SHIPPED["layer."]
+    experts = spec.expert_parts(spec.attending[-1], layer) if isinstance(spec, ModelSpec) and spec.attending else {}
 
     def stored(name: str) -> list[list[str]]:
         if name in found:
@@ -218,11 +215,8 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
     """mtp.safetensors. `weight_of`: the model that the drafter was made for, unless it says so."""
-    weights, model_fingerprint = (
-        mtp.weights(spec),
-        fingerprint(spec, weight_of) if mtp.model_fingerprint is None else mtp.model_fingerprint,
-    )
-    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, model_fingerprint, {"format": "pt"})
+    weights, known = mtp.weights(spec), mtp.model_fingerprint or fingerprint(spec, weight_of)
+    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, known, {"format": "pt"})
 
 
 def _shipped(name: str) -> str:

@@ -145,7 +145,6 @@ def test_what_is_made_of_the_model_keeps_it(shipped, tmp_path):
         "imported": ("import", str(shipped)),
         "exported": ("export", str(shipped), "--exit", "6"),
         "packed": ("export", str(shipped), "--format", "packed", "--dtype", "fp32"),
-        "calibrated": ("calibrate", "--model", str(shipped), "--samples", "2", "--length", "16"),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))
         assert not done.code, done.err
