@@ -321,8 +321,7 @@ def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
                 source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
     blocks = source.exit_blocks if folder is None else read_exit_blocks(folder, spec, source.weight_of)
     take = int4.take if int4 is not None and _uses_int4(packing) else None
-    notes = source.notes + blocks.notes
-    return replace(source, packing=packing, int4=take, exit_blocks=blocks, info=info, notes=notes)
+    return replace(source, packing=packing, int4=take, exit_blocks=blocks, info=info, notes=source.notes + blocks.notes)
 
 
 def _uses_int4(packing: PackingConfig) -> bool:
@@ -392,8 +391,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
         )
     if isinstance(spec, ModelSpec) and suits_kernels(spec, dtype, device, packing) and (note := kernel_note()):
         generic = replace(generic, notes=(note,))
-    if folder is not None:
-        blocks = read_exit_blocks(folder, spec, trainable.model.get_parameter)
+    blocks = blocks if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
     if blocks is NO_BLOCKS:
         return generic
     return replace(generic, backend=TransformersBackend(trainable.model, blocks), notes=generic.notes + blocks.notes)

@@ -146,14 +146,10 @@ class FinetuneConfig(TrainingSettings):
 class DrafterConfig(TrainingSettings):
     """One training for a frozen model: of exit blocks (model/exit_blocks.py), or of a drafter (MTP there, model/eagle3.py)."""
 
-    layout: Annotated[
-        BlockLayout | None, Flag("eagle3: for vLLM, too; mtp: as Qwen3.5 ships it.", None, "by --exits", "Drafter")
-    ] = None
+    layout: Annotated[BlockLayout | None, Flag("eagle3: also for vLLM; mtp: Qwen3.5's.", None, "by --exits", "Drafter")] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
-    start_from: Annotated[
-        Text | None, Flag("Drafter to go on from: the folder of one in the layout eagle3, or `shipped` with the model.")
-    ] = None
+    start_from: Annotated[Text | None, Flag("Drafter to go on from: a folder of the layout eagle3, or `shipped`.")] = None
     answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
     steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation")] = None

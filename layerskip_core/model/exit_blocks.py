@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitBlock:
-    """The block of an exit after `exit_layer` layers, 1..L-1. Names of its weights begin with `prefix`."""
+    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`."""
 
     exit_layer: int
 
@@ -61,7 +61,7 @@ class ExitBlocks:
     Attributes:
         take: weights by the names of `ExitBlock.shapes`.
         eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
-        model_fingerprint: fingerprint of the model that they were made for, if their file has one.
+        model_fingerprint: of the model that they were made for, if their file has one.
         notes: for the user.
     """
 

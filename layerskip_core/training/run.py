@@ -43,9 +43,7 @@ from .verdict import Original, SpeedEstimate
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
-_SHIPPED = (
-    "the drafter of its checkpoint (mtp) is saved as it is: afterwards `layerskip train-drafter --start-from shipped` trains it"
-)
+_SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is; `layerskip train-drafter --start-from shipped` trains it"
 _REPLAY = 0.25  # of the rows of a step
 _VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
 _SHALLOW = "a model of one layer has no place for exits or a drafter"
