@@ -18,7 +18,7 @@ from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native import NativeBackend, can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note, kernels, requested_variant, why_no_kernels
-from ..model.spec import AnySpec, ModelSpec
+from ..model.spec import ModelSpec
 from ..model.torch_backend import TorchBackend
 from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
@@ -27,7 +27,6 @@ from ..model.weights import Take, named_int4, named_weights, taken_from
 from .folder import (
     EXIT_BLOCKS_FILE,
     INT4_FILE,
-    MTP_FILE,
     generation_config,
     is_packed,
     lean_spec,
@@ -40,18 +39,8 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
-from .sidecars import (
-    EAGLE3_FOLDER,
-    OTHERS,
-    STALE,
-    eagle3_content,
-    mtp_content,
-    mtp_sidecar,
-    read_eagle3,
-    read_exit_blocks,
-    read_int4,
-    with_drafters,
-)
+from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
+from .sidecars import EAGLE3_FOLDER, eagle3_content, read_eagle3, read_int4
 from .transformers_read import (
     GgufFile,
     merge_adapters,
@@ -199,21 +188,6 @@ def import_checkpoint(
     info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
     return precision, left_out
-
-
-def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
-    """The file of the drafter that a model's checkpoint ships, to be saved with its weights or what these become."""
-    mtp = _shipped(name, loaded.backend.spec).mtp
-    return {} if mtp is None else {MTP_FILE: mtp_content(loaded.backend.spec, mtp, loaded.model.get_parameter)}
-
-
-def _shipped(name: str, spec: AnySpec) -> ExitBlocks:
-    """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
-    adapters, base = adapters_of(name)
-    if (folder := present(base).folder) is None or (mtp := mtp_sidecar(folder, spec)[0]) is None:
-        return NO_BLOCKS
-    changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
-    return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
 
 
 def _trainable(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
@@ -379,7 +353,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
-    missing, blocks = missing_feature(spec), _shipped(location.path, spec) if is_adapter(location.path) else NO_BLOCKS
+    missing, blocks = missing_feature(spec), shipped_by(location.path, spec) if is_adapter(location.path) else NO_BLOCKS
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = replace(_model_source(trainable, packing), info=generic.info, exit_blocks=blocks)
         source = _with_sidecars(source, folder, memory)

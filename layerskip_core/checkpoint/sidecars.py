@@ -1,8 +1,7 @@
-"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, the drafter that its checkpoint ships, and a
-drafter in the EAGLE-3 layout.
+"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
 
-The header of the first three says which format they have, and has a fingerprint of the weights that they were made for, so that
-they are not used with others; the shipped drafter is, but the user is told.
+The header of the first two says which format they have, and has a fingerprint of the weights that they were made for, so that
+they are not used with others.
 
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
 projections and of the head, by the weight's name. That of a model whose folder cannot be written is in a cache, named by the
@@ -11,9 +10,6 @@ fingerprint.
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
 block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
 an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
-
-A shipped drafter is found by its tensors, `mtp.*`, in any of the model's safetensors files; mtp.safetensors holds one that was
-copied or trained on, in place of theirs.
 
 eagle3/ is the folder of the drafter, as vLLM, SGLang and llama.cpp read it. Its config.json has what the library `speculators`
 writes (vLLM reads `speculators_config` and `transformer_layer_config`), and the same values at its top, where SGLang and
@@ -27,10 +23,8 @@ which trains for it, read that in `eagle_config`, where a list that begins with 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -42,10 +36,10 @@ from torch import Tensor
 from ..errors import CheckpointError, first_line, require
 from ..files import read_json, write_file
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
-from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
-from .folder import CONFIG_FILE, EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, MTP_FILE, JoinedWeights, WeightFile, weight_files
+from .folder import CONFIG_FILE, INT4_FILE, WeightFile
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
@@ -55,18 +49,9 @@ CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder of int4 weights of
 _CACHED = 10 << 30  # bytes there; the oldest files go
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
-_BLOCKS = {"format": "1"}
-_SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, and those of Qwen3.5 and Qwen3-Next
-    "layer.": "mtp.layers.0.",
-    "norm.": "mtp.norm.",
-    "input.": "mtp.fc.",
-    "embedding_norm.": "mtp.pre_fc_norm_embedding.",
-    "feature_norm.": "mtp.pre_fc_norm_hidden.",
-}
-OTHERS = "other weights"  # in the place of a fingerprint
-STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
+BLOCKS = {"format": "1"}
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
-_FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
+FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
 _OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
 _Share = Annotated[float, Meta(ge=0, le=1)] | None
@@ -146,8 +131,8 @@ def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[s
     shapes = {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)
-        _check_fingerprint(file, spec, weight_of)
-        _check_entries(file.entries, shapes, ("U8",))
+        check_fingerprint(file, spec, weight_of)
+        check_entries(file.entries, shapes, ("U8",))
         agreement = msgspec.convert(file.metadata.get(_AGREEMENT), _Share, strict=False)
 
     def take(name: str) -> Tensor | None:
@@ -162,72 +147,9 @@ def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[s
     return StoredInt4(take, agreement)
 
 
-def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
-    path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
-    if path.is_file():
-        with naming(path):
-            file = open_formed(path, _BLOCKS)
-            found = blocks_named(file.entries, spec.layers)
-            blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            _check_fingerprint(file, spec, weight_of)
-            _check_entries(file.entries, blocks.shapes(spec), FLOATS)
-    return with_drafters(blocks, folder, spec, weight_of)
-
-
-def with_drafters(
-    blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
-) -> ExitBlocks:
-    """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
-    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_sidecar(folder, spec)
-    known = mtp and mtp.model_fingerprint
-    if mtp and known and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of))):
-        mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
-    return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
-
-
-def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
-    """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
-    own, found, files = Path(folder) / MTP_FILE, dict[str, str](), dict[str, WeightFile]()
-    for file in map(WeightFile, [*weight_files(folder), *([own] if own.is_file() else [])]):
-        for name in file.entries:
-            if (match := re.search(r"(?:^|\.)(mtp\..*)", name)) is not None:
-                found[match[1]], files[name] = name, file
-    if not found:
-        return None, ()
-    shapes, layer = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}, _SHIPPED["layer."]
-    experts = spec.expert_parts(spec.attending[-1], layer) if isinstance(spec, ModelSpec) and spec.attending else {}
-
-    def stored(name: str) -> list[list[str]]:
-        if name in found:
-            return [[found[name]]]
-        return [[found.get(part, part) for part in each] for each in experts.get(name, [[name]])]
-
-    weights = JoinedWeights(files, {name: stored(name) for name in shapes}, shapes)
-    others = {name: files[own].entries[own] for name, own in found.items() if own not in weights.joined}
-    try:
-        _check_entries(others | weights.entries, shapes, FLOATS)
-    except ValueError as error:
-        return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
-    model_fingerprint = files[found[f"{_SHIPPED['input.']}weight"]].metadata.get(_FINGERPRINT)
-    return ExitBlocks((MTP,), lambda name: weights.read(_shipped(name)), model_fingerprint=model_fingerprint), ()
-
-
-def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
-    """mtp.safetensors. `weight_of`: the model that the drafter was made for, unless it says so."""
-    weights, known = mtp.weights(spec), mtp.model_fingerprint or fingerprint(spec, weight_of)
-    return _content({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, known, {"format": "pt"})
-
-
-def _shipped(name: str) -> str:
-    """The name in a checkpoint of a weight of MTP."""
-    part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
-    return _SHIPPED[part + dot] + rest
-
-
 def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:
     """int4.safetensors, of rows of bytes by name; `details` go into the header."""
-    return _content(rows, model_fingerprint, {**details, **_INT4})
+    return content_of(rows, model_fingerprint, {**details, **_INT4})
 
 
 def exit_blocks_content(
@@ -239,15 +161,15 @@ def exit_blocks_content(
     for block in kept.blocks:
         if block.exit_layer not in trained:
             content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
-    return _content(content, model_fingerprint, _BLOCKS)
+    return content_of(content, model_fingerprint, BLOCKS)
 
 
-def _check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
-    if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
+def check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
+    if file.metadata.get(FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
 
 
-def _check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]) -> None:
+def check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]) -> None:
     """Raises ValueError for a weight that is missing, unknown, or of another shape or type."""
     for name in sorted({*shapes, *entries}):
         kind, shape = entries.get(name, ("nothing", ()))
@@ -265,11 +187,11 @@ def naming(what: object, advice: str = "remove it, or make it again") -> Iterato
         raise CheckpointError(f"{what} cannot be used: {first_line(error)}; {advice}") from error
 
 
-def _content(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
+def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
     """A safetensors file, the same bytes for the same weights: the library writes the header in a random order."""
     from safetensors.torch import save
 
-    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: model_fingerprint})
+    written: bytes = save(dict(weights), metadata={**form, FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header, which JSON's white space fills up
     header = json.loads(written[8:end])
     header[_METADATA] = dict(sorted(header[_METADATA].items()))
@@ -391,9 +313,9 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
         names = {name.replace(_OF_EAGLE, LAYER): name for name in file.entries if name not in _UNUSED}
         tokens = torch.arange(form.vocab)
         if names.pop(TOKENS, None):
-            _check_entries({TOKENS: file.entries[TOKENS]}, {TOKENS: (form.vocab,)}, ("I64", "I32"))
+            check_entries({TOKENS: file.entries[TOKENS]}, {TOKENS: (form.vocab,)}, ("I64", "I32"))
             tokens += file.read(TOKENS).long()
-        _check_entries({name: file.entries[stored] for name, stored in names.items()}, form.shapes, ("F32", "BF16", "F16"))
+        check_entries({name: file.entries[stored] for name, stored in names.items()}, form.shapes, ("F32", "BF16", "F16"))
         weights = {name: file.read(names[name]) for name in form.shapes}
         require(bool(((tokens >= 0) & (tokens < spec.vocab)).all()), TOKENS, f"tokens below {spec.vocab}", "others")
         require(len(set(tokens.tolist())) == len(tokens), TOKENS, "different tokens", "some of them twice")

@@ -19,7 +19,8 @@ from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, pres
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, mtp_content, read_exit_blocks
+from ..checkpoint.shipped import mtp_content, read_exit_blocks
+from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
 from ..config.resolution import require_exit_layer

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.locate import downloaded
-from ..checkpoint.sidecars import exit_blocks_content, mtp_content, mtp_sidecar
+from ..checkpoint.shipped import mtp_content, mtp_sidecar
+from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
 from ..errors import require

@@ -18,9 +18,10 @@ from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
-from ..checkpoint.open import for_decoding, for_training, shipped_files
+from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
-from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint, read_exit_blocks
+from ..checkpoint.shipped import read_exit_blocks, shipped_files
+from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.folder import MTP_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.checkpoint.sidecars import STALE, _shipped
+from layerskip_core.checkpoint.shipped import STALE, _shipped
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import TransformersBackend

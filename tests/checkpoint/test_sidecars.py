@@ -15,7 +15,8 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
-from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
+from layerskip_core.checkpoint.shipped import read_exit_blocks
+from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
