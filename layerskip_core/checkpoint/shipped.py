@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec
-from .folder import FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
+from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
 from .loaded import Trainable
 from .locate import adapters_of, present
 from .sidecars import (
