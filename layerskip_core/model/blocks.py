@@ -1,7 +1,8 @@
 """Weights as GGUF files store them: rows of blocks, which stay as they are until a kernel packs them.
 
 A block has levels of some bits, and fp16 scales. A weight is (level - offset) * scale, plus a minimum where there is one. In K
-types the scale and the minimum of a group are its steps times those of the block.
+types the scale and the minimum of a group are its steps times those of the block. Of MXFP4 the levels stand in a table, and the
+scales are powers of two.
 """
 
 from typing import ClassVar, NamedTuple
@@ -19,6 +20,7 @@ class BlockForm(NamedTuple):
     bits: int
     offset: int  # 0 where there are minima
     scales_at: int = 0  # byte of the fp16 scale, which that of the minimum follows
+    by_table: bool = False  # MXFP4, whose first byte is the exponent of the scale
 
     @property
     def factors(self) -> int:
@@ -27,7 +29,7 @@ class BlockForm(NamedTuple):
     @property
     def step_inputs(self) -> int:
         """Inputs that share a step, 0 where there are none."""
-        return 0 if self.inputs == 32 else 16 if self.bits == 6 else 32
+        return 0 if self.inputs == 32 and not self.by_table else 16 if self.bits == 6 else 32
 
 
 FORMS = {
@@ -36,9 +38,10 @@ FORMS = {
     "Q5_0": BlockForm(18, 32, 22, 5, 16),
     "Q5_1": BlockForm(19, 32, 24, 5, 0),
     "Q8_0": BlockForm(20, 32, 34, 8, 128),
-    "Q4_K": BlockForm(21, 256, 144, 4, 0),
-    "Q5_K": BlockForm(22, 256, 176, 5, 0),
-    "Q6_K": BlockForm(23, 256, 210, 6, 32, 208),
+    "MXFP4": BlockForm(21, 32, 17, 4, 12, by_table=True),
+    "Q4_K": BlockForm(22, 256, 144, 4, 0),
+    "Q5_K": BlockForm(23, 256, 176, 5, 0),
+    "Q6_K": BlockForm(24, 256, 210, 6, 32, 208),
 }
 
 
@@ -55,7 +58,9 @@ class BlockRows(Tensor):
     def scales(self) -> Tensor:
         """All scales of blocks and of their minima."""
         form = self.form
-        blocks = self.as_subclass(Tensor).view(-1, form.bytes)
+        blocks = self.as_subclass(Tensor).reshape(-1, form.bytes)
+        if form.by_table:
+            return (blocks[:, 0].int() << 23).view(torch.float32)
         return blocks[:, form.scales_at : form.scales_at + 2 * form.factors].contiguous().view(torch.float16)
 
 

@@ -22,9 +22,10 @@ from ..weights import (
     expert_inputs,
     expert_outputs,
     joined,
+    activation_factors,
     layer_norms,
     router,
-    xielu_factors,
+    sinks,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
@@ -183,19 +184,24 @@ class NativeLayer:
             matrices["up"] = pack(f"layers.{index}.up", up, read_up)
             matrices["down"] = pack(f"layers.{index}.down", down, read_down)
         self.matrices = list(matrices.values())
-        self._router = None if experts is None else router(weights, spec).float().contiguous()
+        scores = (None, None) if experts is None else router(weights, spec)
+        attends = first == "attention"
+        others = (*scores, sinks(weights, spec) if attends else None)
+        self._others = [None if part is None else part.float().contiguous() for part in others]
+        router_rows, *added = (None if part is None else part.data_ptr() for part in self._others)
         self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
         self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrices[name].structure if name in matrices else CMatrix() for name in ("qkv", "output", "up", "down")),
-            None if self._router is None else self._router.data_ptr(),
+            router_rows,
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
-            (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
-            spec.attending.index(index) if first == "attention" else 0,
+            (ctypes.c_float * 2)(*activation_factors(weights, spec)),
+            spec.attending.index(index) if attends else 0,
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
+            *added,
         )
 
 
