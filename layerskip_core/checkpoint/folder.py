@@ -21,6 +21,8 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
+from ..model.blocks import BlockRows, Levels, compressed_levels, mxfp4_rows, plain, qweight_levels, scaled_blocks
+from ..model.spec import check_shape
 from ..prompting import Tokenizer, special_ids
 
 CONFIG_FILE = "config.json"
@@ -30,6 +32,7 @@ INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+LOW_BITS = ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8")  # of quantization_config, that LowBitWeights reads
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
@@ -119,6 +122,88 @@ class JoinedWeights:
             for rows, part in zip(expert.chunk(len(names)), names, strict=True):
                 rows.copy_(self._files[part].read(part))
         return joined
+
+
+class LowBitWeights:
+    """A folder's weights of which some are in low bits, by their names in memory. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a weight that is missing."""
+        self._files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+        self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
+        self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+        self._dequantised: set[str] = set()
+        there = (name for name in spec.shapes if all(map(self._is_there, chain(*self._parts_of(name)))))
+        spec.check_weights({name: spec.shapes[name] for name in there})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, once the weights have been taken."""
+        count = len(self._dequantised)
+        return (f"{count} weights in {self._method} were dequantised: the kernels have no form for them",) if count else ()
+
+    def weight(self, name: str) -> Tensor:
+        """In fp32 if it was in low bits. Raises CheckpointError for another shape than the model needs."""
+        experts = [torch.cat([self._plain(part) for part in parts]) for parts in self._parts_of(name)]
+        weight = torch.stack(experts) if len(experts) > 1 else experts[0]
+        weight = weight.transpose(1, 2) if self._is_turned(name) else weight
+        check_shape(name, self._spec.shapes[name], tuple(weight.shape))
+        return weight
+
+    def rows(self, name: str) -> Tensor | None:
+        """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
+        found = [[self._read(part) for part in parts] for parts in self._parts_of(name)]
+        blocks = [[part.rows if isinstance(part, Levels) else part for part in parts] for parts in found]
+        if not all(isinstance(part, BlockRows) for part in chain(*blocks)):
+            self._dequantised |= {name} if any(isinstance(part, Levels) for part in chain(*found)) else set()
+            return None
+        experts = [torch.cat(parts) for parts in blocks]
+        rows = torch.stack(experts) if len(experts) > 1 else experts[0]
+        *most, inputs = self._spec.shapes[name]
+        if self._is_turned(name):
+            most, inputs = [most[0], inputs], most[1]
+        assert isinstance(rows, BlockRows)
+        check_shape(name, (*most, inputs // rows.form.inputs * rows.form.bytes), tuple(rows.shape))
+        return rows
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether a weight has its inputs first in memory, not in the file."""
+        return f"{name}_blocks" in self._files
+
+    def _parts_of(self, name: str) -> list[list[str]]:
+        parts = self._parts.get(name, [[name]])
+        return parts if all(map(self._is_there, chain(*parts))) else [[name]]
+
+    def _is_there(self, part: str) -> bool:
+        module = part.removesuffix(".weight")
+        return not self._files.keys().isdisjoint((part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed"))
+
+    def _plain(self, part: str) -> Tensor:
+        found = self._read(part)
+        return found.weight if isinstance(found, Levels) else plain(found)
+
+    def _read(self, part: str) -> Tensor | Levels:
+        """As it is stored: floats, rows of blocks, or other levels."""
+        module = part.removesuffix(".weight")
+
+        def get(name: str) -> Any:
+            return self._files[name].mapped(name) if name in self._files else None
+
+        if (blocks := get(f"{part}_blocks")) is not None:
+            return mxfp4_rows(blocks, get(f"{part}_scales"))
+        if (levels := get(f"{module}.qweight")) is not None:
+            zeros, scales, groups = (get(f"{module}.{name}") for name in ("qzeros", "scales", "g_idx"))
+            return qweight_levels(levels, zeros, scales, self._least_zero, groups)
+        whole, zeros, scale = (get(f"{module}.weight{name}") for name in ("", "_zero_point", "_scale"))
+        if (packed := get(f"{module}.weight_packed")) is not None:
+            inputs = int(get(f"{module}.weight_shape")[1])
+            return compressed_levels(packed, inputs, scale, zeros, get(f"{module}.weight_g_idx"))
+        if scale is None and (scale := get(f"{module}.weight_scale_inv")) is None:
+            return whole
+        if whole.dtype == torch.int8:
+            return Levels(whole.int() + 128, torch.full_like(scale, 128, dtype=torch.int32), scale, 8)
+        self._dequantised.add(part)
+        return scaled_blocks(whole, scale)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

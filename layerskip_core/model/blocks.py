@@ -5,10 +5,14 @@ types the scale and the minimum of a group are its steps times those of the bloc
 scales are powers of two.
 """
 
+import re
+from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .spec import ModelSpec
 
 
 class BlockForm(NamedTuple):
@@ -43,6 +47,13 @@ FORMS = {
     "Q5_K": BlockForm(23, 256, 176, 5, 0),
     "Q6_K": BlockForm(24, 256, 210, 6, 32, 208),
 }
+
+_RENAMED = (  # weights in transformers, and as the library gguf knows them
+    (r"\.dt_bias$", ".dt_proj.bias"),
+    (r"\.sinks$", ".sinks.weight"),
+    (r"experts\.(\w+_proj)_bias$", r"experts.\1.bias"),
+    (r"experts\.(\w+_proj)$", r"experts.\1.weight"),
+)
 
 
 class BlockRows(Tensor):
@@ -79,3 +90,138 @@ def plain(weight: Tensor) -> Tensor:
     from gguf import GGMLQuantizationType, dequantize
 
     return torch.from_numpy(dequantize(weight.as_subclass(Tensor).numpy(), GGMLQuantizationType[weight.type_name]))
+
+
+# Weights in low bits as checkpoints of the hub store them.
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a number's eight levels each output has
+
+
+class Levels(NamedTuple):
+    """A weight (level - zero) * scale; zeros and scales are of groups of inputs."""
+
+    levels: Tensor  # (out, in), int32
+    zero: Tensor  # (out, groups), int32
+    scale: Tensor  # (out, groups)
+    bits: int
+    groups: Tensor | None = None  # (in,): of each input, where inputs are in another order
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), fp32."""
+        scale = self.scale.float()
+        if self.groups is not None:
+            return (self.levels - self.zero[:, self.groups]) * scale[:, self.groups]
+        levels = self.levels.view(*self.zero.shape, -1)
+        return ((levels - self.zero[..., None]) * scale[..., None]).flatten(1)
+
+    @property
+    def rows(self) -> BlockRows | None:
+        """As blocks of GGUF files; None where these lack such zeros, scales or groups."""
+        (outputs, inputs), half = self.levels.shape, self.scale.half()
+        size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
+        if self.groups is not None or size % 32 or self.bits not in (4, 8) or not middle:
+            return None
+        if not half.float().equal(self.scale.float()):
+            return None
+        scales = half.repeat_interleave(size // 32, 1).view(torch.uint8).view(outputs, -1, 2)
+        levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
+        own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128
+        return block_rows(torch.cat([scales, own], -1).flatten(1), "Q4_0" if self.bits == 4 else "Q8_0")
+
+
+def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
+    """Levels (..., out, groups, 16), two inputs that follow one another in a byte, and exponents (..., out, groups)."""
+    levels = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    halves = levels[..., :16] | levels[..., 16:] << 4
+    return block_rows(torch.cat([scales[..., None], halves], -1).flatten(-2), "MXFP4")
+
+
+def unpacked(numbers: Tensor, bits: int) -> Tensor:
+    """int32 (rows, columns) as the levels that each holds, (rows, columns * 32 / bits)."""
+    return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
+
+
+def qweight_levels(levels: Tensor, zeros: Tensor, scales: Tensor, least: int, groups: Tensor | None) -> Levels:
+    """Of GPTQ, (in / n, out), or of AWQ, (in, out / 8): levels, zeros (groups, out / n), and scales (groups, out).
+
+    `least`: of GPTQ's zeros. `groups`: of each of its inputs.
+    """
+    outputs, scale = scales.shape[1], scales.T.contiguous()
+    if levels.shape[1] < outputs:  # AWQ
+        ordered = (unpacked(part, 4).unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1).T for part in (levels, zeros))
+        found, zero = (part.contiguous() for part in ordered)
+        return Levels(found, zero, scale, 4)
+    bits = 32 * zeros.shape[1] // outputs
+    found, zero = unpacked(levels.T.contiguous(), bits), (unpacked(zeros, bits) + least).T.contiguous()
+    return Levels(found, zero, scale, bits, _unordered(groups, found.shape[1], len(scales)))
+
+
+def compressed_levels(packed: Tensor, inputs: int, scale: Tensor, zeros: Tensor | None, groups: Tensor | None) -> Levels:
+    """Of compressed-tensors: levels (out, in / n), scales (out, groups or 1) and zeros (out / n, groups), or none."""
+    bits = 32 * packed.shape[1] // inputs
+    zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32)
+    zero = zero if zeros is None else unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
+    return Levels(unpacked(packed, bits)[:, :inputs], zero, scale, bits, _unordered(groups, inputs, scale.shape[1]))
+
+
+def _unordered(groups: Tensor | None, inputs: int, count: int) -> Tensor | None:
+    ordered = groups is None or groups.equal((torch.arange(inputs) // (inputs // count)).to(groups))
+    return None if ordered else groups
+
+
+def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
+    """FP8 (out, in) times the scale of a block, of a row or of all, in fp32."""
+    wide = scale.float() if scale.dim() > 1 else scale.float().view(-1, 1)
+    for dimension, size in enumerate(weight.shape):
+        each = -(-size // wide.shape[dimension])
+        wide = wide.repeat_interleave(each, dimension).narrow(dimension, 0, size)
+    return weight.float() * wide
+
+
+# How GGUF files lay out weights, where it is otherwise than in transformers.
+
+
+def gguf_parts(name: str) -> list[str]:
+    """The tensors that a weight is stored in, by the names that the library gguf maps: one, or gate and up of experts."""
+    other = reduce(lambda other, change: re.sub(*change, other), _RENAMED, name)
+    return [other.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in other else [other]
+
+
+def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:
+    """A weight's shape in transformers, by those of its parts."""
+    experts, mixer, shape = spec.architecture.experts, spec.architecture.mixer, shapes[0]
+    if mixer is not None and name.endswith(f".{mixer.convolution}.weight"):
+        return shape[0], 1, *shape[1:]
+    if experts is None or experts.block not in name:
+        return shape
+    joined = shape[0], shape[1] * len(shapes), *shape[2:]
+    return joined[:1] + joined[:0:-1] if experts.by_inputs else joined
+
+
+def from_gguf(
+    name: str, parts: list[Tensor], spec: ModelSpec, neighbours: bool, form: BlockForm | None = None
+) -> Tensor | None:
+    """A weight in transformers' order. `neighbours`: rotate together in queries and keys. `form`: of rows of blocks, of which
+    experts keep (experts, outputs, bytes); None where blocks would have to be divided.
+    """
+    experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
+    if experts is not None and experts.block in name:
+        both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight  # gate and up in turns
+        return both.transpose(1, 2) if form is None and weight.dim() > 2 else both
+    if neighbours and kind in ("q_proj", "k_proj"):
+        heads = spec.heads if kind == "q_proj" else spec.kv_heads
+        return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+    if ".linear_attn." not in name or sizes is None or kind == "norm" or sizes.heads == sizes.key_heads:
+        return weight
+
+    def by_key_head(rows: Tensor) -> Tensor:
+        """Rows of all value heads, which the file has by turns of the key heads."""
+        turns = rows.reshape(sizes.heads // sizes.key_heads, sizes.key_heads, -1, *rows.shape[1:])
+        return turns.transpose(0, 1).reshape(rows.shape)
+
+    if kind == "out_proj":  # whose inputs these are
+        divides = form is not None and sizes.value_dim % form.inputs
+        return None if divides else by_key_head(weight.T).T.contiguous()
+    before = 2 * sizes.keys if kind in ("in_proj_qkv", "conv1d") else 0
+    return torch.cat([weight[:before], by_key_head(weight[before:])])

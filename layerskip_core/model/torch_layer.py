@@ -16,6 +16,7 @@ from .torch_linear import Linear, Norm, SlotNorm, linear
 from .weights import (
     Affine,
     Weights,
+    activation_factors,
     block_inputs,
     block_output,
     expert_inputs,
@@ -23,7 +24,6 @@ from .weights import (
     layer_norms,
     router,
     stacked,
-    activation_factors,
 )
 
 

@@ -17,12 +17,12 @@ from ..spec import ModelSpec
 from ..weights import (
     Affine,
     Weights,
+    activation_factors,
     block_inputs,
     block_output,
     expert_inputs,
     expert_outputs,
     joined,
-    activation_factors,
     layer_norms,
     router,
     sinks,
