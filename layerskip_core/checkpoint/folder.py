@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
-from ..model.blocks import BlockRows, Levels, compressed_levels, mxfp4_rows, plain, qweight_levels, scaled_blocks
+from ..model.blocks import BlockRows, Levels, compressed_levels, mxfp4_rows, plain, qweight_levels, scaled_blocks, signed_zeros
 from ..model.spec import check_shape
 from ..prompting import Tokenizer, special_ids
 
@@ -194,14 +194,14 @@ class LowBitWeights:
         if (levels := get(f"{module}.qweight")) is not None:
             zeros, scales, groups = (get(f"{module}.{name}") for name in ("qzeros", "scales", "g_idx"))
             return qweight_levels(levels, zeros, scales, self._least_zero, groups)
-        whole, zeros, scale = (get(f"{module}.weight{name}") for name in ("", "_zero_point", "_scale"))
+        whole, zeros, scale = map(get, (part, f"{module}.weight_zero_point", f"{module}.weight_scale"))
         if (packed := get(f"{module}.weight_packed")) is not None:
             inputs = int(get(f"{module}.weight_shape")[1])
             return compressed_levels(packed, inputs, scale, zeros, get(f"{module}.weight_g_idx"))
         if scale is None and (scale := get(f"{module}.weight_scale_inv")) is None:
             return whole
         if whole.dtype == torch.int8:
-            return Levels(whole.int() + 128, torch.full_like(scale, 128, dtype=torch.int32), scale, 8)
+            return Levels(whole.int() + 128, signed_zeros(scale, zeros, 8), scale, 8)
         self._dequantised.add(part)
         return scaled_blocks(whole, scale)
 

@@ -257,7 +257,7 @@ def _as_stored(
         return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)
-    backend, notes = _backend(_with_files_beside(source, None, memory), location.path)
+    backend, notes = _backend(_with_files_beside(source, location.folder, memory), location.path)
     generation = None if isinstance(files, GgufFile) else generation_config(location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
     return replace(made, notes=(*notes, *weights.notes))

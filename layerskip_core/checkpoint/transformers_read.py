@@ -48,7 +48,7 @@ _FORMS = {
     "starcoder2": ("starcoder2", "GPT2Tokenizer"),
     "granite": ("granite", "GPT2Tokenizer"),
     "lfm2": ("lfm2", "PreTrainedTokenizerFast"),
-    "qwen35": ("qwen3_5_text", "Qwen2Tokenizer"),
+    "qwen35": ("qwen3_5_text", "Qwen3_5Tokenizer"),
     "gpt-oss": ("gpt_oss", "PreTrainedTokenizerFast"),
 }
 _HEADS_OF_NEIGHBOURS = ("llama", "granite")  # whose rope rotates neighbours in llama.cpp, not halves
@@ -179,6 +179,8 @@ class GgufFile:
             return {"rope_parameters": rope}
         layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without those that draft
         share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
+        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # alike for text
+        share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
         value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
         return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
 

@@ -160,9 +160,16 @@ def qweight_levels(levels: Tensor, zeros: Tensor, scales: Tensor, least: int, gr
 def compressed_levels(packed: Tensor, inputs: int, scale: Tensor, zeros: Tensor | None, groups: Tensor | None) -> Levels:
     """Of compressed-tensors: levels (out, in / n), scales (out, groups or 1) and zeros (out / n, groups), or none."""
     bits = 32 * packed.shape[1] // inputs
-    zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32)
-    zero = zero if zeros is None else unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
+    if zeros is not None and zeros.dtype == torch.int32:
+        zero = unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
+    else:
+        zero = signed_zeros(scale, zeros, bits)
     return Levels(unpacked(packed, bits)[:, :inputs], zero, scale, bits, _unordered(groups, inputs, scale.shape[1]))
+
+
+def signed_zeros(scale: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Those of signed levels, of levels from 0 on."""
+    return torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
 
 
 def _unordered(groups: Tensor | None, inputs: int, count: int) -> Tensor | None:
