@@ -153,6 +153,7 @@ def random_rows(name, outputs, inputs, seed=0, size=0.05):
     scales = np.abs(generator.normal(1, 0.3, (len(blocks), form.factors)))
     scales *= size / 2 ** (form.bits - 2) / (32 if form.step_inputs else 1)
     scales[:, 1:] *= (1 if form.step_inputs else -1) * 2 ** (form.bits - 1)  # minima of weights around 0
+    blocks[:, 2] = generator.integers(5, 12, len(blocks)) if form.offset < 0 else blocks[:, 2]
     blocks[:, form.scales_at : form.scales_at + 2 * form.factors] = scales.astype(np.float16).view(np.uint8)
     return block_rows(torch.from_numpy(blocks.reshape(outputs, -1)), name)
 

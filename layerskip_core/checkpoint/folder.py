@@ -152,10 +152,8 @@ class LowBitWeights:
 
     def rows(self, name: str) -> Tensor | None:
         """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
-        found = [[self._read(part) for part in parts] for parts in self._parts_of(name)]
-        blocks = [[part.rows if isinstance(part, Levels) else part for part in parts] for parts in found]
+        blocks = [[self._rows(part) for part in parts] for parts in self._parts_of(name)]
         if not all(isinstance(part, BlockRows) for part in chain(*blocks)):
-            self._dequantised |= {name} if any(isinstance(part, Levels) for part in chain(*found)) else set()
             return None
         experts = [torch.cat(parts) for parts in blocks]
         rows = torch.stack(experts) if len(experts) > 1 else experts[0]
@@ -177,6 +175,13 @@ class LowBitWeights:
     def _is_there(self, part: str) -> bool:
         module = part.removesuffix(".weight")
         return not self._files.keys().isdisjoint((part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed"))
+
+    def _rows(self, part: str) -> Any:
+        if not isinstance(found := self._read(part), Levels):
+            return found
+        if (rows := found.rows) is None:
+            self._dequantised.add(part)
+        return rows
 
     def _plain(self, part: str) -> Tensor:
         found = self._read(part)

@@ -22,7 +22,7 @@ class BlockForm(NamedTuple):
     inputs: int
     bytes: int
     bits: int
-    offset: int  # 0 where there are minima
+    offset: int  # 0 where there are minima, -1 where a byte after the scale is the block's
     scales_at: int = 0  # byte of the fp16 scale, which that of the minimum follows
     by_table: bool = False  # MXFP4, whose first byte is the exponent of the scale
 
@@ -33,7 +33,7 @@ class BlockForm(NamedTuple):
     @property
     def step_inputs(self) -> int:
         """Inputs that share a step, 0 where there are none."""
-        return 0 if self.inputs == 32 and not self.by_table else 16 if self.bits == 6 else 32
+        return 0 if self.inputs == 32 and not self.by_table and self.offset >= 0 else 16 if self.bits == 6 else 32
 
 
 FORMS = {
@@ -43,9 +43,10 @@ FORMS = {
     "Q5_1": BlockForm(19, 32, 24, 5, 0),
     "Q8_0": BlockForm(20, 32, 34, 8, 128),
     "MXFP4": BlockForm(21, 32, 17, 4, 12, by_table=True),
-    "Q4_K": BlockForm(22, 256, 144, 4, 0),
-    "Q5_K": BlockForm(23, 256, 176, 5, 0),
-    "Q6_K": BlockForm(24, 256, 210, 6, 32, 208),
+    "Q4_Z": BlockForm(22, 32, 19, 4, -1),  # of AWQ and others with zeros, which no GGUF file has
+    "Q4_K": BlockForm(23, 256, 144, 4, 0),
+    "Q5_K": BlockForm(24, 256, 176, 5, 0),
+    "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
 
 _RENAMED = (  # weights in transformers, and as the library gguf knows them
@@ -87,6 +88,10 @@ def plain(weight: Tensor) -> Tensor:
     """Rows of blocks as the weight (out, in) that they stand for, in fp32; another weight as it is."""
     if not isinstance(weight, BlockRows):
         return weight
+    if weight.form.offset < 0:
+        blocks = weight.as_subclass(Tensor).unflatten(-1, (-1, weight.form.bytes))
+        levels = torch.cat([blocks[..., 3:] & 15, blocks[..., 3:] >> 4], -1) - blocks[..., 2:3].view(torch.int8).int()
+        return (levels * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
     from gguf import GGMLQuantizationType, dequantize
 
     return torch.from_numpy(dequantize(weight.as_subclass(Tensor).numpy(), GGMLQuantizationType[weight.type_name]))
@@ -117,17 +122,19 @@ class Levels(NamedTuple):
 
     @property
     def rows(self) -> BlockRows | None:
-        """As blocks of GGUF files; None where these lack such zeros, scales or groups."""
+        """As blocks; None where these lack such scales, groups or zeros."""
         (outputs, inputs), half = self.levels.shape, self.scale.half()
         size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
-        if self.groups is not None or size % 32 or self.bits not in (4, 8) or not middle:
+        if self.groups is not None or size % 32 or not (self.bits == 4 or (self.bits == 8 and middle)):
             return None
         if not half.float().equal(self.scale.float()):
             return None
-        scales = half.repeat_interleave(size // 32, 1).view(torch.uint8).view(outputs, -1, 2)
+        parts = [half.view(torch.uint8).view(outputs, -1, 2)] + ([] if middle else [self.zero.to(torch.uint8)[..., None]])
+        factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
         levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
         own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128
-        return block_rows(torch.cat([scales, own], -1).flatten(1), "Q4_0" if self.bits == 4 else "Q8_0")
+        kind = "Q8_0" if self.bits == 8 else "Q4_0" if middle else "Q4_Z"
+        return block_rows(torch.cat([factors, own], -1).flatten(1), kind)
 
 
 def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:

@@ -173,7 +173,7 @@ def test_as_transformers_reads_it(model_type, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "kind", "experts", "changes"),
     [
-        ("granite", "Q4_0", "F32", {"intermediate_size": 64, "head_dim": 16}),
+        ("granite", "Q4_0", "F32", {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}),
         ("lfm2", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16}),
         ("qwen3_5_text", "Q8_0", "F32", {"linear_value_head_dim": 32, "intermediate_size": 64}),
         (

@@ -45,11 +45,14 @@ def weights_of(matrix, name):
         table = torch.tensor(gguf.quants.MXFP4.kvalues, dtype=torch.float32)
         exponents = matrix.parts[f"{name}.steps"].float().repeat_interleave(32, 1).transpose(1, 2)
         return (table[levels] * 2**exponents).flatten(0, 1)
+    zeros = torch.full((), form.offset)
+    if form.offset < 0:
+        zeros = matrix.parts[f"{name}.steps"].repeat_interleave(32, 1).transpose(1, 2)
     factors = scale.view(panels, -1, form.factors, 32).repeat_interleave(form.inputs, 1).permute(2, 0, 3, 1)
-    if form.step_inputs:
+    if form.step_inputs and form.offset >= 0:
         steps = matrix.parts[f"{name}.steps"].float().view(panels, -1, form.factors, 32)
         factors = factors * steps.repeat_interleave(form.step_inputs, 1).permute(2, 0, 3, 1)
-    weight = (levels - form.offset).float() * factors[0]
+    weight = (levels - zeros).float() * factors[0]
     return (weight if form.offset else weight + factors[1]).flatten(0, 1)
 
 

@@ -105,7 +105,7 @@ static Matrix stored_of(int experts, int inputs, int outputs, int count, int bia
             StoredPanel own = {
                 .weight = room((size_t)(held * inputs * bits * 4)), .bits = bits, .offset = TYPES[type].offset,
                 .scale = Q4_0 + type == MXFP4 ? NULL : room((size_t)(held * inputs / width * factors * PANEL * 2)),
-                .steps = width == 256 || Q4_0 + type == MXFP4 ? room((size_t)(held * inputs / (bits == 6 ? 16 : 32) * factors * PANEL)) : NULL,
+                .steps = width == 256 || Q4_0 + type == MXFP4 || Q4_0 + type == Q4_Z ? room((size_t)(held * inputs / (bits == 6 ? 16 : 32) * factors * PANEL)) : NULL,
             };
             for (int i = 0; i < held; i++) {
                 table[is_one ? i : first + i * count] = own;
@@ -123,6 +123,7 @@ static Matrix stored_of(int experts, int inputs, int outputs, int count, int bia
                 int scale = TYPES[type].least + below(TYPES[type].least < 0x400 ? 0x40 : 0x400) + (f && width == 32 ? 0x8c00 : 0);
                 block[TYPES[type].scales + 2 * f] = (uint8_t)scale, block[TYPES[type].scales + 2 * f + 1] = (uint8_t)(scale >> 8);
             }
+            if (Q4_0 + type == Q4_Z) block[2] = (uint8_t)(below(18) - 1);
             if (Q4_0 + type == MXFP4) block[0] = (uint8_t)(120 + below(5));
             for (int k = 0; k < width; k++) weight[i * width + k] = plain_block(Q4_0 + type, block, k);
         }

@@ -31,10 +31,10 @@ static const struct {
     int scales, least; /* where its fp16 scales are, of which there are one or two, and the bits of a small one */
 } TYPES[] = { /* from Q4_0 on */
     {"Q4_0", 32, 18, 4, 8, 0, 0x2000}, {"Q4_1", 32, 20, 4, 0, 0, 0x2000}, {"Q5_0", 32, 22, 5, 16, 0, 0x1c00},
-    {"Q5_1", 32, 24, 5, 0, 0, 0x1c00}, {"Q8_0", 32, 34, 8, 128, 0, 0x1000}, {"MXFP4", 32, 17, 4, 12, 0, 0}, {"Q4_K", 256, 144, 4, 0, 0, 0x0c00},
+    {"Q5_1", 32, 24, 5, 0, 0, 0x1c00}, {"Q8_0", 32, 34, 8, 128, 0, 0x1000}, {"MXFP4", 32, 17, 4, 12, 0, 0}, {"Q4_Z", 32, 19, 4, -1, 0, 0x2000}, {"Q4_K", 256, 144, 4, 0, 0, 0x0c00},
     {"Q5_K", 256, 176, 5, 0, 0, 0x0800}, {"Q6_K", 256, 210, 6, 32, 208, 0x0010},
 };
-enum { TYPE_COUNT = sizeof TYPES / sizeof *TYPES, NARROW_TYPES = 6 };
+enum { TYPE_COUNT = sizeof TYPES / sizeof *TYPES, NARROW_TYPES = 7 };
 
 static double half(const uint8_t *b) {
     int bits = b[0] | b[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -53,6 +53,7 @@ static float plain_block(int type, const uint8_t *b, int i) {
         low = b[1 + i % 16] >> low & 15;
         return ldexpf(low > 7 ? -mxfp4[low - 8] : mxfp4[low], b[0] - 127);
     case Q4_0: return (float)(d * ((b[2 + i % 16] >> low & 15) - 8));
+    case Q4_Z: return (float)(d * ((b[3 + i % 16] >> low & 15) - (int8_t)b[2]));
     case Q4_1: return (float)(d * (b[4 + i % 16] >> low & 15) + m);
     case Q5_0: return (float)(d * ((b[6 + i % 16] >> low & 15) + (b[2 + i / 8] >> i % 8 & 1) * 16 - 16));
     case Q5_1: return (float)(d * ((b[8 + i % 16] >> low & 15) + (b[4 + i / 8] >> i % 8 & 1) * 16) + m);

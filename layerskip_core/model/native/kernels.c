@@ -30,7 +30,7 @@ typedef struct {
 
 /* A panel of weights (level - offset) * scale + minimum, exactly those that a GGUF file stands for. Where there are steps, a scale
  * or minimum is a step of its group times the `scale` of 256 inputs. MXFP4 has no scales: levels are indices of a table (see
- * panel_stored), and a group's step is the exponent of a power of two. Of a panel:
+ * panel_stored), and a group's step is the exponent of a power of two. Of Q4_Z it is the offset of its levels. Of a panel:
  *     weight (group, bits, output, 4 bytes): of fewer than 8 bits first the low four, see quads_of
  *     scale ([group or 256 inputs], 1 or 2 with minimum, output)
  *     steps (group, or half a group with 6 bits; 1 or 2, output)
@@ -39,7 +39,7 @@ typedef struct {
     const char *weight;
     const uint16_t *scale; /* fp16; NULL: of MXFP4 */
     const int8_t *steps;   /* or NULL */
-    int32_t bits, offset;  /* of levels; 0 where there are minima */
+    int32_t bits, offset;  /* of levels; 0 where there are minima, -1 where the steps are offsets */
 } StoredPanel;
 
 typedef struct {

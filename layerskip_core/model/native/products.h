@@ -184,7 +184,7 @@ INLINE vi quads_of(const char *group, int quad, const int bits) {
 /* The scale of a span of inputs, or their minimum, for a stored panel's outputs. */
 INLINE vf factor_of(const Operands *o, const int spans, int span, int h, int is_minimum) {
     size_t factors = o->stored->offset ? PANEL : 2 * PANEL, at = 16 * (size_t)h + (size_t)is_minimum * PANEL;
-    if (!o->steps) return f_load_fp16(o->scale + (size_t)span * factors + at);
+    if (!o->steps || o->stored->offset < 0) return f_load_fp16(o->scale + (size_t)span * factors + at);
     vf scale = f_load_fp16(o->scale + (size_t)(span / spans / 8) * factors + at);
     return f_mul(scale, f_load_int8(o->steps + (size_t)span * factors + at));
 }
@@ -230,9 +230,10 @@ INLINE void panel_stored(const Operands *o, const int bits, const int by_table, 
             }
             EACH(h, H) {
                 const int offset = bits == 8 ? LEVEL_OFFSET : o->stored->offset, place = g * spans + span;
-                vf scale = by_table ? f_power_of_two(i_rounded(f_load_int8(o->steps + (size_t)place * PANEL + 16 * h)))
-                                    : factor_of(o, spans, place, h, 0);
+                const int8_t *step = o->steps + (size_t)place * PANEL + 16 * h; /* of MXFP4 and Q4_Z */
+                vf scale = by_table ? f_power_of_two(i_rounded(f_load_int8(step))) : factor_of(o, spans, place, h, 0);
                 vf minimum = bits > 5 || offset ? f_mul(scale, f_set((float)-offset)) : factor_of(o, spans, place, h, 1);
+                if (bits == 4 && offset < 0) minimum = f_sub(f_set(0), f_mul(scale, f_load_int8(step)));
                 EACH(r, R) {
                     const float *factors = (const float *)(o->x + r * o->stride + 2 * o->inputs) + 4 * g;
                     acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
