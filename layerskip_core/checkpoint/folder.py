@@ -32,7 +32,12 @@ INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-LOW_BITS = ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8")  # of quantization_config, that LowBitWeights reads
+_LOW_BITS: dict[str, tuple[Any, ...]] = {  # values of quantization_config that LowBitWeights reads, or which are absent
+    "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
+    "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    "bits": (4, 8),
+    "version": ("gemm",),
+}
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
@@ -122,6 +127,12 @@ class JoinedWeights:
             for rows, part in zip(expert.chunk(len(names)), names, strict=True):
                 rows.copy_(self._files[part].read(part))
         return joined
+
+
+def has_low_bits(quantization: Mapping[str, Any]) -> bool:
+    """Whether a folder with this quantization_config is one of LowBitWeights."""
+    known = all(quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization)
+    return "quant_method" in quantization and known
 
 
 class LowBitWeights:

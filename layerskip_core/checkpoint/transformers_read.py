@@ -17,10 +17,10 @@ from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import (
-    LOW_BITS,
     LowBitWeights,
     checked_tokenizer,
     generation_config,
+    has_low_bits,
     lean_tokenizer,
     open_weights,
     quiet_transformers,
@@ -86,7 +86,7 @@ class PretrainedModel:
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
         quantization = dict(getattr(self.config, "quantization_config", None) or {})
-        if self.spec is not None and quantization.get("quant_method") in LOW_BITS and not self.spec.architecture.transposed:
+        if self.spec is not None and has_low_bits(quantization) and not self.spec.architecture.transposed:
             self.low_bits = LowBitWeights(path, self.spec, quantization)
             del self.config.quantization_config
 

@@ -49,6 +49,7 @@ FORMS = {
     "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
 
+_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice its levels
 _RENAMED = (  # weights in transformers, and as the library gguf knows them
     (r"\.dt_bias$", ".dt_proj.bias"),
     (r"\.sinks$", ".sinks.weight"),
@@ -88,13 +89,18 @@ def plain(weight: Tensor) -> Tensor:
     """Rows of blocks as the weight (out, in) that they stand for, in fp32; another weight as it is."""
     if not isinstance(weight, BlockRows):
         return weight
-    if weight.form.offset < 0:
-        blocks = weight.as_subclass(Tensor).unflatten(-1, (-1, weight.form.bytes))
-        levels = torch.cat([blocks[..., 3:] & 15, blocks[..., 3:] >> 4], -1) - blocks[..., 2:3].view(torch.int8).int()
-        return (levels * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
+    form, rows = weight.form, weight.as_subclass(Tensor)
+    if form.inputs == 32 and form.offset and form.bits != 5:  # as checkpoints of the hub have them, without the library gguf
+        blocks = rows.unflatten(-1, (-1, form.bytes))
+        own = blocks[..., form.bytes - 4 * form.bits :]
+        levels = own.view(torch.int8).int() + 128 if form.bits == 8 else torch.cat([own & 15, own >> 4], -1).int()
+        if form.by_table:
+            return torch.ldexp(_MXFP4[levels], blocks[..., :1].int() - 128).flatten(-2)
+        offset = blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
+        return ((levels - offset) * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
     from gguf import GGMLQuantizationType, dequantize
 
-    return torch.from_numpy(dequantize(weight.as_subclass(Tensor).numpy(), GGMLQuantizationType[weight.type_name]))
+    return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[weight.type_name]))
 
 
 # Weights in low bits as checkpoints of the hub store them.

@@ -7,6 +7,7 @@ from conftest import edit_json, logits_of, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
+from layerskip_core.checkpoint.folder import has_low_bits
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -177,3 +178,11 @@ def test_a_projection_that_is_missing(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing, model\.layers\.2\.mlp\.up_proj\.weight the first"):
         for_decoding(path, "cpu", "fp32")
+
+
+@pytest.mark.parametrize(
+    "other", [{"quant_method": "hqq"}, {"format": "nvfp4-pack-quantized"}, {"bits": 3}, {"version": "gemv"}]
+)
+def test_other_forms_are_left_to_transformers(other):
+    known = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+    assert has_low_bits(known) and not has_low_bits({**known, **other}) and not has_low_bits({})
