@@ -214,8 +214,10 @@ class LowBitWeights:
         if (packed := get(f"{module}.weight_packed")) is not None:
             inputs = int(get(f"{module}.weight_shape")[1])
             return compressed_levels(packed, inputs, scale, zeros, get(f"{module}.weight_g_idx"))
-        if scale is None and (scale := get(f"{module}.weight_scale_inv")) is None:
-            return whole
+        scale = get(f"{module}.weight_scale_inv") if scale is None else scale
+        if scale is None:
+            floats: Tensor = whole
+            return floats
         if whole.dtype == torch.int8:
             return Levels(whole.int() + 128, signed_zeros(scale, zeros, 8), scale, 8)
         self._dequantised.add(part)

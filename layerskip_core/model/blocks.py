@@ -6,7 +6,6 @@ scales are powers of two.
 """
 
 import re
-from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -91,13 +90,13 @@ def plain(weight: Tensor) -> Tensor:
         return weight
     form, rows = weight.form, weight.as_subclass(Tensor)
     if form.inputs == 32 and form.offset and form.bits != 5:  # as checkpoints of the hub have them, without the library gguf
-        blocks = rows.unflatten(-1, (-1, form.bytes))
+        blocks = rows.reshape(*rows.shape[:-1], -1, form.bytes)
         own = blocks[..., form.bytes - 4 * form.bits :]
         levels = own.view(torch.int8).int() + 128 if form.bits == 8 else torch.cat([own & 15, own >> 4], -1).int()
         if form.by_table:
             return torch.ldexp(_MXFP4[levels], blocks[..., :1].int() - 128).flatten(-2)
-        offset = blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
-        return ((levels - offset) * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
+        levels -= blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
+        return (levels * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
     from gguf import GGMLQuantizationType, dequantize
 
     return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[weight.type_name]))
@@ -162,7 +161,7 @@ def qweight_levels(levels: Tensor, zeros: Tensor, scales: Tensor, least: int, gr
     """
     outputs, scale = scales.shape[1], scales.T.contiguous()
     if levels.shape[1] < outputs:  # AWQ
-        ordered = (unpacked(part, 4).unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1).T for part in (levels, zeros))
+        ordered = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (levels, zeros))
         found, zero = (part.contiguous() for part in ordered)
         return Levels(found, zero, scale, 4)
     bits = 32 * zeros.shape[1] // outputs
@@ -204,8 +203,9 @@ def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
 
 def gguf_parts(name: str) -> list[str]:
     """The tensors that a weight is stored in, by the names that the library gguf maps: one, or gate and up of experts."""
-    other = reduce(lambda other, change: re.sub(*change, other), _RENAMED, name)
-    return [other.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in other else [other]
+    for pattern, other in _RENAMED:
+        name = re.sub(pattern, other, name)
+    return [name.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in name else [name]
 
 
 def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:

@@ -296,13 +296,13 @@ class ModelSpec:
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None and names is not None:
-            sizes = {"gate_up_proj": (2 * experts.inner, self.hidden), "down_proj": (self.hidden, experts.inner)}
+            projections = {"gate_up_proj": (2 * experts.inner, self.hidden), "down_proj": (self.hidden, experts.inner)}
             shapes |= {f"{names.router}.weight": (experts.count, self.hidden)}
-            for name, size in sizes.items():
-                shapes[names.block + name] = (experts.count, *(size[::-1] if names.by_inputs else size))
+            for name, own in projections.items():
+                shapes[names.block + name] = (experts.count, *(own[::-1] if names.by_inputs else own))
             if self.mlp_bias:
                 shapes |= {f"{names.router}.bias": (experts.count,)}
-                shapes |= {f"{names.block}{name}_bias": (experts.count, size[0]) for name, size in sizes.items()}
+                shapes |= {f"{names.block}{name}_bias": (experts.count, own[0]) for name, own in projections.items()}
             *inward, back = names.shared or ("",)
             width = 2 * experts.shared_inner // max(len(inward), 1)
             shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
