@@ -2,11 +2,11 @@
 
 import torch
 
-from layerskip_core.checkpoint import beside
-from layerskip_core.checkpoint.beside import EAGLE3_FOLDER, eagle3_content, exit_blocks_content, fingerprint
+from layerskip_core.checkpoint import sidecars
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.save import save_sidecar
+from layerskip_core.checkpoint.sidecars import EAGLE3_FOLDER, eagle3_content, exit_blocks_content, fingerprint
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
@@ -36,7 +36,7 @@ def add_blocks(folder, *blocks: ExitBlock) -> None:
     trained_for = fingerprint(spec, loaded.model.get_parameter)
     content = exit_blocks_content(spec, {name: made.take(name) for name in made.shapes(spec)}, trained_for)
     found = {str(block.exit_layer): {"agreement": 0.75} for block in blocks}
-    save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(found))
+    save_sidecar(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(found))
 
 
 def random_eagle3(spec: ModelSpec, tokens: torch.Tensor | None = None) -> Eagle3Weights:
@@ -58,6 +58,6 @@ def add_eagle3(folder) -> None:
 def add_int4(folder, change=lambda weight: weight):
     """Calibrated weights that differ visibly from rounded ones, if `change` does."""
     model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
-    names = beside.matrix_names(spec)
+    names = sidecars.matrix_names(spec)
     rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
-    save_beside(str(folder), INT4_FILE, beside.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))
+    save_sidecar(str(folder), INT4_FILE, sidecars.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))

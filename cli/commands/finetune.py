@@ -189,14 +189,14 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
-    config, worth = plan.config, plan.worth
-    speeds = ", ".join(f"{worth.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
+    config, estimate = plan.config, plan.estimate
+    speeds = ", ".join(f"{estimate.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
     what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
     if config.layout == "eagle3":
         what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [
         f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
-        f"drafts here would take {worth.draft:.2f} of a step ({worth.step * 1e3:.3g} ms) each, so by drafts accepted about "
+        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted about "
         f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",
     ]

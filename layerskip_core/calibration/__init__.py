@@ -13,12 +13,12 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import fingerprint, int4_content, matrix_names
 from ..checkpoint.folder import INT4_FILE, refuse_packed
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.locate import own_folder, reading
 from ..checkpoint.open import for_decoding, for_training, import_checkpoint
-from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
+from ..checkpoint.save import refuse_overwrite, refuse_sidecar, save_sidecar
+from ..checkpoint.sidecars import fingerprint, int4_content, matrix_names
 from ..config.decoding import DecodingConfig
 from ..config.model import CalibrationConfig, DataConfig
 from ..data import load_examples
@@ -60,7 +60,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))
     else:
-        refuse_beside(folder, INT4_FILE)
+        refuse_sidecar(folder, INT4_FILE)
     texts, others = _texts(config, report)
     trainable = for_training(config.model, "cpu")
     backend, steps = trainable.backend, config.tuning_steps
@@ -76,7 +76,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     if copied:
         import_checkpoint(config.model, folder, "auto", {INT4_FILE: content}, lambda info: info.with_int4(agreement))
     else:
-        save_beside(folder, INT4_FILE, content, lambda info: info.with_int4(agreement))
+        save_sidecar(folder, INT4_FILE, content, lambda info: info.with_int4(agreement))
     return folder
 
 

@@ -28,8 +28,8 @@ from ..prompting import Tokenizer, special_ids
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
-EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
+INT4_FILE = "int4.safetensors"  # beside the weights, see sidecars.py
+EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see sidecars.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _LOW_BITS: dict[str, tuple[Any, ...]] = {  # values of quantization_config that LowBitWeights reads, or which are absent

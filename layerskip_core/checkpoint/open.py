@@ -26,7 +26,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, taken_from
-from .beside import EAGLE3_FOLDER, eagle3_beside, eagle3_content, read_eagle3, read_exit_blocks, read_int4
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -44,6 +43,7 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, present, reading
 from .packed_file import PackedFile
 from .save import NO_FILES, read_whole, save_checkpoint
+from .sidecars import EAGLE3_FOLDER, eagle3_content, eagle3_sidecar, read_eagle3, read_exit_blocks, read_int4
 from .transformers_read import (
     GgufFile,
     merge_adapters,
@@ -320,7 +320,7 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
             f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab)
-    blocks = replace(file.exit_blocks, eagle3=eagle3_beside(folder, spec))
+    blocks = replace(file.exit_blocks, eagle3=eagle3_sidecar(folder, spec))
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _decoder(name, folder, info, backend)

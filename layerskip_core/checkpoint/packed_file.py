@@ -25,8 +25,8 @@ from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
-from .beside import naming, open_formed
 from .folder import PACKED_FILE
+from .sidecars import naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"

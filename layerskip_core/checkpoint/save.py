@@ -55,8 +55,8 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
     _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 
-def refuse_beside(model: str, name: str) -> None:
-    """Raises ConfigError if `save_beside` would replace a file of others. Needs the folder's lock."""
+def refuse_sidecar(model: str, name: str) -> None:
+    """Raises ConfigError if `save_sidecar` would replace a file of others. Needs the folder's lock."""
     settle(model)
     _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
@@ -141,7 +141,7 @@ def write_info(path: str, info: CheckpointInfo) -> None:
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
 
-def save_beside(
+def save_sidecar(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
     """Adds a file to a folder's model, and to layerskip.json after a `change`. Raises as `write_info` does."""

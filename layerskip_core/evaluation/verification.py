@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
-from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.loaded import Decoder, decoder_of
 from ..checkpoint.locate import present
 from ..checkpoint.open import for_decoding, for_training
+from ..checkpoint.sidecars import read_exit_blocks
 from ..config.evaluation import VerifyConfig
 from ..config.model import DataConfig, PackingConfig
 from ..data import load_prompts

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..checkpoint.beside import EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.locate import downloaded
 from ..checkpoint.open import for_decoding
+from ..checkpoint.sidecars import EAGLE3_FOLDER, PROPOSED
 from ..config.decoding import DecodingConfig
 from ..config.model import CheckConfig, DataConfig, PackingConfig
 from ..data import load_prompts

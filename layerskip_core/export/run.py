@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.beside import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
@@ -20,6 +19,7 @@ from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, pres
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
+from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED, read_exit_blocks
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
 from ..config.resolution import require_exit_layer

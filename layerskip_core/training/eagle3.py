@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.beside import default_layers, eagle3_content, read_eagle3
 from ..checkpoint.locate import fetched
+from ..checkpoint.sidecars import default_layers, eagle3_content, read_eagle3
 from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
@@ -18,7 +18,7 @@ from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
 from .exit_blocks import DrafterModule, copy_into
 from .recipe import RunStep
-from .worth import Worth, worth_of_eagle3
+from .verdict import SpeedEstimate, eagle3_speedup
 
 DRAFTS = 3  # that are unrolled
 _ALIKE = 0.9  # cosine of a head's rows and those of the model's
@@ -70,8 +70,8 @@ class FrozenEagle3(DrafterModule):
     def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
 
-    def worth(self, backend: Backend, exit_layer: int) -> Worth:
-        return worth_of_eagle3(backend, self.stored(backend.dtype))
+    def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
+        return eagle3_speedup(backend, self.stored(backend.dtype))
 
     @property
     def _head(self) -> Tensor:

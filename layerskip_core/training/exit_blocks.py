@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoint.beside import exit_blocks_content
 from ..checkpoint.folder import EXIT_BLOCKS_FILE
+from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
 from ..losses import IGNORED, summed_losses
@@ -18,7 +18,7 @@ from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
 from .recipe import RunStep
-from .worth import Worth, worth_of_exit
+from .verdict import SpeedEstimate, exit_speedup
 
 MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
 _FILE = "drafter.safetensors"  # of a run's checkpoint
@@ -105,9 +105,9 @@ class DrafterModule(nn.Module):
         """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""
         yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
 
-    def worth(self, backend: Backend, exit_layer: int) -> Worth:
+    def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         """What drafts of this exit would gain, with the backend that decodes."""
-        return worth_of_exit(backend, exit_layer, True)
+        return exit_speedup(backend, exit_layer, True)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Before the training on some encoded rows."""

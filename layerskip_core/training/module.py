@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint.beside import exit_blocks_content, fingerprint
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
 from ..checkpoint.save import write_model
+from ..checkpoint.sidecars import exit_blocks_content, fingerprint
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
@@ -23,7 +23,7 @@ from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from .exit_blocks import MUON_LR, copy_into, named_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
-from .worth import Worth, worth_of_exit
+from .verdict import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
@@ -113,9 +113,9 @@ class RecipeModule(nn.Module):
         rows = DocumentRows(documents)
         return target_rows(rows.together(reader(rows.apart(states), states, rows.apart(ids))), labels)
 
-    def worth(self, backend: Backend, exit_layer: int) -> Worth:
-        """As `DrafterModule.worth`."""
-        return worth_of_exit(backend, exit_layer, str(exit_layer) in self.readers)
+    def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
+        """As `DrafterModule.estimated_speedup`."""
+        return exit_speedup(backend, exit_layer, str(exit_layer) in self.readers)
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""

@@ -152,7 +152,7 @@ class Plan:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
-            speed, drafts = self.module.worth(backend, exit_layer).speed(share)
+            speed, drafts = self.module.estimated_speedup(backend, exit_layer).speed(share)
             found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
         return found
 

@@ -17,13 +17,13 @@ import msgspec
 import torch
 from torch.utils.data import Subset
 
-from ..checkpoint.beside import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
-from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_beside, save_checkpoint
+from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
+from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint, read_exit_blocks
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
@@ -42,7 +42,7 @@ from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
-from .worth import Original, Worth
+from .verdict import Original, SpeedEstimate
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
@@ -183,7 +183,7 @@ class FrozenModel(Plan):
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
     answers: Answers
-    worth: Worth  # of the first drafter that is trained
+    estimate: SpeedEstimate  # of the first drafter that is trained
 
     def __init__(self, config: DrafterConfig, device: torch.device, resume: Path | None) -> None:
         if world_size() > 1:
@@ -212,7 +212,7 @@ class FrozenModel(Plan):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
         module.decoder = decoding = self.decoder.backend
-        self.made_for, self.worth = fingerprint(backend.spec, weight_of), module.worth(decoding, min(module.names))
+        self.made_for, self.estimate = fingerprint(backend.spec, weight_of), module.estimated_speedup(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
@@ -276,7 +276,7 @@ class FrozenModel(Plan):
             for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
                 (Path(config.output) / name).unlink(missing_ok=True)
             for name in sorted(files, reverse=True):  # the weights before their config.json
-                save_beside(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
+                save_sidecar(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)

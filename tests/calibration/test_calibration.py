@@ -22,9 +22,9 @@ from layerskip_core.calibration.model import (
     with_best_levels,
     with_best_scales,
 )
-from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.weights import int4_of
 

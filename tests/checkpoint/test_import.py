@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.locate import present
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.save import save_sidecar
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.errors import CheckpointError
@@ -64,7 +64,7 @@ def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks,
 def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(checkpoint, tmp_path):
     folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), tmp_path / "imported"
     add_eagle3(folder)
-    save_beside(str(folder), ORDER_FILE, b"[7,3]", lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}))
+    save_sidecar(str(folder), ORDER_FILE, b"[7,3]", lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}))
     assert run("import", str(folder), "--output", str(output)).code == 0
     assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
     assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files

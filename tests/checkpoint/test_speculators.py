@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import default_layers, eagle3_beside, eagle3_content, read_eagle3
+from layerskip_core.checkpoint.sidecars import default_layers, eagle3_content, eagle3_sidecar, read_eagle3
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
@@ -51,9 +51,9 @@ def test_a_folder_is_read_back(folder):
 
 def test_a_process_killed_before_it_wrote_the_config_leaves_no_drafter(folder):
     model = folder[0].parent
-    assert_same(eagle3_beside(model, SPEC), folder[1])
+    assert_same(eagle3_sidecar(model, SPEC), folder[1])
     (model / "eagle3" / "config.json").unlink()
-    assert eagle3_beside(model, SPEC) is None
+    assert eagle3_sidecar(model, SPEC) is None
 
 
 def test_the_weights_have_the_names_and_shapes_of_sglang_s_loader(folder):

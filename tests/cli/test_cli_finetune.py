@@ -11,7 +11,7 @@ from command_line import fails, refused, run
 
 from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.training import worth
+from layerskip_core.training import verdict
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 
@@ -59,8 +59,8 @@ def test_the_papers_recipe_with_named_exits(finetune):
 
 
 def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypatch):
-    monkeypatch.setattr(worth, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
-    monkeypatch.setattr(worth, "FEWEST", 4)
+    monkeypatch.setattr(verdict, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
+    monkeypatch.setattr(verdict, "FEWEST", 4)
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")

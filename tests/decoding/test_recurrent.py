@@ -13,7 +13,7 @@ from evaluating import tiny_loaded
 from exit_block_models import random_blocks, random_eagle3
 from test_prefix import SHAPE, conversation, entries, of_turns
 
-from layerskip_core.checkpoint.beside import matrix_names
+from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch

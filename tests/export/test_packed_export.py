@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.checkpoint.folder import PACKED_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.checkpoint.save import save_beside, save_checkpoint
+from layerskip_core.checkpoint.save import save_checkpoint, save_sidecar
 from layerskip_core.config.model import ExportConfig, PackingConfig
 from layerskip_core.errors import CheckpointError, shown
 from layerskip_core.export.run import export_packed
@@ -144,7 +144,7 @@ def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, m
 def test_draft_vocabularies_are_rows_of_the_packed_head(wide, tmp_path, quantize, ordered):
     """Also where neither they nor the vocabulary fill panels of 32 rows."""
     if ordered:
-        save_beside(str(wide), ORDER_FILE, json.dumps([7, 299, 33, 120, 5]).encode())
+        save_sidecar(str(wide), ORDER_FILE, json.dumps([7, 299, 33, 120, 5]).encode())
     for dtype in ("fp32", "bf16"):
         packed_from(wide, tmp_path / dtype, quantize, dtype)
         packing = PackingConfig(quantize, draft_vocab=45)

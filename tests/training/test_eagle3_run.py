@@ -11,9 +11,9 @@ from decoder_types import tiny
 from test_frozen_run import hashes, train
 from training_runs import Interrupted, stop_at
 
-from layerskip_core.checkpoint.beside import read_eagle3
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.checkpoint.sidecars import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import DrafterConfig

@@ -18,7 +18,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
-from layerskip_core.training import worth
+from layerskip_core.training import verdict
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
@@ -146,13 +146,13 @@ class Passes:
 
 def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A round of d drafts takes d + 1 times 2 layers, the block and the head, and 4/6 of a pass; a plain step 8 seconds."""
-    monkeypatch.setattr(worth, "_Passes", Passes)
+    monkeypatch.setattr(verdict, "_Passes", Passes)
     plan, info, _ = learnt
-    [verdict] = plan.verdicts(info)
+    [gain] = plan.verdicts(info)
     share = info.agreement["2"]
     speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * (d + 1) + 16 / 3) for d in (1, 2, 3, 4, 5, 6, 8)}
-    assert (verdict.name, verdict.accepted) == ("exit 2", share)
-    assert verdict.speed == pytest.approx(speeds[verdict.drafts]) and verdict.speed == pytest.approx(max(speeds.values()))
+    assert (gain.name, gain.accepted) == ("exit 2", share)
+    assert gain.speed == pytest.approx(speeds[gain.drafts]) and gain.speed == pytest.approx(max(speeds.values()))
 
 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):

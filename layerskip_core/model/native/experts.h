@@ -64,7 +64,7 @@ static void group_rows(const Shape *s, const Routing *routing, int rows) {
 }
 
 /* Of few rows the experts are divided for the logits, and then each thread makes the same choice for itself, which is cheaper than
- * to meet. Of many the rows are divided. */
+ * a barrier. Of many the rows are divided. */
 static void route(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -80,11 +80,11 @@ static void route(Work *work, const Layer *l, int thread, int threads) {
         for (int e = from; e < to; e++)
             logits[e] = dot(x, l->router + (size_t)e * (size_t)n, n) + (l->router_bias ? l->router_bias[e] : 0);
     }
-    if (is_few) meet(&work->team, threads);
+    if (is_few) barrier(&work->team, threads);
     for (int r = first; r < last; r++) choose_experts(s, routing, r);
-    if (!is_few) meet(&work->team, threads);
+    if (!is_few) barrier(&work->team, threads);
     if (is_few || thread == 0) group_rows(s, routing, rows);
-    if (!is_few) meet(&work->team, threads);
+    if (!is_few) barrier(&work->team, threads);
 }
 
 /* hidden += residual_scale * the weighted sum of what a row's experts give. */
@@ -96,10 +96,10 @@ static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
     route(work, l, thread, threads);
     Multiplication up = {&l->up, call->hidden, &l->before_mlp, slots, call->inside, inner, ACTIVATE, routing, routing->rows, l->bends};
     multiply(work, up, 0, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     Multiplication down = {&l->down, call->inside, NULL, slots, routing->products, n, PUT, routing, NULL};
     multiply(work, down, 0, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     int from = share(n, thread, threads), to = share(n, thread + 1, threads); /* a few rows too are divided so */
     for (int r = 0; r < call->rows; r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
@@ -110,5 +110,5 @@ static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
             for (int i = from; i < to; i++) hidden[i] += weight * product[i];
         }
     }
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
 }

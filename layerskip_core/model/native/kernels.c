@@ -6,7 +6,7 @@
  *
  * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; pack.c packs them. Threads
  * come from the OpenMP runtime that torch uses, because two pools would compete for the cores. They divide the panels of a
- * matrix and the heads of attention and meet at barriers: see threads.h.
+ * matrix and the heads of attention and wait at barriers: see threads.h.
  */
 #include "lanes.h"
 #include <math.h>
@@ -183,7 +183,7 @@ static size_t form_bytes(const Matrix *m) {
     return (bytes + 63) & ~(size_t)63;
 }
 
-static void form(const Matrix *m, const float *x, char *out) {
+static void quantize_row(const Matrix *m, const float *x, char *out) {
     int n = m->inputs;
     if (m->kind == FP32 || m->kind == WIDENED) {
         memcpy(out, x, 4 * (size_t)n);
@@ -330,7 +330,7 @@ static void form_rows(const Shape *s, const Multiplication *of, int first, int c
         int index = of->picks ? of->picks[first + r] : first + r;
         const float *row = of->rows + (size_t)index * (size_t)m->inputs;
         if (of->norm && of->norm->weight) normed(row, of->norm, m->inputs, s->eps, own.row), row = own.row;
-        form(m, row, own.formed + (size_t)r * form_bytes(m));
+        quantize_row(m, row, own.formed + (size_t)r * form_bytes(m));
     }
 }
 
@@ -430,7 +430,7 @@ static void multiply(Work *work, Multiplication of, int first, int thread, int t
         int whose = (thread + i) % threads, from = share(count, whose, threads), to = share(count, whose + 1, threads);
         int all = block_at(&of, each, first, from, to, -1).left;
         int few = helps ? (of.count > TILE ? 2 : MOST_PANELS) / step : all;
-        for (int at = 0; (at = helps ? take(work->team.taken + whose, phase, few, all) : at) >= 0 && at < all;)
+        for (int at = 0; (at = helps ? steal(work->team.taken + whose, phase, few, all) : at) >= 0 && at < all;)
             for (int end = all - at < few ? all : at + few, units; at < end; at += units) {
                 Block block = block_at(&of, each, first, from, to, at);
                 units = end - at < block.left ? end - at : block.left;
@@ -466,7 +466,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
     int rows = call->rows, n = s->hidden, adds = !after->weight;
     Multiplication block = {m, x, NULL, rows, adds ? call->hidden : call->block, n, adds ? ADD : PUT};
     multiply(work, block, 0, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     if (adds) return;
     float scale = s->residual_scale, *row = own_room(work, thread).row;
     for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
@@ -474,7 +474,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
         normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
         for (int i = 0; i < n; i++) hidden[i] += scale * row[i];
     }
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
 }
 
 #define FEW_ROWS 16
@@ -495,7 +495,7 @@ static void enter(Work *work, const Layer *l, int thread, int threads) {
         normed(feature, &l->before_attention, s->hidden, s->eps, feature);
         if (s->norms_residual) memcpy(hidden, feature, sizeof(float) * n);
     }
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
 }
 
 /* A layer with a memory in the place of attention, up to what its last matrix reads. */
@@ -513,7 +513,7 @@ static void recall(Work *work, const Layer *l, int thread, int threads) {
         if (row != normed_row) normed(call->hidden + (size_t)row * (size_t)n, &l->before_attention, n, s->eps, own), normed_row = row;
         call->steps[task] = dot(own, l->steps + (size_t)(task % outputs) * (size_t)n, n);
     }
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     Passage passage = {
         .positions = call->positions, .starts = call->starts, .states = call->states, .rings = call->rings, .slots = call->slots,
         .settled = call->settled, .slot_bytes = call->slot_bytes, .texts = call->sequences,
@@ -530,20 +530,20 @@ static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
     Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots_of(s) * s->head_dim, PUT};
     if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
     multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     if (s->norms_projections) {
         norm_projections(s, l, call, work->keys_only, thread, threads);
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
     }
     if (rows <= FEW_ROWS && !work->keys_only) {
-        place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
+        place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than a barrier */
     } else {
         place_keys(s, l, call, thread, threads);
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
     }
     if (work->keys_only) return;
     mix_values(s, l, call, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
 }
 
 /* The layers from the first-th to the one before the last-th of those to run. */
@@ -563,7 +563,7 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         }
         if (!l->up.panels) continue;
         multiply(work, up, 0, thread, threads);
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
         if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
         add_block(work, &l->down, call->inside, &l->after_mlp, thread, threads);
     }
@@ -676,11 +676,11 @@ static void leave_exit(Work *work, int thread, int threads) {
     size_t n = (size_t)s->hidden;
     if (thread == 0) memcpy(draft->joined ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
     if (draft->join) {
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
         multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
     }
     if (thread == 0) work->call->hidden = draft->beyond, work->call->entries = draft->joined;
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
 }
 
 /* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
@@ -696,7 +696,7 @@ static void draft(Work *work, int thread, int threads) {
             if (draft->learned)
                 for (int i = 0; i < n; i++) hidden[i] += draft->learned[*work->call->positions * n + i];
         }
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
         reach_exit(work, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
         if (exit_layer < work->count) {
@@ -704,7 +704,7 @@ static void draft(Work *work, int thread, int threads) {
             span(work, exit_layer, work->count, thread, threads);
         }
         score(work, thread, threads);
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
         if (thread == 0) {
             const Shape *s = work->shape;
             if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
@@ -713,7 +713,7 @@ static void draft(Work *work, int thread, int threads) {
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
         }
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
         if (work->finished) return;
     }
 }
@@ -727,7 +727,7 @@ static void choose_all(Work *work, int thread, int threads) {
     if (choice->tokens) {
         for (int r = first; r < last; r++)
             embed(work->shape, choice->embedding, choice->tokens[r], call->hidden + (size_t)r * n);
-        meet(&work->team, threads);
+        barrier(&work->team, threads);
     }
     int from = 0;
     for (int stop = 0; stop < choice->stop_count; from = choice->stops[stop++]) {
@@ -737,7 +737,7 @@ static void choose_all(Work *work, int thread, int threads) {
     }
     span(work, from, work->count, thread, threads);
     score(work, thread, threads);
-    meet(&work->team, threads);
+    barrier(&work->team, threads);
     for (int r = first; r < last; r++) choice->chosen[r] = largest_of(choice->logits + (size_t)r * (size_t)outputs, outputs);
 }
 
@@ -762,7 +762,7 @@ static void run(Work *work, int threads) {
     }
     Moment started = moment();
     parallel(in_thread, work, (unsigned)now, 0);
-    learn(now, started);
+    adapt_threads(now, started);
 }
 
 /* Entry points of an OpenMP runtime, whose threads then share calls; without them calls run in the calling thread. */
@@ -843,7 +843,7 @@ void layerskip_remember(const Recurrence *layer, const Passage *passage, int thr
     }
     Moment started = moment();
     parallel(remember_in_thread, &turn, (unsigned)now, 0);
-    learn(now, started);
+    adapt_threads(now, started);
 }
 
 /* Bytes of such a layer in a text's state, or in a slot of its ring. */

@@ -365,13 +365,13 @@ static void gate_outputs(const Recurrence *l, const Passage *p, int thread, int 
 /* A layer between its projections, which all threads have met after. */
 static void remember(const Recurrence *l, const Passage *p, Team *team, int thread, int threads) {
     convolve(l, p, thread, threads);
-    meet(team, threads);
+    barrier(team, threads);
     if (l->kind == CONVOLUTION) return;
     recur(l, p, thread, threads);
-    meet(team, threads);
+    barrier(team, threads);
     keep_changes(l, p, thread, threads);
     gate_outputs(l, p, thread, threads);
-    meet(team, threads);
+    barrier(team, threads);
     for (int text = 0; text < p->texts && thread == 0; text++)
         *(int64_t *)(p->states[text] + l->state) = text_of(l, p, text).settled;
 }

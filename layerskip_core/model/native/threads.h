@@ -52,7 +52,7 @@ static void sleep_in(Team *team, unsigned phase) {
 }
 
 /* Waits until all threads are here, which begins the next phase. */
-INLINE void meet(Team *team, int threads) {
+INLINE void barrier(Team *team, int threads) {
     if (threads == 1) return;
     unsigned phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == (unsigned)threads - 1) {
@@ -71,7 +71,7 @@ INLINE void meet(Team *team, int threads) {
 }
 
 /* The first of up to `few` things that are now the caller's, of a thread's share of `count` things; -1 if none is left. */
-INLINE int take(Taken *taken, unsigned phase, int few, int count) {
+INLINE int steal(Taken *taken, unsigned phase, int few, int count) {
     unsigned long long state = atomic_load_explicit(&taken->state, memory_order_relaxed);
     for (;;) {
         int next = state >> 32 == phase ? (int)(uint32_t)state : 0;
@@ -102,7 +102,7 @@ static int threads_now(int threads) {
 
 /* After a call of some threads: leaves one out if they were kept from their cores. A pause is twice as long as the last one, if
  * that was just before. */
-static void learn(int threads, Moment started) {
+static void adapt_threads(int threads, Moment started) {
     Moment now = moment();
     double took = now.wall - started.wall, kept = took < WINDOW ? 1 - took / WINDOW : 0, twice = 2 * crowd.pause;
     crowd.spent.wall = kept * crowd.spent.wall + took;

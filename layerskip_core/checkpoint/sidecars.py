@@ -113,7 +113,7 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
             _check_fingerprint(file, spec, weight_of)
             _check_entries(file.entries, blocks.shapes(spec), FLOATS)
-    drafter = eagle3_beside(folder, spec)
+    drafter = eagle3_sidecar(folder, spec)
     return blocks if drafter is None else replace(blocks, eagle3=drafter)
 
 
@@ -267,7 +267,7 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
     return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
 
 
-def eagle3_beside(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
+def eagle3_sidecar(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
     """The drafter of a model's folder, if its config.json, which is written last, is there. Raises as `read_eagle3`."""
     drafter = Path(folder) / EAGLE3_FOLDER
     return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None

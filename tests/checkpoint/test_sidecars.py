@@ -12,11 +12,11 @@ from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
-from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
+from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar
+from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content, read_exit_blocks
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
@@ -118,7 +118,7 @@ def read(loaded, folder=None):
 
 def test_exits_and_features_follow_from_the_names(loaded):
     assert read(loaded) is NO_BLOCKS
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(4, "final"))
     assert found.take("exits.4.input.weight").shape == (32, 64)
@@ -128,8 +128,8 @@ def test_exits_and_features_follow_from_the_names(loaded):
 
 
 def test_another_exit_is_added_and_the_same_one_replaced(loaded):
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3, "final")))
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3, "final")))
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
     norm = loaded.model.model.norm.weight
@@ -140,7 +140,7 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
 def test_the_same_blocks_give_the_same_bytes(loaded):
     written = {content(loaded, ExitBlock(2), ExitBlock(3, "final")) for _ in range(12)}
     assert len(written) == 1
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, written.pop())
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, written.pop())
     assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3, "final"))
 
 
@@ -173,7 +173,7 @@ def test_damaged_blocks_are_refused(loaded, change, found):
 def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
     path = f"{loaded.name}/{EXIT_BLOCKS_FILE}"
     whole = content(loaded, ExitBlock(2), factor=float("nan"))
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, whole)
+    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, whole)
     with pytest.raises(CheckpointError, match=r"exits\.2\..* holds NaN"):
         for_decoding(loaded.name, "cpu")
     for cut in (b"", whole[:-9]):

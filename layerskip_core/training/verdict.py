@@ -32,7 +32,7 @@ _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so th
 
 
 @dataclass(frozen=True)
-class Worth:
+class SpeedEstimate:
     """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of accepted drafts, the speed
     over plain decoding with the best number of drafts, and this number.
     """
@@ -43,7 +43,7 @@ class Worth:
 
 
 @torch.inference_mode()
-def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool) -> Worth:
+def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
     """Of drafts through an exit, with or without a block, which takes as long as the last layer. The target goes on from the
     exit's states.
     """
@@ -52,11 +52,11 @@ def worth_of_exit(backend: Backend, exit_layer: int, has_block: bool) -> Worth:
     draft = run.seconds(0, exit_layer, head=None if has_block else head)
     if has_block:
         draft += run.seconds(layers - 1, layers, head=head)
-    return _worth(run, draft, exit_layer / layers)
+    return _estimate(run, draft, exit_layer / layers)
 
 
 @torch.inference_mode()
-def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
+def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
@@ -69,7 +69,7 @@ def worth_of_eagle3(backend: Backend, stored: Eagle3Weights) -> Worth:
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _worth(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
+    return _estimate(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
 
 
 class _Passes:
@@ -96,7 +96,7 @@ class _Passes:
         return self.timed(run, tokens)
 
 
-def _worth(run: _Passes, draft: float, shared: float) -> Worth:
+def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
@@ -106,7 +106,7 @@ def _worth(run: _Passes, draft: float, shared: float) -> Worth:
         rate, drafts = best_length((accepted, accepted), draft, passes, _MOST, int(shared > 0), 1 - shared)
         return rate * step, drafts
 
-    return Worth(step, draft / step, speed)
+    return SpeedEstimate(step, draft / step, speed)
 
 
 class Original:
