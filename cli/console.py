@@ -1,8 +1,4 @@
-"""The standard streams: prompts on stdin, narration and progress on stderr, results alone on stdout.
-
-Usable in any state that the shell left them in: closed, full, or without a reader. No library can read standard input as the
-answer to a question of its own.
-"""
+"""The standard streams, even closed, full or without a reader: prompts on stdin, progress on stderr, results on stdout."""
 
 import io
 import os
@@ -134,11 +130,10 @@ class _Narration(io.TextIOWrapper):
 
 
 def take() -> None:
-    """Makes all three usable. `main` calls this first.
+    """Makes all three usable; no library can read standard input. `main` calls this first.
 
-    Closed descriptors become /dev/null, so that no file opened later gets their number; opened for reading, so that
-    unwritable results are an error. Invalid bytes in prompts become lone surrogates, as in arguments, and their prompt is
-    refused.
+    Closed descriptors become /dev/null, opened for reading, so that unwritable results are an error. Invalid bytes in prompts
+    become lone surrogates, as in arguments, and their prompt is refused.
     """
     global _taken
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:

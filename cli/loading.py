@@ -55,10 +55,7 @@ class DecoderFlags:
 def load_to_decode(
     flags: DecoderFlags, all_policies: bool = False, memory: int | None = None
 ) -> "tuple[Decoder, DecodingConfig]":
-    """The model, with what its flags (or all policies) draft with, and its decoding; raises for a wrong flag.
-
-    `memory`: see `for_decoding`.
-    """
+    """The model, packed for its flags (or all policies), and its decoding. `memory`: see `for_decoding`."""
     decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
@@ -81,11 +78,7 @@ def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
 
 
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
-    """Sets torch's CPU threads. 0: torch's choice, but 1 to decode with a small model (`loaded`).
-
-    A small model's products take no longer than the threads' barriers, which a busy core delays (measured on two cores at
-    width 160). Our own kernels gain 1.6 times from a second thread on a quiet machine.
-    """
+    """Sets torch's CPU threads. 0: torch's choice, but 1 for a small model (`loaded`), where barriers take as long as work."""
     small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.spec.hidden < _SMALL_WIDTH
     if threads or small:
         import torch

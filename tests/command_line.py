@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from unittest.mock import patch
 
+from pytest import MonkeyPatch
+
 from cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +65,13 @@ def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: objec
 def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
     out, err = process.communicate(stdin, timeout=120)
     return Result(process.returncode, out or "", err or "")
+
+
+def measure_little(patch: MonkeyPatch) -> None:
+    """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
+    measure = "layerskip_core.evaluation.measure"
+    for name, count in (
+        *(("_WARM_UP_TOKENS", 1), ("figures._FEWEST_TURNS", 2)),
+        *(("cost_model._MOST", 1), ("cost_model._TIMES", 1), ("skip_search._VISITS", 1)),
+    ):
+        patch.setattr(f"{measure}.{name}", count)

@@ -102,6 +102,7 @@ MIXERS = {  # types that TorchBackend lacks, whose layers are not all of full at
     },
 }
 DENSE_MIXERS = [name for name, changes in MIXERS.items() if "num_experts" not in changes]
+OWN_LAYERS = [*MIXERS, "gemma4_text"]  # types whose layers PyTorch's kernels lack
 ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
@@ -110,6 +111,11 @@ def at(positions, cache):
     starts, count = positions[:, 0].tolist(), positions.shape[1]
     assert torch.equal(positions, torch.tensor(starts)[:, None] + torch.arange(count))
     return Places(cache, starts, [count] * len(starts))
+
+
+def ids_of(batch, length):
+    """Ids (B, T) of the tiny model's tokens."""
+    return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 def run_texts(model, hidden, start, stop):
@@ -132,6 +138,16 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
             shape["layers_block_type"] = ["mlp" if layer % 3 == 2 else kind for layer, kind in enumerate(kinds)]
         elif model_type != "bamba":
             shape["layer_types"] = kinds
+    if model_type == "gemma4_text":  # in which later layers share keys, and not all heads have one size
+        layers = changes.get("num_hidden_layers", _SHAPE["num_hidden_layers"])
+        kinds = ["sliding_attention" if layer % 2 and layer < layers - 1 else "full_attention" for layer in range(layers)]
+        shape |= {"layer_types": kinds, "sliding_window": 5, "num_kv_shared_layers": max(0, min(3, layers - 2))}
+        shape |= {"global_head_dim": 2 * changes.get("head_dim", shape["head_dim"]), "use_double_wide_mlp": True}
+        shape |= {
+            "hidden_size_per_layer_input": changes.get("hidden_size", shape["hidden_size"]) // 2,
+            "final_logit_softcapping": 30.0,
+        }
+        shape |= {"vocab_size_per_layer_input": changes.get("vocab_size", shape["vocab_size"])}
     config = kind(**{**shape, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     if config.to_dict().get("num_experts_per_tok"):
@@ -140,6 +156,8 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
+        for layer, scale in enumerate(part for name, part in model.named_buffers() if name.endswith("layer_scalar")):
+            scale.fill_(1.5 - 0.25 * layer)
     return as_on_this_cpu(model)
 
 
@@ -233,6 +251,7 @@ os.fsync = lambda _: None  # what tests write need not outlive this machine, and
 def folders(tmp_path_factory):
     """Makes empty folders. pytest's own way looks through all earlier ones, so that thousands of tests take minutes."""
     root, number = tmp_path_factory.mktemp("session"), count()
+    os.environ["LAYERSKIP_CACHE"] = str(root / "cache")
 
     def make(name):
         made = root / f"{name}{next(number)}"
@@ -257,16 +276,10 @@ def tmp_path(folders, request):
 
 @pytest.fixture(scope="session", autouse=True)
 def few_visits():
-    """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
-    from layerskip_core.evaluation import measure
-    from layerskip_core.evaluation.measure import cost_model, figures, skip_search
+    from command_line import measure_little
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_WARM_UP_TOKENS", 1)
-        patch.setattr(figures, "_FEWEST_TURNS", 2)
-        patch.setattr(cost_model, "_MOST", 1)
-        patch.setattr(cost_model, "_TIMES", 1)
-        patch.setattr(skip_search, "_VISITS", 1)
+        measure_little(patch)
         yield
 
 
@@ -311,7 +324,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory):
-    """A model like that of `base`, of widths that int4 kernels run."""
     from training_runs import saved_base
 
     return saved_base(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=64)
@@ -319,7 +331,6 @@ def wide_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Runs commands in forks, for the attacks."""
     from forks import Forks
 
     return Forks()

@@ -8,11 +8,12 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.output import OutputText, Row, StopScanner
 from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS
-from layerskip_core.model.pages import PagedCache
+from layerskip_core.model.pages import PAGE, PagedCache
 
+PLAIN = DecodingConfig()
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
 
 
@@ -30,9 +31,15 @@ def letters(ids):
 
 
 def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
-    """A prompt's ids, why they end, and their counts."""
     decoding = decode(model, prompt, config, frozenset(eos_ids), letters, **options)
     return ids_of(decoding), decoding.finish_reason, decoding.stats
+
+
+def context_of(texts, newest, cache, indices, filled, config=PLAIN):
+    """Before a round of rows with these ids."""
+    ends = StopScanner(frozenset(), (), 1000, 1000)
+    rows = [Row(ids, ends, OutputText(letters), config, torch.Generator().manual_seed(config.seed)) for ids in texts]
+    return Context(rows, newest, cache, indices, filled)
 
 
 def context_after(backend, ids):
@@ -41,35 +48,39 @@ def context_after(backend, ids):
     with torch.inference_mode():
         hidden = backend.embed(torch.tensor([ids[:last]]))
         backend.run_layers(hidden, 0, backend.num_layers, cache.span(0, last))
-    return Context([0], [ids], torch.tensor(ids[last:]), cache, [0], [last])
+    return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
-def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
+def draft_of(backend, weights, submodel, ids, positions, cache, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
-    setup = DrafterSetup(backend, Sampler(config, backend.device), config, eos_ids)
-    features = {} if feature is None else {submodel.exit_layer: feature[0]}
-    context = Context([0], ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], features)
+    setup = DrafterSetup(backend, config, eos_ids)
+    context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], config)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
 
 
 def entries(cache, row=0):
-    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels."""
+    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels.
+
+    Where head sizes differ, L is 1 and head dim all of them.
+    """
     if not isinstance(cache, PagedCache):
         [cache] = getattr(cache, "parts", {"all": cache}).values()
         return cache.storage[:, :, row]
-    held = torch.cat([page.content for page in cache._pages[row]], dim=3)
-    keys, values = held.unbind(1)
-    layers, heads, places, size = keys.shape
+    held, found, start = torch.stack([page.content for page in cache._pages[row]]), [], 0
     together = 4 // held.element_size()  # numbers that stand side by side
-    keys = keys.reshape(layers, heads, -1, size // together, 16, together).transpose(3, 4)
-    values = values.reshape(layers, heads, -1, size, together).transpose(3, 4)
-    return torch.stack([part.reshape(layers, heads, places, size) for part in (keys, values)], dim=1)
+    for heads, size in cache._pool.sizes:
+        stop = start + 2 * heads * PAGE * size
+        keys, values = held[:, start:stop].reshape(-1, 2, heads, PAGE // 16, 16 * size).transpose(0, 2).unbind(1)
+        keys = keys.reshape(heads, -1, size // together, 16, together).transpose(2, 3)
+        values = values.reshape(heads, -1, size, together).transpose(2, 3)
+        found.append(torch.stack([part.reshape(heads, -1, size) for part in (keys, values)]))
+        start = stop
+    return torch.stack(found) if len({*cache._pool.sizes}) == 1 else torch.cat(found, dim=-1)[None]
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
-    """The ids of autoregressive decoding."""
     return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
 
 

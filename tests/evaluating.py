@@ -51,7 +51,6 @@ def repacked(packing: PackingConfig, **changes: object) -> Decoder:
 
 
 def collect(events):
-    """What a generator yields, and what it returns."""
     seen = []
     while True:
         try:
@@ -61,14 +60,12 @@ def collect(events):
 
 
 def task_of(*examples: Example) -> Task:
-    """Prompts with known answers, scored by exact match."""
     config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
     references = [[example.completion] for example in examples]
     return Task(examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
 
 
 def score(task: Task, predictions: list[str]) -> dict[str, float]:
-    """The metrics of the predictions, as means over the prompts."""
     return {name: metric(each).value for name, each in task.score(predictions).items()}
 
 
@@ -82,7 +79,6 @@ def own_answers(samples: int = 3) -> Task:
 
 
 def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
-    """The share of a task's references that early exit at this layer reproduces."""
     setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
     texts = [measure_prompt(loaded, example.prompt, setting).text for example in task.examples]
     return fmean(exact_match(texts, [[example.completion] for example in task.examples]))

@@ -30,7 +30,6 @@ def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
 
 
 def add_blocks(folder, *blocks: ExitBlock) -> None:
-    """Saves such blocks beside the model of a folder."""
     loaded = for_training(str(folder), "cpu", "fp32")
     spec, made = loaded.backend.spec, random_blocks(loaded.model, *blocks)
     trained_for = fingerprint(spec, loaded.model.get_parameter)
@@ -48,16 +47,15 @@ def random_eagle3(spec: ModelSpec, tokens: torch.Tensor | None = None) -> Eagle3
 
 
 def add_eagle3(folder) -> None:
-    """Saves such a drafter beside the model of a folder."""
     spec = for_training(str(folder), "cpu", "fp32").backend.spec
     (folder / EAGLE3_FOLDER).mkdir()
     for name, content in eagle3_content(random_eagle3(spec), spec, str(folder)).items():
         (folder / name).write_bytes(content)
 
 
-def add_int4(folder, change=lambda weight: weight):
+def add_int4(folder, change=lambda weight: weight, **details):
     """Calibrated weights that differ visibly from rounded ones, if `change` does."""
     model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
     names = sidecars.matrix_names(spec)
     rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
-    save_sidecar(str(folder), INT4_FILE, sidecars.int4_content(rows, fingerprint(spec, model.get_parameter), {"texts": "3"}))
+    save_sidecar(str(folder), INT4_FILE, sidecars.int4_content(rows, fingerprint(spec, model.get_parameter), details))

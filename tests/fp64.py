@@ -22,7 +22,12 @@ def compute_in_fp64(model, monkeypatch):
         monkeypatch.setattr(
             type(norm),
             "forward",
-            lambda n, x: plain(x, n.weight.shape, n.weight + offset, eps=getattr(n, "variance_epsilon", None) or n.eps),
+            lambda n, x: plain(
+                x,
+                x.shape[-1:],
+                n.weight + offset if hasattr(n, "weight") else None,
+                eps=getattr(n, "variance_epsilon", None) or n.eps,
+            ),
         )
     softmax, rounded = torch.nn.functional.softmax, torch.Tensor.float
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))

@@ -62,7 +62,7 @@ check_wheel() { # built and installed into an empty environment, it does the mai
     "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
     "$layerskip" train-drafter --answers data --steps 2 --batch-size 2 --output frozen
     "$layerskip" generate --model frozen 'wake me up' --max-new-tokens 4 >/dev/null
-    "$layerskip" calibrate --model tiny --samples 2 --length 32 --steps 0
+    "$layerskip" calibrate --model tiny --samples 2
     "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 --output sweep >/dev/null
     "$layerskip" inspect 'wake me up' --max-new-tokens 2 --output sweep/inspect.html >/dev/null
     grep -q '<tbody>' sweep/report.html && grep -q '<tbody>' sweep/inspect.html && grep -q '<section' sweep/answers.html # templates

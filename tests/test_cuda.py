@@ -78,7 +78,7 @@ def test_a_step_waits_once(monkeypatch, graphs, config):
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", graphs)
     loaded = for_decoding("embedded", "cuda", "bf16")
     config = replace(config, max_new_tokens=120)
-    loop = DecodingLoop(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config, frozenset(), None, isolated=True)
+    loop = DecodingLoop(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config)
     for _ in range(4):  # passes are recorded in the third step, which waits
         next(loop)
     torch.cuda.set_sync_debug_mode("warn")

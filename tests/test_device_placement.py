@@ -56,7 +56,6 @@ ENDS = {"to an end": frozenset(range(3, 67, 3)), "penalties": frozenset({2})}
 # each draft where logits depend on the tokens before them.
 WAITS = {"confident drafts": 2, "sampled by top-p": 2, "penalties": 6}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
-BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("final", "none")}  # of the exits that SETTINGS name
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
     "packed": tuple(name for name in SETTINGS if name not in ("eagle3", "draft-model", "sampled by a draft model")),
@@ -67,21 +66,14 @@ KINDS = {  # and what is decoded on them; blocks draft
     "windows": ("autoregressive", "self-speculative"),
     "few tokens": ("self-speculative", "sampled", "exits by confidence"),
     "blocks": ("self-speculative", "adaptive", "early exit"),
-    "blocks on final states": ("self-speculative", "confident drafts", "sampled"),
 }
-WITHOUT_GRAPHS = (
-    "generic",
-    "packed without graphs",
-    "blocks on final states",
-    "drafter",
-    "generic drafter",
-)  # of the last three a pass leaves states to the next
+WITHOUT_GRAPHS = "generic", "packed without graphs", "drafter", "generic drafter"  # a pass leaves the last two states
 
 
 def backend_on(device, kind):
     """`kind`: the layers and what drafts. In fp64, so that the kernels of both devices give the same tokens."""
     model = tiny_model("gemma3_text", sliding_window=5) if kind == "windows" else tiny_model()
-    blocks = random_blocks(model, *map(ExitBlock, (3, 4), BLOCKS[kind])) if kind in BLOCKS else None
+    blocks = random_blocks(model, ExitBlock(3), ExitBlock(4)) if kind == "blocks" else None
     if kind.endswith("drafter"):
         blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
     model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
@@ -106,10 +98,10 @@ def answers(model, name, gpu=None):
     config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
-        loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
+        loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()))
         for number, steps in enumerate(loop):
             for step in steps:
-                found.setdefault((len(prompts), step.row), []).extend(step.ids)
+                found.setdefault((len(prompts), loop.rows.index(step.row)), []).extend(step.ids)
             if gpu is not None:
                 copied = any(step.finish_reason for step in steps)  # the rows of the others
                 if number > 0 and not copied and not config.exit_confidence:  # with which each exit is asked
@@ -183,7 +175,6 @@ def test_texts_that_begin_alike_share_keys_and_values():
 
 @pytest.fixture
 def on_gpu(checkpoint):
-    """The model of `checkpoint` as every command loads it."""
     with simulated_cuda():
         yield for_decoding(checkpoint, "cuda", "fp32")
 
@@ -248,7 +239,7 @@ RUNS = {
     },
     "readers": {"recipe": RecipeSettings(exits=(2,)), "batch_size": 2},
     "an exit block": {
-        "kind": DrafterConfig, "exits": (2,), "feature": "final", "answer_tokens": 8,
+        "kind": DrafterConfig, "exits": (2,), "answer_tokens": 8,
     },
 }  # fmt: skip
 

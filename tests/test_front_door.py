@@ -86,7 +86,6 @@ def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
-    """A random model with a chat template that never ends an answer."""
     return load(talking_model(tmp_path_factory.mktemp("talking"), 128), device="cpu", dtype="fp32")
 
 
@@ -122,6 +121,10 @@ def test_bad_options_name_themselves(model):
         model.generate_batch([PROMPT, "\ud800"])
     with pytest.raises(ConfigError, match="the prompt is empty"):
         model.generate("")
+    with pytest.raises(ConfigError, match="`dtype` must be one of auto, fp32, bf16, got fp16"):
+        load("embedded", device="cpu", dtype="fp16")
+    with pytest.raises(ConfigError, match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: "):
+        load("embedded", device="cpu", template="Answer: ")
 
 
 def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
@@ -129,13 +132,6 @@ def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
     plain = {"exit_layer": 8, "skip": [2, 3], "top_p": 0.5}
     assert checked(DecodingOptions, asked) == checked(DecodingOptions, plain) == plain
     assert type(checked(DecodingOptions, asked)["exit_layer"]) is int
-
-
-def test_what_a_model_is_loaded_with_is_checked():
-    with pytest.raises(ConfigError, match="`dtype` must be one of auto, fp32, bf16, got fp16"):
-        load("embedded", device="cpu", dtype="fp16")
-    with pytest.raises(ConfigError, match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: "):
-        load("embedded", device="cpu", template="Answer: ")
 
 
 def test_importing_the_package_imports_nothing_heavy():

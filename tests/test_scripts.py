@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from command_line import measure_little
 from forks import import_once
 
 pytestmark = pytest.mark.slow
@@ -94,6 +95,9 @@ def _work(connection, model):
         else:
             from cli.main import main
 
+            patch = pytest.MonkeyPatch()
+            measure_little(patch)
+            patch.setattr("layerskip_core.evaluation.report.plots.figures", lambda record: {})  # tests/cli look at pictures
             sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:

@@ -69,7 +69,6 @@ def run_quietly(config):
 
 
 def saved_base(folder, **changes):
-    """A small untrained model of four layers, 300 tokens."""
     tokenizer = train_tokenizer(load_examples(DataConfig(limit=300)), 300)
     shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256, **changes}
     model = tiny_model(dtype=torch.float32, **shape)
@@ -102,7 +101,6 @@ def settings_on(base, tmp_path):
 
 
 def train(config):
-    """The reports of a run."""
     reports = []
     prepare(config).run(reports.append)
     return reports
@@ -127,7 +125,6 @@ def batch(rows=3, length=9):
 
 
 def loss_rows(folder):
-    """The rows of the losses.jsonl beside a model."""
     return [json.loads(line) for line in (Path(folder) / "losses.jsonl").read_text().splitlines()]
 
 

@@ -14,22 +14,23 @@ from ..options import command
 
 @command
 def calibrate(
-    config: CalibrationConfig, threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0
+    config: CalibrationConfig,
+    threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0,
+    clear: Annotated[bool, Flag("Only remove the weights kept for models whose folders cannot be written.")] = False,
 ) -> None:
-    """Calibrate int4 weights on text that the model writes. --quantize int4 and --draft-weights int4 use them from then on.
+    """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
 
     Example: layerskip calibrate --model my-model
     """
     use_threads(threads)
     from layerskip_core.calibration import calibrate, output_folder
+    from layerskip_core.checkpoint.sidecars import cache_folder, clear_cache
     from layerskip_core.files import hold
 
     started = time.monotonic()
-    with hold(output_folder(config), "layerskip calibrate"), stage_bars() as show:
-
-        def report(stage: str, total: int, done: int, divergence: float | None = None) -> None:
-            show(stage, done, total, "" if divergence is None else f"divergence {divergence:.3f}")
-
-        folder = calibrate(config, report)
-    narrate(f"saved int4 weights in {folder} after {time.monotonic() - started:.0f} s")
-    narrate(f"next: layerskip generate --model {shlex.quote(folder)} --quantize int4")
+    with hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"), stage_bars() as show:
+        if clear:
+            return narrate(f"removed {clear_cache()} files of int4 weights from {cache_folder()}")
+        path = calibrate(config, lambda stage, total, done: show(stage, done, total, ""))
+    narrate(f"saved int4 weights in {path} after {time.monotonic() - started:.0f} s")
+    narrate(f"next: layerskip generate --model {shlex.quote(config.model)} --quantize int4")

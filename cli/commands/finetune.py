@@ -191,13 +191,13 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, estimate = plan.config, plan.estimate
     speeds = ", ".join(f"{estimate.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
-    what = f"blocks at exits {','.join(map(str, plan.module.layers))}, feature {config.feature}"
+    what = f"blocks at exits {','.join(map(str, plan.module.layers))}"
     if config.layout == "eagle3":
         what = f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens"
     return [
         f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
-        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted about "
-        f"{speeds} of plain decoding; without training, low-bit copies and lookups draft: "
+        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted "
+        f"about {speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",
     ]
 
@@ -231,16 +231,16 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for verdict in verdicts
     ]
     if (cost := info.cost) is not None:
-        told = [
+        costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
             f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
         ]
         if cost.task is not None:
-            told.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
+            costs.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
         if cost.exact_match is not None:
             before, after = cost.exact_match
-            told.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
-        lines.append("; ".join(told))
+            costs.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
+        lines.append("; ".join(costs))
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)

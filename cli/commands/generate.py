@@ -143,9 +143,7 @@ Answers = Iterator[tuple[Request, "Answer | None"]]
 def print_answers(
     loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order, decoding the missing ones; returns whether one failed, and the counts of all. Raises the
-    error of a single prompt (`alone`).
-    """
+    """Prints every answer in order, decoding missing ones; returns (any failed, all counts). `alone`: raises its error."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
@@ -187,10 +185,7 @@ def print_answers(
 def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
 ) -> Answers:
-    """Decodes up to `batch_size` requests at once; a finished one makes room for the next. Equal settings share passes.
-
-    `is_ready`: whether the next request can be read without waiting: who writes requests may wait for answers.
-    """
+    """Decodes up to `batch_size` requests at once. `is_ready`: whether the next one can be read without waiting."""
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
     from layerskip_core.serving import Scheduler, Update

@@ -117,9 +117,7 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def front(points: "Points", width: int) -> Text:
-    """A marker per setting, better quality higher, faster further right; numbers on the frontier. `width`: characters of a
-    line.
-    """
+    """A marker per setting, better quality higher, faster further right; numbers on the frontier."""
     from layerskip_core.evaluation.report.tables import is_wide, strategy_name
     from layerskip_core.evaluation.results import result_name
 

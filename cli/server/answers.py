@@ -31,9 +31,7 @@ class Document:
         calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
-        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer.
-        `include_usage`: at the end of a stream.
-        """
+        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer."""
         self._calls = [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._include_usage = include_usage
@@ -160,8 +158,8 @@ class Vectors:
         def written(vector: Sequence[float]) -> Any:
             return b64encode(array("f", vector).tobytes()).decode() if self._as_base64 else vector
 
-        found = [(number, written(update.vector)) for number, update in sorted(answers.items())]
-        data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in found]
+        vectors = [(number, written(update.vector)) for number, update in sorted(answers.items())]
+        data = [{"object": "embedding", "index": number, "embedding": vector} for number, vector in vectors]
         counts = {key: usage["prompt_tokens"] for key in ("prompt_tokens", "total_tokens")}
         return {"object": "list", "model": self._model, "data": data, "usage": counts}
 

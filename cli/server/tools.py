@@ -128,9 +128,9 @@ class Calls:
             body, closed, after = rest.partition(_END)
             if not (closed or finished):
                 break
-            found = list(self._read(body))
-            plain += before.rstrip() if found else before + _START + body + closed
-            calls, self._held = calls + found, after.lstrip() if found else after
+            new = list(self._read(body))
+            plain += before.rstrip() if new else before + _START + body + closed
+            calls, self._held = calls + new, after.lstrip() if new else after
         else:
             ready = self._held  # but for an end where a call may begin, white space before it included
             if not finished:
@@ -153,7 +153,7 @@ class Calls:
 
     def _read(self, text: str) -> Iterator[Call]:
         """Calls one after another or in a list; none if anything else is there."""
-        found, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
+        values, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
         while place < len(text):
             if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
                 place = gap.end()
@@ -163,9 +163,9 @@ class Calls:
                 value, place = json.JSONDecoder().raw_decode(text, name.end() if name else place)
             except ValueError:
                 return
-            found.append({"name": name[1], "arguments": value} if name else value)
-        calls = [(call.get("name"), call.get("arguments", call.get("parameters"))) for call in found if isinstance(call, dict)]
-        if len(calls) == len(found) and all(name in self._names and given is not None for name, given in calls):
+            values.append({"name": name[1], "arguments": value} if name else value)
+        calls = [(call.get("name"), call.get("arguments", call.get("parameters"))) for call in values if isinstance(call, dict)]
+        if len(calls) == len(values) and all(name in self._names and given is not None for name, given in calls):
             for name, given in calls:
                 text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
                 # Mistral's templates take ids of nine letters and digits only.

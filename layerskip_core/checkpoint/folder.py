@@ -1,7 +1,6 @@
 """A model's folder, read without transformers, which takes seconds to import: settings, weights and tokenizer.
 
-`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose config.json holds every default and tokenizer.json the
-whole tokenizer. They return None for others.
+`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default, and return None for others.
 """
 
 import json
@@ -56,7 +55,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
     if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
-    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
+    simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
     return spec if simple and missing_feature(spec, recurrent=True) is None else None
 
 
@@ -243,10 +242,9 @@ def refuse_packed(folder: str | Path) -> None:
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them; reads none.
+    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them.
 
-    Raises CheckpointError for a weight that is missing, of another shape or not floating point; not if no name is known:
-    transformers knows older names.
+    Raises CheckpointError for a wrong or missing weight; not if no name is known: transformers knows older names.
     """
     files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
@@ -269,10 +267,7 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer. Raises CheckpointError for one without a vocabulary, or with words beyond the embeddings.
-
-    Special tokens may lie beyond them, as Gemma 3's for images do: no text contains these.
-    """
+    """The tokenizer. Raises CheckpointError without a vocabulary, or for words beyond `vocab_size` that are not special."""
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:

@@ -42,11 +42,10 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What a training changed at full depth.
+    """The change at full depth by a training.
 
-    Over `tokens` of the original's own text: the share of equal argmax tokens (`agreement`), and the perplexity before and
-    after. `task`: nats on held-out rows before and after; `exact_match`: the share of right answers among `answered` of
-    them.
+    Over `tokens` of the original's own text: `agreement` of argmax tokens, perplexity before and after. On held-out rows,
+    before and after: `task` (nats) and `exact_match` of `answered` ones.
     """
 
     tokens: int
@@ -73,10 +72,8 @@ class _Training(msgspec.Struct, frozen=True):
 class CheckpointInfo:
     """The content of layerskip.json.
 
-    `exit_layer`, `num_draft_tokens` and `strategy` are a sweep's recommendation; "autoregressive": no exit pays.
-    `policies`: its settings by name. `skip`: layers and draft length for draft-and-verify. `profile`: what it measured of
-    drafting. `system` belongs to the template `chat`. `files`: relative names of all files written with the model.
-    `details`: all other keys.
+    A sweep's recommendation: `exit_layer`, `num_draft_tokens`, `strategy` ("autoregressive": no exit pays), `policies` by
+    name, `skip` for draft-and-verify and the `profile` of drafting. `files`: of the model, relative. `details`: other keys.
     """
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
@@ -138,16 +135,14 @@ class CheckpointInfo:
         return self._training.config.data, self._training.config.validation
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
-        """Measurements of drafts stored in this way by a sweep, and of the target's passes.
+        """A sweep's measurements of drafts in this packing, and of the target's passes.
 
-        Unmeasured exits have the agreement measured in training, else a guess: exp(-gap / 2) for a gap of so many nats
-        between an exit's loss and the last layer's.
+        Unmeasured exits have the agreement of their training, else exp(-gap / 2) by the gap in nats to the last layer's loss.
         """
         known, training = self.profile, self._training
         agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
-            # exp(-gap) estimates the exit's probability of the token; its argmax is right more often.
             agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return replace(known, acceptance=agreement | known.acceptance)
@@ -172,13 +167,19 @@ class CheckpointInfo:
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 
+    def without_int4(self) -> "CheckpointInfo":
+        """Without a sweep's measurements of other int4 weights."""
+        if self.profile is None:
+            return self
+        acceptance = {name: share for name, share in self.profile.acceptance.items() if not name.startswith("int4")}
+        return replace(self, profile=replace(self.profile, acceptance=acceptance))
+
     def with_int4(self, agreement: float) -> "CheckpointInfo":
-        """With the agreement of new int4 weights, in place of a sweep's measurements of others."""
+        """With the agreement that is stored with int4 weights, where no sweep measured their drafts."""
         known = self.profile or DraftProfile()
-        acceptance = {name: share for name, share in known.acceptance.items() if not name.startswith("int4")}
-        if (known.draft_head, known.draft_vocab) == (None, 0):  # the drafts whose agreement it is
-            acceptance["int4"] = agreement
-        return replace(self, profile=replace(known, acceptance=acceptance))
+        if (known.draft_head, known.draft_vocab) != (None, 0):  # other drafts than those whose agreement it is
+            return self
+        return replace(self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance))
 
     @property
     def _training(self) -> _Training:

@@ -13,7 +13,6 @@ from ..config.options import checked
 from ..config.resolution import EXACT, Policy, Recommended, policy_named, policy_options, policy_packing, resolve
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
-from ..model.exit_blocks import target_block
 from ..prompting import RAW, PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
 from .info import CheckpointInfo
 from .locate import PUBLISHED
@@ -122,11 +121,6 @@ class Decoder:
         except ConfigError as error:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
 
-    @property
-    def only_drafting(self) -> frozenset[int]:
-        """Exits that can only draft: their blocks read the model's final states."""
-        return frozenset(exit_layer for exit_layer, block in self.backend.exit_blocks.items() if block.is_fed)
-
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
         """From layerskip.json, else an exit block, else as published, else a quarter of the layers and 6 drafts."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
@@ -134,16 +128,16 @@ class Decoder:
         exits = blocks or info.trained_exits(self.backend.num_layers)
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
-        found = "self-speculative" if info.exit_layer is not None and not exits else None
+        strategy = "self-speculative" if info.exit_layer is not None and not exits else None
         exit_layer, drafts = info.exit_layer or (blocks[0] if blocks else exit_layer), info.num_draft_tokens or drafts
         profile = info.draft_profile(self.backend.num_layers, packing)
-        return Recommended(exit_layer, drafts, info.strategy or found, exits, info.skip, profile)
+        return Recommended(exit_layer, drafts, info.strategy or strategy, exits, info.skip, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
         """The requested options, completed by this checkpoint. `packing`: as requested.
 
-        Without any choice the policy `exact` decodes, if it is saved. Raises ConfigError for early exit at an exit that
-        can only draft, for a policy that is not saved or lacks its low-bit copies, and as `resolve` does.
+        Without any choice the policy `exact` decodes, if it is saved. Raises ConfigError for a policy that is not saved or
+        lacks its low-bit copies, and as `resolve` does.
         """
         name, policies = options.get("policy"), self.info.policies
         if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
@@ -153,19 +147,12 @@ class Decoder:
             missing = ",".join(self._missing(policy))
             require(not missing, "policy", f"given with `draft_weights` {missing}, which it drafts with", name)
             options, packing = policy_options(policy, options), policy_packing(policy)
-        recommended, blocks = self.recommended(packing), self.backend.exit_blocks
-        if options.get("exit_confidence"):
-            exits = tuple(exit_layer for exit_layer in recommended.exits if exit_layer not in self.only_drafting)
-            recommended = replace(recommended, exits=exits)
         try:
-            config = resolve(options, recommended, self.backend.num_layers, packing)
+            config = resolve(options, self.recommended(packing), self.backend.num_layers, packing)
         except ConfigError as error:
             if name is None:
                 raise
             raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
-        if config.strategy == "early-exit":
-            for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
-                target_block(blocks, exit_layer or self.backend.num_layers)
         vocab, ids = self.backend.spec.vocab, dict(config.logit_bias)
         require(max(ids, default=0) < vocab, "logit_bias", f"of tokens of the model, ids below {vocab}", max(ids, default=0))
         if config.guided is not None:

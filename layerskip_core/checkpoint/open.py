@@ -1,10 +1,7 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model.
-
-`import_checkpoint` writes any of them as a folder of safetensors.
-"""
+"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config.decoding import DraftProfile
 from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError, refused
@@ -25,7 +23,7 @@ from ..model.torch_backend import TorchBackend
 from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
-from ..model.weights import Take, named_int4, taken_from
+from ..model.weights import Take, named_int4, named_weights, taken_from
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -55,6 +53,9 @@ from .transformers_read import (
 )
 
 _CPU = torch.device("cpu")
+# Of a copy of all layers: the share of its drafts that are accepted (int4: calibrated), and a draft's time in passes.
+_COPIES: dict[Quantization, tuple[float, float]] = {"int8": (0.97, 0.55), "int4": (0.93, 0.4)}
+_VERIFICATION = 1.12  # passes
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Source:
     int4: Take | None = None
     exit_blocks: ExitBlocks = NO_BLOCKS
     stored: Take | None = None  # weights as a GGUF file has them, for kernels that read them so
+    info: CheckpointInfo = field(default_factory=CheckpointInfo)
     notes: tuple[str, ...] = ()  # for the user
 
 
@@ -83,14 +85,17 @@ def for_decoding(
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
-    `name`: an embedded model, a folder, a GGUF file or a hub id. `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto,
-    fp32 or bf16. `packing`: how weights are stored; unset drafts take the head and vocabulary of the policies. `policies`:
-    saved ones whose low-bit copies are made too, on the CPU; None: all. `memory`: bytes that the weights may take with a copy
-    for adaptive drafting, which is not made otherwise; None: as `memory_budget` says.
+    Args:
+        name: an embedded model, a folder, a GGUF file or a hub id.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, fp32 or bf16.
+        packing: how weights are stored; unset drafts take the head and vocabulary of the policies.
+        policies: saved ones whose low-bit copies are made too, on the CPU; None: all.
+        memory: bytes for weights with a copy for adaptive drafting; None: by `memory_budget`.
 
-    Raises CheckpointError for a model that is absent, damaged or unsupported; ConfigError for an absent device, an
-    impossible packing, a draft model of another vocabulary, and an unknown value of the environment variable that chooses
-    kernels.
+    Raises:
+        CheckpointError: a model that is absent, damaged or unsupported.
+        ConfigError: an absent device, an impossible packing, a draft model of another vocabulary, unknown kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -105,30 +110,32 @@ def for_decoding(
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
-                backend, notes = _backend(_with_files_beside(source, folder, most), folder)
-                return replace(_decoder(name, folder, info, backend), notes=notes)
+                source = _with_sidecars(replace(source, info=info), folder, most)
+                backend, notes = _backend(source, folder)
+                return replace(_decoder(name, folder, source.info, backend), notes=notes)
         low_bits = location.gguf_file is not None or (folder and "quantization_config" in read_settings(folder, CONFIG_FILE))
         if low_bits and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
         return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
-    found = reading(name, lambda: read_whole(location.path, read))
+    loaded = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
-        found.backend.draft_model = _draft_model(packing.draft_model, found, dtype, packing)
-    return found
+        loaded.backend.draft_model = _draft_model(packing.draft_model, loaded, dtype, packing)
+    return loaded
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
     """A folder's model as `for_decoding` packs it on the CPU, with the copies of all policies. Raises the same errors."""
 
     def read() -> Source:
-        used = _with_policies(packing, read_info(folder), None, _CPU)
+        info = read_info(folder)
+        used = _with_policies(packing, info, None, _CPU)
         source = _lean_source(folder, _CPU, dtype, used)
         if source is None:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
-            weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
+            weights = named_weights(trainable.model)
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
-        return _with_files_beside(source, folder, inf)  # weights are packed one by one
+        return _with_sidecars(replace(source, info=info), folder, inf)  # weights are packed one by one
 
     return reading(folder, read)
 
@@ -148,12 +155,10 @@ def import_checkpoint(
     change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
     eagle3: str | None = None,
 ) -> tuple[torch.dtype, list[str]]:
-    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
+    """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    Calibrated int4 weights and exit blocks are copied with the weights that they were made for, as is the token order.
     `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
-    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and the reason for each file that was left
-    out. Raises CheckpointError.
+    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -234,7 +239,10 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
     files = open_weights(folder, spec)
 
     def take(name: str) -> Tensor | None:
-        """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
+        """Reads a weight into memory of its own: there is never a second copy of all."""
+        if name in spec.mapped and name in files:
+            table = files[name].mapped(name)
+            return table if table.dtype in (torch.float32, torch.bfloat16) else table.float()
         return files[name].read(name).to(device, precision) if name in files else None
 
     return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing)
@@ -257,7 +265,7 @@ def _as_stored(
         return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)
-    backend, notes = _backend(_with_files_beside(source, location.folder, memory), location.path)
+    backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
     generation = None if isinstance(files, GgufFile) else generation_config(location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
     return replace(made, notes=(*notes, *weights.notes))
@@ -271,29 +279,42 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     )
 
 
-def _with_files_beside(source: Source, folder: str | None, memory: float) -> Source:
-    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes).
-
-    The copy is int4 if calibrated, else int8: int4 weights that are only rounded are too often wrong.
-    """
-    spec, packing = source.spec, source.packing
-    if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored):
-        calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
-        kind: Quantization = "int4" if calibrated else "int8"
+def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
+    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes)."""
+    spec, packing, info, int4 = source.spec, source.packing, source.info, None
+    copies = packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored)
+    if copies or _uses_int4(packing):
+        int4 = read_int4(folder, spec, source.weight_of)
+        info = info if int4 is None or int4.agreement is None else info.with_int4(int4.agreement)
+    if copies:
+        kind = "int8" if int4 is None else _faster_copy(info.draft_profile(spec.layers))
         copied = replace(packing, draft_weights=(kind,))
         if can_run_native(spec, source.dtype, source.device, copied):
-            needed = spec.parameters * (source.dtype.itemsize + 1)
+            needed = (spec.parameters - spec.unread) * (source.dtype.itemsize + 1)
             if needed <= memory:
                 packing = copied
             else:
                 lacking = f"the model needs {needed / 1e6:,.0f} MB, and {memory / 1e6:,.0f} MB are free beside keys and values"
                 source = replace(source, notes=(f"drafting without an {kind} copy of the weights: with it {lacking}",))
-    if folder is None:
-        return replace(source, packing=packing)
-    blocks = read_exit_blocks(folder, spec, source.weight_of)
-    has_int4 = "int4" in (packing.quantize, packing.draft_head, *packing.draft_weights)
-    int4 = read_int4(folder, spec, source.weight_of) if has_int4 else None
-    return replace(source, packing=packing, int4=int4, exit_blocks=blocks)
+    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, source.weight_of)
+    take = int4.take if int4 is not None and _uses_int4(packing) else None
+    return replace(source, packing=packing, int4=take, exit_blocks=blocks, info=info)
+
+
+def _uses_int4(packing: PackingConfig) -> bool:
+    return "int4" in (packing.quantize, packing.draft_head, *packing.draft_weights)
+
+
+def _faster_copy(profile: DraftProfile) -> Quantization:
+    """The copy with the most tokens per time of a pass: by what a sweep measured, else by usual values."""
+
+    def rate(kind: Quantization) -> float:
+        accepted, step = profile.acceptance.get(kind, _COPIES[kind][0]), _COPIES[kind][1]
+        if profile.passes and kind in profile.drafts:
+            step = profile.drafts[kind] / profile.passes[0]
+        return max(sum(accepted**place for place in range(n + 1)) / (n * step + _VERIFICATION) for n in range(1, 9))
+
+    return max(_COPIES, key=rate)
 
 
 def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
@@ -315,9 +336,9 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
-    if file.is_widened and (found := kernels()) is not None and not found.widens_bf16:
+    if file.is_widened and (compiled := kernels()) is not None and not compiled.widens_bf16:
         raise CheckpointError(
-            f"it was packed in fp32 for kernels that widen bf16, which {found.variant} does not: export it again"
+            f"it was packed in fp32 for kernels that widen bf16, which {compiled.variant} does not: export it again"
         )
     order = token_order(folder, spec.vocab)
     blocks = replace(file.exit_blocks, eagle3=eagle3_sidecar(folder, spec))
@@ -337,9 +358,10 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     dtype, device = trainable.backend.dtype, trainable.backend.device
     missing = missing_feature(spec)
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
-        source = _model_source(trainable, packing)
-        backend, notes = _backend(_with_files_beside(source, folder, memory), location.path)
-        return replace(generic, backend=backend, notes=notes)
+        source = replace(_model_source(trainable, packing), info=generic.info)
+        source = _with_sidecars(source, folder, memory)
+        backend, notes = _backend(source, location.path)
+        return replace(generic, backend=backend, notes=notes, info=source.info)
     if not packing.is_plain:
         raise ConfigError(
             f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"

@@ -1,9 +1,8 @@
 """packed.safetensors: a model's weights as the compiled kernels read them; loading maps the file and packs nothing.
 
-It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (see
-model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`, in several kinds for low-bit copies. The layout is
-the same for all kernels; fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The header names the content
-and has a fingerprint of a few bytes of every tensor, which shows missing content, as of an interrupted copy.
+It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (model/native/matrix.py)
+as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The
+header has a fingerprint of a few bytes of every tensor, against incomplete copies.
 """
 
 import hashlib
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
-from ..config.training import Feature
 from ..errors import require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
@@ -39,14 +37,13 @@ _ENTRY = 256  # bytes of the header that an entry takes at most
 
 @dataclass(frozen=True)
 class Content:
-    """The packed content. `dtype`: of the embedding and unquantized weights. `blocks`: each exit block's inputs."""
+    """The packed content. `dtype`: of the embedding and unquantized weights."""
 
     dtype: Literal["fp32", "bf16"]
     quantize: Quantization | None
     draft_weights: tuple[Quantization, ...]
     draft_head: Quantization | None
     calibrated: bool
-    blocks: dict[str, Feature]
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
         """The requested part of the content. Raises ConfigError for anything that was not packed."""
@@ -79,13 +76,12 @@ class PackedFile:
             if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
         self.dtype = _DTYPES[self.content.dtype]
-        blocks = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
-        # Only the weights of their norms can be taken.
-        self.exit_blocks = ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in blocks), self.unpacked)
+        exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
+        self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
 
     def unpacked(self, name: str) -> Tensor | None:
         """A weight outside of matrices, by its name in a checkpoint."""
-        return self._file.read(name) if name in self._file.entries else None
+        return self._file.mapped(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
         return self._part(spec.embedding_name, self.dtype, spec.shapes[spec.embedding_name])
@@ -149,7 +145,7 @@ class PackedWriter:
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
     """The names of the weights of norms, activations, learned positions, convolutions and routers, among all of a model."""
-    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight"}
+    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
         whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}
     parts = (None if experts is None else (experts.router, experts.shared_gate)) or ()

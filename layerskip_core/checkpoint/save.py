@@ -1,9 +1,7 @@
 """Writes models. A folder never holds half a model, and files of others are never lost.
 
-A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY and the
-new model effective. Then its files are moved into place, layerskip.json last. After a kill, the next command that reads or
-writes the folder moves the rest. Other programs see the old model, for a few renames a folder without a config, then the new
-model.
+A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY. Then its
+files are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
 """
 
 import os
@@ -94,8 +92,7 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info` and further `files`.
 
-    Raises CheckpointError for a full or read-only disk and for files of others in the way, LockedError while another
-    process writes to the folder; it is unchanged then.
+    Raises CheckpointError and LockedError; the folder is unchanged then.
     """
     folder, staging = Path(output), None
     with hold(folder, "saving a model"):
@@ -236,9 +233,9 @@ def _usual(folder: Path) -> set[str]:
 
 def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
     """Raises `error` for files of others that a new model would overwrite (`written`) or loaders take for its own."""
-    found = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
-    if found:
-        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    obstacles = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
+    if obstacles:
+        more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
         raise error(
-            f"{where}in the way is {found[0]}, which layerskip did not write{more}; move it away, or give another folder"
+            f"{where}in the way is {obstacles[0]}, which layerskip did not write{more}; move it away, or give another folder"
         )

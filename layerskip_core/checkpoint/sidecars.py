@@ -4,7 +4,8 @@ The header of the first two says which format they have, and has a fingerprint o
 they are not used with others.
 
 int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
-projections and of the head, by the weight's name.
+projections and of the head, by the weight's name. That of a model whose folder cannot be written is in a cache, named by the
+fingerprint.
 
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
 block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
@@ -21,11 +22,12 @@ which trains for it, read that in `eagle_config`, where a list that begins with 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -33,7 +35,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from ..errors import CheckpointError, first_line, require
-from ..files import read_json
+from ..files import read_json, write_file
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
@@ -44,12 +46,16 @@ EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
 PROPOSED = 4  # drafts of a round, unless whoever serves it says another number
 
+CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder of int4 weights of models whose folders cannot be written
+_CACHED = 10 << 30  # bytes there; the oldest files go
+
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
 _METADATA = "__metadata__"  # safetensors' key of a header's further entries
-_FINGERPRINT = "fingerprint"
+_FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
 _OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
+_Share = Annotated[float, Meta(ge=0, le=1)] | None
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, max_length=16)]
 
@@ -81,15 +87,54 @@ def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
     return file
 
 
-def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> Take | None:
-    """A folder's calibrated weights as rows of bytes, read when taken, or None. Raises CheckpointError if not this model's."""
-    path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
-    if not path.is_file():
-        return None
+def cache_folder() -> Path:
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "layerskip")
+
+
+def cached_int4(model_fingerprint: str) -> Path:
+    return cache_folder() / f"{model_fingerprint[:32]}.{INT4_FILE}"
+
+
+def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
+    """Needs the lock of the folder. Raises CheckpointError."""
+    write_file(cached_int4(model_fingerprint), content, CheckpointError)
+    room = _CACHED
+    for path in sorted(cache_folder().glob(f"*.{INT4_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        room -= path.stat().st_size
+        if room < 0 and path != cached_int4(model_fingerprint):
+            path.unlink()
+
+
+def clear_cache() -> int:
+    """Returns the number of files that are gone. Needs the lock of the folder."""
+    paths = list(cache_folder().glob(f"*.{INT4_FILE}"))
+    for path in paths:
+        path.unlink()
+    return len(paths)
+
+
+class StoredInt4(NamedTuple):
+    """Calibrated weights as rows of bytes, read when taken, and the share of places where the model chooses the same token."""
+
+    take: Take
+    agreement: float | None
+
+
+def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> StoredInt4 | None:
+    """A model's calibrated weights from its folder, else from the cache. Raises CheckpointError if they are another model's."""
+    path = Path(folder or "") / INT4_FILE
+    if folder is None or not path.is_file():
+        if not cache_folder().is_dir():
+            return None
+        path = cached_int4(fingerprint(spec, weight_of))
+        if not path.is_file():
+            return None
+    shapes = {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)
         _check_fingerprint(file, spec, weight_of)
         _check_entries(file.entries, shapes, ("U8",))
+        agreement = msgspec.convert(file.metadata.get(_AGREEMENT), _Share, strict=False)
 
     def take(name: str) -> Tensor | None:
         if name not in shapes:
@@ -100,7 +145,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
                 raise ValueError(f"{name} is not finite")
         return rows
 
-    return take
+    return StoredInt4(take, agreement)
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:

@@ -187,8 +187,7 @@ class GgufFile:
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
 
-        Linear and YaRN are named in the header. For Llama 3 the file has the divisors of the frequencies only: the
-        original context is one that gives these.
+        Linear and YaRN are named in the header. Of Llama 3's the file has the divisors of the frequencies only.
         """
         prefix = f"{self._architecture}.rope."
         named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
@@ -380,10 +379,7 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
-    """The precision to write a model's weights in: fp32, bf16, or auto: as stored.
-
-    `loaded` is in fp32. For GGUF auto is the narrowest precision that holds every dequantized weight exactly.
-    """
+    """The precision to write weights in: fp32, bf16, or auto: as stored; for GGUF the narrowest that is exact."""
     if asked != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
     if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:

@@ -59,73 +59,29 @@ REMEMBERED = 131_072
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
 Remember = Annotated[
-    CountOrNone,
-    Flag(
-        "Tokens of this run's earlier answers that lookups search too; 0: none. They leave traces in the times of later "
-        "answers, in a server in those of other clients.",
-        panel="Decoding",
-    ),
+    CountOrNone, Flag("Tokens of earlier answers (of all clients) that lookups search too; 0: none.", panel="Decoding")
 ]
 
 
 class DecodingOptions(TypedDict, total=False):
     """Requested decoding options; the checkpoint decides the others. Layers are counts: exit E is after layer E."""
 
-    strategy: Annotated[
-        str,
-        one_of(*STRATEGIES),
-        Flag(
-            "Decoding strategy.",
-            default="adaptive; self-speculative with a flag about an exit or about drafts",
-            panel="Decoding",
-        ),
-    ]
+    strategy: Annotated[str, one_of(*STRATEGIES), Flag("Decoding strategy.", None, "adaptive, or by other flags", "Decoding")]
     exit_layer: Annotated[Layer, Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's")]
     num_draft_tokens: Annotated[Drafts, Flag("Most draft tokens per round.", "--spec", "the checkpoint's")]
-    max_new_tokens: Annotated[
-        Count, Flag("Maximum number of tokens in an answer.", default="256; in chat and serve what the context has room for")
-    ]
-    draft_confidence: Annotated[
-        Fraction, Flag("Stop drafting when the draft's best token is less probable than this; 0: never.", default="0")
-    ]
+    max_new_tokens: Annotated[Count, Flag("Most tokens in an answer.", None, "256; in chat and serve all that fit the context")]
+    draft_confidence: Annotated[Fraction, Flag("Stop drafting below this probability of the best token; 0: never.", None, "0")]
     stop: Annotated[Texts, Flag("End the answer before this text. Can be repeated.", repeated=True)]
-    lookup: Annotated[
-        int,
-        Meta(ge=0, le=1_000),
-        Flag("First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.", default="0"),
-    ]
-    exit_confidence: Annotated[
-        Ratio,
-        Flag(
-            "Early exit: each token leaves at the first exit that gives its best token more than this probability.", default="0"
-        ),
-    ]
-    skip: Annotated[
-        Sequence[Layer],
-        Flag(
-            "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
-            default="with --strategy draft-and-verify the ones stored by sweep-exits --search-skips --save",
-        ),
-    ]
+    lookup: Annotated[int, Meta(ge=0, le=1_000), Flag("First draft what followed the last N tokens before; 0: no.", None, "0")]
+    exit_confidence: Annotated[Ratio, Flag("Each token leaves at the first exit with more than this probability.", None, "0")]
+    skip: Annotated[Sequence[Layer], Flag("Draft without these layers, from 1: 8,9,14:18.", None, "as stored by sweep-exits")]
     policy: Annotated[
         Text,
-        Flag(
-            "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
-            "of plain decoding) or fast (nearly its quality).",
-            default="exact if it is stored and no other option is given",
-        ),
+        Flag("Settings stored by sweep-exits --save: exact (same output) or fast.", None, "exact, if nothing else is given"),
     ]
-    exits: Annotated[
-        Sequence[Layer],
-        Flag("Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.", default="the trained ones, at most six"),
-    ]
+    exits: Annotated[Sequence[Layer], Flag("Exits for --exit-confidence: 3,6,8 or A:B:STEP.", None, "the trained, at most six")]
     temperature: Annotated[
-        Temperature,
-        Flag(
-            "Temperature; 0 is greedy.",
-            default="0; chat and serve sample and penalise as the model's generation_config.json says",
-            panel="Sampling",
-        ),
+        Temperature, Flag("Temperature; 0 is greedy.", None, "0; in chat and serve by generation_config.json", "Sampling")
     ]
     top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")]
     top_p: Annotated[Share, Flag("Sample from the most probable tokens that add up to this probability.", default="1")]
@@ -133,33 +89,24 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of answers that are not measured: changes of logits, also at drafted positions, and log probabilities."""
+    """Options of answers that are not measured."""
 
-    min_p: Annotated[
-        Ratio,
-        Flag("Sample from tokens that have this share of the best one's probability at least.", default="0", panel="Sampling"),
-    ]
-    frequency_penalty: Annotated[
-        Penalty, Flag("Subtract this from a token's logit each time it occurs in the answer.", default="0")
-    ]
-    presence_penalty: Annotated[Penalty, Flag("Subtract this from the logit of each token of the answer.", default="0")]
+    min_p: Annotated[Ratio, Flag("Sample from tokens with this share of the best one's probability.", None, "0", "Sampling")]
+    frequency_penalty: Annotated[Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")]
+    presence_penalty: Annotated[Penalty, Flag("Subtract this from the logits of tokens in the answer.", None, "0")]
     repetition_penalty: Annotated[
-        float,
-        Meta(gt=0, le=100),
-        Flag("Divide the positive logits of tokens of prompt and answer by this, multiply the negative ones.", default="1"),
+        float, Meta(gt=0, le=100), Flag("Divide positive logits of earlier tokens by this, multiply negative ones.", None, "1")
     ]
     logit_bias: Annotated[
         dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]],
         Meta(description="an object of token ids with numbers in [-100, 100]"),
         Flag('Add these numbers to the logits of tokens, such as {"15": -100}.'),
     ]
-    min_tokens: Annotated[CountOrNone, Flag("Minimum number of tokens in an answer.", default="0", panel="Decoding")]
+    min_tokens: Annotated[CountOrNone, Flag("Least tokens in an answer.", None, "0", "Decoding")]
     ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
     stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
     schema: Annotated[
-        dict[str, Any],
-        Meta(description="a JSON schema, an object"),
-        Flag("Answer in JSON that matches the JSON schema in this file.", reads="file"),
+        dict[str, Any], Meta(description="a JSON schema, an object"), Flag("JSON schema of the answer, a file.", reads="file")
     ]
     regex: Annotated[Text, Flag("Answer with a text that matches this regular expression.")]
     grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", reads="file")]
@@ -168,11 +115,7 @@ class RequestOptions(DecodingOptions, total=False):
         Meta(min_length=1, description="a list of texts, at least one"),
         Flag("Answer with this text. Repeated: with one of these.", repeated=True),
     ]
-    logprobs: Annotated[
-        int,
-        Meta(ge=0, le=20),
-        Flag("In answers of --jsonl: log probabilities of the tokens, and of the N best alternatives of each."),
-    ]
+    logprobs: Annotated[int, Meta(ge=0, le=20), Flag("With --jsonl: log probabilities of tokens and of N alternatives.")]
     prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
 
 
@@ -183,11 +126,10 @@ _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "se
 
 @dataclass(frozen=True)
 class DraftProfile:
-    """Measurements that adaptive drafting starts from. Drafters by name: `exit 8`, `int8`.
+    """Measurements that adaptive drafting starts from, by drafter: `exit 8`, `int8`.
 
-    `acceptance`: the probability that a draft is accepted if those before it in the round were. `passes`: milliseconds of a
-    pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head`, `draft_vocab`: as in
-    PackingConfig.
+    `acceptance`: of a draft after accepted ones. `passes`: milliseconds of a pass of the target by its rows, from 1 on.
+    `drafts`: milliseconds of a draft token. `draft_head`, `draft_vocab`: as in PackingConfig.
     """
 
     acceptance: dict[str, Ratio] = field(default_factory=dict)
@@ -204,9 +146,8 @@ _UNKNOWN = DraftProfile()
 class DecodingConfig:
     """A strategy with all its options: DecodingOptions, completed for a checkpoint.
 
-    `draft_weights`: the low-bit copy that drafts (None: the model's own weights). `exits`: for adaptive drafting and
-    `exit_confidence`. `profile`: where adaptive drafting starts. `policy`: the saved one that this is. `guided`: one of
-    GUIDES and its text (JSON except for `regex` and `grammar`); `guide`: compiled for the checkpoint's tokenizer.
+    `draft_weights`: the low-bit copy that drafts (None: the model's own weights). `policy`: the saved one that this is.
+    `guided`: one of GUIDES and its text (JSON except for `regex` and `grammar`); `guide`: compiled for the tokenizer.
     """
 
     strategy: str = "self-speculative"
@@ -303,29 +244,14 @@ class ServeConfig:
     host: Annotated[Text, Flag("Address to listen on; 0.0.0.0 is all of this machine's.", panel="Server")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), Flag("Port to listen on; 0: a free one.")] = 8000
     batch_size: Annotated[BatchSize, Flag("Answers that are decoded together.")] = 8
-    queue_size: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Answers and embeddings that may wait besides; a request beyond gets status 429.", "--queue"),
-    ] = 256
-    token_limit: Annotated[
-        Count | None, Flag("Most tokens of an answer, whatever its request asks for.", default="the room in the context")
-    ] = None
+    queue_size: Annotated[int, Meta(ge=0, le=1_000_000), Flag("Answers that may wait; more get status 429.", "--queue")] = 256
+    token_limit: Annotated[Count | None, Flag("Most tokens of any answer.", None, "the room in the context")] = None
     body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
     api_key: Annotated[Text | None, Flag("Key that clients must send.", default=f"{KEY} in the environment, else none")] = None
-    embedding_layer: Annotated[
-        Layer | None, Flag("Embeddings are the mean of the states after this many layers.", default="all")
-    ] = None
+    embedding_layer: Annotated[Layer | None, Flag("Embeddings are mean states after this many layers.", None, "all")] = None
     remember: Remember = 0
-    prefix_cache: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Megabytes for keys and values of earlier prompts and answers, so that a common beginning is computed once."),
-    ] = 512
-    kv_memory: Annotated[
-        Count | None,
-        Flag("Megabytes for all keys and values, on our own kernels; requests beyond wait.", default="a fifth of what is free"),
-    ] = None
+    prefix_cache: Annotated[int, Meta(ge=0, le=1_000_000), Flag("Megabytes for KV entries of prompts and answers.")] = 512
+    kv_memory: Annotated[Count | None, Flag("Megabytes for all KV entries.", None, "a fifth of what is free")] = None
     decoding: Annotated[RequestOptions, Without(("seed", "logprobs", "prompt_logprobs"))] = field(
         default_factory=RequestOptions
     )

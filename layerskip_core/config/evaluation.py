@@ -37,58 +37,39 @@ _OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The task and its rows: `samples` of them (0: all) from `data`, by default the task's own.
-
-    None for `max_new_tokens`, `shots` and columns: the task decides. A template with {prompt} in it is also the form of
-    each prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
-    """
+    """The task and its rows. A template with {prompt} in it is also the form of each prompt."""
 
     task: Annotated[
         Text | None,
-        Flag(
-            f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
-            default="by --data, else what the model was trained on, else commands",
-            panel="Task",
-            reads="perhaps data",
-        ),
+        Flag(f"{', '.join(TASKS)}, data, or {HARNESS}NAME.", None, "by --data or the model", "Task", reads="perhaps data"),
     ] = None
-    data: Annotated[
-        Text | None, Flag("A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub", reads="data")
-    ] = None
+    data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", None, "the task's own", reads="data")] = None
     split: Annotated[str, Flag("train, validation or test; compositional and sealed too for `commands`.")] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.", "--samples/--limit")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
-    max_new_tokens: Annotated[
-        Count | None, Flag("Maximum number of tokens in an answer.", default="the task's", panel="Decoding")
-    ] = None
+    max_new_tokens: Annotated[Count | None, Flag("Most tokens in an answer.", None, "the task's", "Decoding")] = None
     prompt_column: Annotated[
-        str | None, Flag("Column of the prompt.", default=f"the first of {', '.join(PROMPT_NAMES)}", panel="Task")
+        str | None, Flag("Column of the prompt.", None, f"the first of {', '.join(PROMPT_NAMES)}", "Task")
     ] = None
     completion_column: Annotated[
-        str | None, Flag("Column of the reference.", default=f"the first of {', '.join(REFERENCE_NAMES)}")
+        str | None, Flag("Column of the reference.", None, f"the first of {', '.join(REFERENCE_NAMES)}")
     ] = None
     metric: Annotated[
-        Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None,
-        Flag("What answers of the task jsonl are ranked by.", default="by the references"),
+        Literal["exact_match", "rouge1", "rouge2", "rougeL"] | None, Flag("Ranks answers of jsonl.", None, "by the references")
     ] = None
     shots: Annotated[
         Annotated[int, Meta(ge=0, le=1_000)] | None,
         Flag("Solved rows before each prompt.", "--shots/--num-fewshot", "the task's"),
     ] = None
     pass_k: Annotated[tuple[Count, ...], Flag("The k of pass@k, such as 1,10.")] = (1,)
-    problem_samples: Annotated[
-        int, Meta(ge=1, le=10_000), Flag("Answers to each code problem, for pass@k; needs --temperature if above 1.")
-    ] = 1
+    problem_samples: Annotated[int, Meta(ge=1, le=10_000), Flag("Answers to each code problem; sampled if above 1.")] = 1
     allow_code_execution: Annotated[
         bool | Literal["unsandboxed"],
         Meta(description=f"given without a value, or {UNSANDBOXED}"),
-        Flag(
-            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where it cannot protect files.",
-            optional=UNSANDBOXED,
-        ),
+        Flag(f"Run the model's programs in a sandbox; `{UNSANDBOXED}`: even without protected files.", optional=UNSANDBOXED),
     ] = False
     include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
-    tasks: Annotated[Text | None, Flag(f"As lm-evaluation-harness's own flag: the same as --task {HARNESS}TASK,TASK.")] = None
+    tasks: Annotated[Text | None, Flag(f"As in lm-eval: the same as --task {HARNESS}TASK,TASK.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
@@ -111,21 +92,14 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class MeasurementConfig:
-    """Settings of every measurement.
-
-    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none) are timed; else all are,
-    and `timed` is None. `remember`: how many tokens of earlier answers lookups search.
-    """
+    """Settings of every measurement. With a `batch_size` above 1 only `timed` of the prompts (0: none) are timed."""
 
     model: ModelName = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     _: KW_ONLY
-    batch_size: Annotated[
-        BatchSize, Flag("Prompts answered together, for quality; speed is measured at batch size 1.", panel="Measurement")
-    ] = 1
+    batch_size: Annotated[BatchSize, Flag("Prompts answered together, for quality; timed one by one.", panel="Measurement")] = 1
     timed: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        Flag("With --batch-size: the number of prompts that speed is measured on.", default=str(_TIMED)),
+        Annotated[int, Meta(ge=0, le=1_000_000)] | None, Flag("With --batch-size: prompts to time.", None, str(_TIMED))
     ] = None
     remember: int = 0
     generation: DecodingOptions = field(default_factory=DecodingOptions)
@@ -151,13 +125,9 @@ class BenchConfig(MeasurementConfig):
     remember: Remember = REMEMBERED
     strategies: Annotated[
         tuple[Annotated[str, one_of(*STRATEGIES)], ...],
-        Flag("The strategies to run, autoregressive among them.", default="those that suit the model"),
+        Flag("The strategies to run, autoregressive among them.", None, "those that suit the model"),
     ] = ()
-    repeats: Annotated[
-        int,
-        Meta(ge=1, le=1_000),
-        Flag("Number of times that everything is measured; medians are reported.", panel="Measurement"),
-    ] = 3
+    repeats: Annotated[int, Meta(ge=1, le=1_000), Flag("Repeats; medians are reported.", panel="Measurement")] = 3
     baselines: Annotated[tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")] = ()
     gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: Annotated[DecodingOptions, Without(("strategy", "policy", "exits", *_OF_THE_TASK))] = field(
@@ -189,32 +159,17 @@ class SweepConfig(MeasurementConfig):
     """Every exit, and every drafter with these draft lengths, or with those of the best predictions."""
 
     exits: Annotated[
-        tuple[Layer, ...],
-        Flag(
-            "Exits: 3,6,8 or A:B:STEP, both ends included.",
-            default="at most six, the trained ones if any, and all layers of the low-bit copy; those alone if none was trained",
-            panel="Decoding",
-        ),
+        tuple[Layer, ...], Flag("Exits: 3,6,8 or A:B:STEP.", None, "the trained, at most six, and the low-bit copy", "Decoding")
     ] = ()
-    specs: Annotated[
-        tuple[Drafts, ...], Flag("Draft lengths, in the same form.", default="from 2 to 32, the best by predicted speed")
-    ] = ()
-    keep: Annotated[
-        Share, Flag("Share of full depth's quality that an early exit must keep to be the policy `fast`.", panel="Measurement")
-    ] = 0.98
+    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in this form.", None, "the best of 2 to 32, as predicted")] = ()
+    keep: Annotated[Share, Flag("Share of the quality that the policy `fast` keeps.", panel="Measurement")] = 0.98
     exit_confidences: Annotated[
         tuple[Share, ...] | None,
-        Flag(
-            "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
-            default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
-            panel="Decoding",
-        ),
+        Flag("Also early exits at each --exit-confidence.", None, "0.8,0.9,0.95 if exits were trained", "Decoding"),
     ] = None
-    quick: Annotated[bool, Flag("Measure only the settings that are predicted to be fastest.", panel="Measurement")] = False
+    quick: Annotated[bool, Flag("Measure only what is predicted to be fastest.", panel="Measurement")] = False
     packing: Annotated[PackingConfig, Without(("draft_model",))] = field(default_factory=PackingConfig)
-    search_skips: Annotated[
-        bool, Flag("Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.")
-    ] = False
+    search_skips: Annotated[bool, Flag("Also search the layers to skip of --strategy draft-and-verify.")] = False
     generation: Annotated[
         DecodingOptions,
         Without(("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK)),
@@ -234,35 +189,20 @@ class VerifyConfig:
     """Half of the `samples` prompts come from `data`, the others are random token ids."""
 
     model: Text = "embedded"
-    data: Annotated[Text, Flag("Real prompts: commands, a file, a TOPv2 folder or a hub id.", panel="Data", reads="data")] = (
-        "commands"
-    )
+    data: Annotated[Text, Flag("Real prompts: commands, a file or hub id.", panel="Data", reads="data")] = "commands"
     samples: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Number of prompts; half of them are random token ids.")] = 8
-    max_new_tokens: Annotated[
-        int, Meta(ge=3, le=10_000_000), Flag("Maximum number of tokens in an output.", panel="Decoding")  # it is cut in two
-    ] = 16
+    max_new_tokens: Annotated[int, Meta(ge=3, le=10_000_000), Flag("Most tokens in an output.", panel="Decoding")] = 16
     seed: Annotated[Seed, Flag("Seed of random prompts and of sampling.", panel="Data")] = 0
     precisions: Annotated[
         tuple[Annotated[str, one_of(*PRECISIONS)], ...], Flag("Precisions of the weights.", panel="Weights")
     ] = PRECISIONS
     kernels: Annotated[
-        tuple[str, ...],
-        Flag(
-            "amx, avx512_fma, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked "
-            "weights), exact (the same with --exact), generic (transformers' layers), or some.",
-            default="all that this machine and this model can run",
-            panel="Machine",
-        ),
+        tuple[str, ...], Flag("Variants (amx, ..., avx2, neon), torch, exact, generic.", None, "all that run here", "Machine")
     ] = ()
-    exits: Annotated[
-        tuple[Layer, ...],
-        Flag("Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", panel="Decoding"),
-    ] = ()
+    exits: Annotated[tuple[Layer, ...], Flag("Exits that draft.", None, "the checkpoint's, half and twice it", "Decoding")] = ()
     specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
     draft_model: DraftModel = None
     draws: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Sampled outputs whose first tokens are compared with the model's distribution; 0: none.", panel="Measurement"),
+        int, Meta(ge=0, le=1_000_000), Flag("Sampled outputs whose distribution is tested; 0: none.", panel="Measurement")
     ] = 400
     machine: Annotated[MachineConfig, Without(("dtype",))] = field(default_factory=MachineConfig)

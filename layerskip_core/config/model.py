@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from ..errors import require, require_choice
-from .options import Count, CountOrNone, Flag, ModelName, Seed, Steps, Text, Threads
+from .options import Count, CountOrNone, Flag, ModelName, Seed, Text, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
@@ -30,8 +30,7 @@ class MachineConfig:
 
 
 DraftModel = Annotated[
-    Text | None,
-    Flag("Draft with this smaller model of the same tokenizer, too. The output stays the same.", default="none", reads="model"),
+    Text | None, Flag("Also draft with this smaller model of the same tokenizer.", None, "none", reads="model")
 ]
 
 
@@ -39,26 +38,19 @@ DraftModel = Annotated[
 class PackingConfig:
     """How the weights of a model that only decodes are stored, and what drafts for it; the embedding keeps its precision.
 
-    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all) for
-    drafts, with a head in `draft_head` (default int8: an int4 head costs most of the agreement). `draft_vocab`: the most
-    frequent tokens, by token_order.json if there is one, else the tokenizer's first (0: all, but at exits as
-    `RepackedBackend` says). `quantize` and `draft_vocab` apply to the `draft_model` too. `adaptive`: adds a low-bit copy of
-    all layers if nothing else drafts and a kernel is there. `rounds_drafter`: a drafter in the EAGLE-3 layout gets low bits
-    by default.
+    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), with a
+    head in `draft_head` (an int4 head costs most of the agreement). `draft_vocab`: the most frequent tokens, by
+    token_order.json, else the tokenizer's first. `adaptive`: adds a low-bit copy if nothing else drafts and a kernel is
+    there. `rounds_drafter`: an EAGLE-3 drafter gets low bits by default.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
-    draft_weights: Annotated[
-        tuple[Quantization, ...], Flag("Draft with low-bit copies of the weights. The output stays the same.")
-    ] = ()
+    draft_weights: Annotated[tuple[Quantization, ...], Flag("Draft with low-bit copies of the weights; the same output.")] = ()
     draft_layers: int = 0
     draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None
-    draft_vocab: Annotated[
-        CountOrNone,
-        Flag("Draft among the N most frequent tokens only.", default="all; 4096 at exits trained here with a large vocabulary"),
-    ] = 0
+    draft_vocab: Annotated[CountOrNone, Flag("Draft the N most frequent tokens only.", None, "all; 4096 at trained exits")] = 0
     draft_model: DraftModel = None
-    exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = False
+    exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding; slower.")] = False
     adaptive: bool = False
     rounds_drafter: bool = True
 
@@ -93,20 +85,11 @@ PLAIN = PackingConfig()
 
 @dataclass(frozen=True)
 class PromptingConfig:
-    """The requested template; None: the checkpoint's own, else the tokenizer's chat template, if any.
-
-    `template`: `chat`, `raw` or a text with {prompt} in it. `system`: for chat templates. `raw`: short for `template` raw:
-    nothing is added, and text of special tokens becomes tokens.
-    """
+    """The requested template; None: the checkpoint's own, else the tokenizer's chat template, if any."""
 
     template: Annotated[
         _Unicode | None,
-        Flag(
-            "Prompt template: chat, raw, or a text with {prompt} in it.",
-            "--template/--prompt-template",
-            default="the task's or checkpoint's, else the tokenizer's chat template",
-            panel="Prompting",
-        ),
+        Flag("chat, raw, or a text with {prompt} in it.", "--template/--prompt-template", "the task's or model's", "Prompting"),
     ] = None
     system: Annotated[_Unicode | None, Flag("System message, for chat templates.")] = None
     raw: Annotated[bool, Flag("Use no template; text of special tokens in the prompt becomes tokens.")] = False
@@ -129,24 +112,14 @@ class DataConfig:
     """A data set, its columns, and the number of rows (0: all). `setting`: the one that named it, for errors."""
 
     name: Annotated[
-        Text,
-        Flag(
-            "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.",
-            "--data",
-            panel="Data",
-            reads="data",
-        ),
+        Text, Flag("commands, topv2, a file, a TOPv2 folder or a hub id.", "--data", panel="Data", reads="data")
     ] = "commands"
-    split: Annotated[
-        str, Flag("For `commands` train, validation, test, compositional or sealed (for scores only: do not read).")
-    ] = "train"
+    split: Annotated[str, Flag("train, validation, test; of `commands` compositional, sealed (do not read).")] = "train"
     prompt_column: Annotated[str, Flag(f"Column of the prompt, else {', '.join(PROMPT_COLUMNS[1:])}.")] = "prompt"
     completion_column: Annotated[str, Flag(f"Column of what follows the prompt, else {', '.join(COMPLETION_COLUMNS[1:])}.")] = (
         "completion"
     )
-    limit: Annotated[
-        CountOrNone, Flag("Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples")
-    ] = 0
+    limit: Annotated[CountOrNone, Flag("Number of rows; 0: all, of `commands` as many as needed.", "--samples")] = 0
     seed: Annotated[Seed, Flag("Seed of generated rows.")] = 0
     setting: str = "data"
 
@@ -158,21 +131,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`samples` texts of `length` tokens, from `data` or else written by the model, and `tuning_steps` on them."""
+    """`samples` texts that the model writes."""
 
     model: ModelName = "embedded"
-    output: Annotated[
-        Text | None, Flag("Folder for a copy of the model.", default="--model's folder, or calibrated-model", panel="Output")
-    ] = None
-    data: Annotated[
-        Text | None,
-        Flag("Rows to calibrate on: commands, topv2, a file or a hub id.", None, "what the model writes", "Data", reads="data"),
-    ] = None
-    samples: Annotated[Count, Flag("Number of texts; fewer if --data has fewer tokens.")] = 256
-    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag("Tokens of a text.")] = 256
-    tuning_steps: Annotated[Steps, Flag("Steps of tuning the scales; 0: none.", "--steps", panel="Optimisation")] = 32
-    seed: Annotated[Seed, Flag("Seed of the texts and of their order.", panel="Run")] = 0
-    overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
+    samples: Annotated[Count, Flag("Number of texts that the model writes, of 256 tokens each.")] = 24
+    seed: Annotated[Seed, Flag("Seed of the texts.", panel="Run")] = 0
 
 
 @dataclass(frozen=True)
@@ -180,21 +143,11 @@ class ExportConfig:
     """The first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: the whole model."""
 
     model: Text = "embedded"
-    exit_layer: Annotated[
-        int | None, Flag("Layers of the draft; the last: the whole model.", "--exit", "the checkpoint's", panel="Output")
-    ] = None
+    exit_layer: Annotated[int | None, Flag("Layers of the draft model.", "--exit", "the checkpoint's", "Output")] = None
     output: Annotated[Text, Flag("Folder for the draft model.")] = "draft-model"
-    format: Annotated[
-        Format | None, Flag("Of the files written.", default="gguf with --engine llama.cpp, else transformers")
-    ] = None
+    format: Annotated[Format | None, Flag("Of the files.", None, "gguf for llama.cpp, else transformers")] = None
     engine: Annotated[Engine | None, Flag("Also print how it drafts in this engine.")] = None
-    dtype: Annotated[
-        str,
-        Flag(
-            "Of the weights written: fp32, bf16, or auto: as stored, packed as generate chooses; in GGUF f16, q8_0, q4_0, or "
-            "auto: f16."
-        ),
-    ] = "auto"
+    dtype: Annotated[str, Flag("Of the weights: fp32, bf16, or auto: as stored; in GGUF f16 (auto), q8_0 or q4_0.")] = "auto"
     quantize: Annotated[Quantization | None, Flag("Low-bit weights, with --format packed.", default="none")] = None
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.")] = False
 
@@ -217,15 +170,7 @@ class ExportConfig:
 class CheckConfig:
     """Whether to compare a drafter here and in vLLM (of the environment of `python`) instead of an export, on which prompts."""
 
-    check: Annotated[
-        bool,
-        Flag(
-            "Write nothing: run the model's drafter in the EAGLE-3 layout here and in vLLM, and compare what is accepted.",
-            panel="Measurement",
-        ),
-    ] = False
+    check: Annotated[bool, Flag("Only compare the model's EAGLE-3 drafter here and in vLLM.", panel="Measurement")] = False
     samples: Annotated[Count, Flag("Prompts of --check.")] = 16
-    python: Annotated[
-        Text | None, Flag("Python of the environment that has vLLM, for --check.", default="the one that runs layerskip")
-    ] = None
+    python: Annotated[Text | None, Flag("Python that has vLLM, for --check.", None, "the one of layerskip")] = None
     data: Annotated[Text, Flag("Prompts of --check: commands, a file or a hub id.", panel="Data", reads="data")] = "commands"

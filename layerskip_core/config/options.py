@@ -31,10 +31,9 @@ _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 class Flag:
     """How the command line gives a field.
 
-    `flag`: its spelling (several with slashes) if not the field's name. `default`: for --help, of a field without its own.
-    `panel`: the heading of --help, else that of the field before. `repeated`: can be repeated, instead of a list with
-    commas. `optional`: a value that may follow; without one the field is True. `reads`: what the flag names: a file with
-    the value, or data or a model, whose absence is reported before torch is imported.
+    `flag`: its spelling (several with slashes) if not the field's name. `panel`: the heading of --help, else that of the
+    field before. `optional`: a value that may follow; without one the field is True. `reads`: a file with the value, or data
+    or a model, whose absence is reported before torch is imported.
     """
 
     help: str

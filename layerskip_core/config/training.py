@@ -1,4 +1,4 @@
-"""The two trainings: of a model, under the recipe or without it, and of what drafts beside a model."""
+"""The two trainings: of a model, with or without the recipe, and of a drafter for a frozen model."""
 
 import os
 from dataclasses import dataclass, field
@@ -18,7 +18,6 @@ DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
 Scheduler = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
-Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -30,14 +29,14 @@ _Length = Annotated[int, Meta(ge=2, le=10_000_000)]
 _Rotation = Annotated[int, Meta(ge=1, le=10_000)]
 _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
-_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "feature": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
+_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What both trainings have. None: the model and the data decide."""
 
-    model: Annotated[Text, Flag("embedded-base, a folder, .gguf file or hub id.", panel="Model", reads="model")] = (
+    model: Annotated[Text, Flag("A folder, .gguf file, hub id or embedded name.", panel="Model", reads="model")] = (
         "embedded-base"
     )
     data: DataConfig = field(default_factory=DataConfig)
@@ -48,18 +47,14 @@ class TrainingSettings:
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
-    lr: Annotated[_Rate | None, Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained, and its size")] = (
-        None
-    )
+    lr: Annotated[_Rate | None, Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained")] = None
     scheduler: Annotated[Scheduler, Flag("How the learning rate falls after --warmup.")] = "cosine"
     warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
     max_grad_norm: Annotated[float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")] = 1.0
     training_arguments: Annotated[dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")] = None
     max_length: Annotated[_Length | None, Flag("Tokens per row.", None, "512; 2048 in recipes for plain text", "Data")] = None
-    validation: Annotated[Text | None, Flag("A split or other data.", None, "1 row of --data in 20", reads="perhaps data")] = (
-        None
-    )
+    validation: Annotated[Text | None, Flag("A split or other data.", None, "1 row in 20", reads="perhaps data")] = None
     validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
     eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0
     dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
@@ -84,11 +79,9 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """What is asked of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset decides.
+    """Settings of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset decides.
 
-    `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among. `rotation`: None picks n/3 (at least 1) up to
-    a vocabulary of 8k and n-1 above it, where every extra exit costs a head. The rest of the loss beside `distill` is
-    cross-entropy.
+    `exits`: the exit layers (counts, 1..L-1) that the curriculum chooses among. The loss beside `distill` is cross-entropy.
     """
 
     preset: Annotated[Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")] = "auto"
@@ -150,15 +143,10 @@ class FinetuneConfig(TrainingSettings):
 
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
-    """One training of what drafts for a model that stays as it is: blocks at its exits (see model/exit_blocks.py), or a drafter
-    that other engines read (see model/eagle3.py).
-    """
+    """One training for a frozen model: of exit blocks (model/exit_blocks.py), or of an EAGLE-3 drafter (model/eagle3.py)."""
 
-    layout: Annotated[BlockLayout | None, Flag("eagle3: for vLLM, too.", None, "exit with --exits, else eagle3", "Drafter")] = (
-        None
-    )
+    layout: Annotated[BlockLayout | None, Flag("eagle3: for vLLM, too.", None, "exit with --exits", "Drafter")] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
-    feature: Annotated[Feature, Flag("final: a block reads the model's output state for the token before, too.")] = "none"
     draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
     start_from: Annotated[Text | None, Flag("Drafter of the layout eagle3 to go on from: its folder.")] = None
     answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None

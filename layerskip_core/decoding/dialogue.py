@@ -9,7 +9,7 @@ from ..config.decoding import DecodingConfig
 from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .engine import decode
-from .output import Answer, DecodeStats, OutputText, StopReason
+from .output import Answer, DecodeStats, StopReason
 from .target import Prefixes
 
 
@@ -27,7 +27,7 @@ class TextStream:
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
         self.decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
-        self._output = OutputText(loaded.detokenize, ends, config.stop)
+        self._output = self.decoding.rows[0].text
 
     @property
     def answer(self) -> Answer:

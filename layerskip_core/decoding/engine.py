@@ -7,8 +7,7 @@ go through the loop together get the tokens that each gets alone.
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
+from itertools import repeat
 from math import inf
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import KVCache, Places, on_device
+from ..model.cache import Places
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
 from .output import Answer, DecodeStats, Detokenize, OutputText, Row, RowStep, StopReason, StopScanner, logprobs_of
-from .processing import LogitsProcessor
 from .sampling import Sampler, accepted_choices
 from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
@@ -50,7 +48,7 @@ def decode(
     Raises:
         ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
     """
-    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, isolated=True, **options)
+    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
 
 
 def decode_batch(
@@ -83,10 +81,9 @@ def decode_batch(
     for steps in loop:
         for step in steps:
             if step.finish_reason is not None:
-                row = loop.rows[step.row]
-                text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(row.output, finished=True)
-                counts = sum(row.steps, DecodeStats())
-                yield Answer(text, step.finish_reason, counts, row.output, step.row, row.logprobs, row.prompt_logprobs)
+                row, counts = step.row, sum(step.row.steps, DecodeStats())
+                of_row = row.output, loop.rows.index(row), row.logprobs, row.prompt_logprobs
+                yield Answer(row.text.add(row.output, finished=True), step.finish_reason, counts, *of_row)
 
 
 class DecodingLoop:
@@ -98,7 +95,7 @@ class DecodingLoop:
         rows: those that it was made with.
         piece: how many tokens of prompts a step runs at most, those of the oldest rows first. A prompt gives no new tokens
             before its end has run.
-        reused_tokens: of a single prompt, that need no pass.
+        reused_tokens: of the first prompt, that need no pass.
     """
 
     def __init__(
@@ -113,52 +110,32 @@ class DecodingLoop:
         reuse_exit_states: bool = True,
         prefixes: Prefixes | None = None,
         earlier: EarlierAnswers | None = None,
-        isolated: bool = False,
         drafter: Drafter | None = None,
     ) -> None:
         """Arguments and errors as for `decode` and `decode_batch`.
 
         Args:
             reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-            prefixes: texts, as one of which a single row begins; those of all rows are added.
+            prefixes: texts, as one of which a row begins; those of all rows are added.
             earlier: answers that lookups search too, if rows are greedy and drafts change no bit; those of all rows are added.
-            isolated: there is one row, and no others will join: its passes are recorded where the model allows it.
             drafter: instead of the config's.
         """
-        self._target = target_of(model, config, len(prompts))
-        self._prefixes = prefixes = NO_PREFIXES if prefixes is None or config.prompt_logprobs else prefixes
-        self._model, self._earlier, self._num_draft_tokens = model, earlier, config.num_draft_tokens
-        self._active = []
-        for number, prompt in enumerate(prompts):
-            check_prompt(prompt, model)
-            limits = config.max_new_tokens, model.room - len(prompt)
-            self._active.append(Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize), config))
-        rows = self._active if config.changes_logits else []
-        processors = [LogitsProcessor(config, row.ids, row.prompt_tokens, eos_ids) for row in rows]
-        self._sampler = Sampler(config, model.device, seeds or [config.seed] * len(prompts), processors)
-        end = max(len(row.ids) + row.scanner.room for row in self._active)
+        self._target, self._sampler = target_of(model, config), Sampler(config)
+        self._prefixes = NO_PREFIXES if prefixes is None else prefixes
+        self._model, self._earlier, self._detokenize = model, earlier, detokenize
         self.piece: float = inf
-        self.reused_tokens, recorder = 0, None  # of the prompt, which need no pass
-        self._cache: KVCache
-        if len(prompts) == 1:
-            self._cache, self.reused_tokens = prefixes.begin(model, self._target, prompts[0], end)
-            self._active[0].stop = prefixes.parting(model, self._target, prompts[0], self.reused_tokens)
-        else:
-            self._cache = model.new_cache(len(prompts), end)
-        if isolated and model.recordable and isinstance(self._target, FixedTarget) and not self._target.rerun:
-            self._target.recorder = recorder = Recorder.of(model, len(prompts[0]), end)
-            self._cache = recorder.begin(self._cache)
-        self._active[0].filled = self.reused_tokens
         # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
-        self._setup = DrafterSetup(model, self._sampler, config, eos_ids, reuse_exit_states, recorder, searched, prefixes)
         if drafter is None and config.strategy in DRAFTERS:
-            drafter = drafter_for(self._setup)
-        self._drafter = drafter
-        self._cache.steps_back = 0 if drafter is None else config.num_draft_tokens
-        self.rows = tuple(self._active)
-        self._numbered = len(self._active)  # rows that have had a number
-        self._seconds = defaultdict[str, Any](int) if recorder is None else recorder.counts  # of DecodeStats
+            drafter = drafter_for(DrafterSetup(model, config, eos_ids, reuse_exit_states, searched, self._prefixes))
+        self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
+        self._recorder: Recorder | None = None  # once there are passes over drafts, if they are recorded
+        self._seconds = defaultdict[str, Any](int)  # of DecodeStats
+        self._active, self._cache = list[Row](), model.new_cache(0)
+        self.rows = tuple(map(self.row, prompts, repeat(config), repeat(eos_ids), seeds or repeat(config.seed)))
+        for row in self.rows:
+            self.add(row)
+        self.reused_tokens = self.rows[0].filled if self.rows else 0
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -187,54 +164,52 @@ class DecodingLoop:
     def spare(self) -> float:
         """How many more pages there may be than the next step needs."""
         self._divide()
-        more, most = 1 + (0 if self._drafter is None else self._num_draft_tokens), self._cache.max_positions
+        more, most = 1 + self._num_draft_tokens, self._cache.max_positions
         return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
 
-    def set_aside(self, number: int) -> "DecodingLoop":
-        """Takes out the row with this number, without its KV entries: a loop of its own, which runs the text again."""
-        index = next(index for index, row in enumerate(self._active) if row.number == number)
-        aside, row = copy(self), self._active[index]
-        row.filled = 0
-        aside._active, aside.rows, aside._sampler = [row], (row,), copy(self._sampler)
-        aside._sampler.keep_rows([index])
-        aside._cache = self._model.new_cache(1, len(row.ids) + row.scanner.room)
-        aside._cache.steps_back = self._cache.steps_back
-        aside._setup = replace(self._setup, sampler=aside._sampler)
-        aside._drafter = None if self._drafter is None else drafter_for(aside._setup)
-        aside._target, aside._seconds = target_of(self._model, row.config), defaultdict(int)
-        self._stay([other for other in range(len(self._active)) if other != index])
-        return aside
+    def row(self, prompt: list[int], config: DecodingConfig, eos_ids: frozenset[int], seed: int) -> Row:
+        """A prompt that may be added. Its settings are the loop's but for its limits, stop strings, and changes of its logits.
 
-    def join(self, other: "DecodingLoop") -> list[int]:
-        """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
-
-        Both have rows left, and decode with one model by the same settings. Limits, stop strings and seeds are each row's own:
-        a row goes on with the tokens that it gets alone.
+        Raises ConfigError for a prompt that does not fit.
         """
-        numbers = list(range(self._numbered, self._numbered + len(other._active)))
-        self._numbered += len(numbers)
-        for row, number in zip(other._active, numbers, strict=True):
-            row.number = number
-        self._active = self._active + other._active
-        self._sampler.join(other._sampler)
-        with torch.inference_mode():  # which the cache was written in
-            self._cache.join(other._cache)
-            if self._target.exit_cache is not None and other._target.exit_cache is not None:
-                self._target.exit_cache.join(other._target.exit_cache)
-        other._active = []
-        return numbers
+        check_prompt(prompt, self._model)
+        limits = config.max_new_tokens, self._model.room - len(prompt)
+        scanner = StopScanner(eos_ids, config.stop, *limits, self._detokenize)
+        text = OutputText(self._detokenize or (lambda ids: ""), eos_ids, config.stop)
+        return Row(prompt, scanner, text, config, torch.Generator(self._model.device).manual_seed(seed))
+
+    def add(self, row: Row) -> None:
+        """Decodes a row too, from its beginning or from where it was set aside: with the tokens that it gets alone."""
+        known, end = self._prefixes_of(row), len(row.ids) + row.scanner.room
+        with torch.inference_mode():  # which caches are written in
+            cache, row.filled = known.begin(self._model, self._target, row.ids, end)
+            row.stop = known.parting(self._model, self._target, row.ids, row.filled)
+            cache.steps_back = self._num_draft_tokens
+            if self._active:
+                others, self._active = self._active, []  # if this fails, they may be changed in part
+                self._cache.join(cache)
+                self._active = [*others, row]
+            else:
+                self._cache, self._active = cache, [row]
+
+    def set_aside(self, row: Row) -> None:
+        """Takes out a row, without its KV entries: when it is added again, its text runs again."""
+        row.prompt_logprobs = row.prompt_logprobs if row.output else []
+        staying = [index for index, other in enumerate(self._active) if other is not row]
+        self._stay(staying)
+        if not staying:
+            self._cache.keep_rows(staying)  # its memory is for others at once
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row is left."""
+        return not self._active
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
         for index, row in enumerate(self._active):
             if row.output and not row.lacks:
                 self._keep(index)
-
-    def drop(self, row: int) -> None:
-        """The row with this number is gone after the next step."""
-        for kept in self._active:
-            if kept.number == row:
-                kept.is_dropped = True
 
     @property
     def stats(self) -> DecodeStats:
@@ -253,17 +228,16 @@ class DecodingLoop:
         drafting = [index for index, row in enumerate(self._active) if not row.lacks]
         draft, instants = self._draft(drafting)
         output, bounds = self._pass(draft, drafting)
-        counts, verified = {index: row.drafts for index, row in enumerate(self._active) if row.chooses}, list[list[int]]()
+        rows, verified = [row for row in self._active if row.chooses], list[list[int]]()
         if output.choices is not None:
             verified = accepted_choices(draft.drafts, draft.counts, output.choices)
         elif output.logits is not None:
-            judged = draft.drafts, list(counts.values()), draft.probs, output.logits, list(counts)
-            verified = self._sampler.verify(*judged)
+            verified = self._sampler.verify(draft.drafts, [row.drafts for row in rows], draft.probs, output.logits, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
         fills = len(drafting) < len(self._active) and any(row.lacks and row.runs for row in self._active)
         self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
-        steps = self._committed(draft, output, dict(zip(counts, verified, strict=True)), bounds)
+        steps = self._committed(draft, output, dict(zip(rows, verified, strict=True)), bounds)
         self._seconds["total_seconds"] += time.perf_counter() - started
         return steps
 
@@ -278,23 +252,20 @@ class DecodingLoop:
         """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
         drafts.
         """
-        rows, limits, device = [self._active[index] for index in drafting], [0], self._model.device
+        rows, device = [self._active[index] for index in drafting], self._model.device
         newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
         draft, instants = Draft(newest, (0,) * len(rows), source=_NOTHING), None
-        if self._drafter is not None and rows:
-            limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
-        if self._target.recorder is not None and rows:
-            self._target.recorder.reach(len(rows[0].ids) + max(limits))
-        if self._drafter is not None and max(limits) > 0:
-            features = {} if self._target.exit_cache is None else self._target.exit_cache.features
-            processors: Sequence[LogitsProcessor] = self._sampler.processors
-            if len(rows) < len(self._active):
-                features = {exit_layer: found[on_device(drafting, found)] for exit_layer, found in features.items()}
-                processors = [processors[index] for index in drafting] if processors else ()
-            numbers, ids, filled = [row.number for row in rows], [row.ids for row in rows], [row.filled for row in self._active]
-            of_rows = numbers, ids, newest, self._cache, drafting, filled, features, processors
+        limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+        if self._target.records and rows:
+            if self._recorder is None:
+                self._recorder = Recorder.of(self._model, self._cache)
+                self._recorder.counts, self._cache = self._seconds, self._recorder.cache
+            self._recorder.reach(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
+        if self._drafter is not None and max(limits, default=0) > 0:
+            filled, seconds = [row.filled for row in self._active], self._seconds["total_seconds"]
+            context = Context(rows, newest, self._cache, drafting, filled, seconds, self.piece, self._recorder)
             first = instant(device)
-            draft = self._drafter.draft(Context(*of_rows, self._seconds["total_seconds"], piece=self.piece), limits)
+            draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None
         for place, (row, count) in enumerate(zip(rows, draft.counts, strict=True)):
             row.runs, row.drafts = 1 + count, count
@@ -307,7 +278,7 @@ class DecodingLoop:
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
         if len(drafting) == sum(row.runs > 0 for row in rows):
-            return (self._target.verify(draft, places) if drafting else TargetOutput(None, 0)), bounds
+            return (self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)), bounds
         drafts, device = iter(draft.by_row()), self._model.device
         parts = [
             torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
@@ -317,7 +288,8 @@ class DecodingLoop:
         ]
         ends = zip(rows, bounds[1:], strict=True)
         scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]
-        output = self._target.fill(torch.cat(parts), places, scored)
+        whole = any(row.config.prompt_logprobs and not row.output for row in rows)
+        output = self._target.fill(torch.cat(parts), places, scored, whole)
         for index, row in enumerate(rows):
             if row.config.prompt_logprobs and not row.output and output.states is not None:
                 self._tell(row, output.states[bounds[index] : bounds[index + 1]])
@@ -333,25 +305,24 @@ class DecodingLoop:
             row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
 
     def _committed(
-        self, draft: Draft, output: TargetOutput, verified: Mapping[int, list[int]], bounds: list[int]
+        self, draft: Draft, output: TargetOutput, verified: Mapping[Row, list[int]], bounds: list[int]
     ) -> list[RowStep]:
         """The steps of the rows that got tokens. Those that are not finished go on: later tokens overwrite rejected drafts."""
         steps, staying, scored = list[RowStep](), list[int](), 0
         last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
         for index, row in enumerate(self._active):
-            ids, fills = verified.get(index, []), row.lacks > 0
+            ids, fills = verified.get(row, []), row.lacks > 0
             if row.runs:
                 last[index] = bounds[index] + (row.runs if fills else len(ids)) - 1
             if ids:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
-                    self._drafter.observe(row.number, row.drafts, ids)
+                    self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
-                step = row.commit(ids, output.layers, draft.survival, logits)
+                steps.append(row.commit(ids, output.layers, draft.survival, logits))
                 scored += row.drafts + 1
-                steps.append(step._replace(prompt_logprobs=row.prompt_logprobs) if fills else step)
                 if fills:
                     self._keep(index, row.ids[: row.prompt_tokens])
-                if self._earlier is not None and step.finish_reason is not None:
+                if self._earlier is not None and row.scanner.reason is not None:
                     self._earlier.add(row.ids, row.prompt_tokens)
             row.filled = row.filled + row.runs if fills else len(row.ids) - 1
             if row.runs and row.filled == row.stop:
@@ -361,24 +332,26 @@ class DecodingLoop:
             elif row.output and not row.lacks:
                 self._keep(index)
         if self._target.exit_cache is not None and last:
-            self._target.exit_cache.go_on(last)
+            self._target.exit_cache.go_on(self._cache, last)
         if len(staying) < len(self._active):
             self._stay(staying)
         return steps
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
+        row = self._active[index]
         if prompt is not None or self._target.decodes_like_prefill:
-            self._prefixes.keep(self._model, self._target, prompt or self._active[index].ids[:-1], self._cache, index)
+            self._prefixes_of(row).keep(self._model, self._target, prompt or row.ids[:-1], self._cache, index)
+
+    def _prefixes_of(self, row: Row) -> Prefixes:
+        """Where it may begin, and is kept: nowhere if the logits of all of its prompt are needed."""
+        return NO_PREFIXES if row.config.prompt_logprobs else self._prefixes
 
     def _stay(self, rows: list[int]) -> None:
         """With these rows of the batch, by their indices."""
         self._active = [self._active[index] for index in rows]
         if not rows:
-            if self._target.recorder is not None:
-                self._target.recorder.give_back(self._model)
+            if self._recorder is not None:
+                self._recorder.give_back(self._model)
             return
-        self._sampler.keep_rows(rows)
         self._cache.keep_rows(rows)
-        if self._target.exit_cache is not None:
-            self._target.exit_cache.keep_rows(rows)

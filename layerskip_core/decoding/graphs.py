@@ -1,17 +1,18 @@
-"""Passes of decoding that are recorded once and replayed: CUDA graphs, for one prompt on repacked weights.
+"""Passes of decoding that are recorded once and replayed: CUDA graphs, on repacked weights.
 
 On a GPU the host needs longer to start the many kernels of a small pass than the GPU needs to run them. A recorded pass is one
 call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places that the cache
-has now, and reads its positions from the device. When the text outgrows the cache, passes are recorded anew. A text that goes
-on from a kept one is copied into that cache. Batches have no recordings: their cache moves whenever a row joins or leaves.
+has now, and reads its positions from the device. It has the first slots of the cache, 1, 2, 4, 8, ... of them, whether each has
+a row or not. When a text or the batch outgrows the cache, passes are recorded anew.
 
-Recorded are the target's pass over K drafts (K = 0 in plain decoding) and a whole greedy draft. Everything else runs as usual
-on the same cache: prompts, sampled drafts, and drafts that end where they are uncertain.
+Recorded are the target's pass over at most K drafts of each row (K = 0 in plain decoding) and a whole greedy draft, of as many
+tokens for each row. Everything else runs as usual on the same cache: prompts and passes that prompts are part of, sampled
+drafts, and drafts that end where they are uncertain.
 """
 
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from ..model.cache import KVCache
 from ..model.row_cache import RowCache
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
-_WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next text, too, however short it is
+_WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next texts, too, however short they are
 
 _IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # of decodings that are over
 
@@ -33,14 +34,12 @@ Tensors = tuple[Tensor, ...]
 
 
 class Recorder:
-    """The recorded passes of one decoding after another, each of one row. They share a cache."""
+    """The recorded passes of one decoding after another. They share a cache."""
 
     counts: dict[str, Any]  # of the present decoding, by names of DecodeStats
 
-    def __init__(self, model: Backend) -> None:
-        cache, self._device = model.new_cache(), model.device
-        assert isinstance(cache, RowCache)
-        self.cache = cache
+    def __init__(self, cache: RowCache) -> None:
+        self.cache, self._device = cache, cache.storage.device
         self._storage: Tensor | None = None  # of the cache, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
@@ -48,28 +47,28 @@ class Recorder:
         self._records = True
 
     @classmethod
-    def of(cls, model: Backend, length: int, end: int) -> "Recorder":
-        """That of the model's last decoding, if it is over and not much too large for a prompt of this length; else a new one.
-
-        `end`: after the last position of the text.
+    def of(cls, model: Backend, cache: KVCache) -> "Recorder":
+        """For a decoding that goes on from a cache. It has that of the model's last decoding, with these rows, if this is over
+        and its cache not much too large for them; else it is a new one.
         """
+        assert isinstance(cache, RowCache)
         recorder = _IDLE.pop(model, None)
-        if recorder is None or recorder.cache.capacity > max(_WORTH_KEEPING, 4 * length):
-            recorder = cls(model)
-        recorder.cache.max_positions, recorder.counts = end, defaultdict(int)
+        places = 0 if recorder is None else recorder.cache.slots * recorder.cache.capacity
+        if recorder is None or places > max(_WORTH_KEEPING, 4 * cache.rows * cache.written):
+            return cls(cache)
+        recorder.cache.keep_rows(())
+        recorder.cache.max_positions = 0
+        recorder.cache.join(cache)
         return recorder
-
-    def begin(self, text: KVCache) -> RowCache:
-        """The cache, whose row begins as the one of another cache."""
-        assert isinstance(text, RowCache)
-        with torch.inference_mode():  # which it was written in
-            self.cache.reach(text.capacity)[..., : text.capacity, :] = text.storage
-        self.cache.written = max(self.cache.written, text.written)
-        return self.cache
 
     def give_back(self, model: Backend) -> None:
         """The decoding is over."""
         _IDLE[model] = self
+
+    @property
+    def slots(self) -> int:
+        """How many slots of the cache a pass has now."""
+        return min(1 << (self.cache.rows - 1).bit_length(), self.cache.slots)
 
     def reach(self, stop: int) -> None:
         """Makes room for passes before position `stop`. Recordings are of one storage: if it moved, they are forgotten."""

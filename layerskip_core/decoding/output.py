@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..errors import require
+from .processing import LogitsProcessor
 
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]
@@ -226,7 +227,7 @@ class StopScanner:
     ) -> None:
         """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
-        self._eos_ids, self._stop = eos_ids, stop
+        self.eos_ids, self._stop = eos_ids, stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
         self.room = min(max_new_tokens, room)  # how many tokens may still come
         self._last: StopReason = "length" if max_new_tokens <= room else "context"
@@ -236,7 +237,7 @@ class StopScanner:
         """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
         for count, token in enumerate(ids, start=1):
             self.room -= 1
-            if token in self._eos_ids:
+            if token in self.eos_ids:
                 self.reason = "eos"
             elif self._text is not None and self._completes_stop(self._text, token):
                 self.reason = "stop"
@@ -255,16 +256,16 @@ class StopScanner:
 class RowStep(NamedTuple):
     """The part of one step that belongs to one prompt."""
 
-    row: int  # the prompt's number
+    row: "Row"
     ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
-    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if they were asked for
-    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first step
 
 
 class Row:
     """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never.
+
+    It draws from a `generator` of its own, and a `processor` changes its logits, if its options do.
 
     Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
     which is None in a prefill.
@@ -273,17 +274,22 @@ class Row:
     runs, drafts = 0, 0
     source: str | None = None
 
-    def __init__(self, number: int, prompt: list[int], scanner: StopScanner, config: DecodingConfig) -> None:
-        self.number, self.config = number, config
+    def __init__(
+        self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, generator: torch.Generator
+    ) -> None:
+        """`text`: others add the output to it."""
+        self.config, self.text, self.generator = config, text, generator
         self.ids = list(prompt)  # and the output
         self.filled = 0
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
+        processed = config, self.ids, len(prompt), scanner.eos_ids
+        self.processor = LogitsProcessor(*processed) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.is_dropped = False
-        self.logprobs: list[TokenLogprobs] = []  # of the output
-        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.is_dropped = False  # it is gone after the next step
+        self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
     @property
     def lacks(self) -> int:
@@ -315,11 +321,9 @@ class Row:
         self.ids += verified[:count]
         step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
         self.steps.append(step)
-        told: list[TokenLogprobs] = []
         if self.config.logprobs is not None and logits is not None:
-            told = logprobs_of(logits[:count], verified[:count], self.config.logprobs)
-            self.logprobs += told
-        return RowStep(self.number, verified[:count], reason, step, told)
+            self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)
+        return RowStep(self, verified[:count], reason, step)
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:

@@ -12,69 +12,57 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.vocabulary import most_probable
-from .processing import LogitsProcessor
+from .output import Row
 
 
 class Sampler:
-    """Chooses the tokens of B rows, in the same way for drafts and for the target: greedily at temperature 0, else drawn.
+    """Chooses the tokens of rows, in the same way for drafts and for the target: greedily at temperature 0, else drawn.
 
     Each row draws from a generator of its own: it gets the tokens that it gets alone.
     """
 
-    def __init__(
-        self,
-        config: DecodingConfig,
-        device: torch.device,
-        seeds: Sequence[int] = (),
-        processors: Sequence[LogitsProcessor] = (),
-    ) -> None:
-        """`seeds`: one per row; none: the config's for the only one. `processors`: one per row, or none if logits stay."""
-        self.is_greedy = config.temperature == 0
-        self.processors = list(processors)
-        self._config = config
-        seeds = () if self.is_greedy else seeds or [config.seed]
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, config: DecodingConfig) -> None:
+        self.is_greedy, self.processes, self._config = config.temperature == 0, config.changes_logits, config
 
-    def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """The logits (N, V) after the options of some `rows` of the batch, each of which has so many `places` among them.
+    def processed(self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[Row]) -> Tensor:
+        """The logits (N, V) after the options of rows, each of which has so many `places` among them.
 
         A row's last place follows its drafts. The given logits may be overwritten, unless their log probabilities are reported.
         """
-        if not self.processors:
-            return logits
         changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=self._config.logprobs is not None)
         for row, own, of_row in zip(rows, drafts, torch.split(changed, list(places)), strict=True):
-            self.processors[row].process(of_row, own)
+            if row.processor is not None:
+                row.processor.process(of_row, own)
         return changed
 
     def probs(self, logits: Tensor) -> Tensor | None:
         """The distribution (..., V) that `choose` draws from; None if nothing is drawn."""
         return None if self.is_greedy else probabilities(logits, self._config)
 
-    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
-        """Token ids (G,) from logits (G, V) and their `probs`, of these rows of the batch."""
+    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[Row]) -> Tensor:
+        """Token ids (G,) of rows, from logits (G, V) and their `probs`."""
         if self.is_greedy:
             return self._best(logits)
         probs = probabilities(logits, self._config) if probs is None else probs
-        return torch.stack([draw(of_row, self._generators[row]) for of_row, row in zip(probs, rows, strict=True)])
+        return torch.stack([draw(of_row, row.generator) for of_row, row in zip(probs, rows, strict=True)])
 
     def _best(self, logits: Tensor) -> Tensor:
         # NumPy's is as fast as torch's by one thread, and no thread waits for another, which has no core on a busy machine.
-        if self.processors and logits.device.type == "cpu":
+        if self.processes and logits.device.type == "cpu":
             return torch.from_numpy(logits.numpy().argmax(-1))
         return most_probable(logits)
 
     def verify(
-        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[int]
+        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[Row]
     ) -> list[list[int]]:
-        """Judges the drafts (N,) of these `rows` of the batch, `counts` of them each, row by row, by the target's logits
-        (N + B, V): those of a row have one place more. Waits once for the device.
+        """Judges the drafts (N,) of rows, `counts` of them each, row by row, by the target's logits (N + B, V): those of a row
+        have one place more. Waits once for the device.
 
         `draft_probs` (N, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row, the
         accepted drafts and the target's own token after them.
         """
         places = [count + 1 for count in counts]
-        if self.processors:
+        if self.processes:
             ids = iter(draft_ids.tolist())
             drafted = [list(islice(ids, count)) for count in counts]
             logits = self.processed(logits, drafted, places, rows)
@@ -83,38 +71,26 @@ class Sampler:
         target_probs = torch.split(probabilities(logits, self._config), places)
         if not len(draft_ids):
             newest: list[list[int]]
-            newest = torch.stack([draw(p, self._generators[row]) for p, row in zip(target_probs, rows, strict=True)]).tolist()
+            newest = torch.stack([draw(p, row.generator) for p, row in zip(target_probs, rows, strict=True)]).tolist()
             return newest
         if draft_probs is None:  # the drafter was certain
             draft_probs = F.one_hot(draft_ids, logits.shape[-1]).to(target_probs[0].dtype)
         parts = zip(
             torch.split(draft_ids, list(counts)), torch.split(draft_probs, list(counts)), target_probs, rows, strict=True
         )
-        judged = [verify(ids, probs, target, self._generators[row]) for ids, probs, target, row in parts]
+        judged = [verify(ids, probs, target, row.generator) for ids, probs, target, row in parts]
         told: list[int] = torch.cat((*judged, draft_ids)).tolist()
         verified, first = [], 2 * len(counts)
-        for row, count in enumerate(counts):
-            verified.append([*told[first : first + told[2 * row]], told[2 * row + 1]])
+        for index, count in enumerate(counts):
+            verified.append([*told[first : first + told[2 * index]], told[2 * index + 1]])
             first += count
         return verified
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forgets every row but those at `rows`."""
-        if not self.is_greedy:
-            self._generators = [self._generators[row] for row in rows]
-        if self.processors:
-            self.processors = [self.processors[row] for row in rows]
-
-    def join(self, other: "Sampler") -> None:
-        """Adds the rows of a sampler that chooses in the same way after its own."""
-        self._generators = self._generators + other._generators
-        self.processors = self.processors + other.processors
 
 
 def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
     """Accepts the longest prefix of each row's drafts (N,) that are the target's choices (N + B,); returns as `verify`."""
-    ids: list[int] = (torch.cat((draft_ids, choices)) if len(draft_ids) else choices).tolist()
-    verified, first, after = list[list[int]](), 0, len(draft_ids)
+    verified, first, after = list[list[int]](), 0, sum(counts)
+    ids: list[int] = (torch.cat((draft_ids, choices)) if after else choices).tolist()
     for count in counts:
         drafts, chosen = ids[first : first + count], ids[after : after + count + 1]
         accepted = next((index for index in range(count) if drafts[index] != chosen[index]), count)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places, on_device
-from ..model.exit_blocks import DraftBlock, target_block
+from ..model.exit_blocks import DraftBlock
+from ..model.spec import ModelSpec
 from .graphs import Recorder
 
 if TYPE_CHECKING:
@@ -32,45 +33,63 @@ class FixedTarget:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
     decodes_like_prefill = True  # whether decoding writes the same KV entries as prefilling the same tokens
-    recorder: Recorder | None = None  # of the passes over drafts, if they are recorded
 
-    def __init__(self, model: Backend, config: DecodingConfig, rows: int = 1) -> None:
-        """Raises ConfigError for an exit that can only draft."""
+    def __init__(self, model: Backend, config: DecodingConfig) -> None:
         self._model, self._layers, self._block = model, model.num_layers, None
         if config.strategy == "early-exit":
             assert config.exit_layer is not None
-            self._layers, self._block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
+            self._layers, self._block = config.exit_layer, model.exit_blocks.get(config.exit_layer)
         self.head = model.unembed if self._block is None else self._block.head  # hidden states (..., D) to logits (..., V)
         exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
         blocks: dict[int, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         if model.eagle3 is not None and config.strategy in ("adaptive", "eagle3"):
             blocks[0] = model.eagle3
-        self.exit_cache = ExitBlockCache(model, blocks, rows) if blocks else None  # of those that draft
+        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None  # of those that draft
         # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
-        self.rerun = int(self.exit_cache is not None and self.exit_cache.is_fed)
+        self.rerun = int(any(block.needs_feature for block in blocks.values()))
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
+        self.records = model.recordable and not self.rerun  # whether its passes can be recorded
+        self._writing, spec = self._layers, model.spec  # the layers that all tokens need
+        if isinstance(spec, ModelSpec) and spec.sizes and not (blocks or self._block):
+            self._writing = spec.attending[-1] + 1
 
-    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
-        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`."""
+    def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
+        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`.
+
+        These end rows. `whole`: the states of all are needed.
+        """
+        if self._writing < self._layers and not whole:
+            hidden, writing = self._model.embed(tokens), self._writing
+            hidden = self._model.run_layers(hidden, 0, writing, places)
+            if not scored:
+                return TargetOutput(None, self._layers)
+            counts = [sum(first <= place < end for place in scored) for first, end in pairwise(places.bounds)]
+            ends = places.moved(0, [count - own for count, own in zip(places.counts, counts, strict=True)])
+            hidden = self._model.run_layers(hidden[on_device(scored, hidden)], writing, self._layers, ends)
+            return TargetOutput(self.head(hidden), self._layers)
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
-    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
-        """Logits (N, V), or choices, after each of the draft's tokens."""
-        if self.recorder is None:
+    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
+        """Logits (N, V), or choices, after each of the draft's tokens. `recorder`: of such passes, if they are recorded."""
+        if recorder is None:
             return self._pass(draft.tokens, draft.exit_states, places)
-        stops = tuple(draft.exit_states)
+        stops, inputs = tuple(draft.exit_states), (draft.tokens, *draft.exit_states.values())
+        positions, index, kept = places.padded(places.counts, recorder.slots)
+        if is_padded := index.numel() > len(draft.tokens):
+            index, kept = (part.flatten().to(draft.tokens.device, non_blocking=True) for part in (index, kept))
+            inputs = tuple(part[index] for part in inputs)
 
-        def work(tokens: Tensor, positions: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        def work(positions: Tensor, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
             output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded)
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
-        name = "pass", self.writes, self._only_chooses, stops
-        (found,) = self.recorder.run(name, work, draft.tokens, places.positions, *draft.exit_states.values())
+        (found,) = recorder.run(("pass", self.writes, self._only_chooses, stops), work, positions, *inputs)
+        found = found[kept] if is_padded else found
         return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
     def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
@@ -108,19 +127,18 @@ class CalmTarget:
     """
 
     decodes_like_prefill = False  # a prompt runs through all layers
-    exit_cache, recorder, rerun = None, None, 0
+    exit_cache, records, rerun = None, False, 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
-        """Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side, self._confidence = model, model.draft_sides[None], config.exit_confidence
         self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
-        self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
+        self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
-    def fill(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
+    def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
         chosen, hidden, self._begin = None, self._model.embed(tokens), places.stop
         for start, stop in self._spans:
             hidden = self._model.run_layers(hidden, start, stop, places)
@@ -129,7 +147,7 @@ class CalmTarget:
                 chosen = chosen or self._leaving(after[on_device(scored, after)], stop)
         return chosen or TargetOutput(None, self._model.num_layers)
 
-    def verify(self, draft: "Draft", places: Places) -> TargetOutput:
+    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
         count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
@@ -171,16 +189,13 @@ class ExitBlockCache:
     """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
-    to the next, if any `is_fed`.
+    to the next in the cache's `features`, if any `needs_feature`.
     """
 
-    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock], rows: int) -> None:
+    def __init__(self, model: Backend, blocks: Mapping[int, DraftBlock]) -> None:
         """`blocks`: by the exits at which their drafts start."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
-        self.is_fed = any(block.is_fed for block in blocks.values())
-        self._known = [False] * rows  # by row: whether it has features
-        self.features: dict[int, Tensor] = {}  # by exit, (B, D): of the token before each row's next
         self._of_pass: dict[int, Tensor] = {}  # by exit, (N, D): of the tokens of the last pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
@@ -195,16 +210,13 @@ class ExitBlockCache:
             if features is None:
                 block.write(self._model, own, before, places)
                 continue
-            rows = [row for row, count in enumerate(places.counts) if count]
-            known = self.features.setdefault(exit_layer, features.new_zeros(len(self._known), features.shape[1]))
-            before = features.roll(1, 0)
-            firsts = on_device([places.bounds[row] for row in rows], before)
-            before = before.index_copy(0, firsts, known[on_device(rows, known)])
+            known = [found.get(exit_layer) for found in places.cache.features]
+            before, none = features.roll(1, 0), features.new_zeros(features.shape[1])
+            for first, count, feature in zip(places.bounds, places.counts, known, strict=False):
+                if count:
+                    before[first] = none if feature is None else feature
             self._of_pass[exit_layer] = features
-            skipped = [
-                int(count > 0 and not has_feature and (start > 0 or block.starts_later))
-                for has_feature, start, count in zip(self._known, places.starts, places.counts, strict=True)
-            ]
+            skipped = [int(count > 0 and feature is None) for feature, count in zip(known, places.counts, strict=True)]
             if any(skipped):
                 parts = zip(pairwise(places.bounds), skipped, strict=True)
                 kept = [place for (first, end), count in parts for place in range(first + count, end)]
@@ -214,36 +226,19 @@ class ExitBlockCache:
                 own, before = {tap: state[index] for tap, state in own.items()}, before[index]
             block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
 
-    def go_on(self, last: Mapping[int, int]) -> None:
+    def go_on(self, cache: KVCache, last: Mapping[int, int]) -> None:
         """After a pass. `last`: by row, the index in it of the token before the row's next."""
         for exit_layer, found in self._of_pass.items():
-            rows, places = (on_device(list(part), found) for part in (last, last.values()))
-            self.features[exit_layer] = self.features[exit_layer].index_copy(0, rows, found[places])
-        for row in last:
-            self._known[row] = True
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        self.features = {exit_layer: found[on_device(rows, found)] for exit_layer, found in self.features.items()}
-        self._known = [self._known[row] for row in rows]
-
-    def join(self, other: "ExitBlockCache") -> None:
-        """Adds the rows of another after its own, between two passes."""
-        for exit_layer in self._blocks:
-            parts = [(cache.features.get(exit_layer), len(cache._known)) for cache in (self, other)]
-            like = next((found for found, _ in parts if found is not None), None)
-            if like is not None:
-                both = [like.new_zeros(rows, like.shape[1]) if found is None else found for found, rows in parts]
-                self.features[exit_layer] = torch.cat(both)
-        self._known = self._known + other._known
+            for row, place in last.items():
+                cache.features[row][exit_layer] = found[place]
 
 
 Target = FixedTarget | CalmTarget
 
 
-def target_of(model: Backend, config: DecodingConfig, rows: int = 1) -> Target:
-    """Raises ConfigError for an exit that can only draft."""
+def target_of(model: Backend, config: DecodingConfig) -> Target:
     by_token = config.strategy == "early-exit" and config.exit_confidence
-    return CalmTarget(model, config) if by_token else FixedTarget(model, config, rows)
+    return CalmTarget(model, config) if by_token else FixedTarget(model, config)
 
 
 class Prefixes:

@@ -1,7 +1,4 @@
-"""Checks on each kernel and in each precision that batching, drafting and resuming do not change outputs.
-
-Outputs are compared with plain greedy decoding, one prompt at a time, and logits with one pass over one row.
-"""
+"""Checks that batching, drafting and resuming keep the outputs of greedy decoding, one prompt at a time, and its logits."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -105,26 +102,14 @@ class Subject:
 
     def joined(self, config: DecodingConfig) -> list[Ids]:
         """The outputs of prompts that join a loop a step apart, as in continuous batching."""
-        outputs: list[Ids] = [[] for _ in self.prompts]
-        owner: dict[int, int] = {}  # the prompt of each row of the loop
-        running, waiting = None, list(enumerate(self.prompts))
-        while waiting or owner:
-            if waiting:
-                number, prompt = waiting.pop(0)
-                loop = DecodingLoop(self.backend, [prompt], config, *self.ends)
-                (step,) = next(loop)
-                outputs[number] += step.ids
-                if step.finish_reason is None:
-                    if owner and running is not None:
-                        (row,) = running.join(loop)
-                    else:
-                        running, row = loop, step.row
-                    owner[row] = number
-            for step in next(running) if owner and running is not None else ():
-                outputs[owner[step.row]] += step.ids
-                if step.finish_reason is not None:
-                    del owner[step.row]
-        return outputs
+        loop = DecodingLoop(self.backend, [], config, *self.ends)
+        rows = [loop.row(prompt, config, self.ends[0], config.seed) for prompt in self.prompts]
+        for row in rows:
+            loop.add(row)
+            next(loop)
+        for _ in loop:
+            pass
+        return [row.output for row in rows]
 
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
         """`before`: the tokens before the difference."""
@@ -172,7 +157,7 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
     def one_by_one(size: int = 0) -> list[Tensor]:
         return [logits(subject.backend, torch.tensor([text]), size)[0] for text in texts]
 
-    found = {
+    outputs = {
         (ROWS, f"{len(texts)} rows"): [row[: len(text)] for row, text in zip(padded, texts, strict=True)],
         (PIECES, "one by one"): one_by_one(1),
         (PIECES, "in fives"): one_by_one(5),
@@ -182,11 +167,11 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
         other = 2 if threads == 1 else 1
         torch.set_num_threads(other)
         try:
-            found[THREADS, f"{threads} and {other}"] = one_by_one()
+            outputs[THREADS, f"{threads} and {other}"] = one_by_one()
         finally:
             torch.set_num_threads(threads)
     promise: Promise = "bits" if subject.backend.batch_invariant else "near-ties"
-    for (check, setting), rows in found.items():
+    for (check, setting), rows in outputs.items():
         mismatches = []
         for number, (got, wanted) in enumerate(zip(rows, alone, strict=True)):
             differs = (wanted != got).any(-1) if promise == "bits" else wanted.argmax(-1) != got.argmax(-1)
@@ -237,9 +222,8 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))
     for exit_layer in subject.middle:
-        if exit_layer not in subject.loaded.only_drafting:
-            early = subject.setting("early-exit", exit_layer)
-            yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
+        early = subject.setting("early-exit", exit_layer)
+        yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
     yield subject.compared(BATCH, "adaptive", subject.together(drafting(subject)["adaptive"]))
 
 
@@ -272,11 +256,11 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
             yield subject.compared(ROW, setting, subject.together(sampled, seeds=[seed] * len(first)), first)
         if draws:
             prompt = min(subject.prompts, key=lambda ids: max(_following(subject, ids).values()))
-            counted, found = replace(config, max_new_tokens=3, **_COUNTED), Counter[Pair]()
+            counted, counts = replace(config, max_new_tokens=3, **_COUNTED), Counter[Pair]()
             for start in range(0, draws, _AT_ONCE):
                 seeds = range(seed + 1 + start, seed + 1 + min(start + _AT_ONCE, draws))
-                found.update(tuple(ids[:2]) for ids in subject.together(counted, [prompt] * len(seeds), seeds))
-            p_value = chi_square(found, _pairs(subject, prompt), draws)
+                counts.update(tuple(ids[:2]) for ids in subject.together(counted, [prompt] * len(seeds), seeds))
+            p_value = chi_square(counts, _pairs(subject, prompt), draws)
             result = CheckResult(DISTRIBUTION, setting, *subject.names, "distribution", 1, draws, p_value >= _LEAST_P)
             yield replace(result, p_value=p_value)
 
@@ -298,15 +282,15 @@ def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
     return pairs
 
 
-def chi_square(found: Counter[Pair], expected: dict[Pair, float], draws: int) -> float:
+def chi_square(counts: Counter[Pair], expected: dict[Pair, float], draws: int) -> float:
     """The p-value of counts, given probabilities; 0 if something impossible was drawn. Rare pairs share a cell."""
-    if found.keys() - expected.keys():
+    if counts.keys() - expected.keys():
         return 0.0
     frequent = [pair for pair, share in expected.items() if draws * share >= _LEAST_DRAWS]
-    cells = [(found[pair], draws * expected[pair]) for pair in frequent]
+    cells = [(counts[pair], draws * expected[pair]) for pair in frequent]
     rest = draws - sum(mean for _, mean in cells)
     if rest > 1e-6 * draws:
-        cells.append((found.total() - sum(count for count, _ in cells), rest))
+        cells.append((counts.total() - sum(count for count, _ in cells), rest))
     statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
     half = torch.tensor([max(len(cells) - 1, 1), statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(half[0], half[1]))

@@ -47,10 +47,9 @@ class Run:
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`.
+    """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`, whose label is its name without `-seed3`.
 
-    Without a label, a path's name without `-seed3` or the like at its end is the label; equal names in different folders
-    keep the folders. Raises ConfigError for an empty label or path, and for a run given twice.
+    Raises ConfigError for an empty label or path, and for a run given twice.
     """
     named: list[tuple[str, str]] = []  # label, empty for none, and path
     for argument in arguments:
@@ -132,10 +131,9 @@ class Interval:
 def interval_of(
     values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
-    """The mean of one value per run, less that of `others` if there are any, with Student's t interval.
+    """The mean of one value per run, less that of `others` (`paired` or by Welch), with Student's t interval.
 
-    `paired`: by the differences of the k-th runs; otherwise variances may differ (Welch). `logarithmic`: on logarithms, so
-    a geometric mean or a ratio. `share`: values in 0..1; the interval is clipped to that, or to -1..1 for differences.
+    `logarithmic`: on logarithms, so a geometric mean or a ratio. `share`: values in 0..1, to which intervals are clipped.
     """
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
@@ -216,8 +214,8 @@ def is_percentage(figure: str) -> bool:
 
 def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
     """By exit, then settings without one; draft lengths follow each other."""
-    found = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
-    for setting in sorted(found, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
+    settings = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
+    for setting in sorted(settings, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
         if exits and setting.exit_layer not in (None, *exits):
             continue
         values = {

@@ -10,7 +10,6 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import decode
 from ..model.backend import states_at
-from ..model.exit_blocks import features_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
         model.new_cache(1, len(ids)).span(0, len(ids) - 1),
     )
     states = states_at(model, embedded, range(1, model.num_layers + 1), places)
-    first, features = len(prompt_ids) - 1, features_of(model.normed(states[model.num_layers]))
+    first = len(prompt_ids) - 1
 
     def text(token: int) -> str:
         return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special ones have a name
@@ -68,7 +67,7 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
 
     by_layer = [predicted(model.unembed, hidden) for hidden in states.values()]
     by_block = {
-        exit_layer: predicted(block.head, block.run(model, states[exit_layer], features, places))
+        exit_layer: predicted(block.head, block.run(model, states[exit_layer], None, places))
         for exit_layer, block in model.exit_blocks.items()
     }
     traces = []

@@ -1,9 +1,7 @@
 """Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals.
 
-Intervals cover the prompts drawn and the repeats. The variance over prompts is the jackknife's (Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, chapter 11); comparisons are paired by prompt, and all answers to a prompt count as one
-unit. The variance over repeats is added. Student's t allows for few of either: a bootstrap over 12 prompts covers 90% instead
-of 95%, and half of that where repeats differ.
+The variance is the jackknife's over prompts (Efron and Tibshirani, 1993, chapter 11), paired in comparisons, plus that over
+repeats. Student's t allows for few of either: a bootstrap over 12 prompts covers 90% instead of 95%.
 """
 
 import math
@@ -90,20 +88,13 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]],
 def rouge(
     predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES
 ) -> dict[str, list[float]]:
-    """ROUGE F-measures of each prediction, with stemming (Lin, 2004), by the rouge-score package.
-
-    With several references the best counts; without any the score is 0.
-    """
+    """ROUGE F-measures of each prediction, with stemming (Lin, 2004); the best of several references, 0 without any."""
     pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
     return _metrics()["rouge"](**pairs, kinds=tuple(kinds))
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
-    """`pass@k` of each problem for each k, from whether each of the n answers to it passed.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
-    k.
-    """
+    """`pass@k` of each problem for each k: 1 - C(n - c, k) / C(n, k) if c of n answers passed (Chen et al., 2021, eq. 1)."""
     return _metrics()["pass_at_k"](predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
 
 
@@ -141,19 +132,19 @@ def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
 
 
 Losses = tuple[int, dict[int, float]]
-"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit. Exits that only draft lack it."""
+"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit."""
 
 
 def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
     """The perplexity through each exit, where it is finite. Texts without tokens do not count."""
     counted = [(tokens, nats) for tokens, nats in losses if tokens]
     total = sum(tokens for tokens, _ in counted)
-    found = {}
+    scores = {}
     for exit_layer in counted[0][1] if counted else ():
         values = tuple(nats[exit_layer] for _, nats in counted)
         if sum(values) / total < MOST_NATS:
-            found[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
-    return found
+            scores[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
+    return scores
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
@@ -166,11 +157,7 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
 
 
 def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
-    """Losses of `windows` windows, evenly spaced over the text, or (0) of all.
-
-    Windows have 512 tokens (or the context) and do not overlap. Each begins with the tokenizer's own start tokens; without
-    these its first token does not count.
-    """
+    """Losses of `windows` windows (0: all) of 512 tokens, evenly spaced over the text, each after the tokenizer's BOS."""
     tokenizer = loaded.tokenizer
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -224,10 +211,9 @@ def bounds_of(
     logarithmic: bool = False,
     level: float = 0.95,
 ) -> Bounds | None:
-    """Student's t interval around a value whose variance has these parts, each with its degrees of freedom.
+    """Student's t interval around a value whose variance has these parts, each with its degrees of freedom (Welch).
 
-    Combined by Welch and Satterthwaite, rounded down. None without spread beyond rounding. `logarithmic`: value and parts
-    are those of a logarithm, the ends are not.
+    None without spread beyond rounding. `logarithmic`: value and parts are those of a logarithm, the ends are not.
     """
     total = sum(variance for variance, _ in parts)
     if not total > (_ROUNDING * max(1.0, abs(value))) ** 2:  # NaN included
@@ -246,23 +232,22 @@ def estimate(
     logarithmic: bool = False,
     level: float = 0.95,
 ) -> Estimate:
-    """A figure computed from sums over the prompts, such as a ratio.
+    """A `figure` of sums over the prompts, such as a ratio, an argument per column.
 
-    `figure`: of the sums, an argument per column. `columns`: (columns, prompts), or (columns, repeats, prompts) for the
-    median over the repeats; so many values in a row (`answers_per_prompt`) belong to one prompt. `limits` clip the
-    interval. `logarithmic`: the interval is symmetric for the logarithm.
+    `columns`: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats. `limits` clip the interval.
+    `logarithmic`: it is symmetric for the logarithm.
     """
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
     sums, (repeats, prompts) = values.sum(-1, keepdim=True), values.shape[1:]
-    found = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
-    value = found[:, 0].quantile(0.5).item()
+    replicates = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
+    value = replicates[:, 0].quantile(0.5).item()
     if not math.isfinite(value) or prompts < 2:
         return Estimate(finite(value))
-    found = found.log() if logarithmic else found
-    influence = (prompts - 1) * (found[:, :1] - found[:, 1:]).mean(0)
+    replicates = replicates.log() if logarithmic else replicates
+    influence = (prompts - 1) * (replicates[:, :1] - replicates[:, 1:]).mean(0)
     of_prompts = influence.var().item() / prompts
-    of_repeats = _OF_A_MEDIAN * found[:, 0].var().item() / repeats if repeats > 1 else 0.0
+    of_repeats = _OF_A_MEDIAN * replicates[:, 0].var().item() / repeats if repeats > 1 else 0.0
     parts = (of_prompts, prompts - 1), (of_repeats, max(repeats - 1, 1))
     bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, logarithmic, level)
     left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts
@@ -300,9 +285,8 @@ class Margin(NamedTuple):
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
     """Compares a metric with this share of full depth's, paired by prompt. A perplexity may grow by 1 / share.
 
-    On a few prompts most exits equal full depth, without spread. So metrics in 0..1 get two further prompts, one that only
-    the setting gets right and one that only full depth does, as in Bonett and Price (2012, Journal of Educational and
-    Behavioral Statistics 37).
+    Few prompts may have no spread. So metrics in 0..1 get two further prompts, one that only the setting gets right and one
+    that only full depth does (Bonett and Price, 2012, Journal of Educational and Behavioral Statistics 37).
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     if lower_is_better(name):

@@ -27,11 +27,10 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch
 
 
 class Step(NamedTuple):
-    """The tokens of one step of the decoding loop, its wall-clock seconds, and its drafter."""
+    """The tokens of one step of the decoding loop, and its wall-clock seconds."""
 
     tokens: int
     seconds: float
-    drafter: str | None = None  # as in DecodeStats.steps_by_drafter; None of a prefill, and where nothing could draft
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one setting (sweep), strategy or baseline (bench), or category. None and empty: not measured or none.
+    """The figures of one setting (sweep), strategy or baseline (bench), or category. None and empty: not measured.
 
-    Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
-    any, else from the first repeat.
+    Rates and times are medians over the repeats; other figures are of the batched answers, else of the first repeat.
     """
 
     strategy: str = ""
@@ -109,7 +107,6 @@ class Result:
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None  # after which a token left
     skip: tuple[int, ...] = ()  # the layers that the drafts of draft-and-verify leave out, by number
-    longest_answer: tuple[Step, ...] = ()  # of adaptive decoding, to show how its speed changes on the way
     intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
     changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
     rows_to_halve: int | None = None  # with so many the speedup's interval would be half as wide; 0: only with more repeats
@@ -119,7 +116,7 @@ class Result:
 
     def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
         """Whether its outputs equal those of plain decoding, except at near-ties."""
-        return self.failures == plain.failures and all(found.top2_gap <= near_tie for found in self.differences)
+        return self.failures == plain.failures and all(difference.top2_gap <= near_tie for difference in self.differences)
 
 
 @dataclass(frozen=True)

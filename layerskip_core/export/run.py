@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
-from ..checkpoint.info import CheckpointInfo, read_info
+from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
@@ -57,9 +57,8 @@ class Exported:
 def export(config: ExportConfig) -> Exported:
     """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
-    The last layer as exit is the whole model, without the files beside it. In GGUF a drafter in the EAGLE-3 layout replaces
-    the exit, if none is named. Raises CheckpointError if the model cannot be read or the folder written; ConfigError for
-    the model's own folder, one with another model or README.md, and an exit that is not the model's or needs all of it.
+    In GGUF a drafter in the EAGLE-3 layout replaces the exit, if none is named. Raises CheckpointError if the model cannot be
+    read or the folder written; ConfigError for a folder with another model or README.md, and for another exit.
     """
     _refuse_own_folder(config)
     if config.as_gguf:
@@ -102,8 +101,7 @@ def export(config: ExportConfig) -> Exported:
 def export_packed(config: ExportConfig) -> tuple[str, int]:
     """Writes a model to `output`, whose lock the caller holds, with its weights packed for the compiled kernels.
 
-    Returns the format in words (`int4`, `bf16 with int8 for drafts`) and the bytes of the weights. Matrices are packed one
-    by one. Raises CheckpointError if the model cannot be read or run, or the folder written; ConfigError as `export` does.
+    Returns the format in words (`bf16 with int8 for drafts`) and the bytes of the weights. Raises as `export` does.
     """
     _refuse_own_folder(config)
     source = downloaded(config.model)
@@ -116,7 +114,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         raise CheckpointError(
             f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
         )
-    info = read_info(source)
+    info = unpacked.info
     info = replace(info, details={**info.details, "packed_from": config.model})
     written: list[str] = []
 
@@ -149,9 +147,8 @@ def _write_weights(source: Source, path: Path) -> str:
     blocks = replace(source.exit_blocks, eagle3=None)  # copied as it is
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
-    features = {str(block.exit_layer): block.feature for block in blocks.blocks}
     dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
-    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated, features)
+    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated)
     compiled = kernels()
     assert compiled is not None
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
@@ -181,8 +178,7 @@ def _write_pair(
 ) -> None:
     """Writes target.gguf, draft.gguf (`drafter`, else the exit unless it is the last layer), and `files`.
 
-    `loaded`, in fp32, loses the layers that the draft lacks. An error leaves the folder unchanged, unless the last renames
-    fail. The draft comes last: a killed process leaves no draft beside another's target.
+    `loaded`, in fp32, loses the layers that the draft lacks. A killed process leaves no draft beside another's target.
     """
     folder = Path(output)
     try:
@@ -212,14 +208,11 @@ def _write_pair(
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     """The model of exit 1..L, which takes its weights from `loaded.model`.
 
-    A block becomes the layer after the exit's, its norm the final one. Raises ConfigError for a block that reads final
-    states, CheckpointError if the configuration with fewer layers does not give the exit's logits.
+    A block becomes the layer after the exit's, its norm the final one. Raises CheckpointError if the configuration with fewer
+    layers does not give the exit's logits.
     """
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
-    if block is not None and block.feature != "none":
-        why = f"its exit block reads the final states of the whole model (feature {block.feature})"
-        raise ConfigError(f"`exit_layer` {exit_layer} cannot be a model of its own: {why}", "exit_layer")
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
     [(_, states, head)] = states_at_exits(backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer])
@@ -236,8 +229,8 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
         layers[place] = layer
     try:
         written = _with_weights(cut_config(model.config, kept), model.state_dict(), count, kept)
-        found = written(input_ids=ids, use_cache=False).logits
-        if not (found - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
+        logits = written(input_ids=ids, use_cache=False).logits
+        if not (logits - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
             raise ValueError(f"a {model.config.model_type} with {len(kept)} layers has other logits")
     except Exception as error:  # which differs by model type
         raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error
@@ -275,8 +268,10 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
             values[name] = [value[layer] for layer in kept]
-        if isinstance(value, dict) and value and set(value) <= set(map(str, range(layers))):
-            values[name] = {str(place): value[str(layer)] for place, layer in enumerate(kept) if str(layer) in value}
+        names = [key for key in value if isinstance(key, str) and key.isdecimal()] if isinstance(value, dict) else []
+        if names and len(names) == len(value) and max(map(int, names)) < layers:
+            by_layer = {int(key): of_layer for key, of_layer in value.items()}
+            values[name] = {str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer}
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
     if (dense := values.get("mlp_only_layers")) is not None:  # so have all layers but every `step`-th
@@ -312,10 +307,9 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
 
 
 def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
-    """A number of draft tokens, and why: a sweep's recommendation, else the best for the exit's acceptance, if known.
+    """A number of draft tokens, and why: a sweep's recommendation, else the most expected tokens per byte of weights.
 
-    The best number has the most expected tokens per byte of weights, because decoding one text is memory-bound. `layers`:
-    of the draft, its block included.
+    `layers`: of the draft, its block included.
     """
     info, spec = loaded.info, loaded.backend.spec
     if exit_layer == info.exit_layer and info.num_draft_tokens is not None:

@@ -1,8 +1,6 @@
-"""A plugin for vLLM: drafts with the target's own weights, and its own KV entries below the exit.
+"""A plugin for vLLM (entry point `vllm.general_plugins`): the load format `layerskip` for drafts of `layerskip export`.
 
-vLLM imports it by the entry point `vllm.general_plugins`. It adds the load format `layerskip`: a draft that `layerskip export`
-wrote is built of the target's modules, and only its exit block is read from its folder. Its attention below the exit uses the
-pages of the target's cache.
+A draft is built of the target's modules and uses its KV pages below the exit; only its exit block is read from its folder.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Log-likelihoods of continuations through several exits, from one pass of the model.
-
-A batch's common prefix runs once, then each context once, then the continuations on the KV entries of their contexts.
-"""
+"""Log-likelihoods of continuations through several exits: a batch's prefix, its contexts and continuations run once each."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +12,6 @@ from ..errors import ContextError
 from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend, states_at_exits
 from ..model.cache import Places
-from ..model.exit_blocks import target_block
 
 _START = 64  # tokens: contexts that share so many probably share the examples of a few-shot prompt
 _WORTHWHILE = 16  # tokens of a common prefix that are worth a pass of their own
@@ -35,14 +31,10 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (place in `pairs`, its likelihood by exit), in the order of computation.
+    """Yields (index in `pairs`, its likelihood by exit), in the order of computation; about `batch_size` pairs share a pass.
 
-    `exits` are in 1..L; one with a block is scored through it. About `batch_size` pairs share a pass. A pair that exceeds
-    the context loses the beginning of its own. Raises ConfigError for an exit that can only draft, ContextError for a
-    continuation longer than the context.
+    Contexts that are too long lose their beginning. Raises ContextError for a continuation longer than the model's context.
     """
-    for exit_layer in exits:
-        target_block(model.exit_blocks, exit_layer)
     limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:
@@ -117,7 +109,7 @@ def _scored(
         for _ in states_at_exits(model, prefix, cache.span(0, shared, settled=True), exits):
             pass
         cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
-    found = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
+    scores = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
 
     def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
         """`after`: a continuation, its next token, and the row and column of `texts`, from `starts` on, that predict it."""
@@ -125,7 +117,7 @@ def _scored(
         places = Places(cache, starts, list(map(len, texts)), settled=True)
         ids, at = torch.tensor([*chain(*texts)], device=model.device), torch.tensor(places.bounds)[rows] + columns
         for stop, hidden, head in states_at_exits(model, ids, places, exits):
-            totals, greedy = found[stop]
+            totals, greedy = scores[stop]
             logs, best = _log_probabilities(head, hidden[at], targets.to(hidden.device), model.spec.vocab)
             totals.index_add_(0, owner, logs.double())
             greedy[owner[~best]] = False
@@ -140,7 +132,7 @@ def _scored(
             for column, token in enumerate(each[1:])
         ]
         score(rests, [lengths[row] for row in owners], later)
-    return found
+    return scores
 
 
 def _log_probabilities(

@@ -1,7 +1,6 @@
 """The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
 
-Requests become token ids and decoding settings as in lm-eval's own `hf`, so that scores compare. The checkpoint's prompt
-template is not used.
+Requests become token ids and settings as in lm-eval's own `hf`, without the checkpoint's prompt template.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +48,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
         exit: layers that give every log-probability and token (None: all). spec: generate at full depth by drafts of so
-        many tokens through `exit`, else the recommended exit. dtype: auto, fp32 or bf16. quantize: int8 or int4
-        weights. batch_size: requests that are computed together (auto: 16). threads: of the CPU (0: torch's choice).
+        many tokens through `exit`, else the recommended exit. batch_size: auto is 16. threads: 0 is torch's choice.
         max_gen_toks: the limit of answers whose task has none. Raises ConfigError and CheckpointError.
         """
         super().__init__()
@@ -109,24 +107,24 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """Yields (place of a request, (log-probability in nats, is greedy) by depth; of whole texts the former alone)."""
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
-        found: list[list[dict[int, Any]]] = [[] for _ in requests]
+        responses: list[list[dict[int, Any]]] = [[] for _ in requests]
         scored = likelihoods(self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size)
         for number, by_depth in scored:
             place, _ = asked[number]
-            found[place].append(by_depth)
+            responses[place].append(by_depth)
             if len(requests[place].args) == 2:
                 yield place, {depth: tuple(by_depth[depth]) for depth in depths}
-            elif len(found[place]) == len(parts[place]):
-                yield place, {depth: sum(part[depth].total for part in found[place]) for depth in depths}
+            elif len(responses[place]) == len(parts[place]):
+                yield place, {depth: sum(part[depth].total for part in responses[place]) for depth in depths}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """The responses of `score`, at this model's depth, to requests of one kind."""
-        found: list[Any] = [None] * len(requests)
+        responses: list[Any] = [None] * len(requests)
         kind = "loglikelihood" if all(len(request.args) == 2 for request in requests) else "loglikelihood_rolling"
         for place, by_depth in tqdm(self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm):
-            found[place] = by_depth[self.depth]
-            self.cache_hook.add_partial(kind, requests[place].args, found[place])
-        return found
+            responses[place] = by_depth[self.depth]
+            self.cache_hook.add_partial(kind, requests[place].args, responses[place])
+        return responses
 
     loglikelihood_rolling = loglikelihood
 
@@ -145,8 +143,8 @@ class LayerSkipLM(LM):  # type: ignore[misc]
                     answers.append(self.answer(output.ids, config.stop))
                     self.cache_hook.add_partial("generate_until", args, answers[-1])
                     bar.update()
-        found: list[str] = ordered.get_original(answers)
-        return found
+        ordered_answers: list[str] = ordered.get_original(answers)
+        return ordered_answers
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
         """A setting with a request's `generation_kwargs`; `limit` replaces theirs. Raises ConfigError."""

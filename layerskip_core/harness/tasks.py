@@ -1,8 +1,4 @@
-"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy (`bench`).
-
-One pass gives the log-likelihoods of all exits; strategies that draft have those of full depth. Answers are generated and timed
-by each strategy.
-"""
+"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy (`bench`)."""
 
 import difflib
 import io
@@ -35,7 +31,6 @@ from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
 from ..evaluation.tasks import Task
-from ..model.exit_blocks import target_block
 from ..prompting import CHAT, RAW
 from . import require_harness
 
@@ -95,10 +90,9 @@ class HarnessTasks:
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
-        """lm-eval's scores of responses, by the number of their requests. Tasks with an unanswered request are left out.
+        """lm-eval's scores of responses, by the number of their requests; of tasks with all requests answered.
 
-        `metrics` and `stderr` (standard errors, where there are any), by `TASK METRIC`, or `TASK METRIC FILTER` with
-        several filters; `samples`: rows by task; `logged`: lm-eval's records of rows.
+        `metrics` and `stderr` by `TASK METRIC[ FILTER]`; `samples`: rows by task; `logged`: lm-eval's records of rows.
         """
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate
@@ -111,12 +105,12 @@ class HarnessTasks:
 
             loglikelihood_rolling = generate_until = loglikelihood
 
-        found: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
+        scored: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
         answered = {
             name: task for name, task in self._tasks.items() if all(each.number in responses for each in task.instances)
         }
         if not answered:
-            return found
+            return scored
         for task in answered.values():
             for request in task.instances:
                 request.resps, request.filtered_resps = [], {}
@@ -127,16 +121,16 @@ class HarnessTasks:
         with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):  # it tells that it resamples
             results = evaluate(Recorded(), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=self._log_samples)
         for task_name, rows in results.get("samples", {}).items():
-            found["logged"] += [{"task": task_name, **row} for row in rows]
+            scored["logged"] += [{"task": task_name, **row} for row in rows]
         for task_name, values in results["results"].items():
             if "sample_len" in values:
-                found["samples"][task_name] = int(values["sample_len"])
+                scored["samples"][task_name] = int(values["sample_len"])
             for key, value in values.items():  # such as `acc,none` and `acc_stderr,none`: a metric and a filter
                 metric, comma, chosen_by = key.partition(",")
                 if comma and not isinstance(value, str) and math.isfinite(value):
                     name = f"{task_name} {metric.removesuffix('_stderr')}" + ("" if chosen_by == "none" else f" {chosen_by}")
-                    found["stderr" if metric.endswith("_stderr") else "metrics"][name] = float(value)
-        return found
+                    scored["stderr" if metric.endswith("_stderr") else "metrics"][name] = float(value)
+        return scored
 
 
 @contextmanager
@@ -168,8 +162,8 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
         with _blaming("task files cannot be read"):
             manager = TaskManager(include_path=folder, include_defaults=built_in)
         files = {name: [name] for name in names if name.endswith(".yaml") and Path(name).is_file()}
-        found = {name: files.get(name) or manager.match_tasks([name]) for name in names}
-        if missing := [name for name in names if not found[name]]:
+        matches = {name: files.get(name) or manager.match_tasks([name]) for name in names}
+        if missing := [name for name in names if not matches[name]]:
             if not built_in:
                 continue
             near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
@@ -178,7 +172,7 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
             raise refused("task", what, f"{HARNESS}{missing[0]}{hint}")
         with _blaming(f"{HARNESS}{','.join(names)} cannot be loaded ({local})"):
             try:
-                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*found.values())))), config, log_samples)
+                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*matches.values())))), config, log_samples)
             except KeyError:
                 if built_in:  # else it may be a group of built-in tasks
                     raise
@@ -193,8 +187,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
         require(given == getattr(usual, name), name, f"{_HERE}, which measures exits alone", given)
     for exit_layer in config.exits:
         require_exit_layer(exit_layer, loaded.backend.num_layers, may_be_last=True, field="exits")
-        target_block(loaded.backend.exit_blocks, exit_layer)
-    exits = tuple(sorted(set(config.exits or usual_exits(loaded)) - loaded.only_drafting))
+    exits = tuple(sorted(set(config.exits or usual_exits(loaded))))
     methods = [decoding("autoregressive", config.generation)]
     methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)

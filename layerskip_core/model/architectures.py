@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from .variants import EXPERT_COUNTS, Architecture, Biases, Experts, Mixer, Names, Norms
+from .variants import EXPERT_COUNTS, Architecture, Biases, Experts, Mixer, Names, Norms, TokenInputs
 
 _ONE: Norms = ("input_layernorm", None, "input_layernorm", None)
 _AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -25,6 +25,8 @@ _GEMMA3 = replace(
     windows="listed",
     uses=("head_dim", "query_pre_attn_scalar", "final_logit_softcapping"),
 )
+_LAYER_SIZES = ("per_layer_config", "num_kv_shared_layers", "use_double_wide_mlp")
+_TOKEN_SIZES = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 _GLM = Architecture(
     mlp_projections=("gate_up_proj", "down_proj"),
     biases=("attention_bias", False, False),
@@ -194,6 +196,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA3, uses=(*_GEMMA3.uses, "attn_logit_softcapping")),
     "gemma3_text": replace(_GEMMA3, query_key_norms="head"),
+    "gemma4_text": replace(
+        _GEMMA3,
+        names=Names(stored_prefix="model.language_model."),
+        values={"attention_multiplier": 1},
+        needs={"enable_moe_block": False, "attention_k_eq_v": False},
+        norm="rms",
+        query_key_norms="head",
+        uses=("head_dim", "final_logit_softcapping", *_LAYER_SIZES, *_TOKEN_SIZES),
+        norms_values=True,
+        layer_scale="layer_scalar",
+        token_inputs=TokenInputs(),
+    ),
     "smollm3": Architecture(biases=_EVERYWHERE, windows="optional", rope="listed", uses=("no_rope_layers",)),
     "olmo2": Architecture(norms=_AFTER, query_key_norms="projection"),
     "olmo3": Architecture(norms=_AFTER, query_key_norms="projection", windows="listed"),

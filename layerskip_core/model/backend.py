@@ -131,7 +131,7 @@ DraftKernel = Callable[
 ]
 """Drafts greedily for one row: at most d tokens after a token (1,), which has the first of d + 1 places.
 
-Its last arguments are that token's feature (1, D), if the exit block reads one, and whether the last draft runs too. Returns
+Its last arguments are that token's feature (1, D), if the block needs one, and whether the last draft runs too. Returns
 the tokens (K+1,), the newest first; the states of those that ran, (K+1, D) or (K, D), after each of the submodel's stops; and
 the probabilities of the drafts, empty if the ends need none.
 """
@@ -170,7 +170,7 @@ def beyond_exit(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits (..., V) of the side's head from the states (..., D) of tokens after the exit, and the features of the next ones.
 
-    `feature` (..., D): of these tokens, if the exit's block needs it.
+    `feature` (..., D): of these tokens, if the block needs it.
     """
     block = submodel.block
     if block is not None:
@@ -259,14 +259,14 @@ def choose_by_head(
 def states_at_exits(
     model: Backend, tokens: Tensor, places: Places, exit_layers: Iterable[int]
 ) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
-    """(exit, states (..., D) for its head, head) of tokens (...), in one pass. Exits that only draft are left out."""
+    """(exit, states (..., D) for its head, head) of tokens (...), in one pass."""
     hidden = model.embed(tokens)
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, places)
         block = model.exit_blocks.get(stop)
         if block is None:
             yield stop, hidden, model.unembed
-        elif not block.is_fed:
+        else:
             yield stop, model.run_layers(hidden, block.layer, block.layer + 1, places), block.head
 
 

@@ -22,6 +22,9 @@ class KVCache(ABC):
 
     So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. A
     row that leaves is forgotten.
+
+    Attributes:
+        features: by row, by exit: what blocks that draft read of the token before the row's next, (D,).
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -29,6 +32,7 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
+        self.features = [dict[int, Tensor]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
         """The positions start..stop-1 of every row. `settled`: see Places."""
@@ -55,10 +59,13 @@ class KVCache(ABC):
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
+        self.rows, self.features = len(rows), [self.features[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
+        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
+        self.features = self.features + other.features
 
     @abstractmethod
     def branch(
@@ -80,7 +87,7 @@ class Places:
         counts: by row, how many tokens are in the pass.
         settled: whether rows will go on from the end of this pass alone; else from any token in it, as far as the cache's
             `steps_back` allows.
-        recorded: (T,) on the device, the positions of a pass that is recorded, of one row.
+        recorded: (B, T) on the device, the positions of a pass that is recorded, in the first slots of a RowCache.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class Places:
     ) -> None:
         """Raises ConfigError for a token beyond the cache's `max_positions`."""
         self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
-        self._positions, self.origins = recorded, starts
+        self._positions, self.origins = None if recorded is None else recorded.flatten(), starts
         self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
         if self.stop > cache.max_positions:
             last = self.stop - 1
@@ -143,6 +150,17 @@ class Places:
         part.origins = self.origins
         return part
 
+    def padded(self, counts: Sequence[int], slots: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """So many of each row's tokens as a grid, padded as in `in_grids`: their positions (B, T), the index (B, T) of each
+        in the pass, and the places in the grid that are no padding. There are `slots` rows at least.
+        """
+        free = [0] * (slots - len(counts))
+        real = torch.tensor([*counts, *free])[:, None]
+        columns = torch.arange(max(counts)).minimum((real - 1).clamp_min(0))
+        places = (torch.tensor([*self.starts, *free])[:, None] + columns).clamp_max(self.cache.max_positions - 1)
+        tokens = (torch.tensor([*self.bounds[:-1], *free])[:, None] + columns).clamp_max(sum(self.counts) - 1)
+        return places, tokens, (torch.arange(max(counts)) < real).flatten().nonzero()[:, 0]
+
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
         """What `run` gives for all tokens, in the shape of their hidden states (..., D): in few grids of rows and columns.
 
@@ -153,17 +171,13 @@ class Places:
         flat, counts, width = hidden.reshape(-1, hidden.shape[-1]), self.counts, max(self.counts, default=1)
         shape, bounds = (*hidden.shape[:-1], -1), self.bounds
         if self.recorded is not None:
-            return run(flat[None], self.recorded[None], None).view(shape)
+            return run(flat.view(*self.recorded.shape, -1), self.recorded, None).reshape(shape)
         if together and min(counts) == width:
             return run(flat.view(len(counts), width, -1), self.positions.view(len(counts), width), None).reshape(shape)
         outputs: list[tuple[Tensor | slice, Tensor]] = []
         few = 0 if not together else width if len(counts) * width <= 2 * len(flat) else _FEW
-        if width := max((count for count in counts if count <= few), default=0):
-            real = torch.tensor([count if count <= few else 0 for count in counts])[:, None]
-            columns = torch.arange(width).minimum((real - 1).clamp_min(0))
-            places = (torch.tensor(self.starts)[:, None] + columns).clamp_max(self.cache.max_positions - 1)
-            tokens = (torch.tensor(bounds[:-1])[:, None] + columns).clamp_max(len(flat) - 1)
-            kept = (torch.arange(width) < real).flatten().nonzero()[:, 0]
+        if any(0 < count <= few for count in counts):
+            places, tokens, kept = self.padded([count if count <= few else 0 for count in counts])
             output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None).flatten(0, 1)
             kept, tokens = (part.to(flat.device, non_blocking=True) for part in (kept, tokens.flatten()[kept]))
             outputs.append((tokens, output[kept]))

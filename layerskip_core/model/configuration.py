@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .variants import EXPERT_COUNTS, Architecture
+from .variants import EXPERT_COUNTS, Architecture, Mixer
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 MLP = "mlp"  # the kind of a layer without anything else
@@ -24,6 +24,22 @@ _ExpertCount = Annotated[int, Meta(ge=1, le=_MOST_EXPERTS)]
 _Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 _Limit = Annotated[float, Meta(ge=0)]
+_Number = Annotated[str, Meta(pattern=r"^\d+$")]  # perhaps with zeros before
+_HeadDim = Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")]
+
+
+class _OfLayer(msgspec.Struct, forbid_unknown_fields=True):
+    """Values of one layer."""
+
+    head_dim: _HeadDim
+
+
+class LayerSizes(NamedTuple):
+    """Of one layer, where layers differ."""
+
+    head_dim: int
+    inner: int  # width of the MLP
+    source: int | None  # the layer whose keys and values it reads, if it has none of its own
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Values:
     intermediate_size: _Width | None
     num_attention_heads: _Width
     num_key_value_heads: _Width | None
-    head_dim: Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")] | None
+    head_dim: _HeadDim | None
     max_position_embeddings: _Positions
     norm_eps: _Epsilon
     tie_word_embeddings: bool
@@ -73,6 +89,13 @@ class Values:
     shared_intermediate_size: _Width | None = None  # of experts that all tokens have
     shared_expert_intermediate_size: _Width | None = None
     attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
+    per_layer_config: dict[Annotated[str, Meta(pattern=r"^\d+$")], _OfLayer] | None = (
+        None  # by layers' numbers, with zeros before
+    )
+    num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None  # the last ones, which read keys and values of others
+    use_double_wide_mlp: bool | None = None  # in these
+    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None  # by token; 0 for none
+    vocab_size_per_layer_input: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -134,6 +157,26 @@ class Values:
             rotates = slides
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
 
+    def layer_sizes(self, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[LayerSizes, ...]:
+        """Of each layer; empty where all are alike."""
+        if "per_layer_config" not in architecture.uses:
+            return ()
+        own, usual = len(kinds) - (self.num_kv_shared_layers or 0), self.head_sizes[1]
+        changed = {int(layer): values.head_dim for layer, values in (self.per_layer_config or {}).items()}
+        last = {kind: index for index, kind in enumerate(kinds[: max(own, 0)])}
+        needed = "so few that a layer of each kind has keys and values"
+        _require(last.keys() == {*kinds}, "num_kv_shared_layers", needed, self.num_kv_shared_layers)
+        dims = [changed.get(layer, usual) for layer in range(len(kinds))]
+        alike = all(dims[index] == dims[last[kind]] for index, kind in enumerate(kinds))
+        _require(alike, "head_dim in per_layer_config", "the same in all layers of a kind", dims)
+        most = self.num_attention_heads * max(dims)
+        _require(most <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", most)
+        wide = self.inner * (1 + bool(self.use_double_wide_mlp))
+        return tuple(
+            LayerSizes(size, self.inner, None) if index < own else LayerSizes(size, wide, last[kind])
+            for index, (size, kind) in enumerate(zip(dims, kinds, strict=True))
+        )
+
     def recurrence(self, config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> "RecurrenceSpec | None":
         if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
             return None
@@ -190,8 +233,8 @@ class RopeSpec:
 
     @property
     def share(self) -> float:
-        """Of a head that rotates."""
-        return float(self.parameters.get("partial_rotary_factor") or 1.0)
+        """Of a head that rotates; of a proportional rope all does, some of it by nothing."""
+        return 1.0 if self.type == "proportional" else float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
 @dataclass(frozen=True)
@@ -264,6 +307,15 @@ class RecurrenceSpec:
         """How many numbers a recurrence computes of a row: steps and decays."""
         return 2 * self.heads if self.key_heads else 0
 
+    def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights between the projections of a layer."""
+        shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (self.channels, 1, self.taps)}
+        shapes |= {f"{mixer.convolution}.bias": (self.channels,)} if self.biased_convolution else {}
+        shapes |= {f"{name}.weight": (2 * self.heads // len(mixer.steps), hidden) for name in mixer.steps}
+        shapes |= {name: (self.heads,) for name in mixer.rates}
+        normed = self.value_dim if self.limits is None else self.outputs
+        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})
+
 
 def read_values(config: Any, architecture: Architecture) -> Values:
     """Of a configuration object. Raises CheckpointError for the first one of another type or out of range."""
@@ -279,7 +331,8 @@ def read_values(config: Any, architecture: Architecture) -> Values:
                 found = len(found)
             values[field.name] = _checked(found, hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
-    _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
+    causal = not bidirectional or bidirectional == "vision"  # among the tokens of an image
+    _require(causal, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
     return Values(**values)
 
 

@@ -33,6 +33,7 @@ ROPE_VALUES = (
 )
 
 NO_DRAFTER = "this model has no EAGLE-3 drafter; `layerskip train-drafter --layout eagle3` makes one"
+UNSUITED = "no drafter in the EAGLE-3 layout suits model_type {}: its layers read tokens"
 FC, HEAD, NORM, TOKENS = "fc.weight", "lm_head.weight", "norm.weight", "d2t"
 LAYER = "layers.0."
 _QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")
@@ -184,8 +185,7 @@ class Eagle3Weights:
 class PlacedEagle3:
     """A drafter of a backend, as a PlacedBlock. Its keys and values are those of layer `place` of the target's cache."""
 
-    is_fed = starts_later = True
-    kernel = None
+    needs_feature, kernel = True, None
 
     def __init__(
         self, stored: Eagle3Weights, place: int, vocab: int, like: Tensor, product_of: Callable[[Tensor], Product]

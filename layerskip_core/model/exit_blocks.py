@@ -1,9 +1,7 @@
 """Exit blocks: layers that are trained at exits of a model whose own weights stay as they are.
 
 At exit E a block is a decoder layer of the model's own class and a norm, followed by the model's own head. The layer reads the
-state after E layers. With the feature `final` it reads W [state; s] instead, where s is the output of the final norm for the
-token before (as EAGLE, Li et al., 2024): the target's own for the first draft of a round, the block's own for later drafts, and
-0 for the first token of a text.
+state after E layers.
 """
 
 import re
@@ -11,11 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch import Tensor
 
-from ..config.training import Feature
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes
@@ -32,16 +28,14 @@ class ExitBlock:
     """The block of an exit after `exit_layer` layers, 1..L-1. Names of its weights begin with `prefix`."""
 
     exit_layer: int
-    feature: Feature = "none"
 
     @property
     def prefix(self) -> str:
         return f"exits.{self.exit_layer}."
 
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, a map `exits.E.input.weight`."""
-        shapes = {f"{self.prefix}{name}": shape for name, shape in spec.block_shapes.items()}
-        return shapes | ({f"{self.prefix}input.weight": (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else {})
+        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, and `exits.E.norm.*`."""
+        return {f"{self.prefix}{name}": shape for name, shape in spec.block_shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -74,86 +68,52 @@ class PlacedBlock:
 
     Attributes:
         head: the block's norm and the head, to logits (..., N).
-        norm: the block's norm alone.
-        join: the map W from (..., 2D); None without a feature.
-        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
-        is_fed: whether it reads a feature of the token before, too: then it can only draft, after passes of the whole model.
-        starts_later: whether the first token of a text, which has none before it, has no entry.
         vocabulary: the tokens that its head scores; None for all.
+        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
+        needs_feature: whether it also reads a feature of the token before, so that a text's first token has no entry.
         kernel: makes a whole greedy draft in one call, where its drafts start at the embedding; None: its draft side's does.
     """
 
     block: ExitBlock
     layer: int
     head: Callable[[Tensor], Tensor]
-    norm: Callable[[Tensor], Tensor]
-    join: Callable[[Tensor], Tensor] | None
     vocabulary: DraftVocabulary | None = None
 
-    starts_later, kernel = False, None
+    needs_feature, kernel = False, None
 
     @property
     def taps(self) -> tuple[int, ...]:
         return (self.block.exit_layer,)
 
-    @property
-    def is_fed(self) -> bool:
-        return self.join is not None
-
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
-        return layers.run_layers(self.enter(states, before), self.layer, self.layer + 1, places)
+        return layers.run_layers(states, self.layer, self.layer + 1, places)
 
     def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
         """Writes its KV entries, of the target's states by `taps`."""
-        model.write_kv(self.enter(states[self.block.exit_layer], before), self.layer, self.layer + 1, places)
+        model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
         """The features (..., D) of tokens, of the target's states by `taps` and after the last layer."""
-        return None if self.join is None else model.normed(finals)
+        return None
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
         """The feature of a drafted token, from what `run` gave for the token."""
-        return None if self.join is None else self.norm(hidden)
-
-    def enter(self, states: Tensor, features: Tensor | None) -> Tensor:
-        """The layer's input: from the states of tokens at the exit, and the features (normed final states) before them."""
-        if self.join is None:
-            return states
-        assert features is not None
-        return self.join(torch.cat((states, features.to(states.dtype)), dim=-1))
+        return None
 
 
 DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3"
 
 
-def target_block(blocks: Mapping[int, PlacedBlock], exit_layer: int) -> PlacedBlock | None:
-    """The block that early exit at this layer runs; None if it has none. Raises ConfigError for one that can only draft."""
-    block = blocks.get(exit_layer)
-    if block is not None and block.is_fed:
-        raise ConfigError(
-            f"`exit_layer` {exit_layer} can only draft, as `strategy` self-speculative or adaptive does: its exit block reads "
-            "the final states of the model (feature final), which early exit does not compute",
-            "exit_layer",
-        )
-    return block
-
-
-def features_of(finals: Tensor) -> Tensor:
-    """The features of the tokens of whole texts, from the normed final states (..., T, D) of the same tokens."""
-    return torch.cat((torch.zeros_like(finals[..., :1, :]), finals[..., :-1, :]), dim=-2)
-
-
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
     """The blocks that weights of these names belong to. Raises CheckpointError for a name that is none of a block's."""
-    features: dict[int, Feature] = {}
+    exits: set[int] = set()
     for name in names:
-        known = re.fullmatch(r"exits\.([1-9]\d{0,3})\.(input\.weight|(?:layer|norm)\..*)", name)
+        known = re.fullmatch(r"exits\.([1-9]\d{0,3})\.(layer|norm)\..*", name)
         if known is None or int(known[1]) >= num_layers:
             raise CheckpointError(f"{name!r:.100} is no weight of a block at an exit in 1..{num_layers - 1}")
-        exit_layer = int(known[1])
-        features[exit_layer] = "final" if known[2] == "input.weight" else features.get(exit_layer, "none")
-    return tuple(ExitBlock(*block) for block in sorted(features.items()))
+        exits.add(int(known[1]))
+    return tuple(map(ExitBlock, sorted(exits)))
 
 
 def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
@@ -169,4 +129,5 @@ def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
         layers=spec.layers + count,
         kinds=spec.kinds + spec.kinds[last : last + 1] * count,
         rope_of=spec.rope_of + spec.rope_of[last : last + 1] * count,
+        sizes=spec.sizes + spec.sizes[last : last + 1] * count,
     )

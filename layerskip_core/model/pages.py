@@ -19,7 +19,7 @@ _SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fe
 
 
 class PagePool:
-    """Memory for keys and values in pages, (layers that have them, 2 for key and value, kv heads, PAGE, head dim) each.
+    """Memory for keys and values in pages, each (2 for key and value, kv heads, PAGE, head dim) of all layers that have them.
 
     A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
     kernels' way with what is not seen (attention.h) they change no bit.
@@ -27,13 +27,15 @@ class PagePool:
     before it are given back. Where some layers see all, a page must stay for them, and its numbers of the others with it.
     """
 
-    def __init__(self, shape: Sizes, dtype: torch.dtype, memory: Sizes = (0, 0, 0), window: int | None = None) -> None:
-        """`shape`: layers, kv heads, head dim. `memory`: of layers without attention, see Memory: bytes of a text's state and
-        of a slot, and the slots that they need at least.
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, memory: Sizes = (0, 0, 0), window: int | None = None
+    ) -> None:
+        """`sizes`: by layer, kv heads and head dim. `memory`: of layers without attention, see Memory: bytes of a text's state
+        and of a slot, and the slots that they need at least.
         """
-        layers, kv_heads, head_dim = shape
-        self.shape, self.dtype, self.memory, self.window = (layers, 2, kv_heads, PAGE, head_dim), dtype, memory, window
-        self.page_bytes = torch.Size(self.shape).numel() * dtype.itemsize
+        self.sizes, self.dtype, self.memory, self.window = sizes, dtype, memory, window
+        self._numbers = sum(2 * PAGE * kv_heads * head_dim for kv_heads, head_dim in sizes)
+        self.page_bytes = self._numbers * dtype.itemsize
         self.most: float = inf
         self.remembered = 0  # what all memories take, in pages
         self._slabs: list[_Slab] = []
@@ -46,7 +48,7 @@ class PagePool:
     @cached_property
     def nowhere(self) -> "Page":
         """In the place of pages that were given back: kernels read it beside what is seen, and write late entries to it."""
-        return Page(_Slab(torch.zeros(1, *self.shape, dtype=self.dtype)), 0)
+        return Page(_Slab(torch.zeros(1, self._numbers, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
         """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
@@ -57,7 +59,7 @@ class PagePool:
             self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
             there = sum(len(slab.pages) for slab in self._slabs)
             count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - self.remembered - there)))
-            slab = _Slab(torch.zeros(count, *self.shape, dtype=self.dtype))
+            slab = _Slab(torch.zeros(count, self._numbers, dtype=self.dtype))
             self._slabs.append(slab)
         return Page(slab, slab.free.pop())
 
@@ -156,11 +158,12 @@ class PagedCache(KVCache):
         return forgotten and forgotten * PAGE + (window or 0) - 1
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        super().keep_rows(rows)
         self._set([self._pages[row] for row in rows], [self._memories[row] for row in rows])
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, PagedCache) and other._pool is self._pool
-        self.max_positions = max(self.max_positions, other.max_positions)
+        super().join(other)
         self._set(self._pages + other._pages, self._memories + other._memories)
 
     def branch(
@@ -224,7 +227,7 @@ class PagedCache(KVCache):
         return torch.tensor(found).T.contiguous()
 
     def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:
-        self._pages, self._memories, self.rows, self._addresses = pages, memories, len(pages), None
+        self._pages, self._memories, self._addresses = pages, memories, None
         self._capacity = min(map(len, pages), default=0) * PAGE
 
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:

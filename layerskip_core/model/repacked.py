@@ -134,13 +134,13 @@ class RepackedBackend(ABC):
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
         self._calibrated = None if int4 is None else checked(int4, spec.shapes)
         self._stored = None if stored is None else checked(stored, spec.shapes)
-        weights = Weights(checked(take, spec.shapes), spec.shapes)
+        weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
             self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
-            self._prepare(packing)
+            self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
             self._head, chains = self._headed_chains(weights, norm, packing, token_order)
             self.exit_blocks: dict[int, PlacedBlock] = {}
@@ -187,7 +187,7 @@ class RepackedBackend(ABC):
     # are needed. `exact`: rows keep the bits that they have alone.
 
     @abstractmethod
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Sets the shared values, once the embedding is there."""
 
     @abstractmethod
@@ -203,8 +203,6 @@ class RepackedBackend(ABC):
     ) -> Any: ...
 
     @abstractmethod
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
-
     @abstractmethod
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
 
@@ -262,10 +260,9 @@ class RepackedBackend(ABC):
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
                     norm = norm_weights(own, "norm", self.spec)
-                    join = self._join(own, block, chain.low_bits) if block.feature == "final" else None
                     head: Any = chain.at_exits.unembed
                     few = chain.at_exits.vocabulary
-                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), self._norm(norm), join, few)
+                    chain.blocks[depth] = PlacedBlock(block, place, head.with_norm(norm), few)
                     if chain is chains[0]:
                         whole = self._head.with_norm(norm)
                         self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)

@@ -52,7 +52,9 @@ class Rope:
 def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of the first positions, each (positions, rotary / 2) in the precision of `like`, for each of `spec.ropes`."""
     tables = []
-    for frequencies, scaling in (rope_frequencies(spec, rope) for rope in spec.ropes):
+    for rope in spec.ropes:
+        of_layer = spec if rope.kind is None else spec.of_layer(spec.kinds.index(rope.kind))
+        frequencies, scaling = rope_frequencies(of_layer, rope)
         angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies)
         cos, sin = ((values * scaling).to(like, non_blocking=True) for values in (angles.cos(), angles.sin()))
         tables.append((cos, sin))
@@ -61,11 +63,18 @@ def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[T
 
 def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
-    if rope.type == "default":  # transformers computes this one in each model's own module, which takes seconds to import
+    if rope.type in (
+        "default",
+        "proportional",
+    ):  # transformers computes this one in each model's own module, which takes seconds to import
         base, alpha, size = float(rope.parameters["rope_theta"]), rope.parameters.get("alpha"), spec.rotary
         if alpha:  # Hunyuan's, which stretches it (NTK-aware scaling)
             base *= alpha ** (size / (size - 2))
-        return 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)), 1.0
+        found = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
+        if rope.type == "proportional":
+            found[int(size * float(rope.parameters.get("partial_rotary_factor") or 1.0) // 2) :] = 0
+            found /= float(rope.parameters.get("factor") or 1.0)
+        return found, 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = {} if rope.kind is None else {"layer_type": rope.kind}

@@ -6,7 +6,6 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache, Places
@@ -20,9 +19,10 @@ def _in_blocks(count: int) -> int:
 
 
 class RowCache(KVCache):
-    """A tensor for all rows, (L, 2 for key and value, B, kv heads, capacity, head dim), for PyTorch's kernels.
+    """A tensor for all rows, (L, 2 for key and value, slots, kv heads, capacity, head dim), for PyTorch's kernels.
 
-    They read all places and mask the rest, and 0 * NaN is NaN, so what another text left in a place is cleared.
+    They read all places and mask the rest, and 0 * NaN is NaN, so what another text left in a place is cleared. Rows have the
+    first slots. The others are free: rows join and leave without moving the tensor, whose address recorded passes have.
     """
 
     def __init__(self, shape: tuple[int, int, int], batch_size: int, max_positions: int, like: Tensor) -> None:
@@ -42,23 +42,36 @@ class RowCache(KVCache):
         """How many positions have room now."""
         return self.storage.shape[4]
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        if list(rows) != list(range(self.rows)):
-            self._hold(self.storage[:, :, rows])
-        self.rows = len(rows)
+    @property
+    def slots(self) -> int:
+        """How many rows have room now."""
+        return self.storage.shape[2]
 
+    @torch.inference_mode()
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        if any(row < slot for slot, row in enumerate(rows)):  # in another order
+            self._hold(self.storage[:, :, rows])
+        else:
+            for slot, row in enumerate(rows):
+                if row != slot:
+                    self.storage[:, :, slot, :, : self.written] = self.storage[:, :, row, :, : self.written]
+        super().keep_rows(rows)
+
+    @torch.inference_mode()
     def join(self, other: KVCache) -> None:
         assert isinstance(other, RowCache)
-        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
-        self.written, capacity = max(self.written, other.written), max(self.capacity, other.capacity)
-        parts = [F.pad(cache.storage, (0, 0, 0, capacity - cache.capacity)) for cache in (self, other)]
-        self._hold(torch.cat(parts, dim=2))
+        first, theirs = self.rows, other.written
+        super().join(other)
+        held = self.reach(theirs)[:, :, first : self.rows]
+        held[..., theirs : self.written, :] = 0
+        held[..., :theirs, :] = other.storage[:, :, : other.rows, :, :theirs]
+        self.written = max(self.written, theirs)
 
     def branch(
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "RowCache":
         branch, stops = copy(self), stops or starts
-        branch.rows, branch.max_positions = len(rows), end or self.max_positions
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # which it may have been written in
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -67,17 +80,21 @@ class RowCache(KVCache):
         return branch
 
     def reach(self, stop: int) -> Tensor:
-        """The storage, which moves if it has too little room for positions before `stop`: it grows by half, or to the end.
+        """The storage, which moves if it has too little room for all rows or for positions before `stop`.
+
+        It grows to twice as many slots, and by half as many positions, or to the end of the texts.
 
         The keys of a head are contiguous, because attention over a long text is bound by reading them. Places come in whole
         blocks, the last of them partly filled, so that kernels can read all and mask the rest.
         """
-        held = self.storage
-        if held.shape[4] < stop:
-            capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
-            places = min(_in_blocks(self.written), held.shape[4])
-            moved = held.new_zeros(*held.shape[:4], capacity, held.shape[5])
-            moved[..., :places, :] = held[..., :places, :]
+        held, slots, capacity = self.storage, self.slots, self.capacity
+        if capacity < stop or slots < self.rows:
+            if capacity < stop:
+                capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
+            places = min(_in_blocks(self.written), self.capacity)
+            more = slots if slots >= self.rows else max(self.rows, 2 * slots)
+            moved = held.new_zeros(*held.shape[:2], more, held.shape[3], capacity, held.shape[5])
+            moved[:, :, :slots, :, :places] = held[..., :places, :]
             held = self._hold(moved)
         return held
 
@@ -93,7 +110,7 @@ class RowCache(KVCache):
         """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, those of layer 1, ... of all rows."""
         self.written = max(self.written, stop)
         self.reach(stop)
-        return self._halves[index]
+        return self._halves[index][: self.rows]
 
     def _hold(self, storage: Tensor) -> Tensor:
         self.storage, self._halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
@@ -139,7 +156,7 @@ class MixedCache(KVCache):
         return held | {address: size for part in self.parts.values() for address, size in part.memory.items()}
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.rows = len(rows)
+        super().keep_rows(rows)
         self.states = {state: held[:, rows] for state, held in self.states.items()}
         for part in self.parts.values():
             part.keep_rows(rows)
@@ -153,14 +170,15 @@ class MixedCache(KVCache):
             like = max((held for held, _ in parts if held is not None), key=len)
             both = [like.new_zeros(1, count, *like.shape[2:]) if held is None else held for held, count in parts]
             self.states[state] = torch.cat([held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1)
-        self.rows, self.max_positions = self.rows + other.rows, max(self.max_positions, other.max_positions)
+        super().join(other)
 
     def branch(
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "MixedCache":
         """Without stops only the states before the starts are kept."""
         branch = copy(self)
-        branch.rows, branch.max_positions, branch.states = len(rows), end or self.max_positions, {}
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.states = {}
         branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
         with torch.inference_mode():
             for state, held in self.states.items():
@@ -286,7 +304,7 @@ class SpanWriter:
 
     def __init__(self, cache: RowCache, positions: Tensor, row: int | None = None) -> None:
         self._cache, self._positions = cache, positions
-        self._rows = slice(None) if row is None else slice(row, row + 1)
+        self._rows = slice(len(positions)) if row is None else slice(row, row + 1)
         self.start, self.stop, self.contiguous = 0, cache.capacity, False
         if positions.device.type == "cpu":
             self.start, self.stop, self.contiguous = _places(positions)

@@ -3,9 +3,10 @@ backend is built from its ModelSpec.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod, sqrt
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
@@ -15,6 +16,7 @@ from .configuration import (
     MLP,
     SLIDING,
     ExpertsSpec,
+    LayerSizes,
     RecurrenceSpec,
     RopeSpec,
     is_on,
@@ -22,7 +24,7 @@ from .configuration import (
     ropes_of,
     rotary_size,
 )
-from .variants import Architecture, Names
+from .variants import Architecture, Names, TokenInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +87,9 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     inner: int  # width of the MLP
+    sizes: tuple[LayerSizes, ...]  # by layer, where they differ: see `of_layer`
+    token_width: int  # of what each layer reads of a token; 0 for nothing
+    token_vocab: int
     experts: ExpertsSpec | None
     recurrence: RecurrenceSpec | None
     vocab: int
@@ -110,12 +115,15 @@ class ModelSpec:
     clip: float | None  # largest magnitude of queries, keys and values
     swiglu: tuple[float, float] | None  # of swiglu_clamped: what the gate is multiplied by before its logistic function; bound
     config: Any = field(repr=False, compare=False)  # the configuration itself
+    source: int | None = None  # of one layer: the layer whose keys and values it reads, if it has none
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         if (architecture := known_architecture(config)) is None:
             raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
+        if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):  # which refuses values that differ by layer
+            config = SimpleNamespace(**config.to_dict())
         values = read_values(config, architecture)
         kv_heads, head_dim = values.head_sizes
         kinds, window, rotating = values.layers(architecture)
@@ -134,6 +142,9 @@ class ModelSpec:
             kv_heads=kv_heads,
             head_dim=head_dim,
             inner=values.inner,
+            sizes=values.layer_sizes(architecture, kinds),
+            token_width=(values.hidden_size_per_layer_input or 0) if architecture.token_inputs else 0,
+            token_vocab=values.vocab_size_per_layer_input or values.vocab_size,
             experts=values.experts(architecture),
             recurrence=values.recurrence(config, architecture, kinds),
             vocab=values.vocab_size,
@@ -179,6 +190,13 @@ class ModelSpec:
         """What the names of a layer's weights begin with."""
         return f"{self.names.layers}.{layer}."
 
+    def of_layer(self, layer: int) -> "ModelSpec":
+        """The model with the sizes of one of its layers."""
+        if not self.sizes:
+            return self
+        head_dim, inner, source = self.sizes[layer]
+        return replace(self, head_dim=head_dim, rotary=head_dim, inner=inner, source=source)
+
     @property
     def groups(self) -> int:
         """Query heads that share a key head."""
@@ -204,14 +222,33 @@ class ModelSpec:
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
             **({"lm_head.bias": (self.vocab,)} if self.architecture.head_bias else {}),
         }
+        if (inputs := self.token_inputs) is not None:
+            shapes |= {inputs.table: (self.token_vocab, self.layers * self.token_width)}
+            shapes |= {inputs.projection: (self.layers * self.token_width, self.hidden)}
+            shapes |= self.norm_shapes(inputs.norm, self.token_width)
         for index in range(self.layers):
             shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.shapes_of_layer(index).items()}
         return shapes
 
+    @property
+    def token_inputs(self) -> TokenInputs | None:
+        return self.architecture.token_inputs if self.token_width else None
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """The names of weights that stay in their file, because a token reads a row of them."""
+        return () if self.token_inputs is None else (self.token_inputs.table,)
+
+    @property
+    def unread(self) -> int:
+        """How many numbers these have."""
+        return self.token_vocab * self.layers * self.token_width
+
     @cached_property
     def attending(self) -> tuple[int, ...]:
-        """The layers that have keys and values."""
-        return tuple(index for index, kind in enumerate(self.kinds) if kind in LAYER_KINDS)
+        """The layers that have keys and values of their own."""
+        own = [size.source is None for size in self.sizes] or [True] * self.layers
+        return tuple(index for index, kind in enumerate(self.kinds) if own[index] and kind in LAYER_KINDS)
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -219,6 +256,7 @@ class ModelSpec:
         if not self.attending:
             return {}
         last = self.shapes_of_layer(self.attending[-1])  # which the layers of exit blocks are like
+        last.pop(self.architecture.layer_scale or "", None)  # which stays that of the layer
         return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
 
     @property
@@ -246,7 +284,7 @@ class ModelSpec:
 
         Of experts the mean number, if every token chooses any of them with the same probability.
         """
-        read: float = self.parameters - (0 if self.tied else self.vocab * self.hidden)
+        read: float = self.parameters - self.unread - (0 if self.tied else self.vocab * self.hidden)
         if self.experts is not None:
             unread = (1 - self.experts.chosen / self.experts.count) ** rows
             read -= unread * sum(self.experts.layers) * self.experts.count * 3 * self.experts.inner * self.hidden
@@ -263,7 +301,9 @@ class ModelSpec:
             return Projections(names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2)
         if block == "attention":
             names = tuple(prefixes.attention + name for name in of.attention_projections)
-            widths = self.queries * (1 + of.gates_attention), self.keys, self.keys
+            widths: tuple[int, ...] = (self.queries * (1 + of.gates_attention), self.keys, self.keys)
+            if self.source is not None:
+                names, widths = (names[0], names[-1]), widths[:1]
             return Projections(names, widths, self.queries, (self.query_bias, self.output_bias))
         assert of.mixer is not None and mixer is not None
         return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
@@ -279,16 +319,16 @@ class ModelSpec:
         """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
         names = self.names
         normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(layer)
-        own = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
-        return *self.architecture.norms, *own
+        query, key = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
+        return *self.architecture.norms, query, None if self.of_layer(layer).source is not None else key
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a layer, after its prefix."""
         shapes: dict[str, tuple[int, ...]] = {}
-        experts, names = self.experts_of(index), self.architecture.experts
+        experts, names, of_layer = self.experts_of(index), self.architecture.experts, self.of_layer(index)
         blocks = self.blocks_of(index)
         for block in blocks if experts is None else blocks[:-1]:
-            (*inward, back), outputs, inputs, (inner, outer) = self.projections(block)
+            (*inward, back), outputs, inputs, (inner, outer) = of_layer.projections(block)
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
             for name, width in zip(inward, widths, strict=True):
                 shapes |= {f"{name}.weight": (width, self.hidden)} | ({f"{name}.bias": (width,)} if inner else {})
@@ -300,36 +340,29 @@ class ModelSpec:
             shapes |= {f"{names.router}.weight": (experts.count, self.hidden)}
             for name, own in projections.items():
                 shapes[names.block + name] = (experts.count, *(own[::-1] if names.by_inputs else own))
-            if self.mlp_bias:
-                shapes |= {f"{names.router}.bias": (experts.count,)}
-                shapes |= {f"{names.block}{name}_bias": (experts.count, own[0]) for name, own in projections.items()}
+                shapes |= {f"{names.block}{name}_bias": (experts.count, own[0])} if self.mlp_bias else {}
+            shapes |= {f"{names.router}.bias": (experts.count,)} if self.mlp_bias else {}
             *inward, back = names.shared or ("",)
             width = 2 * experts.shared_inner // max(len(inward), 1)
             shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
             shapes |= {f"{back}.weight": (self.hidden, experts.shared_inner)} if back else {}
             shapes |= {} if names.shared_gate is None else {f"{names.shared_gate}.weight": (1, self.hidden)}
         if "mixer" in blocks:
-            shapes |= self._mixer_shapes()
+            assert self.architecture.mixer is not None and self.recurrence is not None
+            shapes |= self.recurrence.shapes(self.architecture.mixer, self.hidden)
         per_head = self.architecture.query_key_norms == "head"
-        sizes = (*(self.hidden,) * 4, *((self.head_dim,) * 2 if per_head else (self.queries, self.keys)))
+        sizes = (*(self.hidden,) * 4, *((of_layer.head_dim,) * 2 if per_head else (self.queries, self.keys)))
         for norm, size in zip(self.norm_names(index), sizes, strict=True):
             shapes |= {} if norm is None else self.norm_shapes(norm, size)
         if self.architecture.sinks:
             shapes[f"{self.names.attention}sinks"] = (self.heads,)
+        if (read := self.token_inputs) is not None:
+            shapes |= {f"{read.gate}.weight": (self.token_width, self.hidden)}
+            shapes |= {f"{read.output}.weight": (self.hidden, self.token_width)} | self.norm_shapes(read.after, self.hidden)
+        shapes |= {self.architecture.layer_scale: (1,)} if self.architecture.layer_scale else {}
         if self.activation == "xielu":
             shapes |= {f"{self.names.mlp}act_fn.alpha_{part}": (1,) for part in "pn"}
         return shapes
-
-    def _mixer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what stands between the projections of a layer without attention."""
-        mixer, sizes = self.architecture.mixer, self.recurrence
-        assert mixer is not None and sizes is not None
-        shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (sizes.channels, 1, sizes.taps)}
-        shapes |= {f"{mixer.convolution}.bias": (sizes.channels,)} if sizes.biased_convolution else {}
-        shapes |= {f"{name}.weight": (2 * sizes.heads // len(mixer.steps), self.hidden) for name in mixer.steps}
-        shapes |= {name: (sizes.heads,) for name in mixer.rates}
-        normed = sizes.value_dim if sizes.limits is None else sizes.outputs
-        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """The experts in the place of a layer's MLP; None where it has one."""

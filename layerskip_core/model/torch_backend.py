@@ -11,7 +11,6 @@ from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
-from .exit_blocks import ExitBlock
 from .repacked import CHUNK, RepackedBackend, RepackedLayers, rows_at_once
 from .rope import Rope
 from .row_cache import RowCache, SpanWriter
@@ -160,7 +159,7 @@ class TorchHead:
 class TorchBackend(RepackedBackend):
     """On PyTorch's kernels, for specs without a `missing_feature`. Hidden states have the precision of the weights."""
 
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Raises ConfigError if GRAPHS is neither on nor off."""
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))
@@ -190,9 +189,6 @@ class TorchBackend(RepackedBackend):
         product = linear(folded, bias, low_bits, exact)
         unfolded = product if folded is weight else linear(weight, bias, low_bits, exact) if self._has_blocks else None
         return TorchHead(folding, product, unfolded, self.spec, exact)
-
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:
-        return self._product(low_bits, weights.of("input.weight"))
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
         product_of = partial(self._product, packing.quantize)

@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Types of rope whose angles depend on the position only. Those of a dynamic rope or a longrope change where a text outgrows
 # the context that a ModelSpec allows.
-_STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+_STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
 
 
 def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
@@ -64,6 +64,8 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         return "attention sinks"
     if not recurrent and spec.experts is not None and spec.experts.shared_inner:
         return "shared experts"
+    if not recurrent and spec.sizes:
+        return "different sizes of layers"
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
             return f"rotary positions of type {rope.type}"

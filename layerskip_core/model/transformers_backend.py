@@ -17,7 +17,7 @@ from .architectures import SUPPORTED, known_architecture
 from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
 from .cut import CutModel, Form
-from .eagle3 import Eagle3Weights, PlacedEagle3
+from .eagle3 import UNSUITED, Eagle3Weights, PlacedEagle3
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
@@ -25,12 +25,6 @@ from .row_cache import Entry, MixedCache
 from .spec import AnySpec, ModelSpec, TransformersSpec
 
 _TEXTS = 3, 4  # tokens of the two texts of a trial
-
-
-def _joined(matrix: Tensor, both: Tensor) -> Tensor:
-    """W (D, 2D) [state; feature]. What a state carries after its D numbers stays as it is."""
-    hidden, carried, feature = both.tensor_split((len(matrix), both.shape[-1] - len(matrix)), dim=-1)
-    return torch.cat((F.linear(torch.cat((hidden, feature), dim=-1), matrix), carried), dim=-1)
 
 
 def attention_for(config: Any) -> str | None:
@@ -83,9 +77,7 @@ class TransformersBackend:
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> PlacedEagle3:
         """Raises CheckpointError for a model whose later layers read tokens, and not only states."""
         if self._cut.form.reads_ids:
-            raise CheckpointError(
-                f"no drafter in the EAGLE-3 layout suits model_type {self.spec.model_type}: its layers read tokens"
-            )
+            raise CheckpointError(UNSUITED.format(self.spec.model_type))
         like = self.model.get_input_embeddings().weight
         return PlacedEagle3(stored, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like)))
 
@@ -191,7 +183,8 @@ class TransformersBackend:
         """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
         positions, form = torch.arange(ids.shape[1]).expand(ids.shape), self._cut.form
         assert form.attending is not None
-        state = self._cut.run_span(form.state(hidden, ids), form.attending, form.attending + 1, positions, block=(layer, 0))
+        given = form.state(hidden[..., : form.width], ids)  # which states of texts carry already
+        state = self._cut.run_span(given, form.attending, form.attending + 1, positions, block=(layer, 0))
         return state[..., : form.width]
 
     def block_originals(self) -> dict[str, Any]:
@@ -208,10 +201,8 @@ class TransformersBackend:
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(prefix + name)
                 parameter.requires_grad_(False)
-        width = self.spec.hidden  # the tokens that some states carry come after it
-        join = partial(_joined, weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
         place, head = self.num_layers + len(self._blocks), partial(self._cut.unembed, norm=norm)
-        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, lambda state: norm(state[..., :width]), join)
+        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head)
         self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
 
 

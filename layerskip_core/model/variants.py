@@ -78,6 +78,21 @@ class Mixer:
 
 
 @dataclass(frozen=True)
+class TokenInputs:
+    """A further input of each layer, by the token alone: act(gate(h)) times it is added to h, after a projection and a norm.
+
+    It is the sum of a slice of the token's row in a table and of a projection of its embedding, after a norm. Names of weights.
+    """
+
+    gate: str = "per_layer_input_gate"  # these in a layer
+    output: str = "per_layer_projection"
+    after: str = "post_per_layer_input_norm"
+    table: str = "model.embed_tokens_per_layer.weight"
+    projection: str = "model.per_layer_model_projection.weight"
+    norm: str = "model.per_layer_projection_norm"
+
+
+@dataclass(frozen=True)
 class Names:
     """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
 
@@ -135,6 +150,9 @@ class Architecture:
     gates_attention: bool = False  # what a query gets, by numbers that are projected with it
     interleaved_rope: bool = False  # neighbours rotate together, not one of each half
     scales_embeddings: bool = False  # by sqrt(hidden_size)
+    norms_values: bool = False  # over each head, without factors
+    layer_scale: str | None = None  # the name, in a layer, of what multiplies its output
+    token_inputs: TokenInputs | None = None
     head_bias: bool = False
 
     @property

@@ -8,7 +8,7 @@ bytes: a byte tensor that takes the place of the weight until a kernel packs it.
 those of the weight; a row of zero bytes is a row of zeros.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import starmap
@@ -60,8 +60,10 @@ class Weights:
         return weight
 
 
-def checked(take: Take, shapes: Shapes) -> Take:
-    """`take`, raising CheckpointError for a weight that has another shape than `shapes` says, or is not finite."""
+def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
+    """`take`, raising CheckpointError for a weight that has another shape than `shapes` says, or is not finite. The `mapped`
+    ones are not read for that.
+    """
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
@@ -71,7 +73,8 @@ def checked(take: Take, shapes: Shapes) -> Take:
             check_shape(name, stored_shape(*shapes[name]), tuple(weight.shape))
         elif weight is not None:
             check_shape(name, shapes[name], tuple(weight.shape))
-            check_finite(name, weight)
+            if name not in mapped:
+                check_finite(name, weight)
         return weight
 
     return checked_take
@@ -79,16 +82,25 @@ def checked(take: Take, shapes: Shapes) -> Take:
 
 def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
     """Raises CheckpointError for a weight that is not finite, or that is missing or has another shape by `spec`."""
-    weights = {name: weight for name, weight in model.named_parameters() if weight.dtype.itemsize > 1}  # others are quantised
+    weights = {
+        name: weight for name, weight in named_weights(model).items() if weight.dtype.itemsize > 1
+    }  # others are quantised
     if spec is not None:
         spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
-        check_finite(name, weight.detach())
+        check_finite(name, weight)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """With what is no parameter but stands among them, as factors of layers."""
+    stored = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored)
+    return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
 
 
 def taken_from(model: nn.Module) -> Take:
     """The weights of a transformers model, which loses them and can no longer run."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = named_weights(model)
     model.to("meta")
     return lambda name: weights.pop(name, None)
 
@@ -121,9 +133,9 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
     (*names, _), outputs, *_ = spec.projections(block)
     parts: Iterable[Affine]
     if len(names) == len(outputs):
-        parts = (_affine(weights, name, spec) for name in names)
+        parts = (affine(weights, name, spec) for name in names)
     else:
-        fused = _affine(weights, names[0], spec)
+        fused = affine(weights, names[0], spec)
         parts = starmap(Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True))
     gates = []
     for index, part in enumerate(parts):
@@ -179,13 +191,13 @@ def _halved(part: Affine, spec: ModelSpec) -> Affine:
 
 
 def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
-    return _affine(weights, spec.projections(block).names[-1], spec)
+    return affine(weights, spec.projections(block).names[-1], spec)
 
 
 def router(weights: Weights, spec: ModelSpec) -> Affine:
     """The scores (experts, D) of a layer with experts, and the gate of shared ones, if they have one."""
     assert spec.architecture.experts is not None
-    scores, gate = _affine(weights, spec.architecture.experts.router, spec), spec.architecture.experts.shared_gate
+    scores, gate = affine(weights, spec.architecture.experts.router, spec), spec.architecture.experts.shared_gate
     return scores if gate is None else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
 
 
@@ -230,7 +242,7 @@ def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:
     """The filters (channels, taps) of a layer without attention."""
     assert spec.architecture.mixer is not None
-    weight, bias = _affine(weights, spec.architecture.mixer.convolution, spec)
+    weight, bias = affine(weights, spec.architecture.mixer.convolution, spec)
     return Affine(weight[:, 0], bias)
 
 
@@ -246,7 +258,7 @@ def layer_norms(weights: Weights, spec: ModelSpec, layer: int) -> list[Affine | 
 
 def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     """A norm's factors. Those that are stored as w for 1 + w are added up in fp32, because bf16 would round them again."""
-    weight, bias = _affine(weights, name, spec)
+    weight, bias = affine(weights, name, spec)
     if spec.architecture.norm.endswith("plus_one"):
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
     if spec.architecture.norm == "layer_without_bias":
@@ -254,7 +266,7 @@ def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     return Affine(weight, None if bias is None else bias.to(weight.dtype))
 
 
-def _affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
+def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     weight, bias = weights.of(f"{name}.weight"), f"{name}.bias"
     if spec.architecture.transposed and weight.dim() > 1:
         weight = weight.T.contiguous()

@@ -21,7 +21,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
-from ..decoding.output import OutputText, RowStep, TokenLogprobs
+from ..decoding.output import Row, RowStep, TokenLogprobs
 from ..decoding.target import NO_PREFIXES
 from ..errors import LayerSkipError
 from ..model import Backend, KVCache
@@ -63,30 +63,24 @@ class Request:
     deliver: Callable[[Update], None]  # is called in the thread that decodes, and must not raise
     isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
     streams: bool = True  # the text comes as it is verified, else all of it with the last update
-    stats: DecodeStats = field(default_factory=DecodeStats)  # so far
     reused: int = 0  # the prompt's first tokens that needed no pass
     _number: int = 0  # the older, the less
-    _text: OutputText | None = None  # once it is being decoded
-    _untold: list[RowStep] = field(default_factory=list)  # steps of which no text was made yet
+    _row: Row | None = None  # once it is being decoded
+    _told: int = 0  # tokens of the answer that were delivered
 
-    def begin(self, decoder: Decoder) -> None:
-        """Raises ConfigError for a prompt that does not fit."""
-        check_prompt(self.ids, decoder.backend)
-        self.stats = DecodeStats(sequences=1, prompt_tokens=len(self.ids))
-        self._text = OutputText(decoder.detokenize, decoder.ends_of(self.config), self.config.stop)
+    @property
+    def stats(self) -> DecodeStats:
+        """So far."""
+        return DecodeStats() if self._row is None else sum(self._row.steps, DecodeStats())
 
     def update(self, step: RowStep) -> Update:
         """Adds a step to the answer."""
-        assert self._text is not None
-        finished = step.finish_reason is not None
-        self.stats += step.counts
-        self._untold.append(step)
+        finished, row, told = step.finish_reason is not None, step.row, self._told
         if not (self.streams or finished):
             return Update("")
-        steps, self._untold = self._untold, []
-        text = self._text.add([token for each in steps for token in each.ids], finished)
-        told = [one for each in steps for one in each.logprobs]
-        return Update(text, step.finish_reason, None, told, [one for each in steps for one in each.prompt_logprobs])
+        self._told = len(row.ids) - row.prompt_tokens
+        text = row.text.add(row.ids[row.prompt_tokens + told :], finished)
+        return Update(text, step.finish_reason, None, row.logprobs[told:], () if told else row.prompt_logprobs)
 
 
 @dataclass(eq=False)
@@ -130,7 +124,7 @@ class _Run:
     """A loop, and its requests by row."""
 
     loop: DecodingLoop
-    rows: dict[int, Request]
+    rows: dict[Row, Request]
 
     def advance(self) -> list[Request]:
         """A step. The requests that it ends leave `rows` and are returned: all of them if it fails."""
@@ -151,14 +145,6 @@ class _Run:
         failed, self.rows = self.rows, {}
         return _failed(failed.values(), error)
 
-    def drop(self, request: Request | Embedding) -> bool:
-        """Gives up a request. Returns whether it is here."""
-        found = [row for row, running in self.rows.items() if running is request]
-        for row in found:
-            self.loop.drop(row)
-            del self.rows[row]
-        return bool(found)
-
 
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
@@ -177,7 +163,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, _Run] = {}  # by the settings that they share
-        self._aside: deque[_Run] = deque()  # of one request each, the oldest first
+        self._aside: deque[Request] = deque()  # which were being decoded, the oldest first
         self._numbers = count()
 
     @property
@@ -197,10 +183,15 @@ class Scheduler:
 
     def cancel(self, request: Request | Embedding) -> bool:
         """Gives up a request; it gets no further update. Returns False if it is not here any more."""
-        if request in self._queue(request):
-            self._queue(request).remove(request)
-            return True
-        found = any(run.drop(request) for run in (*self._groups.values(), *self._aside))
+        queues: list[deque[Any]] = [self._queue(request), self._aside]
+        for queue in queues:
+            if request in queue:
+                queue.remove(request)
+                return True
+        row = None if isinstance(request, Embedding) else request._row
+        found = row is not None and any(run.rows.pop(row, None) for run in self._groups.values())
+        if row is not None:
+            row.is_dropped = True
         self._forget_empty()
         return found
 
@@ -225,8 +216,8 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for run in (*self._groups.values(), *self._aside) for request in run.rows.values())
-        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
+        decoding = (request for run in self._groups.values() for request in run.rows.values())
+        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding, *self._aside]
         for held in (self._waiting, self._embeddings, self._groups, self._aside):
             held.clear()
         return _failed(requests, error)
@@ -253,14 +244,13 @@ class Scheduler:
 
     def _next_has_room(self) -> bool:
         """Whether a request waits for which there is memory; the oldest that was set aside first."""
-        if self._aside:
-            return self._has_room(*self._aside[0].rows.values())
-        return bool(self._waiting) and self._has_room(self._waiting[0])
+        queue = self._aside or self._waiting
+        return bool(queue) and self._has_room(queue[0])
 
     def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
-        cache = self._decoder.backend.new_cache()
-        stops = [len(request.ids) + request.stats.new_tokens + 1]
+        cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
+        stops = [1 + len(request.ids if row is None else row.ids)]
         while cache.spare(stops) < self.running and self._prefixes.drop():
             pass
         return not self.running or cache.spare(stops) >= self.running
@@ -279,44 +269,38 @@ class Scheduler:
             if len(others) < 2:  # then this one cannot go on
                 return True
             row, youngest = max(others, key=lambda other: other[1].rows[other[0]]._number)
-            self._aside.appendleft(_Run(youngest.loop.set_aside(row), {row: youngest.rows.pop(row)}))
+            youngest.loop.set_aside(row)
+            self._aside.appendleft(youngest.rows.pop(row))
         return False
 
     def _take_in(self) -> list[Request]:
         """The next request joins the loop with its settings. Returns the requests that an error ends."""
-        if self._aside:
-            run = self._aside.popleft()
-        else:
-            request = self._waiting.popleft()
-            try:
-                run = self._begun(request)
-            except BaseException as error:  # it cannot be decoded
-                return _failed([request], error)
-        [request] = run.rows.values()
-        config = request.config
-        is_single = request.isolated or bool(config.exit_confidence) or self._decoder.backend.exact
+        request = (self._aside or self._waiting).popleft()
+        decoder, config, run = self._decoder, request.config, None
+        is_single = request.isolated or bool(config.exit_confidence) or decoder.backend.exact
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
         key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
-        group = self._groups.setdefault(key, run)
-        if group is not run:
-            try:
-                group.rows |= zip(group.loop.join(run.loop), [request], strict=True)
-            except BaseException as error:  # the group's own loop may have been changed in part
-                return [*self._groups.pop(key).fail(error), *run.fail(error)]
+        try:
+            if (run := self._groups.get(key)) is None:
+                options: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
+                ends = decoder.ends_of(config)
+                run = _Run(DecodingLoop(decoder.backend, [], config, ends, decoder.detokenize, **options), {})
+            if (row := request._row) is None:
+                row = run.loop.row(request.ids, config, decoder.ends_of(config), config.seed)
+            run.loop.add(row)
+        except BaseException as error:
+            if run is None or not run.loop.is_over:  # which is as before
+                return _failed([request], error)
+            self._groups.pop(key, None)
+            return [*run.fail(error), *_failed([request], error)]
+        if request._row is None:
+            request.reused = row.filled
+        request._row, self._groups[key], run.rows[row] = row, run, request
         return []
 
-    def _begun(self, request: Request) -> _Run:
-        """A request in a loop of its own."""
-        decoder, config = self._decoder, request.config
-        request.begin(decoder)
-        options: dict[str, Any] = {"seeds": [config.seed], "earlier": self._earlier, "prefixes": self._prefixes}
-        loop = DecodingLoop(decoder.backend, [request.ids], config, decoder.ends_of(config), decoder.detokenize, **options)
-        request.reused = loop.reused_tokens
-        return _Run(loop, {0: request})
-
     def _forget_empty(self) -> None:
-        self._groups = {key: run for key, run in self._groups.items() if run.rows}
-        self._aside = deque(run for run in self._aside if run.rows)
+        for key in [key for key, run in self._groups.items() if not run.rows]:
+            del self._groups[key]
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:

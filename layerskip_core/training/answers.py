@@ -1,7 +1,4 @@
-"""What the model writes before a training: its answers to prompts, and texts of its own that are replayed.
-
-A text is decoded once: it goes to a journal, where an interrupted run and a run with other settings of the training find it.
-"""
+"""Texts that the model writes before a training: answers to prompts, and texts to replay; a journal keeps them."""
 
 import hashlib
 import json
@@ -30,16 +27,12 @@ BATCH = 32  # that are decoded together
 _APART = 1 << 31  # between the seeds of a replay and of these texts
 OWN_TEXTS, OWN_TOKENS = 32, 64  # of the original's own that a training's cost is measured on
 MOST_REPLAYED = 4096  # texts; a run with more rows of replay sees them again: writing takes longer than training on them
-_DIGITS = 16  # of a digest in the name of what a run keeps
 _WAIT = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How the model writes answers: at most `tokens` each, within `max_length` with the prompt. Temperature 0 is greedy.
-
-    A sampled answer has a seed of its own, so that equal prompts have different answers.
-    """
+    """Options of answers: at most `tokens` each, within `max_length` with the prompt; sampled ones have a seed by row."""
 
     tokens: int
     max_length: int
@@ -60,10 +53,9 @@ class Answers:
         self.known = self._read()
 
     def write(self, report: Callable[[int], None]) -> list[list[int]]:
-        """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
+        """The answer to each prompt, with its EOS if it ends by itself; the first process writes, the others wait.
 
-        Of the processes that torchrun started the first one writes, and the others wait. `report` gets the number of answers
-        that are there, and may raise to stop.
+        `report` gets the number of answers so far, and may raise to stop.
         """
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
@@ -92,21 +84,20 @@ class Answers:
         return [known[row] for row in range(len(self.prompts))]
 
     def _read(self) -> dict[int, list[int]]:
-        """An incomplete last line, of a process that was killed or still writes, is left out."""
+        """Without an incomplete last line, of a process that was killed or still writes."""
         lines = map(json.loads, whole_lines(self.journal, CheckpointError))
         return {line["row"]: line["ids"] for line in lines}
 
 
 def digest(*values: object) -> str:
-    """A digest of everything that decides what is written, for the name of its file."""
-    return hashlib.sha256(json.dumps(values, default=asdict).encode()).hexdigest()[:_DIGITS]
+    """A digest for the name of a journal."""
+    return hashlib.sha256(json.dumps(values, default=asdict).encode()).hexdigest()[:16]
 
 
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
-    """The texts of the original's own that a config asks for (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
+    """Texts of the original model to replay (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
 
-    As in a calibration, half of them begin with the template's text before a prompt, so that the model writes the prompt, too.
-    `original`: the model's fingerprint. Raises ConfigError for a share that gives no row or all of them.
+    `original`: the model's fingerprint. Raises ConfigError as `step_rows`.
     """
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
@@ -119,7 +110,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
 
 
 def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
-    """Short texts of a model's own as encoded rows, sampled as for a replay, and other texts than these."""
+    """Short sampled texts of a model as encoded rows, by other seeds than those of a replay."""
     seed ^= _APART
     tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
     starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
@@ -136,7 +127,7 @@ def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
 
 
 def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
-    """Of texts of a model's own: half begin with a random token, half with the template's text before a prompt."""
+    """Of sampled texts: half begin with a random token, half with the template's text before a prompt."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
     templated = decoder.prompt_start()[:longest]

@@ -37,10 +37,7 @@ _POOL = 50  # optimizer steps whose rows are sorted together
 
 
 def step_rows(config: TrainingConfig) -> tuple[int, int]:
-    """The rows of an optimizer step, over all processes: (those of the data, those that are the original's own text).
-
-    Raises ConfigError for a share of replay that gives no such row, or only such.
-    """
+    """(rows of the data, replayed rows) of an optimizer step, over all processes. Raises ConfigError for none of either."""
     share, rows = getattr(config, "replay", None) or 0.0, config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
@@ -56,12 +53,10 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
-    """(the rows to train on, those held out). Of a stream the former are only the first one, to see what its rows are.
+    """(the rows to train on, those held out). Of a stream only the first row is read.
 
-    Held out are the rows of `validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`.
-    Without it they are the last twentieth of the rows, at most 64; none of a stream, or of few rows that a model learns.
-
-    Where a model writes the answers itself, the rows need prompts only.
+    Held out are the rows of `validation`, which names other data or a split of `data`; without it the last twentieth, at
+    most 64. Rows need no completion where the model writes the answers.
     """
     data, is_drafter, name = config.data, isinstance(config, DrafterConfig), config.validation
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
@@ -87,10 +82,7 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
 
 
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
-    """The encoder of a run, for validation too, chosen by its training `rows`, or the first of them.
-
-    Plain text without prompts is packed in the recipes for it. Raises ConfigError for rows longer than the context.
-    """
+    """The encoder of a run, by its training `rows`. Plain text is packed in the recipes for it. Raises ConfigError."""
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     for_text = isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS
     context = trainable.backend.spec.context
@@ -100,10 +92,10 @@ def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Ro
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
-    """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
+    """The template asked for, else chat for conversations, else the one of decoding.
 
-    Two defaults differ where the model is trained. Parsing data has the parsing template, even if the model was trained with
-    another one. Prompts for a model without a template get a line end.
+    A training of the model has two other defaults: the parsing template for parsing data, even if the model has another one,
+    and for prompts of a model without a template.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
@@ -119,10 +111,10 @@ def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row])
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows that have a target: input_ids, labels, whether they were truncated, and for packed rows documents.
+    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows.
 
-    `seen` are all of them, or the first ones of a stream; beside these, `left_out` rows have prompts that leave no room for a
-    target. `digest` is of all tokens and labels in order.
+    `seen`: all of them, or the first of a stream. `left_out`: rows whose prompts leave no room for a target. `digest`: of all
+    tokens and labels.
     """
 
     rows: "list[dict[str, Any]] | StreamedRows"
@@ -136,9 +128,7 @@ class EncodedData:
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None) -> EncodedData:
-    """All rows in memory, or `most` encoded ones, 4 bytes a number. Raises DataError if none has a target token within the
-    maximum length.
-    """
+    """All rows (or `most`) in memory as int32. Raises DataError if none has a target within the maximum length."""
     encoded = [
         {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
         for row in itertools.islice(encoder.rows(rows), most)
@@ -167,10 +157,10 @@ def has_target(row: dict[str, Any]) -> bool:
 
 
 def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
-    """A few rows whose targets follow one another up to the end, each with the index of the first; no packed ones."""
+    """A few rows that end with one uninterrupted answer, each with the index of its first token; no packed ones."""
     few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
-    found = [(row, targets, int(targets.argmax())) for row, targets in few]
-    return [(row, start) for row, targets, start in found if targets[max(1, start) :].all()]  # nothing predicts the very first
+    starts = [(row, targets, int(targets.argmax())) for row, targets in few]
+    return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]  # nothing predicts the very first
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
@@ -184,10 +174,7 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, pass after pass, endlessly, each ten thousand of them shuffled.
-
-    Of several processes each reads all, and accelerate gives it its own batches.
-    """
+    """Encoded rows of a file or hub data set, endlessly, shuffled in pieces of ten thousand. Every process reads all."""
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
         self._config, self._encoder, self._seed = config, encoder, seed
@@ -213,14 +200,14 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
-    """The order of a run over rows of these lengths, and over the `texts` of a replay, which stand after the rows."""
+    """The order of a run over rows of these lengths, and over `texts` replayed ones, whose indices follow."""
     own, replayed = step_rows(config)
     order, own_texts = array("q", run_order(lengths, own, steps, config.seed)), range(len(lengths), len(lengths) + texts)
     return array("q", with_replay(order, own_texts, replayed, own + replayed))
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:
-    """An order of rows with `replayed` of the `texts`, in turn, in each step of `per_step` rows, evenly spaced in it."""
+    """The order with `replayed` of the `texts` in each step of `per_step` rows, evenly spaced."""
     turn, own = itertools.cycle(texts), per_step - replayed
     for start in range(0, len(order), own):
         rows = iter(order[start : start + own])
@@ -229,11 +216,9 @@ def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_s
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run: pass after pass over the rows, rows of similar length side by side. For that, _POOL steps at
-    a time are sorted by length, and their steps shuffled.
+    """Row indices of a whole run, rows of similar length side by side: _POOL steps at a time are sorted, then shuffled.
 
-    The order is a function of the seed alone, so that resuming needs no history. (Trainer's own shuffling depends on global
-    random state, so that a run resumed in a later epoch gets another order.)
+    A function of the seed alone, so that a resumed run has the same order; Trainer's own depends on global random state.
     """
     waiting: list[int] = []
     left = steps
@@ -252,11 +237,7 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
-
-    It has `input_ids` and `labels` (B, T), and `lengths` (B,) without padding. Packed rows add `documents` (B, T), -1 in the
-    padding.
-    """
+    """`input_ids` and `labels` (B, T), padded at the right, `lengths` (B,), and of packed rows `documents` (B, T), else -1."""
 
     def padded(name: str, filler: int) -> Tensor:
         return pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler).long()

@@ -19,9 +19,7 @@ _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes an example as its prompt in `template` and its completion, a conversation in the tokenizer's chat template, and
-    with `pack` plain text as packed documents.
-    """
+    """Encodes examples in `template`, conversations in the chat template, and with `pack` plain text as packed documents."""
 
     tokenizer: Any
     template: PromptTemplate
@@ -29,10 +27,7 @@ class Encoder:
     pack: bool = False
 
     def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """Rows of input_ids and labels (IGNORED where there is no target), at most `max_length` tokens each.
-
-        `truncated` tells whether a row was cut, perhaps before its first target.
-        """
+        """Rows of input_ids, labels (IGNORED without a target) and `truncated`, at most `max_length` tokens each."""
         encoded = map(self._encoded, rows)
         if self.pack:
             yield from ({**row, "truncated": False} for row in packed((ids for ids, _ in encoded), self.max_length))
@@ -56,10 +51,7 @@ class Encoder:
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
-        """Prompt, completion and end of text; only the latter two have labels.
-
-        In a completion the text of a special token stays text after a prompt in a template; in raw text it becomes the token.
-        """
+        """Prompt, completion and EOS, the latter two with labels. After a template, special tokens in it stay text."""
         prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
         special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
         if special is None or not special.found(row.completion):
@@ -112,10 +104,9 @@ def _naming(row: Row) -> Iterator[None]:
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence.
+    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence, cut where a row ends.
 
-    A document that does not fit continues in the next row, without a view of its beginning. `documents` numbers the documents
-    of a row; the label of the first token of each is masked, because nothing predicts it.
+    `documents` numbers the documents of a row. The first token of each has no label, because nothing predicts it.
     """
     tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
     while row := list(islice(tokens, length)):
@@ -126,9 +117,7 @@ def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, An
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
-    """A transformers tokenizer of `vocab_size` entries, including bytes and three special tokens; of fewer entries if the rows
-    have too few pairs of characters to merge.
-    """
+    """A transformers tokenizer of at most `vocab_size` entries, including bytes and three special tokens."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Blocks at the exits of a model that stays as it is: their training forward, over the model's states as decoding has them."""
+"""Training of exit blocks of a frozen model, over the hidden states that decoding has."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places, available_memory
-from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from .recipe import RunStep
 from .verdict import SpeedEstimate, exit_speedup
 
@@ -25,64 +25,57 @@ _FILE = "drafter.safetensors"  # of a run's checkpoint
 
 
 class Block(nn.Module):
-    """A decoder layer and a norm, and with the feature `final` the map of its two inputs; see model/exit_blocks.py.
+    """A decoder layer and a norm, which start as the model's own, in fp32.
 
-    The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as the model's own, and as [I, 0] for
-    the map, in fp32.
+    The parameters have the names of `ExitBlock.shapes`, without the prefix.
     """
 
-    def __init__(self, backend: TransformersBackend, block: ExitBlock) -> None:
+    def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
-        width = backend.spec.hidden
         self.layer, self.norm = backend.block_parts()
-        self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
-        if self.input is not None:
-            nn.init.eye_(self.input.weight)
         self._run = backend.run_block
         self.to(backend.device, torch.float32).requires_grad_(True)
 
-    def forward(self, states: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-        """The input (B, T, D) of the head, for the states after the exit of the tokens (B, T), and the final states of those
-        before.
-        """
-        hidden = states if self.input is None else self.input(torch.cat((states, before), dim=-1))
-        normed: Tensor = self.norm(self._run(self.layer, hidden, ids))
+    def forward(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The input (B, T, D) of the head, for the states after the exit of the tokens (B, T)."""
+        normed: Tensor = self.norm(self._run(self.layer, states, ids))
         return normed
 
 
 class DrafterModule(nn.Module):
-    """What drafts for a model that stays as it is, in training. A kind of it also has `of`, a new one as a config asks for it,
-    and `files`, what is saved. The forward is as that of `RecipeModule`, with divergences from full depth as losses.
+    """A drafter of a frozen model in training. Subclasses have `of`, which makes one by a config, and `files`, to be saved.
+
+    The forward is as that of `RecipeModule`, with divergences from full depth as losses.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
     first_target = 1  # the index of the first token of a row that is predicted
     layers: tuple[int, ...]  # after which states are read, ascending
     names: dict[int, str]  # by measured exit, of what is trained, as layerskip.json has it
-    details: dict[str, Any]  # of how all of it was trained
 
     def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
         self.backend, self.config = backend, model.requires_grad_(False).config
         self.decoder: Backend = backend  # computes the states; in a run that of decoding
+        self.details: dict[str, Any] = {}  # of how all of it was trained
         self._kept: dict[bytes, Tensor] = {}  # by the ids of a text, its states (X + 1, T, D)
         self._room = available_memory() / 4  # bytes
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The states (B, T, D) after each of the `layers` and those after the final norm, in fp32, of ids (B, T).
+        """The states (B, T, D) after each of the `layers`, and after the final norm, in fp32, of ids (B, T).
 
-        Those of a text are computed once, as long as a quarter of the memory that is free at first holds them.
+        A quarter of the free memory keeps those of texts seen before.
         """
         texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]  # without padding, which no token sees
         fresh = [row for row, text in enumerate(texts) if text not in self._kept]
-        found = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
-        for row, states in found.items():
+        computed = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
+        for row, states in computed.items():
             if self._room > states.nbytes:
                 self._kept[texts[row]], self._room = states, self._room - states.nbytes
         states = torch.zeros(len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device)
         for row, text in enumerate(texts):
-            own = found[row] if row in found else self._kept[text]
+            own = computed[row] if row in computed else self._kept[text]
             states[:, row, : own.shape[1]] = own[:, : ids.shape[1]]
         *read, final = states
         return read, final
@@ -127,51 +120,36 @@ class DrafterModule(nn.Module):
 
 
 class FrozenExits(DrafterModule):
-    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs.
-
-    Their matrices are trained by Muon, and the rest stays as it starts, see `new_readers`: on `embedded-base` 300 such steps
-    gave 94.2% agreement, 600 of AdamW on all weights 94.7%.
-    """
+    """The blocks of a model, whose matrices Muon trains; of the model only the head runs."""
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock]) -> None:
         super().__init__(backend)
         self.exits = new_readers(backend, blocks)
         self.layers = tuple(block.exit_layer for block in blocks)
         self.names = {exit_layer: str(exit_layer) for exit_layer in self.layers}
-        self.details = {"feature": blocks[0].feature if blocks else "none"}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
-        return cls(backend, [ExitBlock(exit_layer, config.feature) for exit_layer in exits])
+        return cls(backend, [ExitBlock(exit_layer) for exit_layer in exits])
 
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
-        """The files beside the model by their names, with the weights in this precision.
-
-        `kept`: what the model has already. `made_for`: its fingerprint. `verifier`: its folder or hub id.
-        """
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
+        """The files beside the model by name. `kept`: its blocks. `verifier`: its folder or hub id."""
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
-        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, made_for, kept)}
+        return {EXIT_BLOCKS_FILE: exit_blocks_content(self.backend.spec, weights, model_fingerprint, kept)}
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """With the feature `final` a block runs twice: on the final states of the tokens before, as in the first draft of a
-        round, and on its own, as in later ones (HASS, Zhang et al., 2025); the loss is the mean, and `per_exit` of the first.
-        """
         is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
         head, vocab, teacher = self.backend.head, self.backend.spec.vocab, finals[:, :-1][is_target]
         results = []
         for block, state in zip(self.exits.values(), states, strict=True):
-            runs = [block(state, features_of(finals), input_ids)]
-            if block.input is not None:
-                runs.append(block(state, features_of(runs[0]), input_ids))
-            runs = [run[:, :-1][is_target] for run in runs]
-            mean = [(0.0, 1 / len(runs))] * len(runs)
-            results.append(summed_losses(head, runs, None, vocab, mean, teacher))
+            hidden = block(state, input_ids)[:, :-1][is_target]
+            results.append(summed_losses(head, [hidden], None, vocab, [(0.0, 1.0)], teacher))
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
@@ -181,11 +159,8 @@ class FrozenExits(DrafterModule):
 
 
 def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
-    """Blocks in training, by exit: the model's own where `kept` has them, else new ones.
-
-    Norms and biases stay as they start, and so do weights of three dimensions (experts), which Muon does not take.
-    """
-    readers = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
+    """Blocks in training, by exit: those of `kept`, else new ones. Only matrices are trained, which Muon takes."""
+    readers = nn.ModuleDict({str(block.exit_layer): Block(backend) for block in blocks})
     stored, known = kept.weights(backend.spec), [block for block in kept.blocks if block in blocks]
     copy_into(named_weights(readers), {name: stored.of(name) for block in known for name in block.shapes(backend.spec)})
     for weight in readers.parameters():

@@ -1,8 +1,6 @@
-"""The training forward of a whole model under the recipe: its layers on some rows of a batch and on packed documents, the
-losses of its exits, and LoRA adapters in place of its weights.
+"""The training forward of a whole model under the recipe, with losses of exits, and LoRA adapters.
 
-Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let the
-processes drift apart.
+Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
 from collections.abc import Iterator
@@ -37,10 +35,10 @@ class RecipeModule(nn.Module):
     def __init__(
         self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
     ) -> None:
-        """`model`: a transformers causal LM, or a peft model around one. `readers`: by exits, see `new_readers`.
+        """`model`: a transformers causal LM, or a peft model around one. `recompute`: the backward pass runs layers again.
 
-        `recompute`: the backward pass runs the layers again, with the same rows dropped. The attribute `tokenizer` is saved
-        with the model; `by_muon`: Muon trains the matrices of the layers.
+        `readers`: by exits, see `new_readers`. The attribute `tokenizer` is saved with the model; `by_muon`: Muon trains the
+        matrices of the layers.
         """
         super().__init__()
         self.model, self.config = model, model.config
@@ -55,10 +53,7 @@ class RecipeModule(nn.Module):
         self.readers = readers or nn.ModuleDict()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """As `DrafterModule.muon`: the readers' matrices, and with `by_muon` those of the model's layers.
-
-        Muon's steps do not depend on the gradient's scale, so readers learn at their own speed, whatever their losses weigh.
-        """
+        """As `DrafterModule.muon`: the readers' matrices, whatever their losses weigh, and with `by_muon` the layers'."""
         if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
             yield weights, MUON_LR, "original"
         if self.by_muon:
@@ -68,13 +63,10 @@ class RecipeModule(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
+        """Ids and labels (B, T), padded at the right, labels IGNORED without a target; `documents` (B, T): see `WholeTexts`.
 
-        `documents` (B, T): see `WholeTexts.states`.
-
-        Returns `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
-        `per_exit`, the summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit`
-        belongs to; in evaluation `agreeing` (exits,), the number of targets where an exit's best token is the last layer's.
+        Returns `loss`, the weighted sum over target tokens in nats, `per_exit` (exits,), the summed cross-entropy of each of
+        `exit_layers`, and in evaluation `agreeing` (exits,), the targets where an exit's best token is the last layer's.
         """
         layers, recipe = self.backend.num_layers, self.recipe
         exits = exits_on(recipe, step.done, step.total, layers) if self.training else (*self.names, layers)
@@ -104,14 +96,14 @@ class RecipeModule(nn.Module):
     def _read(
         self, exit_layer: int, states: Tensor, ids: Tensor, labels: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What predicts a target (N, D), of the states (B, T, D) after an exit: these, or a reader's; and the targets (N,)."""
+        """(states (N, D) that predict a target, targets (N,)) of the states (B, T, D) after an exit, through its reader."""
         if str(exit_layer) not in self.readers:
             return target_rows(states, labels)
         reader = self.readers[str(exit_layer)]
         if documents is None:
-            return target_rows(reader(states, states, ids), labels)
+            return target_rows(reader(states, ids), labels)
         rows = DocumentRows(documents)
-        return target_rows(rows.together(reader(rows.apart(states), states, rows.apart(ids))), labels)
+        return target_rows(rows.together(reader(rows.apart(states), rows.apart(ids))), labels)
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         """As `DrafterModule.estimated_speedup`."""
@@ -165,10 +157,9 @@ def with_lora(model: Any, config: FinetuneConfig) -> Any:
 
 
 def use_fp32_attention(model: Any) -> None:
-    """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged.
+    """Makes a transformers model with `sdpa` attention run it in fp32 on short rows.
 
-    There torch's flash kernel is slow in bf16 on a CPU (torch 2.13, AVX-512 BF16, forward and backward of a layer): 32 rows of
-    56 tokens take 15 ms in bf16 and 7 in fp32, 8 of 224 take 39 and 44.
+    There torch's flash kernel is slow in bf16 on a CPU: of a layer 32 rows of 56 tokens take 15 ms, 7 in fp32 (torch 2.13).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,4 +1,4 @@
-"""A run with all defaults resolved: its time and memory on this machine, and its course."""
+"""A run with all defaults resolved, and its course."""
 
 import ctypes
 import json
@@ -29,7 +29,7 @@ from .sharding import process_index, world_size
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
-# May differ between a run and its resumption: none of it changes the steps that follow.
+# May differ between a run and its resumption.
 _FREE = (
     *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
     *("validation", "validation_samples", "eval_steps"),
@@ -48,14 +48,13 @@ class Verdict:
 
 
 class Plan:
-    """A run, all defaults resolved. It trains a model under a `recipe`, or what drafts for a model that stays as it is.
+    """A run, all defaults resolved, of a model under a `recipe` or of a drafter.
 
-    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
-    still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
-    the same or not at all.
+    Of a stream `rows` is None, and counts are of its first rows; `tokens` has answers to be written at their full length. A
+    run is resumed with the same `sealed` values only.
     """
 
-    config: TrainingConfig  # with `lr` and `max_length`, and for a drafter the exits
+    config: TrainingConfig
     trainable: Trainable
     module: Any  # a RecipeModule or DrafterModule
     device: str
@@ -70,7 +69,7 @@ class Plan:
     resume: Path | None  # a checkpoint
     held_out: int  # rows
     notes: tuple[str, ...] = ()  # what the user should know before it starts
-    answers: Answers | None = None  # that the model writes to its rows and those held out, or texts of a replay
+    answers: Answers | None = None  # of the model, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
 
@@ -106,11 +105,8 @@ class Plan:
     ) -> CheckpointInfo:
         """Trains to the end, and writes the result to the config's `output`. Returns the info of the saved model.
 
-        `on_step` is called after each step; an exception of it ends the run. `on_progress` gets a stage before the training,
-        such as "answers", and how many of how many are done.
-
-        Raises CheckpointError for a checkpoint that cannot be read or written, TrainingError for a loss that is not finite or
-        explodes, TrainingInterrupted by Ctrl-C or SIGTERM, after which it can be resumed, and LockedError.
+        `on_progress` gets a stage before the training, such as "answers", and how many of how many are done. Raises
+        CheckpointError, TrainingError for a loss that is not finite or explodes, TrainingInterrupted, and LockedError.
         """
         from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
 
@@ -143,18 +139,16 @@ class Plan:
         raise NotImplementedError
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
-        """What the exits or the drafter of the saved model give, by passes that are timed on this machine; lowest exits first.
-        None of what was not measured on held-out rows, and in other processes than the first.
-        """
-        names, measured, found = self.module.names, info.agreement, list[Verdict]()
+        """The gain of the saved model's exits or drafter on this machine, in the first process; needs held-out rows."""
+        names, measured, gains = self.module.names, info.agreement, list[Verdict]()
         known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
         if not known or process_index() > 0:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
             speed, drafts = self.module.estimated_speedup(backend, exit_layer).speed(share)
-            found.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
-        return found
+            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+        return gains
 
     @property
     def trained(self) -> int:
@@ -175,15 +169,12 @@ class Plan:
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
-    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    """The lock of `output` for a whole run; under torchrun the first process holds it for all."""
     return hold(output, "a training") if process_index() == 0 else nullcontext()
 
 
 def _keep_memory() -> None:
-    """From now on glibc keeps the memory that a step frees for the next one.
-
-    Else it returns large blocks to the kernel, which clears every page of the next ones: 5 to 10% of a step on a CPU.
-    """
+    """Makes glibc keep the memory that a step frees: clearing new pages takes 5 to 10% of a step on a CPU."""
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(library, "mallopt", lambda option, value: 0)
     mallopt(_MMAP_MAX, 0)

@@ -1,8 +1,4 @@
-"""A run in progress: the report of each step, the history of losses, and checkpoints.
-
-A checkpoint begins with the settings of its run, and is whole if it has Trainer's state, which is written last. A run refuses
-to start beside a folder of such a name that this program did not write.
-"""
+"""A run in progress: reports, losses and checkpoints, which begin with the run's settings and end with Trainer's state."""
 
 import json
 import os
@@ -42,10 +38,7 @@ class StepReport:
 
 
 class StepLosses(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
-
-    `agreement`: on held-out rows, the share of targets where the exit's best token is the last layer's.
-    """
+    """A step's losses in nats per target token; `validation`, `agreement` (with the last layer): held-out rows, by exit."""
 
     step: int
     loss: float
@@ -109,11 +102,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def resume_point(config: TrainingConfig) -> Path | None:
-    """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
+    """The checkpoint that `resume` continues from; None where a run has left only texts.
 
-    Raises CheckpointError if there is nothing to go on from; without `resume`, ConfigError if there is a run to lose. Raises
-    ConfigError for files in the way of a run's checkpoints that this program did not write. Its own have a seal, which those of
-    transformers' own Trainer lack.
+    Raises CheckpointError if there is nothing to continue, ConfigError if there is a run to lose or files in the way that this
+    program did not write: its checkpoints have a seal.
     """
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)

@@ -1,7 +1,4 @@
-"""The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1): what it does at each step, and the paper's settings.
-
-All of it is a function of the step, so that a run is resumed without a history.
-"""
+"""The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1) as functions of the step, and the paper's settings."""
 
 import math
 from collections import Counter
@@ -52,10 +49,7 @@ class RunStep:
 
 
 def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
-    """The fields of a recipe: the paper's for a model of that many parameters (LayerSkip tables 1 and 2), or ours, `auto`.
-
-    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default.
-    """
+    """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our default), or ours, `auto`."""
     parameters = spec.parameters
     if preset == "none" or (preset == "auto" and spec.layers == 1):
         return {"p_max": 0.0, "e_scale": 0.0, "curriculum": "none"}
@@ -75,11 +69,7 @@ def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
 
 
 def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
-    """The exits of the preset auto: after a third of the layers and, in runs that can teach two, a fifth.
-
-    On SmolLM2 readers at exits 6, 10 and 12 of 30 agree equally often; on `embedded-base` that of exit 8 of 24 far more often
-    than that of exit 4.
-    """
+    """The exits of the preset auto: after a third of the layers and, in runs of `TAUGHT` steps, a fifth."""
     third, fifth = max(1, num_layers // 3), max(1, num_layers // 5)
     return tuple(sorted({third, fifth} if steps >= TAUGHT else {third}))
 
@@ -100,12 +90,10 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
 
 
 def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
-    """What was asked, else the preset, for a model of L layers and a run of so many steps.
+    """The requested settings, completed by the preset for this model and number of steps.
 
-    R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
-
-    Raises ConfigError for settings that the curriculum does not use, for early exits that all weigh nothing, and for dropout in
-    a model of one layer or a run of one step.
+    R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below. Raises
+    ConfigError for unused settings, exits without any weight, and dropout in a model of one layer or a run of one step.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
     preset = recipe_preset(asked.preset, spec, steps)
@@ -143,8 +131,7 @@ def depth_scale(layer: int, num_layers: int) -> float:
 def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constant") -> float:
     """S(t): 1, constant, for an existing checkpoint; exp(t ln2 / (T-1)) - 1, rising, for training from scratch (the paper).
 
-    Ours, falling: a line from 1 to 0 over the first third of the run. The steps after it win back what dropout costs the last
-    layer.
+    Ours, falling: from 1 to 0 over the first third of the run; later steps win back what dropout costs the last layer.
     """
     if schedule == "constant":
         return 1.0
@@ -155,10 +142,7 @@ def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constan
 
 
 def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: DropoutProfile = "exponential") -> list[float]:
-    """p(l, t) = S(t) D(l) p_max for each layer index; `scale` is S(t).
-
-    With the profile "constant", every layer has the mean of these rates: the comparison of LayerSkip's figure 12.
-    """
+    """p(l, t) = S(t) D(l) p_max for each layer index, `scale` = S(t); "constant": their mean (LayerSkip's figure 12)."""
     if p_max == 0:
         return [0.0] * num_layers
     rates = [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
@@ -166,11 +150,10 @@ def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: Dr
 
 
 def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int) -> list[int]:
-    """Indices of the batch rows that run a layer. `first_row`: index of the first of them among the rows of the whole
-    optimizer step, over processes and micro-batches.
+    """Indices of the batch rows that run a layer. `first_row`: index of the first row in the whole optimizer step.
 
-    Each row's draw depends on (seed, step, its index in the step, layer) alone. So the same rows are dropped however a step is
-    divided, and where a run is resumed or a layer recomputed.
+    Draws depend on (seed, step, index in the step, layer) alone, not on how a step is divided over processes, and repeat where
+    a run is resumed or a layer recomputed.
     """
     if rate == 0:
         return list(range(batch_size))
@@ -202,11 +185,10 @@ def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, ki
 
 
 def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tuple[int, ...]:
-    """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of `total_steps`.
+    """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of T = `total_steps`, the last always.
 
-    Over the recipe's n exits (all L layers unless it names some). rotational: index i is on when i % R == step % R. gradual:
-    when 2*n*step >= T*(n - i), from the last exit down, one more every T/(2n) steps. The last layer is always on: taken
-    literally, the paper's rotation would train it on one step in R.
+    Index i of the recipe's n exits (all L layers unless it names some) is on when i % R == step % R (rotational), or when
+    2*n*step >= T*(n - i) (gradual: from the last exit down). Taken literally, the paper trains the last layer one step in R.
     """
     exits = recipe.exits or tuple(range(1, num_layers + 1))
     count = len(exits)

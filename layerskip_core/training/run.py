@@ -1,7 +1,4 @@
-"""Training: `prepare` loads and plans a run, and writes nothing; the plan that it returns trains, and saves the result.
-
-There are two kinds: of a model, or adapters on it, under the recipe or not; and of what drafts for a model that stays as it is.
-"""
+"""Training: `prepare` loads and plans a run, and writes nothing; the plan trains and saves a model, or a drafter beside one."""
 
 import json
 import os
@@ -164,7 +161,7 @@ class WholeModel(Plan):
         if self.original is not None:
             details["cost"] = msgspec.to_builtins(self.original.cost())
         if self.module.readers:
-            details[EXIT_BLOCKS] = {str(layer): {"feature": "none"} for layer in recipe.exits}
+            details[EXIT_BLOCKS] = {str(layer): {} for layer in recipe.exits}
         info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
         if first:
             model = self.module.model
@@ -178,7 +175,7 @@ class WholeModel(Plan):
 
 
 class FrozenModel(Plan):
-    """The training of what drafts for a model that stays as it is. The held-out prompts and texts are the last ones."""
+    """The training of a drafter of a frozen model. The held-out prompts and texts are the last ones."""
 
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
@@ -195,8 +192,7 @@ class FrozenModel(Plan):
             )
         refuse_overwrite(config.output, config.overwrite or config.in_place)
         answers = config.answers or ("model" if has_prompts(config.data) else "data")
-        # The same model twice: in transformers, where the blocks' parts are copied from, and on the kernels of decoding, which
-        # write the answers and compute the states.
+        # The model twice: in transformers, to copy blocks from, and on the kernels of decoding, for answers and states.
         self.place(config, device, for_training(config.model, str(device), config.dtype))
         backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
         require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
@@ -212,7 +208,8 @@ class FrozenModel(Plan):
             raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
         self.decoder = for_decoding(config.model, str(device), config.dtype)
         module.decoder = decoding = self.decoder.backend
-        self.made_for, self.estimate = fingerprint(backend.spec, weight_of), module.estimated_speedup(decoding, min(module.names))
+        self.model_fingerprint = fingerprint(backend.spec, weight_of)
+        self.estimate = module.estimated_speedup(decoding, min(module.names))
         self._encode()
         self._resolve(resume)
 
@@ -239,7 +236,7 @@ class FrozenModel(Plan):
         if config.answers == "model":
             self.texts, prompts = [], self.texts
         how = Writing(config.answer_tokens, longest)
-        journal = f"answers-{digest(self.made_for, prompts, how, config.dtype)}.jsonl"
+        journal = f"answers-{digest(self.model_fingerprint, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
     def _resolve(self, resume: Path | None) -> None:
@@ -251,7 +248,7 @@ class FrozenModel(Plan):
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        self.seal(resume, {"original": self.made_for, "texts": digest(answers.journal.name, texts)})
+        self.seal(resume, {"original": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         texts: Any = self.texts
@@ -265,13 +262,13 @@ class FrozenModel(Plan):
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
         config, info = self.config, self.trainable.info
-        told = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
-        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **told}))  # as it is read back
+        how = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
-        files = self.module.files(stored_dtype(config.model), self.kept, self.made_for, verifier)
+        files = self.module.files(stored_dtype(config.model), self.kept, self.model_fingerprint, verifier)
         if config.in_place:
             for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
                 (Path(config.output) / name).unlink(missing_ok=True)

@@ -1,8 +1,4 @@
-"""The processes that torchrun started, and FSDP2: weights, gradients and optimizer state, sharded over them.
-
-accelerate wraps the module; here is what it is asked for, and what is written: a file per process in each checkpoint, and a
-whole model at the end.
-"""
+"""The processes that torchrun started, and FSDP2 over them: a file per process in each checkpoint, a whole model at the end."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -33,9 +29,7 @@ def process_index() -> int:
 
 
 def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
-    """Raises ConfigError for `fsdp` with one process, or on a device other than GPUs and CPUs, and for that of `accelerate
-    launch`, whose settings a run does not follow.
-    """
+    """Raises ConfigError for `fsdp` with one process or on another device, and for FSDP asked of `accelerate launch`."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
     require(launched == "false", "accelerate's use_fsdp", "false; give `fsdp` instead", launched)
     if config.fsdp:
@@ -45,12 +39,10 @@ def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
 
 
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
-    """Makes an Accelerator shard what it prepares from now on.
+    """Makes an Accelerator shard modules from now on, each of the `layers` alone, the rest as one unit.
 
-    Each of the `layers` is sharded alone. The embedding, the final norm and the head are one further unit, which stays whole
-    from the first layer to the last exit. Compute is in bf16 where the Accelerator's is; gradients are summed in fp32.
-
-    accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
+    Gradients are summed in fp32. accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it
+    is used on both.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -69,10 +61,7 @@ def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
 
 
 def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
-    """Writes this process's shards of the trained weights and of the optimizer's state, and the scheduler's.
-
-    (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
-    """
+    """Writes this process's shards of trained weights and optimizer. (torch.distributed.checkpoint reads pickles.)"""
     reshard(module)
     folder.mkdir(parents=True, exist_ok=True)
     states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
@@ -90,9 +79,9 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Puts whole weights on the CPU in the place of sharded ones where `keep`; elsewhere empty ones. All processes call it.
+    """Replaces shards by whole weights on the CPU where `keep`, else by empty ones. All processes call it.
 
-    Tied weights stay tied. The module cannot be trained afterwards; where `keep`, it runs on the CPU.
+    Tied weights stay tied. The module cannot be trained afterwards.
     """
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
@@ -112,7 +101,7 @@ def gather_whole(module: nn.Module, keep: bool) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees the whole weights that a forward without a backward has left, so that the module's parameters are shards again."""
+    """Frees whole weights left by a forward without a backward: parameters are shards again."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

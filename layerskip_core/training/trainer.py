@@ -1,8 +1,7 @@
-"""The training loop: transformers' Trainer around a module, and what happens around its steps.
+"""The training loop: transformers' Trainer around a module.
 
-Trainer's public interface does not suffice: `_load_from_checkpoint`, `_save_optimizer_and_scheduler` and
-`_load_optimizer_and_scheduler` are overridden, and `_n_gpu` is set. Nothing else in training/ touches its private names; if a
-new version of transformers changes these, tests/training/test_resume.py fails.
+Three private methods of Trainer are overridden and `_n_gpu` is set; if a new version of transformers changes these,
+tests/training/test_resume.py fails.
 """
 
 import math
@@ -37,12 +36,10 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
-    """Trains a module through a run, and is told of the steps as its own callback.
+    """Trains a module through a run; its own callback.
 
-    It gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step. Its
-    checkpoints hold what the module keeps; under FSDP2 a checkpoint has a file of each process.
-
-    Raises TrainingError for a gradient that is not finite and for a loss that explodes.
+    The summed loss is divided by the target tokens of the whole optimizer step. Checkpoints have the module's own files, under
+    FSDP2 a file per process. Raises TrainingError for a gradient that is not finite and for a loss that explodes.
     """
 
     control: Any
@@ -51,7 +48,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, plan: "Plan", rows: Any, held_out: Any, on_step: Callable[[StepReport], None], interruption: Interruption
     ) -> None:
-        """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
+        """`rows`: a data set in the order of the run."""
         self.plan, self.on_step, self.interruption, self.history = plan, on_step, interruption, LossHistory()
         self.checkpoints = checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
@@ -144,7 +141,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Begins a checkpoint with what the module keeps, such as an ordinary one of transformers or peft."""
+        """Begins a checkpoint with the module's own files."""
         self.phase, folder = "saving", Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             seal(folder, self.plan.sealed, self.history)
@@ -179,7 +176,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         control.should_log = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the losses of exits to what Trainer logs of a step, reports the step, and decides what follows it."""
+        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides what follows it."""
         if "grad_norm" in logs:
             self._end_step(logs)
         super().log(logs, start_time)

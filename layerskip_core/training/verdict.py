@@ -33,8 +33,9 @@ _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so th
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """`step`: seconds of a plain step. `draft`: what a draft takes of it. `speed`: by the share of accepted drafts, the speed
-    over plain decoding with the best number of drafts, and this number.
+    """`step`: seconds of a plain step. `draft`: the share of it that a draft takes.
+
+    `speed`: from an acceptance rate to (speedup with the best number of drafts, this number).
     """
 
     step: float
@@ -44,9 +45,7 @@ class SpeedEstimate:
 
 @torch.inference_mode()
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
-    """Of drafts through an exit, with or without a block, which takes as long as the last layer. The target goes on from the
-    exit's states.
-    """
+    """Of drafts through an exit. A block takes as long as the last layer; the target continues from the exit's states."""
     layers, run = backend.num_layers, _Passes(backend)
     head = backend.draft_sides[None].at_exits.unembed
     draft = run.seconds(0, exit_layer, head=None if has_block else head)
@@ -110,12 +109,13 @@ def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
 
 
 class Original:
-    """A model before its training: how it reads texts of its own and held-out rows, and how many of these it answers right.
-    `cost` measures all of it again, after the training. In fp32.
+    """A model before its training, in fp32: losses on its own texts and held-out rows, and exact match on some of these.
+
+    `cost` measures them again after the training.
     """
 
     def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
-        """`trained_rows`: of the data, over the whole run. A short run has fewer rows answered, or none."""
+        """`trained_rows`: over the whole run; a short run has fewer rows answered, or none."""
         self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
         few = with_whole_answers(held_out)
         self._own, self._held_out = own_texts(self._decoder, seed), [row for row, _ in few]
@@ -136,11 +136,11 @@ class Original:
 
     @torch.no_grad()
     def _measured(self) -> tuple[Tensor, float, float, float]:
-        """(the best tokens and the mean loss of its own text, the mean loss of held-out rows, the share answered right)."""
+        """(argmax tokens and mean loss of its own texts, mean loss of held-out rows, exact match)."""
         return *self._read(self._own), self._read(self._held_out)[1], self._answered()
 
     def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
-        """(the best tokens (N,) in the place of each that is predicted, the mean loss)."""
+        """(argmax tokens (N,), mean loss) over the targets."""
         backend, best, loss = self._backend, list[Tensor](), 0.0
         for row in rows:
             ids, labels = (torch.as_tensor(row[name]).to(backend.device).long()[None] for name in ("input_ids", "labels"))
@@ -152,7 +152,7 @@ class Original:
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
 
     def _answered(self) -> float:
-        """The share of rows whose greedy answer is theirs, but for white space around it."""
+        """Exact match of greedy answers, up to outer white space."""
         decoder, right = self._decoder, 0
         for at in range(0, len(self._asked), BATCH):
             prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)

@@ -61,7 +61,6 @@ def _log(folder, name, pid):
 
 
 def _command(folder, arguments, moment, number):
-    """In a fork: what the console script does, with its exit status."""
     gc.freeze()  # so that it copies no pages to look for garbage
     os.fsync = lambda _: None  # killed processes lose nothing that they wrote
     os.setsid()

@@ -24,14 +24,14 @@ ODD = (  # no huge sizes: a model may waste its user's memory
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, forks, wide_base):
-    """Models with exit blocks, with int4 weights, and as a GGUF file."""
     home = tmp_path_factory.mktemp("models") / "home"
     home.mkdir()
     few = ("--samples", "2", "--steps", "1")
     frozen = ("train-drafter", "--exits", "2", "--batch-size", "2", "--answer-tokens", "4", "--output", "blocks")
     for command in (
         (*frozen, *few, "--model", wide_base),
-        ("calibrate", *few, "--length", "8", "--model", wide_base, "--output", "int4"),
+        ("import", wide_base, "--output", "int4"),
+        ("calibrate", "--samples", "2", "--model", "int4"),
         ("export", wide_base, "--exit", "4", "--format", "gguf", "--output", "gguf"),
     ):
         assert (ended := forks.run(home, *command)).code == 0, ended.err

@@ -20,7 +20,7 @@ RESUME, OVERWRITE = ("--resume",), ("--overwrite",)
 FEW = ("--batch-size", "2", "--max-length", "48", "--samples", "4", "--steps", "2", "--save-steps", "1", "--dtype", "fp32")
 SHORT = ("--strategies", "autoregressive,early-exit")
 FROZEN = ("train-drafter", "--exits", "2", "--answer-tokens", "4", *FEW, "--model", "out", "--output", "out")
-CALIBRATE = ("calibrate", "--samples", "2", "--length", "8", "--steps", "1")
+CALIBRATE = ("calibrate", "--samples", "2", "--model", "out")
 BENCH = ("bench", "--model", "NEW", "--samples", "2", "--repeats", "1", "--max-new-tokens", "4", "--output", "out", *SHORT)
 SWEEP = ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save")
 IMPORT = ("import", "NEW", "--output", "out", *OVERWRITE)
@@ -51,15 +51,13 @@ KILLED = {
     "finetune over a model": Scenario(("finetune", "--model", "NEW", *FEW, "--output", "out", *OVERWRITE), again=ALL),
     "bench": Scenario(BENCH, over=None, again=ALL, checked=()),
     "sweep --save": Scenario(SWEEP, kept=KEPT),
-    "calibrate beside a model": Scenario(
-        (*CALIBRATE, "--model", "out"), checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")
-    ),
+    "calibrate beside a model": Scenario(CALIBRATE, checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")),
     "frozen beside a model": Scenario(FROZEN, again=ALL, checked=(WEIGHTS, BLOCKS), kept=KEPT, ask=("--exit", "2")),
 }
 WRITERS = {  # `checked`: those that replace the model
     "import": Scenario(IMPORT, "OLD"),
     "import another": Scenario(("import", "OLD", "--output", "out", *OVERWRITE), "OLD"),
-    "calibrate": Scenario((*CALIBRATE, "--model", "WIDE", "--output", "out", *OVERWRITE), "OLD"),
+    "calibrate": Scenario(CALIBRATE, checked=()),
     "frozen beside": Scenario(FROZEN, "OLD", checked=()),
     "sweep": Scenario(SWEEP, "OLD", checked=()),
 }

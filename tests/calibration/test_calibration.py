@@ -1,29 +1,18 @@
-"""Calibration: a weight by GPTQ and the descent after it; the whole model; the tuning of its scales; `layerskip calibrate`."""
+"""Calibration: a weight by GPTQ; the whole model; `layerskip calibrate`."""
 
-import json
-import shutil
-from pathlib import Path
+import os
 
 import pytest
 import torch
 from command_line import fails, run
-from conftest import DENSE_MIXERS, run_texts, tiny_model
+from conftest import run_texts, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from layerskip_core import load
-from layerskip_core.calibration.model import (
-    Aim,
-    descended,
-    gptq,
-    quantize,
-    searched,
-    tune,
-    with_best_levels,
-    with_best_scales,
-)
+from layerskip_core.calibration.model import damped, fitted, gptq, nearest, quantize
+from layerskip_core.checkpoint import sidecars
 from layerskip_core.checkpoint.folder import INT4_FILE
-from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.weights import int4_of
@@ -57,33 +46,21 @@ def with_weights(model_type, weights):
     return backend
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", *DENSE_MIXERS])
-def test_each_step_brings_predictions_nearer_to_the_original(model_type):
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3_text", "qwen3_5_text", "nemotron_h"])
+def test_predictions_are_nearer_to_the_original_than_those_of_rounded_weights(model_type):
     backend = backend_of(model_type)
     names = matrix_names(backend.spec)
     parameters = {name: backend.model.get_parameter(name).detach() for name in names}
     nearest = with_weights(model_type, {name: int4_of(weight) for name, weight in parameters.items()})
     done = []
-    weights, original = quantize(backend, TEXTS, done.append)
+    weights = quantize(backend, TEXTS, done.append)
     assert done == [1, 2, 3, 4, 5, 6, 7] and sorted(weights) == sorted(names)
-    calibrated = divergence(with_weights(model_type, weights), model_type, TEXTS)
-    assert calibrated == pytest.approx(divergence(backend, model_type, TEXTS))
-    steps = []
-    tuned = tune(backend, weights, original, TEXTS, 40, 0, lambda step, value: steps.append((step, value)))
-    assert [step for step, _ in steps] == list(range(1, 41)) and steps[0][1] == pytest.approx(calibrated, rel=0.01)
-    again = with_weights(model_type, tuned)
-    assert divergence(again, model_type, TEXTS) < 0.95 * calibrated < 0.8 * divergence(nearest, model_type, TEXTS)
-    assert divergence(again, model_type, UNSEEN) < 0.8 * divergence(nearest, model_type, UNSEEN)
+    again = with_weights(model_type, weights)
+    assert divergence(again, model_type, TEXTS) == pytest.approx(divergence(backend, model_type, TEXTS))
+    for texts in (TEXTS, UNSEEN):
+        assert divergence(again, model_type, texts) < divergence(nearest, model_type, texts)
     for name in names:
-        assert torch.equal(tuned[name].levels, weights[name].levels)
-        assert torch.equal(tuned[name].scale.bfloat16().float(), tuned[name].scale)
-
-
-def test_the_original_states_are_those_of_the_original_model():
-    backend = backend_of("llama")
-    with torch.no_grad():
-        expected = run_texts(backend, backend.embed(TEXTS), 0, 6)
-    torch.testing.assert_close(quantize(backend, TEXTS, lambda _: None)[1], expected)
+        assert torch.equal(weights[name].scale.bfloat16().float(), weights[name].scale)
 
 
 OUTPUTS, INPUTS = 24, 160
@@ -100,88 +77,64 @@ def inputs(count=600, rank=40):
     return mixed + 0.3 * torch.randn(count, INPUTS, generator=generator)
 
 
-def aim(given, original=None):
-    return Aim.of(weight(), zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True))
+def square(given):
+    return damped(given.T @ given, len(given))
 
 
-def output_error(made, given, original=None):
-    original = given if original is None else original
-    return (given @ made.weight.T - original @ weight().T).square().mean().item()
+def output_error(made, given):
+    return (given @ (made.weight - weight()).T).square().mean().item()
 
 
 def test_gptq_keeps_outputs_far_better_than_rounding():
     given = inputs()
-    assert output_error(gptq(aim(given)), given) < 0.25 * output_error(int4_of(weight()), given)
+    assert output_error(gptq(weight(), square(given)), given) < 0.25 * output_error(int4_of(weight()), given)
 
 
-def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
-    made = gptq(Aim(weight(), 3 * torch.eye(INPUTS)))
-    groups = weight().view(OUTPUTS, -1, 32)
-    for number in range(INPUTS // 32):
-        scale, low = searched(groups[:, number], torch.ones(32))
+def test_with_inputs_that_do_not_depend_on_each_other_each_group_is_fitted():
+    made = gptq(weight(), 3 * torch.eye(INPUTS))
+    for number, group in enumerate(weight().T.split(32)):
+        scale, low = fitted(group, torch.ones(32))
         assert torch.equal(made.scale[:, number], scale) and torch.equal(made.low[:, number], low)
-        expected = ((groups[:, number] - low[:, None]) / scale[:, None]).round().clamp(0, 15)
-        assert torch.equal(made.levels.view(OUTPUTS, -1, 32)[:, number].float(), expected)
+        assert torch.equal(made.levels[:, 32 * number : 32 * (number + 1)].T.float(), nearest(group, scale, low))
 
 
-def test_the_searched_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(Aim(weight(), torch.eye(INPUTS)))
+def test_the_fitted_range_is_better_than_the_whole_one():
+    whole, made = int4_of(weight()), gptq(weight(), torch.eye(INPUTS))
     assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
     assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
 
 
-def test_inputs_of_quantised_layers_are_corrected_towards_the_original_outputs():
-    original = inputs()
-    given = original + 0.2 * original.roll(1, dims=1)
-    corrected, plain = (gptq(aim(given, reference)) for reference in (original, given))
-    assert output_error(corrected, given, original) < 0.5 * output_error(plain, given, original)
-
-
-def test_the_correction_does_not_learn_the_noise_of_the_inputs():
-    given, unseen = inputs(count=2400)[:240], inputs(count=2400)[-1200:]
-    generator = torch.Generator().manual_seed(2)
-    original = given + 0.5 * torch.randn(given.shape, generator=generator)
-    corrected, plain = gptq(aim(given, original)), gptq(aim(given))
-    assert output_error(corrected, given, original) < output_error(plain, given, original)
-    assert output_error(corrected, unseen) < 1.8 * output_error(plain, unseen)
+def test_important_inputs_are_fitted_better():
+    group, importance = weight().T[:32], torch.ones(32)
+    importance[:4] = 100
+    errors = [
+        (nearest(group, *factors) * factors[0] + factors[1] - group)[:4].square().mean()
+        for factors in (fitted(group, importance), fitted(group, torch.ones(32)))
+    ]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_inputs_that_are_always_zero_do_no_harm():
     given = inputs()
     given[:, 7] = 0
-    made = descended(aim(given))
+    made = gptq(weight(), square(given))
     assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(int4_of(weight()), given)
 
 
-def test_each_part_of_the_descent_lowers_the_error():
-    goal = aim(inputs())
-    made = gptq(goal)
-    scaled = with_best_scales(made, goal)
-    moved = with_best_levels(scaled, goal)
-    assert goal.error(moved) < goal.error(scaled) < goal.error(made)
-    assert torch.equal(scaled.levels, made.levels) and torch.equal(moved.scale, scaled.scale)
-    assert goal.error(descended(goal)) < 0.97 * goal.error(moved)
-    assert moved.levels.max() == 15 and moved.levels.min() == 0
-
-
-def test_the_best_scales_are_a_minimum():
-    goal = aim(inputs())
-    best = with_best_scales(gptq(goal), goal)
-    for factor in (0.97, 1.03):
-        for changed in (best._replace(scale=best.scale * factor), best._replace(low=best.low * factor)):
-            assert goal.error(changed) > goal.error(best)
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_the_size_of_the_inputs_does_not_matter(size):
+    made, same = gptq(weight(), square(inputs())), gptq(weight(), square(size * inputs()))
+    assert (made.levels == same.levels).float().mean() > 0.99
 
 
 def test_a_weight_without_an_error_stays_as_it_is():
     exact = int4_of(weight())
-    goal = Aim(exact.weight, aim(inputs()).square)
-    assert torch.equal(descended(goal).weight, exact.weight)
+    assert torch.equal(gptq(exact.weight, square(inputs())).weight, exact.weight)
     constant = torch.full((3, 64), 0.5)  # groups of equal weights
-    goal = Aim(constant, torch.eye(64))
-    assert torch.equal(descended(goal).weight, constant)
+    assert torch.equal(gptq(constant, torch.eye(64)).weight, constant)
 
 
-QUICK = ("--samples", "6", "--length", "24", "--steps", "3")
+QUICK = ("--samples", "6")
 
 
 def state(folder):
@@ -192,17 +145,20 @@ def identities(folder):
     return {path.name: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.iterdir()}
 
 
+def acceptance(model):
+    return load(str(model), draft_weights="int4")._resolved({"strategy": "adaptive"}).profile.acceptance
+
+
 def test_int4_weights_are_saved_beside_the_model_and_used(wide):
     before = state(wide)
     rounded = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
     done = run("calibrate", "--model", str(wide), *QUICK)
     assert done.code == 0 and done.out == "", done.err
-    assert "texts 6/6" in done.err and "layers 7/7" in done.err and "tuning 3/3 divergence 0." in done.err
-    assert f"saved int4 weights in {wide} after" in done.err
+    assert "texts 14/14" in done.err and "layers 7/7" in done.err
+    assert f"saved int4 weights in {wide / INT4_FILE} after" in done.err
     after = state(wide)
     assert {name for name in after if after[name] != before.get(name)} == {INT4_FILE, "layerskip.json"}
-    profile = load(str(wide), draft_weights="int4")._resolved({"strategy": "adaptive"}).profile
-    assert 0.2 < profile.acceptance["int4"] < 1 and profile == read_info(wide).profile
+    assert 0.2 < acceptance(wide)["int4"] < 1
     answer = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
     assert answer.code == 0 and "calibrated int4" in answer.err and "calibrated" not in rounded.err
     drafted = run("generate", "wake me up", "--model", str(wide), "--draft-weights", "int4", "--exit", "6", "--stats")
@@ -218,43 +174,42 @@ def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
     assert contents[0] == contents[1] != contents[2]
     with safe_open(wide / INT4_FILE, "pt") as file:
         header = file.metadata()
-    assert (header["texts"], header["length"], header["tuning_steps"], header["seed"]) == ("6", "24", "3", "2")
+    assert (header["texts"], header["seed"]) == ("6", "2") and 0 < float(header["agreement"]) < 1
 
 
-def test_an_embedded_model_is_copied(checkpoint):
-    """Also to a folder of its name, which gets the whole model."""
-    Path("embedded").mkdir()
-    done = run("calibrate", "--output", "embedded", "--samples", "2", "--length", "8", "--steps", "0")
-    assert done.code == 0 and "saved int4 weights in embedded" in done.err, done.err
-    assert {"model.safetensors", INT4_FILE} <= {file.name for file in Path("embedded").iterdir()}
-    answer = run("generate", "wake me up at 5", "--model", "./embedded", "--quantize", "int4", "--stats")
-    assert answer.code == 0 and "calibrated int4" in answer.err
-    shutil.copytree(checkpoint, "calibrated-model")
-    fails("--output calibrated-model already holds a model; give --overwrite to replace it, or another folder", "calibrate")
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(sidecars.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_copy_elsewhere_leaves_the_model_as_it_is(wide, tmp_path):
-    before = state(wide)
-    assert run("calibrate", "--model", str(wide), "--output", str(tmp_path / "copy"), *QUICK).code == 0
-    assert state(wide) == before and INT4_FILE in json.loads((tmp_path / "copy" / "layerskip.json").read_text())["files"]
-    assert "int4" in read_info(tmp_path / "copy").profile.acceptance
+def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_it(wide, tmp_path, cache, monkeypatch):
+    """As those of an embedded model."""
+    before, writable = state(wide), os.access
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK and writable(path, mode))
+    done = run("calibrate", "--model", str(wide), *QUICK)
+    assert done.code == 0 and "saved int4 weights in" in done.err and state(wide) == before, done.err
+    [file] = cache.glob("*.safetensors")
+    imported = run("import", str(wide), "--output", str(tmp_path / "imported"))
+    assert imported.code == 0, imported.err
+    for model in (wide, tmp_path / "imported"):
+        assert 0.2 < acceptance(model)["int4"] < 1
+        answer = run("generate", "wake me up", "--model", str(model), "--quantize", "int4", "--stats")
+        assert answer.code == 0 and "calibrated int4" in answer.err
+    assert "removed 1 files" in run("calibrate", "--clear").err and not file.exists()
+    assert "calibrated" not in run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats").err
 
 
-def test_own_rows_are_calibrated_on(wide, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "wake me up", "completion": "at seven in the morning"}\n' * 8)
-    done = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
-    assert done.code == 0, done.err
-    with safe_open(wide / INT4_FILE, "pt") as file:
-        assert file.metadata()["texts"] == QUICK[QUICK.index("--samples") + 1]  # more than the rows hold as texts of their own
-    rows.write_text('{"prompt": "", "completion": "a"}\n')
-    short = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
-    assert short.code == 1 and "--data" in short.err and "must have at least 24 tokens, found" in short.err
-
-
-def test_wrong_settings_are_one_error(wide):
-    fails("--length must be at most 128, the model's context, got 129", "calibrate", "--model", str(wide), "--length", "129")
-    assert not (wide / INT4_FILE).exists()
+def test_the_oldest_files_leave_a_full_cache(cache, monkeypatch):
+    monkeypatch.setattr(sidecars, "_CACHED", 25)
+    cache.mkdir()
+    for age, name in enumerate("abcd"):
+        sidecars.keep_in_cache(name, b"0123456789")
+        os.utime(sidecars.cached_int4(name), (age, age))
+    assert sorted(path.name[0] for path in cache.iterdir()) == ["c", "d"]
+    monkeypatch.setattr(sidecars, "_CACHED", 5)
+    sidecars.keep_in_cache("e", b"0123456789")
+    assert [path.name[0] for path in cache.iterdir()] == ["e"]
 
 
 def test_a_model_without_int4_kernels_is_refused(checkpoint):
@@ -279,6 +234,6 @@ def test_an_interrupted_calibration_leaves_nothing(wide, monkeypatch):
         raise KeyboardInterrupt
 
     before = state(wide)
-    monkeypatch.setattr("layerskip_core.calibration.tune", interrupt)
+    monkeypatch.setattr("layerskip_core.calibration.quantize", interrupt)
     assert run("calibrate", "--model", str(wide), *QUICK).code == 130
     assert state(wide) == before

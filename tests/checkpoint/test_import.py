@@ -41,7 +41,6 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
 
 @pytest.fixture
 def with_blocks(checkpoint, tmp_path):
-    """The tiny model with a block at exit 2."""
     folder = shutil.copytree(checkpoint, tmp_path / "with-blocks")
     add_blocks(folder, ExitBlock(2))
     return folder
@@ -111,7 +110,7 @@ def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks
 
 
 def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wide, tmp_path):
-    calibrate(CalibrationConfig(str(wide), samples=2, length=8, tuning_steps=0))
+    calibrate(CalibrationConfig(str(wide), samples=2))
     output = tmp_path / "imported"
     assert "left out" not in run("import", str(wide), "--output", str(output)).err
     assert (output / INT4_FILE).read_bytes() == (wide / INT4_FILE).read_bytes()
@@ -219,11 +218,6 @@ def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_pat
     assert for_decoding("./team/model", "cpu").backend.eagle3 is not None
 
 
-def test_a_model_without_safetensors_is_left_to_transformers(snapshot):
-    (snapshot / "model.safetensors").unlink()
-    assert present("team/model").folder is None
-
-
 @pytest.mark.parametrize("name", ["team/model", "team/model@v2"])
 def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, name):
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -232,7 +226,7 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, na
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
 
 
-def test_a_revision_is_asked_of_the_hub(snapshot, monkeypatch):
+def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, monkeypatch):
     asked = []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot)
@@ -242,6 +236,8 @@ def test_a_revision_is_asked_of_the_hub(snapshot, monkeypatch):
     assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
     wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
     assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
+    (snapshot / "model.safetensors").unlink()
+    assert present("team/model").folder is None
 
 
 class Hub:

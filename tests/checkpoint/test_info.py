@@ -31,15 +31,12 @@ def write(folder, content):
     return read_info(folder)
 
 
-def test_policies_are_read_as_they_were_written(tmp_path):
+def test_policies_are_read_as_they_were_written_if_there_are_any(tmp_path):
     info = CheckpointInfo("{prompt}\n", strategy="autoregressive", details={"rows": 7}, policies=POLICIES)
     assert write(tmp_path, info.to_json()) == info
     document = json.loads(info.to_json())
     assert document["recommended"] == {"exit_layer": None, "num_draft_tokens": None, "strategy": "autoregressive"}
     assert document["policies"]["fast"] == {"strategy": "early-exit", "exit_confidence": 0.9, "exits": [2, 4]}
-
-
-def test_a_file_without_policies(tmp_path):
     info = write(tmp_path, '{"format": 1, "recommended": {"exit_layer": 3, "num_draft_tokens": 5}, "rows": 7}')
     assert info == CheckpointInfo(exit_layer=3, num_draft_tokens=5, details={"rows": 7})
     assert "policies" not in json.loads(info.to_json())
@@ -72,19 +69,16 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path, document):
 PROFILE = DraftProfile({"exit 4": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 4": 0.25})
 
 
-def test_what_a_sweep_measured_of_drafting_is_kept(tmp_path):
-    info = CheckpointInfo(profile=PROFILE)
-    read = write(tmp_path, info.to_json())
-    assert read == info and read.draft_profile(24) == PROFILE
-
-
-def test_what_was_measured_of_drafts_holds_for_their_head_and_vocabulary_only(tmp_path):
+def test_what_a_sweep_measured_is_kept_and_holds_for_its_head_and_vocabulary(tmp_path):
     details = {"config": {"recipe": {"curriculum": "all", "exits": [4]}}, "final_losses": {"4": 0.5, "12": 0.5}}
     measured = replace(PROFILE, draft_head="int4", draft_vocab=500)
     info = write(tmp_path, CheckpointInfo(details=details, profile=measured).to_json())
     assert info.draft_profile(12, PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=500)) == measured
     for packing in (PackingConfig(), PackingConfig(draft_vocab=500), PackingConfig(draft_vocab=400)):
         assert info.draft_profile(12, packing) == DraftProfile({"exit 4": 1.0}, PROFILE.passes)
+    info = CheckpointInfo(profile=PROFILE)
+    read = write(tmp_path, info.to_json())
+    assert read == info and read.draft_profile(24) == PROFILE
 
 
 def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
@@ -94,15 +88,15 @@ def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
     assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
 
 
-def test_the_agreement_of_new_int4_weights_replaces_what_a_sweep_measured_of_others():
-    swept = {"exit 4": 0.9, "int4": 0.5, "int4 exit 4": 0.25}
-    info = CheckpointInfo(profile=replace(PROFILE, acceptance=swept))
-    assert info.with_int4(0.75).profile == replace(PROFILE, acceptance={"exit 4": 0.9, "int4": 0.75})
-    assert CheckpointInfo().with_int4(0.75).draft_profile(12) == DraftProfile({"int4": 0.75})
-    other = replace(info, profile=replace(info.profile, draft_head="int4"))  # of other drafts than those that were measured
-    assert other.with_int4(0.75).profile.acceptance == {"exit 4": 0.9}
+def test_the_agreement_stored_with_int4_weights_is_a_prior_where_no_sweep_measured_them():
+    info = CheckpointInfo(profile=replace(PROFILE, acceptance={"exit 4": 0.9, "int4": 0.5, "int4 exit 4": 0.25}))
+    assert info.with_int4(0.75) == info and info.without_int4().profile == replace(PROFILE, acceptance={"exit 4": 0.9})
+    assert info.without_int4().with_int4(0.75).profile.acceptance == {"exit 4": 0.9, "int4": 0.75}
+    assert CheckpointInfo().without_int4().with_int4(0.75).draft_profile(12) == DraftProfile({"int4": 0.75})
+    other = replace(info, profile=replace(PROFILE, draft_head="int4"))  # of other drafts than those that were measured
+    assert other.with_int4(0.75) == other
     guessed = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.5, "8": 0.5, "12": 0.5}}
-    known = replace(info.with_int4(0.75), details=guessed).draft_profile(12)
+    known = replace(info.without_int4().with_int4(0.75), details=guessed).draft_profile(12)
     assert known.acceptance == {"exit 4": 0.9, "exit 8": 1.0, "int4": 0.75}
 
 

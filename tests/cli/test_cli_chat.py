@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chatml import talking_model
-from command_line import Result, fails, finish, run, start
+from command_line import Result, fails, run, start
 from conftest import edit_json
 
 from cli import console
@@ -166,13 +166,6 @@ def test_wrong_flags_are_one_error_before_the_first_answer(model, checkpoint):
     assert run("chat", "hello").code == 2
 
 
-def test_the_conversation_ends_where_nothing_can_be_written(model):
-    with open("/dev/full", "w") as full:
-        process = start("chat", "--model", model, "--max-new-tokens", "4", stdout=full)
-        result = finish(process, lines(*MESSAGES))
-    assert (result.code, result.err) == (1, "error: [Errno 28] No space left on device\n")
-
-
 def test_colours_are_for_terminals(chat, conversation, monkeypatch):
     expected = lines(*conversation(*MESSAGES[:2]))
     assert chat("--show-drafts", stdin=lines(*MESSAGES[:2])).out == expected
@@ -229,7 +222,6 @@ class Terminal:
         self._unread = ""
 
     def read_until(self, text):
-        """What is shown up to this text."""
         deadline = time.monotonic() + 120
         while text not in self._unread:
             assert time.monotonic() < deadline, self._unread
@@ -272,27 +264,6 @@ def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch
     assert "error: needed a message or a command, found '/nope'" in terminal.read_until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
-
-
-def test_typed_messages_and_answers_in_a_pipe(model, conversation):
-    """`layerskip chat | tee log`."""
-    fd, inner = pty.openpty()
-    process = start("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32", stdin=inner)
-    os.close(inner)
-    for message in (*MESSAGES, "\x04"):
-        os.write(fd, message.encode() + b"\n" * (message != "\x04"))
-    result = finish(process)
-    os.close(fd)
-    assert (result.code, result.out) == (0, lines(*conversation(*MESSAGES))), result.err
-
-
-def test_ctrl_c_ends_a_pipe(model):
-    process = start("chat", "--model", model, "--max-new-tokens", "20")
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    assert process.stdout.readline()
-    process.send_signal(2)
-    assert finish(process).code == 130
 
 
 # --- without a command line ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from command_line import fails, refused, run
 
-from cli.commands.finetune import spread
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.training import verdict
 
@@ -247,30 +246,13 @@ def test_an_output_that_may_not_be_replaced(finetune):
     assert "File exists" in run(*finetune("--output", "file")).err
 
 
-def test_an_output_that_cannot_be_written(finetune):
-    """A folder below a file: whatever the system says is one line too."""
-    Path("file").write_text("mine")
-    result = run(*finetune("--steps", "1", "--output", "file/below"))
-    assert (result.code, result.out) == (1, "")
-    assert re.match(r"error: .*Not a directory.*", result.err.splitlines()[-1])
-    assert "Traceback" not in result.err and files() == ["file"]
-
-
-def test_the_progress_line_shows_exits_at_even_distances():
-    losses = {layer: layer / 10 for layer in range(1, 9)}
-    assert spread(losses) == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
-    assert spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
-    assert spread({}) == []
-
-
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):
-    """The plan, the progress and the end on stderr; a run on prompts alone."""
-    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01")
+    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--lr", "0.01")
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     rows, steps, what, worth, answers, note = planned.err.splitlines()
-    assert what == ("blocks at exits 2,4, feature final, 0.0M parameters; the model stays as it is; answers of the model")
+    assert what == ("blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model")
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
         rows,

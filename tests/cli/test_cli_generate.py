@@ -33,8 +33,6 @@ def loaded(checkpoint):
 
 @pytest.fixture(scope="module")
 def expected(loaded):
-    """The text of plain decoding, as the core gives it."""
-
     def answer(prompt=PROMPT, raw=False, **changes):
         model = loaded.with_template("raw", None) if raw else loaded
         return "".join(TextStream(model, prompt, replace(PLAIN, **changes)))
@@ -52,7 +50,6 @@ def generate(checkpoint):
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A checkpoint of one's own, to damage."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 

@@ -1,24 +1,18 @@
 """The command itself: fast help, one-line errors, exit statuses; and `layerskip data`: rows as JSON lines."""
 
-import json
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import ENVIRONMENT, LISTING_MODULES, Result, fails, finish, run, start
+from command_line import ENVIRONMENT, LISTING_MODULES, fails, finish, run, start
 
-from layerskip_core.config.model import DataConfig
-from layerskip_core.data import load_examples
 from layerskip_core.errors import LayerSkipError
 
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes `layerskip data` raise an exception."""
-
     def arrange(error):
         def fail(*_):
             raise error
@@ -101,14 +95,12 @@ def test_debug_shows_where(failing, arguments):
     assert any("in fail" in line for line in between)
 
 
-def test_debug_by_the_environment(failing, monkeypatch):
+def test_debug_by_the_environment_and_a_prompt_of_that_name(failing, monkeypatch):
     failing(LayerSkipError("no"))
     for value, lines in (("", 1), ("0", 1), ("1", 3)):
         monkeypatch.setenv("LAYERSKIP_DEBUG", value)
         assert (run("data").err.count("\n") >= lines) and (lines > 1) == ("Traceback" in run("data").err)
-
-
-def test_after_two_dashes_debug_is_a_prompt():
+    monkeypatch.delenv("LAYERSKIP_DEBUG")
     result = run("generate", "--model", "nonesuch", "--", "--debug")
     assert (result.code, result.err.count("\n")) == (1, 1) and result.err.startswith("error: no model 'nonesuch'")
 
@@ -143,6 +135,9 @@ def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
         result = finish(start("-c", f"{command} {streams}", command=("/bin/sh",)))
         assert (result.code, bool(result.out)) == (code, code == 0)
         assert result.err == ("" if "2>" in streams else FULL)
+    command = f'"{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint} 2>&1 >answer | true'
+    assert finish(start("-c", command, command=("/bin/sh",))).code == 0
+    assert Path("answer").read_text()
 
 
 def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
@@ -150,19 +145,6 @@ def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
     script = "import sys, os\nfrom cli import console\nconsole.take()\nos._exit(open(sys.argv[1], 'w').fileno())"
     command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/file <&- >&- 2>&-'
     assert finish(start("-c", command, command=("/bin/sh",))).code > 2
-
-
-def test_a_reader_of_stderr_that_goes_away_ends_nothing(checkpoint):
-    command = f'"{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint} 2>&1 >answer | true'
-    assert finish(start("-c", command, command=("/bin/sh",))).code == 0
-    assert Path("answer").read_text()
-
-
-def test_a_table_whose_reader_went_away_is_no_failure(checkpoint):
-    process = start("inspect", "--max-new-tokens", "2", "--model", checkpoint, stdin=subprocess.DEVNULL)
-    process.stdout.close()
-    result = Result(process.wait(120), "", process.stderr.read())
-    assert (result.code, "error" in result.err) == (0, False)
 
 
 def test_an_interrupted_command_ends_with_130(monkeypatch):
@@ -220,33 +202,3 @@ def test_any_locale(tmp_path, locale):
     assert (result.code, result.out, result.err) == (0, file.read_text(encoding="utf-8"), "")
     result = finish(start("data", "--data", "n\u00e9.csv", env={**ENVIRONMENT, **locale}))
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-
-
-@pytest.mark.parametrize("split", ["test", "compositional"])
-def test_rows_of_commands(split):
-    result = run("data", "--samples", "3", "--split", split, "--seed", "4")
-    expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
-    assert (result.code, result.err) == (0, "")
-    rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]
-    assert rows == [(example.prompt, example.completion) for example in expected]
-
-
-def test_ten_test_rows_by_default():
-    assert run("data") == run("data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0")
-
-
-def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
-    result = run("data", "--data", str(file), encoding="ascii")
-    assert result.out == file.read_text(encoding="utf-8")
-
-
-def test_what_cannot_be_read(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
-    splits = "train, validation, test, compositional, sealed"
-    fails(f"--split must be one of {splits} for commands, got dev", "data", "--split", "dev")
-    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
-    fails(message, "data", "--data", str(file))

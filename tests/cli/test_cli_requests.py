@@ -1,15 +1,12 @@
 """Policies of `layerskip generate`, and rows of JSON lines that say how they are decoded."""
 
 import json
-import os
 import shutil
-import threading
 
 import pytest
 import torch
 from command_line import refused, run, start
 
-from cli import console
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -55,8 +52,6 @@ def generate(model):
 
 @pytest.fixture
 def ask(generate):
-    """The answers to rows, as objects."""
-
     def answers(*rows, flags=(), code=0):
         result = generate("--jsonl", "--max-new-tokens", "20", *flags, stdin="".join(json.dumps(row) + "\n" for row in rows))
         assert (result.code, result.err) == (code, "")
@@ -68,7 +63,6 @@ def ask(generate):
 @pytest.mark.parametrize("batch", ["1", "2"])
 @pytest.mark.parametrize("strategy", ["lookup", "adaptive"])
 def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
-    """The last prompts come again, after their answers."""
     prompts = ["wake me up at 7", "remind me to call mom tomorrow", "play some jazz"] * 2
     stdin = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     answers = {}
@@ -118,7 +112,7 @@ def test_answers_match_a_schema_a_regex_a_grammar_or_a_choice(ask, tmp_path):
     assert "there is no such file" in run("generate", PROMPT, "--schema", "nothing.json").err
 
 
-def test_a_policy_is_its_settings(ask):
+def test_a_policy_is_its_settings_and_exact_is_the_default(ask, generate):
     row = {"prompt": PROMPT}
     (early,) = ask(row, flags=("--policy", "fast"))
     assert early == ask(row, flags=("--strategy", "early-exit", "--exit", "3"))[0] | {"policy": "fast"}
@@ -127,9 +121,6 @@ def test_a_policy_is_its_settings(ask):
     (confident,) = ask(row, flags=("--policy", "confident"))
     assert confident == ask(row, flags=("--exit-confidence", "0.05", "--exits", "2,3"))[0] | {"policy": "confident"}
     assert len({answer["text"] for answer in (early, exact, confident)}) == 3
-
-
-def test_exact_is_used_where_nothing_is_said(ask, generate):
     row = {"prompt": PROMPT}
     assert ask(row) == ask(row, flags=("--policy", "exact"))
     for flags in (("--exit", "5"), ("--spec", "2"), ("--strategy", "autoregressive"), ("--draft-vocab", "200")):
@@ -151,7 +142,6 @@ def test_drafts_are_stored_as_the_policy_says(model):
     info = read_info(with_policies(shutil.copytree(model, f"{model} trimmed"), policies))
 
     def stored(packing=None, policies=("exact",)):
-        """How many tokens each draft side chooses among."""
         backend = for_decoding(f"{model} trimmed", "cpu", "fp32", packing, policies).backend
         state = torch.zeros(1, 1, backend.spec.hidden)
         return {name: side.whole.unembed(state).shape[-1] for name, side in backend.draft_sides.items()}
@@ -214,6 +204,8 @@ def test_rows_override_flags(ask):
     own, flagged = ask({"prompt": PROMPT, "policy": "fast", "temperature": 0, "stop": []}, {"prompt": PROMPT}, flags=flags)
     assert own == ask({"prompt": PROMPT, "policy": "fast"})[0]
     assert flagged | {"line": 1} == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
+    (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
+    assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
 BAD = [
@@ -227,12 +219,6 @@ BAD = [
     ({"exit_layer": 9}, "exit_layer must be in 1..5, got 9 (model has 6 layers)"),
     ({"policy": "too deep"}, "policy too deep does not suit the model: exit_layer must be in 1..6, got 40"),
 ]
-
-
-def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
-    """`--exit` kept only the first layers of the same copies, so that the row failed."""
-    (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
-    assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
 
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
@@ -286,45 +272,6 @@ def test_whoever_waits_for_answers_gets_them(model):
         assert process.wait(60) == 1
 
 
-@pytest.fixture
-def pipe(monkeypatch):
-    """What is written to it is standard input."""
-    source, sink = os.pipe()
-    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(console, "_taken", stream)
-        yield pipe
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"", []),
-        (b"a\nb", ["a", "b"]),
-        (b"\xef\xbb\xbfa\r\n\n\xef\xbb\xbfb\r\n", ["a", "", "\ufeffb"]),
-        ("å\n".encode() + b"\xff\n", ["å", "\udcff"]),
-        (b"x" * 200_000 + b"\nb\n", ["x" * 200_000, "b"]),
-    ],
-)
-def test_lines_of_a_pipe(data, expected, pipe):
-    """As they come: all that has been written is ready, and what has not is not."""
-    lines = console.PromptLines()
-    assert not lines.is_ready()
-    writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
-    writer.start()
-    assert list(lines) == expected and lines.is_ready()
-    writer.join()
-
-
-def test_lines_that_are_ready(pipe):
-    lines = console.PromptLines()
-    pipe.write(b"one\ntwo\nthr")
-    assert lines.is_ready() and next(lines) == "one"
-    assert lines.is_ready() and next(lines) == "two"
-    assert not lines.is_ready()
-    pipe.write(b"ee\n")
-    assert lines.is_ready() and next(lines) == "three"
-
-
 def test_policies_from_python(model, ask):
     loaded = load(model, device="cpu", dtype="fp32")
     for policy in ("exact", "fast", "copies"):
@@ -335,7 +282,6 @@ def test_policies_from_python(model, ask):
 
 
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
-    """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
     loaded = for_decoding(folder, "cpu", "fp32")
     assert loaded.resolve({}, PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies

@@ -9,7 +9,6 @@ from command_line import fails, run
 from typer.main import get_command
 
 from cli.main import app
-from cli.options import with_flags
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.evaluation import BASELINES
@@ -35,7 +34,6 @@ def test_every_command_that_decodes_has_the_flags_of_decoding(command):
 
 
 def test_flags_that_a_command_does_not_have():
-    """They would say what the command says itself."""
     assert "--dtype" not in names_of("verify") and "--seed" not in names_of("serve")
     assert names_of("generate") - names_of("chat") >= {"--logprobs", "--prompt-logprobs"}
     assert not names_of("sweep-exits") & {"--exit", "--spec", "--strategy"} and "--exits" not in names_of("bench")
@@ -73,23 +71,13 @@ def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
     assert last.endswith(f" (Possible options: {meant})") == (meant is not None)
 
 
-def test_precisions_have_their_names_of_torch_too(checkpoint):
-    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
-    assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [True, True]
-    fails("--dtype must be one of auto, fp32, bf16, got float16", *flags, "float16")
-
-
-def test_help_has_the_choices_of_a_flag():
-    """Beside it, or in its help where they are many."""
+def test_choices_are_in_the_help_and_precisions_have_their_names_of_torch_too(checkpoint):
     text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
-
-
-def test_errors_name_flags_on_the_command_line():
-    assert with_flags("`num_draft_tokens` must be below 64 with `exact`, `data` x, `nothing` and `layerskip bench`") == (
-        "--spec must be below 64 with --exact, --data x, `nothing` and `layerskip bench`"
-    )
+    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
+    assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [True, True]
+    fails("--dtype must be one of auto, fp32, bf16, got float16", *flags, "float16")
 
 
 def test_a_flag_that_two_configs_share_reaches_both(tmp_path):

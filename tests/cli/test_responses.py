@@ -23,7 +23,6 @@ def client(folders):
 
 
 def without_names(response):
-    """What is the same in two responses to the same request."""
     items = [{**item.to_dict(), "id": "", "call_id": ""} for item in response.output]
     return response.to_dict() | {"id": "", "created_at": 0, "usage": response.usage.output_tokens, "output": items}
 

@@ -101,7 +101,6 @@ TEMPLATES = {"hermes": HERMES, "llama": HERMES.replace("tool_call>", "call>"), "
 
 
 def conversing(folder, template):
-    """The tiny model with a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folder))
     tokenizer.chat_template = template
     model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)

@@ -67,13 +67,10 @@ def test_good_files(tmp_path, name, content):
     assert load(written(tmp_path, name, content)) == [("p", "c"), ("q", "d")]
 
 
-def test_parquet(tmp_path):
+def test_parquet_and_text_a_completion_a_line(tmp_path):
     file = tmp_path / "a.parquet"
     Dataset.from_list([{"prompt": "p", "completion": "c"}, {"prompt": None, "completion": "d"}]).to_parquet(file)
     assert load(str(file)) == [("p", "c"), ("", "d")]
-
-
-def test_text_is_a_completion_a_line(tmp_path):
     assert load(written(tmp_path, "a.txt", b"\xef\xbb\xbf one\r\n\r\ntwo \xe2\x80\xa8 words\n")) == [
         ("", " one"),
         ("", "two \u2028 words"),
@@ -87,15 +84,15 @@ def test_texts_that_look_like_something_else_stay_as_they_are(tmp_path):
     assert load(written(tmp_path, "a.jsonl", rows)) == [("null", text) for text in texts]
     table = "prompt,completion\n" + "".join(f"null,{text}\n" for text in texts)
     assert load(written(tmp_path, "a.csv", table)) == [("null", text) for text in texts]
-
-
-def test_quoted_fields_may_hold_commas_and_line_ends(tmp_path):
     assert load(written(tmp_path, "a.csv", 'prompt,completion\n"a, b","c\nd"\n')) == [("a, b", "c\nd")]
 
 
-def test_columns_by_flag(tmp_path):
+def test_columns_by_flag_and_without_a_prompt_column(tmp_path):
     name = written(tmp_path, "a.jsonl", lines({"prompt": "x", "question": "q", "answer": "a"}))
     assert load(name, prompt_column="question", completion_column="answer") == [("q", "a")]
+    name = written(tmp_path, "a.jsonl", lines({"text": "t", "source": "web"}))
+    assert load(name) == load(name, completion_column="text") == [("", "t")]
+    assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
 
 
 USUAL = {
@@ -118,12 +115,6 @@ def test_a_column_is_that_of_the_first_row(tmp_path):
     name = written(tmp_path, "a.jsonl", lines({"question": "q", "answer": "a"}, {"prompt": "p", "answer": "b"}))
     with pytest.raises(DataError, match=r"a\.jsonl:2: no column 'question' \(`prompt_column`\); found prompt, answer"):
         load(name)
-
-
-def test_without_a_prompt_column_a_row_is_plain_text(tmp_path):
-    name = written(tmp_path, "a.jsonl", lines({"text": "t", "source": "web"}))
-    assert load(name) == load(name, completion_column="text") == [("", "t")]
-    assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
 
 
 def corrupted(content):
@@ -198,10 +189,7 @@ def topv2(tmp_path, **files):
 
 def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
     folder = topv2(
-        tmp_path,
-        b_train='b\tsay "hi\t[IN:B say "hi ]\r\n',
-        a_train="a\tgo\t[IN:A go ]\n",
-        a_eval="a\tstop\t[IN:A stop ]\n",
+        tmp_path, b_train='b\tsay "hi\t[IN:B say "hi ]\r\n', a_train="a\tgo\t[IN:A go ]\n", a_eval="a\tstop\t[IN:A stop ]\n"
     )
     assert load(folder) == [("go", "[IN:A go ]"), ('say "hi', '[IN:B say "hi ]')]
     assert load(folder, split="validation") == [("stop", "[IN:A stop ]")]
@@ -337,7 +325,6 @@ json_rows = st.dictionaries(st.sampled_from(["prompt", "completion", "messages",
 
 @st.composite
 def damaged(draw, content):
-    """The content cut, with some bytes changed, and some put in."""
     parts = bytearray(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
     for place, byte in draw(st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 255)), max_size=8)):
         if place < len(parts):
@@ -364,12 +351,6 @@ def read_all(folder, name, content):
             results.append(str(error))
     assert results[0] == results[1]
     return None if isinstance(results[0], str) else results[0]
-
-
-@pytest.mark.parametrize("ending", WHOLE)
-def test_whole_files_are_read(folder, ending):
-    rows = read_all(folder, f"a{ending}", WHOLE[ending])
-    assert len(rows) == (30 if ending.startswith(".csv") else 29)
 
 
 @pytest.mark.parametrize("ending", WHOLE)

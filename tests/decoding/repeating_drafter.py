@@ -3,20 +3,21 @@
 from torch import tensor
 
 from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
+from layerskip_core.decoding.output import Row
 
 
 class RepeatingDrafter:
     """Without exit states and probabilities: the target starts at layer 0, and a draft is certain."""
 
     def __init__(self) -> None:
-        self.verdicts: dict[int, list[tuple[int, int]]] = {}  # by row: how many tokens were drafted, and accepted
+        self.verdicts: dict[Row, list[tuple[int, int]]] = {}  # by row: how many tokens were drafted, and accepted
 
     def draft(self, context: Context, limits: list[int]) -> Draft:
         drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
         tokens = [token for ids, row in zip(context.ids, drafts, strict=True) for token in (ids[-1], *row)]
         return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
 
-    def observe(self, row: int, drafted: int, verified: list[int]) -> None:
+    def observe(self, row: Row, drafted: int, verified: list[int]) -> None:
         self.verdicts.setdefault(row, []).append((drafted, len(verified) - 1))
 
 

@@ -15,7 +15,6 @@ from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.estimates import Acceptance, Calibration, PassTimes, best_length
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.drafters.knowledge import knowledge_of
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import Submodel
 
 EXITS = (2, 4)
@@ -164,7 +163,7 @@ def test_the_best_arm_is_found_whatever_was_believed_before(best, prior):
     """One arm is right 95 times in 100, the others 5 times. Within 200 tokens the best one drafts nearly always."""
     profile = DraftProfile({"exit 2": prior, "exit 4": prior}, (1.0, 1.04))
     backend, config = backend_of("packed"), DecodingConfig("adaptive")
-    setup = DrafterSetup(backend, Sampler(config, backend.device), config)
+    setup = DrafterSetup(backend, config)
     drafters = {f"exit {exit_layer}": ExitDrafter(setup, "int8", Submodel(exit_layer)) for exit_layer in EXITS}
     known, seen = knowledge_of(backend, drafters, profile, remembered=False), random.Random(1)
     tokens, late = 0, []
@@ -185,7 +184,7 @@ def test_the_best_arm_is_found_whatever_was_believed_before(best, prior):
 
 def adaptive(backend, exits=EXITS):
     config = DecodingConfig("adaptive", exits=exits)
-    return drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+    return drafter_for(DrafterSetup(backend, config))
 
 
 def knowing(backend, **profile):
@@ -195,9 +194,12 @@ def knowing(backend, **profile):
     return drafter
 
 
-def source_of(drafter, backend, ids):
+def source_of(drafter, backend, ids, verified=()):
+    context = context_after(backend, ids)
     with torch.inference_mode():
-        draft = drafter.draft(context_after(backend, ids), [7])
+        draft = drafter.draft(context, [7])
+    if verified:
+        drafter.observe(context.rows[0], draft.counts[0], verified)
     return draft.source if draft.counts[0] else "plain"
 
 
@@ -298,8 +300,7 @@ def test_it_turns_away_from_what_is_rejected():
     drafter = knowing(backend, acceptance=acceptance, drafts=drafts, passes=(1.0, 1.3))
     seen = []
     for _ in range(120):
-        seen.append(source_of(drafter, backend, [5, 6, 7]))
-        drafter.observe(0, drafter._draft.counts[0], [1])  # nothing is ever accepted
+        seen.append(source_of(drafter, backend, [5, 6, 7], [1]))  # nothing is ever accepted
     assert seen[0] == "exit 2" and "exit 4" in seen and seen[-1] == "plain"
 
 
@@ -334,8 +335,7 @@ def test_lookups_learn_without_being_used():
     acceptance = drafter._known.acceptance_of_lookup(16)
     before = acceptance.chances()[0]
     for _ in range(5):
-        assert source_of(drafter, backend, REPEATED) in ("exit 2", "lookup")
-        drafter.observe(0, drafter._draft.counts[0], [66])  # the repetition does not go on
+        assert source_of(drafter, backend, REPEATED, [66]) in ("exit 2", "lookup")  # the repetition does not go on
     assert acceptance.chances()[0] < before
 
 

@@ -1,25 +1,18 @@
 """Batches: every row gives what it gives alone."""
 
-from dataclasses import replace
 from functools import cache
-from itertools import chain
 
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from decodings import WIDE, answer_of, context_of, letters, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode_batch
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
-from layerskip_core.decoding.target import FixedTarget
+from layerskip_core.decoding import DecodingLoop, decode_batch
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
-from layerskip_core.model.cache import Places
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.row_cache import RowCache
 
@@ -68,28 +61,18 @@ def test_an_answer_has_room_from_the_start(kind, monkeypatch):
     assert {*filled} <= {0}
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(
-    kind=st.sampled_from(KINDS),
-    confidence=st.sampled_from([0.0, 0.07, 0.1, 0.2]),
-    exit_layer=st.integers(1, 5),
-    num_draft_tokens=st.integers(1, 6),
-    lengths=st.lists(st.integers(1, 12) | st.integers(110, 126), min_size=2, max_size=4),
-    max_new_tokens=st.integers(1, 16),
-    temperature=st.sampled_from([0.0, 0.7]),
-    eos_place=st.none() | st.integers(0, 12),
-)
-def test_whatever_ends_a_row_s_drafts_ends_those_of_no_other(
-    kind, confidence, exit_layer, num_draft_tokens, lengths, max_new_tokens, temperature, eos_place
-):
-    """Confidence, EOS, the last token allowed and the end of the context; sampled rows draw as often as they do alone."""
-    model, prompts = model_of(kind), [prompt_of(length) for length in lengths]
-    config = DecodingConfig(
-        "self-speculative", exit_layer, num_draft_tokens, max_new_tokens, confidence, temperature=temperature, seed=3
-    )
-    free = alone(model, prompts[0], replace(config, max_new_tokens=16))[0]
-    eos_ids = frozenset() if eos_place is None else frozenset({free[min(eos_place, len(free) - 1)]})
-    assert together(model, prompts, config, eos_ids) == [alone(model, prompt, config, eos_ids) for prompt in prompts]
+def test_a_row_draws_for_itself_while_an_older_one_reads_its_prompt():
+    """The older prompt has a piece that ends early, as where prompts part; the younger one drafts before its end."""
+    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
+    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=24, temperature=0.9)
+    loop = DecodingLoop(backend, [], config)
+    rows = [loop.row(prompt_of(length), config, frozenset(), length) for length in (100, 5)]
+    for row in rows:
+        loop.add(row)
+    rows[0].stop, loop.piece = 4, 12
+    list(loop)
+    alone = [DecodingLoop(backend, [prompt_of(length)], config, seeds=[length]) for length in (100, 5)]
+    assert [row.output for row in rows] == [[token for [step] in each for token in step.ids] for each in alone]
 
 
 def test_what_cannot_be_batched_is_refused():
@@ -104,39 +87,17 @@ def test_what_cannot_be_batched_is_refused():
         next(decode_batch(model_of("packed"), [[3], [4]], DecodingConfig("early-exit", exits=(2,), exit_confidence=0.5)))
 
 
-@pytest.mark.parametrize("reuses", [True, False])
-@pytest.mark.parametrize("counts", [(3, 0, 1), (0, 0, 4), (2, 1, 0)])
-def test_a_pass_without_padding_has_the_bits_of_each_row_alone(counts, reuses):
-    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
-    prompts, most = [prompt_of(length) for length in (9, 4, 13)], max(counts)
-    drafts = [prompt_of(most + 1, seed=row) for row in range(3)]
-
-    def passed(rows):
-        cache, lengths = backend.new_cache(len(rows)), [len(prompts[row]) for row in rows]
-        tokens = torch.tensor([*chain(*(drafts[row][: counts[row] + 1] for row in rows))])
-        with torch.inference_mode():
-            prompt = torch.tensor([*chain(*(prompts[row] for row in rows))])
-            backend.run_layers(backend.embed(prompt), 0, 6, Places(cache, [0] * len(rows), lengths))
-            places = Places(cache, lengths, [counts[row] + 1 for row in rows])
-            states = {2: backend.run_layers(backend.embed(tokens), 0, 2, places)} if reuses else {}
-            draft = Draft(tokens, tuple(counts[row] for row in rows), exit_states=states)
-            target = FixedTarget(backend, DecodingConfig("autoregressive", temperature=1.0))
-            return target.verify(draft, places).logits
-
-    assert torch.equal(passed([0, 1, 2]), torch.cat([passed([row]) for row in range(3)]))
-
-
 def test_some_rows_look_up_while_others_draft():
     backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
     config = DecodingConfig("adaptive", profile=DraftProfile({"int8": 0.7}, (1.0, 1.0), {"int8": 0.2}))
-    drafter = drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+    drafter = drafter_for(DrafterSetup(backend, config))
     rows = [[5, 6, 7, 8, 9, 10] * 5, prompt_of(30, seed=1), [11, 12, 13, 14] * 7 + [11, 12]]
     cache, newest = backend.new_cache(3), torch.tensor([row[-1] for row in rows])
     with torch.inference_mode():
         ids = torch.tensor(rows)
         backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, cache.span(0, 29))
-        draft = drafter.draft(Context([0, 1, 2], rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
-        alone = drafter.draft(Context([1], rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
+        draft = drafter.draft(context_of(rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
+        alone = drafter.draft(context_of(rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
     assert (draft.lookups, draft.counts[0], draft.counts[2]) == ({0}, 6, 0)
     first, second, _ = (tokens.tolist() for tokens in draft.by_row())
     assert first == [10, 5, 6, 7, 8, 9, 10]

@@ -36,7 +36,6 @@ def model_of(backend, model_type="llama"):
 
 
 def run(model, prompt, count=24, **settings):
-    """Ids and stats of a decoding."""
     decoding = decode(model, prompt, DecodingConfig(max_new_tokens=count, **settings))
     return ids_of(decoding), decoding.stats
 
@@ -107,16 +106,6 @@ def test_blocks_decide_and_attend_to_tokens_that_left_below_them():
     ids, stats = run(backend, prompt_of(8), 20, strategy="early-exit", exits=(2, 4), exit_confidence=0.3)
     assert len(set(exits)) > 1
     assert (ids, stats.tokens_by_layers) == (expected, by_layers(exits))
-
-
-def test_sampling_draws_at_the_exits_that_the_probabilities_without_temperature_choose():
-    model, hot = model_of(TransformersBackend), {"temperature": 2.0, "seed": 5}
-    expected = run(model, prompt_of(9), strategy="autoregressive", **hot)[0]
-    assert dynamic(model, prompt_of(9), 1.0, **hot)[0] == expected  # all at full depth
-    assert (
-        dynamic(model, prompt_of(9), 0.1, 1, **hot)[1].tokens_by_layers
-        == dynamic(model, prompt_of(9), 0.1, 1)[1].tokens_by_layers
-    )
 
 
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):

@@ -140,22 +140,15 @@ def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
     backend, prompts = cached_pair(kind), [prompt_of(length) for length in (9, 3, 40, 17)]
     if kind == "packed" and config.temperature:
         pytest.skip("PyTorch's kernels round otherwise among others")
-    loop, found, owner = None, [[] for _ in prompts], {}
+    loop, rows = DecodingLoop(backend, [], config), []
     for number, prompt in enumerate(prompts):
-        own = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number])
-        if loop is None:
-            loop, owner[0] = own, number
-        else:
-            (row,) = loop.join(own)
-            owner[row] = number
-        for _ in range(2):
-            for step in next(loop):
-                found[owner[step.row]] += step.ids
-    for step in (step for steps in loop for step in steps):
-        found[owner[step.row]] += step.ids
+        rows.append(loop.row(prompt, replace(config, max_new_tokens=30 - 6 * number), frozenset(), number))
+        loop.add(rows[-1])
+        next(loop), next(loop)
+    assert all(loop)
     for number, prompt in enumerate(prompts):
-        alone = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number], isolated=True)
-        assert found[number] == ids_of(alone)
+        alone = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number])
+        assert rows[number].output == ids_of(alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)

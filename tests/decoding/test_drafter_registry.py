@@ -36,8 +36,8 @@ def test_it_hears_of_every_verdict(backend):
     drafter, config = RepeatingDrafter(), DecodingConfig(temperature=1, num_draft_tokens=3, max_new_tokens=30)
     loop = DecodingLoop(backend, PROMPTS, config, drafter=drafter)
     list(loop)
-    for row in range(len(PROMPTS)):
-        stats, verdicts = sum(loop.rows[row].steps, DecodeStats()), drafter.verdicts.get(row, [])
+    for row in loop.rows:
+        stats, verdicts = sum(row.steps, DecodeStats()), drafter.verdicts.get(row, [])
         assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
         assert sum(drafted for drafted, _ in verdicts) == stats.drafted
         assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted

@@ -15,22 +15,20 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
-from layerskip_core.errors import ConfigError
 from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock, features_of
+from layerskip_core.model.exit_blocks import ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 64}
 EXITS = (2, 4)
-FEATURES = [("none", "final"), ("final", "none")]  # of the blocks of both exits
 KINDS = ["generic", "packed", "native"]
 
 
 @cache
-def backend_of(kind, features=FEATURES[0]):
+def backend_of(kind):
     """Of weights near enough to each other that blocks are often right, and often wrong."""
     dtype = {"native": torch.float32, "exact": torch.bfloat16}.get(kind, torch.float64)
     model = tiny_model("llama", dtype, **SHAPE)
-    blocks = random_blocks(model, *map(ExitBlock, EXITS, features))
+    blocks = random_blocks(model, *map(ExitBlock, EXITS))
     packing = PackingConfig(exact=True) if kind == "exact" else PackingConfig(draft_weights=("int8",))
     if kind == "generic":
         return TransformersBackend(model, blocks)
@@ -44,8 +42,7 @@ def first_logits(backend, ids, exit_layer):
     block, tokens = backend.exit_blocks[exit_layer], torch.tensor([ids])
     with torch.inference_mode():
         states = run_texts(backend, backend.embed(tokens), 0, exit_layer)
-        features = features_of(backend.normed(run_texts(backend, states, exit_layer, 6)))
-        return block.head(run_texts(backend, block.enter(states, features), block.layer, block.layer + 1))[0, -1]
+        return block.head(run_texts(backend, states, block.layer, block.layer + 1))[0, -1]
 
 
 def recorded(loop, backend):
@@ -72,10 +69,9 @@ def recorded(loop, backend):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "exact"])
-@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("exit_layer", EXITS)
-def test_the_output_is_that_of_plain_decoding(kind, features, exit_layer):
-    backend = backend_of(kind, features)
+def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
+    backend = backend_of(kind)
     accepted = 0
     for length, drafts, limit in ((1, 1, 1), (7, 2, 2), (20, 6, 20), (59, 5, 9)):  # the last reaches the context's end
         prompt = prompt_of(length)
@@ -119,15 +115,14 @@ def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
 @settings(max_examples=30, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    features=st.sampled_from(FEATURES),
     schedule=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=20),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     limit=st.integers(1, 25),
     eos_place=st.none() | st.integers(0, 24),
 )
-def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, features, schedule, lengths, limit, eos_place):
+def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, schedule, lengths, limit, eos_place):
     """Blocks of two exits, low-bit copies, lookups and plain steps take turns on one cache."""
-    backend, prompts = backend_of(kind, features), [prompt_of(length) for length in lengths]
+    backend, prompts = backend_of(kind), [prompt_of(length) for length in lengths]
     eos_ids = frozenset() if eos_place is None else frozenset({plainly(backend, prompts[0], 25)[eos_place]})
     loop, found = scheduled(backend, prompts, schedule, limit, eos_ids), [[] for _ in prompts]
     recorded(loop, backend)
@@ -138,10 +133,9 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("features", FEATURES)
-def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypatch):
+def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
     """The other exit's block gets its states too. Only the last draft may still need the layers before the exit."""
-    backend, spans = backend_of(kind, features), []
+    backend, spans = backend_of(kind), []
     run_layers, choose = backend.run_layers, backend.choose
 
     def choice(tokens, states, start, stop, kept, places):
@@ -188,13 +182,3 @@ def test_early_exit_runs_the_block(kind):
     assert ids_of(decode(backend, prompt, sure)) == plainly(backend, prompt, 12)
     plain_exit = DecodingConfig("early-exit", 3, max_new_tokens=12)
     assert ids_of(decode(backend, prompt, plain_exit)) != expected[8:]
-
-
-def test_an_exit_whose_block_reads_final_states_can_only_draft():
-    backend = backend_of("generic")
-    for config in (
-        DecodingConfig("early-exit", 4, max_new_tokens=5),
-        DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.5, max_new_tokens=5),
-    ):
-        with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-            decode(backend, prompt_of(4), config)

@@ -15,7 +15,6 @@ WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
 
 
 def bytes_to_text(ids):
-    """A byte-level tokenizer: an id is a byte."""
     return bytes(ids).decode(errors="replace")
 
 
@@ -25,7 +24,6 @@ def pieces_to_text(ids):
 
 
 def stream(chunks, detokenize):
-    """The text after each chunk, and after the end."""
     output, shown = OutputText(detokenize), []
     for chunk, finished in [*((chunk, False) for chunk in chunks), ([], True)]:
         output.decode(list(chunk), finished)
@@ -33,18 +31,12 @@ def stream(chunks, detokenize):
     return shown
 
 
-def test_a_character_waits_for_its_last_byte():
+def test_a_character_waits_for_its_last_byte_and_a_space_for_its_word():
     house, euro = "🏠".encode(), "€".encode()
     chunks = [b"a", house[:1], house[1:3], house[3:] + euro[:2], euro[2:], b"z"]
     assert stream(chunks, bytes_to_text) == ["a", "a", "a", "a🏠", "a🏠€", "a🏠€z", "a🏠€z"]
-
-
-def test_bytes_that_are_no_character_come_with_what_follows():
     assert stream([b"a", b"\xff", b"b"], bytes_to_text) == ["a", "a", "a\ufffdb", "a\ufffdb"]
     assert stream([b"a", b"\xe2\x82"], bytes_to_text) == ["a", "a", "a\ufffd"]  # the end: nothing follows
-
-
-def test_the_space_before_a_word_survives_ids_without_text():
     assert stream([[1], [SPECIAL], [SPECIAL], [1], [2]], pieces_to_text) == ["a", "a", "a", "a a", "a ab", "a ab"]
 
 
@@ -155,13 +147,6 @@ def test_a_long_output_is_not_decoded_again_and_again():
     assert scanner.cut(ids_of("zz")) == (2, "stop")
 
 
-def test_room_is_what_the_tighter_limit_leaves():
-    scanner = StopScanner(frozenset(), (), 7, 5)
-    assert scanner.room == 5
-    scanner.cut([5, 6])
-    assert scanner.room == 3
-
-
 def characters(ids):
     return "".join(map(chr, ids))
 
@@ -181,14 +166,6 @@ def characters(ids):
 )
 def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
     assert OutputText(characters, stop=("END", "\n\n")).add(list(map(ord, text)), finished) == shown
-
-
-def test_shown_text_only_grows():
-    output, shown = OutputText(characters, stop=("aab",)), []
-    for letter in "xaaxaaaabz":
-        output.add([ord(letter)], False)
-        shown.append(output.text)
-    assert shown == ["x", "x", "x", "xaax", "xaax", "xaax", "xaaxa", "xaaxaa", "xaaxaa", "xaaxaa"]
 
 
 def test_the_calibration_error_weighs_the_gaps_between_foretold_and_seen():

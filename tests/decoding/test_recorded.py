@@ -14,13 +14,14 @@ from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import Prefixes, decode, graphs
+from layerskip_core.decoding import DecodingLoop, Prefixes, decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, row_cache
 from layerskip_core.model.cache import Places
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
+JOINING = [PROMPT, OTHER, [3] * 9, [12, 40, 2], [50, 51, 7, 7, 8, 1]]
 DRAFTED = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=24)
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=24)
 
@@ -38,7 +39,6 @@ def model(gpu):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Names and shapes of the passes that were recorded."""
     made, usual = [], Recorder._recorded
 
     def noted(self, work, inputs):
@@ -62,14 +62,14 @@ def on_cpu(prompt, config=PLAIN):
 def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, recordings):
     assert ids_of(decode(model, PROMPT, DRAFTED)) == on_cpu(PROMPT)
     first = len(recordings)
-    draft, verification = ((1,), (5,)), ((5,), (5,), (5, 32))
+    draft, verification = ((1,), (1, 5)), ((1, 5), (5,), (5, 32))
     assert {draft, verification} <= {*recordings} and len({*recordings}) == first
     gpu.replays = 0
     assert ids_of(decode(model, OTHER, DRAFTED)) == on_cpu(OTHER)
     assert gpu.replays >= 8
     assert recordings.count(draft) == recordings.count(verification) == 1
     assert ids_of(decode(model, OTHER, PLAIN)) == on_cpu(OTHER)
-    assert ((1,), (1,)) in recordings
+    assert ((1, 1), (1,)) in recordings
 
 
 def test_two_decodings_at_once_keep_apart(model):
@@ -90,7 +90,8 @@ def test_a_text_that_outgrows_the_cache_is_recorded_anew(gpu, model, recordings,
     monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
     long = replace(config, max_new_tokens=40)
     for settings, rooms in ((config, [16, 32]), (config, [32]), (long, [32, 48]), (config, [16, 32])):
-        loop, seen, found = decode(model, PROMPT, settings), [], []
+        loop, seen = decode(model, PROMPT, settings), []
+        found = list(next(loop)[0].ids)  # whose pass is not recorded
         for [step] in loop:
             seen.append(loop._cache.capacity)
             found += step.ids
@@ -106,7 +107,7 @@ def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
         loop = decode(model, prompt, replace(PLAIN, max_new_tokens=count))
         next(loop), next(loop)
         assert loop._cache.capacity == room
-        loop._target.recorder.give_back(model)
+        loop._recorder.give_back(model)
 
 
 def test_only_what_was_replayed_is_counted(model):
@@ -127,6 +128,38 @@ def test_a_conversation_goes_on_in_the_recorded_cache(gpu, model, config):
         text = [*text, *found, 7 + turn, 9]
     again = decode(model, [*PROMPT, *on_cpu(PROMPT), 30], config, prefixes=prefixes)  # as the first turn, then otherwise
     assert ids_of(again) == on_cpu([*PROMPT, *on_cpu(PROMPT), 30]) and again.reused_tokens > len(PROMPT)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DRAFTED, replace(DRAFTED, strategy="lookup")], ids=["plain", "drafted", "lookup"])
+def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
+    """Rows end one after another, and the passes of fewer have fewer slots."""
+    prompts = [PROMPT, OTHER, [3] * 9, [4, 5, 4, 5, 4]]
+    loop = DecodingLoop(model, prompts, config)
+    for row, room in zip(loop.rows, (24, 24, 7, 5), strict=True):
+        row.scanner.room = room
+    for _ in loop:
+        pass
+    assert [row.output for row in loop.rows] == [on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in loop.rows]
+    assert [len(row.output) for row in loop.rows] == [24, 24, 7, 5] and loop.stats.replayed > 0
+    slots = {shapes[0][0] if len(shapes[0]) == 2 else shapes[1][0] for shapes in recordings}  # of the positions
+    assert {4, 2} <= slots <= {4, 2, 1} and len({*recordings}) == len(recordings)
+
+
+def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
+    """Until there are more than slots: each has a place of its own, and the cache does not move."""
+    loop = DecodingLoop(model, JOINING[:4], DRAFTED)
+    rows, later = list(loop.rows), [loop.row(prompt, DRAFTED, frozenset(), 0) for prompt in (*JOINING[4:], OTHER)]
+    for row, room in zip(rows, (5, 24, 9, 24), strict=True):
+        row.scanner.room = room
+    next(loop), next(loop)
+    storage = loop._cache.storage
+    for _ in loop:
+        if later and loop._cache.rows < 4:
+            rows.append(later.pop(0))
+            loop.add(rows[-1])
+    assert [row.output for row in rows] == [on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in rows]
+    assert [len(row.output) for row in rows] == [5, 24, 9, 24, 24, 24] and loop._cache.storage is storage
+    assert loop.stats.replayed > 10 and len({*recordings}) == len(recordings)
 
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
@@ -158,10 +191,10 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
 
 def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
-    recorder = Recorder(model)
+    recorder = Recorder(model.new_cache())
     with torch.inference_mode():
         model.run_layers(model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5))
-        newest, positions = (tokens.to("cuda") for tokens in (torch.tensor([8, 9, 10, 11]), torch.arange(5, 9)))
+        newest, positions = (tokens.to("cuda") for tokens in (torch.tensor([8, 9, 10, 11]), torch.arange(5, 9)[None]))
 
         def run():
             hidden = model.run_layers(model.embed(newest), 0, 3, Places(recorder.cache, (), (), recorded=positions))

@@ -1,7 +1,8 @@
 """Layers with a memory, and gpt-oss: drafts, batches, pieces, kept texts and rows that run again change no bit."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
+from itertools import product
 from math import inf
 
 import pytest
@@ -45,6 +46,7 @@ DRAFTING = {
 }
 MIXERS = [name for name in ALL_MIXERS if name not in ("bamba", "qwen3_5_moe_text")]  # whose layers others have
 RECURRENT = [name for name in MIXERS if name != "gpt_oss"]
+TYPES = [*MIXERS, "gemma4_text"]  # whose layers read tokens, and keys of others
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
 
 
@@ -52,8 +54,9 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
 def backend_of(model_type, precision="fp32"):
     dtype, packing = PRECISIONS[precision]
     model = tiny_model(model_type, dtype, **SHAPE)
-    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
-    blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
+    if model_type in MIXERS:
+        blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)))
     return native_or_skip(model, packing, exit_blocks=blocks)
 
 
@@ -73,9 +76,14 @@ def together(backend, prompts, config):
     return [answer.ids for answer in sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)]
 
 
-@pytest.mark.parametrize("name", DRAFTING)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model_type", MIXERS)
+CELLS = [*((kind, "fp32") for kind in TYPES), *product(("qwen3_5_text", "gemma4_text"), ("bf16", "int8", "int4"))]
+UNSUITED = [("gemma4_text", "eagle3")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "precision", "name"),
+    [(*cell, name) for cell, name in product(CELLS, DRAFTING) if (cell[0], name) not in UNSUITED],
+)
 def test_drafts_change_nothing(model_type, precision, name):
     """Of one prompt, whose draft is one call, and of rows, some of which draft while others begin."""
     backend, lengths = backend_of(model_type, precision), (1, 9, 70)
@@ -87,7 +95,7 @@ def test_drafts_change_nothing(model_type, precision, name):
     assert together(backend, list(map(prompt_of, lengths)), drafting(name, precision)) == expected
 
 
-@pytest.mark.parametrize("model_type", MIXERS)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_draft_model_too(model_type):
     """Of the same weights: all of its drafts are right, unless its state went wrong."""
     backend = native_or_skip(tiny_model(model_type, torch.float32, **SHAPE))
@@ -102,25 +110,22 @@ def test_a_draft_model_too(model_type):
 
 
 @pytest.mark.parametrize("name", ["exit", "copy", "adaptive"])
-@pytest.mark.parametrize("model_type", MIXERS)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
     backend, config, lengths = backend_of(model_type), drafting(name), (20, 3, 50, 31)
-    start = partial(DecodingLoop, backend, config=config)
-    loop, waiting, rows = start([prompt_of(lengths[0])]), list(lengths[1:]), {}
-    rows[0] = loop.rows[0]
-    loop.piece, aside = 7, None
+    loop = DecodingLoop(backend, [], config)
+    rows = [loop.row(prompt_of(length), config, frozenset(), 0) for length in lengths]
+    loop.piece = 7
     for turn in range(200):
-        if waiting and turn % 3 == 2:
-            other = start([prompt_of(waiting.pop(0))])
-            rows[len(rows)] = other.rows[0]
-            loop.join(other)
+        if turn in (0, 2, 5, 8):
+            loop.add(rows[(0, 2, 5, 8).index(turn)])
         if turn == 7:
-            aside = loop.set_aside(rows[1].number)
+            loop.set_aside(rows[1])
         if turn == 10:
-            loop.join(aside)
+            loop.add(rows[1])
         if next(loop, None) is None:
             break
-    assert [rows[index].output for index in range(4)] == [plainly(model_type, "fp32", length) for length in lengths]
+    assert [row.output for row in rows] == [plainly(model_type, "fp32", length) for length in lengths]
 
 
 @pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "eagle3", "depth per token", "early exit"])
@@ -141,7 +146,7 @@ def test_a_text_goes_on_from_its_end(model_type, name):
         assert torch.equal(entries(last._cache)[:2, ..., :stop, :], entries(fresh._cache)[:2, ..., :stop, :])
 
 
-@pytest.mark.parametrize("model_type", MIXERS)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_text_that_differs_begins_anew(model_type):
     backend, prefixes = backend_of(model_type), Prefixes(1 << 30)
     first, config = prompt_of(70), drafting("exit")
@@ -206,7 +211,7 @@ def test_served_prompts_that_begin_alike_share_states(model_type, name):
 
 
 @pytest.mark.parametrize("name", ["adaptive", "copy"])
-@pytest.mark.parametrize("model_type", MIXERS)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_full_pool_loses_nothing(model_type, name):
     """Requests wait, or run again after they were set aside, and kept texts go."""
     decoder, config = served(model_type), replace(drafting(name, ignore_eos=True), max_new_tokens=90)

@@ -12,7 +12,6 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.exit import kept_layers
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
@@ -60,7 +59,7 @@ def draft_of(model, config, reuse=True):
     """A draft after PROMPT, all of which but its last token is cached, and the cache."""
     context = context_after(model, PROMPT)
     with torch.inference_mode():
-        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(), reuse))
+        drafter = drafter_for(DrafterSetup(model, config, frozenset(), reuse))
         return drafter.draft(context, [MOST]), context.cache
 
 

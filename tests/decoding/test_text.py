@@ -5,28 +5,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip_core.checkpoint.loaded import decoder_of
-from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode, dialogue
+from layerskip_core.decoding import dialogue
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.output import RowStep, step_counts
+from layerskip_core.decoding.output import OutputText, RowStep, step_counts
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256
 
 
 def bytes_to_text(ids):
-    """A byte-level tokenizer: an id is a byte."""
     return bytes(ids).decode(errors="replace")
 
 
 class Scripted:
     """A decoding that verifies the given bytes, a chunk a step. All but the last of a chunk are accepted drafts."""
 
-    def __init__(self, chunks, reason):
+    def __init__(self, chunks, reason, stop):
         self._chunks, self._reason = chunks, reason
+        self.rows = [SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop))]
         self.finish_reason = None
 
     def __iter__(self):
@@ -37,7 +36,7 @@ class Scripted:
 
 
 def scripted(monkeypatch, chunks, reason, stop):
-    monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason))
+    monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason, stop))
     loaded = SimpleNamespace(backend=None, ends_of=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
@@ -63,21 +62,6 @@ def test_pieces_of_an_answer_and_what_of_them_was_drafted(monkeypatch, chunks, r
     pieces = ["".join(run for run, _ in step) for step in runs]
     assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
     assert list(scripted(monkeypatch, chunks, reason, stop)) == [piece for piece in pieces if piece]  # no empty one
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return decoder_of(for_training(checkpoint, "cpu", "fp32"))
-
-
-def test_an_answer_is_the_text_of_its_tokens(loaded):
-    config = DecodingConfig("self-speculative", exit_layer=4, num_draft_tokens=5, max_new_tokens=60)
-    tokens = [token for [step] in decode(loaded.backend, loaded.encode_prompt("wake me up"), config) for token in step.ids]
-    answer = TextStream(loaded, "wake me up", config)
-    pieces = list(answer)
-    assert "".join(pieces) == answer.text == loaded.detokenize(tokens)
-    assert len(pieces) > 1 and answer.stats.new_tokens == len(tokens) == 60
-    assert answer.stats.accepted > 0
 
 
 def test_a_stop_string_that_is_a_special_token_stops_as_a_token():

@@ -28,13 +28,12 @@ STRATEGIES = {
 
 def sliding(window=WINDOW):
     shape = {**WIDE, "max_position_embeddings": 2000, "sliding_window": window}
-    blocks = {"blocks_of": lambda model: random_blocks(model, ExitBlock(2, "final"))}
+    blocks = {"blocks_of": lambda model: random_blocks(model, ExitBlock(2))}
     return backend_on("native", model_type="mistral", **blocks, **shape)
 
 
 @pytest.fixture
 def most_used(monkeypatch):
-    """The most pages that were in use at once, of any pool."""
     used, take = [0], PagePool.take
 
     def counted(pool):

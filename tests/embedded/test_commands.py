@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import re
-from collections import Counter
 
 import pytest
 from command_line import fails, run
@@ -34,7 +33,6 @@ def chains(row):
 
 
 def novelties(row):
-    """The chains of a row, and which of them occur together."""
     paths = chains(row)
     return paths | {frozenset(pair) for pair in itertools.combinations(paths, 2)}
 
@@ -83,15 +81,12 @@ def listed():
     return {piece for rule in rules for alternative in rule.alternatives + rule.sealed for piece in alternative.pieces}
 
 
-def test_the_grammar_has_every_rule_that_it_names(listed):
-    assert {piece[1:-1] for piece in listed if piece.startswith("{")} <= commands.load_grammar().rules.keys()
-
-
-def test_rows_are_a_function_of_split_and_seed():
+def test_rows_are_a_function_of_split_and_seed_and_every_rule_is_there(listed):
     first = list(commands.rows("train", 50, seed=3))
     assert first == list(commands.rows("train", 50, seed=3))
     assert first[:20] == list(commands.rows("train", 20, seed=3))
     assert not {row.utterance for row in first} & {row.utterance for row in commands.rows("train", 50, seed=4)}
+    assert {piece[1:-1] for piece in listed if piece.startswith("{")} <= commands.load_grammar().rules.keys()
 
 
 DIGESTS = {
@@ -114,18 +109,6 @@ def test_utterance_is_the_parse_without_brackets_and_brackets_balance(train):
         assert row.utterance == " ".join(re.sub(r"\[(IN|SL):[A-Z_]+|\]", " ", row.parse).split())
         assert re.fullmatch(r"(\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+)( (\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+))*", row.parse)
         assert chains(row)  # and the brackets close
-
-
-def test_there_are_enough_domains_and_labels(train):
-    domains = Counter(row.domain for row in train)
-    assert set(domains) == {"alarms", "events", "messages", "music", "navigation", "reminders", "timers", "weather"}
-    assert min(domains.values()) > 20_000 / len(domains) * 0.9
-    assert len(labels_of(train)) >= 60
-
-
-def test_there_are_over_a_hundred_thousand_training_rows(drawn):
-    """Of n draws from N equally likely rows, n^2 / 2N repeat: 40 repeats in 20k draws is N = 5M (skew only raises N)."""
-    assert len(drawn) - len({row.utterance for row in drawn}) < 40
 
 
 def test_values_and_skeletons_of_other_splits_never_occur_in_training(recorded):
@@ -153,18 +136,14 @@ def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
     assert drawn["train"] <= {f"{do}{word} old" for do in ("", "do ") for word in words}
 
 
-def test_made_up_words_never_stand_in_a_phrasing(recorded, listed):
-    """A phrasing with such a word in it would hash otherwise than the phrasing, and could be of the test side without it."""
-    assert {word for skeleton in recorded.skeletons for word in skeleton.split()} <= listed
-
-
-def test_made_up_words_are_in_training_rows_alone(train, listed):
+def test_made_up_words_are_in_training_rows_alone_and_in_no_phrasing(train, listed, recorded):
     def made_up(rows):
         return [row for row in rows if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)]
 
     assert 0.15 < len(made_up(train[:2000])) / 2000 < 0.5
     for split in commands.SPLITS[1:]:
         assert made_up(commands.rows(split, 300)) == []
+    assert {word for skeleton in recorded.skeletons for word in skeleton.split()} <= listed
 
 
 def test_compositional_rows_nest_as_training_never_does(train):
@@ -186,15 +165,12 @@ def test_rows_of_commands(split):
     assert rows == [(example.prompt, example.completion) for example in expected]
 
 
-def test_ten_test_rows_by_default():
-    assert run("data") == run("data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0")
-
-
-def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
+def test_ten_test_rows_by_default_and_rows_of_a_file_as_they_are(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
     result = run("data", "--data", str(file), encoding="ascii")
     assert result.out == file.read_text(encoding="utf-8")
+    assert run("data") == run("data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0")
 
 
 def test_what_cannot_be_read(tmp_path):

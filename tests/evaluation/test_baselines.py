@@ -15,18 +15,15 @@ from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
-from layerskip_core.evaluation.report.tables import results_table
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 
 
 def answer(name, prompt, stop=(), **changes):
-    """The timed answer of a baseline."""
     setting = replace(SPECULATIVE, stop=stop)
     baselines = load_baselines(tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting)
     (output,) = answer_prompts(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
@@ -60,6 +57,8 @@ def test_without_reuse_only_the_time_changes():
     with_reuse = measure_prompt(loaded, prompt, SPECULATIVE).stats
     without = answer("no-reuse", prompt).stats
     assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
+    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
+        answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
@@ -72,19 +71,6 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in output.steps] == [4, 4, 4]
     assert output.stats.tested_by_position == output.stats.accepted_by_position == (3, 3, 3)
-
-
-@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
-def test_a_stop_string_ends_every_baseline_where_it_ends_our_decoding(name):
-    loaded, prompt = tiny_loaded(), own_answers().examples[2].prompt
-    stop = measure_prompt(loaded, prompt, PLAIN).text[4:6]
-    assert "\ufffd" not in stop
-    plain = replace(PLAIN, stop=(stop,))
-    expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
-    ids = tuple(token for [step] in expected for token in step.ids)
-    output = answer(name, prompt, stop=(stop,))
-    assert (output.error, output.ids, output.finish_reason) == (None, ids, "stop")
-    assert len(ids) < NEW_TOKENS
 
 
 def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
@@ -126,11 +112,6 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", stubborn)
     with pytest.raises(ConfigError, match="transformers ignores the early exit of llama models"):
         require_early_exit(model)
-
-
-def test_a_draft_model_with_another_tokenizer_is_refused():
-    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
-        answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
@@ -175,8 +156,6 @@ class Server:
 
 @pytest.fixture
 def package(monkeypatch):
-    """A package xllamacpp with this server."""
-
     def params():
         return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
 
@@ -190,22 +169,9 @@ def package(monkeypatch):
 
 @pytest.fixture(scope="module")
 def file(checkpoint, tmp_path_factory):
-    """The tiny model as a GGUF file."""
     folder = tmp_path_factory.mktemp("gguf") / "model"
     assert run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code == 0
     return str(folder / "target.gguf")
-
-
-def test_the_baseline_stands_beside_our_own_decoding(package, file):
-    config = BenchConfig("tiny", baselines=("llama.cpp",), gguf=file, strategies=("autoregressive",), repeats=1)
-    *_, record = bench(tiny_loaded(), own_answers(2), config)
-    own, other = record.results
-    assert (other.strategy, other.exit_layer, other.num_draft_tokens, other.acceptance_rate) == ("llama.cpp", None, None, None)
-    assert other.identical_outputs == 1.0 and other.metrics == own.metrics
-    assert other.tokens_per_second > 0 and other.ttft_ms == pytest.approx(0.5)
-    note = " ".join(results_table(record).note.split())
-    assert f"llama.cpp: xllamacpp 1.2 (SSE3 AVX2), on {file}." in note
-    assert all(request["temperature"] == 0 and not request["cache_prompt"] for request in Server.asked)
 
 
 def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):

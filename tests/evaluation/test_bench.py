@@ -21,7 +21,7 @@ from layerskip_core.evaluation.measure.figures import result_of
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.tables import results_table
-from layerskip_core.evaluation.results import JOURNAL, Difference, Failure, Journal, Output, Result, Step
+from layerskip_core.evaluation.results import JOURNAL, Difference, Failure, Output, Result
 from layerskip_core.evaluation.tasks import load_task
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
@@ -66,25 +66,13 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
     )
 
 
-def test_speedup_is_per_token_not_per_output():
+def test_speedup_is_per_token_and_time_is_split():
     # Half the tokens in half the time are no speedup.
     baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
     result = figures(DecodingConfig("early-exit", 5), [shorter], [baseline])
     assert (result.speedup, result.decode_speedup, result.identical_outputs) == (1.0, None, 0.0)
     assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (None, None, None)
     assert result.time_per_token_ms == {"p50": None, "p95": None}
-
-
-def test_speedups_over_both_autoregressive_rows():
-    # 1 s a token here, 4 s a token with transformers, 0.5 s a token drafted.
-    baseline, transformers = [outputs_of([(1, 1.0), (1, 1.0)])] * 2, [outputs_of([(1, 4.0), (1, 4.0)])] * 2
-    repeats = [outputs_of([(1, 0.5), (1, seconds)]) for seconds in (0.5, 1.5)]
-    result = figures(DRAFTED, repeats, baseline, transformers=transformers)
-    assert (result.speedup, result.speedup_over_transformers) == (1.5, 6.0)  # medians of 2 and 1, of 8 and 4
-    assert figures(DRAFTED, repeats, baseline).speedup_over_transformers is None
-
-
-def test_acceptance_by_position_and_the_time_split():
     stats = DecodeStats(
         new_tokens=4, prefill_seconds=0.5, draft_seconds=1.0, verify_seconds=2.0,
         tested_by_position=(4, 2, 1), accepted_by_position=(2, 1),
@@ -198,26 +186,8 @@ def test_prompts_that_failed_count_as_different_and_in_no_time():
     assert mine.time_per_token_ms == pytest.approx({"p50": 200.0, "p95": 500.0})
 
 
-ANSWER = Output(
-    (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25, "exit 5")),
-    DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,), {"exit 5": 1}), "eos", 12.5,
-)  # fmt: skip
-FAILURE = Output(error="out of memory")
 RESUMED = STRATEGIES[:3]
 CONFIG = BenchConfig("tiny", generation={"exit_layer": 5, "num_draft_tokens": 3}, repeats=2, strategies=RESUMED)
-
-
-def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):
-    journal = Journal(tmp_path, {"a": 1}, False)
-    journal.add(0, 0, [ANSWER, FAILURE])
-    journal.add(0, 1, [ANSWER])
-    file = tmp_path / JOURNAL
-    file.write_text(file.read_text()[:-20])
-    again = Journal(tmp_path, {"a": 1}, True)
-    assert again.known == {(0, 0): [ANSWER, FAILURE]}
-    again.add(0, 1, [FAILURE])
-    assert Journal(tmp_path, {"a": 1}, True).known[0, 1] == [FAILURE]
-    assert Journal(tmp_path, {"a": 1}, False).known == {}
 
 
 def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_resumed(tmp_path, checkpoint, monkeypatch):

@@ -80,20 +80,13 @@ def test_a_path_may_have_a_comma_and_an_equals_sign(tmp_path):
     assert labelled([str(tmp_path / "a=1,b")]) == {"a=1,b": [str(tmp_path / "a=1,b")]}
 
 
-def test_the_interval_of_three_runs():
+def test_intervals_of_runs():
     """Mean 2, standard deviation 1, t = 4.3027 for 2 degrees of freedom: 2 +- 4.3027 / sqrt(3)."""
     interval = interval_of([1.0, 2.0, 3.0])
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2, -0.48417, 4.48417), abs=1e-4)
-
-
-def test_few_runs_and_equal_ones_have_no_interval():
-    """Two say hardly more about others than one; equal ones, of coarse figures, say nothing about the spread."""
     assert [interval_of(values) for values in ([5.0], [5.0, 6.0], [7.0] * 3)] == [Interval(5.0), Interval(5.5), Interval(7.0)]
     assert interval_of([0.35, 0.45, 0.55], [0.3, 0.4, 0.5], paired=True) == Interval(pytest.approx(0.05))
     assert interval_of([4.0, 5.0], [1.0, 2.0, 3.0]) == Interval(2.5)
-
-
-def test_the_interval_of_perplexities_is_that_of_their_logarithms():
     interval = interval_of([math.e, math.e**2, math.e**3], logarithmic=True)
     assert (interval.mean, interval.high) == pytest.approx((math.e**2, math.exp(4.48417)), rel=1e-4)
     assert all(math.isfinite(end) for end in vars(interval_of([1.0, 2.0, 1e300], logarithmic=True)).values())

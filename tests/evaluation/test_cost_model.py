@@ -8,29 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from decodings import WIDE, backend_on, silent_layers
-from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, collect, own_answers, tiny_loaded
+from decodings import WIDE, backend_on, context_of, silent_layers
+from evaluating import LAYERS, NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.options import counts_text
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import Progress, cost_model, measure_prompt, skip_search
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
     agreement,
-    averages,
     draft_profile,
     interpolated,
-    predict,
     prediction_of,
     simulate,
     timed_part,
@@ -49,7 +45,6 @@ SETTING = DecodingConfig("self-speculative", 5, 3)
 
 
 def counts(stats):
-    """Drafts, accepted ones, rounds, and steps without drafts."""
     return stats.drafted, stats.accepted, stats.rounds, stats.steps_by_drafter.get("plain", 0)
 
 
@@ -67,42 +62,6 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, new_tokens, drafts):
         )
         assert [token for [step] in real for token in step.ids] == output
         assert counts(found) == counts(real.stats)
-
-
-def test_simulated_rounds_of_drafts_with_their_own_vocabulary(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    # The draft head scores half of the 300 tokens, in another order than the tokenizer's.
-    (folder / "token_order.json").write_text(json.dumps(list(range(299, -1, -1))))
-    packing = PackingConfig(draft_vocab=150)
-    loaded = for_decoding(str(folder), packing=packing)
-    prompt = loaded.encode_prompt("remind me to call mom")
-    output = list(measure_prompt(loaded, "remind me to call mom", DecodingConfig("autoregressive", max_new_tokens=40)).ids)
-    choices = agreement(loaded, prompt, output, [5])[5]
-    assert min(choices) >= 150
-    expected = simulate(choices, output, 3, 40, loaded.eos_ids)
-    decoding = decode(loaded.backend, prompt, DecodingConfig("self-speculative", 5, 3, 40), loaded.eos_ids)
-    assert [token for [step] in decoding for token in step.ids] == output
-    assert counts(expected) == counts(decoding.stats) and expected.accepted > 0
-
-
-@pytest.mark.parametrize(
-    ("choices", "output", "drafts", "room", "rounds"),
-    [
-        # The first token is the prefill's. 2 3 right and 4 the target's; 5 6 right, and 7 where no draft has room.
-        ([1, 2, 3, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], 2, 7, (4, 4, 2, 0)),
-        # Never right: one token per round. The last but one has room for one draft, the last for none.
-        ([0, 0, 0, 0], [1, 2, 3, 4], 2, 4, (3, 0, 2, 1)),
-        # An accepted EOS ends the draft, and the output.
-        ([1, 2, 9], [1, 2, 9], 2, 5, (2, 2, 1, 0)),
-        # The drafts after a wrong one are assumed to end where the output ends.
-        ([1, 0, 9], [1, 2, 9], 4, 9, (3, 1, 2, 0)),
-        # A wrong EOS ends the draft, and is rejected.
-        ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 3, 5, (3, 2, 2, 0)),
-        ([1], [1], 2, 5, (0, 0, 0, 0)),
-    ],
-)
-def test_rounds_of_known_choices(choices, output, drafts, room, rounds):
-    assert counts(simulate(choices, output, drafts, room, EOS)) == rounds
 
 
 def test_pass_times_of_the_real_loop():
@@ -124,11 +83,15 @@ def test_of_a_long_answer_the_middle_is_timed(tokens, start):
     assert (ids, limit) == ([1, 2, *range(10, 10 + start)], tokens - start + 1)
 
 
-def test_the_speed_of_known_rounds():
+def test_the_speed_of_known_rounds_and_times_between_those_of_shorter_and_longer_drafts():
     # 3 answers with 30 tokens: 3 prefills of 0.5 s in all and 27 plain steps of 0.1 s, or 6 drafts, 3 rounds, 2 plain steps.
     rounds = DecodeStats(drafted=6, accepted=4, rounds=3, steps_by_drafter={"plain": 2})
     found = prediction_of(rounds, PassTimes(0.01, 0.19, 0.01, plain=0.1), prefill=0.5, tokens=30, answers=3)
     assert found.speedup == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
+    short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
+    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
+    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
+    assert interpolated(3.0, [long]) == long
 
 
 def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
@@ -136,25 +99,6 @@ def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
     monkeypatch.setattr(cost_model, "_steps", lambda *_: [(0, 0.0, 0.0, 0.25)] * 8)
     rounds = DecodeStats(accepted=6, rounds=2, draft_seconds=1.0, verify_seconds=3.0)
     assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
-
-
-def test_times_that_were_disturbed_do_not_count():
-    usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
-    assert averages([usual] * 7 + [disturbed] + [usual] * 2) == pytest.approx(usual)
-
-
-def test_times_between_those_of_shorter_and_longer_drafts():
-    short, long = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0), PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
-    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
-    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [short, short, long, long]
-    assert interpolated(3.0, [long]) == long
-
-
-def test_prompts_that_fail_are_left_out():
-    loaded, task = tiny_loaded(), own_answers(1)
-    _, (_, alone, _) = collect(predict(loaded, task.examples, [SETTING], PLAIN))
-    _, (_, found, _) = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], PLAIN))
-    assert found == alone
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():
@@ -205,7 +149,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
     for skip in ((1,), (3, 5), (6,), (3,), (2, 3, 4, 5, 6)):
         choices = probe.choices(skip)
         config = DecodingConfig("draft-and-verify", skip=skip, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config))
+        drafter = drafter_for(DrafterSetup(model, config))
         for start in range(0, 20, block):
             known = ids[: len(prompt) + start]
             cache, last = model.new_cache(), len(known) - 1
@@ -213,7 +157,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
                 if last:
                     hidden = model.embed(torch.tensor([known[:last]]))
                     model.run_layers(hidden, 0, LAYERS, cache.span(0, last))
-                draft = drafter.draft(Context([0], [known], torch.tensor(known[last:]), cache, [0], [last]), [block])
+                draft = drafter.draft(context_of([known], torch.tensor(known[last:]), cache, [0], [last]), [block])
             for choice, drafted, token in zip(choices[start:], draft.drafts.tolist(), ids[len(known) :], strict=False):
                 assert choice == drafted
                 if drafted != token:
@@ -326,17 +270,6 @@ def test_bench_searches_unless_the_layers_are_known(known_times, monkeypatch):
         assert row.skip == skip or (skip is None and {2, 5} <= set(row.skip))
         assert row.identical_outputs == 1.0 and len(searched) == searches
         assert f"Layers that drafts skip: --skip {counts_text(row.skip)}." in results_table(record).text
-
-
-def test_a_resumed_bench_keeps_the_layers_that_it_found(known_times, tmp_path, monkeypatch):
-    loaded, task = replace(silenced(2, 5), name="embedded"), own_answers(2)
-    config = BenchConfig("tiny", strategies=("autoregressive",), baselines=("draft-and-verify",), repeats=1)
-    for event in bench(loaded, task, config, tmp_path):
-        if isinstance(event, Progress) and event.phase == "prompts":
-            break
-    monkeypatch.setattr("layerskip_core.evaluation.measure.bench.search_skips", lambda *args: pytest.fail("searched again"))
-    *_, record = bench(loaded, task, config, tmp_path, resume=True)
-    assert {2, 5} <= set(record.results[-1].skip)
 
 
 def test_save_stores_the_layers_and_generate_uses_them(checkpoint, tmp_path):

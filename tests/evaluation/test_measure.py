@@ -16,7 +16,7 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.data import Example
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import metrics
-from layerskip_core.evaluation.measure import Measured, Progress, differences, first_difference, measure, measure_prompt
+from layerskip_core.evaluation.measure import Measured, Progress, differences, measure, measure_prompt
 from layerskip_core.evaluation.measure.bench import bench, load_baselines
 from layerskip_core.evaluation.metrics import (
     Scores,
@@ -32,26 +32,18 @@ from layerskip_core.evaluation.metrics import (
     t_quantile,
     text_losses,
 )
-from layerskip_core.evaluation.results import Difference, Output, Step
+from layerskip_core.evaluation.results import Output, Step
 
 
-def test_exact_match_tells_equal_texts():
+def test_scores_of_known_texts():
     assert exact_match([" a b ", "c", "d", "e"], [["a b"], ["c"], ["D"], ["f", " e"]]) == [1, 1, 0, 1]
     assert exact_match(["a  b\n c"], [["a b c"]]) == [0]
     assert exact_match(["a  b\n c"], [["a b c"]], fold_whitespace=True) == [1]
-
-
-def test_rouge_of_known_texts():
-    # Bigrams: 2 of 2 predicted ones are among the 3 of the reference: P = 1, R = 2/3, F = 0.8. The second pair shares none.
     two = rouge(["the cat sat", "a b"], [["the cat sat down"], ["b a"]], ["rouge2"])["rouge2"]
     assert two == pytest.approx([0.8, 0.0])
     # Words: 3 of 3, of 4. The longest common subsequence of "sat the cat" is "the cat": 2 of 3, of 4. The stem counts.
     scores = rouge(["sat the cats"], [["the cat sat down"]])
     assert [*scores["rouge1"], *scores["rouge2"], *scores["rougeL"]] == pytest.approx([6 / 7, 0.4, 4 / 7])
-
-
-def test_pass_at_k_is_the_unbiased_estimate():
-    # 1 - C(n - c, k) / C(n, k): n = 5, c = 2: k = 1: 2/5, k = 2: 1 - 3/10, k = 4: no 4 wrong ones, so 1. c = 0: 0. c = 5: 1.
     verdicts = [[True, False, True, False, False], [False] * 5, [True] * 5]
     found = pass_at_k(verdicts, [1, 2, 4])
     assert [*found["pass@1"], *found["pass@2"], *found["pass@4"]] == pytest.approx([0.4, 0, 1, 0.7, 0, 1, 1, 0, 1])
@@ -104,10 +96,6 @@ def test_perplexity_is_by_token_over_all_samples():
     assert scores_by_exit([(1, {1: 1e4, 2: math.nan})]) == scores_by_exit([]) == {}
 
 
-def test_a_prompt_that_fills_the_context_has_no_reference_tokens():
-    assert reference_losses(tiny_loaded(), TOO_LONG, [2, 6]) == (0, {})
-
-
 def measured(generator, prompts=20, repeats=1, of_repeats=0.0):
     """Times of two settings; a prompt that is slow for one is slow for the other. Their ratio is 2, to a tenth by prompt."""
 
@@ -138,16 +126,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say(prompts, repeats, of_rep
     assert 0.91 <= sum(ends.low <= 2.0 <= ends.high for ends in found) / len(found) <= 0.98
 
 
-def test_how_many_rows_halve_an_interval():
-    """Four times as many, if all of its width is of the prompts: their spread stays, and repeats agree."""
-    columns = measured(torch.Generator().manual_seed(3), 100)
-    alone, again = speed_ratio(*columns), speed_ratio(*(each.repeat(1, 1, 4) for each in columns))
-    assert alone.rows == 400
-    assert again.bounds.high - again.bounds.low == pytest.approx((alone.bounds.high - alone.bounds.low) / 2, rel=0.02)
-    more = speed_ratio(*measured(torch.Generator().manual_seed(3), 100, 3, 0.004)).rows
-    assert more > 400 and speed_ratio(*measured(torch.Generator().manual_seed(3), 100, 3, 0.1)).rows == 0
-
-
 def test_prompts_are_paired_and_repeats_give_their_median():
     """Times that differ from prompt to prompt, but always by the same factor, leave no doubt about the factor."""
     base, slow = times((1.0, 9.0, 3.0, 40.0)), times((0.9, 8.0, 3.1, 39.0))  # a repeat that something disturbed
@@ -158,15 +136,12 @@ def test_prompts_are_paired_and_repeats_give_their_median():
     assert value == 2.0 and ends.low < 1 < 3 < ends.high
 
 
-def test_what_has_no_interval_or_no_value():
-    assert speed_ratio(times((1.0,), (2,)), times((0.7,), (3,))).bounds is None
-    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]).value is None
-
-
-def test_the_interval_of_a_share():
+def test_the_interval_of_a_share_and_what_has_none():
     value, (low, high), _ = estimate(torch.div, [[10, 5, 0, 10], [10] * 4], limits=(0.0, 1.0))
     assert value == 25 / 40 and 0 <= low < value < high == 1
     assert estimate(torch.div, [[1] * 4, [1] * 4]) == (1.0, None, None)
+    assert speed_ratio(times((1.0,), (2,)), times((0.7,), (3,))).bounds is None
+    assert estimate(torch.div, [[1, 2, 3], [0, 0, 0]]).value is None
 
 
 def test_the_answers_to_a_prompt_count_together():
@@ -185,7 +160,7 @@ def test_the_answers_to_a_prompt_count_together():
     assert both.times.tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
 
 
-def test_changes_are_paired():
+def test_changes_are_paired_and_times_leave_out_the_prefill_or_not():
     full, worse = Scores((0.0, 1.0) * 20), Scores((0.0, 0.9) * 20)
     assert change(full, full) == (0.0, None, None)
     paired, own = change(worse, full).bounds, metric(worse).bounds
@@ -193,9 +168,6 @@ def test_changes_are_paired():
     assert own.high - own.low > 5 * (paired.high - paired.low)
     texts = metric(Scores((10.0, 40.0, 30.0), (10, 20, 10)))
     assert texts.value == pytest.approx(math.exp(2.0)) and 0 < texts.bounds.low < texts.value < texts.bounds.high
-
-
-def test_times_leave_out_the_prefill_or_not():
     measured = Measured(DecodingConfig(), (), [outputs_of([(1, 2.0), (3, 1.0)], [(1, 4.0)])])
     assert measured.times[:, 0].tolist() == [[3.0, 4.0], [4, 1], [1.0, 0.0], [3, 0]]
 
@@ -206,20 +178,6 @@ ONE_BY_ONE = SweepConfig("tiny")
 DRAFTS = {"exit_layer": 5, "num_draft_tokens": 3}
 BASELINES = ("transformers", "prompt-lookup", "no-reuse")
 CONFIG = BenchConfig("tiny", generation=DRAFTS, repeats=1, batch_size=2, baselines=BASELINES)
-
-
-def test_an_output_is_what_transformers_generates():
-    loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
-    ids = torch.tensor([loaded.encode_prompt(prompt)])
-    generated = loaded.backend.model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
-    plain, drafted = measure_prompt(loaded, prompt, PLAIN), measure_prompt(loaded, prompt, DRAFTED)
-    assert list(plain.ids) == list(drafted.ids) == generated
-    assert plain.text == loaded.tokenizer.decode(generated, skip_special_tokens=True)
-    assert [step.tokens for step in plain.steps] == [1] * len(generated)
-    assert sum(step.tokens for step in drafted.steps) == drafted.stats.new_tokens == len(generated)
-    assert drafted.stats.rounds == len(drafted.steps) - 1
-    assert all(step.seconds > 0 for step in drafted.steps)
-    assert plain.peak_memory_mb is None or 50 < plain.peak_memory_mb < 100_000  # None where the system cannot reset it
 
 
 def test_the_order_changes_and_every_setting_answers_every_prompt():
@@ -300,21 +258,6 @@ def test_a_bench_with_batches_differs_in_speed_only():
             assert single.acceptance_rate == timed.acceptance_rate == quality.acceptance_rate > 0
     assert (batched.config["batch_size"], batched.config["timed"]) == (2, 2)
     json.dumps(untimed.document(), allow_nan=False)
-
-
-def test_measurements_of_several_tasks_add_up():
-    mine = Measured(PLAIN, [Output((1,)), Output((2,))], [[Output((3,))]], (Difference(1, 0, 0.5),))
-    both = mine + mine
-    assert [output.ids for output in both.answers] == [(1,), (2,), (1,), (2,)] and len(both.repeats[0]) == 2
-    assert both.differences == (Difference(1, 0, 0.5), Difference(3, 0, 0.5))
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected", "position"),
-    [([1, 2], [1, 2], None), ([1, 3], [1, 2], 1), ([1], [1, 2], 1), ([1, 2, 3], [1, 2], 2), ([], [5], 0)],
-)
-def test_first_difference(ids, expected, position):
-    assert first_difference(ids, expected) == position
 
 
 def test_a_difference_is_located_with_the_gap_between_the_targets_two_best_logits_there():

@@ -1,12 +1,9 @@
 """The report page: self-contained, escaped, with the figures that its record has data for."""
 
 import re
-import struct
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
 from evaluating import own_answers, tiny_loaded
@@ -17,9 +14,9 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_json, to_jsonl
-from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
+from layerskip_core.evaluation.report.plots import figures, to_svg
 from layerskip_core.evaluation.report.tables import results_table
-from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, Step, read_record
+from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
 FULL = replace(
     SWEEP,
@@ -124,74 +121,6 @@ def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out(
     ]  # fmt: skip
 
 
-def test_only_figures_with_data():
-    # Acceptance by exit needs two exits.
-    assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "prediction", "time_split"]
-    assert list(figures(TABLES)) == ["pareto"]
-
-
-def many(count):
-    """A sweep with exits 1, 2, ... as drafters, each faster than the one before, of which the slowest is on the frontier."""
-    drafted = [
-        replace(SWEEP.results[2], exit_layer=layer, num_draft_tokens=count_, tokens_per_second=100.0 + layer, pareto=layer == 1)
-        for layer in range(1, count + 1)
-        for count_ in (4, 8)
-    ]
-    return replace(FULL, results=(SWEEP.results[0], *drafted))
-
-
-def test_a_plot_has_at_most_eight_lines_with_their_names_at_their_ends():
-    for count, shown in ((3, range(1, 4)), (12, (1, *range(6, 13)))):
-        drawn = figures(many(count))["acceptance_by_position"].axes[0]
-        names = [f"exit {layer}, 8 drafts" for layer in shown]
-        assert [line.get_label() for line in drawn.lines] == names and drawn.get_legend() is None
-        ends = {text.get_text(): text for text in drawn.texts}
-        assert set(ends) == set(names) and all(
-            ends[line.get_label()].xy == tuple(line.get_xydata()[-1]) for line in drawn.lines
-        )
-        levels = sorted(text.xyann[1] for text in drawn.texts)
-        assert levels[-1] <= 1 and min(above - below for below, above in pairwise(levels)) > 0.05  # none hides another
-        told = "\n8 of 12: those on the Pareto frontier of quality and speed, then the fastest"
-        assert drawn.get_xlabel() == "position of the draft in its round" + (told if count > 8 else "")
-    assert len(figures(many(12))["prediction"].axes[0].collections) == 8
-    assert len({line.get_color() for line in drawn.lines}) == len({line.get_marker() for line in drawn.lines}) == 8
-
-
-def test_the_speed_within_an_answer_is_drawn_by_drafter():
-    steps = (Step(1, 0.5), Step(3, 0.25, "lookup"), Step(1, 0.25, "plain"), Step(2, 0.5, "int8"), Step(4, 0.5, "int8"))
-    adaptive = replace(BENCH.results[1], strategy="adaptive", exit_layer=None, longest_answer=steps)
-    drawn = figures(replace(TABLES, results=(*TABLES.results, adaptive)))
-    (axes,) = drawn["speed_within_an_answer"].axes
-    line, plain = axes.lines
-    assert list(line.get_xdata()) == [0.25, 0.5, 1.0, 1.5]  # the prefill's step is left out
-    assert list(line.get_ydata()) == [10 / 1.5] * 4  # eight steps around each are all of them
-    assert plain.get_ydata()[0] == 1000 / 6.5
-    assert [points.get_label() for points in axes.collections] == ["int8", "lookup", "plain"]
-    assert axes.collections[0].get_offsets().tolist() == [[1.0, 10 / 1.5], [1.5, 10 / 1.5]]
-    assert "speed_within_an_answer" not in figures(TABLES)
-
-
-def test_an_svg_has_the_text_colour_and_the_width_of_the_page():
-    drawn = figures(FULL)
-    for figure in drawn.values():
-        text = to_svg(figure)
-        root = ElementTree.fromstring(text.replace("xlink:href", "href"))
-        assert root.get("width") is root.get("height") is None
-        assert root.get("viewBox")
-        assert "currentColor" in text
-        assert "#010203" not in text
-    # Labelled: the fastest setting of a strategy with its speedup, the baseline with its name alone.
-    texts = re.findall(r">([^<]+)</text>", to_svg(drawn["pareto"]))
-    assert {"exit 12, 12 drafts: 1.8x", "exit 12 alone: 19x", "autoregressive"} <= set(texts)
-    assert {"Speed (tokens per second)", "Quality: exact match (%)"} <= set(texts)
-
-
-def test_a_png_for_papers():
-    image = to_png(figures(FULL)["pareto"])
-    assert image[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", image[16:24]) == (1120, 760)  # 5.6 x 3.8 inches at 200 dots
-
-
 def record_of(*answered):
     names = (("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 4), ("lookup", None, 4))
     results = tuple(Result(*name, tokens_per_second=10.0, speedup=1.0, identical_outputs=1.0) for name in names)
@@ -200,7 +129,6 @@ def record_of(*answered):
 
 
 def versions(page):
-    """The settings, the names and the text with marks of each answer."""
     pattern = r'data-results="([\d ]*)">\s*<p class="names">(.*?)</p>\s*<pre>\n(.*?)</pre>'
     return re.findall(pattern, page, re.DOTALL)
 
@@ -224,14 +152,11 @@ def test_what_differs_from_the_first_answer_is_marked(answer, marked):
     assert found[-1][2] == marked
 
 
-def test_a_long_answer_is_marked_where_it_differs():
+def test_a_long_answer_is_marked_where_it_differs_and_texts_cannot_become_markup():
     words = [f"w{number}" for number in range(400)]
     other = " ".join([*words[:200], "x", *words[201:]])
     found = versions(answers_page(record_of(Answered("p", "", (" ".join(words), other, None, None)))))
     assert re.findall("<mark>(.*?)</mark>", found[-1][2]) == ["x"]
-
-
-def test_texts_cannot_become_markup():
     page = answers_page(record_of(Answered("<b>", "<i>", ("<script>x", "<script>y", None, None))))
     assert not re.search(r"<(b|i|script>x|script>y)>", page) and "&lt;script&gt;" in page
 

@@ -70,17 +70,6 @@ FASTER = Result(
 BENCH = RunRecord({"model": "tiny", "repeats": 3, "task": {"task": "commands"}}, MACHINE, (BENCHED, FASTER))
 
 
-def test_json_never_holds_a_nan():
-    with pytest.raises(ValueError, match="JSON"):
-        to_json(RunRecord({"x": math.nan}, {}, ()))
-
-
-def test_a_metric_is_not_hidden_by_a_figure_of_its_name_that_was_not_measured():
-    rows = [replace(SWEEP.results[0], metrics={"perplexity": 7.5}, perplexity=figure) for figure in (7.5, None)]
-    written = csv.DictReader(io.StringIO(to_csv(replace(SWEEP, results=tuple(rows)))))
-    assert [row["perplexity"] for row in written] == ["7.5"] * 2
-
-
 def test_a_csv_file_has_a_column_for_every_figure():
     rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
     assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]
@@ -115,27 +104,14 @@ def test_the_table_of_a_sweep():
     assert len(table.column_blocks(80)) == 1
 
 
-def test_tables_show_how_a_metric_differs_from_full_depth():
+def test_tables_show_how_a_metric_differs_from_full_depth_and_json_never_holds_a_nan():
     ends = {"intervals": {"exact_match": Bounds(0.25, 0.75)}, "changes": {"exact_match": Bounds(-0.625, 0.0)}}
     config = SWEEP.config | {"quality_metric": "exact_match"}
     table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
-
-
-def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
-    low = replace(SWEEP.results[2], exit_layer=30, draft_weights="int8", steps_by_drafter={"int8": 7, "plain": 1})
-    lookup = replace(low, strategy="lookup", exit_layer=None, draft_weights=None)
-    table = results_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
-    assert [row[:3] for row in table.rows[3:]] == [("int8 drafts", "30", "12"), ("lookup", "-", "12")]
-    assert len(table.column_blocks(80)) == 1
-
-
-def test_exits_by_confidence_show_their_mean_layers():
-    by_confidence = replace(SWEEP.results[1], exit_layer=None, exit_confidence=0.95, exits=(4, 8), mean_layers=6.25)
-    table = results_table(replace(SWEEP, results=(*SWEEP.results, by_confidence)))
-    assert table.rows[-1][:3] == ("exits at 0.95", "6.2", "-")
-    assert "exits at P: each token leaves at the first exit with a probability above P" in table.note
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(RunRecord({"x": math.nan}, {}, ()))
 
 
 def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
@@ -179,14 +155,11 @@ def test_the_verdict_counts_outputs_that_are_the_same_up_to_near_ties(changes, v
         assert results_table(sampled).findings[-1].startswith("Fastest with outputs of the same distribution: exit 8, 6 drafts")
 
 
-def test_a_benchmark_says_what_drafted_adaptively():
+def test_a_benchmark_says_what_drafted_and_how_near_the_memory_bandwidth_is():
     steps = {"plain": 1, "lookup": 4, "int8": 15}
     adaptive = replace(FASTER, strategy="adaptive", steps_by_drafter=steps, categories={})
     found = results_table(replace(BENCH, results=(BENCHED, adaptive))).findings
     assert found[0] == "Steps of adaptive decoding: int8 75%, lookup 20%, plain 5%."
-
-
-def test_a_benchmark_says_how_near_plain_decoding_is_to_the_memory_bandwidth():
     read = {"bytes_per_token": 212e6, "bytes_per_second": 30.8e9, "sum_bytes_per_second": 35e9}
     note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
     told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."
@@ -243,7 +216,6 @@ def lines_of(record, width=60):
 
 
 def place(lines, marker):
-    """The row and the column of a marker."""
     grid = [line.split("\N{BOX DRAWINGS LIGHT VERTICAL}", 1)[1] for line in lines[1:13]]
     (found,) = ((row, line.index(marker)) for row, line in enumerate(grid) if marker in line)
     return found
@@ -267,26 +239,3 @@ def test_better_is_higher_and_faster_is_further_right():
     assert left < middle < faster < fastest
     assert lines[-2:] == ["1 exit 4, 6 drafts: 2.00x, 90", "2 exit 8 alone: 3.00x, 50"]
     assert "100" in lines[14] and lines[14].endswith("300 tokens/s")
-
-
-def test_perplexity_is_better_below_and_wide_ranges_are_logarithmic():
-    lines = lines_of(
-        record_of(
-            result("autoregressive", 10.0, {"perplexity": 2.0}),
-            result("early-exit", 100.0, {"perplexity": 200.0}, 4),
-            result("early-exit", 1000.0, {"perplexity": 20000.0}, 2),
-            metric="perplexity",
-        )
-    )
-    assert lines[0] == "Quality: perplexity, lower is better"
-    (bottom, right), (middle, between), (top, left) = (place(lines, rank) for rank in "321")
-    assert top == 0 and bottom == 11 and middle in (5, 6)
-    assert between - left == pytest.approx(right - between, abs=1)
-
-
-def test_nothing_measured_has_no_picture():
-    assert points_of(record_of(result("autoregressive", 10.0, {}))) is None
-
-
-def test_one_point_is_drawn():
-    assert lines_of(record_of(result("autoregressive", 100.0, {"exact_match": 1.0})))[-1] == "1 autoregressive: 1.00x, 100"

@@ -41,7 +41,6 @@ def none_is_left(marker):
 
 
 def survivors(marker):
-    """The processes whose command line contains the marker."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -167,13 +166,10 @@ def test_no_process_survives_the_end_of_the_harness(marker, namespaces, temporar
         shutil.rmtree(path)
 
 
-def test_a_program_has_a_folder_of_its_own(namespaces):
+def test_a_program_has_a_folder_of_its_own_and_inherits_no_open_file(namespaces, tmp_path):
     own = "import os, tempfile\nassert os.listdir('.') == []\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
     own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
     assert not run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces)
-
-
-def test_no_open_file_is_inherited(tmp_path):
     (tmp_path / "secret").write_text("secret")
     with open(tmp_path / "secret") as file:
         os.set_inheritable(file.fileno(), True)
@@ -309,7 +305,6 @@ def test_hostile_programs_of_a_plain_user():
 
 
 def interpreter_of_all():
-    """A Python interpreter that any user can start."""
     for path in (sys.executable, "/usr/bin/python3"):
         with suppress(OSError):
             command = [path, "-c", "import sys; print(sys.version_info >= (3, 11))"]
@@ -319,7 +314,6 @@ def interpreter_of_all():
 
 
 def start_with(patch):
-    """The code that starts a supervisor in which something fails."""
     return (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from layerskip_core.evaluation.sandbox import seccomp, supervisor\n"

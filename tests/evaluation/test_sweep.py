@@ -1,14 +1,11 @@
 """The sweep: Pareto marks and recommendations from known tables, and a run on the tiny model."""
 
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
 from evaluating import LAYERS, TRAINED, early_exit_share, own_answers, repacked, tiny_loaded
-from exit_block_models import add_eagle3
 
-from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.options import counts_text, parse_counts
@@ -108,15 +105,6 @@ def test_low_bit_copies_draft_with_all_layers():
     assert alone == 2
 
 
-def test_the_exits_of_a_trained_model_are_swept_beside_its_copies(checkpoint):
-    packing = PackingConfig(draft_weights=("int8",))
-    loaded = for_decoding(checkpoint, packing=packing)  # its layerskip.json recommends an exit
-    *_, record = sweep(loaded, own_answers(1), SweepConfig("tiny", specs=(2,), packing=packing, quick=True))
-    drafted = [(result.draft_weights, result.exit_layer) for result in record.results if result.strategy == "self-speculative"]
-    exits = default_exits(LAYERS)
-    assert drafted == [*((None, layer) for layer in exits), *(("int8", layer) for layer in (*exits, LAYERS))]
-
-
 def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_where_they_gain(monkeypatch):
     """A draft costs a tenth of a plain step by all layers of the copy, as much as one by the model's own exits."""
     from layerskip_core.evaluation.measure import cost_model
@@ -181,15 +169,6 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     assert rows["early-exit", 5, None].perplexity is not None
     assert record.prediction_error.settings == 1
     assert "; not measured because of a lower predicted speed: 3" in record.recommendation.reason
-
-
-def test_a_quick_sweep_measures_one_length_of_each_drafter_without_predictions(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
-    add_eagle3(folder)
-    config = SweepConfig("tiny", exits=(2,), specs=(2, 4, 6), exit_confidences=(), quick=True)
-    *_, record = sweep(for_decoding(str(folder), "cpu"), own_answers(1), config)
-    measured = [(result.strategy, result.num_draft_tokens) for result in record.results if result.metrics]
-    assert [row for row in measured if row[0] in ("lookup", "eagle3")] == [("lookup", 4), ("eagle3", 4)]
 
 
 def test_the_confidence_of_a_sweep_is_one_of_several():

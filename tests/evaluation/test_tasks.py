@@ -124,7 +124,7 @@ def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, comple
     assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ("\n\n", "!")}
 
 
-def test_topv2_from_a_folder_with_and_without_shots(tmp_path):
+def test_topv2_from_a_folder_and_complete_prompts_of_xsum(tmp_path):
     head, form = "domain\tutterance\tsemantic_parse\n", "music\t{0}\t[IN:{0} ]\n"
     (tmp_path / "music_train.tsv").write_text(head + "".join(map(form.format, ("one", "two", "three", "more"))))
     (tmp_path / "music_test.tsv").write_text(head + form.format("four"))
@@ -133,6 +133,10 @@ def test_topv2_from_a_folder_with_and_without_shots(tmp_path):
     assert task.examples == (Example("one\n[IN:one ]\n\nthree\n[IN:three ]\n\nfour", "[IN:four ]"),)
     assert (task.stop, task.template, task.config.shots) == (("\n\n",), None, 2)
     assert score(task, ["[IN:four ]\n\nfive"]) == {"exact_match": 1.0}
+    rows = [{"article": "###\nArticle: Snow fell.\n\nSummarize it.\n", "summary_gt": "It snowed."}]
+    task = load_task(TaskConfig("xsum", write_lines(tmp_path / "rows.jsonl", rows)))
+    assert task.examples == (Example("###\nArticle: Snow fell.\n\nSummarize it.\n", " It snowed."),)
+    assert score(task, ["It snowed.\n\n###\nArticle"])["rouge2"] == 1.0
 
 
 ARTICLE = {"article": "Rain fell.", "highlights": "It rained .\nA lot ."}
@@ -177,13 +181,6 @@ def test_other_tasks_from_the_hub(hub):
     (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
     assert example.prompt == SOLVED.format(2) + SHOT.format(11)
     assert [call[1] for call in calls] == ["test", "test", "test", "test", "prompt"]
-
-
-def test_complete_xsum_prompts_are_not_changed(tmp_path):
-    rows = [{"article": "###\nArticle: Snow fell.\n\nSummarize it.\n", "summary_gt": "It snowed."}]
-    task = load_task(TaskConfig("xsum", write_lines(tmp_path / "rows.jsonl", rows)))
-    assert task.examples == (Example("###\nArticle: Snow fell.\n\nSummarize it.\n", " It snowed."),)
-    assert score(task, ["It snowed.\n\n###\nArticle"])["rouge2"] == 1.0
 
 
 def problem(number):
@@ -268,14 +265,6 @@ def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
         load_task(TaskConfig("mbpp", file, shots=0))
 
 
-@pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
-def test_lm_of_texts_with_few_words(tmp_path, text):
-    """Passages that start inside a word, or in whitespace."""
-    (tmp_path / "text.md").write_text(text)
-    examples = load_task(TaskConfig("lm", str(tmp_path / "text.md"))).examples
-    assert examples and all(example.prompt for example in examples)
-
-
 def test_lm_takes_passages_of_a_text(tmp_path):
     words = [f"w{number}" for number in range(3000)]
     file = tmp_path / "text.txt"
@@ -354,7 +343,6 @@ USUAL = TaskConfig()
 
 
 def trained(folder, data, exit_blocks=None, **config):
-    """A model's folder, as far as its training is read."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
     details = {"config": {"data": data, **config}} | ({} if exit_blocks is None else {"exit_blocks": exit_blocks})

@@ -28,7 +28,6 @@ from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable, decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import CheckConfig, Engine
-from layerskip_core.errors import ConfigError
 from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
 from layerskip_core.model import TransformersBackend
@@ -84,14 +83,11 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
     assert whole.keys() == written.keys() and all(torch.equal(whole[name], written[name]) for name in whole)
 
 
-def test_a_plain_folder_is_its_own_target(checkpoint, tmp_path):
+def test_a_plain_folder_is_its_own_target_and_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
     done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
     assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
     assert '"num_speculative_tokens": 6' in done.out
-
-
-def test_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
-    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "draft")
+    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "other")
     add_eagle3(folder)
     told = f"--exit must be given: this model has a drafter that vLLM reads as it is, by `vllm serve {folder}/eagle3`, got none"
     fails(told, "export", str(folder), "--output", output, "--engine", "vllm")
@@ -148,7 +144,6 @@ def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
 
 
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
-POSITIONS = torch.arange(11).expand(2, -1)
 WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}  # from layer 2 on, counted from 0
 
 
@@ -159,36 +154,25 @@ def tiny(model_type, **changes):
 
 @torch.no_grad()
 def written_logits(model, folder):
-    """Those of the files, read by transformers alone."""
     model.save_pretrained(folder)
     kernels = ATTENTION.get(model.config.model_type)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
 
 
-@pytest.mark.parametrize("placed", [(), (ExitBlock(2), ExitBlock(4))], ids=["an exit", "an exit with a block"])
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_the_logits_are_those_of_the_exit(model_type, placed, tmp_path):
-    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions."""
+def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
+    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions.
+
+    Exits without blocks: tests/model/test_any_decoder.py.
+    """
     loaded = tiny(model_type, **(WINDOWS if model_type in ("qwen2", "qwen3", "smollm3") else {}))
-    blocks, exit_layer = random_blocks(loaded.model, *placed), 2 if placed else 3
+    blocks = random_blocks(loaded.model, ExitBlock(2), ExitBlock(4))
     backend = TransformersBackend(loaded.model, blocks)
     with torch.no_grad():
-        early = run_texts(backend, backend.embed(IDS), 0, exit_layer)
-        expected, other = backend.unembed(early), loaded.model(IDS).logits
-        if placed:
-            block, other = backend.exit_blocks[2], expected
-            expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
-    torch.testing.assert_close(written_logits(cut_to_exit(loaded, exit_layer, blocks), tmp_path), expected)
-    assert (other - expected).abs().max() > 0.1
-
-
-def test_a_tied_head_stays_tied(tmp_path):
-    loaded = tiny("llama", tie_word_embeddings=True)
-    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
-    names = load_file(tmp_path / "model.safetensors").keys()
-    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+        early, block = run_texts(backend, backend.embed(IDS), 0, 2), backend.exit_blocks[2]
+        expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
+        assert (backend.unembed(early) - expected).abs().max() > 0.1
+    torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
 
 
 def test_values_by_layer_follow_the_layers_that_are_kept():
@@ -200,14 +184,6 @@ def test_values_by_layer_follow_the_layers_that_are_kept():
     assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
     gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
     assert gemma.layer_types == [sliding, full, sliding]
-
-
-def test_a_block_that_reads_the_final_states_is_refused():
-    loaded = tiny("llama")
-    blocks = random_blocks(loaded.model, ExitBlock(2, "final"))
-    with pytest.raises(ConfigError, match=r"`exit_layer` 2 cannot be a model of its own: .* \(feature final\)"):
-        cut_to_exit(loaded, 2, blocks)
-    assert loaded.model.config.num_hidden_layers == 6
 
 
 @pytest.fixture
@@ -306,10 +282,10 @@ def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
     target = str(tmp_path / "target")
     flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
     assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
-    done = check_drafter(CheckConfig(samples=3), target)
-    assert done.vllm.answers == done.here.answers and sum(done.here.accepted) > 10
-    shown = run("export", target, "--check", "--samples", "1")
-    assert shown.code == 0 and shown.out.splitlines()[3].startswith("| vLLM 0.")
+    checked = run("export", target, "--check", "--samples", "3")
+    assert checked.code == 0 and "3 of 3 answers the same, rates of acceptance at most 0.0 points apart" in checked.err
+    here, vllm = (line.split(" | ", 1) for line in checked.out.splitlines()[2:])
+    assert vllm[0].startswith("| vLLM 0.") and vllm[1] == here[1] and float(here[1].split("|")[-2]) > 1.1
 
 
 @pytest.mark.slow
@@ -368,7 +344,6 @@ class _Stub(ModuleType):
 
 @pytest.fixture
 def plugin(monkeypatch):
-    """The plugin, imported without vLLM."""
     name = "layerskip_core.export.vllm_plugin"
     wanted = re.findall(r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE)
     for module in ("vllm", *wanted):
@@ -392,3 +367,12 @@ def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
     config = SimpleNamespace(num_hidden_layers=4, **sizes)
     for model in ("me/draft", str(tmp_path)):
         assert plugin.exported_exit(SimpleNamespace(model=model, revision="v1", hf_config=config), target) == 4
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    loaded = tiny("llama", tie_word_embeddings=True)
+    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

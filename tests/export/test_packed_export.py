@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import fails, run
-from conftest import CHANGES, MIXERS, older, run_texts, tiny_model
+from conftest import CHANGES, OWN_LAYERS, older, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, add_int4
 from safetensors.torch import load_file, save_file
@@ -32,8 +32,7 @@ IDS = torch.tensor([[5, 9, 33, 7, 120]])
 
 
 def add_two_blocks(folder):
-    """At exits 2 and 4, of both features."""
-    add_blocks(folder, ExitBlock(2), ExitBlock(4, "final"))
+    add_blocks(folder, ExitBlock(2), ExitBlock(4))
 
 
 def packed_from(folder, output, quantize=None, dtype="auto"):
@@ -49,8 +48,7 @@ def states(backend):
             drafted = run_texts(side.layers, side.layers.embed(IDS), 0, 2)
             found += [drafted, side.whole.unembed(drafted), side.at_exits.unembed(drafted)]
             for block in side.exit_blocks.values():
-                entered = block.enter(drafted, drafted)
-                found.append(block.head(run_texts(side.layers, entered, block.layer, block.layer + 1)))
+                found.append(block.head(run_texts(side.layers, drafted, block.layer, block.layer + 1)))
         for layer in range(backend.num_layers):
             hidden = run_texts(backend, hidden, layer, layer + 1)
             found.append(hidden)
@@ -60,7 +58,6 @@ def states(backend):
 
 
 def assert_same(packed, plain):
-    """Two decoders with the same bits, and the same way to run."""
     assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
@@ -125,7 +122,7 @@ def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *MIXERS]
+    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *OWN_LAYERS]
 )
 def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
     """And with a tied head; with learned positions, and numbers in activations."""
@@ -203,7 +200,10 @@ def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
 
 
-def test_machines_without_kernels_are_told_so(wide, packed, tmp_path, monkeypatch):
+def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(wide, packed, tmp_path, monkeypatch):
+    both = shutil.copytree(wide, tmp_path / "both")
+    shutil.copy(packed / PACKED_FILE, both)
+    assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     export = ("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other"))
     for command in (("generate", "a", "--model", str(packed)), export):
@@ -251,8 +251,3 @@ def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
     done = run("export", str(wide), "--format", "packed", "--output", str(output))
     assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
     assert done.err.count("\n") == 1 and not output.exists()
-
-
-def test_a_folder_with_weights_is_not_packed(packed, wide):
-    shutil.copy(packed / PACKED_FILE, wide / PACKED_FILE)
-    assert "int4" not in for_decoding(str(wide), "cpu").backend.implementation

@@ -9,7 +9,6 @@ import torch
 from conftest import at, run_texts
 from decoder_types import LAYERS, tiny
 from decodings import entries, ids_of, plainly, prompt_of
-from exit_block_models import random_blocks
 from training_runs import recipe_module
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,7 +22,7 @@ from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, features_of
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from layerskip_core.training.exit_blocks import FrozenExits
 from layerskip_core.training.recipe import RunStep
 
@@ -122,12 +121,11 @@ def check_outputs(backend):
     plain = [plainly(backend, prompt, 8) for prompt in prompts]
     drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=8)
     assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
-    loop, later = (DecodingLoop(backend, part, drafting) for part in (prompts[:2], prompts[2:]))
-    for each in (loop, loop, later):
-        next(each)
-    loop.join(later)
+    loop = DecodingLoop(backend, prompts[:2], drafting)
+    next(loop), next(loop)
+    loop.add(later := loop.row(prompts[2], drafting, frozenset(), 0))
     assert all(loop)
-    assert [row.output for row in (*loop.rows, *later.rows)] == plain
+    assert [row.output for row in (*loop.rows, later)] == plain
 
 
 def check_propagation(backend, ids):
@@ -176,21 +174,22 @@ def check_exit_block(model, backend, ids):
         with pytest.raises(CheckpointError, match="can have no blocks"):
             FrozenExits(backend, [ExitBlock(2)])
         return
-    module, positions = FrozenExits(backend, [ExitBlock(2, "final")]), torch.arange(13).expand(2, -1)
+    module, positions = FrozenExits(backend, [ExitBlock(2)]), torch.arange(13).expand(2, -1)
     with torch.no_grad():
         for weight in module.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2, "final"),), module.weights().get))
+    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2),), module.weights().get))
     block, cache = decoding.exit_blocks[2], decoding.new_cache(2)
     with torch.no_grad():
         states = decoding.run_layers(decoding.embed(ids), 0, 2, at(positions, cache))
         finals = decoding.normed(decoding.run_layers(states, 2, LAYERS, at(positions, cache)))
-        entered, own = block.enter(states, features_of(finals)), states[..., : decoding.spec.hidden]
-        pieces = [(entered[:, start:stop], cache.span(start, stop)) for start, stop in pairwise([0, 7, 8, 11, 13])]
+        expected = module.exits["2"](states[..., : decoding.spec.hidden], ids)
+        pieces = [(states[:, start:stop], cache.span(start, stop)) for start, stop in pairwise([0, 7, 8, 11, 13])]
         found = torch.cat([decoding.run_layers(piece, block.layer, block.layer + 1, span) for piece, span in pieces], dim=1)
         last = decoding.run_layers(decoding.embed(ids[:, 12:]), 0, LAYERS, at(positions[:, 12:], cache))
-        expected = module.exits["2"](own, features_of(finals), ids)
-    torch.testing.assert_close(block.norm(found), expected, rtol=1e-4, atol=1e-4)  # a state counts for little in Falcon-H1
+    torch.testing.assert_close(
+        block.head(found), module.backend.head(expected), rtol=1e-4, atol=1e-4
+    )  # a state counts for little in Falcon-H1
     torch.testing.assert_close(decoding.normed(last), finals[:, 12:], rtol=1e-4, atol=1e-4)
     module(ids, ids)["loss"].backward()
     gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
@@ -269,18 +268,6 @@ def test_shared_texts_with_recurrent_states():
     for prompt, reused in ((text, 0), ([*text, 5, 6], 80), ([*text, 7], 80), ([*text[:75], 8, 9], 0)):
         loop = DecodingLoop(backend, [prompt], replace(config, num_draft_tokens=len(prompt) % 4 + 1), prefixes=shared)
         assert ids_of(loop) == plainly(backend, prompt, 5) and loop.reused_tokens == reused
-
-
-def test_drafts_on_final_states_compute_recurrent_texts_anew():
-    """They would need the state before a text's last token, which nobody keeps."""
-    model = tiny.__wrapped__("qwen3_5_text")
-    backend = TransformersBackend(model, random_blocks(model, ExitBlock(2, "final")))
-    prefixes, text = Prefixes(2**24, least=1), prompt_of(30)
-    for count in (1, 5, 5):
-        config = DecodingConfig("self-speculative", 2, 3, count)
-        loop, output = DecodingLoop(backend, [text], config, prefixes=prefixes), plainly(backend, text, count)
-        assert ids_of(loop) == output and loop.reused_tokens == 0
-        text = [*text, *output, 7]
 
 
 def test_layers_that_read_tokens_have_no_eagle3_drafter():

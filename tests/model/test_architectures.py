@@ -3,9 +3,8 @@
 import pytest
 import torch
 from command_line import run
-from conftest import tiny_model
+from conftest import CHANGES, ids_of, tiny_model
 from evaluating import tiny_loaded
-from test_generic import CHANGES, ids_of
 from torch.nn.functional import cross_entropy
 from training_runs import recipe_module
 
@@ -33,11 +32,8 @@ def test_commands(folder):
     for chosen in ((), ("--exit", "2", "--spec", "2")):
         result = run("generate", "wake me up", *chosen, "--stats", "--ignore-eos", *fixed)
         assert (result.code, result.out) == (0, plain.out) and "3 tokens" in result.err
-    one = ("--samples", "1", "--device", "cpu", "--format", "csv")
-    result = run("bench", *one, *fixed, "--repeats", "1")
+    result = run("bench", "--samples", "1", "--device", "cpu", "--format", "csv", *fixed, "--repeats", "1")
     assert result.code == 0 and len(result.out.splitlines()) == 4, result.err  # plain, lookup, adaptive
-    result = run("sweep-exits", "--exits", "2", "--specs", "2", *one, *fixed)
-    assert result.code == 0 and len(result.out.splitlines()) > 2, result.err
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -77,9 +73,14 @@ def test_embedding_dropout_acts_in_training():
 
 
 @pytest.mark.slow
-def test_finetune(folder, tmp_path):
+@pytest.mark.parametrize("folder", ["gpt2", "qwen3_moe", "gemma3_text", "qwen3_5_text", "nemotron_h"], indirect=True)
+def test_finetune_and_sweep(folder, tmp_path):
+    """Of types between which all kinds of weights, layers and caches are."""
     settings = ("--steps", "1", "--batch-size", "2", "--samples", "4", "--max-length", "48", "--dtype", "fp32")
     output = str(tmp_path / "out")
     result = run("finetune", "--model", folder, *settings, "--device", "cpu", "--output", output)
     assert result.code == 0, result.err
     assert run("generate", "wake me up", "--max-new-tokens", "3", "--exit", "2", "--model", output).code == 0
+    few = ("--samples", "1", "--max-new-tokens", "3", "--device", "cpu", "--format", "csv")
+    result = run("sweep-exits", "--exits", "2", "--specs", "2", "--model", folder, *few)
+    assert result.code == 0 and len(result.out.splitlines()) > 2, result.err

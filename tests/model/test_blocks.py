@@ -4,9 +4,8 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rows, tiny_model
+from conftest import logits_of, random_rows, tiny_model
 from decodings import native_or_skip
-from test_generic import logits_of
 from test_native import BUILT
 
 from layerskip_core.config.model import PackingConfig

@@ -39,7 +39,7 @@ class Pages:
     window = None
 
     def __init__(self):
-        self.pool = PagePool((LAYERS, HEADS, SIZE), torch.float32, window=self.window)
+        self.pool = PagePool([(HEADS, SIZE)] * LAYERS, torch.float32, window=self.window)
 
     def new(self, count):
         return PagedCache(self.pool, count, CONTEXT)
@@ -52,10 +52,11 @@ class Pages:
             page = pages[place // PAGE]
             assert getrefcount(page) == 3  # the list, the name and the argument
             with torch.inference_mode():
-                page.content[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
+                page.content.view(LAYERS, 2, HEADS, PAGE, SIZE)[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
 
     def read(self, cache, row, stop):
-        return torch.cat([page.content for page in cache._pages[row]], dim=3)[..., :stop, :]
+        pages = [page.content.view(LAYERS, 2, HEADS, PAGE, SIZE) for page in cache._pages[row]]
+        return torch.cat(pages, dim=3)[..., :stop, :]
 
 
 class Windowed(Pages):
@@ -155,7 +156,7 @@ def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
 
 def test_pages_are_given_back_and_taken_again():
     """Without a row there is no page, and as many rows again take no more memory."""
-    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
+    pool = PagePool([(HEADS, SIZE)] * LAYERS, torch.float32)
 
     def texts(count):
         cache = PagedCache(pool, count, CONTEXT)
@@ -175,7 +176,7 @@ def test_pages_are_given_back_and_taken_again():
 
 
 def test_a_prefix_shares_all_pages_but_the_last():
-    pool = PagePool((LAYERS, HEADS, SIZE), torch.float32)
+    pool = PagePool([(HEADS, SIZE)] * LAYERS, torch.float32)
     cache = PagedCache(pool, 1, CONTEXT)
     cache.addresses(cache.span(200, 201))
     branches = [cache.branch([0], [200]) for _ in range(5)]

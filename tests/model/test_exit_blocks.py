@@ -8,16 +8,15 @@ import torch
 from conftest import at, run_texts, tiny_model
 from decodings import WIDE, draft_of, native_or_skip
 from exit_block_models import random_blocks
-from test_generic import logits_of
 from test_native import threads  # noqa: F401  a fixture
 
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock, features_of
+from layerskip_core.model.exit_blocks import ExitBlock
 
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
-BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+BLOCKS = (ExitBlock(2), ExitBlock(4))
 MODELS = ["llama", "gemma2", "starcoder2", "phi3", "smollm3"]
 
 
@@ -28,10 +27,6 @@ def backend_of(kind, model, packing, blocks):
     if kind == "generic":
         return TransformersBackend(model, blocks)
     return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, token_order=ORDER, exit_blocks=blocks)
-
-
-def places(ids):
-    return torch.arange(ids.shape[1]).expand(len(ids), -1)
 
 
 def shortened(model, blocks, block):
@@ -48,10 +43,9 @@ def shortened(model, blocks, block):
     return short
 
 
-def block_logits(backend, block, ids, features=None):
+def block_logits(backend, block, ids):
     states = run_texts(backend, backend.embed(ids), 0, block.block.exit_layer)
-    hidden = run_texts(backend, block.enter(states, features), block.layer, block.layer + 1)
-    return block.head(hidden)
+    return block.head(run_texts(backend, states, block.layer, block.layer + 1))
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -68,41 +62,6 @@ def test_a_block_is_a_model_of_one_layer_more_than_its_exit(kind, architecture):
             torch.testing.assert_close(block_logits(backend, block, IDS), known[exit_layer], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "starcoder2"])
-def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind, architecture):
-    model = tiny_model(architecture, DTYPES[kind], **WIDE)
-    blocks = random_blocks(model, ExitBlock(3, "final"))
-    reference = TransformersBackend(deepcopy(model))
-    short = TransformersBackend(shortened(model, blocks, blocks.blocks[0]))
-    backend = backend_of(kind, model, None, blocks)
-    with torch.inference_mode():
-        full = run_texts(reference, reference.embed(IDS), 0, 6)
-        finals = reference.model.model.norm(full)
-        before = torch.cat([torch.zeros_like(finals[:, :1]), finals[:, :-1]], dim=1)
-        states = run_texts(reference, reference.embed(IDS), 0, 3)
-        entered = torch.cat([states, before], -1) @ blocks.take("exits.3.input.weight").T.to(states)
-        known = short.unembed(run_texts(short, entered, 3, 4))
-        own = backend.normed(run_texts(backend, backend.embed(IDS), 0, 6))
-        torch.testing.assert_close(own, finals, rtol=1e-4, atol=1e-4, check_dtype=False)
-        found = block_logits(backend, backend.exit_blocks[3], IDS, features_of(own))
-    torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4, check_dtype=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "packing"),
-    [("generic", None), *product(("native", "packed"), (None, PackingConfig("int8"), PackingConfig(exact=True)))],
-)
-def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
-    logits = []
-    for given in ((), BLOCKS):
-        model = tiny_model("llama", dtype, **WIDE)
-        backend = backend_of(kind, model, packing, random_blocks(model, *given))
-        logits.append(logits_of(backend, IDS))
-    assert torch.equal(*logits)
-
-
 PACKINGS = {
     "plain": {},
     "a trimmed head": {"draft_vocab": 40},
@@ -114,28 +73,23 @@ PACKINGS = {
 @pytest.mark.parametrize(("kind", "packing"), [("generic", "plain"), *product(("native", "packed"), PACKINGS)])
 @pytest.mark.parametrize("exit_layer", [2, 4])
 def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer):
-    """Against the same steps over the whole text for each token; the prompt's features are true ones."""
+    """Against the same steps over the whole text for each token."""
     model = tiny_model("llama", DTYPES[kind], **WIDE)
     backend = backend_of(kind, model, PackingConfig(**PACKINGS[packing]), random_blocks(model, *BLOCKS))
     side = list(backend.draft_sides.values())[-1]
     block, ids, last, most = side.exit_blocks[exit_layer], IDS[:1], IDS.shape[1] - 1, 5
     with torch.inference_mode():
-        finals = backend.normed(run_texts(backend, backend.embed(ids), 0, 6))
-        features = features_of(finals)
-        given = features[:, -1:] if block.join is not None else None
         cache, positions = backend.new_cache(), torch.arange(last + most)[None]
         states = side.layers.run_layers(side.layers.embed(ids[:, :last]), 0, exit_layer, at(positions[:, :last], cache))
-        entered = block.enter(states, features[:, :last])
-        side.layers.run_layers(entered, block.layer, block.layer + 1, at(positions[:, :last], cache))
+        side.layers.run_layers(states, block.layer, block.layer + 1, at(positions[:, :last], cache))
         weights, following = list(backend.draft_sides)[-1], torch.arange(last, last + most + 1)[None]
-        draft = draft_of(backend, weights, Submodel(exit_layer), ids, following, cache, given, draft_confidence=1e-30)
+        draft = draft_of(backend, weights, Submodel(exit_layer), ids, following, cache, draft_confidence=1e-30)
         probs = []
         for _ in range(most):
             states = run_texts(side.layers, side.layers.embed(ids), 0, exit_layer)
-            hidden = run_texts(side.layers, block.enter(states, features), block.layer, block.layer + 1)
+            hidden = run_texts(side.layers, states, block.layer, block.layer + 1)
             logits = block.head(hidden[:, -1:])
             probs.append(float(logits.softmax(-1).amax()))
-            features = torch.cat([features, block.norm(hidden[:, -1:])], dim=1)
             ids = torch.cat([ids, side.head(Submodel(exit_layer, block=block)).choose(logits)], dim=1)
     assert draft.tokens.tolist() == ids[0, last:].tolist()
     assert draft.confidence == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
@@ -150,9 +104,8 @@ def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(number, threads):  
     last = IDS.shape[1] - 1
     with torch.inference_mode():
         cache, positions = backend.new_cache(), torch.arange(last + 6)[None]
-        hidden = backend.run_layers(backend.embed(IDS[:1, :last]), 0, 6, at(positions[:, :last], cache))
-        feature = backend.normed(hidden[:, -1:])
-        draft = draft_of(backend, None, Submodel(4, taps=(1, 2)), IDS[:1], positions[:, last:], cache, feature)
+        backend.run_layers(backend.embed(IDS[:1, :last]), 0, 6, at(positions[:, :last], cache))
+        draft = draft_of(backend, None, Submodel(4, taps=(1, 2)), IDS[:1], positions[:, last:], cache)
         ids = torch.cat([IDS[0, :last], draft.tokens])[None]
         for stop in (1, 2, 4):
             states = run_texts(backend, backend.embed(ids), 0, stop)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from command_line import fails
-from conftest import CHANGES, tiny_model
+from conftest import CHANGES, ids_of, logits_of, tiny_model
 from decodings import native_or_skip
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
-from test_generic import ids_of, logits_of
 from training_runs import recipe_module
 from transformers import AutoModelForCausalLM
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_generic import logits_of
+from conftest import logits_of, tiny_model
 
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError

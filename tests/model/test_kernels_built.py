@@ -1,13 +1,23 @@
-"""The kernels are optional at installation, so a failed build is silent there. Here it is not."""
+"""The kernels are optional: which are built and chosen, and what is told of those that are missing. Here none may be."""
 
+import ctypes
 import os
 import runpy
 import shutil
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import run
+from conftest import ids_of, logits_of, tiny_model
+from test_native import BUILT, model_of, needs_kernels, threads, variant  # noqa: F401  fixtures
 
+from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.config.model import PackingConfig
+from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.model import native
 from layerskip_core.model.native import compiled
 
 BUILD = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
@@ -48,3 +58,112 @@ def test_what_is_built_depends_on_the_target(monkeypatch, target, processor):
     assert BUILD["target"]() == processor
     assert [extension.name for extension in built] == [f"layerskip_core.model.native._{name}" for name in variants]
     assert all(extension.optional for extension in built)
+
+
+BUILT_FOLDER = Path(compiled.__file__).parent
+
+
+@needs_kernels
+def test_kernels_of_another_version_are_refused(monkeypatch):
+    """As after a pull in a checkout."""
+    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+    with pytest.raises(LayerSkipError, match="another version: install layerskip again"):
+        compiled._load.__wrapped__(BUILT[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "faster"),
+    [({"amx_tile", "amx_bf16", "GenuineIntel"}, True), ({"GenuineIntel"}, False), ({"AuthenticAMD"}, True)],
+    ids=["AMX", "Intel without AMX", "AMD"],
+)
+def test_cpus_that_multiply_bf16_faster_than_fp32(monkeypatch, flags, faster):
+    on_processor(monkeypatch, "x86_64", compiled._AVX512 | flags)
+    assert compiled.multiplies_bf16() == faster
+    on_processor(monkeypatch, "x86_64", compiled._AVX2 | flags)
+    assert not compiled.multiplies_bf16()
+
+
+MISSING = "the compiled kernels are missing: decoding uses torch's"
+
+
+@pytest.fixture
+def absent(monkeypatch, tmp_path):
+    """A checkout whose built files were cleaned, on a machine that could run them."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    on_processor(monkeypatch, "x86_64", {*compiled._AVX2, "sse2"})
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
+    return monkeypatch
+
+
+def on_processor(monkeypatch, processor, flags):
+    needs = compiled._CPU_FLAGS.get(processor, {})
+    monkeypatch.setattr(compiled, "_NEEDS", needs)
+    monkeypatch.setattr(compiled, "VARIANTS", tuple(needs))
+    monkeypatch.setattr(compiled, "_cpu_flags", lambda: flags)
+
+
+def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(absent):
+    for processor, flags, requested, note in (
+        ("x86_64", {*compiled._AVX2, "sse2"}, "", MISSING),
+        ("x86_64", {*compiled._AVX2, "sse2"}, "torch", None),
+        ("x86_64", {*compiled._AVX2, "sse2"}, "avx512", "this CPU lacks instructions of the avx512 kernels"),
+        ("x86_64", {"sse2"}, "", None),
+        ("aarch64", {"asimddp", "bf16"}, "", MISSING),
+        ("riscv64", set(), "", None),
+    ):
+        on_processor(absent, processor, flags)
+        absent.setenv(compiled.SWITCH, requested)
+        found = compiled.kernel_note()
+        assert found == note if note is None else found.startswith(note)
+
+
+@pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
+def test_a_note_says_that_a_better_library_cannot_be_loaded(absent, tmp_path):
+    """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway there is nothing to say."""
+    shutil.copy(BUILT_FOLDER / "_avx2.so", tmp_path)
+    (tmp_path / "_avx512.so").write_text("damaged")
+    assert compiled.kernel_note() is None
+    on_processor(absent, "x86_64", {"avx2", "fma", *compiled._AVX512})
+    assert "the compiled avx512 kernels cannot be loaded" in (note := compiled.kernel_note())
+    assert "decoding uses the avx2 kernels, which are slower" in note
+
+
+def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):  # noqa: F811
+    """From a copy of the library, which has variables of its own."""
+    threads(2)
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    ids, threaded = ids_of(1, 12), model_of("fp32")
+    monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
+    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(BUILT_FOLDER / f"_{variant}.so", tmp_path)))
+    assert not single.has_threads and compiled.kernels(variant).has_threads
+    monkeypatch.setattr(native, "kernels", lambda: single)
+    monkeypatch.setattr(compiled, "_load", lambda requested: (single, {}))
+    assert "no OpenMP runtime" in compiled.kernel_note()
+    model = model_of("fp32")
+    assert model.implementation == f"native ({variant})"
+    assert torch.equal(logits_of(model, ids), logits_of(threaded, ids))
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "go"), ("bench", "--samples", "1", "--repeats", "1")], ids=lambda command: command[0]
+)
+def test_commands_say_once_that_kernels_are_missing(absent, checkpoint, command):
+    command = (*command, "--max-new-tokens", "2", "--exit", "2", "--model", checkpoint)
+    result = run(*command)
+    assert (result.code, result.err.count(MISSING)) == (0, 1), result.err
+    absent.setenv(compiled.SWITCH, "torch")
+    assert "kernels" not in run(*command).err
+
+
+def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
+    assert for_decoding(checkpoint, "cpu", "fp32").notes[0].startswith(MISSING)
+    assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
+
+
+def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.setenv(compiled.SWITCH, "avx1024")
+    tiny_model("gemma2", torch.float64).save_pretrained(tmp_path)
+    for folder, load in product((checkpoint, tmp_path), (for_decoding, for_training)):
+        with pytest.raises(ConfigError, match=r"LAYERSKIP_KERNELS must be one of .*, torch, got avx1024"):
+            load(str(folder), "cpu")

@@ -1,26 +1,18 @@
 """The C kernels: equal to the generic layers, batch-invariant, and replaced by torch's where they cannot run."""
 
-import ctypes
-import shutil
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
-from conftest import DENSE_MIXERS, MIXERS, at, tiny_model
+from conftest import CHANGES, DENSE_MIXERS, MIXERS, OWN_LAYERS, at, ids_of, logits_of, tiny_model
 from decodings import context_after, draft_of, entries
-from test_generic import CHANGES, logits_of
-from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
+from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, pair, rms, spans  # noqa: F401  a fixture
 
-from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
-from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
     DraftEnds,
     ModelSpec,
@@ -32,12 +24,11 @@ from layerskip_core.model import (
     native,
     repacked,
 )
-from layerskip_core.model.backend import choose_by_head, states_at
+from layerskip_core.model.backend import states_at
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
-BUILT_FOLDER = Path(compiled.__file__).parent
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
 LIKE_AVX2 = [name for name in BUILT if name in ("avx512_vnni", "avx_vnni")]  # but for one instruction
 PRECISIONS = {
@@ -66,8 +57,14 @@ KINDS = {  # of layers, between them with every part that the kernels have
     "phi": {},
     "apertus": {},
     **{model_type: {} for model_type in MIXERS},
+    "gemma4_text": {},
 }
 
+CELLS = [  # of each kind a wide and a low-bit precision, of three kinds all
+    (kind, precision)
+    for kind, precision in product(KINDS, PRECISIONS)
+    if precision in ("bf16", "int4") or kind in ("llama", "qwen3_moe", "qwen3_5_text")
+]
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
 
 
@@ -79,7 +76,6 @@ def variant(request, monkeypatch):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; put back afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -97,7 +93,7 @@ def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
-@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS])
+@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS, "gemma4_text"])
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
     generic, fast = pair(case, torch.bfloat16, NativeBackend)
@@ -109,9 +105,8 @@ def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, 
     assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < bound * BF16_ERROR
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model_type", KINDS)
-def test_the_kernels_are_batch_invariant(variant, precision, model_type, threads):
+@pytest.mark.parametrize(("model_type", "precision"), CELLS)
+def test_the_kernels_are_batch_invariant(variant, model_type, precision, threads):
     """Rows of a call, rows of a batch, a span in pieces, and any number of threads."""
     model, ids, results = model_of(precision, model_type, **KINDS[model_type]), ids_of(3, 20), []
     for count, rows, number in ((1, 1, 1), (4, 3, 2), (7, 1, 3), (20, 3, 1)):
@@ -134,12 +129,10 @@ def test_vnni_changes_no_bit(monkeypatch, precision, name):
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("width", [32, 40, 96])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_rows_have_the_same_bits_in_any_number(variant, precision, width, number, threads):
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 32), ("bf16", 40), ("fp32", 96)])
+def test_rows_have_the_same_bits_in_any_number(variant, precision, width, threads):
     """Around the sizes of blocks, of widths that are multiples of 32 or not, through layers with biases and the head."""
-    threads(number)
+    threads(2)
     model = model_of(precision, "starcoder2", num_hidden_layers=2, hidden_size=width, intermediate_size=width + 2)
     ids = ids_of(100, 1)
     positions = torch.zeros(100, 1, dtype=torch.long)
@@ -176,6 +169,7 @@ LONG = {  # of heads: sizes, many that share a key, and what bounds scores or th
     "64": ("qwen3", {"head_dim": 64}),
     "96": ("llama", {"head_dim": 96}),
     "256": ("gemma", {"head_dim": 256}),
+    "256 and 512": ("gemma4_text", {"head_dim": 256, "sliding_window": 140}),
     "20 of one key": ("gemma", {"num_attention_heads": 20, "num_key_value_heads": 1}),
     "window and cap": ("gemma2", {"sliding_window": 140, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
 }
@@ -199,7 +193,7 @@ def test_attention_over_long_texts(variant, case, threads):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in MIXERS])
+@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in OWN_LAYERS])
 def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
@@ -210,19 +204,18 @@ def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision,
     assert (actual - expected).std() < 0.1 * expected.std()
 
 
-@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize(
     ("model_type", "packing"),
     [
         *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": ("int8",)}, {"quantize": "int4"})),
         *(("gemma3_text", {}), ("olmo2", {"draft_weights": ("int8",)}), ("granite", {}), ("starcoder2", {})),
-        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)})),
+        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)}), ("gemma4_text", {"draft_weights": ("int8",)})),
     ],
     ids=str,
 )
-def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packing, number, threads):
+def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packing, threads):
     """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the draft."""
-    threads(number)
+    threads(1 + (model_type == "llama"))
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
     tiny = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]})
     model = NativeBackend.of(tiny, PackingConfig(**packing), order)
@@ -233,7 +226,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(ends)))
+        drafter = drafter_for(DrafterSetup(model, config, frozenset(ends)))
         context = context_after(model, prompt)
         with torch.inference_mode():
             draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
@@ -249,12 +242,23 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
         assert torch.equal(ours, logits)
 
 
-@pytest.mark.parametrize("precision", list(PRECISIONS))
-@pytest.mark.parametrize("model_type", [name for name in KINDS if name not in ("gemma2", "granite", "granitemoe")])
+@pytest.mark.parametrize(
+    ("model_type", "precision"),
+    [(kind, precision) for kind, precision in CELLS if kind == "llama" or (kind in MIXERS and precision == "bf16")]
+    + [
+        ("gemma3_text", "int4"),
+        ("gemma4_text", "bf16"),
+        ("qwen3_moe", "int8"),
+        ("gpt2", "fp32"),
+        ("phi", "bf16"),
+        ("cohere2", "fp32"),
+    ],
+)
 def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precision, threads):
     """Of rows at different positions, some of whose neighbours have left the cache, from their tokens and from an exit on."""
-    threads(2)
-    model = model_of(precision, model_type, **KINDS[model_type])
+    threads(1 + (model_type == "llama"))
+    changes = {**KINDS[model_type], **({"final_logit_softcapping": None} if model_type == "gemma4_text" else {})}
+    model = model_of(precision, model_type, **changes)
     tokens, positions = ids_of(3, 4), torch.tensor([[9], [12], [5]]) + torch.arange(4)
     with torch.inference_mode():
         found, caches = [], []
@@ -278,19 +282,7 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
     assert len(found[0].unique()) > 3
 
 
-@needs_kernels
-def test_where_no_choice_is_one_call(variant):
-    """Too many rows, and logits that a scale or a cap may round to equal ones: the choice is that of layers and head."""
-    for kind, count in (("granite", 1), ("gemma2", 1), ("llama", 65)):
-        model, many = model_of("fp32", kind, **KINDS[kind]), ids_of(1, count)[0]
-        with torch.inference_mode():
-            own, other = (model.new_cache(1).span(0, count) for _ in range(2))
-            expected, states = choose_by_head(model, many, None, 0, 6, (4, 6), own)
-            chosen, kept = model.choose(many, None, 0, 6, (4, 6), other)
-        assert torch.equal(chosen, expected) and all(torch.equal(kept[stop], states[stop]) for stop in (4, 6))
-
-
-@pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])
+@pytest.mark.parametrize("best", [0, 255, 256, 599])
 def test_of_equal_logits_the_first_is_drafted(variant, best):
     """In a vocabulary of 600: the kernel searches blocks of 256, and 599 is after the last whole vector of sixteen."""
 
@@ -321,25 +313,18 @@ def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
-@needs_kernels
-def test_kernels_of_another_version_are_refused(monkeypatch):
-    """As after a pull in a checkout."""
-    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
-    with pytest.raises(LayerSkipError, match="another version: install layerskip again"):
-        compiled._load.__wrapped__(BUILT[0])
-
-
 SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkeypatch):
+def test_row_counts_whose_products_exceed_32_bits(kind, threads, monkeypatch):
     """A call's rows times its tiles, which are of up to 12 rows, or of 8 by AVX-512 in int8, exceed 2**31."""
     threads(2)
     monkeypatch.setattr(repacked, "MOST_BYTES", 1 << 50)
     wide = kind == "int8"  # whole groups of 32
     shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
-    rows = 132_000 if wide and variant in ("amx", "avx512") else 161_000
+    rows = 132_000 if wide and compiled.kernels().variant in ("amx", "avx512") else 161_000
     tiny = tiny_model("llama", torch.float32, vocab_size=3, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, **shape)
     model = NativeBackend.of(tiny, PackingConfig("int8" if wide else None))
     hidden = torch.randn(rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -368,99 +353,19 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize(
-    ("flags", "faster"),
-    [({"amx_tile", "amx_bf16", "GenuineIntel"}, True), ({"GenuineIntel"}, False), ({"AuthenticAMD"}, True)],
-    ids=["AMX", "Intel without AMX", "AMD"],
-)
-def test_cpus_that_multiply_bf16_faster_than_fp32(monkeypatch, flags, faster):
-    on_processor(monkeypatch, "x86_64", compiled._AVX512 | flags)
-    assert compiled.multiplies_bf16() == faster
-    on_processor(monkeypatch, "x86_64", compiled._AVX2 | flags)
-    assert not compiled.multiplies_bf16()
-
-
-MISSING = "the compiled kernels are missing: decoding uses torch's"
-
-
-@pytest.fixture
-def absent(monkeypatch, tmp_path):
-    """A checkout whose built files were cleaned, on a machine that could run them."""
-    monkeypatch.delenv(compiled.SWITCH, raising=False)
-    on_processor(monkeypatch, "x86_64", {*compiled._AVX2, "sse2"})
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
-    return monkeypatch
-
-
-def on_processor(monkeypatch, processor, flags):
-    needs = compiled._CPU_FLAGS.get(processor, {})
-    monkeypatch.setattr(compiled, "_NEEDS", needs)
-    monkeypatch.setattr(compiled, "VARIANTS", tuple(needs))
-    monkeypatch.setattr(compiled, "_cpu_flags", lambda: flags)
-
-
-def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(absent):
-    for processor, flags, requested, note in (
-        ("x86_64", {*compiled._AVX2, "sse2"}, "", MISSING),
-        ("x86_64", {*compiled._AVX2, "sse2"}, "torch", None),
-        ("x86_64", {*compiled._AVX2, "sse2"}, "avx512", "this CPU lacks instructions of the avx512 kernels"),
-        ("x86_64", {"sse2"}, "", None),
-        ("aarch64", {"asimddp", "bf16"}, "", MISSING),
-        ("riscv64", set(), "", None),
-    ):
-        on_processor(absent, processor, flags)
-        absent.setenv(compiled.SWITCH, requested)
-        found = compiled.kernel_note()
-        assert found == note if note is None else found.startswith(note)
-
-
-@pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
-def test_a_note_says_that_a_better_library_cannot_be_loaded(absent, tmp_path):
-    """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway there is nothing to say."""
-    shutil.copy(BUILT_FOLDER / "_avx2.so", tmp_path)
-    (tmp_path / "_avx512.so").write_text("damaged")
-    assert compiled.kernel_note() is None
-    on_processor(absent, "x86_64", {"avx2", "fma", *compiled._AVX512})
-    assert "the compiled avx512 kernels cannot be loaded" in (note := compiled.kernel_note())
-    assert "decoding uses the avx2 kernels, which are slower" in note
-
-
-def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):
-    """From a copy of the library, which has variables of its own."""
-    threads(2)
-    monkeypatch.delenv(compiled.SWITCH, raising=False)
-    ids, threaded = ids_of(1, 12), model_of("fp32")
-    monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
-    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(BUILT_FOLDER / f"_{variant}.so", tmp_path)))
-    assert not single.has_threads and compiled.kernels(variant).has_threads
-    monkeypatch.setattr(native, "kernels", lambda: single)
-    monkeypatch.setattr(compiled, "_load", lambda requested: (single, {}))
-    assert "no OpenMP runtime" in compiled.kernel_note()
-    model = model_of("fp32")
-    assert model.implementation == f"native ({variant})"
-    assert torch.equal(logits_of(model, ids), logits_of(threaded, ids))
-
-
-@pytest.mark.parametrize(
-    "command", [("generate", "go"), ("bench", "--samples", "1", "--repeats", "1")], ids=lambda command: command[0]
-)
-def test_commands_say_once_that_kernels_are_missing(absent, checkpoint, command):
-    command = (*command, "--max-new-tokens", "2", "--exit", "2", "--model", checkpoint)
-    result = run(*command)
-    assert (result.code, result.err.count(MISSING)) == (0, 1), result.err
-    absent.setenv(compiled.SWITCH, "torch")
-    assert "kernels" not in run(*command).err
-
-
-def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
-    assert for_decoding(checkpoint, "cpu", "fp32").notes[0].startswith(MISSING)
-    assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
-
-
-def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path):
-    monkeypatch.setenv(compiled.SWITCH, "avx1024")
-    tiny_model("gemma2", torch.float64).save_pretrained(tmp_path)
-    for folder, load in product((checkpoint, tmp_path), (for_decoding, for_training)):
-        with pytest.raises(ConfigError, match=r"LAYERSKIP_KERNELS must be one of .*, torch, got avx1024"):
-            load(str(folder), "cpu")
+def test_fp32_weights_that_bf16_holds_take_half_the_room_and_give_the_same_bits(monkeypatch):
+    if not getattr(compiled.kernels(), "widens_bf16", False):
+        pytest.skip("no kernels that widen bf16")
+    backends = []
+    for narrows in (True, False):
+        model = tiny_model("llama", torch.float32, **WIDE)
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        if not narrows:
+            monkeypatch.setattr(compiled.kernels(), "widens_bf16", False)
+        backends.append(NativeBackend.of(model))
+    matrices = [backend._layers.layers[0].matrices for backend in backends]
+    assert [matrix.form.kind for matrix in matrices[0]] == 4 * ["widened"]
+    sizes = [sum(matrix.parts["weight"].nbytes for matrix in of_layer) for of_layer in matrices]
+    assert 2 * sizes[0] == sizes[1]
+    assert torch.equal(*(logits_of(one, ids_of(1, 35)) for one in backends))

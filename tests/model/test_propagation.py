@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import CHANGES, MIXERS, at, tiny_model
+from conftest import CHANGES, OWN_LAYERS, at, ids_of, tiny_model
 from decodings import entries
-from test_generic import ids_of
-from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
+from test_native import CELLS, KINDS, model_of, variant  # noqa: F401  fixtures
 
-from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
+from layerskip_core.model import NativeBackend, TorchBackend
 from layerskip_core.model.architectures import SUPPORTED
 
 LAYERS = 6
@@ -43,14 +42,12 @@ def assert_propagates(model, positions):
 PLACES = torch.tensor([[9, 10, 11], [7, 8, 9]])
 
 
-@pytest.mark.parametrize("backend", [TransformersBackend, TorchBackend.of], ids=["generic", "packed"])
-@pytest.mark.parametrize("model_type", [kind for kind in SUPPORTED if kind not in MIXERS])
-def test_keys_and_values_are_those_of_the_layers(model_type, backend):
-    assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), PLACES)
+@pytest.mark.parametrize("model_type", [kind for kind in SUPPORTED if kind not in OWN_LAYERS])
+def test_keys_and_values_are_those_of_the_layers(model_type):
+    assert_propagates(TorchBackend.of(tiny_model(model_type, **CHANGES.get(model_type, {}))), PLACES)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in MIXERS])
+@pytest.mark.parametrize(("model_type", "precision"), [cell for cell in CELLS if cell[0] not in OWN_LAYERS])
 def test_those_of_the_kernels_too(variant, model_type, precision):  # noqa: F811  a fixture
     assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)
 

@@ -7,22 +7,20 @@ from functools import cache
 import pytest
 import torch
 from command_line import fails, run
-from conftest import tiny_model
+from conftest import logits_of, tiny_model
 from decodings import ids_of, native_or_skip, prompt_of
 from exit_block_models import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generic import logits_of
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.errors import ConfigError
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend, repacked
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.model.torch_linear import exact_rows, quantized
-from layerskip_core.model.vocabulary import token_order
+from layerskip_core.model.torch_linear import quantized
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
@@ -59,23 +57,19 @@ def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
     assert (stored - weight).abs().max() > allowed.min() / 8  # so it is not the weight itself
 
 
-def test_many_rows_are_near_what_each_row_gives_alone():
-    """The rows of a prompt use another kernel than a few rows: its sums are rounded to bf16 once more."""
-    generator = torch.Generator().manual_seed(0)
-    layer = quantized(torch.randn(70, 64, generator=generator), torch.linspace(-1, 1, 70), "int8")
-    rows = torch.randn(40, 64, generator=generator)
-    alone = torch.cat([layer(row[None]) for row in rows])
-    torch.testing.assert_close(layer(rows), alone, atol=2**-7, rtol=2**-6)
-    assert not torch.equal(layer(rows), alone)
-
-
-def test_unsupported_widths_devices_and_settings_are_errors():
+def test_unsupported_widths_devices_and_drafts_are_errors():
     with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
         quantized(torch.zeros(32, 48), None, "int4")
     with pytest.raises(ConfigError, match="int8 weights need layer widths that 16 divides, got 40"):
         quantized(torch.zeros(32, 40), None, "int8")
     with pytest.raises(ConfigError, match="int8 weights need `device` cpu, got meta"):
         quantized(torch.zeros(32, 48, device="meta"), None, "int8")
+    model = packed(draft_weights=("int8",), draft_layers=2)
+    assert model.draft_sides["int8"].num_layers == 2
+    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
+        output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
+    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
+        output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
@@ -144,37 +138,6 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
         assert whole.draft_sides[None].at_exits.unembed(hidden).shape[-1] == 67
 
 
-def test_a_token_order_is_read_and_checked(tmp_path):
-    assert token_order(tmp_path, 67) is None
-    file = tmp_path / "token_order.json"
-    file.write_text("[5, 66, 0]")
-    assert token_order(tmp_path, 67) == [5, 66, 0]
-    for text in ("[5, 67]", "[5, 5]", "[true]", '{"5": 1}', "[-1]", "[5,"):
-        file.write_text(text)
-        with pytest.raises(CheckpointError, match="token_order"):
-            token_order(tmp_path, 67)
-
-
-def test_low_bit_drafts_are_accepted_nearly_as_often_as_full_ones():
-    """With copies of 5 of 6 layers. Sampling takes the same path."""
-    own, low = packed(torch.float64), packed(torch.float64, draft_weights=("int8",))
-    settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
-    full = output(own, prompt_of(9), **settings)[1]
-    settings["draft_weights"] = "int8"
-    cheap = output(low, prompt_of(9), **settings)[1]
-    assert not low.draft_sides["int8"].shares_states and low.implementation == "packed, int8 drafts"
-    assert cheap.accepted > 0.7 * full.accepted > 0
-    sampled, _ = output(low, prompt_of(9), temperature=1.0, **settings)
-    assert len(sampled) == 60
-
-
-def test_only_draft_layers_are_copied():
-    model = packed(draft_weights=("int8",), draft_layers=2)
-    assert model.draft_sides["int8"].num_layers == 2
-    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
-        output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
-
-
 @settings(max_examples=8, deadline=None)
 @given(
     quantize=st.sampled_from([None, "int8", "int4"]),
@@ -214,11 +177,6 @@ def test_exact_decoding_of_other_kinds_of_layers(model_type, dtype):
         assert drafted == expected and stats.drafted > 0
 
 
-def test_drafts_too_long_to_be_exact_are_refused():
-    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
-        output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
-
-
 def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "ordered")
     (folder / "token_order.json").write_text("[299, 7, 30]")
@@ -248,9 +206,3 @@ def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
         "generate", "x", *fixed, "--quantize", "int4",
     )  # fmt: skip
     fails("--draft-weights must be a list, each one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (3, 3), (99, 8)])
-def test_rows_run_together_only_while_they_do_not_depend_on_each_other(limit, expected):
-    """At most 8 rows, see `exact_rows`."""
-    assert exact_rows({}, lambda rows: rows <= limit) == expected

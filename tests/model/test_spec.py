@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_generic import CHANGES
+from conftest import CHANGES, tiny_model
 from test_packed import BIASES
 
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, can_run_native
 from layerskip_core.model.architectures import SUPPORTED, is_complete, known_architecture
+from layerskip_core.model.weights import named_weights
 
 LLAMA = {
     "model_type": "llama",
@@ -34,77 +34,15 @@ def spec_of(**changes):
     return ModelSpec.of(SimpleNamespace(**{**LLAMA, **changes}))
 
 
-@pytest.mark.parametrize("changes", [{}, BIASES, {"tie_word_embeddings": True}, {"use_bias": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {**BIASES, "tie_word_embeddings": True}], ids=str)
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_the_weights_are_those_that_transformers_makes(model_type, changes):
     model = tiny_model(model_type, torch.float32, **changes)
-    weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    weights = named_weights(model)
     spec = ModelSpec.of(model.config)
-    assert spec.shapes == weights
-    assert spec.parameters == sum(weight.numel() for weight in model.parameters())
+    assert spec.shapes == {name: tuple(weight.shape) for name, weight in weights.items()}
+    assert spec.parameters == sum(weight.numel() for weight in weights.values())
     assert (spec.layers, spec.head_dim, spec.context) == (6, 8, 128)
-
-
-def test_default_sizes():
-    spec = spec_of(head_dim=None, num_key_value_heads=None)
-    assert (spec.head_dim, spec.kv_heads, spec.queries, spec.keys) == (8, 4, 32, 32)
-
-
-USED = {"sliding_window": 5, "use_sliding_window": True}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "kinds"),
-    [
-        ("llama", {"sliding_window": 5}, [FULL] * 6),  # Llama has none
-        ("mistral", {"sliding_window": 5}, [SLIDING] * 6),
-        ("mistral", {"sliding_window": None}, [FULL] * 6),
-        ("qwen2", {"sliding_window": 5, "use_sliding_window": False}, [FULL] * 6),
-        ("qwen3", {**USED, "max_window_layers": 4}, [FULL] * 4 + [SLIDING] * 2),
-        ("qwen2", {**USED, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3),
-        ("gemma2", {"sliding_window": 5, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3),
-    ],
-    ids=str,
-)
-def test_windows(model_type, changes, kinds):
-    spec = spec_of(model_type=model_type, **changes)
-    assert list(spec.kinds) == kinds
-    assert [spec.window_of(kind) for kind in spec.kinds] == [5 if kind == SLIDING else None for kind in kinds]
-
-
-def test_layers_without_rotary_positions():
-    assert spec_of(model_type="smollm3").rope_of == (0, 0, 0, None, 0, 0)
-    assert spec_of(model_type="smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0, 1]).rope_of == (0, None, 0, 0, 0, None)
-    assert spec_of(no_rope_layers=[0] * 6).rope_of == (0,) * 6  # not of Llama
-    hybrid = {"model_type": "exaone4", "layer_types": [SLIDING, FULL] * 3}
-    assert spec_of(**hybrid, sliding_window=5).rope_of == (0, None) * 3
-    assert spec_of(model_type="exaone4", layer_types=[FULL] * 6, sliding_window=None).rope_of == (0,) * 6
-
-
-def test_a_longrope_ends_where_its_frequencies_would_change():
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
-    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
-    assert spec_of().context == 128
-
-
-def test_scales_and_caps_are_those_of_the_architecture():
-    """Each architecture reads only some of the values."""
-    values = {
-        "query_pre_attn_scalar": 16, "attention_multiplier": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
-        "logits_scaling": 8.0, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    }  # fmt: skip
-
-    def scales(model_type):
-        spec = spec_of(model_type=model_type, sliding_window=5, **values)
-        factors = (spec.attention_scale, spec.embedding_scale, spec.residual_scale, spec.logits_divisor)
-        return tuple(round(factor, 4) for factor in factors), spec.score_cap, spec.logits_cap
-
-    assert scales("llama") == ((0.3536, 1, 1, 1), None, None)  # 8^-0.5
-    assert scales("gemma") == ((0.3536, 5.6569, 1, 1), None, None)  # sqrt(32)
-    assert scales("gemma2") == ((0.25, 5.6569, 1, 1), 50, 30)
-    assert scales("gemma3_text") == ((0.25, 5.6569, 1, 1), None, 30)
-    assert scales("granite") == ((0.5, 3, 0.7, 8), None, None)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -170,7 +108,7 @@ def test_invalid_values_are_refused_by_name(changes, message):
         spec_of(**changes)
 
 
-def test_missing_and_misshapen_weights_are_refused():
+def test_missing_and_misshapen_weights_are_refused_and_a_longrope_ends_early():
     spec = spec_of()
     spec.check_weights({**spec.shapes, "another": (3,)})
     with pytest.raises(CheckpointError, match=r"2 weights are missing, lm_head\.weight the first"):
@@ -179,13 +117,16 @@ def test_missing_and_misshapen_weights_are_refused():
         )
     with pytest.raises(CheckpointError, match=r"size mismatch of model\.norm\.weight: needed \[32\], found \[31\]"):
         spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
+    assert spec_of().context == 128
 
 
 IMPLEMENTATIONS = [TorchBackend, NativeBackend]
 
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
-    """Packs the tiny model's weights after `change` has edited them."""
     model = tiny_model(model_type, dtype, **shape)
     if implementation is NativeBackend and not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")

@@ -264,10 +264,10 @@ static void check_drafter(Model m) {
     copy = memcpy(room(cached), cache, cached);
     int32_t order[] = {0}, stops[] = {0};
     int64_t tokens[1 + MOST_DRAFTS] = {below(VOCAB)}, token = tokens[0];
-    float *feature = numbers_of((size_t)n, 1, 0), *joined = room(8 * (size_t)n), *entry = room(8 * (size_t)n), *logits = room(4 * VOCAB);
-    memcpy(joined + n, feature, 4 * (size_t)n);
+    float *feature = numbers_of((size_t)n, 1, 0), *drafted = room(8 * (size_t)n), *entry = room(8 * (size_t)n), *logits = room(4 * VOCAB);
+    memcpy(drafted + n, feature, 4 * (size_t)n);
     Draft draft = {.embedding = m.embedding, .order = order, .stops = stops, .layer_count = 1, .stop_count = 1};
-    draft.most = MOST_DRAFTS, draft.tokens = tokens, draft.joined = joined;
+    draft.most = MOST_DRAFTS, draft.tokens = tokens, draft.entry = drafted;
     draft.states = room(4 * (size_t)((1 + MOST_DRAFTS) * n)), draft.beyond = room(4 * (size_t)n), draft.logits = logits;
     call = entries_of(&m, rows, 1, NULL, NULL, cache);
     layerskip_draft(s, l, &m.final, &m.head, &call, &draft, 1 + below(THREADS));

@@ -242,7 +242,8 @@ static Model model_of(int precision, int style) {
         l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
         l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
         l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);
-        l->bends[0] = 0.4f, l->bends[1] = 0.7f, l->place = i;
+        l->value = norm_of(size, style == 1, 0);
+        l->bends[0] = 0.4f, l->bends[1] = 0.7f, l->scale = style == 1 ? 0.8f : 1, l->keys = i * 2 * keys * PAGE;
         l->sinks = below(2) ? numbers_of((size_t)heads, 1, 0) : NULL;
         l->rope = style == 2 && i == 1 ? -1 : 0, l->window = style == 1 && i != 1 ? 5 + below(20) : 0;
     }

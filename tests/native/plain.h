@@ -241,11 +241,11 @@ static void plain_layer(
         for (int h = 0; h < slots; h++) {
             double *x = own + h * size;
             int is_query = h < s->heads, is_value = h >= s->heads + s->kv_heads;
-            const Norm *norm = is_query ? &l->query : &l->key;
-            int norms = !is_value && !s->norms_projections;
-            if (norms && !s->norms_rotated) plain_norm(norm, x, size, s->eps, x);
-            if (!is_value && l->rope >= 0) plain_rotate(x, s->rotary, cos + r * s->rotary / 2, sin + r * s->rotary / 2);
-            if (norms && s->norms_rotated) plain_norm(norm, x, size, s->eps, x);
+            const Norm *norm = is_query ? &l->query : is_value ? &l->value : &l->key;
+            int norms = !s->norms_projections, rotates = !is_value && l->rope >= 0;
+            if (norms && (is_value || !s->norms_rotated)) plain_norm(norm, x, size, s->eps, x);
+            if (rotates) plain_rotate(x, s->rotary, cos + r * s->rotary / 2, sin + r * s->rotary / 2);
+            if (norms && !is_value && s->norms_rotated) plain_norm(norm, x, size, s->eps, x);
             for (int d = 0; d < size && is_query; d++) x[d] *= s->attention_scale;
             for (int d = 0; d < size && s->bf16_cache; d++) x[d] = in_bf16((float)x[d]);
         }
@@ -260,6 +260,7 @@ static void plain_layer(
         if (l->router) plain_experts(s, l, p, normal, block);
         else plain_mlp(s, l->bends, &p->gate, &p->up, &p->down, normal, block);
         plain_add(s, &l->after_mlp, block, own);
+        for (int i = 0; i < n; i++) own[i] *= l->scale;
     }
     free(qkv);
 }

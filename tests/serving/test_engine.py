@@ -7,7 +7,7 @@ from evaluating import tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.serving import QueueFull, Request, Stopped
+from layerskip_core.serving import Request, Stopped
 from layerskip_core.serving.engine import Engine
 
 CONFIG = DecodingConfig("self-speculative", 2, 4, max_new_tokens=12)
@@ -71,18 +71,7 @@ def test_requests_of_several_threads_are_answered(engine):
     assert engine.held == engine.running == 0
 
 
-def test_more_than_fit_are_refused_whole(engine):
-    clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(7)]
-    with pytest.raises(QueueFull, match="this server holds 8"):
-        engine.hold(2)
-    engine.hold(1)
-    engine.release(1)
-    for client in clients:
-        engine.cancel(client.request)
-    settle(engine)
-
-
-def test_what_is_given_up_makes_room(engine):
+def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(8)]
     assert clients[0].came.wait(60)
     for client in clients:
@@ -91,9 +80,6 @@ def test_what_is_given_up_makes_room(engine):
     wait_until_empty(engine)
     assert not any(client.done.is_set() for client in clients)
     assert submitted(engine, Client("play jazz")).text
-
-
-def test_at_the_end_everyone_is_told():
     engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(3)]
     assert clients[0].came.wait(60)

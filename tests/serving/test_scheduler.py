@@ -19,7 +19,6 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model import TransformersBackend
@@ -36,8 +35,8 @@ prompt_of = partial(decodings.prompt_of, vocabulary=300)
 
 @cache
 def decoder_of(kind, **changes):
-    """The tiny model with blocks at its exits 2 and 4, of which one reads the final states."""
-    blocks = (ExitBlock(2, "final"), ExitBlock(4, "none"))
+    """The tiny model with blocks at its exits 2 and 4."""
+    blocks = (ExitBlock(2), ExitBlock(4))
     packing = PackingConfig(draft_weights=("int8",))
     backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE, **changes)
     return replace(tiny_loaded(), backend=backend)
@@ -132,24 +131,6 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
 
 
-def test_prefills_do_not_hold_up_those_that_are_being_decoded():
-    """Of prompts of 100 tokens 256 tokens are in a step of theirs; of such as end at their prefill too."""
-    decoder = decoder_of("generic")
-    stream = Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=90))
-    scheduler = Scheduler(decoder, batch_size=8)
-    run_step = scheduler.step
-    scheduler.add(stream.request)
-    run_step()
-    short = [Client(prompt_of(100), DecodingConfig("autoregressive", max_new_tokens=1)) for _ in range(64)]
-    for client in short:
-        scheduler.add(client.request)
-    heard = len(stream.updates)
-    for step in range(1, 26):
-        assert len(run_step()) == 256 * step // 100 - 256 * (step - 1) // 100
-        assert len(stream.updates) == heard + step
-    assert scheduler.running == scheduler.held == 1 and all(client.answer[1] == "length" for client in short)
-
-
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
     monkeypatch.setattr(serving, "_PREFILLED", 32)
@@ -233,16 +214,6 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
     assert len(told) == clients[2].request.stats.new_tokens
 
 
-def test_an_answer_with_a_seed_is_the_same_in_any_company():
-    """Adaptive drafts in a batch depend on the batch, and so would what is drawn."""
-    decoder = decoder_of("packed")
-    config = replace(ADAPTIVE, max_new_tokens=20, temperature=HOT, seed=5)
-    seeded = [Client(prompt_of(6), config, isolated=True) for _ in range(2)]
-    company = [Client(prompt_of(length), replace(config, temperature=HOT, seed=length)) for length in (3, 8)]
-    run(Scheduler(decoder, batch_size=4), [company, [seeded[0]], [seeded[1]]])
-    assert seeded[0].answer == seeded[1].answer == alone(decoder, prompt_of(6), config)[0]
-
-
 def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     decoder = decoder_of("packed")
     scheduler = Scheduler(decoder, batch_size=4)
@@ -262,43 +233,6 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     assert spared.answer == alone(decoder, spared.request.ids, spared.request.config)[0]
 
 
-def test_a_join_that_fails_ends_the_requests_of_both_loops(monkeypatch):
-    decoder = decoder_of("packed")
-    scheduler = Scheduler(decoder, batch_size=4)
-    long, plain = replace(SPECULATIVE, max_new_tokens=30), DecodingConfig("autoregressive", max_new_tokens=10)
-    first, second, spared = Client(prompt_of(4), long), Client(prompt_of(6), long), Client(prompt_of(5), plain)
-    for client in (first, spared):
-        scheduler.add(client.request)
-        scheduler.step()
-
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(DecodingLoop, "join", fail)
-    scheduler.add(second.request)
-    assert scheduler.step() == [first.request, second.request]
-    assert all(str(client.updates[-1].error) == "out of memory" for client in (first, second))
-    run(scheduler, [])
-    assert spared.answer == alone(decoder, spared.request.ids, plain)[0]
-
-
-def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
-    decoder = decoder_of("packed")
-    scheduler = Scheduler(decoder, batch_size=3)
-    clients = [Client(prompt_of(1 + place % 9), replace(ADAPTIVE, max_new_tokens=6 + place % 3)) for place in range(40)]
-    for client in clients:
-        scheduler.add(client.request)
-    loops, most = set(), 0
-    while scheduler.held:
-        scheduler.step()
-        for run in scheduler._groups.values():
-            loop = run.loop
-            loops.add(id(loop))
-            most = max(most, len(loop._drafter._lookup._histories), loop._cache.rows)
-    assert len(loops) < 10  # each of many requests
-    assert most <= 6  # rows that were there in the last step, and those that came since
-
-
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind):
     decoder = decoder_of(kind, max_position_embeddings=640)
@@ -314,24 +248,11 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
             held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
     longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
     next(longest)
-    assert len(held) >= 18 and max(held) <= sum(longest._cache.memory.values())
+    slots = 1 if kind == "native" else 2  # for a row: PyTorch's caches double them
+    assert len(held) >= 18 and max(held) <= slots * sum(longest._cache.memory.values())
     run(scheduler, [])
     for client in clients:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
-
-
-def test_requests_that_join_find_the_answers_of_those_that_finished():
-    decoder, config = decoder_of("native"), DecodingConfig("lookup", max_new_tokens=30, num_draft_tokens=8)
-    prompts = [prompt_of(9), prompt_of(9), prompt_of(9)]
-    expected, stats = alone(decoder, prompts[0], config)
-    accepted = []
-    for earlier in (None, EarlierAnswers()):
-        clients = [Client(prompt, config) for prompt in prompts]
-        run(Scheduler(decoder, 2, earlier), [[client] for client in clients])  # the third waits for the first to end
-        assert [client.answer for client in clients] == [expected] * 3
-        accepted.append([client.request.stats.accepted for client in clients])
-    assert accepted[0] == [stats.accepted] * 3 and accepted[1][:1] == accepted[0][:1]
-    assert accepted[1][2] > accepted[0][2]
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
@@ -398,7 +319,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
                 assert client.answer == expected[number]
         decoder.backend.limit_memory(5 * pool.page_bytes)
         with pytest.raises(ContextError, match=r"319 tokens, got 400 \(the memory for keys and values has room for 320 tokens"):
-            Request(prompt_of(400), config, print).begin(decoder)
+            DecodingLoop(decoder.backend, [prompt_of(400)], config)
     finally:
         pool.most = inf
     while prefixes.drop():

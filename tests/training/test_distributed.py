@@ -3,18 +3,16 @@
 Batches of one process by accumulation, one batch of all rows, and processes of torch.distributed on the CPU (gloo).
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import finish, run, start
+from command_line import run
 from training_runs import in_processes, loss_rows, run_quietly, same_weights, settings_on, weights
 
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
 DROPPING = RecipeSettings("finetune", p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2)
 
 
@@ -26,7 +24,6 @@ def rows_of_one_length(folder):
 
 
 def train_divided(rank, base, folder, data, batch_size, accumulation):
-    """Two steps of 8 rows."""
     divided = {"batch_size": batch_size, "accumulation": accumulation, "save_steps": 2}
     run_quietly(settings_on(base, Path(folder))(data=data, recipe=DROPPING, steps=2, **divided))
 
@@ -46,6 +43,12 @@ def test_accumulation_one_batch_and_four_processes_train_the_same(base, tmp_path
             torch.testing.assert_close(weight, reference[key], rtol=1e-4, atol=2e-5)
 
 
+def train_by_command(rank, folder, *arguments):
+    """Notes the exit status and what the process says."""
+    result = run(*arguments)
+    Path(folder, f"said-{rank}").write_text(f"{result.code} {result.out}{result.err.count('saved ')}")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path):
     """The same batches of 2 rows, one of them written by the original, and sums of two numbers, which have no order."""
@@ -54,15 +57,13 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
               "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
               "--replay", "0.5")  # fmt: skip
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
-    process = start(*shared, "--output", both, command=TORCHRUN)
+    in_processes(train_by_command, 2, tmp_path, str(tmp_path), *shared, "--output", both)
+    assert [Path(tmp_path, f"said-{rank}").read_text() for rank in (0, 1)] == ["0 1", "0 0"]  # only one process reports
     threads = torch.get_num_threads()
     try:
         assert run(*shared, "--accumulation", "2", "--output", single).code == 0
     finally:
         torch.set_num_threads(threads)
-    result = finish(process)
-    assert (result.code, result.out) == (0, ""), result.err
-    assert result.err.count("saved ") == 1  # only one process reports
     for step, expected in zip(loss_rows(both), loss_rows(single), strict=True):
         assert step.pop("validation", {}) == pytest.approx(expected.pop("validation", {}), rel=1e-5)
         assert step == expected

@@ -1,7 +1,6 @@
 """Rows of a run: their templates, encoding and batches; streams, validation, and tokenizers made of them."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
@@ -108,12 +107,6 @@ def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_fails_is_an_error_of_the_row():
-    encoder = Encoder(lambda *_, **__: 1 / 0, PromptTemplate("{prompt}"), 128)
-    with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
-        list(encoder.rows([Example("", "b", "a.csv:3")]))
-
-
 def test_documents_fill_rows_and_lose_nothing():
     rows = list(packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]], 5))
     assert [row["input_ids"] for row in rows] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
@@ -157,7 +150,7 @@ def test_a_streamed_run_and_its_resumption(settings, tmp_path):
     require_exact_resumption(settings, tmp_path, **changes)
 
 
-def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
+def test_a_stream_that_has_lost_its_rows_ends_and_a_tokenizer_that_fails_is_an_error_of_the_row(tokenizer, tmp_path):
     """As every pass without a row is followed by another."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -166,6 +159,9 @@ def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
     file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 8"):
         next(stream)
+    encoder = Encoder(lambda *_, **__: 1 / 0, PromptTemplate("{prompt}"), 128)
+    with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
+        list(encoder.rows([Example("", "b", "a.csv:3")]))
 
 
 @pytest.mark.parametrize("validation", ["validation", "commands"])
@@ -217,26 +213,15 @@ def test_the_text_of_a_special_token_in_a_completion_stays_text(tokenizer):
     assert raw["labels"].count(end) == 2
 
 
-def test_it_has_the_size_asked_for_and_the_special_tokens_first(tokenizer):
+def test_a_tokenizer_has_the_size_asked_for_and_text_comes_back_unchanged(tokenizer, examples):
     assert len(tokenizer) == 300
     assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|pad|>", "<|bos|>", "<|eos|>"]
-
-
-def test_text_comes_back_unchanged(tokenizer, examples):
     texts = [examples[0].completion, "  two  spaces\n\ttab", "naïve café 東京 🙂", "[IN:X a ] 's"]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
         assert not {0, 1, 2} & set(ids)  # no special token is added
-
-
-def test_merges_come_from_the_examples(tokenizer, examples):
-    """ "[IN:" opens every parse, so it is among the first merges; "zq" never occurs."""
-    assert len(tokenizer("[IN:")["input_ids"]) < 4
-    assert len(tokenizer("zq")["input_ids"]) == 2
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    assert len(data["model"]["merges"]) == 300 - 256 - 3
 
 
 @pytest.mark.parametrize("text", ["\0", "<|eos|>", "a" * 300_000])

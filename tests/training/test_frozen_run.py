@@ -21,7 +21,6 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import run as running
 from layerskip_core.training.run import prepare
@@ -31,7 +30,6 @@ DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
 
 @pytest.fixture
 def frozen(settings):
-    """Makes the DrafterConfig of a short run on `base`, into `out`."""
     usual = {"data": DataConfig(limit=40, seed=1), "exits": (2,), "answer_tokens": 8, "lr": None, "max_length": 96}
     return lambda **changes: settings(DrafterConfig, **{**usual, **changes})
 
@@ -45,7 +43,6 @@ def blocks(folder):
 
 
 def left_by_a_run(folder):
-    """The kinds of files beside the checkpoints of a run."""
     return [path.suffix for path in Path(folder, "checkpoints").iterdir()]
 
 
@@ -60,7 +57,6 @@ def same(one, other):
 
 
 def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
-    """On the tokens that it learns."""
     rows = {"validation": "train", "validation_samples": 40}
     trained, reports, stages = train(frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=20, **rows))
     assert trained["2"]["divergence"] < reports[0].exit_losses[2] / 2
@@ -124,14 +120,14 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
     assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
-    drafter = drafter_for(DrafterSetup(decoder.backend, Sampler(decoding, decoder.backend.device), decoding))
+    drafter = drafter_for(DrafterSetup(decoder.backend, decoding))
     assert "exit 2" in drafter._known.arms
     assert in_place or read_info(model) == saved
     assert prepare(replace(config, overwrite=True)).notes == (() if in_place else plan.notes)
 
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
-    changes = {"feature": "final", "exits": (1, 3), "save_steps": 2}
+    changes = {"exits": (1, 3), "save_steps": 2}
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     _, expected, _ = train(frozen(**changes, output=whole))
     assert [set(report.exit_losses) for report in expected] == [{1, 3}] * 4
@@ -209,7 +205,7 @@ def test_rows_need_prompts_only(frozen, tmp_path):
     assert prepare(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows == 2
 
 
-def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
+def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is an adapter; .* `layerskip import`"):
@@ -222,26 +218,20 @@ def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"is a GGUF file; .* `layerskip import`"):
         prepare(frozen(model=str(tmp_path / "model.gguf")))
+    with pytest.raises(ConfigError, match="`model` must be a model of at least 2 layers, got 1"):
+        prepare(frozen(model=saved_base(tmp_path / "shallow", num_hidden_layers=1)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"):
         prepare(frozen())
 
 
-def test_a_model_of_one_layer_is_refused(frozen, tmp_path):
-    with pytest.raises(ConfigError, match="`model` must be a model of at least 2 layers, got 1"):
-        prepare(frozen(model=saved_base(tmp_path / "shallow", num_hidden_layers=1)))
-
-
-def test_rows_without_prompts_are_their_own_answers(frozen, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
-    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers == "data"
-
-
-def test_rows_with_an_empty_prompt_are_left_out(frozen, tmp_path):
+def test_rows_with_an_empty_prompt_are_left_out_and_without_prompts_are_their_own_answers(frozen, tmp_path):
     rows = tmp_path / "rows.jsonl"
     prompts = ["a b", "", None, " ", "c d"]
     rows.write_text("".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts))
     data = DataConfig(name=str(rows))
     assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
     assert prepare(frozen(data=data)).rows == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
+    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers == "data"

@@ -18,7 +18,6 @@ class Stopped(Exception):
 
 
 def stopping_after(calls):
-    """A report that ends the work at its call of that number."""
     count = 0
 
     def report(done):
@@ -40,7 +39,7 @@ def loaded(monkeypatch):
     return tiny_loaded(torch.float32)
 
 
-def test_an_answer_is_what_decoding_gives_each_prompt_alone(loaded, tmp_path):
+def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_length(loaded, tmp_path):
     reports = []
     found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(reports.append)
     alone = DecodingConfig("autoregressive", max_new_tokens=6)
@@ -48,10 +47,7 @@ def test_an_answer_is_what_decoding_gives_each_prompt_alone(loaded, tmp_path):
         steps = decode(loaded.backend, prompt, alone, loaded.eos_ids)
         assert answer == [token for [step] in steps for token in step.ids]
     assert reports == [0, 2, 4, 5]
-
-
-def test_an_answer_keeps_within_the_maximum_length(loaded, tmp_path):
-    found = Answers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "journal").write(ignored)
+    found = Answers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "short").write(ignored)
     # Prompts of 9 and 5 tokens share a batch, in which the longest has room for one token.
     assert [len(answer) for answer in found] == [6, 1, 6, 6, 1]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 from safetensors.torch import load_file
-from training_runs import RECIPE, batch, recipe_module, require_exact_resumption, same_weights, train, weights
+from training_runs import batch, recipe_module, require_exact_resumption, same_weights, train, weights
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -37,7 +37,7 @@ def test_a_reader_stands_between_its_exit_and_the_shared_head():
     output = module(ids, labels, MIDDLE)
     states, is_target = module.texts.states(ids, (2, 6)), labels[:, 1:] != -100
     targets = labels[:, 1:][is_target]
-    read = module.readers["2"](states[2], states[2], ids)
+    read = module.readers["2"](states[2], ids)
     for found, hidden in zip(output["per_exit"], (read, module.backend.normed(states[6])), strict=True):
         expected = F.cross_entropy(module.backend.head(hidden[:, :-1][is_target]), targets, reduction="sum")
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -165,22 +165,13 @@ def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
 
 
-def test_few_steps_and_weightless_exits_are_not_called_trained(settings, tmp_path):
-    train(settings(recipe=replace(RECIPE, rotation=4)))
-    assert read_info(tmp_path / "out").trained_exits(4) == ()
-    assert read_info(tmp_path / "out").draft_profile(4).acceptance == {}
-
-
-def test_without_a_recipe_only_the_task_is_learnt(settings, tmp_path):
+def test_without_a_recipe_only_the_task_is_learnt_and_its_loss_told(settings, tmp_path):
     reports = train(settings(recipe=RecipeSettings("none")))
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
     assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
     assert (info.cost.tokens, info.cost.task, info.cost.exact_match) == (4 * 4, None, None)
-
-
-def test_the_cost_has_the_loss_of_the_task_before_and_after(settings, tmp_path):
-    train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8))
+    train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8, overwrite=True))
     info = read_info(tmp_path / "out")
     before, after = info.cost.task
     assert after < before and after == pytest.approx(info.details["validation_losses"]["4"], rel=1e-3)
@@ -214,16 +205,13 @@ def test_rows_are_held_out_of_many_and_none_of_few(settings):
     assert (endless.rows, endless.held_out) == (16, 64)
 
 
-def test_an_adapter_alone_is_saved_without_readers(settings, tmp_path):
-    train(settings(recipe=RecipeSettings(), lora_rank=2, lora_keep=True))
-    assert not (tmp_path / "out" / "exit_blocks.safetensors").exists()
-    assert read_info(tmp_path / "out").details["config"]["recipe"]["exit_reader"] == "none"
-
-
-def test_merged_adapters_have_readers(settings, base, tmp_path):
+def test_merged_adapters_have_readers_and_an_adapter_alone_has_none(settings, base, tmp_path):
     train(settings(recipe=READ, lora_rank=2, lr=1e-2))
     assert not same_weights(tmp_path / "out", base) and weights(tmp_path / "out").keys() == weights(base).keys()
     assert list(for_decoding(str(tmp_path / "out"), "cpu").backend.exit_blocks) == [2]
+    train(settings(recipe=RecipeSettings(), lora_rank=2, lora_keep=True, output=str(tmp_path / "kept")))
+    assert not (tmp_path / "kept" / "exit_blocks.safetensors").exists()
+    assert read_info(tmp_path / "kept").details["config"]["recipe"]["exit_reader"] == "none"
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "constant"])

@@ -33,13 +33,9 @@ def recipe(layers=24, vocab_size=1024, **asked):
     return resolve_recipe(RecipeSettings("finetune", **asked), spec_of(layers, vocab_size), 100)
 
 
-def test_rotational_is_on_once_every_r_steps_plus_the_last():
+def test_the_curricula():
     rotational = recipe(curriculum="rotational", rotation=3)
     assert [exits_on(rotational, step, 10, 8) for step in range(4)] == [(1, 4, 7, 8), (2, 5, 8), (3, 6, 8), (1, 4, 7, 8)]
-
-
-def test_gradual_adds_one_layer_every_t_over_2l_steps_from_the_top():
-    """L = 4, T = 16: one more every 2 steps, layer 1 at T/2 = 8."""
     gradual = recipe(curriculum="gradual")
     on = [exits_on(gradual, step, 16, 4) for step in (0, 1, 2, 3, 4, 6, 7, 8, 15)]
     assert on == [(4,), (4,), (4,), (4,), (3, 4), (2, 3, 4), (2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)]
@@ -106,11 +102,6 @@ def auto(layers=24, steps=300, blocks=True, **asked):
     return resolve_recipe(RecipeSettings(**asked), spec_of(layers, 49152, 135_000_000, blocks), steps)
 
 
-def test_the_rate_falls_with_the_size_of_the_model():
-    rates = [learning_rate("auto", int(size)) for size in (5e6, 135e6, 1.08e9, 8e9)]
-    assert rates == [5e-4, 5e-5, 2.5e-5, 1.3e-5] and learning_rate("none", 135_000_000, is_lora=True) == 5e-4
-
-
 def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
     assert [auto(layers).exits for layers in (2, 3, 16, 24, 30, 32)] == [(1,), (1,), (3, 5), (4, 8), (6, 10), (6, 10)]
     assert auto(steps=99).exits == (8,)
@@ -124,17 +115,15 @@ def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
     control = auto(preset="none")
     assert (control.curriculum, control.exits, control.p_max, control.exit_reader) == ("none", (), 0, "none")
     assert auto(curriculum="none", p_max=0.2).exits == ()
+    rates = [learning_rate("auto", int(size)) for size in (5e6, 135e6, 1.08e9, 8e9)]
+    assert rates == [5e-4, 5e-5, 2.5e-5, 1.3e-5] and learning_rate("none", 135_000_000, is_lora=True) == 5e-4
 
 
-def test_the_literal_rates():
+def test_the_literal_rates_and_constant_ones_of_the_same_mean():
     """RECIPE: L = 5, p_max = 0.2."""
     assert [depth_scale(layer, 5) for layer in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
     assert dropout_rates(0.2, 5) == pytest.approx([0, 0.037841, 0.082843, 0.136359, 0.2], abs=1e-6)
     assert sum(dropout_rates(0.2, 24)) / 24 == pytest.approx(0.089, abs=5e-4)
-
-
-def test_constant_dropout_has_the_mean_of_the_exponential():
-    """L = 5, p_max = 0.2: (0 + 0.037841 + 0.082843 + 0.136359 + 0.2) / 5 at every layer; S(t) scales it too."""
     assert dropout_rates(0.2, 5, profile="constant") == pytest.approx([0.0914086] * 5, abs=1e-6)
     assert dropout_rates(0.2, 5, 0.5, "constant") == pytest.approx([0.0457043] * 5, abs=1e-6)
     assert dropout_rates(0.0, 1, profile="constant") == [0.0]
@@ -149,7 +138,7 @@ def test_the_schedule_from_scratch():
         depth_scale(0, 1)
 
 
-def test_rows_depend_on_the_moment_and_on_nothing_else():
+def test_rows_are_drawn_by_the_moment_alone_at_the_rate_and_however_the_step_is_divided():
     draws = [
         kept_rows(0.5, 64, seed, step, first, layer)
         for seed, step, first, layer in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 64, 0), (0, 0, 0, 1)]
@@ -158,32 +147,11 @@ def test_rows_depend_on_the_moment_and_on_nothing_else():
     torch.manual_seed(123)
     assert kept_rows(0.5, 64, 0, 0, 0, 0) == draws[0]
     assert kept_rows(0.0, 3, 0, 0, 0, 0) == [0, 1, 2]
-
-
-def test_a_rows_draw_does_not_depend_on_how_the_step_is_divided():
     whole = kept_rows(0.5, 64, 1, 2, 0, 3)
     parts = [[first + row for row in kept_rows(0.5, 16, 1, 2, first, 3)] for first in (0, 16, 32, 48)]
     assert list(chain(*parts)) == whole and len({tuple(row % 16 for row in part) for part in parts}) == 4
-
-
-def test_the_rate_is_the_share_of_dropped_rows():
     kept = sum(len(kept_rows(0.2, 50, 0, step, 0, 3)) for step in range(200))
     assert kept / 10_000 == pytest.approx(0.8, abs=0.012)  # 3 standard deviations
-
-
-def test_dropped_rows_are_not_computed_and_come_back_in_place():
-    """Two of four rows, of one and two documents, run layer 2."""
-    backend, ids = TransformersBackend(tiny_model()), torch.arange(3, 23).view(4, 5)
-    documents = torch.tensor([[0] * 5, [0, 0, 1, 1, 1], [0] * 5, [0, 1, 1, 1, 1]])
-    texts, seen = backend.texts, []
-    hook = backend.layers[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    found = texts.states(ids, (2, 3), documents, lambda layer: [1, 3] if layer == 2 else range(4))
-    hook.remove()
-    assert seen == [2]
-    full = texts.states(ids, (2, 3), documents)
-    torch.testing.assert_close(found[2], full[2], rtol=0, atol=0)
-    torch.testing.assert_close(found[3], torch.stack([full[2][0], full[3][1], full[2][2], full[3][3]]))
-    assert not torch.allclose(full[3][0], full[2][0])
 
 
 def test_a_layer_without_rows_still_gets_a_zero_gradient():

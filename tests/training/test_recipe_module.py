@@ -25,7 +25,6 @@ def run(model, recipe, step, ids, labels, **keywords):
 
 
 def layer_rows(model):
-    """Counts the rows that each layer runs from now on."""
     rows = [0] * len(model.model.layers)
 
     def count(at):
@@ -52,13 +51,6 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
     assert output["exit_layers"] == exits
     weights = torch.tensor(exit_weights(exits, 6, 0.2))
     torch.testing.assert_close(output["loss"], (weights * output["per_exit"]).sum())
-
-
-def test_without_the_recipe_it_is_the_plain_loss(llama):
-    ids, labels = batch(4)
-    output = run(llama, RecipeSettings("finetune", p_max=0, curriculum="none"), RunStep(0, 1), ids, labels)
-    targets = (labels[:, 1:] != IGNORED).sum()
-    torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
 
 
 def test_padding_at_the_right_changes_nothing(llama):
@@ -88,17 +80,6 @@ def test_dropout_over_the_run():
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
 
 
-def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
-    """p_max 0.9 in 6 layers has a mean of 0.41: 24 of 40 rows run each layer."""
-    ids, labels = batch(40)
-    module = recipe_module(
-        tiny_model(), RecipeSettings("finetune", p_max=0.9, dropout_profile="constant", curriculum="none")
-    ).train()
-    rows = layer_rows(module.model)
-    module(ids, labels, RunStep(0, 10))
-    assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
-
-
 @pytest.mark.parametrize(("bf16", "lora"), [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"])
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
     """The backward pass runs layers again: dropping the same rows, with taps, in the same precision."""
@@ -125,27 +106,6 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
 
 
-def test_packed_documents_give_the_losses_of_each_alone():
-    """Documents of 5, 9 and 4 tokens in a row of 18, one sliding window of 4; and a second row with padding."""
-    for model_type, changes in (("llama", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4})):
-        model = tiny_model(model_type, **changes)
-        if model_type == "gemma2":
-            model.set_attn_implementation("eager")  # masks are numbers there, not truth values
-        module = recipe_module(model, RecipeSettings("finetune", p_max=0, curriculum="all")).train()
-        ids, _ = batch(rows=1, length=18)
-        alone = []
-        for start, stop in ((0, 5), (5, 14), (14, 18)):
-            part = ids[:, start:stop]
-            alone.append(module(part, part, RunStep(0, 1))["per_exit"])
-        (row,) = packed([ids[0, :5].tolist(), ids[0, 5:14].tolist(), ids[0, 14:].tolist()], 18)
-        (short,) = packed([ids[0, :5].tolist()], 18)
-        collated = collate([row, short])
-        assert collated["documents"][1].tolist() == [0] * 5 + [-1] * 13
-        collated.pop("lengths")
-        together = module(**collated, step=RunStep(0, 1))["per_exit"]
-        torch.testing.assert_close(together, sum(alone) + alone[0])
-
-
 def truncated(model, exit_layer):
     """The first layers of a model with its final norm and head, as a model of their own."""
     first_layers = tiny_model(num_hidden_layers=exit_layer)
@@ -154,7 +114,6 @@ def truncated(model, exit_layer):
 
 
 def manual_cross_entropy(model, ids, labels):
-    """Loop over rows and tokens: the definition, spelled out."""
     log_probs = model(ids).logits.log_softmax(-1)
     return -sum(
         log_probs[row, column - 1, labels[row, column]]
@@ -170,10 +129,6 @@ def test_the_literal_scales():
     assert exit_weights([1, 2, 3, 4, 5], 5, 0.2) == pytest.approx([e / 7.2 for e in (0, 0.2, 0.6, 1.2, 5.2)])
     assert exit_weights([5], 5, 0.2) == [1.0]
     assert exit_weights([3, 5], 5, 0.0) == [0.0, 1.0]
-
-
-def test_other_scales_by_hand():
-    """L = 4, e_scale = 0.5: linear 0.5, 1, 1.5, 4; sqrt half of it under the root, 2; uniform 0.5 and 1."""
     assert exit_scales(4, 0.5, "linear") == [0.5, 1.0, 1.5, 4.0]
     assert exit_scales(4, 0.5, "sqrt") == pytest.approx([0.5, 0.5 * 2**0.5, 0.5 * 3**0.5, 2.0])
     assert exit_scales(4, 0.5, "uniform") == [0.5, 0.5, 0.5, 1.0]
@@ -269,13 +224,6 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     assert torch.equal(found(True, False), exact)
     ours, torchs = ((found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False))
     assert 0 < ours < 1.1 * torchs < 0.2
-
-
-def test_a_model_with_another_attention_keeps_it():
-    model = tiny_model("gemma2", dtype=torch.float32)
-    model.set_attn_implementation("eager")
-    use_fp32_attention(model)
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,21 @@ def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(se
     assert same_weights(tmp_path / "out", whole)
 
 
-def test_a_signal_in_the_last_step_changes_nothing(settings, tmp_path):
+def test_a_signal_in_the_last_step_changes_nothing_and_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
     def terminate(report):
         if report.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     prepare(settings()).run(terminate)
     assert (tmp_path / "out" / "config.json").exists()
+
+    def impatient(report):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(output=str(tmp_path / "other"))).run(impatient)
+    assert steps_saved(tmp_path / "other") == []
 
 
 @pytest.fixture
@@ -106,16 +114,6 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
-    def impatient(report):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(settings()).run(impatient)
-    assert steps_saved(tmp_path / "out") == []
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(settings):
@@ -147,7 +145,6 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
 
 @pytest.fixture
 def two_checkpoints(settings, tmp_path):
-    """An output with checkpoints of steps 1 and 2."""
     with pytest.raises(Interrupted):
         prepare(settings(save_steps=1)).run(stop_at(3))
     assert steps_saved(tmp_path / "out") == [1, 2]

@@ -7,14 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from training_runs import (
-    RECIPE,
-    Interrupted,
-    require_exact_resumption,
-    saved_base,
-    stop_at,
-    train,
-)
+from training_runs import RECIPE, Interrupted, require_exact_resumption, saved_base, stop_at, train
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.model import DataConfig, PromptingConfig
@@ -42,7 +35,6 @@ def ignored(done):
 
 
 def rows_of(plan):
-    """Those that the run will train on, in their order."""
     rows, _ = plan.data_sets(lambda stage, total, done: None)
     return [rows[position] for position in range(len(rows))]
 

@@ -83,16 +83,6 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
-def test_a_small_set_is_memorised(settings, tmp_path):
-    data = rows_file(tmp_path, *(f"{letter} is the answer" for letter in "abcdefgh"))
-    reports = train(
-        settings(data=data, recipe=RecipeSettings("finetune", p_max=0, curriculum="all"), steps=80, batch_size=8, lr=1e-2)
-    )
-    first, last = reports[0], reports[-1]
-    assert last.final_loss < 0.5 < first.final_loss - 3
-    assert last.exit_losses[2] < first.exit_losses[2] - 2  # a middle exit learns with it
-
-
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """A run of four steps: the plan, its reports, the info that it returned and its folder."""
@@ -189,22 +179,11 @@ def test_the_plan(settings, base):
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
-
-
-def test_commands_without_a_limit_never_repeat_a_row(settings):
     plan = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2))
     assert (plan.rows, plan.steps) == (40, 5)
 
 
-def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
-    train(settings(steps=2, save_steps=1, lora_rank=2))
-    assert capfd.readouterr() == ("", "")
-    assert not recwarn.list  # Python would print them
-
-
 def spoiling(plan, step, factor):
-    """A listener that multiplies the head by a factor once a step is done."""
-
     def listen(report):
         if report.step == step:
             plan.trainable.model.lm_head.weight.data.mul_(factor)
@@ -235,6 +214,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(settings):
     head.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
         plan.run(lambda report: None)
+
+
+def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
+    train(settings(steps=2, save_steps=1, lora_rank=2))
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list  # Python would print them
 
 
 def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):

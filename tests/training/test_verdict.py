@@ -24,15 +24,11 @@ class Passes:
 
 
 @pytest.mark.parametrize(("accepted", "drafts"), [(0.5, 1), (0.8, 3)])
-def test_speed_through_a_block_is_that_of_rounds_of_its_passes(monkeypatch, accepted, drafts):
+def test_speed_is_that_of_rounds_of_passes_through_a_block_or_the_head(monkeypatch, accepted, drafts):
     """A round of d drafts takes d + 1 times the 2 layers of the exit, its block and its head, and 6/8 of a pass."""
     monkeypatch.setattr(verdict, "_Passes", Passes)
     found = verdict.exit_speedup(Passes, 2, True)
     assert (found.step, found.draft) == (10.0, 0.4)
     tokens = sum(accepted**number for number in range(drafts + 1))
     assert found.speed(accepted) == (pytest.approx(10 * tokens / (4 * (drafts + 1) + 7.5)), drafts)
-
-
-def test_an_exit_without_a_block_drafts_by_its_layers_and_the_head(monkeypatch):
-    monkeypatch.setattr(verdict, "_Passes", Passes)
     assert verdict.exit_speedup(Passes, 2, False).draft == 0.3

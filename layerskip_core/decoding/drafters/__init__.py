@@ -19,8 +19,7 @@ from ...errors import require
 from ...model.backend import Backend
 from ...model.cache import KVCache, Places, on_device
 from ..graphs import Recorder
-from ..processing import LogitsProcessor
-from ..sampling import Sampler
+from ..output import Row
 
 if TYPE_CHECKING:
     from ..target import Prefixes
@@ -34,22 +33,30 @@ class Context:
     The newest token of each has no KV entries yet: the target's pass that verifies the drafts writes them.
     """
 
-    rows: Sequence[int]  # the numbers of their prompts: rows that ended are gone
-    ids: Sequence[Sequence[int]]  # by row: prompt and output so far, the newest token last; not to be changed
+    rows: Sequence[Row]  # not to be changed
     newest: Tensor  # (B,), the same newest tokens on the model's device
     cache: KVCache  # the target's own
     indices: Sequence[int]  # of the rows in the cache, which may have others
     filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
-    features: Mapping[int, Tensor] = field(default_factory=dict)  # by exit, (B, D): what blocks read of the token before
-    processors: Sequence[LogitsProcessor] = ()  # one per row, if any row's logits are changed
     seconds: float = 0.0  # that the steps before took, without the caller's time between them
-    recorded: Tensor | None = None  # of a draft that is recorded: the positions (d+1,) of its tokens, on the device
     piece: float = inf  # tokens of texts that a step may run
+    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
+    recorded: Tensor | None = None  # of a draft that is recorded: the positions (B, d+1) of its tokens, on the device
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """By row: prompt and output so far, the newest token last; not to be changed."""
+        return [row.ids for row in self.rows]
+
+    def feature(self, exit_layer: int) -> Tensor | None:
+        """(B, D): what the block of an exit reads of the token before."""
+        found = [feature for index in self.indices if (feature := self.cache.features[index].get(exit_layer)) is not None]
+        return torch.stack(found) if found else None
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
         """Those of so many tokens of each row, which stand so many tokens after its newest."""
         if self.recorded is not None:
-            return Places(self.cache, (), (), recorded=self.recorded[after[0] : after[0] + counts[0]])
+            return Places(self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]])
         starts, of_cache = list(self.filled), [0] * len(self.filled)
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
@@ -58,11 +65,13 @@ class Context:
 
     def permitted(self, index: int, tokens: list[int]) -> list[int]:
         """Drafts for the row with this index, up to the first that its grammar forbids."""
-        return self.processors[index].permitted(tokens) if self.processors and tokens else tokens
+        processor = self.rows[index].processor
+        return tokens if processor is None or not tokens else processor.permitted(tokens)
 
     def forced(self, index: int, most: int) -> list[int]:
         """At most `most` tokens that must come next in this row, as its grammar has it."""
-        return self.processors[index].forced()[:most] if self.processors else []
+        processor = self.rows[index].processor
+        return [] if processor is None else processor.forced()[:most]
 
 
 @dataclass(frozen=True)
@@ -103,11 +112,9 @@ class DrafterSetup:
     """What a drafter is made for."""
 
     model: Backend
-    sampler: Sampler
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
     reuse_exit_states: bool = True  # whether the target may go on from the drafter's hidden states
-    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
     earlier: "EarlierAnswers | None" = None  # that lookups search too
     prefixes: "Prefixes | None" = None  # that prompts may begin with
 
@@ -118,8 +125,8 @@ class Drafter(Protocol):
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
 
-    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
-        """Hears what became of the drafts of one prompt; called for every row after each `draft`, and not otherwise.
+    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
+        """Hears what became of the drafts of one row; called for every row after each `draft`, and not otherwise.
 
         `verified`: the drafts that were accepted, then one token of the target's own.
         """

@@ -13,6 +13,7 @@ import torch
 
 from ...model.backend import DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
+from ..output import Row
 from . import Context, Draft, DrafterSetup
 from .estimates import NO_OTHERS, Acceptance, Arm
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
@@ -31,18 +32,18 @@ class AdaptiveDrafter:
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by their names in reports."""
-        self._drafters, self._is_greedy = drafters, setup.sampler.is_greedy
+        self._drafters, self._is_greedy = drafters, setup.config.temperature == 0
         self._on_cpu = setup.model.device.type == "cpu"
         # Elsewhere drafts are still running on the device when the host has started them all.
         self._by_clock = self._is_greedy and setup.model.batch_invariant and self._on_cpu
-        kind = "processed" if setup.sampler.processors else "plain"  # whose drafts are single calls of a kernel
+        kind = "processed" if setup.config.changes_logits else "plain"  # whose drafts are single calls of a kernel
         self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock, kind=kind)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
         # By row: the continuations in its text and in an earlier answer, and how likely they are.
-        self._found: dict[int, list[tuple[list[int], Acceptance]]] = {}
+        self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
         self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
-        self._drafted_rows: list[int] = []  # by it
+        self._drafted_rows: list[Row] = []  # by it
         self._steps = 0  # of it
         self._draft: Draft | None = None  # of the round
         self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
@@ -75,7 +76,7 @@ class AdaptiveDrafter:
                     acceptance = self._known.acceptance_of_lookup(evidence, bool(in_answers))
                     self._found.setdefault(row, []).append((tokens, acceptance))
 
-    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
         draft, known = self._draft, self._known
         assert draft is not None
@@ -132,14 +133,14 @@ class AdaptiveDrafter:
             return arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
         return arm, rows, length, DraftEnds()
 
-    def _lookups(self, rows: Sequence[int]) -> tuple[list[list[int]], float, tuple[float, int]]:
+    def _lookups(self, rows: Sequence[Row]) -> tuple[list[list[int]], float, tuple[float, int]]:
         """By row, as much of the continuation found as pays; the tokens per unit of time that this promises.
 
         And, of the rows that look up, how many tokens they are expected to get, and how many the pass verifies.
         """
         passes, rest, batch = self._known.passes, self._known.rest, len(rows)
         survivals: list[tuple[float, int]] = []
-        best_found: dict[int, list[int]] = {}
+        best_found: dict[Row, list[int]] = {}
         for index, row in enumerate(rows):
             if row in self._found:
                 tokens, acceptance = max(self._found[row], key=lambda found: found[1].expected(len(found[0])))

@@ -13,6 +13,7 @@ from math import inf
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.decoding import DecodingConfig
@@ -21,6 +22,8 @@ from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ...model.eagle3 import NO_DRAFTER
+from ..output import Row
+from ..sampling import Sampler
 from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
 
@@ -41,6 +44,8 @@ class _ByRow:
 
     def by_row(self, counts: Sequence[int]) -> Tensor:
         """The first values of each row, so many, row by row."""
+        if self.rows == [*range(len(counts))] * len(self.parts) and {*counts} == {len(self.parts)}:
+            return torch.stack(self.parts, 1).flatten(0, 1)
         values, places = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts), [list[int]() for _ in counts]
         for place, row in enumerate(self.rows):
             places[row].append(place)
@@ -54,7 +59,7 @@ class _Unfinished:
     Attributes:
         rooms: by row, how many drafts there may be at most.
         going: the rows that the next step runs, all of which have `step` drafts.
-        token: their tokens that did not run yet. `feature` (G, D): what the exit's block reads of those before.
+        token: their tokens that did not run yet. `feature` (G, D): what the block reads of those before.
         run: by row, how many tokens ran. `ids`, `likely`: its drafts and their probabilities, as far as they are read.
         unread: rows, and probabilities on a device that is not waited for.
     """
@@ -102,7 +107,7 @@ class ExitDrafter:
         if not config.skip and submodel.block is None:
             submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
         self.source, self.weights = source, weights
-        self._side, self._sampler, self.submodel, self._recorder = side, setup.sampler, submodel, setup.recorder
+        self._side, self._sampler, self.submodel = side, Sampler(config), submodel
         self._exit = submodel.exit_layer
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
@@ -122,31 +127,34 @@ class ExitDrafter:
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
-        submodel, features, recorder = self.submodel, context.features.get(self._exit), self._recorder
-        if not self._sampler.is_greedy or len(limits) > 1 or self._sampler.processors:
+        submodel, features, recorder, reuses = self.submodel, context.feature(self._exit), context.recorder, self._reuses
+        if not self._sampler.is_greedy or self._sampler.processes:
             return self._step_by_step(context, limits, ends)
-        places = context.places([limits[0] + 1], [0])
-        if self._kernel is not None:
-            reuses = self._reuses
+        if self._kernel is not None and len(limits) == 1:
+            places = context.places([limits[0] + 1], [0])
             tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
             return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
-        if recorder is None or ends.needs_probs or features is not None:
+        ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
+        if recorder is None or ends.needs_probs or features is not None or ragged:
             return self._step_by_step(context, limits, ends)
+        count, slots = len(limits), recorder.slots
+        places = context.places([limit + 1 for limit in limits], [0] * count)
 
         def work(newest: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-            draft = self._step_by_step(replace(context, newest=newest, recorded=positions), limits, ends)
+            of_slots = replace(context, rows=[context.rows[0]] * slots, newest=newest, recorded=positions)
+            draft = self._step_by_step(of_slots, [limits[0]] * slots, ends)
             return (draft.tokens, *draft.exit_states.values())
 
-        reuses = self._reuses
         name = "draft", self.weights, submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps, reuses
-        tokens, *kept = recorder.run(name, work, context.newest, places.positions)
+        newest, (positions, *_) = F.pad(context.newest, (0, slots - count)), places.padded(places.counts, slots)
+        tokens, *kept = (part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions))
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
-        return Draft(tokens, (len(tokens) - 1,), None, states, self.source)
+        return Draft(tokens, tuple(limits), None, states, self.source)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         """Each step runs a token of each row that goes on, and chooses the next."""
-        made = _Unfinished(context, list(limits), context.features.get(self._exit))
+        made = _Unfinished(context, list(limits), context.feature(self._exit))
         while made.going and self._runs_on(made, ends):
             logits, probs = self._judged(made, self._run(made), ends)
             if made.going:
@@ -171,8 +179,8 @@ class ExitDrafter:
         False if they end the draft.
         """
         alone = len(made.rooms) == 1 and self._sampler.is_greedy and self._looks and self.submodel.block is None
-        forced = made.context.processors[0].forced(made.ids[0]) if alone and self._sampler.processors else []
-        if forced := forced[: made.rooms[0] - made.step]:
+        processor = made.context.rows[0].processor if alone else None
+        if processor is not None and (forced := processor.forced(made.ids[0])[: made.rooms[0] - made.step]):
             made.ids[0] += forced
             made.likely[0] += [1.0] * len(forced)
             made.add(torch.tensor(forced, device=made.token.device), [0] * len(forced))
@@ -200,9 +208,10 @@ class ExitDrafter:
     def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> tuple[Tensor, Tensor | None]:
         """The logits as the sampler reads them, and what it draws from, of the rows that go on after these."""
         sampler, few = self._sampler, self.vocabulary
-        if sampler.processors:
+        if sampler.processes:
             logits = logits if few is None else few.spread(logits, -torch.inf)
-            logits = sampler.processed(logits, [made.ids[row] for row in made.going], [1] * len(made.going), made.going)
+            drafts, rows = [made.ids[row] for row in made.going], [made.context.rows[row] for row in made.going]
+            logits = sampler.processed(logits, drafts, [1] * len(rows), rows)
             if few is not None:  # which may lack all that a grammar permits
                 for row, best in zip(made.going, logits.amax(-1).tolist(), strict=True):
                     made.rooms[row] = made.step if best == -torch.inf else made.rooms[row]
@@ -219,15 +228,16 @@ class ExitDrafter:
         return logits, probs
 
     def _choose(self, made: "_Unfinished", logits: Tensor, probs: Tensor | None, ends: DraftEnds) -> None:
-        token, few = self._sampler.choose(logits, probs, made.going), self.vocabulary
-        if few is not None and not self._sampler.processors:
+        rows, few = [made.context.rows[row] for row in made.going], self.vocabulary
+        token = self._sampler.choose(logits, probs, rows)
+        if few is not None and not self._sampler.processes:
             token = few.tokens(token)
             probs = None if probs is None else few.spread(probs)
         made.token = token[:0]
         made.add(token, made.going)
         if probs is not None:
             made.probs.add(probs, made.going)
-        if ends.ids or self._sampler.processors:
+        if ends.ids or self._sampler.processes:
             for row, new in zip(made.going, token.tolist(), strict=True):
                 made.ids[row].append(new)
                 made.rooms[row] = made.step if new in ends.ids else made.rooms[row]
@@ -242,7 +252,7 @@ class ExitDrafter:
             self._through(made, last, lacking)
         return {stop: states.by_row([count + 1 for count in counts]) for stop, states in made.states.items()}
 
-    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Every round drafts in the same way."""
 
 
@@ -256,12 +266,12 @@ class ModelDrafter:
         assert setup.model.draft_model is not None
         self.model, self._prefixes = setup.model.draft_model, setup.prefixes or NO_PREFIXES
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
-        own = replace(setup, model=self.model, reuse_exit_states=False, recorder=None)
+        own = replace(setup, model=self.model, reuse_exit_states=False)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
-        self._filled = dict[int, int]()  # by prompt, in the order of the cache's rows: how many tokens have KV entries
-        self._ran = dict[int, int]()  # by prompt: how many tokens after these had entries in the last draft
+        self._filled = dict[Row, int]()  # in the order of the cache's rows: how many tokens have KV entries
+        self._ran = dict[Row, int]()  # how many tokens after these had entries in the last draft
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         limits = self.follow(context, limits)
@@ -307,7 +317,7 @@ class ModelDrafter:
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())
-        return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, features={})
+        return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, recorder=None)
 
     def _take_rows(self, context: Context) -> None:
         """The cache gets the rows of the context, in their order."""
@@ -321,7 +331,7 @@ class ModelDrafter:
             self._cache.keep_rows(order)
             self._filled = {row: self._filled[row] for row in context.rows}
 
-    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         self._filled[row] += min(self._ran.pop(row, 0), len(verified))  # which are one more than drafts that were accepted
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import tensor
 
 from ...config.decoding import REMEMBERED
+from ..output import Row
 from . import Context, Draft, Drafter, DrafterSetup
 
 SHORTEST = 2  # tokens that must match, unless told otherwise
@@ -161,7 +162,7 @@ class LookupDrafter:
         `earlier`: answers that are searched too; the better match drafts.
         """
         self._shortest, self._eos_ids, self._otherwise, self._earlier = shortest, eos_ids, otherwise, earlier
-        self._histories: dict[int, History] = {}
+        self._histories: dict[Row, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
@@ -202,7 +203,7 @@ class LookupDrafter:
             tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
         return context.permitted(index, tokens), evidence
 
-    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:
             self._drafted_last.observe(row, drafted, verified)
 

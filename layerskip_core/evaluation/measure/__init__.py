@@ -114,12 +114,11 @@ def measure(
 ) -> Generator[Progress, None, list[Measured]]:
     """Decodes every prompt of the task by every setting. Yields progress; returns the measurement of each setting.
 
-    With a batch size above 1, answers come from batches, and only some prompts are timed, alone. All settings decode a
-    prompt (or a batch of similar lengths) before the next one, in a rotating order, so that a slow moment of the machine
+    All settings decode a prompt (or a batch) before the next one, in a rotating order, so that a slow moment of the machine
     slows all of them. Lookups search earlier answers of the same setting and repeat.
 
-    `settings`: full depth first, the baseline of comparisons. `journal`: outputs of an interrupted run are not measured
-    again. `perplexity`: by exit, of a task on text. Raises LayerSkipError if every prompt failed with the first setting.
+    `settings`: full depth first. `journal`: outputs of an interrupted run. `perplexity`: by exit, of a task on text. Raises
+    LayerSkipError if every prompt failed with the first setting.
     """
     examples, batches = task.examples, config.batch_size > 1
     every = range(len(examples))
@@ -174,7 +173,6 @@ def answer_prompts(
     """One output per prompt, in the checkpoint's template; a single prompt is timed, without (de)tokenization.
 
     A prompt that exceeds context or memory gives an Output with an error; of a failed batch every prompt is answered alone.
-    Baselines answer one prompt at a time.
     """
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
@@ -193,12 +191,12 @@ def answer_prompts(
         if alone:
             return [Output(error=str(error))]
         return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
-    peak, found = _peak_mb(model.device) if has_peak else None, []
+    peak, detokenized = _peak_mb(model.device) if has_peak else None, []
     for prompt_ids, output in zip(ids, outputs, strict=True):
         # On its own, an answer loses its leading space with some tokenizers, and with it the indentation of code.
         whole = loaded.detokenize(prompt_ids + [token for token in output.ids if token not in loaded.eos_ids])
-        found.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
-    return found
+        detokenized.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
+    return detokenized
 
 
 def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
@@ -213,7 +211,7 @@ def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, 
     started = time.perf_counter()
     for [step] in decoding:
         seconds = time.perf_counter() - started
-        steps.append(Step(len(step.ids), seconds, next(iter(step.counts.steps_by_drafter), None)))
+        steps.append(Step(len(step.ids), seconds))
         started = time.perf_counter()
     return Output(tuple(decoding.rows[0].output), "", tuple(steps), decoding.stats, decoding.finish_reason)
 
@@ -227,8 +225,8 @@ def differences(
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            found = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()  # mps has no fp64
-            best, second = found.topk(2).values.tolist()
+            scores = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()  # mps has no fp64
+            best, second = scores.topk(2).values.tolist()
             differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 

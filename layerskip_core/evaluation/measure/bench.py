@@ -1,7 +1,4 @@
-"""The decoding strategies and baselines side by side: the same prompts, in one process, interleaved.
-
-Baselines are transformers' decoders at the same settings, our self-speculation without exit-state reuse, and llama.cpp.
-"""
+"""Decoding strategies, and baselines (transformers, llama.cpp, no reuse of exit states), interleaved on the same prompts."""
 
 import hashlib
 import json
@@ -43,11 +40,10 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. A `folder` keeps a journal of the outputs, for `resume` by the same model files,
-    kernels and versions.
+    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files and versions.
 
-    Raises ConfigError for an exit outside the model and a baseline that cannot run it, CheckpointError for a baseline's
-    model, LayerSkipError if no prompt could be answered or the journal to resume belongs to other settings.
+    Raises ConfigError for an exit or baseline that does not suit, CheckpointError for a baseline's model, LayerSkipError if no
+    prompt could be answered or the journal is of other settings.
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
@@ -86,8 +82,8 @@ def bench(
         by_category = {}
         for name, samples in task.categories.items():
             if any(full.answers[sample].error is None for sample in samples):
-                found = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
-                by_category[name] = replace(found, samples=len(samples))
+                figures = result_of(each.of(samples), full.of(samples), transformers and transformers.of(samples))
+                by_category[name] = replace(figures, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
     used = tuple(dict.fromkeys(setting.strategy for setting in settings if setting.strategy not in baselines))
     named = {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
@@ -100,15 +96,10 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
     if loaded.backend.eagle3 is None:
         require("eagle3" not in chosen, "strategies", "a list without eagle3 for a model without such a drafter", "eagle3")
-    asked, only_drafting = config.generation, loaded.only_drafting
-    if asked.get("exit_layer", recommended.exit_layer) in only_drafting and not asked.get("exit_confidence"):
-        chosen.discard("early-exit")
-    alone = replace(recommended, exits=tuple(each for each in recommended.exits if each not in only_drafting))
     settings = []
     for name in ("autoregressive", "early-exit", *DRAFTERS):
         if name in chosen:
-            known = alone if name == "early-exit" else recommended
-            setting = resolve_as(name, asked, known, loaded.backend.num_layers, config.packing)
+            setting = resolve_as(name, config.generation, recommended, loaded.backend.num_layers, config.packing)
             copies = dict.fromkeys(config.packing.draft_weights) if name == "self-speculative" else {}
             settings += [replace(setting, draft_weights=weights) for weights in copies] or [setting]
     return settings
@@ -133,17 +124,15 @@ def must_search(loaded: Decoder, config: BenchConfig) -> bool:
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
-    """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
+    """The config's baselines by name, with exit and draft length of the `speculative` setting.
 
-    They take exit, draft length and limits of the `speculative` setting. transformers' decoders run on transformers' own
-    layers; if `loaded` has repacked weights, the model is read again. Raises ConfigError for a baseline that cannot run it,
-    CheckpointError.
+    If `loaded` has repacked weights, transformers reads the model again. Raises ConfigError and CheckpointError.
     """
 
     def transformers_model(name: str) -> Trainable:
         return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
 
-    found: dict[str, Baseline] = {}
+    baselines: dict[str, Baseline] = {}
     model, vocabulary = None, {}
     if isinstance(loaded.backend, TransformersBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
@@ -153,22 +142,22 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     for name in config.baselines:
         match name:
             case "no-reuse":
-                found[name] = without_reuse
+                baselines[name] = without_reuse
             case "llama.cpp":
-                found[name] = llama_cpp(loaded, config.gguf or "")
+                baselines[name] = llama_cpp(loaded, config.gguf or "")
             case "transformers":
-                found[name] = transformers_generate(model)
+                baselines[name] = transformers_generate(model)
             case "assistant-early-exit":
                 require_early_exit(model)
-                found[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
+                baselines[name] = transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
             case "prompt-lookup":
-                found[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
+                baselines[name] = transformers_generate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
             case "assistant-model":
                 draft = transformers_model(config.packing.draft_model or "")
                 if draft.tokenizer.get_vocab() != vocabulary:
                     raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
-                found[name] = transformers_generate(model, assistant=draft.model)
-    return found
+                baselines[name] = transformers_generate(model, assistant=draft.model)
+    return baselines
 
 
 def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
@@ -179,8 +168,7 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts.
 
-    Every round drafts the setting's `num_draft_tokens`: transformers' default changes the number, and stops below a
-    confidence of 0.4. The config replaces the models' own, with which transformers would fill gaps (penalties, sampling).
+    Every round drafts `num_draft_tokens`. The config replaces the models' own (penalties, sampling).
     """
     models = [each for each in (model, assistant) if each is not None]
 
@@ -295,10 +283,9 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp (package xllamacpp): its server in this process, with this process's threads, on a GGUF file.
+    """llama.cpp (package xllamacpp) on a GGUF file: greedy, without drafts, with this process's threads.
 
-    Greedy, without drafts, on token ids. Raises ConfigError if the package or the file is missing or does not suit,
-    CheckpointError for a damaged file.
+    Raises ConfigError if the package or the file is missing or does not suit, CheckpointError for a damaged file.
     """
     try:
         import xllamacpp
@@ -338,13 +325,13 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         seconds = time.perf_counter() - started
         if "error" in answer:
             raise LayerSkipError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
-        found = answer["__verbose"]
-        count, reason = scanner.cut(found["tokens"])
-        prefill = min(found["timings"]["prompt_ms"] / 1000, seconds)
+        verbose = answer["__verbose"]
+        count, reason = scanner.cut(verbose["tokens"])
+        prefill = min(verbose["timings"]["prompt_ms"] / 1000, seconds)
         steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
         stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
         stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
-        return Output(tuple(found["tokens"][:count]), "", steps, stats, reason)
+        return Output(tuple(verbose["tokens"][:count]), "", steps, stats, reason)
 
     return complete
 

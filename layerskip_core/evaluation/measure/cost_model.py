@@ -20,7 +20,7 @@ from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
-from ...model.exit_blocks import features_of
+from ...model.configuration import LAYER_KINDS
 from ...model.vocabulary import most_probable
 from ..results import Output, Result, bandwidth_text, require_outputs
 from . import Progress, measure_prompt
@@ -114,8 +114,9 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
     stored = getattr(backend, "bytes_per_weight", stored)  # of our own kernels
     total = stored * spec.weights_read(1)
     if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
-        windows = (spec.window_of(spec.kinds[layer]) for layer in spec.attending)
-        total += 2 * width * spec.keys * sum(min(positions, window or positions) for window in windows)
+        for layer, kind in enumerate(spec.kinds):
+            keys = spec.of_layer(layer).keys if kind in LAYER_KINDS else 0
+            total += 2 * width * keys * min(positions, spec.window_of(kind) or positions)
     memory, times = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device), []
     for _ in range(_SUMS):
         started = time.perf_counter()
@@ -128,10 +129,9 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part that has room for a round.
+    """Times rounds of each setting along each part that has room for a round, grouped by drafter.
 
-    Settings of one drafter stand together; plain steps are timed beside each group and averaged over all groups, so that
-    their noise does not rank the drafters.
+    Plain steps are timed beside each group and averaged over all, so that their noise does not rank the drafters.
     """
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
@@ -166,29 +166,23 @@ def agreement(
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
-    One pass serves all exits: a compared draft always follows the autoregressive output. An approximation for low-bit
-    drafts (`weights`), which attend to their own KV entries of the whole output here, in the loop only to those of a round;
-    and for exit blocks with a feature, whose drafts all have the target's own feature here.
+    Approximate for low-bit drafts (`weights`), which attend to their own KV entries of the whole output here.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))
-    choices, features = dict[int, list[int]](), None
     exits = sorted(set(exit_layers))
     blocks = {exit_layer: block for exit_layer, block in drafting.exit_blocks.items() if exit_layer in exits}
-    if any(block.is_fed for block in blocks.values()):
-        finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, cache.span(0, len(tokens))))
-        features = features_of(finals)
     if first:
-        before, places = None if features is None else features[:first], cache.span(0, first)
+        places = cache.span(0, first)
         states = states_at(model, model.embed(tokens[:first]), exits, places)
         for stop in blocks:
-            model.exit_blocks[stop].write(model, states, before, places)
-    after, places = None if features is None else features[first:], cache.span(first, len(tokens))
+            model.exit_blocks[stop].write(model, states, None, places)
+    choices, places = dict[int, list[int]](), cache.span(first, len(tokens))
     states = states_at(drafting.layers, drafting.layers.embed(tokens[first:]), exits, places)
     for stop, hidden in states.items():
         submodel = Submodel(stop, block=blocks.get(stop))
-        logits, _ = beyond_exit(drafting, submodel, hidden, places, after)
+        logits, _ = beyond_exit(drafting, submodel, hidden, places, None)
         choices[stop] = drafting.head(submodel).choose(logits).tolist()
     return choices
 
@@ -198,7 +192,7 @@ def simulate(
 ) -> DecodeStats:
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens, given `agreement`'s choices.
 
-    Exact but for drafts after a wrong one, which are unknown: they are assumed to end where the output ends.
+    Drafts after a wrong one are unknown: they are assumed to end where the output ends.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -231,10 +225,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:
-    """For `tokens` of several answers, of which `prefill` seconds gave the first one each.
-
-    Time = prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain.
-    """
+    """prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain, for `tokens` of several answers."""
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
     return Prediction(rounds, times, (prefill + (tokens - answers) * times.plain) / seconds)
@@ -245,9 +236,8 @@ def predict(
 ) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Settings of one drafter stand together by draft length: three are timed, the others interpolated. Returns predictions,
-    the agreement of each drafter with the autoregressive tokens, and the context of a typical step. Raises LayerSkipError
-    when no prompt could be answered.
+    Of a drafter's settings three are timed, the others interpolated. Returns predictions, the agreement of each drafter,
+    and the context of a typical step. Raises LayerSkipError when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
@@ -261,8 +251,8 @@ def predict(
             answered.append((prompt_ids, output))
             choices: dict[Side, list[int]] = {}
             for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
-                found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
-                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+                by_exit = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
+                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in by_exit.items()}
             agreeing.update({side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()})
             room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
             for setting in settings:
@@ -286,8 +276,8 @@ def predict(
     for setting in dict.fromkeys(chain.from_iterable(visits)):
         known.setdefault(side_of(setting), []).append(averages([timed[setting] for timed in visits if setting in timed]))
     predictions = {
-        setting: prediction_of(found, interpolated(found.drafted / max(found.rounds, 1), known[side]), prefill, tokens, answers)
-        for setting, found in rounds.items()
+        setting: prediction_of(stats, interpolated(stats.drafted / max(stats.rounds, 1), known[side]), prefill, tokens, answers)
+        for setting, stats in rounds.items()
         if (side := side_of(setting)) in known
     }
     prompt_ids, output = typical[0]

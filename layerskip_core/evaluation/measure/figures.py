@@ -1,7 +1,7 @@
 """Figures of measurements, the machine, and the recommendation of a sweep.
 
-The fastest of twenty settings on a dozen prompts looks faster than it is (winner's curse). So a sweep times the best few once
-more, in turns with plain and adaptive decoding, on other prompts, and decides by the lower end of the speedup's interval.
+Against the winner's curse a sweep times the best few settings once more, in turns with plain and adaptive decoding, on other
+prompts, and decides by the lower end of the speedup's interval.
 """
 
 import math
@@ -94,7 +94,7 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """Figures of steps: medians over the repeats; phases and the longest answer are those of the first repeat."""
+    """Figures of steps: medians over the repeats; phases are those of the first."""
     firsts, per_token = [], []
     for outputs in measured.repeats:
         firsts.append(median([output.steps[0].seconds for output in outputs if output.steps] or [math.nan]))
@@ -111,13 +111,11 @@ def _speeds(measured: Measured) -> dict[str, Any]:
     parts = {"prefill": stats.prefill_seconds, "draft": stats.draft_seconds, "verify": stats.verify_seconds}
     parts["other"] = sum(step.seconds for output in outputs for step in output.steps) - sum(parts.values())
     peaks = [each.peak_memory_mb for outputs in measured.repeats for each in outputs if each.peak_memory_mb is not None]
-    longest = max(outputs, key=lambda output: len(output.ids)).steps
     return {
         "time_per_token_ms": quantiles,
         "ttft_ms": finite(1000 * median(firsts)),
         "peak_memory_mb": max(peaks, default=None),
         "time_split_ms": {name: 1000 * part / stats.new_tokens for name, part in parts.items()} if stats.new_tokens else {},
-        "longest_answer": longest if measured.setting.strategy == "adaptive" else (),
     }
 
 
@@ -144,7 +142,7 @@ def environment(loaded: Decoder) -> dict[str, Any]:
         "implementation": loaded.backend.implementation + ", CUDA graphs" * loaded.backend.recordable,
         "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        **({"exit_blocks": {str(exit_layer): placed.block.feature for exit_layer, placed in blocks.items()}} if blocks else {}),
+        **({"exit_blocks": list(blocks)} if blocks else {}),
     }
 
 

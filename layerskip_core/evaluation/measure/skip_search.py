@@ -1,7 +1,7 @@
 """Searches the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
 
-The paper uses Bayesian optimisation. Here layers are left out one by one, each time the one that costs the least agreement with
-the model's own greedy outputs. The predicted speedup decides how many, and the draft length.
+Layers are left out one by one, each time the one that costs the least agreement with the model's own greedy outputs (the paper
+uses Bayesian optimisation). The predicted speedup decides how many, and the draft length.
 """
 
 from collections.abc import Generator, Sequence
@@ -95,34 +95,34 @@ def search_skips(
     if tokens == len(probes):
         raise LayerSkipError("answers of two tokens or more are needed to search the layers to skip")
 
-    def predicted(found: SkipSet, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
+    def predicted(candidate: SkipSet, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
         rounds = (
             simulate(choices, probe.output_ids, drafts, limit, loaded.ends(plain.stop))
-            for choices, probe in zip(found.choices, probes, strict=True)
+            for choices, probe in zip(candidate.choices, probes, strict=True)
         )
         return prediction_of(sum(rounds, DecodeStats()), times, prefill, tokens, len(probes))
 
     half = max(1, (sizes + 1) // 2)
     (known,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, sizes + 2)), 4)])
     ranked: list[tuple[float, int, SkipSet]] = []  # the best draft length of each set, by its predicted speedup
-    for size, found in enumerate(eliminated(probes, sizes + 1), start=1):
+    for size, candidate in enumerate(eliminated(probes, sizes + 1), start=1):
         # First by a draft's number of layers; the most promising sets are timed afterwards.
         times = known._replace(draft=known.draft * (sizes + 1 - size) / half)
-        speedups = {drafts: predicted(found, drafts, times).speedup for drafts in _LENGTHS}
+        speedups = {drafts: predicted(candidate, drafts, times).speedup for drafts in _LENGTHS}
         drafts = max(_LENGTHS, key=speedups.__getitem__)
-        ranked.append((speedups[drafts], drafts, found))
+        ranked.append((speedups[drafts], drafts, candidate))
         best = max(range(size), key=lambda place: ranked[place][0])
         done = size - best > _PATIENCE
         yield Progress(sizes if done else size, sizes, "layers to skip")
         if done:
             break
     promising = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
-    finalists = [(found, factor * drafts) for _, drafts, found in promising for factor in (1, 2)]
-    measured = _timed(loaded, probes, weights, [(found.skip, drafts) for found, drafts in finalists])
+    finalists = [(candidate, factor * drafts) for _, drafts, candidate in promising for factor in (1, 2)]
+    measured = _timed(loaded, probes, weights, [(candidate.skip, drafts) for candidate, drafts in finalists])
     predictions = [predicted(*finalist, times, prefill) for finalist, times in zip(finalists, measured, strict=True)]
     best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
-    found, drafts = finalists[best]
-    return {"skip": found.skip, "num_draft_tokens": drafts}, found.agreeing / tokens, predictions[best]
+    candidate, drafts = finalists[best]
+    return {"skip": candidate.skip, "num_draft_tokens": drafts}, candidate.agreeing / tokens, predictions[best]
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:

@@ -127,10 +127,8 @@ def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantizatio
     """Settings to compare: exits alone, by confidence (trained ones, else the sweep's), drafters by draft length."""
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
-    alone = [exit_layer for exit_layer in exits if exit_layer not in loaded.only_drafting]
-    settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in alone]
-    candidates = loaded.recommended().exits or exits
-    chosen = spread_exits(tuple(each for each in candidates if each not in loaded.only_drafting), num_layers)
+    settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in exits]
+    chosen = spread_exits(loaded.recommended().exits or tuple(exits), num_layers)
     for confidence in config.exit_confidences or () if chosen else ():
         settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
     for weights in dict.fromkeys((None, *copies)):

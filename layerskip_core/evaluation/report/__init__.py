@@ -29,7 +29,7 @@ SAMPLES_FILE = "samples.jsonl"
 REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
-_HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
+_HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|.*_(low|high)|stderr_.*|samples.*")
 
 
 def to_json(record: Any) -> str:

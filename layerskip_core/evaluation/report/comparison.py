@@ -71,14 +71,12 @@ def _note(comparison: Comparison) -> str:
 
 def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
     """A plot of each figure that two exits have, and of perplexity over steps; None for others of an earlier comparison."""
-    earlier, names = folder / "comparison.json", [OVER_STEPS]
-    if earlier.exists():
-        names += [line.figure for line in read_json(earlier, LayerSkipError, Comparison).lines]
+    earlier = folder / "comparison.json"
+    known = [comparison, *([read_json(earlier, LayerSkipError, Comparison)] if earlier.exists() else [])]
     with style():
-        drawn = {name: _by_exit(comparison, name) for name in dict.fromkeys(line.figure for line in comparison.lines)}
+        drawn = {name: _by_exit(comparison, name) for name in {line.figure for each in known for line in each.lines}}
         drawn[OVER_STEPS] = _over_steps(comparison)
-    files = {name: None if figure is None else to_png(figure) for name, figure in {**dict.fromkeys(names), **drawn}.items()}
-    return {re.sub(r"\W", "_", name) + ".png": content for name, content in files.items()}
+    return {re.sub(r"\W", "_", name) + ".png": None if figure is None else to_png(figure) for name, figure in drawn.items()}
 
 
 def _by_exit(comparison: Comparison, name: str) -> Figure | None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 from matplotlib import rc_context
@@ -43,8 +43,6 @@ _STYLE = {
     "legend.frameon": False,
 }
 _PHASES = ("prefill", "draft", "verify", "other")
-_PLAIN = "plain"  # steps without drafts
-_WINDOW = 8  # steps
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -234,31 +232,6 @@ def _time_split(record: RunRecord) -> Figure | None:
     return figure
 
 
-def _speed_within_an_answer(record: RunRecord) -> Figure | None:
-    """Tokens per second along the longest answer of adaptive decoding, and the drafter of each step."""
-    answers = (result.longest_answer[1:] for result in record.results if len(result.longest_answer) > 1)  # after the prefill
-    steps = next(answers, ())
-    if not steps:
-        return None
-    title = f"Speed within the longest answer of adaptive decoding, mean of {_WINDOW} steps"
-    figure, axes = new_figure(title, "seconds after the first token", "tokens per second")
-    ends, speeds = list(accumulate(step.seconds for step in steps)), []
-    for index in range(len(steps)):
-        window = steps[max(0, index - _WINDOW // 2) : index + _WINDOW // 2]
-        speeds.append(sum(step.tokens for step in window) / sum(step.seconds for step in window))
-    axes.plot(ends, speeds, color=GREY, linewidth=1, zorder=0)
-    drafters = [step.drafter or _PLAIN for step in steps]
-    for number, name in enumerate(sorted(set(drafters), key=lambda name: (name == _PLAIN, -drafters.count(name)))):
-        own = [point for *point, drafter in zip(ends, speeds, drafters, strict=True) if drafter == name]
-        colour = GREY if name == _PLAIN or number >= MOST_LINES else f"C{number}"
-        axes.scatter(*zip(*own, strict=True), s=14, color=colour, label=name)
-    if plain := record.results[0].time_per_token_ms.get("p50"):
-        axes.axhline(1000 / plain, linestyle="--", linewidth=1, color=GREY, label="autoregressive")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
-    return figure
-
-
 def _perplexity(record: RunRecord) -> Figure | None:
     measured = {result.exit_layer: result.perplexity for result in record.results if result.perplexity is not None}
     full, line = measured.pop(None, None), list(measured.items())
@@ -267,75 +240,56 @@ def _perplexity(record: RunRecord) -> Figure | None:
     return _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
 
 
-def _prediction(record: RunRecord) -> Figure | None:
-    drafters: dict[tuple[str, int], list[Result]] = {}  # by the weights of a low-bit copy, and the exit
-    for result in record.results:
-        if result.predicted_speedup and result.speedup:
-            drafters.setdefault((result.draft_weights or "", result.exit_layer or 0), []).append(result)
-    if not drafters:
-        return None
-    kept, note = best_lines(drafters)
-    figure, axes = new_figure("Predicted and measured speedup", f"predicted speedup{note}", "measured speedup")
-    points = {name: [(each.predicted_speedup or 0.0, each.speedup or 0.0) for each in own] for name, own in kept.items()}
-    for number, ((weights, exit_layer), own) in enumerate(sorted(points.items())):
-        name, marker = f"{weights} exit {exit_layer}".strip(), LINE_MARKERS[number]
-        axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=name)
-    start = min(min(point) for own in points.values() for point in own)
-    axes.axline((start, start), slope=1, color=GREY, linewidth=1, zorder=0)
-    axes.legend(fontsize=7)
-    return figure
-
-
 def _pareto(record: RunRecord) -> Figure | None:
     """A point per setting, the Pareto frontier, and labels. None without quality or speed."""
-    found = points_of(record)
-    if found is None:
+    shown = points_of(record)
+    if shown is None:
         return None
-    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", found.quality_label)
-    points = list(zip(found.speeds, found.values, strict=True))
-    for number, strategy in enumerate(found.strategies):
-        own = [point for result, point in zip(found.results, points, strict=True) if strategy_name(result) == strategy]
+    figure, axes = new_figure("Quality against speed", "Speed (tokens per second)", shown.quality_label)
+    points = list(zip(shown.speeds, shown.values, strict=True))
+    for number, strategy in enumerate(shown.strategies):
+        own = [point for result, point in zip(shown.results, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")  # baselines share colours with strategies
         axes.scatter(*zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy)
-    sign = 1 if found.lower_is_better else -1
-    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], sign * point[1]))
+    sign = 1 if shown.lower_is_better else -1
+    line = sorted((points[index] for index in shown.optimal), key=lambda point: (point[0], sign * point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
     axes.margins(x=0.12, y=0.16)
-    if is_wide(found.speeds):
+    if is_wide(shown.speeds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    if found.lower_is_better:
-        if is_wide(found.values):
+    if shown.lower_is_better:
+        if is_wide(shown.values):
             logarithmic(axes)
         axes.invert_yaxis()  # better is up for every metric
     legend_above(axes)
-    _label_points(figure, axes, found)
+    _label_points(figure, axes, shown)
     return figure
 
 
-def _label_points(figure: Figure, axes: Any, found: Points) -> None:
+def _label_points(figure: Figure, axes: Any, shown: Points) -> None:
     """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
     figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
-    places = axes.transData.transform(list(zip(found.speeds, found.values, strict=True)))
+    places = axes.transData.transform(list(zip(shown.speeds, shown.values, strict=True)))
     taken = [Bbox([place - 4, place + 4]) for place in places]
-    steps = sorted(map(tuple, places[found.optimal]))
+    steps = sorted(map(tuple, places[shown.optimal]))
     for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
         taken += [Bbox([(left - 1, bottom), (left + 1, top)]), Bbox([(left, bottom - 1), (right, bottom + 1)])]
-    by_speed = sorted(range(len(places)), key=lambda index: found.speeds[index])
-    fastest = {strategy_name(found.results[index]): index for index in by_speed}
-    alone = [index for index, result in enumerate(found.results) if result.strategy == "early-exit"]
-    for index in dict.fromkeys([*found.optimal, *fastest.values(), *alone]):
-        result, strategy = found.results[index], strategy_name(found.results[index])
+    by_speed = sorted(range(len(places)), key=lambda index: shown.speeds[index])
+    fastest = {strategy_name(shown.results[index]): index for index in by_speed}
+    alone = [index for index, result in enumerate(shown.results) if result.strategy == "early-exit"]
+    for index in dict.fromkeys([*shown.optimal, *fastest.values(), *alone]):
+        result, strategy = shown.results[index], strategy_name(shown.results[index])
         text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y in _OFFSETS:
             label = axes.annotate(
-                text, (found.speeds[index], found.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
+                text, (shown.speeds[index], shown.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
                 ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
-                color=f"C{found.strategies.index(strategy)}",
+                color=f"C{shown.strategies.index(strategy)}",
             )  # fmt: skip
             area = label.get_window_extent()
             if axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1 and not area.count_overlaps(taken):
@@ -351,7 +305,5 @@ FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
-    "prediction": _prediction,
-    "speed_within_an_answer": _speed_within_an_answer,
     "time_split": _time_split,
 }

@@ -282,8 +282,7 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
     if with_transformers and config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         yield "MB: of the whole process, which also holds transformers' copy of the model."
     if blocks := machine.get("exit_blocks", {}):
-        named = ", ".join(f"{exit_layer} (feature {feature})" for exit_layer, feature in blocks.items())
-        yield f"Exits with a block: {named}."
+        yield f"Exits with a block: {', '.join(map(str, blocks))}."
 
 
 def _short(metric: str) -> str:

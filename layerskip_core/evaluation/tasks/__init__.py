@@ -159,9 +159,8 @@ def framed(
 ) -> tuple[tuple[Example, ...], str | None]:
     """(examples, the template to encode them in): each example in its form, after the shots.
 
-    `form` (for shots `shot_form`) is the task's; a `template` of None the checkpoint's. A template that was `asked` for
-    replaces the latter, and a text with {prompt} the forms too. It stays a template, so that its special tokens are encoded
-    as tokens, and those in the rows as text.
+    A template that was `asked` for replaces `template`; a text with {prompt} replaces the forms, too, and stays a template,
+    whose special tokens are encoded as tokens, and those in the rows as text.
     """
     template = template if asked is None else asked
     if asked not in (None, CHAT, RAW):

@@ -1,8 +1,7 @@
 """Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts lack their final line end: tokenizers merge it with the indentation that follows, and after a separate one
-models do not write code. Answers end as in Chen et al., section 3, or at a closing code fence. MBPP's prompts are those of
-Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
+HumanEval's prompts lack their final line end, which tokenizers merge with the indentation that follows. MBPP's prompts have
+three solved problems, each between [BEGIN] and [DONE].
 """
 
 from collections.abc import Iterable, Sequence

@@ -54,11 +54,7 @@ _UNANSWERED = (
 
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
-    """As `load_task`; without `task` and `data`, on the data that layerskip.json names as the model's training data.
-
-    Unseen rows come first: the data of `validation`, the split asked for, `validation`. Raises as `load_task` does, and
-    DataError if the data cannot be read.
-    """
+    """As `load_task`; without `task` and `data`, on the training data by layerskip.json, unseen rows if there are any."""
     data, validation = (None, None) if asked.task or asked.data else read_info(present(model).path).trained_on
     if data is None or data.name == "commands":
         return load_task(asked)
@@ -226,11 +222,7 @@ def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **fo
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, whose perplexity is measured; passages of it are continued for speed.
-
-    The prompts, evenly spaced, have the first whole words there, and equally many following words as reference.
-    Continuations are not scored: the text is only one of many good ones.
-    """
+    """A plain text, or the joined texts of rows, for perplexity; evenly spaced passages of it are continued for speed."""
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))

@@ -1,6 +1,6 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import frexp
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
+from ...errors import CheckpointError
 from ..backend import DraftKernel
 from ..cache import KVCache, Places
 from ..configuration import SLIDING
-from ..eagle3 import Eagle3Weights
-from ..exit_blocks import ExitBlock
+from ..eagle3 import UNSUITED, Eagle3Weights
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
@@ -24,11 +24,11 @@ from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights
 from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
 from .heads import NativeLinear, choose, draft
-from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers
+from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeTokenInputs
 from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
-_LARGEST_HEAD = 256
+_LARGEST_HEAD = 512
 # of AVX2 and NEON, on two cores
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
@@ -48,9 +48,13 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
         return False
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
-    if spec.head_dim > _LARGEST_HEAD or spec.head_dim % 2:  # a bf16 cache keeps pairs of dimensions
+    layers = [spec.of_layer(layer) for layer in range(spec.layers)] if spec.sizes else [spec]
+    if any(of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers):  # a bf16 cache keeps pairs
         return False
-    widths = [spec.hidden, spec.inner, spec.experts.inner if spec.experts else spec.inner, spec.queries]
+    if spec.token_width > spec.hidden:
+        return False
+    widths = [spec.hidden, spec.token_width, spec.experts.inner if spec.experts else spec.inner]
+    widths += [width for of_layer in layers for width in (of_layer.inner, of_layer.queries)]
     if (recurrence := spec.recurrence) is not None:
         if recurrence.taps > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
             return False
@@ -72,6 +76,7 @@ class NativeBackend(RepackedBackend):
         assert compiled is not None
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
         self._kernels, self._packed, self._pack = compiled, packed, pack or packed
+        self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
@@ -96,7 +101,7 @@ class NativeBackend(RepackedBackend):
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if not self._is_plain or len(tokens) > KEPT_ROWS:
+        if not self._is_plain or sum(places.counts) > KEPT_ROWS:
             return super().choose(tokens, states, start, stop, kept, places)
         assert isinstance(self._layers, NativeLayers)
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
@@ -108,18 +113,27 @@ class NativeBackend(RepackedBackend):
         for pool in pools:
             pool.most = pages
 
-    def _prepare(self, packing: PackingConfig) -> None:
+    def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine, spec = Engine(self._kernels, self.spec, self._embedding.dtype), self._chain_spec
-        shape, slides = (len(spec.attending), spec.kv_heads, spec.head_dim), {*spec.kinds} == {SLIDING}
-        self._pool = PagePool(shape, self._embedding.dtype, memory_of(spec), spec.window if slides else None)
+        self._inputs = None
+        if (inputs := self.spec.token_inputs) is not None:
+            kind, table = packing.quantize or self._unrounded, weights.of(inputs.table)
+            self._inputs = NativeTokenInputs(self._pack, weights, self.spec, table, self._embedding, kind)
+        sizes, slides = [(spec.kv_heads, spec.of_layer(layer).head_dim) for layer in spec.attending], {*spec.kinds} == {SLIDING}
+        self._pool = PagePool(sizes, self._embedding.dtype, memory_of(spec), spec.window if slides else None)
 
     def _described(self, packing: PackingConfig) -> str:
         precision = packing.quantize or ("as stored" if self._stored else None)
         return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> NativeLayer:
-        return NativeLayer(self._pack, weights, self._chain_spec, index, low_bits or self._unrounded)
+        made = NativeLayer(self._pack, weights, self._chain_spec, index, low_bits or self._unrounded)
+        like = index if index < self.spec.layers else self.spec.attending[-1]
+        if like == index and (name := self.spec.architecture.layer_scale):
+            self._scales[index] = float(weights.of(name))
+        made.structure.slice, made.structure.scale = like, self._scales.get(like, 1.0)
+        return made
 
     def _head_of(
         self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
@@ -129,21 +143,19 @@ class NativeBackend(RepackedBackend):
         matrix = self._pack("head", form, lambda: [head_weights(weights, spec)])
         return NativeLinear(self._engine, matrix if rows is None else matrix.rows_of(rows), norm, spec)
 
-    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> NativeLinear:
-        form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
-        name = f"{block.prefix}input"
-        return NativeLinear(self._engine, self._pack(name, form, lambda: [Affine(weights.of("input.weight"), None)]))
-
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
+        if self._inputs is not None:
+            raise CheckpointError(UNSUITED.format(self.spec.model_type))
         own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # it sees the whole text
         return NativeEagle3(self._kernels, self._packed, stored, *own, place, packing.drafter)
 
-    def _norm(self, weights: Affine) -> Norm:
+    def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
         """Of fp32 hidden states."""
-        return Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
+        norm = Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
+        return lambda hidden: norm(hidden[..., : self.spec.hidden])
 
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:
-        return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers, self._pool)
+        return NativeLayers(self._engine, self._chain_spec, self._embedding, self._learned, layers, self._pool, self._inputs)
 
     def _draft_kernel(self, layers: NativeLayers) -> DraftKernel:
         return partial(draft, layers, self.spec)

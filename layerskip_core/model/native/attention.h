@@ -11,7 +11,7 @@
 #define MOST_QUERIES 16
 #define PAGE 64         /* places that lie together in memory; a divisor of the next */
 #define SPAN_PLACES 256
-#define LARGEST_HEAD 256
+#define LARGEST_HEAD 512
 #define LEAST_SCORE -1e30f /* before the first */
 
 typedef struct {
@@ -167,8 +167,8 @@ static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last
 /* A head's keys or values of a row in the page of a place, from the page's first place on. */
 INLINE char *in_page(const Shape *s, const Layer *l, const Call *call, int is_value, int row, int head, int64_t place) {
     char *page = call->pages[call->page_rows[row] * call->row_pages + place / PAGE];
-    int64_t part = ((int64_t)l->place * 2 + is_value) * s->kv_heads + head;
-    return page + part * PAGE * s->head_dim * (s->bf16_cache ? 2 : 4);
+    int64_t part = (int64_t)is_value * s->kv_heads + head;
+    return page + (l->keys + part * PAGE * s->head_dim) * (s->bf16_cache ? 2 : 4);
 }
 
 /* `count` <= MOST_QUERIES queries of a row, which stand in `a`, over the keys and values of a head. */
@@ -258,12 +258,13 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int thr
     for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
         int row = (int)(task / kinds), slot = (int)(task % kinds), is_value = slot >= s->kv_heads;
         int64_t place = call->positions[row];
-        const float *x = call->qkv + ((size_t)row * (size_t)slots_of(s) + (size_t)(s->heads + slot)) * (size_t)size;
+        const float *x = call->qkv + ((size_t)row * (size_t)l->qkv.outputs + (size_t)((s->heads + slot) * size));
         float kept[LARGEST_HEAD];
         int finite = are_finite(is_value ? x : x + s->kv_heads * size, size); /* the head's value */
         if (!finite)
             for (int i = 0; i < size; i++) kept[i] = is_value ? 0 : NAN;
         else if (!is_value) rotated(s, l, call, x, &l->key, 1, place, kept);
+        else if (l->value.weight) normed(x, &l->value, size, s->eps, kept);
         else memcpy(kept, x, sizeof(float) * (size_t)size);
         keep(kept, size, s->bf16_cache, is_value, place, in_page(s, l, call, is_value, row, slot % s->kv_heads, place));
     }
@@ -285,7 +286,7 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int thr
         if (count > end - at) count = (int)(end - at);
         for (int q = 0; q < count; q++) {
             int64_t row = first + (within + q) / group, query = own * group + (within + q) % group, place = call->positions[row];
-            const float *x = call->qkv + (row * slots_of(s) + query) * size;
+            const float *x = call->qkv + row * l->qkv.outputs + query * size;
             float rounding[LARGEST_HEAD];
             rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
             if (bf16) form_bf16((RowBf16 *)a.queries + q * size, rounding, size);

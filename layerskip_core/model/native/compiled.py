@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 24  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 26  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -68,8 +68,13 @@ class CLayer(Structure):
         *_fields(CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"),
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
-        *_fields(c_int32, "place"),
-        *_fields(c_void_p, "recurrence steps router_bias sinks"),
+        *_fields(CNorm, "value"),
+        *_fields(c_int64, "keys"),
+        *_fields(c_int32, "shares slice"),
+        *_fields(c_float, "scale"),
+        *_fields(CMatrix, "token_gate token_output"),
+        *_fields(CNorm, "after_token"),
+        *_fields(c_void_p, "shape recurrence steps router_bias sinks"),
     ]
 
 
@@ -94,7 +99,10 @@ class CCall(Structure):
         *_fields(c_int32, "sequences"),
         *_fields(c_void_p, "steps"),
         *_fields(c_void_p, "hidden qkv mixed inside entries block"),
-        *_fields(c_void_p, "logits weights chosen choice_slots slot_rows experts first_slots used products scratch"),
+        *_fields(
+            c_void_p,
+            "logits weights chosen choice_slots slot_rows experts first_slots used products inputs tokens slices scratch",
+        ),
         *_fields(c_int64, "scratch_bytes"),
     ]
 
@@ -104,7 +112,7 @@ class CDraft(Structure):
         *_fields(c_void_p, "embedding learned vocabulary ends order stops probs"),
         *_fields(c_int32, "layer_count stop_count end_count most runs_last power"),
         *_fields(c_float, "logits_scale logits_cap confidence survival doubt"),
-        *_fields(c_void_p, "join joined tokens states beyond logits"),
+        *_fields(c_void_p, "entry tokens states beyond logits"),
         *_fields(c_int32, "drafted"),
     ]
 
@@ -126,8 +134,18 @@ class CRecurrence(Structure):
     ]
 
 
+class CTokenInputs(Structure):
+    _fields_ = [
+        *_fields(CMatrix, "model"),
+        *_fields(CNorm, "norm"),
+        *_fields(c_void_p, "embedding table"),
+        *_fields(c_int32, "width bf16_table"),
+        *_fields(c_float, "eps table_scale"),
+    ]
+
+
 # as layerskip_size_of in kernels.c numbers them
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel)
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel, CTokenInputs)
 
 
 class Kernels:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class NativeEagle3:
     """As PlacedEagle3, of a NativeBackend."""
 
-    is_fed = starts_later = True
+    needs_feature = True
 
     def __init__(
         self,

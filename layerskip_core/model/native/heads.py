@@ -30,8 +30,8 @@ class NativeLinear:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs) in fp32."""
-        *shape, size = hidden.shape
-        rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
+        shape, size = hidden.shape[:-1], self.matrix.form.inputs
+        rows = hidden[..., :size].reshape(-1, size).to(torch.float32).contiguous()
         outputs = torch.empty(len(rows), self.matrix.outputs)
         most = rows_at_once(len(rows), self._engine.row_bytes)
         if len(rows) <= most:
@@ -63,10 +63,10 @@ def draft(
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
     """A `DraftKernel`, after the arguments that stay the same."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
-    join, joined = None, None if feature is None else torch.cat((feature, feature)).to(torch.float32)
+    entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
         assert isinstance(block, PlacedBlock)
-        beyond, join = ((block.layer, block.layer + 1),), block.join
+        beyond = ((block.layer, block.layer + 1),)
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
@@ -81,14 +81,14 @@ def draft(
         *map(_address, (layers.embedding, learned, ids, end_ids, indices, stop_counts, probs)),
         *(len(order), len(stops), len(end_ids), most, runs_last, ends.power),
         *(1 / spec.logits_divisor, spec.logits_cap or 0.0, ends.confidence, ends.survival, ends.doubt),
-        ctypes.addressof(join.matrix.structure) if isinstance(join, NativeLinear) else None,
-        *map(_address, (joined, tokens, states, after_exit, logits)),
+        *map(_address, (entry, tokens, states, after_exit, logits)),
     )
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )
     drafted = call.drafted
-    kept = {stop: states[place, : drafted + runs_last] for place, stop in enumerate(stops)}
+    ran = drafted + runs_last
+    kept = {stop: layers.carrying(states[place, :ran], tokens[:ran]) for place, stop in enumerate(stops)}
     return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
 
 
@@ -109,17 +109,17 @@ def choose(
     places: Places,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`Backend.choose` in one call, after the layers and the head."""
-    assert layers.has(range(start, stop))
+    count = sum(places.counts)
     if start == 0 and layers.learned is not None:
         hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
     if hidden is None:
         tokens = tokens.contiguous()
-        rows = torch.empty(len(tokens), layers.embedding.shape[1])
+        rows = torch.empty(count, layers.embedding.shape[1])
     else:
-        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+        rows, tokens = layers.parted(hidden)
     engine, buffers = layers.engine, layers.call_at(places)
-    buffers.call.hidden = rows.data_ptr()
-    chosen = torch.empty(len(tokens), dtype=torch.long)
+    buffers.call.hidden, buffers.call.tokens = rows.data_ptr(), tokens.data_ptr()
+    chosen = torch.empty(count, dtype=torch.long)
     choice = CChoice(
         embedding=layers.embedding.data_ptr(),
         tokens=tokens.data_ptr() if hidden is None else None,
@@ -127,13 +127,12 @@ def choose(
         chosen=chosen.data_ptr(),
         stop_count=len(kept),
     )
-    reached: dict[int, Tensor] = {}
+    states = rows.new_empty(len(kept), *rows.shape)
     if kept:
-        stops, states = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept)), rows.new_empty(len(kept), *rows.shape)
+        stops = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept))
         choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
-        reached = dict(zip(kept, states.unbind(), strict=True))
     engine.kernels.choose(
         *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
         *(buffers.call, choice, buffers.threads),
     )
-    return chosen, reached
+    return chosen, {layer: layers.carrying(state, tokens) for layer, state in zip(kept, states, strict=True)}

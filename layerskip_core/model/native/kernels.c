@@ -17,6 +17,7 @@
 #define GROUP 32 /* inputs that share a scale */
 
 typedef struct Recurrence Recurrence; /* see recurrence.h */
+typedef struct Shape Shape;
 
 /* WIDENED: bf16 weights that multiply fp32 rows, where bf16 is widened anyway. STORED: levels as a GGUF file has them. */
 enum { FP32, BF16, INT8, INT4, WIDENED, STORED };
@@ -56,7 +57,14 @@ typedef struct {
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
     float bends[2];       /* of XIELU: the factors of what is positive and of what is negative; of CLAMPED: see gated */
-    int32_t place;        /* among the layers that have keys and values */
+    Norm value;           /* as `key` */
+    int64_t keys;         /* where its keys begin in a page, or those of the layer whose keys and values it reads */
+    int32_t shares;       /* it reads those of another layer */
+    int32_t slice;        /* of TokenInputs; if there are any */
+    float scale;          /* of its output, after a norm */
+    Matrix token_gate, token_output;
+    Norm after_token;
+    const Shape *shape;   /* of its attention, where layers differ; else NULL */
     const Recurrence *recurrence; /* in the place of attention, with a row of its own between qkv and output; else NULL */
     const float *steps;   /* (2, head, hidden), of its steps and decays; NULL where it has none */
     const float *router_bias; /* by expert; or NULL */
@@ -65,7 +73,7 @@ typedef struct {
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU, CLAMPED }; /* activations */
 
-typedef struct {
+struct Shape {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
     int32_t bf16_cache, activation, gated, norms_projections;
     int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
@@ -76,7 +84,17 @@ typedef struct {
     int32_t gates_attention; /* each query has a gate of what it gets, after the values */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
-} Shape;
+};
+
+/* What layers read of a token besides its state, of `width` numbers each: the normed product of `model` and the embedding, and a
+ * row of a table. The factors of the norm have its share of the sum. */
+typedef struct {
+    Matrix model; /* (slices * width, hidden) */
+    Norm norm;
+    const void *embedding, *table; /* as a Draft's; (token, slices * width), bf16 or fp32 */
+    int32_t width, bf16_table;
+    float eps, table_scale; /* eps: on the scale of the product */
+} TokenInputs;
 
 /* Which experts the rows of a call chose. Each choice has a slot; slots are in the order of experts, then of rows. */
 typedef struct {
@@ -91,7 +109,7 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *const *pages;       /* (text, page), each (layer that has some, key or value, kv head, place, dimension) */
+    char *const *pages;       /* (text, page), each of layers that have some (key or value, kv head, place, dimension) */
     const int64_t *page_rows; /* by row: its text */
     const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
     int64_t row_pages;        /* pages of a text */
@@ -104,6 +122,9 @@ typedef struct {
     float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
     Routing routing;
+    const TokenInputs *inputs;            /* or NULL */
+    const int64_t *tokens;                /* by row, of `inputs` */
+    float *slices;                        /* (row, slices * width) */
     char *scratch;                        /* one part of scratch_bytes for each thread */
     int64_t scratch_bytes;
 } Call;
@@ -125,9 +146,8 @@ typedef struct {
     float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
     float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
-    const Matrix *join;        /* from (exit's state, feature) to the input of the layers beyond it; NULL: that is the state */
-    float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given; NULL: there is none.
-                                * Without `join` it is the entry of a drafter's layer, whose output is the next feature */
+    float *entry;              /* (2 * hidden), of a drafter's layer, whose output is the next feature: the second half is
+                                * the feature, the first token's is given; NULL without such a layer */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
@@ -255,7 +275,7 @@ typedef struct {
     Team team;
 } Work;
 
-enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
+enum { PUT, ADD, ACTIVATE, WEIGH }; /* what happens to a product */
 
 /* GELU: x times the normal distribution function (Abramowitz and Stegun 7.1.26, within 1.5e-7). */
 INLINE vf gelu(vf x) {
@@ -298,7 +318,8 @@ INLINE vf gated(vf gate, vf up, int activation, const float *bends) {
 }
 
 /* A product of rows (row, inputs), after a norm if there is one, to out (row, width): out = rows @ matrix (PUT), out +=
- * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = gated(gate, up), or activated(up) without a gate. */
+ * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = gated(gate, up), or activated(up) without a gate, or
+ * out = activated(rows @ matrix) * factors (WEIGH). */
 typedef struct {
     const Matrix *matrix;
     const float *rows;
@@ -309,6 +330,8 @@ typedef struct {
     const Routing *routing; /* of experts' matrices, whose rows are slots; else NULL */
     const int32_t *picks;   /* (count): which of `rows` are multiplied; NULL: all */
     const float *bends; /* of the layer */
+    const float *factors; /* (row, stride) */
+    int stride;
 } Multiplication;
 
 /* A thread's own room, of Call.scratch. */
@@ -353,6 +376,10 @@ typedef struct {
     int first, rows;
 } Block;
 
+INLINE void weigh(const float *x, const float *factors, int n, float *out) {
+    for (int i = 0; i < n; i++) out[i] = x[i] * factors[i];
+}
+
 /* The panels from..to-1, or pairs of gate and up, of which there are `step` each, by the rows of a block, as formed. */
 static void multiply_panels(const Shape *s, const Multiplication *of, Block block, const char *formed, int step, int from, int to) {
     const Matrix *m = of->matrix;
@@ -373,13 +400,14 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
                 int place = (p + u) * PANEL, live = of->width - place < PANEL ? of->width - place : PANEL;
                 for (int r = 0; r < tile; r++) {
                     float *put = product[u * step][r], *out = of->out + (size_t)(first + row + r) * (size_t)of->width + place;
-                    if (of->what == ACTIVATE)
+                    if (of->what >= ACTIVATE)
                         for (int i = 0; i < PANEL; i += 16) {
                             vf first = f_load(put + i), second = f_load(product[u * step + step - 1][r] + i);
                             f_store(put + i, step == 2 ? gated(first, second, s->activation, of->bends)
                                                        : activated(first, s->activation, of->bends));
                         }
                     if (of->what == ADD) for (int i = 0; i < live; i++) out[i] += s->residual_scale * put[i];
+                    else if (of->what == WEIGH) weigh(put, of->factors + (size_t)(first + row + r) * (size_t)of->stride + place, live, out);
                     else memcpy(out, put, 4 * (size_t)live);
                 }
             }
@@ -442,14 +470,11 @@ static void multiply(Work *work, Multiplication of, int first, int thread, int t
 
 /* ---- attention ---- */
 
-/* Heads of queries, keys, values and gates that a row has side by side. */
-INLINE int slots_of(const Shape *s) { return s->heads * (1 + s->gates_attention) + 2 * s->kv_heads; }
-
 #include "attention.h"
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
 static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
-    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim, width = slots_of(s) * s->head_dim;
+    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim, width = l->qkv.outputs;
     for (int task = share(2 * call->rows, thread, threads); task < share(2 * call->rows, thread + 1, threads); task++) {
         float *row = call->qkv + (size_t)(task / 2) * (size_t)width;
         if (task % 2 == 0 && !keys_only) normed(row, &l->query, queries, s->eps, row);
@@ -459,8 +484,8 @@ static void norm_projections(const Shape *s, const Layer *l, const Call *call, i
 
 /* ---- a span of layers, and the head ---- */
 
-/* hidden += rows of x (row, inputs) @ matrix, the product after a norm if there is one. */
-static void add_block(Work *work, const Matrix *m, const float *x, const Norm *after, int thread, int threads) {
+/* hidden += rows of x (row, inputs) @ matrix, the product after a norm if there is one; and then times `times`. */
+static void add_block(Work *work, const Matrix *m, const float *x, const Norm *after, float times, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     int rows = call->rows, n = s->hidden, adds = !after->weight;
@@ -472,7 +497,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
     for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
         normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
-        for (int i = 0; i < n; i++) hidden[i] += scale * row[i];
+        for (int i = 0; i < n; i++) hidden[i] = (hidden[i] + scale * row[i]) * times;
     }
     barrier(&work->team, threads);
 }
@@ -524,10 +549,11 @@ static void recall(Work *work, const Layer *l, int thread, int threads) {
 
 /* Attention of a layer, up to what its last matrix reads. */
 static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
-    const Shape *s = work->shape;
+    const Shape *s = l->shape ? l->shape : work->shape;
     const Call *call = work->call;
     int rows = call->rows, mixed = s->heads * s->head_dim;
-    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots_of(s) * s->head_dim, PUT};
+    if (work->keys_only && l->shares) return;
+    Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, l->qkv.outputs, PUT};
     if (l->embedding.weight) enter(work, l, thread, threads), qkv.rows = call->entries, qkv.norm = NULL;
     multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
     barrier(&work->team, threads);
@@ -535,7 +561,8 @@ static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
         norm_projections(s, l, call, work->keys_only, thread, threads);
         barrier(&work->team, threads);
     }
-    if (rows <= FEW_ROWS && !work->keys_only) {
+    if (l->shares) {
+    } else if (rows <= FEW_ROWS && !work->keys_only) {
         place_keys(s, l, call, 0, 1); /* by each thread: all write the same, which is cheaper than a barrier */
     } else {
         place_keys(s, l, call, thread, threads);
@@ -546,17 +573,66 @@ static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
     barrier(&work->team, threads);
 }
 
+/* The index-th layer of those to run. */
+INLINE const Layer *layer_at(const Work *work, int index) { return work->layers + (work->order ? work->order[index] : index); }
+
+/* Numbers of a row in bf16 or fp32, from the first-th of all on. */
+static void widen(const void *numbers, int bf16, size_t first, int n, float *out) {
+    if (!bf16) memcpy(out, (const float *)numbers + first, sizeof(float) * (size_t)n);
+    for (int i = 0; bf16 && i < n; i++) {
+        uint32_t bits = (uint32_t)((const uint16_t *)numbers)[first + (size_t)i] << 16;
+        memcpy(out + i, &bits, 4);
+    }
+}
+
+static void embed(const Shape *s, const void *embedding, int64_t token, float *out) {
+    widen(embedding, s->bf16_cache, (size_t)token * (size_t)s->hidden, s->hidden, out);
+    for (int i = 0; i < s->hidden; i++) out[i] *= s->embedding_scale;
+}
+
+/* What the layers to run read of the call's tokens. */
+static void read_tokens(Work *work, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    const TokenInputs *in = call->inputs;
+    if (!in || work->keys_only) return;
+    int n = s->hidden, low = layer_at(work, 0)->slice, high = low, width = in->width;
+    for (int i = 1; i < work->count; i++) {
+        int slice = layer_at(work, i)->slice;
+        low = slice < low ? slice : low, high = slice > high ? slice : high;
+    }
+    for (int r = share(call->rows, thread, threads); r < share(call->rows, thread + 1, threads); r++)
+        embed(s, in->embedding, call->tokens[r], call->block + (size_t)r * (size_t)n);
+    barrier(&work->team, threads);
+    Matrix model = in->model;
+    model.panels = ((high + 1) * width + PANEL - 1) / PANEL;
+    Multiplication projected = {&model, call->block, NULL, call->rows, call->slices, model.outputs, PUT};
+    multiply(work, projected, low * width / PANEL, thread, threads);
+    barrier(&work->team, threads);
+    int each = high + 1 - low;
+    int64_t tasks = (int64_t)call->rows * each, end = share_of_many(tasks, thread + 1, threads);
+    float *row = own_room(work, thread).row;
+    for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
+        size_t r = (size_t)(task / each), at = (size_t)(low + task % each) * (size_t)width;
+        float *slice = call->slices + r * (size_t)model.outputs + at;
+        widen(in->table, in->bf16_table, (size_t)call->tokens[r] * (size_t)model.outputs + at, width, row);
+        normed(slice, &in->norm, width, in->eps, slice);
+        for (int i = 0; i < width; i++) slice[i] += in->table_scale * row[i];
+    }
+    barrier(&work->team, threads);
+}
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     for (int i = first; i < last; i++) {
-        const Layer *l = work->layers + (work->order ? work->order[i] : i);
-        Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, s->inner, ACTIVATE, NULL, NULL, l->bends};
+        const Layer *l = layer_at(work, i);
+        Multiplication up = {&l->up, call->hidden, &l->before_mlp, call->rows, call->inside, l->down.inputs, ACTIVATE, NULL, NULL, l->bends};
         if (l->recurrence) recall(work, l, thread, threads);
         else if (l->qkv.panels) attend_layer(work, l, thread, threads);
         if (work->keys_only) continue;
-        if (!s->parallel && l->qkv.panels) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        if (!s->parallel && l->qkv.panels) add_block(work, &l->output, call->mixed, &l->after_attention, 1, thread, threads);
         if (l->router) {
             mix_experts(work, l, thread, threads);
             continue;
@@ -564,8 +640,15 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         if (!l->up.panels) continue;
         multiply(work, up, 0, thread, threads);
         barrier(&work->team, threads);
-        if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
-        add_block(work, &l->down, call->inside, &l->after_mlp, thread, threads);
+        if (s->parallel) add_block(work, &l->output, call->mixed, &l->after_attention, 1, thread, threads);
+        add_block(work, &l->down, call->inside, &l->after_mlp, l->token_gate.panels ? 1 : l->scale, thread, threads);
+        if (!l->token_gate.panels) continue;
+        int width = l->token_output.inputs;
+        Multiplication gate = {&l->token_gate, call->hidden, NULL, call->rows, call->inside, width, WEIGH, NULL, NULL, l->bends};
+        gate.factors = call->slices + (size_t)l->slice * (size_t)width, gate.stride = call->inputs->model.outputs;
+        multiply(work, gate, 0, thread, threads);
+        barrier(&work->team, threads);
+        add_block(work, &l->token_output, call->inside, &l->after_token, l->scale, thread, threads);
     }
 }
 
@@ -590,21 +673,6 @@ static int largest_of(const float *x, int n) {
     }
     while (index < live - 1 && x[block + index] != most) index++;
     return block + index;
-}
-
-static void embed(const Shape *s, const void *embedding, int64_t token, float *out) {
-    int n = s->hidden;
-    float scale = s->embedding_scale;
-    const char *row = (const char *)embedding + (size_t)token * (size_t)n * (s->bf16_cache ? 2 : 4);
-    for (int i = 0; i < n; i++) {
-        if (s->bf16_cache) {
-            uint32_t bits = (uint32_t)((const uint16_t *)row)[i] << 16;
-            memcpy(out + i, &bits, 4);
-        } else {
-            out[i] = ((const float *)row)[i];
-        }
-        out[i] *= scale;
-    }
 }
 
 static int ends(const Draft *draft, int64_t token) {
@@ -671,15 +739,11 @@ static void reach_exit(Work *work, int thread, int threads) {
 
 /* From the exit's state to the input of the layers beyond it, which leave the state as it is. */
 static void leave_exit(Work *work, int thread, int threads) {
-    const Shape *s = work->shape;
     Draft *draft = work->draft;
-    size_t n = (size_t)s->hidden;
-    if (thread == 0) memcpy(draft->joined ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
-    if (draft->join) {
-        barrier(&work->team, threads);
-        multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
+    if (thread == 0) {
+        memcpy(draft->entry ? draft->entry : draft->beyond, work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
+        work->call->hidden = draft->beyond, work->call->entries = draft->entry;
     }
-    if (thread == 0) work->call->hidden = draft->beyond, work->call->entries = draft->joined;
     barrier(&work->team, threads);
 }
 
@@ -695,8 +759,10 @@ static void draft(Work *work, int thread, int threads) {
             embed(work->shape, draft->embedding, draft->tokens[draft->drafted], hidden);
             if (draft->learned)
                 for (int i = 0; i < n; i++) hidden[i] += draft->learned[*work->call->positions * n + i];
+            work->call->tokens = draft->tokens + draft->drafted;
         }
         barrier(&work->team, threads);
+        read_tokens(work, thread, threads);
         reach_exit(work, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
         if (exit_layer < work->count) {
@@ -706,9 +772,8 @@ static void draft(Work *work, int thread, int threads) {
         score(work, thread, threads);
         barrier(&work->team, threads);
         if (thread == 0) {
-            const Shape *s = work->shape;
-            if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
-            else if (draft->joined) memcpy(draft->joined + s->hidden, draft->beyond, sizeof(float) * (size_t)s->hidden);
+            size_t n = (size_t)work->shape->hidden;
+            if (draft->entry) memcpy(draft->entry + n, draft->beyond, sizeof(float) * n);
             int before = draft->drafted;
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
@@ -729,6 +794,7 @@ static void choose_all(Work *work, int thread, int threads) {
             embed(work->shape, choice->embedding, choice->tokens[r], call->hidden + (size_t)r * n);
         barrier(&work->team, threads);
     }
+    read_tokens(work, thread, threads);
     int from = 0;
     for (int stop = 0; stop < choice->stop_count; from = choice->stops[stop++]) {
         span(work, from, choice->stops[stop], thread, threads);
@@ -748,7 +814,7 @@ static void part(Work *work, int thread, int threads) {
     if (work->draft) draft(work, thread, threads);
     else if (work->choice) choose_all(work, thread, threads);
     else if (work->head) score(work, thread, threads);
-    else span(work, 0, work->count, thread, threads);
+    else read_tokens(work, thread, threads), span(work, 0, work->count, thread, threads);
 }
 
 static void in_thread(void *work) { part(work, thread_number(), thread_count()); }
@@ -772,12 +838,12 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 24; }
+int layerskip_interface(void) { return 26; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
-                            sizeof(Recurrence), sizeof(StoredPanel), sizeof(Passage)};
+                            sizeof(Recurrence), sizeof(StoredPanel), sizeof(TokenInputs), sizeof(Passage)};
     return (int)sizes[structure];
 }
 

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +19,18 @@ from ..weights import (
     Affine,
     Weights,
     activation_factors,
+    affine,
     block_inputs,
     block_output,
     expert_inputs,
     expert_outputs,
     joined,
     layer_norms,
+    norm_weights,
     router,
     sinks,
 )
-from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, Kernels
+from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, CTokenInputs, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import NativeRecurrence
 
@@ -44,41 +47,20 @@ class Engine:
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype, ropes: Ropes | None = None) -> None:
         """`dtype`: of the embedding and the cache. `ropes`: None for those of `spec`."""
-        self.kernels = kernels
-        self.shape = CShape(
-            hidden=spec.hidden,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            rotary=spec.rotary,
-            inner=spec.inner,
-            bf16_cache=dtype == torch.bfloat16,
-            activation=ACTIVATIONS[spec.activation],
-            gated=spec.architecture.gated,
-            norms_projections=spec.architecture.query_key_norms == "projection",
-            experts=spec.experts.count if spec.experts else 0,
-            chosen=spec.experts.choices if spec.experts else 0,
-            normalised=spec.experts is not None and spec.experts.normalised,
-            shared=spec.experts.shared if spec.experts else 0,
-            gates_shared=spec.experts is not None and spec.experts.gates_shared,
-            norms_rotated=spec.architecture.norms_rotated,
-            parallel=spec.parallel,
-            gates_attention=spec.architecture.gates_attention,
-            eps=spec.eps,
-            attention_scale=spec.attention_scale,
-            score_cap=spec.score_cap or 0.0,
-            embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),  # as transformers rounds it
-            residual_scale=spec.residual_scale,
-        )
+        self.kernels, self.shape = kernels, _shape_of(spec, dtype)
+        sizes = {size.head_dim: spec.of_layer(layer) for layer, size in enumerate(spec.sizes)}
+        self.layer_shapes = {head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()}
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
-        chosen, inner = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
-        inside = max(spec.inner, chosen * inner)
-        read, mixed, steps = sum(spec.projections("attention").widths), spec.queries, 0
+        chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
+        inner, steps = max([spec.inner, *(size.inner for size in spec.sizes)]), 0
+        inside, mixed = max(inner, chosen * expert), max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
+        read = max(sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, spec.attending)))
         if (recurrence := spec.recurrence) is not None:
             read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
-        self.widths = (read, mixed, inside, block_output, steps)  # of rows that threads share
+        slices = spec.layers * spec.token_width if spec.token_inputs else 0
+        self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows that threads share
         self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
-        self.make_room(max(2 * spec.hidden, mixed, spec.inner, inner))  # a block's map reads two states
+        self.make_room(max(2 * spec.hidden, mixed, inner, expert))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._experts, self._rope_length = spec.experts, 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
@@ -106,6 +88,35 @@ class Engine:
         return 4 * (sum(self.widths) + states * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
 
 
+def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
+    """`dtype`: of the embedding and the cache."""
+    return CShape(
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        rotary=spec.rotary,
+        inner=spec.inner,
+        bf16_cache=dtype == torch.bfloat16,
+        activation=ACTIVATIONS[spec.activation],
+        gated=spec.architecture.gated,
+        norms_projections=spec.architecture.query_key_norms == "projection",
+        experts=spec.experts.count if spec.experts else 0,
+        chosen=spec.experts.choices if spec.experts else 0,
+        normalised=spec.experts is not None and spec.experts.normalised,
+        shared=spec.experts.shared if spec.experts else 0,
+        gates_shared=spec.experts is not None and spec.experts.gates_shared,
+        norms_rotated=spec.architecture.norms_rotated,
+        parallel=spec.parallel,
+        gates_attention=spec.architecture.gates_attention,
+        eps=spec.eps,
+        attention_scale=spec.attention_scale,
+        score_cap=spec.score_cap or 0.0,
+        embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),  # as transformers rounds it
+        residual_scale=spec.residual_scale,
+    )
+
+
 class Buffers:
     """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
 
@@ -117,7 +128,7 @@ class Buffers:
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
-        for name, part in zip(("qkv", "mixed", "inside", "block", "steps"), self._shared, strict=True):
+        for name, part in zip(("qkv", "mixed", "inside", "block", "steps", "slices"), self._shared, strict=True):
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
             choices, most = rows * experts.choices, experts.count + experts.shared + 1
@@ -136,7 +147,7 @@ class Buffers:
                 setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = torch.empty(0)
-        self.read: tuple[Tensor, ...] = ()  # what the next call reads itself
+        self.read: tuple[Any, ...] = ()  # what the next call reads itself
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for a call whose caller does not see them."""
@@ -163,12 +174,14 @@ class NativeLayer:
 
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
-        is_fed, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
-        before = [feature_norm, *norms[1:4], norms[0]] if is_fed else [*norms[:4], None]
+        spec, inputs = spec.of_layer(index), spec.token_inputs
+        source = index if spec.source is None else spec.source
+        needs_feature, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
+        before = [feature_norm, *norms[1:4], norms[0]] if needs_feature else [*norms[:4], None]
         matrices = dict[str, NativeMatrix]()
         if (first := blocks[0]) != "mlp":
             _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
-            qkv = MatrixForm(kind, spec.hidden * (1 + is_fed), sum(widths), biased=qkv_bias)
+            qkv = MatrixForm(kind, spec.hidden * (1 + needs_feature), sum(widths), biased=qkv_bias)
             output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
             matrices["qkv"] = pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
             matrices["output"] = pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)])
@@ -183,13 +196,20 @@ class NativeLayer:
         if "mlp" in blocks:
             matrices["up"] = pack(f"layers.{index}.up", up, read_up)
             matrices["down"] = pack(f"layers.{index}.down", down, read_down)
+        if inputs is not None:
+            gate, added = (
+                MatrixForm(kind, *sizes) for sizes in ((spec.hidden, spec.token_width), (spec.token_width, spec.hidden))
+            )
+            matrices["gate"] = pack(f"layers.{index}.token_gate", gate, lambda: [affine(weights, inputs.gate, spec)])
+            matrices["added"] = pack(f"layers.{index}.token_output", added, lambda: [affine(weights, inputs.output, spec)])
+        after_token = NativeNorm(None if inputs is None else norm_weights(weights, inputs.after, spec))
+        value = NativeNorm(Affine(torch.ones(spec.head_dim), None) if spec.architecture.norms_values else None)
         self.matrices = list(matrices.values())
         scores = (None, None) if experts is None else router(weights, spec)
-        attends = first == "attention"
-        others = (*scores, sinks(weights, spec) if attends else None)
+        others = (*scores, sinks(weights, spec) if first == "attention" else None)
         self._others = [None if part is None else part.float().contiguous() for part in others]
         router_rows, *added = (None if part is None else part.data_ptr() for part in self._others)
-        self._norms = [NativeNorm(norm) for norm in (*before, *norms[4:])]
+        self._norms, self._further = [NativeNorm(norm) for norm in (*before, *norms[4:])], (value, after_token)
         self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
         self.structure = CLayer(
@@ -199,9 +219,41 @@ class NativeLayer:
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*activation_factors(weights, spec)),
-            spec.attending.index(index) if attends else 0,
+            value.structure,
+            sum(2 * PAGE * spec.of_layer(layer).keys for layer in spec.attending if layer < source),
+            spec.source is not None,
+            index,
+            1.0,
+            *(matrices[name].structure if name in matrices else CMatrix() for name in ("gate", "added")),
+            after_token.structure,
+            None,  # see NativeLayers
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
             *added,
+        )
+
+
+class NativeTokenInputs:
+    """What layers read of tokens, from the weights of a model, and the C structure with their addresses."""
+
+    def __init__(
+        self, pack: PackMatrix, weights: Weights, spec: ModelSpec, table: Tensor, embedding: Tensor, kind: str
+    ) -> None:
+        names, width = spec.token_inputs, spec.token_width
+        assert names is not None
+        form = MatrixForm(kind, spec.hidden, spec.layers * width)
+        self._matrix = pack("token_model", form, lambda: [Affine(weights.of(names.projection), None)])
+        factors, half = norm_weights(weights, names.norm, spec), 0.5**0.5
+        self._norm = NativeNorm(Affine(factors.weight.float() * half, None))
+        self._tensors = (table, embedding)
+        self.structure = CTokenInputs(
+            model=self._matrix.structure,
+            norm=self._norm.structure,
+            embedding=embedding.data_ptr(),
+            table=table.data_ptr(),
+            width=width,
+            bf16_table=table.dtype == torch.bfloat16,
+            eps=spec.eps * spec.hidden,  # transformers divides the product by the root
+            table_scale=half * float(torch.tensor(width**0.5).to(embedding.dtype)),
         )
 
 
@@ -216,10 +268,14 @@ class NativeLayers(RepackedLayers):
         learned: Tensor | None,
         layers: list[NativeLayer | None],
         pool: PagePool,
+        inputs: NativeTokenInputs | None = None,
     ) -> None:
+        """`inputs`: what layers read of tokens; hidden states are then (..., D + 1), with the id of each."""
         super().__init__(spec, embedding, learned, layers, torch.float32)
-        self.engine, self._pool = engine, pool
+        self.engine, self._pool, self.inputs = engine, pool, inputs
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
+        for structure, size in zip(self._array, spec.sizes, strict=False):
+            structure.shape = ctypes.addressof(engine.layer_shapes[size.head_dim])
 
     def row_bytes(self) -> int:
         return self.engine.row_bytes()
@@ -227,13 +283,32 @@ class NativeLayers(RepackedLayers):
     def new_cache(self, batch_size: int, max_positions: int) -> PagedCache:
         return PagedCache(self._pool, batch_size, max_positions)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.carrying(super().embed(ids), ids)
+
+    def carrying(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states (..., D) of tokens (...) as calls take them."""
+        return hidden if self.inputs is None else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
+
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
-        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        return self.called(rows, start, stop, places, only_kv)
+        rows, tokens = self.parted(hidden)
+        return self.carrying(self.called(rows, start, stop, places, only_kv, tokens=tokens), tokens)
+
+    def parted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of hidden states their numbers (N, D), to be changed in place, and their tokens (N,), if they carry some."""
+        rows = hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return rows, hidden[:, self.spec.hidden :].flatten().long()
 
     def called(
-        self, rows: Tensor, start: int, stop: int, places: Places, only_kv: bool, entries: Tensor | None = None
+        self,
+        rows: Tensor,
+        start: int,
+        stop: int,
+        places: Places,
+        only_kv: bool,
+        entries: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Layers over the hidden states `rows` (N, D), in place. `entries` (N, 2D): what the layer of EntryLayers reads."""
         kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
@@ -243,6 +318,8 @@ class NativeLayers(RepackedLayers):
             buffers.call.hidden = rows[first:].data_ptr()
             if entries is not None:
                 buffers.call.entries = entries[first:].data_ptr()
+            if tokens is not None:
+                buffers.call.tokens = tokens[first:].data_ptr()
             kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
         return rows
 
@@ -258,14 +335,17 @@ class NativeLayers(RepackedLayers):
         """The buffers of a call for the tokens at `places`. `rows`: that run at once, if they are not all tokens."""
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
-        buffers = self.engine.buffers(rows or len(places.positions))
+        buffers = self.engine.buffers(rows or sum(places.counts))
         call = buffers.call
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         bounds = [0, rows] if rows else sorted({*places.bounds})
-        buffers.read = (places.positions, pages, places.rows, torch.tensor(bounds, dtype=torch.int32))
-        call.positions, call.pages, call.page_rows, call.starts = (part.data_ptr() for part in buffers.read)
-        call.row_pages, call.sequences = pages.shape[1], len(bounds) - 1
+        starts = (ctypes.c_int32 * len(bounds))(*bounds)
+        buffers.read = places.positions, pages, places.rows, starts
+        call.positions, call.pages, call.page_rows = (part.data_ptr() for part in buffers.read[:3])
+        call.starts, call.row_pages, call.sequences = ctypes.addressof(starts), pages.shape[1], len(bounds) - 1
+        if self.inputs is not None:
+            call.inputs = ctypes.addressof(self.inputs.structure)
         if self.spec.recurrence is not None:
             memories = places.cache.memories(places)
             call.states, call.rings, call.slots, call.settled = (part.data_ptr() for part in memories)
