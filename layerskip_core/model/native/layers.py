@@ -208,7 +208,7 @@ class NativeLayer:
         scores = (None, None) if experts is None else router(weights, spec)
         others = (*scores, sinks(weights, spec) if first == "attention" else None)
         self._others = [None if part is None else part.float().contiguous() for part in others]
-        router_rows, *added = (None if part is None else part.data_ptr() for part in self._others)
+        router_rows, *bias_and_sinks = (None if part is None else part.data_ptr() for part in self._others)
         self._norms, self._further = [NativeNorm(norm) for norm in (*before, *norms[4:])], (value, after_token)
         self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
@@ -228,7 +228,7 @@ class NativeLayer:
             after_token.structure,
             None,  # see NativeLayers
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
-            *added,
+            *bias_and_sinks,
         )
 
 
