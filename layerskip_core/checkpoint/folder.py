@@ -6,7 +6,7 @@
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
-from ..model.blocks import BlockRows, Levels, compressed_levels, mxfp4_rows, plain, qweight_levels, scaled_blocks, signed_zeros
+from ..model.blocks import BlockRows, Levels, levels_of, mxfp4_rows, plain, scaled_blocks
 from ..model.spec import check_shape
 from ..prompting import Tokenizer, special_ids
 
@@ -154,25 +154,31 @@ class LowBitWeights:
 
     def weight(self, name: str) -> Tensor:
         """In fp32 if it was in low bits. Raises CheckpointError for another shape than the model needs."""
-        experts = [torch.cat([self._plain(part) for part in parts]) for parts in self._parts_of(name)]
-        weight = torch.stack(experts) if len(experts) > 1 else experts[0]
+        weight = self._joined(name, lambda part: plain(self._read(part)))
+        assert weight is not None
         weight = weight.transpose(1, 2) if self._is_turned(name) else weight
         check_shape(name, self._spec.shapes[name], tuple(weight.shape))
         return weight
 
     def rows(self, name: str) -> Tensor | None:
         """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
-        blocks = [[self._rows(part) for part in parts] for parts in self._parts_of(name)]
-        if not all(isinstance(part, BlockRows) for part in chain(*blocks)):
+        rows = self._joined(name, self._rows)
+        if rows is None:
             return None
-        experts = [torch.cat(parts) for parts in blocks]
-        rows = torch.stack(experts) if len(experts) > 1 else experts[0]
         *most, inputs = self._spec.shapes[name]
         if self._is_turned(name):
             most, inputs = [most[0], inputs], most[1]
         assert isinstance(rows, BlockRows)
         check_shape(name, (*most, inputs // rows.form.inputs * rows.form.bytes), tuple(rows.shape))
         return rows
+
+    def _joined(self, name: str, read: Callable[[str], Tensor | None]) -> Tensor | None:
+        """The parts of a weight as one; None if one of them is None, or they are of several types."""
+        found: list[list[Any]] = [[read(part) for part in parts] for parts in self._parts_of(name)]
+        if len(types := {*map(type, chain(*found))}) > 1 or type(None) in types:
+            return None
+        experts = list(map(torch.cat, found))
+        return torch.stack(experts) if len(experts) > 1 else experts[0]
 
     def _is_turned(self, name: str) -> bool:
         """Whether a weight has its inputs first in memory, not in the file."""
@@ -186,39 +192,28 @@ class LowBitWeights:
         module = part.removesuffix(".weight")
         return not self._files.keys().isdisjoint((part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed"))
 
-    def _rows(self, part: str) -> Any:
-        if not isinstance(found := self._read(part), Levels):
-            return found
-        if (rows := found.rows) is None:
-            self._dequantised.add(part)
-        return rows
-
-    def _plain(self, part: str) -> Tensor:
+    def _rows(self, part: str) -> Tensor | None:
         found = self._read(part)
-        return found.weight if isinstance(found, Levels) else plain(found)
+        rows = found.rows if isinstance(found, Levels) else found
+        if rows is None:
+            self._dequantised.add(part)
+        return rows if isinstance(rows, BlockRows) else None
 
     def _read(self, part: str) -> Tensor | Levels:
         """As it is stored: floats, rows of blocks, or other levels."""
         module = part.removesuffix(".weight")
 
-        def get(name: str) -> Any:
+        def get(end: str) -> Any:
+            name = module + end
             return self._files[name].mapped(name) if name in self._files else None
 
-        if (blocks := get(f"{part}_blocks")) is not None:
-            return mxfp4_rows(blocks, get(f"{part}_scales"))
-        if (levels := get(f"{module}.qweight")) is not None:
-            zeros, scales, groups = (get(f"{module}.{name}") for name in ("qzeros", "scales", "g_idx"))
-            return qweight_levels(levels, zeros, scales, self._least_zero, groups)
-        whole, zeros, scale = map(get, (part, f"{module}.weight_zero_point", f"{module}.weight_scale"))
-        if (packed := get(f"{module}.weight_packed")) is not None:
-            inputs = int(get(f"{module}.weight_shape")[1])
-            return compressed_levels(packed, inputs, scale, zeros, get(f"{module}.weight_g_idx"))
-        scale = get(f"{module}.weight_scale_inv") if scale is None else scale
-        if scale is None:
-            floats: Tensor = whole
-            return floats
-        if whole.dtype == torch.int8:
-            return Levels(whole.int() + 128, signed_zeros(scale, zeros, 8), scale, 8)
+        if (blocks := get("_blocks")) is not None:
+            return mxfp4_rows(blocks, get("_scales"))
+        if (levels := levels_of(get, self._least_zero)) is not None:
+            return levels
+        scale, whole = get(".weight_scale"), self._files[part].mapped(part)
+        if (scale := get(".weight_scale_inv") if scale is None else scale) is None:
+            return whole
         self._dequantised.add(part)
         return scaled_blocks(whole, scale)
 

@@ -6,7 +6,8 @@ scales are powers of two.
 """
 
 import re
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,8 +85,10 @@ def block_rows(rows: Tensor, type_name: str) -> BlockRows:
     return rows.as_subclass(_TYPES[type_name])
 
 
-def plain(weight: Tensor) -> Tensor:
-    """Rows of blocks as the weight (out, in) that they stand for, in fp32; another weight as it is."""
+def plain(weight: "Tensor | Levels") -> Tensor:
+    """Rows of blocks, or levels, as the weight (out, in) that they stand for, in fp32; another weight as it is."""
+    if isinstance(weight, Levels):
+        return weight.weight
     if not isinstance(weight, BlockRows):
         return weight
     form, rows = weight.form, weight.as_subclass(Tensor)
@@ -114,25 +117,26 @@ class Levels(NamedTuple):
     zero: Tensor  # (out, groups), int32
     scale: Tensor  # (out, groups)
     bits: int
-    groups: Tensor | None = None  # (in,): of each input, where inputs are in another order
+    groups: Tensor | None = None  # (in,): of each input, where they may be in another order
+
+    @property
+    def ordered(self) -> Tensor:
+        """`groups` of inputs in order."""
+        return torch.arange(self.levels.shape[1]) // (self.levels.shape[1] // self.scale.shape[1])
 
     @property
     def weight(self) -> Tensor:
         """(out, in), fp32."""
-        scale = self.scale.float()
-        if self.groups is not None:
-            return (self.levels - self.zero[:, self.groups]) * scale[:, self.groups]
-        levels = self.levels.view(*self.zero.shape, -1)
-        return ((levels - self.zero[..., None]) * scale[..., None]).flatten(1)
+        groups = self.ordered if self.groups is None else self.groups
+        return (self.levels - self.zero[:, groups]) * self.scale.float()[:, groups]
 
     @property
     def rows(self) -> BlockRows | None:
         """As blocks; None where these lack such scales, groups or zeros."""
         (outputs, inputs), half = self.levels.shape, self.scale.half()
         size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
-        if self.groups is not None or size % 32 or not (self.bits == 4 or (self.bits == 8 and middle)):
-            return None
-        if not half.float().equal(self.scale.float()):
+        known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
+        if size % 32 or not known or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups))):
             return None
         parts = [half.view(torch.uint8).view(outputs, -1, 2)] + ([] if middle else [self.zero.to(torch.uint8)[..., None]])
         factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
@@ -154,39 +158,34 @@ def unpacked(numbers: Tensor, bits: int) -> Tensor:
     return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
 
 
-def qweight_levels(levels: Tensor, zeros: Tensor, scales: Tensor, least: int, groups: Tensor | None) -> Levels:
-    """Of GPTQ, (in / n, out), or of AWQ, (in, out / 8): levels, zeros (groups, out / n), and scales (groups, out).
+def levels_of(get: Callable[[str], Any], least: int) -> Levels | None:
+    """A projection by the ends of its tensors' names; None where it has no levels. `least`: of GPTQ's zeros.
 
-    `least`: of GPTQ's zeros. `groups`: of each of its inputs.
+    GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
+    levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed ones by group, or none.
     """
-    outputs, scale = scales.shape[1], scales.T.contiguous()
-    if levels.shape[1] < outputs:  # AWQ
-        ordered = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (levels, zeros))
-        found, zero = (part.contiguous() for part in ordered)
-        return Levels(found, zero, scale, 4)
-    bits = 32 * zeros.shape[1] // outputs
-    found, zero = unpacked(levels.T.contiguous(), bits), (unpacked(zeros, bits) + least).T.contiguous()
-    return Levels(found, zero, scale, bits, _unordered(groups, found.shape[1], len(scales)))
-
-
-def compressed_levels(packed: Tensor, inputs: int, scale: Tensor, zeros: Tensor | None, groups: Tensor | None) -> Levels:
-    """Of compressed-tensors: levels (out, in / n), scales (out, groups or 1) and zeros (out / n, groups), or none."""
-    bits = 32 * packed.shape[1] // inputs
+    if (packed := get(".qweight")) is not None:
+        scale, zeros = get(".scales").T.contiguous(), get(".qzeros")
+        bits = 32 * zeros.shape[1] // len(scale)
+        if packed.shape[1] < len(scale):  # AWQ
+            levels, zero = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (packed, zeros))
+        else:
+            levels, zero = unpacked(packed.T.contiguous(), bits), (unpacked(zeros, bits) + least).T
+        return Levels(levels.contiguous(), zero.contiguous(), scale, bits, get(".g_idx"))
+    packed, whole, zeros, scale = map(get, (".weight_packed", ".weight", ".weight_zero_point", ".weight_scale"))
+    if packed is not None:
+        inputs = int(get(".weight_shape")[1])
+        bits = 32 * packed.shape[1] // inputs
+        levels = unpacked(packed, bits)[:, :inputs]
+    elif whole is not None and whole.dtype == torch.int8:
+        levels, bits = whole.int() + 128, 8
+    else:
+        return None
     if zeros is not None and zeros.dtype == torch.int32:
         zero = unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
     else:
-        zero = signed_zeros(scale, zeros, bits)
-    return Levels(unpacked(packed, bits)[:, :inputs], zero, scale, bits, _unordered(groups, inputs, scale.shape[1]))
-
-
-def signed_zeros(scale: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """Those of signed levels, of levels from 0 on."""
-    return torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
-
-
-def _unordered(groups: Tensor | None, inputs: int, count: int) -> Tensor | None:
-    ordered = groups is None or groups.equal((torch.arange(inputs) // (inputs // count)).to(groups))
-    return None if ordered else groups
+        zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
+    return Levels(levels, zero, scale, bits, get(".weight_g_idx"))
 
 
 def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:

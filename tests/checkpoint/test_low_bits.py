@@ -108,7 +108,7 @@ def folder_of(model, path, method, store):
     generator = torch.Generator().manual_seed(0)
     save_checkpoint(model, tiny_loaded().tokenizer, CheckpointInfo("{prompt}\n"), str(path), torch.float32)
     weights = load_file(path / "model.safetensors")
-    for name in [name for name in weights if "_proj" in name]:
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
         stored, dense = store(name.removesuffix(".weight"), weights.pop(name), generator)
         weights |= {part: tensor.contiguous() for part, tensor in stored.items()}
         model.get_parameter(name).data = dense
