@@ -203,7 +203,6 @@ class RepackedBackend(ABC):
     ) -> Any: ...
 
     @abstractmethod
-    @abstractmethod
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
 
     @abstractmethod

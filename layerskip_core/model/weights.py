@@ -61,9 +61,7 @@ class Weights:
 
 
 def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
-    """`take`, raising CheckpointError for a weight that has another shape than `shapes` says, or is not finite. The `mapped`
-    ones are not read for that.
-    """
+    """`take`, raising CheckpointError for a weight of another shape than in `shapes`, or not finite (but `mapped` ones)."""
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
@@ -82,9 +80,8 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
 
 def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
     """Raises CheckpointError for a weight that is not finite, or that is missing or has another shape by `spec`."""
-    weights = {
-        name: weight for name, weight in named_weights(model).items() if weight.dtype.itemsize > 1
-    }  # others are quantised
+    named = named_weights(model).items()
+    weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # others are quantised
     if spec is not None:
         spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
@@ -204,11 +201,11 @@ def router(weights: Weights, spec: ModelSpec) -> Affine:
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """Gate and up of each expert in turn, (inner, D) each. Shared ones are one wide MLP."""
     assert spec.architecture.experts is not None and spec.experts is not None
+    inner = spec.experts.inner
+    in_turns = spec.architecture.experts.by_inputs
+    halves = [slice(half, None, 2) if in_turns else slice(half * inner, (half + 1) * inner) for half in range(2)]
     for rows, bias in _experts(weights, spec, "gate_up_proj"):
-        if spec.architecture.experts.by_inputs:
-            yield from (Affine(rows[half::2], None if bias is None else bias[half::2]) for half in range(2))
-        else:
-            yield from (Affine(part, None) for part in rows.chunk(2))
+        yield from (Affine(rows[half], None if bias is None else bias[half]) for half in halves)
     if spec.experts.shared:
         wide = torch.cat([weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]])
         for pair in zip(*(part.chunk(spec.experts.shared) for part in wide.chunk(2)), strict=True):
