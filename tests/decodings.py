@@ -51,10 +51,12 @@ def context_after(backend, ids):
     return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
-def draft_of(backend, weights, submodel, ids, positions, cache, eos_ids=frozenset(), survival=0.0, **settings):
+def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
     """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
     config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, config, eos_ids)
+    if feature is not None:
+        cache.features[0][submodel.exit_layer] = feature.flatten()
     context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], config)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))

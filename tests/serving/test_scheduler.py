@@ -112,9 +112,9 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
     """But for one that shall be alone, and what a step has no room for; one that does not fit is refused."""
     decoder, passes, honest = decoder_of("generic"), [], FixedTarget.fill
 
-    def recorded(target, tokens, places, scored):
+    def recorded(target, tokens, places, scored, whole):
         passes.append(list(places.counts))
-        return honest(target, tokens, places, scored)
+        return honest(target, tokens, places, scored, whole)
 
     monkeypatch.setattr(FixedTarget, "fill", recorded)
     clients = []
