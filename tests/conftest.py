@@ -52,6 +52,7 @@ _SHAPE = {
 }
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 CHANGES = {  # what makes each architecture differ from Llama in every way that it can
     **{model_type: {"sliding_window": 5} for model_type in ("mistral", "ministral", "gemma3_text", "olmo3", "starcoder2")},
     **{model_type: {"sliding_window": 5, "sliding_window_pattern": 2} for model_type in ("exaone4", "cohere2")},
@@ -81,8 +82,12 @@ _DELTA = {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
 }
 _SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-MIXERS = {  # types whose layers are not all of attention, and what the others are
+MIXERS = {  # types that TorchBackend lacks, whose layers are not all of full attention, and what the others are
     "lfm2": {"layer_types": "conv"},
+    "gpt_oss": {
+        **{"layer_types": "sliding_attention", "sliding_window": 5, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"swiglu_alpha": 1.4, "swiglu_limit": 2.0, "rope_parameters": {**YARN, "truncate": False}, "intermediate_size": 64},
+    },
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 32},
     "qwen3_next": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 64, "mlp_only_layers": [3]},
@@ -160,9 +165,13 @@ def random_rows(name, outputs, inputs, seed=0, size=0.05):
     """Rows of blocks of a GGUF file: random levels and steps; scales such that weights are about `size`."""
     form, generator = FORMS[name], np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (outputs * inputs // form.inputs, form.bytes), np.uint8)
+    if form.by_table:
+        blocks[:, 0] = 122 + round(np.log2(size / 0.05)) + generator.integers(-2, 3, len(blocks))
+        return block_rows(torch.from_numpy(blocks.reshape(outputs, -1)), name)
     scales = np.abs(generator.normal(1, 0.3, (len(blocks), form.factors)))
     scales *= size / 2 ** (form.bits - 2) / (32 if form.step_inputs else 1)
     scales[:, 1:] *= (1 if form.step_inputs else -1) * 2 ** (form.bits - 1)  # minima of weights around 0
+    blocks[:, 2] = generator.integers(5, 12, len(blocks)) if form.offset < 0 else blocks[:, 2]
     blocks[:, form.scales_at : form.scales_at + 2 * form.factors] = scales.astype(np.float16).view(np.uint8)
     return block_rows(torch.from_numpy(blocks.reshape(outputs, -1)), name)
 

@@ -6,7 +6,7 @@
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,8 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
-from ..model.spec import Shapes
+from ..model.blocks import BlockRows, Levels, levels_of, mxfp4_rows, plain, scaled_blocks
+from ..model.spec import Shapes, check_shape
 from ..prompting import Tokenizer, special_ids
 
 CONFIG_FILE = "config.json"
@@ -31,6 +32,12 @@ EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see sidecars
 MTP_FILE = "mtp.safetensors"  # beside the weights, see shipped.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+_LOW_BITS: dict[str, tuple[Any, ...]] = {  # values of quantization_config that LowBitWeights reads, or which are absent
+    "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
+    "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    "bits": (4, 8),
+    "version": ("gemm",),
+}
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
@@ -120,6 +127,96 @@ class JoinedWeights:
             for rows, part in zip(expert.chunk(len(names)), names, strict=True):
                 rows.copy_(self._files[part].read(part))
         return joined
+
+
+def has_low_bits(quantization: Mapping[str, Any]) -> bool:
+    """Whether a folder with this quantization_config is one of LowBitWeights."""
+    known = all(quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization)
+    return "quant_method" in quantization and known
+
+
+class LowBitWeights:
+    """A folder's weights of which some are in low bits, by their names in memory. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a weight that is missing."""
+        self._files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+        self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
+        self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+        self._dequantised: set[str] = set()
+        there = (name for name in spec.shapes if all(map(self._is_there, chain(*self._parts_of(name)))))
+        spec.check_weights({name: spec.shapes[name] for name in there})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, once the weights have been taken."""
+        count = len(self._dequantised)
+        return (f"{count} weights in {self._method} were dequantised: the kernels have no form for them",) if count else ()
+
+    def weight(self, name: str) -> Tensor:
+        """In fp32 if it was in low bits. Raises CheckpointError for another shape than the model needs."""
+        weight = self._joined(name, lambda part: plain(self._read(part)))
+        assert weight is not None
+        weight = weight.transpose(1, 2) if self._is_turned(name) else weight
+        check_shape(name, self._spec.shapes[name], tuple(weight.shape))
+        return weight
+
+    def rows(self, name: str) -> Tensor | None:
+        """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
+        rows = self._joined(name, self._rows)
+        if rows is None:
+            return None
+        *most, inputs = self._spec.shapes[name]
+        if self._is_turned(name):
+            most, inputs = [most[0], inputs], most[1]
+        assert isinstance(rows, BlockRows)
+        check_shape(name, (*most, inputs // rows.form.inputs * rows.form.bytes), tuple(rows.shape))
+        return rows
+
+    def _joined(self, name: str, read: Callable[[str], Tensor | None]) -> Tensor | None:
+        """The parts of a weight as one; None if one of them is None, or they are of several types."""
+        found: list[list[Any]] = [[read(part) for part in parts] for parts in self._parts_of(name)]
+        if len(types := {*map(type, chain(*found))}) > 1 or type(None) in types:
+            return None
+        experts = list(map(torch.cat, found))
+        return torch.stack(experts) if len(experts) > 1 else experts[0]
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether a weight has its inputs first in memory, not in the file."""
+        return f"{name}_blocks" in self._files
+
+    def _parts_of(self, name: str) -> list[list[str]]:
+        parts = self._parts.get(name, [[name]])
+        return parts if all(map(self._is_there, chain(*parts))) else [[name]]
+
+    def _is_there(self, part: str) -> bool:
+        module = part.removesuffix(".weight")
+        return not self._files.keys().isdisjoint((part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed"))
+
+    def _rows(self, part: str) -> Tensor | None:
+        found = self._read(part)
+        rows = found.rows if isinstance(found, Levels) else found
+        if rows is None:
+            self._dequantised.add(part)
+        return rows if isinstance(rows, BlockRows) else None
+
+    def _read(self, part: str) -> Tensor | Levels:
+        """As it is stored: floats, rows of blocks, or other levels."""
+        module = part.removesuffix(".weight")
+
+        def get(end: str) -> Any:
+            name = module + end
+            return self._files[name].mapped(name) if name in self._files else None
+
+        if (blocks := get("_blocks")) is not None:
+            return mxfp4_rows(blocks, get("_scales"))
+        if (levels := levels_of(get, self._least_zero)) is not None:
+            return levels
+        scale, whole = get(".weight_scale"), self._files[part].mapped(part)
+        if (scale := get(".weight_scale_inv") if scale is None else scale) is None:
+            return whole
+        self._dequantised.add(part)
+        return scaled_blocks(whole, scale)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -25,6 +25,7 @@ from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, named_weights, taken_from
 from .folder import (
+    CONFIG_FILE,
     EXIT_BLOCKS_FILE,
     INT4_FILE,
     generation_config,
@@ -32,6 +33,7 @@ from .folder import (
     lean_spec,
     open_weights,
     quiet_transformers,
+    read_settings,
     refuse_packed,
 )
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
@@ -112,7 +114,8 @@ def for_decoding(
                 source = _with_sidecars(replace(source, info=info), folder, most)
                 backend, notes = _backend(source, folder)
                 return replace(_decoder(name, folder, source.info, backend), notes=notes)
-        if location.gguf_file is not None and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
+        low_bits = location.gguf_file is not None or (folder and "quantization_config" in read_settings(folder, CONFIG_FILE))
+        if low_bits and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
         return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
@@ -251,21 +254,23 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 def _as_stored(
     name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig, memory: float
 ) -> Decoder | None:
-    """A GGUF file, for kernels that read its weights as they are stored; None where they cannot run it."""
+    """A GGUF file, or a folder in low bits, for kernels that read its weights as they are stored; None where they cannot."""
     files = open_model(location)
-    assert isinstance(files, GgufFile)
-    spec = files.spec
+    weights, spec = files if isinstance(files, GgufFile) else files.low_bits, files.spec
+    if weights is None or spec is None:
+        return None
     precision = pick_dtype(dtype, device, spec.parameters)
     if not can_run_native(spec, precision, device, packing):
         return None
 
     def take(weight: str) -> Tensor | None:
-        return files.weight(weight).to(precision) if weight in spec.shapes else None
+        return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
-    source = Source(spec, precision, device, files.weight, lambda: take, packing, stored=files.rows)
-    backend, notes = _backend(_with_sidecars(source, None, memory), location.path)
-    made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, None)
-    return replace(made, notes=notes)
+    source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)
+    backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
+    generation = None if isinstance(files, GgufFile) else generation_config(location.path)
+    made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
+    return replace(made, notes=(*notes, *weights.notes))
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:

@@ -148,7 +148,8 @@ def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
     experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
         whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}
-    routers = () if experts is None else (f"{experts.router}.weight", f"{experts.shared_gate}.weight")
+    parts = (None if experts is None else (experts.router, experts.shared_gate)) or ()
+    routers = tuple(f"{name}.{part}" for name in parts for part in ("weight", "bias"))
     whole |= {name for name in shapes if name.endswith(routers)}
     sizes = {name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape)) for name, shape in shapes.items()}
     return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]

@@ -12,11 +12,19 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec, TransformersBackend
 from ..model.architectures import known_architecture
-from ..model.blocks import FORMS, block_rows
+from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
-from .folder import checked_tokenizer, generation_config, lean_tokenizer, open_weights, quiet_transformers
+from .folder import (
+    LowBitWeights,
+    checked_tokenizer,
+    generation_config,
+    has_low_bits,
+    lean_tokenizer,
+    open_weights,
+    quiet_transformers,
+)
 from .info import read_info
 from .loaded import Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
@@ -38,8 +46,33 @@ _FORMS = {
     "gemma2": ("gemma2", "GemmaTokenizer"),
     "gemma3": ("gemma3_text", "GemmaTokenizer"),
     "starcoder2": ("starcoder2", "GPT2Tokenizer"),
+    "granite": ("granite", "GPT2Tokenizer"),
+    "lfm2": ("lfm2", "PreTrainedTokenizerFast"),
+    "qwen35": ("qwen3_5_text", "Qwen3_5Tokenizer"),
+    "gpt-oss": ("gpt_oss", "PreTrainedTokenizerFast"),
 }
-_HEAD_SIZES = ("llama", "qwen3")  # whose files name the size of a head where transformers does not look
+_HEADS_OF_NEIGHBOURS = ("llama", "granite")  # whose rope rotates neighbours in llama.cpp, not halves
+_HEAD_SIZE = {"attention.key_length": "head_dim"}
+_KEYS = {  # of headers, and the values of config.json that they are, where transformers' own table lacks them
+    "llama": _HEAD_SIZE,
+    "qwen3": _HEAD_SIZE,
+    "granite": {
+        **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
+        **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
+    },
+    "lfm2": {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+    "qwen35": {
+        **_HEAD_SIZE,
+        **{"ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim"},
+        **{"ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads"},
+        "full_attention_interval": "full_attention_interval",
+    },
+    "gpt-oss": {
+        **_HEAD_SIZE,
+        **{"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        "attention.sliding_window": "sliding_window",
+    },
+}
 
 
 class PretrainedModel:
@@ -51,6 +84,11 @@ class PretrainedModel:
         self._path = path
         self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
+        self.low_bits: LowBitWeights | None = None
+        quantization = dict(getattr(self.config, "quantization_config", None) or {})
+        if self.spec is not None and has_low_bits(quantization) and not self.spec.architecture.transposed:
+            self.low_bits = LowBitWeights(path, self.spec, quantization)
+            del self.config.quantization_config
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer."""
@@ -62,6 +100,8 @@ class PretrainedModel:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         generation_config(self._path)  # transformers would go on without a damaged one
+        if self.low_bits is not None and self.spec is not None:
+            return dense_model(self.config, {name: self.low_bits.weight(name).float() for name in self.spec.shapes})
         open_weights(self._path, self.spec)  # which checks them
         kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         how = {"dtype": "auto", "attn_implementation": attention_for(self.config), **_NO_FOREIGN_CODE}
@@ -75,6 +115,8 @@ class PretrainedModel:
 class GgufFile:
     """A GGUF file with mapped tensors. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
 
+    notes = ()  # as those of LowBitWeights
+
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
         try:
@@ -85,11 +127,13 @@ class GgufFile:
             reader = GGUFReader(path, "c")  # copied where it is written to, which nothing does: torch maps no other memory
             fields = {name: field for name, field in reader.fields.items() if field.types}
             arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
-            self._values = {name: field.contents() for name, field in fields.items() if name not in arrays}
+            read = (name for name in fields if name not in arrays or not name.startswith("tokenizer."))
+            self._values = {name: fields[name].contents() for name in read}
         except Exception as error:
             raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
         self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
         self._architecture = str(self._values.get("general.architecture"))
+        self._neighbours = self._architecture in _HEADS_OF_NEIGHBOURS
         self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
         self.tokens = len(arrays[_VOCABULARY].data) if _VOCABULARY in arrays else None
 
@@ -102,11 +146,11 @@ class GgufFile:
         values, name = self._values, self._architecture
         if name not in _FORMS:
             raise CheckpointError(f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {name}")
-        heads = {"attention.key_length": "head_dim"} if name in _HEAD_SIZES else {}
-        keys = {f"{name}.{key}": known for key, known in (GGUF_CONFIG_MAPPING[name] | heads).items() if known}
+        usual = GGUF_CONFIG_MAPPING[name if name in GGUF_CONFIG_MAPPING else "qwen3"]
+        keys = {f"{name}.{key}": known for key, known in (usual | _KEYS.get(name, {})).items() if known}
         keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
         keys["general.name"] = "_model_name_or_path"
-        settings = {known: values[key] for key, known in keys.items() if key in values}
+        settings = {known: values[key] for key, known in keys.items() if key in values} | self._derived()
         if self.tokens is not None:
             settings.setdefault("vocab_size", self.tokens)
         # llama.cpp has no architecture of its own for Mistral
@@ -120,6 +164,25 @@ class GgufFile:
     @cached_property
     def spec(self) -> ModelSpec:
         return ModelSpec.of(self.config)
+
+    def _derived(self) -> dict[str, Any]:
+        """Values of config.json that the header has in another form."""
+        name, of = self._architecture, {key.partition(".")[2]: value for key, value in self._values.items()}
+        if name == "lfm2":
+            kv_heads = of["attention.head_count_kv"]  # of each layer
+            kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
+            return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+        if name not in ("qwen35", "gpt-oss"):
+            return {}
+        rope = {"rope_type": "default", "rope_theta": of["rope.freq_base"]}
+        if name == "gpt-oss":
+            return {"rope_parameters": rope}
+        layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without those that draft
+        share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
+        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # alike for text
+        share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
+        value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
+        return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
 
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
@@ -137,6 +200,7 @@ class GgufFile:
             if _ROPE_FACTORS not in self._tensors:
                 original = {"original_max_position_embeddings": int(named.get("scaling.original_context_length", context))}
                 scaled = {"rope_type": found, "factor": factor} | (original if found == "yarn" else {})
+                scaled |= {"truncate": False} if self._architecture == "gpt-oss" else {}
                 return {} if found == "none" or factor == 1.0 else scaled
             factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
             if (factors == 1).all():
@@ -163,11 +227,7 @@ class GgufFile:
 
     def model(self) -> Any:
         """A transformers model in fp32. Raises CheckpointError as `weights` does."""
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        kind, kernels = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)], attention_for(self.config)
-        how = {"config": self.config, "dtype": torch.float32, "attn_implementation": kernels}
-        model = kind.from_pretrained(None, state_dict=self.weights(), **how)
+        model = dense_model(self.config, self.weights())
         model.config.name_or_path = str(self._path)
         return model
 
@@ -179,39 +239,52 @@ class GgufFile:
         """In fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
         from gguf import dequantize
 
-        tensor = self._stored[name]
+        tensors = self._stored[name]
         try:
-            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            values = [np.array(dequantize(tensor.data, tensor.tensor_type), np.float32) for tensor in tensors]
         except (ValueError, NotImplementedError) as error:
             raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
-        return self._in_transformers(name, torch.from_numpy(values.reshape(_shape(tensor))))
+        parts = [torch.from_numpy(part.reshape(_shape(tensor))) for part, tensor in zip(values, tensors, strict=True)]
+        weight = from_gguf(name, parts, self.spec, self._neighbours)
+        assert weight is not None
+        if name.endswith(".A_log"):
+            return weight.neg().log()
+        added = self.spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") and ".linear_attn." not in name
+        return weight - 1 if added else weight.reshape(self.spec.shapes[name])
 
     def rows(self, name: str) -> Tensor | None:
         """A weight as the rows of blocks that the file has, if kernels read its type."""
-        tensor = self._stored.get(name)
-        if tensor is None or tensor.tensor_type.name not in FORMS:
+        tensors, mixer = self._stored.get(name, ()), self.spec.architecture.mixer
+        types = {tensor.tensor_type.name for tensor in tensors}
+        if len(types) != 1 or types.isdisjoint(FORMS) or (mixer and any(f".{part}." in name for part in mixer.steps)):
             return None
-        return block_rows(self._in_transformers(name, torch.from_numpy(tensor.data)), tensor.tensor_type.name)
+        parts = [torch.from_numpy(tensor.data) for tensor in tensors]
+        rows = from_gguf(name, parts, self.spec, self._neighbours, FORMS[min(types)])
+        return None if rows is None else block_rows(rows, min(types))
 
     @cached_property
-    def _stored(self) -> dict[str, Any]:
-        """The file's tensors, by the names of their weights in transformers."""
+    def _stored(self) -> dict[str, list[Any]]:
+        """The file's tensors, by the names of their weights in transformers, of which some are stored in two parts."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
         known = get_tensor_name_map(kinds[self._architecture], self.spec.layers)
-        names = {name: str(known.get_name(name, try_suffixes=(".weight", ".bias"))) for name in self.spec.shapes}
-        tensors = {name: self._tensors[known] for name, known in names.items() if known in self._tensors}
-        self.spec.check_weights({name: _shape(tensor) for name, tensor in tensors.items()})
+        tensors = {}
+        for name in self.spec.shapes:
+            found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
+            if self._tensors.keys() >= {*found}:
+                tensors[name] = [self._tensors[part] for part in found]
+        shapes = {name: from_gguf_shape(name, list(map(_shape, found)), self.spec) for name, found in tensors.items()}
+        self.spec.check_weights(shapes)
         return tensors
 
-    def _in_transformers(self, name: str, weight: Tensor) -> Tensor:
-        """A weight in transformers' layout; the inverse of the export to GGUF."""
-        spec = self.spec  # Llama's heads are in the order of llama.cpp's rope, which rotates neighbours, not halves
-        if self._architecture == "llama" and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
-            heads = spec.heads if part == "q_proj" else spec.kv_heads
-            return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
-        return weight - 1 if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") else weight
+
+def dense_model(config: Any, weights: dict[str, Tensor]) -> Any:
+    """A transformers model in fp32."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    how = {"config": config, "dtype": torch.float32, "attn_implementation": attention_for(config)}
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -1,13 +1,18 @@
 """Weights as GGUF files store them: rows of blocks, which stay as they are until a kernel packs them.
 
 A block has levels of some bits, and fp16 scales. A weight is (level - offset) * scale, plus a minimum where there is one. In K
-types the scale and the minimum of a group are its steps times those of the block.
+types the scale and the minimum of a group are its steps times those of the block. Of MXFP4 the levels stand in a table, and the
+scales are powers of two.
 """
 
-from typing import ClassVar, NamedTuple
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .spec import ModelSpec
 
 
 class BlockForm(NamedTuple):
@@ -17,8 +22,9 @@ class BlockForm(NamedTuple):
     inputs: int
     bytes: int
     bits: int
-    offset: int  # 0 where there are minima
+    offset: int  # 0 where there are minima, -1 where a byte after the scale is the block's
     scales_at: int = 0  # byte of the fp16 scale, which that of the minimum follows
+    by_table: bool = False  # MXFP4, whose first byte is the exponent of the scale
 
     @property
     def factors(self) -> int:
@@ -27,7 +33,7 @@ class BlockForm(NamedTuple):
     @property
     def step_inputs(self) -> int:
         """Inputs that share a step, 0 where there are none."""
-        return 0 if self.inputs == 32 else 16 if self.bits == 6 else 32
+        return 0 if self.inputs == 32 and not self.by_table and self.offset >= 0 else 16 if self.bits == 6 else 32
 
 
 FORMS = {
@@ -36,10 +42,20 @@ FORMS = {
     "Q5_0": BlockForm(18, 32, 22, 5, 16),
     "Q5_1": BlockForm(19, 32, 24, 5, 0),
     "Q8_0": BlockForm(20, 32, 34, 8, 128),
-    "Q4_K": BlockForm(21, 256, 144, 4, 0),
-    "Q5_K": BlockForm(22, 256, 176, 5, 0),
-    "Q6_K": BlockForm(23, 256, 210, 6, 32, 208),
+    "MXFP4": BlockForm(21, 32, 17, 4, 12, by_table=True),
+    "Q4_Z": BlockForm(22, 32, 19, 4, -1),  # of AWQ and others with zeros, which no GGUF file has
+    "Q4_K": BlockForm(23, 256, 144, 4, 0),
+    "Q5_K": BlockForm(24, 256, 176, 5, 0),
+    "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
+
+_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice its levels
+_RENAMED = (  # weights in transformers, and as the library gguf knows them
+    (r"\.dt_bias$", ".dt_proj.bias"),
+    (r"\.sinks$", ".sinks.weight"),
+    (r"experts\.(\w+_proj)_bias$", r"experts.\1.bias"),
+    (r"experts\.(\w+_proj)$", r"experts.\1.weight"),
+)
 
 
 class BlockRows(Tensor):
@@ -55,7 +71,9 @@ class BlockRows(Tensor):
     def scales(self) -> Tensor:
         """All scales of blocks and of their minima."""
         form = self.form
-        blocks = self.as_subclass(Tensor).view(-1, form.bytes)
+        blocks = self.as_subclass(Tensor).reshape(-1, form.bytes)
+        if form.by_table:
+            return (blocks[:, 0].int() << 23).view(torch.float32)
         return blocks[:, form.scales_at : form.scales_at + 2 * form.factors].contiguous().view(torch.float16)
 
 
@@ -67,10 +85,162 @@ def block_rows(rows: Tensor, type_name: str) -> BlockRows:
     return rows.as_subclass(_TYPES[type_name])
 
 
-def plain(weight: Tensor) -> Tensor:
-    """Rows of blocks as the weight (out, in) that they stand for, in fp32; another weight as it is."""
+def plain(weight: "Tensor | Levels") -> Tensor:
+    """Rows of blocks, or levels, as the weight (out, in) that they stand for, in fp32; another weight as it is."""
+    if isinstance(weight, Levels):
+        return weight.weight
     if not isinstance(weight, BlockRows):
         return weight
+    form, rows = weight.form, weight.as_subclass(Tensor)
+    if form.inputs == 32 and form.offset and form.bits != 5:  # as checkpoints of the hub have them, without the library gguf
+        blocks = rows.reshape(*rows.shape[:-1], -1, form.bytes)
+        own = blocks[..., form.bytes - 4 * form.bits :]
+        levels = own.view(torch.int8).int() + 128 if form.bits == 8 else torch.cat([own & 15, own >> 4], -1).int()
+        if form.by_table:
+            return torch.ldexp(_MXFP4[levels], blocks[..., :1].int() - 128).flatten(-2)
+        levels -= blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
+        return (levels * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
     from gguf import GGMLQuantizationType, dequantize
 
-    return torch.from_numpy(dequantize(weight.as_subclass(Tensor).numpy(), GGMLQuantizationType[weight.type_name]))
+    return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[weight.type_name]))
+
+
+# Weights in low bits as checkpoints of the hub store them.
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a number's eight levels each output has
+
+
+class Levels(NamedTuple):
+    """A weight (level - zero) * scale; zeros and scales are of groups of inputs."""
+
+    levels: Tensor  # (out, in), int32
+    zero: Tensor  # (out, groups), int32
+    scale: Tensor  # (out, groups)
+    bits: int
+    groups: Tensor | None = None  # (in,): of each input, where they may be in another order
+
+    @property
+    def ordered(self) -> Tensor:
+        """`groups` of inputs in order."""
+        return torch.arange(self.levels.shape[1]) // (self.levels.shape[1] // self.scale.shape[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), fp32."""
+        groups = self.ordered if self.groups is None else self.groups
+        return (self.levels - self.zero[:, groups]) * self.scale.float()[:, groups]
+
+    @property
+    def rows(self) -> BlockRows | None:
+        """As blocks; None where these lack such scales, groups or zeros."""
+        (outputs, inputs), half = self.levels.shape, self.scale.half()
+        size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
+        known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
+        if size % 32 or not known or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups))):
+            return None
+        parts = [half.view(torch.uint8).view(outputs, -1, 2)] + ([] if middle else [self.zero.to(torch.uint8)[..., None]])
+        factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
+        levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
+        own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128
+        kind = "Q8_0" if self.bits == 8 else "Q4_0" if middle else "Q4_Z"
+        return block_rows(torch.cat([factors, own], -1).flatten(1), kind)
+
+
+def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
+    """Levels (..., out, groups, 16), two inputs that follow one another in a byte, and exponents (..., out, groups)."""
+    levels = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    halves = levels[..., :16] | levels[..., 16:] << 4
+    return block_rows(torch.cat([scales[..., None], halves], -1).flatten(-2), "MXFP4")
+
+
+def unpacked(numbers: Tensor, bits: int) -> Tensor:
+    """int32 (rows, columns) as the levels that each holds, (rows, columns * 32 / bits)."""
+    return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
+
+
+def levels_of(get: Callable[[str], Any], least: int) -> Levels | None:
+    """A projection by the ends of its tensors' names; None where it has no levels. `least`: of GPTQ's zeros.
+
+    GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
+    levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed ones by group, or none.
+    """
+    if (packed := get(".qweight")) is not None:
+        scale, zeros = get(".scales").T.contiguous(), get(".qzeros")
+        bits = 32 * zeros.shape[1] // len(scale)
+        if packed.shape[1] < len(scale):  # AWQ
+            levels, zero = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (packed, zeros))
+        else:
+            levels, zero = unpacked(packed.T.contiguous(), bits), (unpacked(zeros, bits) + least).T
+        return Levels(levels.contiguous(), zero.contiguous(), scale, bits, get(".g_idx"))
+    packed, whole, zeros, scale = map(get, (".weight_packed", ".weight", ".weight_zero_point", ".weight_scale"))
+    if packed is not None:
+        inputs = int(get(".weight_shape")[1])
+        bits = 32 * packed.shape[1] // inputs
+        levels = unpacked(packed, bits)[:, :inputs]
+    elif whole is not None and whole.dtype == torch.int8:
+        levels, bits = whole.int() + 128, 8
+    else:
+        return None
+    if zeros is not None and zeros.dtype == torch.int32:
+        zero = unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
+    else:
+        zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
+    return Levels(levels, zero, scale, bits, get(".weight_g_idx"))
+
+
+def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
+    """FP8 (out, in) times the scale of a block, of a row or of all, in fp32."""
+    wide = scale.float() if scale.dim() > 1 else scale.float().view(-1, 1)
+    for dimension, size in enumerate(weight.shape):
+        each = -(-size // wide.shape[dimension])
+        wide = wide.repeat_interleave(each, dimension).narrow(dimension, 0, size)
+    return weight.float() * wide
+
+
+# How GGUF files lay out weights, where it is otherwise than in transformers.
+
+
+def gguf_parts(name: str) -> list[str]:
+    """The tensors that a weight is stored in, by the names that the library gguf maps: one, or gate and up of experts."""
+    for pattern, other in _RENAMED:
+        name = re.sub(pattern, other, name)
+    return [name.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in name else [name]
+
+
+def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:
+    """A weight's shape in transformers, by those of its parts."""
+    experts, mixer, shape = spec.architecture.experts, spec.architecture.mixer, shapes[0]
+    if mixer is not None and name.endswith(f".{mixer.convolution}.weight"):
+        return shape[0], 1, *shape[1:]
+    if experts is None or experts.block not in name:
+        return shape
+    joined = shape[0], shape[1] * len(shapes), *shape[2:]
+    return joined[:1] + joined[:0:-1] if experts.by_inputs else joined
+
+
+def from_gguf(
+    name: str, parts: list[Tensor], spec: ModelSpec, neighbours: bool, form: BlockForm | None = None
+) -> Tensor | None:
+    """A weight in transformers' order. `neighbours`: rotate together in queries and keys. `form`: of rows of blocks, of which
+    experts keep (experts, outputs, bytes); None where blocks would have to be divided.
+    """
+    experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
+    if experts is not None and experts.block in name:
+        both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight  # gate and up in turns
+        return both.transpose(1, 2) if form is None and weight.dim() > 2 else both
+    if neighbours and kind in ("q_proj", "k_proj"):
+        heads = spec.heads if kind == "q_proj" else spec.kv_heads
+        return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+    if ".linear_attn." not in name or sizes is None or kind == "norm" or sizes.heads == sizes.key_heads:
+        return weight
+
+    def by_key_head(rows: Tensor) -> Tensor:
+        """Rows of all value heads, which the file has by turns of the key heads."""
+        turns = rows.reshape(sizes.heads // sizes.key_heads, sizes.key_heads, -1, *rows.shape[1:])
+        return turns.transpose(0, 1).reshape(rows.shape)
+
+    if kind == "out_proj":  # whose inputs these are
+        divides = form is not None and sizes.value_dim % form.inputs
+        return None if divides else by_key_head(weight.T).T.contiguous()
+    before = 2 * sizes.keys if kind in ("in_proj_qkv", "conv1d") else 0
+    return torch.cat([weight[:before], by_key_head(weight[before:])])

@@ -81,6 +81,8 @@ class Values:
     attn_logit_softcapping: _Positive | None = None
     final_logit_softcapping: _Positive | None = None
     clip_qkv: _Positive | None = None  # which no kernel of ours has
+    swiglu_alpha: _Positive | None = None  # of SwiGLU within bounds
+    swiglu_limit: _Positive | None = None
     block_auto_adjust_ff_dim: bool | None = None  # LFM2's: the MLP has about two thirds of `intermediate_size`
     block_ffn_dim_multiplier: _Positive | None = None
     block_multiple_of: _Width | None = None
@@ -116,6 +118,10 @@ class Values:
             return width
         width, unit = int((self.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3)), self.block_multiple_of or 1
         return -(-width // unit) * unit
+
+    def swiglu(self, architecture: Architecture) -> tuple[float, float] | None:
+        clamped = architecture.default_activation == "swiglu_clamped"
+        return (self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0) if clamped else None
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
         """The kind of each layer, how many positions the sliding ones see, and which layers have rotary positions."""

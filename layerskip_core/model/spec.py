@@ -113,6 +113,7 @@ class ModelSpec:
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
     clip: float | None  # largest magnitude of queries, keys and values
+    swiglu: tuple[float, float] | None  # of swiglu_clamped: what the gate is multiplied by before its logistic function; bound
     config: Any = field(repr=False, compare=False)  # the configuration itself
     source: int | None = None  # of one layer: the layer whose keys and values it reads, if it has none
 
@@ -167,6 +168,7 @@ class ModelSpec:
             score_cap=values.attn_logit_softcapping,
             logits_cap=values.final_logit_softcapping,
             clip=values.clip_qkv,
+            swiglu=values.swiglu(architecture),
             config=config,
         )
 
@@ -338,11 +340,12 @@ class ModelSpec:
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None and names is not None:
-            shapes |= {
-                f"{names.router}.weight": (experts.count, self.hidden),
-                f"{names.block}gate_up_proj": (experts.count, 2 * experts.inner, self.hidden),
-                f"{names.block}down_proj": (experts.count, self.hidden, experts.inner),
-            }
+            projections = {"gate_up_proj": (2 * experts.inner, self.hidden), "down_proj": (self.hidden, experts.inner)}
+            shapes |= {f"{names.router}.weight": (experts.count, self.hidden)}
+            for name, own in projections.items():
+                shapes[names.block + name] = (experts.count, *(own[::-1] if names.by_inputs else own))
+                shapes |= {f"{names.block}{name}_bias": (experts.count, own[0])} if self.mlp_bias else {}
+            shapes |= {f"{names.router}.bias": (experts.count,)} if self.mlp_bias else {}
             *inward, back = names.shared or ("",)
             width = 2 * experts.shared_inner // max(len(inward), 1)
             shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
@@ -355,6 +358,8 @@ class ModelSpec:
         sizes = (*(self.hidden,) * 4, *((of_layer.head_dim,) * 2 if per_head else (self.queries, self.keys)))
         for norm, size in zip(self.norm_names(index), sizes, strict=True):
             shapes |= {} if norm is None else self.norm_shapes(norm, size)
+        if self.architecture.sinks:
+            shapes[f"{self.names.attention}sinks"] = (self.heads,)
         if (read := self.token_inputs) is not None:
             shapes |= {f"{read.gate}.weight": (self.token_width, self.hidden)}
             shapes |= {f"{read.output}.weight": (self.hidden, self.token_width)} | self.norm_shapes(read.after, self.hidden)

@@ -16,6 +16,7 @@ from .torch_linear import Linear, Norm, SlotNorm, linear
 from .weights import (
     Affine,
     Weights,
+    activation_factors,
     block_inputs,
     block_output,
     expert_inputs,
@@ -23,7 +24,6 @@ from .weights import (
     layer_norms,
     router,
     stacked,
-    xielu_factors,
 )
 
 
@@ -52,7 +52,7 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
     """The feature of an architecture that these layers lack; None if they have all. `recurrent`: other layers are the same."""
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
-    if spec.activation not in ACTIVATIONS:
+    if spec.activation not in ACTIVATIONS and spec.swiglu is None:
         return f"the activation {spec.activation}"
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
@@ -60,6 +60,8 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         return "recurrent layers"
     if not recurrent and spec.architecture.gates_attention:
         return "gated attention"
+    if not recurrent and spec.architecture.sinks:
+        return "attention sinks"
     if not recurrent and spec.experts is not None and spec.experts.shared_inner:
         return "shared experts"
     if not recurrent and spec.sizes:
@@ -119,7 +121,7 @@ class TorchLayer:
         self._parallel, self._norms_rotated = spec.parallel, spec.architecture.norms_rotated
         self._activation = ACTIVATIONS[spec.activation]
         if spec.activation == "xielu":
-            above, below = xielu_factors(weights, spec)
+            above, below = activation_factors(weights, spec)
             self._activation = partial(xielu, above=above, below=below)
         qkv = list(block_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
@@ -154,7 +156,7 @@ class TorchLayer:
             inputs = expert_inputs(weights, spec)
             ups = [packed(stacked(pair), self._before_mlp) for pair in zip(inputs, inputs, strict=True)]
             downs = list(map(packed, expert_outputs(weights, spec)))
-            scores = router(weights, spec)
+            scores = router(weights, spec).weight
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             scores = scores if self._before_mlp is None else self._before_mlp.folded_into(scores)
             self._experts = TorchExperts(spec, linear(scores, None, None, exact), ups, downs)

@@ -28,10 +28,11 @@ _TEXTS = 3, 4  # tokens of the two texts of a trial
 
 
 def attention_for(config: Any) -> str | None:
-    """The attention of transformers that computes a model; None: its choice. `sdpa` has no cap of scores, and drops it."""
+    """The attention of transformers that computes a model; None: its choice. `sdpa` has no caps of scores and no sinks."""
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         return "eager"
-    return "sdpa" if known_architecture(config) else None
+    known = known_architecture(config)
+    return None if known is None else "eager" if known.sinks else "sdpa"
 
 
 class TransformersBackend:

@@ -37,7 +37,8 @@ class Experts:
     the softmax of their scores: over these alone (`normalised`), or over all. `on_some_layers`: by `decoder_sparse_step` and
     `mlp_only_layers`; the other layers have an MLP. `shared`: the projections of an MLP that all tokens have too, times the
     logistic function of what `shared_gate` gives, if there is one. `stored`: the names in checkpoints where they differ from
-    those in memory, with {} for the index of an expert: the parts of a weight, which stand below each other.
+    those in memory, with {} for the index of an expert: the parts of a weight, which stand below each other. `by_inputs`:
+    weights are (inputs, outputs), outputs of gate and up in turns. Biases of the MLP are those of the router and each expert.
     """
 
     stored: Mapping[str, tuple[str, ...]]
@@ -49,6 +50,7 @@ class Experts:
     shared: tuple[str, ...] = ()
     shared_inner: str | None = None
     shared_gate: str | None = None
+    by_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Architecture:
     uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
+    sinks: bool = False  # queries have one more score each, whose value is 0
     gates_attention: bool = False  # what a query gets, by numbers that are projected with it
     interleaved_rope: bool = False  # neighbours rotate together, not one of each half
     scales_embeddings: bool = False  # by sqrt(hidden_size)

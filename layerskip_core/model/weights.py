@@ -61,9 +61,7 @@ class Weights:
 
 
 def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
-    """`take`, raising CheckpointError for a weight that has another shape than `shapes` says, or is not finite. The `mapped`
-    ones are not read for that.
-    """
+    """`take`, raising CheckpointError for a weight of another shape than in `shapes`, or not finite (but `mapped` ones)."""
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
@@ -82,9 +80,8 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
 
 def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
     """Raises CheckpointError for a weight that is not finite, or that is missing or has another shape by `spec`."""
-    weights = {
-        name: weight for name, weight in named_weights(model).items() if weight.dtype.itemsize > 1
-    }  # others are quantised
+    named = named_weights(model).items()
+    weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # others are quantised
     if spec is not None:
         spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
@@ -194,18 +191,21 @@ def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
     return affine(weights, spec.projections(block).names[-1], spec)
 
 
-def router(weights: Weights, spec: ModelSpec) -> Tensor:
-    """The scores' weights (experts, D) of a layer with experts, and the gate of shared ones, if they have one."""
+def router(weights: Weights, spec: ModelSpec) -> Affine:
+    """The scores (experts, D) of a layer with experts, and the gate of shared ones, if they have one."""
     assert spec.architecture.experts is not None
-    scores, gate = weights.of(f"{spec.architecture.experts.router}.weight"), spec.architecture.experts.shared_gate
-    return scores if gate is None else torch.cat([scores, weights.of(f"{gate}.weight")])
+    scores, gate = affine(weights, spec.architecture.experts.router, spec), spec.architecture.experts.shared_gate
+    return scores if gate is None else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
 
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """Gate and up of each expert in turn, (inner, D) each. Shared ones are one wide MLP."""
     assert spec.architecture.experts is not None and spec.experts is not None
-    for expert in weights.of(f"{spec.architecture.experts.block}gate_up_proj"):
-        yield from (Affine(part, None) for part in expert.chunk(2))
+    inner = spec.experts.inner
+    in_turns = spec.architecture.experts.by_inputs
+    halves = [slice(half, None, 2) if in_turns else slice(half * inner, (half + 1) * inner) for half in range(2)]
+    for rows, bias in _experts(weights, spec, "gate_up_proj"):
+        yield from (Affine(rows[half], None if bias is None else bias[half]) for half in halves)
     if spec.experts.shared:
         wide = torch.cat([weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]])
         for pair in zip(*(part.chunk(spec.experts.shared) for part in wide.chunk(2)), strict=True):
@@ -215,10 +215,25 @@ def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
 def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """(D, inner) of each expert."""
     assert spec.architecture.experts is not None and spec.experts is not None
-    yield from (Affine(expert, None) for expert in weights.of(f"{spec.architecture.experts.block}down_proj"))
+    yield from _experts(weights, spec, "down_proj")
     if spec.experts.shared:
         wide = weights.of(f"{spec.architecture.experts.shared[-1]}.weight")
         yield from (Affine(expert, None) for expert in wide.chunk(spec.experts.shared, 1))
+
+
+def _experts(weights: Weights, spec: ModelSpec, name: str) -> Iterator[Affine]:
+    """A projection of each expert, (out, in)."""
+    assert spec.architecture.experts is not None
+    name = spec.architecture.experts.block + name
+    all_rows, biases = weights.of(name), weights.of(f"{name}_bias") if spec.mlp_bias else None
+    for expert, rows in enumerate(all_rows):
+        turned = spec.architecture.experts.by_inputs and not is_stored(rows)
+        yield Affine(rows.T if turned else rows, None if biases is None else biases[expert])
+
+
+def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
+    """The score of each query head that has no value (heads,)."""
+    return weights.of(f"{spec.names.attention}sinks") if spec.architecture.sinks else None
 
 
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:
@@ -255,10 +270,10 @@ def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     return Affine(weight, weights.of(bias) if weights.prefix + bias in weights.shapes else None)
 
 
-def xielu_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
-    """Of what is positive and of what is negative (Huang and Schlag, 2024); 0 where a layer has another activation."""
+def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
+    """Of xIELU, of what is positive and of what is negative (Huang and Schlag, 2024); `spec.swiglu`, or 0, of others."""
     if spec.activation != "xielu":
-        return 0.0, 0.0
+        return spec.swiglu or (0.0, 0.0)
     above, below = (float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float())) for part in "pn")
     return above, below + 0.5
 

@@ -28,9 +28,9 @@ def folder(request, tmp_path_factory):
 def test_commands(folder):
     """As they are started without any flags, and with an exit."""
     fixed = ("--model", folder, "--max-new-tokens", "3")
-    plain = run("generate", "wake me up", "--strategy", "autoregressive", *fixed)
+    plain = run("generate", "wake me up", "--strategy", "autoregressive", "--ignore-eos", *fixed)
     for chosen in ((), ("--exit", "2", "--spec", "2")):
-        result = run("generate", "wake me up", *chosen, "--stats", *fixed)
+        result = run("generate", "wake me up", *chosen, "--stats", "--ignore-eos", *fixed)
         assert (result.code, result.out) == (0, plain.out) and "3 tokens" in result.err
     result = run("bench", "--samples", "1", "--device", "cpu", "--format", "csv", *fixed, "--repeats", "1")
     assert result.code == 0 and len(result.out.splitlines()) == 4, result.err  # plain, lookup, adaptive

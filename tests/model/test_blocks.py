@@ -1,5 +1,6 @@
 """Rows of blocks as GGUF files have them: what the kernels' panels hold, and products with them."""
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def bits_apart(units, count, width):
 def weights_of(matrix, name):
     """What the panels of a type hold, (rows, inputs) in fp32."""
     form = FORMS[name]
-    units, scale = matrix.parts[f"{name}.weight"], matrix.parts[f"{name}.scale"].float()
+    units, scale = matrix.parts[f"{name}.weight"], matrix.parts.get(f"{name}.scale", torch.ones(0)).float()
     panels, inputs = len(units), matrix.form.inputs
     groups = units.view(panels, -1, form.bits, 32)
     if form.bits == 8:
@@ -39,11 +40,18 @@ def weights_of(matrix, name):
             width, quads = form.bits - 4, 8 // (form.bits - 4)
             upper = bits_apart(groups[:, :, 4:], 32 // width, width).unflatten(-1, (4, quads))
             levels = levels | upper.permute(0, 3, 1, 2, 5, 4).reshape(panels, 32, inputs) << 4
+    if form.by_table:
+        table = torch.tensor(gguf.quants.MXFP4.kvalues, dtype=torch.float32)
+        exponents = matrix.parts[f"{name}.steps"].float().repeat_interleave(32, 1).transpose(1, 2)
+        return (table[levels] * 2**exponents).flatten(0, 1)
+    zeros = torch.full((), form.offset)
+    if form.offset < 0:
+        zeros = matrix.parts[f"{name}.steps"].repeat_interleave(32, 1).transpose(1, 2)
     factors = scale.view(panels, -1, form.factors, 32).repeat_interleave(form.inputs, 1).permute(2, 0, 3, 1)
-    if form.step_inputs:
+    if form.step_inputs and form.offset >= 0:
         steps = matrix.parts[f"{name}.steps"].float().view(panels, -1, form.factors, 32)
         factors = factors * steps.repeat_interleave(form.step_inputs, 1).permute(2, 0, 3, 1)
-    weight = (levels - form.offset).float() * factors[0]
+    weight = (levels - zeros).float() * factors[0]
     return (weight if form.offset else weight + factors[1]).flatten(0, 1)
 
 

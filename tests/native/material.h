@@ -104,12 +104,12 @@ static Matrix stored_of(int experts, int inputs, int outputs, int count, int bia
         if (!is_one || c == 0) {
             StoredPanel own = {
                 .weight = room((size_t)(held * inputs * bits * 4)), .bits = bits, .offset = TYPES[type].offset,
-                .scale = room((size_t)(held * inputs / width * factors * PANEL * 2)),
-                .steps = width == 256 ? room((size_t)(held * inputs / (bits == 6 ? 16 : 32) * factors * PANEL)) : NULL,
+                .scale = Q4_0 + type == MXFP4 ? NULL : room((size_t)(held * inputs / width * factors * PANEL * 2)),
+                .steps = width == 256 || Q4_0 + type == MXFP4 || Q4_0 + type == Q4_Z ? room((size_t)(held * inputs / (bits == 6 ? 16 : 32) * factors * PANEL)) : NULL,
             };
             for (int i = 0; i < held; i++) {
                 table[is_one ? i : first + i * count] = own;
-                own.weight += inputs * bits * 4, own.scale += inputs / width * factors * PANEL;
+                own.weight += inputs * bits * 4, own.scale += own.scale ? inputs / width * factors * PANEL : 0;
                 if (own.steps) own.steps += inputs / (bits == 6 ? 16 : 32) * factors * PANEL;
             }
         }
@@ -123,6 +123,8 @@ static Matrix stored_of(int experts, int inputs, int outputs, int count, int bia
                 int scale = TYPES[type].least + below(TYPES[type].least < 0x400 ? 0x40 : 0x400) + (f && width == 32 ? 0x8c00 : 0);
                 block[TYPES[type].scales + 2 * f] = (uint8_t)scale, block[TYPES[type].scales + 2 * f + 1] = (uint8_t)(scale >> 8);
             }
+            if (Q4_0 + type == Q4_Z) block[2] = (uint8_t)(below(18) - 1);
+            if (Q4_0 + type == MXFP4) block[0] = (uint8_t)(120 + below(5));
             for (int k = 0; k < width; k++) weight[i * width + k] = plain_block(Q4_0 + type, block, k);
         }
         layerskip_pack(&m, rows, Q4_0 + type, outputs, first, count, 1 + below(THREADS));
@@ -215,7 +217,7 @@ static Model model_of(int precision, int style) {
     *s = (Shape){.hidden = 32 * (1 + below(3)), .heads = heads, .kv_heads = kv_heads, .head_dim = size};
     s->inner = 32 * (1 + below(3));
     s->rotary = style == 1 ? size / 2 : size, s->bf16_cache = PRECISIONS[precision].bf16, s->gated = gated;
-    s->activation = style == 2 ? GELU + below(4) : style % 4 ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
+    s->activation = style == 2 ? GELU + below(4) : style % 4 ? GELU_TANH : below(2) ? SILU : CLAMPED, s->norms_projections = style == 3, s->eps = 1e-5f;
     s->parallel = style == 2 && below(2), s->norms_rotated = style == 1 && below(2);
     s->attention_scale = (float)(1 / sqrt(size)), s->score_cap = style == 1 ? 5 : 0;
     s->experts = style == 4 ? 2 + below(5) : 0, s->chosen = style == 4 ? 1 + below(s->experts) : 0, s->normalised = below(2);
@@ -232,14 +234,17 @@ static Model model_of(int precision, int style) {
         l->down = matrix_of(precision, s->inner, s->hidden, 1, style == 2, (Plain *[]){&p->down});
         if (s->experts) {
             l->router = numbers_of((size_t)(s->experts * s->hidden), 1 / sqrt(s->hidden), 0);
-            l->up = experts_of(precision, s->experts, s->hidden, s->inner, 2, 0, ups);
-            l->down = experts_of(precision, s->experts, s->inner, s->hidden, 1, 0, downs);
+            int biased = below(2);
+            l->router_bias = biased ? numbers_of((size_t)s->experts, 0.5, 0) : NULL;
+            l->up = experts_of(precision, s->experts, s->hidden, s->inner, 2, biased, ups);
+            l->down = experts_of(precision, s->experts, s->inner, s->hidden, 1, biased, downs);
         }
         l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
         l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
         l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);
         l->value = norm_of(size, style == 1, 0);
         l->bends[0] = 0.4f, l->bends[1] = 0.7f, l->scale = style == 1 ? 0.8f : 1, l->keys = i * 2 * keys * PAGE;
+        l->sinks = below(2) ? numbers_of((size_t)heads, 1, 0) : NULL;
         l->rope = style == 2 && i == 1 ? -1 : 0, l->window = style == 1 && i != 1 ? 5 + below(20) : 0;
     }
     m.head = matrix_of(precision, s->hidden, VOCAB, 1, 0, (Plain *[]){&m.plain_head});

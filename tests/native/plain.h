@@ -31,10 +31,10 @@ static const struct {
     int scales, least; /* where its fp16 scales are, of which there are one or two, and the bits of a small one */
 } TYPES[] = { /* from Q4_0 on */
     {"Q4_0", 32, 18, 4, 8, 0, 0x2000}, {"Q4_1", 32, 20, 4, 0, 0, 0x2000}, {"Q5_0", 32, 22, 5, 16, 0, 0x1c00},
-    {"Q5_1", 32, 24, 5, 0, 0, 0x1c00}, {"Q8_0", 32, 34, 8, 128, 0, 0x1000}, {"Q4_K", 256, 144, 4, 0, 0, 0x0c00},
+    {"Q5_1", 32, 24, 5, 0, 0, 0x1c00}, {"Q8_0", 32, 34, 8, 128, 0, 0x1000}, {"MXFP4", 32, 17, 4, 12, 0, 0}, {"Q4_Z", 32, 19, 4, -1, 0, 0x2000}, {"Q4_K", 256, 144, 4, 0, 0, 0x0c00},
     {"Q5_K", 256, 176, 5, 0, 0, 0x0800}, {"Q6_K", 256, 210, 6, 32, 208, 0x0010},
 };
-enum { TYPE_COUNT = sizeof TYPES / sizeof *TYPES, NARROW_TYPES = 5 };
+enum { TYPE_COUNT = sizeof TYPES / sizeof *TYPES, NARROW_TYPES = 7 };
 
 static double half(const uint8_t *b) {
     int bits = b[0] | b[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -47,8 +47,13 @@ static float plain_block(int type, const uint8_t *b, int i) {
     int group = i / 32, low = i % 32 < 16 ? 0 : 4, step, least;
     double d = half(b + TYPES[type - Q4_0].scales), m = TYPES[type - Q4_0].offset ? 0 : half(b + 2);
     const uint8_t *s = b + 4;
+    static const float mxfp4[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
     switch (type) {
+    case MXFP4:
+        low = b[1 + i % 16] >> low & 15;
+        return ldexpf(low > 7 ? -mxfp4[low - 8] : mxfp4[low], b[0] - 127);
     case Q4_0: return (float)(d * ((b[2 + i % 16] >> low & 15) - 8));
+    case Q4_Z: return (float)(d * ((b[3 + i % 16] >> low & 15) - (int8_t)b[2]));
     case Q4_1: return (float)(d * (b[4 + i % 16] >> low & 15) + m);
     case Q5_0: return (float)(d * ((b[6 + i % 16] >> low & 15) + (b[2 + i / 8] >> i % 8 & 1) * 16 - 16));
     case Q5_1: return (float)(d * ((b[8 + i % 16] >> low & 15) + (b[4 + i / 8] >> i % 8 & 1) * 16) + m);
@@ -146,7 +151,7 @@ typedef struct {
 static void plain_attention(const Shape *s, const Layer *l, const double *qkv, int row, int head, double *out) {
     int size = s->head_dim, slots = s->heads + 2 * s->kv_heads, own = s->heads + head / (s->heads / s->kv_heads);
     int first = l->window && row >= l->window ? row + 1 - l->window : 0;
-    double weight[row + 1], total = 0, most = -INFINITY;
+    double weight[row + 1], total = 0, most = l->sinks ? l->sinks[head] : -INFINITY;
     for (int t = first; t <= row; t++) {
         weight[t] = 0;
         for (int d = 0; d < size; d++) weight[t] += qkv[(row * slots + head) * size + d] * qkv[(t * slots + own) * size + d];
@@ -154,6 +159,7 @@ static void plain_attention(const Shape *s, const Layer *l, const double *qkv, i
         most = fmax(most, weight[t]);
     }
     for (int d = 0; d < size; d++) out[d] = 0;
+    if (l->sinks) total = exp(l->sinks[head] - most);
     for (int t = first; t <= row; t++) {
         weight[t] = exp(weight[t] - most);
         if (s->bf16_cache) weight[t] = in_bf16((float)weight[t]);
@@ -187,6 +193,11 @@ static void plain_mlp(const Shape *s, const float *bends, const Plain *gate, con
     plain_product(up, x, ups, NULL);
     if (gate->weight) plain_product(gate, x, gates, NULL);
     for (int i = 0; i < up->outputs; i++) {
+        if (s->activation == CLAMPED) { /* always with a gate */
+            double g = fmin(gates[i], bends[1]), u = fmax(fmin(ups[i], bends[1]), -bends[1]);
+            inside[i] = g / (1 + exp(-bends[0] * g)) * (u + 1);
+            continue;
+        }
         double act = plain_activation(gate->weight ? gates[i] : ups[i], s->activation, bends);
         inside[i] = gate->weight ? act * ups[i] : act;
     }
@@ -198,7 +209,7 @@ static void plain_experts(const Shape *s, const Layer *l, const PlainLayer *p, c
     double logits[MOST_PLAIN], product[s->hidden], total = 0;
     for (int d = 0; d < s->hidden; d++) out[d] = 0;
     for (int e = 0; e < s->experts; e++) {
-        logits[e] = 0;
+        logits[e] = l->router_bias ? l->router_bias[e] : 0;
         for (int d = 0; d < s->hidden; d++) logits[e] += x[d] * l->router[e * s->hidden + d];
     }
     for (int pass = 0; pass < 2; pass++)

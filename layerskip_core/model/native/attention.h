@@ -17,6 +17,7 @@
 typedef struct {
     float *out;
     const float *gate;   /* of the sum, before the logistic function; NULL for none */
+    const float *sink;   /* the score of a place without a value; NULL for none */
     int64_t start, stop; /* of the places seen, of which the last is the query's own */
 } Query;
 
@@ -177,6 +178,7 @@ static void attend(Attention *a, const Query *queries, int count, const Shape *s
     for (int q = 0; q < count; q++) {
         for (int c = 0; c < chunks_of(size); c++) f_store(a->mixed[q] + 16 * c, f_set(0));
         f_store(a->total[q], f_set(0)), a->most[q] = LEAST_SCORE;
+        if (queries[q].sink) a->total[q][0] = 1, a->most[q] = *queries[q].sink;
         start = queries[q].start < start ? queries[q].start : start, stop = queries[q].stop > stop ? queries[q].stop : stop;
     }
     for (int64_t place = start / SPAN_PLACES * SPAN_PLACES; place < stop; place += SPAN_PLACES) {
@@ -289,6 +291,7 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int thr
             rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
             if (bf16) form_bf16((RowBf16 *)a.queries + q * size, rounding, size);
             run[q].out = call->mixed + (row * s->heads + query) * size;
+            run[q].sink = l->sinks ? l->sinks + query : NULL;
             run[q].gate = s->gates_attention ? x + (s->heads + 2 * s->kv_heads) * size : NULL;
             run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
         }

@@ -15,7 +15,7 @@ from ...errors import LayerSkipError, require_choice
 
 KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")  # of weights, as the C code numbers them
 ACTIVATIONS = {  # as the C code numbers them
-    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5},
+    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5, "swiglu_clamped": 6},
 }
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 25  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 27  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -74,7 +74,7 @@ class CLayer(Structure):
         *_fields(c_float, "scale"),
         *_fields(CMatrix, "token_gate token_output"),
         *_fields(CNorm, "after_token"),
-        *_fields(c_void_p, "shape recurrence steps"),
+        *_fields(c_void_p, "shape recurrence steps router_bias sinks"),
     ]
 
 

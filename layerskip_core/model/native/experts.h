@@ -77,7 +77,8 @@ static void route(Work *work, const Layer *l, int thread, int threads) {
         const float *x = call->hidden + (size_t)r * (size_t)n;
         if (l->before_mlp.weight) normed(x, &l->before_mlp, n, s->eps, own), x = own;
         float *logits = routing->logits + (size_t)r * (size_t)outputs;
-        for (int e = from; e < to; e++) logits[e] = dot(x, l->router + (size_t)e * (size_t)n, n);
+        for (int e = from; e < to; e++)
+            logits[e] = dot(x, l->router + (size_t)e * (size_t)n, n) + (l->router_bias ? l->router_bias[e] : 0);
     }
     if (is_few) barrier(&work->team, threads);
     for (int r = first; r < last; r++) choose_experts(s, routing, r);

@@ -30,16 +30,17 @@ typedef struct {
 } Matrix;
 
 /* A panel of weights (level - offset) * scale + minimum, exactly those that a GGUF file stands for. Where there are steps, a scale
- * or minimum is a step of its group times the `scale` of 256 inputs. Of a panel:
+ * or minimum is a step of its group times the `scale` of 256 inputs. MXFP4 has no scales: levels are indices of a table (see
+ * panel_stored), and a group's step is the exponent of a power of two. Of Q4_Z it is the offset of its levels. Of a panel:
  *     weight (group, bits, output, 4 bytes): of fewer than 8 bits first the low four, see quads_of
  *     scale ([group or 256 inputs], 1 or 2 with minimum, output)
  *     steps (group, or half a group with 6 bits; 1 or 2, output)
  */
 typedef struct {
     const char *weight;
-    const uint16_t *scale; /* fp16 */
+    const uint16_t *scale; /* fp16; NULL: of MXFP4 */
     const int8_t *steps;   /* or NULL */
-    int32_t bits, offset;  /* of levels; 0 where there are minima */
+    int32_t bits, offset;  /* of levels; 0 where there are minima, -1 where the steps are offsets */
 } StoredPanel;
 
 typedef struct {
@@ -55,7 +56,7 @@ typedef struct {
     Norm embedding;       /* of a drafter's layer, see enter; else no norm */
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
-    float bends[2];       /* of XIELU: the factors of what is positive and of what is negative */
+    float bends[2];       /* of XIELU: the factors of what is positive and of what is negative; of CLAMPED: see gated */
     Norm value;           /* as `key` */
     int64_t keys;         /* where its keys begin in a page, or those of the layer whose keys and values it reads */
     int32_t shares;       /* it reads those of another layer */
@@ -66,9 +67,11 @@ typedef struct {
     const Shape *shape;   /* of its attention, where layers differ; else NULL */
     const Recurrence *recurrence; /* in the place of attention, with a row of its own between qkv and output; else NULL */
     const float *steps;   /* (2, head, hidden), of its steps and decays; NULL where it has none */
+    const float *router_bias; /* by expert; or NULL */
+    const float *sinks;   /* by query head: one more score, of a place without a value; or NULL */
 } Layer;
 
-enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU }; /* activations */
+enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU, CLAMPED }; /* activations */
 
 struct Shape {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
@@ -308,8 +311,16 @@ INLINE vf activated(vf x, int activation, const float *bends) {
     return f_div(x, f_add(f_set(1), f_exp(f_sub(f_set(0), inner))));
 }
 
+/* activated(gate) * up; of CLAMPED, with both in bounds, gate times the logistic function of a multiple, times up + 1. */
+INLINE vf gated(vf gate, vf up, int activation, const float *bends) {
+    if (activation != CLAMPED) return f_mul(activated(gate, activation, bends), up);
+    vf most = f_set(bends[1]), least = f_set(-bends[1]); /* in this order NaN stays NaN on x86 too */
+    gate = f_min(most, gate), up = f_max(least, f_min(most, up));
+    return f_mul(f_mul(gate, logistic(f_mul(gate, f_set(bends[0])))), f_add(up, f_set(1)));
+}
+
 /* A product of rows (row, inputs), after a norm if there is one, to out (row, width): out = rows @ matrix (PUT), out +=
- * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = activated(gate) * up, or activated(up) without a gate, or
+ * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = gated(gate, up), or activated(up) without a gate, or
  * out = activated(rows @ matrix) * factors (WEIGH). */
 typedef struct {
     const Matrix *matrix;
@@ -393,8 +404,9 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
                     float *put = product[u * step][r], *out = of->out + (size_t)(first + row + r) * (size_t)of->width + place;
                     if (of->what >= ACTIVATE)
                         for (int i = 0; i < PANEL; i += 16) {
-                            vf active = activated(f_load(put + i), s->activation, of->bends);
-                            f_store(put + i, step == 2 ? f_mul(active, f_load(product[u * step + 1][r] + i)) : active);
+                            vf first = f_load(put + i), second = f_load(product[u * step + step - 1][r] + i);
+                            f_store(put + i, step == 2 ? gated(first, second, s->activation, of->bends)
+                                                       : activated(first, s->activation, of->bends));
                         }
                     if (of->what == ADD) for (int i = 0; i < live; i++) out[i] += s->residual_scale * put[i];
                     else if (of->what == WEIGH) weigh(put, of->factors + (size_t)(first + row + r) * (size_t)of->stride + place, live, out);
@@ -838,7 +850,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 25; }
+int layerskip_interface(void) { return 27; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {

@@ -78,6 +78,10 @@ INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8
 INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
 INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }
 INLINE vi i_or(vi x, vi y) { return BOTH(vi, _mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)); }
+INLINE vi i_lookup(const int8_t *table, vi indices) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return BOTH(vi, _mm256_shuffle_epi8(both, indices.a), _mm256_shuffle_epi8(both, indices.b));
+}
 INLINE __m256i half_bits_of(__m256i x, int left, int mask) {
     return _mm256_and_si256(left < 0 ? _mm256_srli_epi16(x, -left) : _mm256_slli_epi16(x, left), _mm256_set1_epi8((char)mask));
 }

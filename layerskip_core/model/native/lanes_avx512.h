@@ -44,6 +44,9 @@ INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vi i_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+INLINE vi i_lookup(const int8_t *table, vi indices) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), indices);
+}
 INLINE vi i_bits_of(vi a, int left, int mask) {
     return _mm512_and_si512(left < 0 ? _mm512_srli_epi16(a, -left) : _mm512_slli_epi16(a, left), _mm512_set1_epi8((char)mask));
 }

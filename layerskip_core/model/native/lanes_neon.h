@@ -60,6 +60,9 @@ INLINE vi i_load(const void *p) { QUARTERS(vi, vld1q_u8((const uint8_t *)p + 16 
 INLINE vi i_low(vi x) { QUARTERS(vi, vandq_u8(x.q[i], vdupq_n_u8(15))); }
 INLINE vi i_high(vi x) { QUARTERS(vi, vshrq_n_u8(x.q[i], 4)); }
 INLINE vi i_or(vi x, vi y) { QUARTERS(vi, vorrq_u8(x.q[i], y.q[i])); }
+INLINE vi i_lookup(const int8_t *table, vi indices) {
+    QUARTERS(vi, vqtbl1q_u8(vld1q_u8((const uint8_t *)table), indices.q[i]));
+}
 INLINE vi i_bits_of(vi x, int left, int mask) {
     QUARTERS(vi, vandq_u8(vshlq_u8(x.q[i], vdupq_n_s8((int8_t)left)), vdupq_n_u8((uint8_t)mask)));
 }

@@ -18,6 +18,7 @@ from ..spec import ModelSpec
 from ..weights import (
     Affine,
     Weights,
+    activation_factors,
     affine,
     block_inputs,
     block_output,
@@ -27,7 +28,7 @@ from ..weights import (
     layer_norms,
     norm_weights,
     router,
-    xielu_factors,
+    sinks,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, CTokenInputs, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
@@ -204,17 +205,20 @@ class NativeLayer:
         after_token = NativeNorm(None if inputs is None else norm_weights(weights, inputs.after, spec))
         value = NativeNorm(Affine(torch.ones(spec.head_dim), None) if spec.architecture.norms_values else None)
         self.matrices = list(matrices.values())
-        self._router = None if experts is None else router(weights, spec).float().contiguous()
-        self._norms, self._others = [NativeNorm(norm) for norm in (*before, *norms[4:])], (value, after_token)
+        scores = (None, None) if experts is None else router(weights, spec)
+        others = (*scores, sinks(weights, spec) if first == "attention" else None)
+        self._others = [None if part is None else part.float().contiguous() for part in others]
+        router_rows, *bias_and_sinks = (None if part is None else part.data_ptr() for part in self._others)
+        self._norms, self._further = [NativeNorm(norm) for norm in (*before, *norms[4:])], (value, after_token)
         self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrices[name].structure if name in matrices else CMatrix() for name in ("qkv", "output", "up", "down")),
-            None if self._router is None else self._router.data_ptr(),
+            router_rows,
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(spec.kinds[index]) or 0,
-            (ctypes.c_float * 2)(*xielu_factors(weights, spec)),
+            (ctypes.c_float * 2)(*activation_factors(weights, spec)),
             value.structure,
             sum(2 * PAGE * spec.of_layer(layer).keys for layer in spec.attending if layer < source),
             spec.source is not None,
@@ -224,6 +228,7 @@ class NativeLayer:
             after_token.structure,
             None,  # see NativeLayers
             *((None, None) if self._recurrence is None else self._recurrence.addresses),
+            *bias_and_sinks,
         )
 
 

@@ -82,7 +82,8 @@ class MatrixForm:
         form, panels = FORMS[name], self.types.count(name)
         factors = self.inputs // form.inputs * form.factors
         yield f"{name}.weight", (torch.int32, (panels, self.inputs // GROUP_SIZE * form.bits, PANEL))
-        yield f"{name}.scale", (torch.float16, (panels, factors, PANEL))
+        if not form.by_table:
+            yield f"{name}.scale", (torch.float16, (panels, factors, PANEL))
         if form.step_inputs:
             yield f"{name}.steps", (torch.int8, (panels, factors * form.inputs // form.step_inputs, PANEL))
 

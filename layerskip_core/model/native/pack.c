@@ -103,10 +103,10 @@ static void pack_stored_int4(const Rows *rows, int n, uint32_t *out, uint16_t *f
 
 /* ---- rows of blocks as GGUF files have them ---- */
 
-enum { Q4_0 = 16, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+enum { Q4_0 = 16, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4, Q4_Z, Q4_K, Q5_K, Q6_K };
 
 static const struct { int inputs, bytes; } BLOCKS[] = {
-    {32, 18}, {32, 20}, {32, 22}, {32, 24}, {32, 34}, {256, 144}, {256, 176}, {256, 210}};
+    {32, 18}, {32, 20}, {32, 22}, {32, 24}, {32, 34}, {32, 17}, {32, 19}, {256, 144}, {256, 176}, {256, 210}};
 
 typedef struct {
     uint8_t levels[256];
@@ -127,6 +127,13 @@ static void read_block(int type, const uint8_t *b, StoredBlock *to) {
     if (type == Q8_0) {
         memcpy(to->scales, b, 2);
         for (int i = 0; i < 32; i++) levels[i] = b[2 + i] ^ 128;
+    } else if (type == MXFP4) { /* twice its levels times 2^(byte - 128); the least two would be subnormal, and are 0 */
+        to->steps[0][0] = (int8_t)(b[0] < 1 ? -127 : b[0] - 128);
+        read_halves(levels, b + 1, 16, 16);
+    } else if (type == Q4_Z) {
+        memcpy(to->scales, b, 2);
+        to->steps[0][0] = (int8_t)b[2];
+        read_halves(levels, b + 3, 16, 16);
     } else if (type == Q6_K) {
         read_halves(levels, b, 128, 64);
         for (int i = 0; i < 256; i++) levels[i] |= (uint8_t)((b[128 + i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3) << 4);
@@ -174,7 +181,7 @@ static void pack_blocks(const StoredPanel *to, const Rows *rows, int n, int type
                 place_levels((uint32_t *)to->weight + unit * PANEL, lane, own.levels + g * GROUP, to->bits);
             }
             for (int f = 0; f < factors; f++) {
-                ((uint16_t *)to->scale)[(block * factors + f) * PANEL + lane] = own.scales[f];
+                if (to->scale) ((uint16_t *)to->scale)[(block * factors + f) * PANEL + lane] = own.scales[f];
                 for (int g = 0; g < steps && to->steps; g++)
                     ((int8_t *)to->steps)[((block * steps + g) * factors + f) * PANEL + lane] = own.steps[g][f];
             }

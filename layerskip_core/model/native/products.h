@@ -184,7 +184,7 @@ INLINE vi quads_of(const char *group, int quad, const int bits) {
 /* The scale of a span of inputs, or their minimum, for a stored panel's outputs. */
 INLINE vf factor_of(const Operands *o, const int spans, int span, int h, int is_minimum) {
     size_t factors = o->stored->offset ? PANEL : 2 * PANEL, at = 16 * (size_t)h + (size_t)is_minimum * PANEL;
-    if (!o->steps) return f_load_fp16(o->scale + (size_t)span * factors + at);
+    if (!o->steps || o->stored->offset < 0) return f_load_fp16(o->scale + (size_t)span * factors + at);
     vf scale = f_load_fp16(o->scale + (size_t)(span / spans / 8) * factors + at);
     return f_mul(scale, f_load_int8(o->steps + (size_t)span * factors + at));
 }
@@ -197,9 +197,10 @@ INLINE vf dots_of(vi sum, const int bits) { return f_of_int(bits == 8 ? sum : in
 
 /* The levels of rows are two bytes, which are multiplied one by one. A sum over the inputs of a step is exact up to six bits, and
  * rounded once with eight: so it makes no difference how many dots are added at once. */
-INLINE void panel_stored(const Operands *o, const int bits, const int R, const int H) {
+INLINE void panel_stored(const Operands *o, const int bits, const int by_table, const int R, const int H) {
+    static const int8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice MXFP4's levels, plus 12 */
     const int spans = bits == 6 ? 2 : 1, quads = GROUP / 4 / spans, parts = bits == 8 ? INT8_PARTS : 1;
-    const int most = bits == 8 || int4_dots(bits) > quads ? quads : int4_dots(bits);
+    const int most = bits == 8 || int4_dots(bits + by_table) > quads ? quads : int4_dots(bits + by_table);
     Sums acc;
     take_sums(acc, o, R, 1, H);
     for (int g = o->from / bits; g < o->to / bits; g++)
@@ -213,6 +214,7 @@ INLINE void panel_stored(const Operands *o, const int bits, const int R, const i
                     if (quad < bits) fetch(o, 0, g * bits + quad, R, H);
                     vi levels[2];
                     EACH(h, H) levels[h] = quads_of(weights_of(o, 0, g * bits) + 64 * h, quad, bits);
+                    EACH(h, H) levels[h] = by_table ? i_lookup(table, levels[h]) : levels[h];
                     EACH(part, parts)
                         EACH(r, R) {
                             const int8_t *value = (const int8_t *)o->x + r * o->stride + GROUP * g + 4 * quad;
@@ -228,8 +230,10 @@ INLINE void panel_stored(const Operands *o, const int bits, const int R, const i
             }
             EACH(h, H) {
                 const int offset = bits == 8 ? LEVEL_OFFSET : o->stored->offset, place = g * spans + span;
-                vf scale = factor_of(o, spans, place, h, 0);
+                const int8_t *step = o->steps + (size_t)place * PANEL + 16 * h; /* of MXFP4 and Q4_Z */
+                vf scale = by_table ? f_power_of_two(i_rounded(f_load_int8(step))) : factor_of(o, spans, place, h, 0);
                 vf minimum = bits > 5 || offset ? f_mul(scale, f_set((float)-offset)) : factor_of(o, spans, place, h, 1);
+                if (bits == 4 && offset < 0) minimum = f_sub(f_set(0), f_mul(scale, f_load_int8(step)));
                 EACH(r, R) {
                     const float *factors = (const float *)(o->x + r * o->stride + 2 * o->inputs) + 4 * g;
                     acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
@@ -241,11 +245,12 @@ INLINE void panel_stored(const Operands *o, const int bits, const int R, const i
 }
 
 INLINE void panel_of_bits(const Operands *o, const int R, const int H) {
-    switch (o->stored->bits) {
-    case 4: panel_stored(o, 4, R, H); break;
-    case 5: panel_stored(o, 5, R, H); break;
-    case 6: panel_stored(o, 6, R, H); break;
-    case 8: panel_stored(o, 8, R, H);
+    switch (o->stored->scale ? o->stored->bits : 0) {
+    case 0: panel_stored(o, 4, 1, R, H); break;
+    case 4: panel_stored(o, 4, 0, R, H); break;
+    case 5: panel_stored(o, 5, 0, R, H); break;
+    case 6: panel_stored(o, 6, 0, R, H); break;
+    case 8: panel_stored(o, 8, 0, R, H);
     }
 }
 

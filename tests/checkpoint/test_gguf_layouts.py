@@ -1,0 +1,215 @@
+"""GGUF files in the layouts of llama.cpp's converter, where these are others than transformers'."""
+
+import gguf
+import pytest
+import torch
+from conftest import CHANGES, logits_of, random_rows, tiny_model
+from decodings import ids_of
+from evaluating import tiny_loaded
+from test_gguf import by_transformers, described
+
+from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.transformers_read import GgufFile
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.export.gguf import add_tokenizer
+from layerskip_core.model import TransformersBackend
+from layerskip_core.model.blocks import plain
+from layerskip_core.model.native.compiled import kernels
+
+NAMES = {"granite": "granite", "lfm2": "lfm2", "qwen3_5_text": "qwen35", "gpt_oss": "gpt-oss"}
+SIZES = {  # what a file of the type cannot say otherwise
+    "granite": CHANGES["granite"],
+    "lfm2": {},
+    "qwen3_5_text": {
+        **{"layer_types": ["linear_attention", "full_attention"] * 3, "linear_num_value_heads": 6, "head_dim": 16},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "gpt_oss": {
+        **{"layer_types": ["sliding_attention", "full_attention"] * 3, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False},
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+OTHERS = (".bias", "conv.weight", "conv1d.weight", "inp.weight")  # which stay in fp32 whatever a file's type
+CONVERTED = ("lfm2", "qwen3_5_text")  # which transformers reads
+
+
+def header(model):
+    """The values of a GGUFWriter, by its methods."""
+    config, kind, rope = model.config, model.config.model_type, model.config.rope_parameters
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = config.num_key_value_heads
+    values = {
+        **{"context_length": config.max_position_embeddings, "embedding_length": config.hidden_size},
+        **{"feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers, "vocab_size": 300},
+        **{"head_count": config.num_attention_heads, "head_count_kv": kv_heads, "rope_freq_base": rope["rope_theta"]},
+        **{"layer_norm_rms_eps": config.norm_eps if kind == "lfm2" else config.rms_norm_eps, "rope_dimension_count": head_dim},
+    }
+    if kind == "granite":
+        values |= {"attention_scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
+        values |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
+    if kind == "lfm2":
+        values["feed_forward_length"] = model.model.layers[0].feed_forward.w1.out_features
+        values["head_count_kv"] = [kv_heads if layer == "full_attention" else 0 for layer in config.layer_types]
+        values["shortconv_l_cache"] = config.conv_L_cache
+    if kind in ("qwen3_5_text", "gpt_oss"):
+        values |= {"key_length": head_dim, "value_length": head_dim}
+    if kind == "qwen3_5_text":
+        inner = config.linear_num_value_heads * config.linear_value_head_dim
+        values |= {"ssm_conv_kernel": config.linear_conv_kernel_dim, "ssm_state_size": config.linear_key_head_dim}
+        values |= {"ssm_group_count": config.linear_num_key_heads, "ssm_time_step_rank": config.linear_num_value_heads}
+        values |= {"ssm_inner_size": inner, "full_attention_interval": 2, "nextn_predict_layers": 0}
+        values |= {"rope_dimension_count": head_dim // 2, "rope_dimension_sections": [2, 1, 1, 0]}
+    if kind == "gpt_oss":
+        values |= {"sliding_window": config.sliding_window, "expert_feed_forward_length": config.intermediate_size}
+        values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": rope["factor"]}
+        values["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
+    return values
+
+
+def in_file(name, weight, config):
+    """A weight by the names that the library gguf maps, in the layout of llama.cpp's converter."""
+    kind, part = config.model_type, name.split(".")[-2]
+    if kind == "granite" and part in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+        weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    if name.endswith("sinks"):
+        name += ".weight"
+    if ".conv1d." in name or ".conv.conv." in name:
+        weight = weight.squeeze(1)
+    if "experts." in name:
+        what = "bias" if name.endswith("_bias") else "weight"
+        weight = weight if what == "bias" else weight.transpose(1, 2)
+        name = f"{name.removesuffix('_bias')}.{what}"
+        if "gate_up" in name:
+            return {name.replace("gate_up", half): weight[:, first::2] for first, half in enumerate(("gate", "up"))}
+    if kind == "qwen3_5_text" and "linear_attn" not in name and name.endswith("norm.weight"):
+        return {name: weight + 1}
+    if "linear_attn" not in name or part == "norm":
+        return {name: weight}
+    heads = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+
+    def by_turns(rows):
+        return rows.unflatten(0, (*heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    if part in ("in_proj_qkv", "conv1d"):
+        before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+        return {name: torch.cat([weight[:before], by_turns(weight[before:])])}
+    if part == "out_proj":
+        return {name: by_turns(weight.T).T}
+    weight = -weight.exp() if name.endswith("A_log") else weight
+    return {name.replace("dt_bias", "dt_proj.bias"): by_turns(weight)}
+
+
+def written(path, model_type, kind="F32", experts="F32", **changes):
+    """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks, if they have one."""
+    model = tiny_model(model_type, torch.float32, vocab_size=300, **{**SIZES[model_type], **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    writer = gguf.GGUFWriter(path, NAMES[model_type])
+    for name, value in header(model).items():
+        getattr(writer, f"add_{name}")(value)
+    architecture = {name: known for known, name in gguf.MODEL_ARCH_NAMES.items()}[NAMES[model_type]]
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        for other, part in in_file(name, weight.detach(), model.config).items():
+            stored = names.get_name(other, try_suffixes=(".weight", ".bias"))
+            part, form = part.contiguous(), gguf.GGMLQuantizationType.F32
+            if part.dim() == 3 and experts != "F32":
+                rows = random_rows(experts, part.shape[0] * part.shape[1], part.shape[2], seed=len(stored))
+                data, form = (
+                    rows.view(*part.shape[:2], -1).as_subclass(torch.Tensor).numpy(),
+                    gguf.GGMLQuantizationType[experts],
+                )
+            else:
+                if part.dim() == 2 and stored.startswith("blk.") and not stored.endswith(OTHERS):
+                    form = gguf.GGMLQuantizationType[kind]
+                data = gguf.quants.quantize(part.numpy(), form)
+            writer.add_tensor(stored, data, raw_dtype=form)
+    add_tokenizer(writer, tiny_loaded().tokenizer, 300)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("model_type", NAMES)
+def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, tmp_path):
+    model = written(path := tmp_path / "model.gguf", model_type)
+    weights = GgufFile(path).weights()
+    assert weights.keys() == {name for name, _ in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weights[name], weight.detach(), atol=1e-5, rtol=0)
+    ids = torch.randint(3, 290, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+    for backend in (
+        for_decoding(str(path), "cpu", "fp32").backend,
+        TransformersBackend(for_training(str(path), "cpu", "fp32").model),
+    ):
+        torch.testing.assert_close(logits_of(backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0)
+    read, text = for_training(str(path), "cpu", "fp32").tokenizer, "wake me up at 7"
+    assert read(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("model_type", CONVERTED)
+def test_as_transformers_reads_it(model_type, tmp_path):
+    pytest.importorskip("transformers.integrations.gguf")
+    written(path := tmp_path / "model.gguf", model_type)
+    model, tokenizer = by_transformers(path)
+    read = for_training(str(path), "cpu", "fp32")
+    assert described(read.model.config) == described(model.config)
+    assert type(read.tokenizer) is type(tokenizer)
+    for name, weight in model.named_parameters():
+        assert torch.equal(read.model.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "experts", "changes"),
+    [
+        ("granite", "Q4_0", "F32", {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}),
+        ("lfm2", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16}),
+        ("qwen3_5_text", "Q8_0", "F32", {"linear_value_head_dim": 32, "intermediate_size": 64}),
+        (
+            "qwen3_5_text",
+            "Q5_1",
+            "F32",
+            {"linear_value_head_dim": 16, "intermediate_size": 64},
+        ),  # a block has inputs of two heads
+        ("gpt_oss", "Q8_0", "MXFP4", {"head_dim": 16}),
+        ("gpt_oss", "F32", "Q5_0", {}),
+    ],
+)
+def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
+    """Tokens are those of the dequantised model."""
+    if kernels() is None:
+        pytest.skip("no kernels here")
+    written(path := tmp_path / "model.gguf", model_type, kind, experts, **changes)
+    decoder = for_decoding(str(path), "cpu", "fp32")
+    matrices = [matrix for layer in decoder.backend._layers.layers for matrix in layer.matrices]
+    types = {name for matrix in matrices for name in matrix.form.types}
+    assert types == {kind, experts} - {"F32"}
+    divided = [matrix for matrix in matrices if not matrix.form.types]
+    assert len(divided) == {("F32", "Q5_0"): 12, ("Q5_1", "F32"): 3}.get((kind, experts), 0)
+    read, prompt = for_training(str(path), "cpu", "fp32"), list(range(5, 25))
+    with torch.no_grad():
+        expected = read.model(torch.tensor([prompt])).logits
+    found = logits_of(decoder.backend, torch.tensor([prompt]))
+    assert (found - expected).std() < 5e-3 * expected.std()
+    config = DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
+    ids = ids_of(decode(decoder.backend, prompt, config))
+    assert ids == ids_of(decode(TransformersBackend(read.model), prompt, config))
+
+
+def test_experts_in_mxfp4_are_the_weights_that_the_library_reads(tmp_path):
+    written(path := tmp_path / "model.gguf", "gpt_oss", experts="MXFP4")
+    file = GgufFile(path)
+    for name in ("gate_up_proj", "down_proj"):
+        rows = file.rows(f"model.layers.0.mlp.experts.{name}")
+        assert torch.equal(plain(rows).transpose(1, 2), file.weight(f"model.layers.0.mlp.experts.{name}"))
