@@ -73,8 +73,11 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
                 found[match[1]], files[name] = name, file
     if not found:
         return None, ()
-    shapes, layer = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}, _SHIPPED["layer."]
-    experts = spec.expert_parts(spec.attending[-1], layer) if isinstance(spec, ModelSpec) and spec.attending else {}
+    shapes, experts = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}, dict[str, list[list[str]]]()
+    if isinstance(spec, ModelSpec) and spec.attending:  # stored in parts as those of the model's last such layer
+        last, own_layer = spec.layer_prefix(spec.attending[-1]), _SHIPPED["layer."]
+        for name, parts in spec.stored_parts.items():
+            experts[name.replace(last, own_layer, 1)] = [[part.replace(last, own_layer, 1) for part in each] for each in parts]
 
     def stored(name: str) -> list[list[str]]:
         if name in found:

@@ -270,17 +270,13 @@ class ModelSpec:
             parts[self.head_name] = [[f"{head}.weight"]]
         if (prefix := self.names.stored_prefix) is not None:
             parts |= {name: [[name.replace("model.", prefix, 1)]] for name in self.shapes if name.startswith("model.")}
-        for index in range(self.layers if self.experts else 0):
-            parts |= self.expert_parts(index, self.layer_prefix(index))
-        return parts
-
-    def expert_parts(self, layer: int, prefix: str) -> dict[str, list[list[str]]]:
-        """The `stored_parts` of experts like those of a layer, whose names begin with `prefix`."""
-        experts, parts = self.experts_of(layer), dict[str, list[list[str]]]()
-        stored_as = {} if experts is None or self.architecture.experts is None else self.architecture.experts.stored
-        for name, stored in stored_as.items():
-            count = experts.count if experts is not None and "{}" in stored[0] else 1
-            parts[prefix + name] = [[prefix + part.format(expert) for part in stored] for expert in range(count)]
+        if self.experts is None or self.architecture.experts is None:
+            return parts
+        for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):
+            prefix = self.layer_prefix(index)
+            for name, stored in self.architecture.experts.stored.items():
+                count = self.experts.count if "{}" in stored[0] else 1
+                parts[prefix + name] = [[prefix + part.format(expert) for part in stored] for expert in range(count)]
         return parts
 
     def weights_read(self, rows: int) -> float:
