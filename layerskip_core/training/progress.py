@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,11 +133,22 @@ def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) ->
 
 def discard_after(folder: Path, kept: Path | None) -> None:
     """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
-    for checkpoint in _checkpoints(folder):
-        if kept is None or _step(checkpoint) > _step(kept):
-            shutil.rmtree(checkpoint)
+    _discard(folder, [each for each in _checkpoints(folder) if kept is None or _step(each) > _step(kept)])
     with suppress(OSError):
         folder.rmdir()
+
+
+def discard_oldest(folder: Path, kept: int | None) -> None:
+    """Removes all but so many of the newest checkpoints; None: keeps all."""
+    _discard(folder, _checkpoints(folder)[kept:] if kept else [])
+
+
+def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
+    """Renames checkpoints before it removes them: a process that is killed meanwhile leaves none in part."""
+    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # what such a process left
+    for checkpoint in checkpoints:
+        checkpoint.rename(discarded)
+        shutil.rmtree(discarded)
 
 
 def _step(checkpoint: Path) -> int:

@@ -24,7 +24,17 @@ from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
 from .data import collate
-from .progress import KEPT, LossHistory, StepLosses, StepReport, checkpoints_folder, discard_after, newest_first, seal
+from .progress import (
+    KEPT,
+    LossHistory,
+    StepLosses,
+    StepReport,
+    checkpoints_folder,
+    discard_after,
+    discard_oldest,
+    newest_first,
+    seal,
+)
 from .recipe import RunStep
 from .sharding import process_index, read_shard, use_fsdp, write_shard
 
@@ -57,6 +67,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.started = 0.0
         super().__init__(plan.module, training_arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
+        # Trainer's own removal, when it is killed, leaves a checkpoint in part.
+        self.kept, self.args.save_total_limit = self.args.save_total_limit, None
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
@@ -209,6 +221,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase = "training"
+        if process_index() == 0:
+            discard_oldest(self.checkpoints, self.kept)
 
     def _failure(self, what: str) -> TrainingError:
         saved = newest_first(self.checkpoints)

@@ -15,7 +15,8 @@ from training_runs import RECIPE, Interrupted, require_exact_resumption, same_we
 
 from layerskip_core.config.model import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
-from layerskip_core.training import module
+from layerskip_core.training import module, progress
+from layerskip_core.training.progress import SEAL
 from layerskip_core.training.run import prepare
 
 
@@ -203,6 +204,24 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     with pytest.raises(TrainingInterrupted):
         plan.run(lambda report: None)
     assert steps_saved(two_checkpoints) == [2, 3]
+
+
+def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(settings, two_checkpoints, monkeypatch):
+    """By a run at its third checkpoint, which keeps two, in the middle of the removal; the next run removes the rest."""
+
+    def killed(folder, ignore_errors=False, remove=shutil.rmtree):
+        if ignore_errors:
+            return remove(folder, ignore_errors)
+        (folder / SEAL).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+    assert steps_saved(two_checkpoints) == [2, 3] and (two_checkpoints / "checkpoints" / "discarded").is_dir()
+    prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+    assert not (two_checkpoints / "checkpoints").exists()
 
 
 def test_a_resumed_run_saves_as_often_as_now_asked(settings, two_checkpoints):
