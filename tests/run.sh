@@ -2,7 +2,7 @@
 # Sets up an environment, then runs lint, types, the wheel in an empty environment, and the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-echo 'About 10 minutes on two cores: an environment, lint, types, 4,900 tests, the wheel in an empty environment, the plugin for vLLM.'
+echo 'About 10 minutes on two cores: an environment, lint, types, 3,900 tests, the wheel in an empty environment, the plugin for vLLM.'
 . examples/environment.sh '[dev,gguf,llama-cpp,lm-eval]'
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
