@@ -204,16 +204,18 @@ class LowBitWeights:
         """As it is stored: floats, rows of blocks, or other levels."""
         module = part.removesuffix(".weight")
 
-        def get(end: str) -> Any:
+        def get(end: str, needed: bool = True) -> Any:
             name = module + end
+            if needed and name not in self._files:
+                raise CheckpointError(f"{name} is missing, which {part} in {self._method} needs")
             return self._files[name].mapped(name) if name in self._files else None
 
-        if (blocks := get("_blocks")) is not None:
+        if (blocks := get("_blocks", False)) is not None:
             return mxfp4_rows(blocks, get("_scales"))
         if (levels := levels_of(get, self._least_zero)) is not None:
             return levels
-        scale, whole = get(".weight_scale"), self._files[part].mapped(part)
-        if (scale := get(".weight_scale_inv") if scale is None else scale) is None:
+        scale, whole = get(".weight_scale", False), self._files[part].mapped(part)
+        if (scale := get(".weight_scale_inv", False) if scale is None else scale) is None:
             return whole
         self._dequantised.add(part)
         return scaled_blocks(whole, scale)

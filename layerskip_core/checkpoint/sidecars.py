@@ -8,7 +8,7 @@ projections and of the head, by the weight's name. That of a model whose folder 
 fingerprint.
 
 exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
-block, and what each reads (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
+block (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
 an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
 
 eagle3/ is the folder of the drafter, as vLLM, SGLang and llama.cpp read it. Its config.json has what the library `speculators`

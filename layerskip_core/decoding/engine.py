@@ -124,7 +124,7 @@ class DecodingLoop:
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
         self.piece: float = inf
-        # Elsewhere an output would depend on the answers before it: drafts decide what chance, or how passes round.
+        # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(DrafterSetup(model, config, eos_ids, reuse_exit_states, searched, self._prefixes))

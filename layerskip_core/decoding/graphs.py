@@ -25,7 +25,7 @@ from ..model.backend import Backend
 from ..model.cache import KVCache
 from ..model.row_cache import RowCache
 
-_AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
+_WARMUP_RUNS = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next texts, too, however short they are
 
 _IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # of decodings that are over
@@ -85,7 +85,7 @@ class Recorder:
         """
         key = name, tuple(tensor.shape for tensor in inputs)
         self._runs[key] += 1
-        if self._records and key not in self._recordings and self._runs[key] > _AS_USUAL:
+        if self._records and key not in self._recordings and self._runs[key] > _WARMUP_RUNS:
             try:
                 self._recordings[key] = self._recorded(work, inputs)
             except RuntimeError as error:

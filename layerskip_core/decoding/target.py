@@ -264,7 +264,7 @@ class Prefixes:
         best, most = None, 0
         for text in self._texts:
             known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-            if text.made_for == (model, target.writes) and known >= max(text.first, self._least, most + 1):
+            if text.written_by == (model, target.writes) and known >= max(text.first, self._least, most + 1):
                 best, most = text, known
         if best is None:
             return model.new_cache(1, end), 0
@@ -275,7 +275,7 @@ class Prefixes:
 
     def parting(self, model: Backend, target: Target, prompt: Sequence[int], known: int) -> int:
         """Where a prompt leaves the text that it has most in common with, if no text goes on from there: 0 elsewhere."""
-        texts = (text for text in self._texts if text.made_for == (model, target.writes))
+        texts = (text for text in self._texts if text.written_by == (model, target.writes))
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
@@ -287,7 +287,7 @@ class Prefixes:
         """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
         if not self._most_bytes or model.exact:
             return
-        common = {text: _common(text.ids, ids) for text in self._texts if text.made_for == (model, target.writes)}
+        common = {text: _common(text.ids, ids) for text in self._texts if text.written_by == (model, target.writes)}
         if len(ids) - max((count for text, count in common.items() if count >= text.first), default=0) < self._least:
             return
         while cache.spare() < cache.branch_pages:
@@ -308,7 +308,7 @@ NO_PREFIXES = Prefixes(0)  # where nothing is kept
 class _KeptText:
     """A text of Prefixes, and a cache of one row with its KV entries: of the layers and blocks that a target writes."""
 
-    made_for: tuple[Backend, Hashable]
+    written_by: tuple[Backend, Hashable]
     ids: list[int]
     cache: KVCache
     first: int  # position that a prompt can go on from

@@ -158,21 +158,22 @@ def unpacked(numbers: Tensor, bits: int) -> Tensor:
     return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
 
 
-def levels_of(get: Callable[[str], Any], least: int) -> Levels | None:
-    """A projection by the ends of its tensors' names; None where it has no levels. `least`: of GPTQ's zeros.
+def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
+    """A projection by the ends of its tensors' names; None where it has no levels. `least`: of GPTQ's zeros. `get` raises for a
+    tensor that is missing, or returns None if it is not needed (False).
 
     GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
     levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed ones by group, or none.
     """
-    if (packed := get(".qweight")) is not None:
+    if (packed := get(".qweight", False)) is not None:
         scale, zeros = get(".scales").T.contiguous(), get(".qzeros")
         bits = 32 * zeros.shape[1] // len(scale)
         if packed.shape[1] < len(scale):  # AWQ
             levels, zero = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (packed, zeros))
         else:
             levels, zero = unpacked(packed.T.contiguous(), bits), (unpacked(zeros, bits) + least).T
-        return Levels(levels.contiguous(), zero.contiguous(), scale, bits, get(".g_idx"))
-    packed, whole, zeros, scale = map(get, (".weight_packed", ".weight", ".weight_zero_point", ".weight_scale"))
+        return Levels(levels.contiguous(), zero.contiguous(), scale, bits, get(".g_idx", False))
+    packed, whole, zeros = (get(end, False) for end in (".weight_packed", ".weight", ".weight_zero_point"))
     if packed is not None:
         inputs = int(get(".weight_shape")[1])
         bits = 32 * packed.shape[1] // inputs
@@ -181,11 +182,12 @@ def levels_of(get: Callable[[str], Any], least: int) -> Levels | None:
         levels, bits = whole.int() + 128, 8
     else:
         return None
+    scale = get(".weight_scale")
     if zeros is not None and zeros.dtype == torch.int32:
         zero = unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
     else:
         zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
-    return Levels(levels, zero, scale, bits, get(".weight_g_idx"))
+    return Levels(levels, zero, scale, bits, get(".weight_g_idx", False))
 
 
 def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:

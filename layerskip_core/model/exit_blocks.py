@@ -6,7 +6,7 @@ state after E layers.
 At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024; here Qwen3.5's):
 its layer reads W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the
 target's own for the first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so
-the first token of a text has none. The state before the final norm is drafted from badly.
+the first token of a text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md).
 """
 
 import re

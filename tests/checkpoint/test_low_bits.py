@@ -7,7 +7,6 @@ from conftest import edit_json, logits_of, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.folder import has_low_bits
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -171,18 +170,17 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     assert done.code == 0 and ("as stored" in done.err or not kernels())
 
 
-def test_a_projection_that_is_missing(tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("qweight", r"1 weights are missing, model\.layers\.2\.mlp\.up_proj\.weight the first"),
+        ("scales", r"up_proj\.scales is missing, which model\.layers\.2\.mlp\.up_proj\.weight in gptq needs"),
+    ],
+)
+def test_a_part_of_a_projection_that_is_missing(missing, message, tmp_path):
     path = folder_of(tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, "gptq", gptq)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.2.mlp.up_proj.qweight"]
+    del weights[f"model.layers.2.mlp.up_proj.{missing}"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 weights are missing, model\.layers\.2\.mlp\.up_proj\.weight the first"):
+    with pytest.raises(CheckpointError, match=message):
         for_decoding(path, "cpu", "fp32")
-
-
-@pytest.mark.parametrize(
-    "other", [{"quant_method": "hqq"}, {"format": "nvfp4-pack-quantized"}, {"bits": 3}, {"version": "gemv"}]
-)
-def test_other_forms_are_left_to_transformers(other):
-    known = {"quant_method": "awq", "bits": 4, "version": "gemm"}
-    assert has_low_bits(known) and not has_low_bits({**known, **other}) and not has_low_bits({})

@@ -15,7 +15,7 @@ from ...model.spec import AnySpec
 STRENGTH = 4.0  # observations that a prior counts as
 TIMES = 0.07  # weight of a newly measured time
 PERIODS = 0.97  # weight of the times of drafts and of steps that were known, per new one
-JUMP = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
+OUTLIER_FACTOR = 2.0  # a time that is longer than expected by more than this factor was disturbed, and counts as this much
 POWERS = 11  # of 2, whose passes have known times
 _MEMORY = 0.995  # weight of what was known, per new observation
 _LONG_MEMORY = 0.998  # the same of how far to trust a probability, which differs less between texts
@@ -122,7 +122,7 @@ class PassTimes:
         return self.of(n + 1) - self.of(n)
 
     def observe(self, n: int, time: float) -> None:
-        error, longest = min(time / self.of(n), JUMP) - 1, 0.0
+        error, longest = min(time / self.of(n), OUTLIER_FACTOR) - 1, 0.0
         for place, near in enumerate(_nearness(n)):
             self._weights[place] += near
             weight = max(TIMES, 1 / (1 + self._weights[place]))
@@ -235,7 +235,7 @@ class Pace:
     def observe(self, expected: float, time: float) -> None:
         """A draft took so long, and its steps were expected to take `expected`."""
         if self.tries:
-            time = min(time, JUMP * (self.each + self.factor * expected))
+            time = min(time, OUTLIER_FACTOR * (self.each + self.factor * expected))
         self.tries += 1
         terms = 1.0, expected, time, expected * expected, expected * time
         self._sums = [PERIODS * known + new for known, new in zip(self._sums, terms, strict=True)]

@@ -11,7 +11,19 @@ from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
-from .estimates import JUMP, NO_OTHERS, PERIODS, STRENGTH, TIMES, Acceptance, Arm, Calibration, Pace, PassTimes, best_length
+from .estimates import (
+    NO_OTHERS,
+    OUTLIER_FACTOR,
+    PERIODS,
+    STRENGTH,
+    TIMES,
+    Acceptance,
+    Arm,
+    Calibration,
+    Pace,
+    PassTimes,
+    best_length,
+)
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter
 
 Drafting = ExitDrafter | ModelDrafter
@@ -23,7 +35,7 @@ _UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be fast
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
-# Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are right more often than they say.
+# Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are underconfident.
 _CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
 # Least evidence of a lookup; acceptance of its first token, and of further ones.
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
@@ -87,7 +99,7 @@ class Knowledge:
             known = self._periods.setdefault((rows.bit_length(), looks), [0.0, 0.0, 0.0])
             known[:] = PERIODS * known[0] + tokens, PERIODS * known[1] + seconds, known[2] + tokens
         if looks and self._pass_seconds is not None:
-            most = JUMP * self.rest + _REST * self.passes.of(1)  # a step that took longer was disturbed
+            most = OUTLIER_FACTOR * self.rest + _REST * self.passes.of(1)  # a step that took longer was disturbed
             self.rest += TIMES * (min((seconds - in_passes) / self._pass_seconds, most) - self.rest)
 
     @property
@@ -100,7 +112,7 @@ class Knowledge:
         looking, plain = (self._periods.get((rows.bit_length(), looks), [0.0, 0.0, 0.0]) for looks in (True, False))
         if looking[2] < _FEW * rows:
             return inf
-        # Where no plain step is known, it is none, so that one will be.
+        # No plain step measured yet: 1.0, which forces one.
         return looking[0] * plain[1] / (plain[0] * looking[1]) if plain[0] else 1.0
 
     def best_length(
