@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec
+from .assistant import assistant_beside, assistant_content
 from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
 from .loaded import Trainable
 from .locate import adapters_of, present
@@ -39,6 +40,8 @@ _SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, an
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 
+STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
+
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
     """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
@@ -57,11 +60,25 @@ def with_drafters(
     blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
 ) -> ExitBlocks:
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
-    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_sidecar(folder, spec)
-    known = mtp and mtp.model_fingerprint
-    if mtp and known and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of))):
+
+    def is_other(known: str | None) -> bool:
+        return bool(known) and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of)))
+
+    eagle3, found = eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
+    if found is NO_BLOCKS and not eagle3:
+        return blocks
+    return replace(blocks, eagle3=eagle3, mtp=found.mtp, assistant=found.assistant, notes=found.notes)
+
+
+def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str | None], bool]) -> ExitBlocks:
+    """The drafters that a folder's model ships. `is_other`: whether one was made for other weights, by its fingerprint."""
+    (mtp, notes), (assistant, why) = mtp_sidecar(folder, spec), assistant_beside(folder, spec)
+    if mtp and is_other(mtp.model_fingerprint):
         mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
-    return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
+    if assistant and is_other(assistant.model_fingerprint):
+        assistant, why = replace(assistant, model_fingerprint=OTHERS), (STALE_ASSISTANT,)
+    notes = (*notes, *why)
+    return replace(NO_BLOCKS, mtp=mtp, assistant=assistant, notes=notes) if mtp or assistant or notes else NO_BLOCKS
 
 
 def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
@@ -107,15 +124,20 @@ def _shipped(name: str) -> str:
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
-    """The file of the drafter that a model's checkpoint ships, to be saved with its weights or what these become."""
-    mtp = shipped_by(name, loaded.backend.spec).mtp
-    return {} if mtp is None else {MTP_FILE: mtp_content(loaded.backend.spec, mtp, loaded.model.get_parameter)}
+    """The files of the drafters that a model ships, to be saved with its weights or what these become."""
+    spec = loaded.backend.spec
+    return files_of_shipped(shipped_by(name, spec), spec, loaded.model.get_parameter)
+
+
+def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> dict[str, bytes]:
+    files = {} if blocks.mtp is None else {MTP_FILE: mtp_content(spec, blocks.mtp, weight_of)}
+    if (assistant := blocks.assistant) is not None:
+        files |= assistant_content(assistant, assistant.model_fingerprint or fingerprint(spec, weight_of))
+    return files
 
 
 def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
     adapters, base = adapters_of(name)
-    if (folder := present(base).folder) is None or (mtp := mtp_sidecar(folder, spec)[0]) is None:
-        return NO_BLOCKS
-    changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
-    return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
+    folder = present(base).folder
+    return NO_BLOCKS if folder is None else _shipped_beside(folder, spec, lambda known: bool(adapters))

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, MTP_FILE, PACKED_FILE, quiet_transformers
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.shipped import mtp_content, read_exit_blocks
+from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
@@ -81,8 +81,8 @@ def export(config: ExportConfig) -> Exported:
     draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
     readme, files = None, dict[str, bytes]()
-    if blocks.mtp is not None and exit_layer == layers and not config.as_gguf:
-        files[MTP_FILE] = mtp_content(loaded.backend.spec, blocks.mtp, loaded.model.get_parameter)
+    if exit_layer == layers and not config.as_gguf:
+        files |= files_of_shipped(blocks, loaded.backend.spec, loaded.model.get_parameter)
     if config.engine is not None:
         length = recommended_length(decoder, exit_layer, draft_layers)
         length = (PROPOSED, "the number that the drafter's folder tells vLLM") if drafter else length
@@ -131,11 +131,9 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
             if (folder / name).is_file():
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
-        if (mtp := unpacked.exit_blocks.mtp) is not None:
-            (staging / MTP_FILE).write_bytes(mtp_content(unpacked.spec, mtp, unpacked.weight_of))
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
-    save_files(write, info, config.output)
+    save_files(write, info, config.output, files_of_shipped(unpacked.exit_blocks, unpacked.spec, unpacked.weight_of))
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
 
@@ -149,7 +147,7 @@ def _write_weights(source: Source, path: Path) -> str:
     """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
     packing = replace(source.packing, draft_vocab=0)
     spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None, mtp=None)  # copied as they are
+    blocks = replace(source.exit_blocks, eagle3=None, mtp=None, assistant=None)  # copied as they are
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"

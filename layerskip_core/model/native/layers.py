@@ -54,7 +54,9 @@ class Engine:
         chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inner, steps = max([spec.inner, *(size.inner for size in spec.sizes)]), 0
         inside, mixed = max(inner, chosen * expert), max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
-        read = max(sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, spec.attending)))
+        read = max(
+            sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
+        )
         if (recurrence := spec.recurrence) is not None:
             read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
@@ -156,6 +158,11 @@ class Buffers:
         return self._logits
 
 
+def keys_at(spec: ModelSpec, layer: int) -> int:
+    """Where the keys of a layer begin in a page."""
+    return sum(2 * PAGE * spec.of_layer(before).keys for before in spec.attending if before < layer)
+
+
 class NativeNorm:
     """A norm's weights in fp32, or none, and the C structure with their addresses."""
 
@@ -220,7 +227,7 @@ class NativeLayer:
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*activation_factors(weights, spec)),
             value.structure,
-            sum(2 * PAGE * spec.of_layer(layer).keys for layer in spec.attending if layer < source),
+            keys_at(spec, source),
             spec.source is not None,
             index,
             1.0,
