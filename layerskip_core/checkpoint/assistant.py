@@ -3,7 +3,6 @@ it, or the folder NAME-assistant beside NAME.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,11 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from msgspec import Meta
-from torch import Tensor
 
 from ..errors import CheckpointError, require
 from ..files import read_json
 from ..model.architectures import is_complete
-from ..model.assistant import ORDER, Assistant
+from ..model.assistant import INPUT, ORDER, Assistant
 from ..model.configuration import LayerSizes
 from ..model.spec import AnySpec, ModelSpec
 from .folder import CONFIG_FILE, FLOATS, WeightFile, quiet_transformers, read_settings, weight_files
@@ -43,41 +41,35 @@ def assistant_beside(folder: str | Path, spec: AnySpec) -> tuple[Assistant | Non
     """That of a model's folder; a note if there is one that cannot be used."""
     try:
         for path in (Path(folder) / "assistant", Path(f"{Path(folder)}-assistant")):
-            if is_assistant(path):
+            if isinstance(spec, ModelSpec) and is_assistant(path):
                 return read_assistant(path, spec), ()
     except CheckpointError as error:
         return None, (str(error),)
     return None, ()
 
 
-def read_assistant(folder: str | Path, target: AnySpec) -> Assistant:
+def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
     """The assistant in a folder, read when taken. Raises CheckpointError if it is not one for this model."""
     with naming(f"the assistant {folder}", "give that of this model"):
         settings = read_json(Path(folder) / CONFIG_FILE, CheckpointError)
-        values, text = msgspec.convert(settings, _Values), settings["text_config"]
-        if not is_complete(text):
+        values = msgspec.convert(settings, _Values)
+        if not is_complete(text := values.text_config):
             from transformers import AutoConfig
 
             with quiet_transformers():
                 text = AutoConfig.for_model(**text).to_dict()
         files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
-        require(isinstance(target, ModelSpec), "model", "one that our kernels run", target.model_type)
-        assert isinstance(target, ModelSpec)
         spec = replace(_beside(text, target), tied="lm_head.weight" not in files)
-        require(values.backbone_hidden_size == target.hidden, "backbone_hidden_size", str(target.hidden), spec.hidden)
-        clusters, chosen = values.num_centroids * values.use_ordered_embeddings, values.centroid_intermediate_top_k
-        made = Assistant(spec, target.hidden, clusters, chosen, settings | {"text_config": text}, _reader(files))
+        hidden, clusters = values.backbone_hidden_size, values.num_centroids * values.use_ordered_embeddings
+        require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)
+        take, chosen = (lambda name: files[name].read(name)), values.centroid_intermediate_top_k
+        made = Assistant(spec, hidden, clusters, chosen, settings | {"text_config": text}, take)
         check_entries({name: files[name].entries[name] for name in made.shapes if name in files}, made.shapes, FLOATS)
         if clusters:
             require(spec.vocab % clusters == 0 and chosen <= clusters, "num_centroids", "a divisor of vocab_size", clusters)
-            ids = made.take(ORDER)
-            known = ids is not None and torch.equal(ids.long().sort().values, torch.arange(spec.vocab))
-            require(known, ORDER, f"the ids below {spec.vocab}", "others")
-        return replace(made, model_fingerprint=next(iter(files.values())).metadata.get(FINGERPRINT))
-
-
-def _reader(files: dict[str, WeightFile]) -> Callable[[str], Tensor | None]:
-    return lambda name: files[name].read(name) if name in files else None
+            ids = take(ORDER).long().sort().values if ORDER in files else None
+            require(ids is not None and torch.equal(ids, torch.arange(spec.vocab)), ORDER, f"ids below {spec.vocab}", "others")
+        return replace(made, model_fingerprint=files[INPUT].metadata.get(FINGERPRINT))
 
 
 def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
@@ -97,7 +89,6 @@ def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
 
 def assistant_content(assistant: Assistant, model_fingerprint: str) -> dict[str, bytes]:
     """The files of its folder in a model's. `model_fingerprint`: of the model that it was made for."""
-    taken = {name: assistant.take(name) for name in (*assistant.shapes, *([ORDER] if assistant.clusters else []))}
-    weights = {name: weight for name, weight in taken.items() if weight is not None}
-    text = json.dumps(assistant.settings, indent=2) + "\n"
-    return dict(zip(ASSISTANT_FILES, (text.encode(), content_of(weights, model_fingerprint, {"format": "pt"})), strict=True))
+    names, text = (*assistant.shapes, *([ORDER] if assistant.clusters else [])), json.dumps(assistant.settings, indent=2) + "\n"
+    weights = content_of({name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"})
+    return dict(zip(ASSISTANT_FILES, (text.encode(), weights), strict=True))

@@ -182,7 +182,7 @@ def import_checkpoint(
     sidecars |= shipped_files(name, loaded)
     given, eagle3 = drafter and fetched(drafter), folder and f"{folder}/{EAGLE3_FOLDER}"
     if given is not None and is_assistant(given):
-        sidecars |= assistant_content(read_assistant(given, spec), fingerprint(spec, weight_of))
+        sidecars |= assistant_content(read_assistant(given, loaded.backend.own_spec), fingerprint(spec, weight_of))
         given = None
     if (eagle3 := given or eagle3) is not None and Path(eagle3).is_dir():
         sidecars |= eagle3_content(read_eagle3(eagle3, spec), spec, str(Path(output).resolve()))

@@ -11,12 +11,13 @@ rotates queries for the position after it.
 A head with clusters scores only the tokens of the `chosen` ones whose centroids h scores highest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .spec import ModelSpec
-from .weights import Take
 
 INPUT, OUTPUT, CENTROIDS = "pre_projection.weight", "post_projection.weight", "masked_embedding.centroids.weight"
 ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
@@ -40,7 +41,7 @@ class Assistant:
     clusters: int
     chosen: int
     settings: Mapping[str, Any]
-    take: Take
+    take: Callable[[str], Tensor]
     model_fingerprint: str | None = None
 
     @property

@@ -150,7 +150,7 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
         assert {*ASSISTANT_FILES} <= {*read_info(str(tmp_path / name)).files}
     stored, own = (load_file(tmp_path / path / "model.safetensors") for path in ("imported/assistant", "hub-assistant"))
     assert stored.keys() == own.keys() and all(torch.equal(stored[name], own[name]) for name in own)
-    assert Gemma4AssistantForCausalLM.from_pretrained(tmp_path / "imported/assistant").config.num_hidden_layers == 4
+    assert Gemma4AssistantForCausalLM.from_pretrained(tmp_path / "imported/assistant").config.text_config.num_hidden_layers == 4
     weights = load_file(tmp_path / "imported" / "model.safetensors")  # as after a training by others
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(weights, tmp_path / "imported" / "model.safetensors", {"format": "pt"})

@@ -44,11 +44,7 @@ class NativeAssistant:
         fits = not any(width % GROUP_SIZE for width in widths)
         layer_kind, head_kind = (kind if fits and kind is not None else unrounded for kind in low_bits)
 
-        def take(name: str) -> Tensor | None:
-            weight = stored.take(name)
-            return None if weight is None else weight.to(dtype)
-
-        weights = Weights(checked(take, stored.shapes), stored.shapes)
+        weights = Weights(checked(lambda name: stored.take(name).to(dtype), stored.shapes), stored.shapes)
         engine = Engine(kernels, spec, embedding.dtype)
         engine.make_room(2 * target.hidden)
 
@@ -68,10 +64,10 @@ class NativeAssistant:
         self._layers = NativeLayers(engine, spec, embedding, None, layers, pool)
         norm = norm_weights(weights, spec.names.norm, spec)
         self._join, self._next = linear(INPUT, layer_kind), linear(OUTPUT, layer_kind, norm)
-        if (order := stored.take(ORDER) if stored.clusters else None) is not None:
-            parts = weights.of(CENTROIDS), weights.of(spec.head_name), order.long(), stored.chosen
+        if stored.clusters:
+            parts = weights.of(CENTROIDS), weights.of(spec.head_name), stored.take(ORDER).long()
             own_norm = Norm(Affine(norm.weight.float(), None), spec.eps)
-            self.head: NativeLinear | ClusteredHead = ClusteredHead(own_norm, *parts)
+            self.head: NativeLinear | ClusteredHead = ClusteredHead(own_norm, *parts, stored.chosen)
         else:
             self.head = linear(spec.head_name, head_kind, norm)
 
