@@ -94,11 +94,12 @@ class ClusteredHead:
         """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by cluster."""
         self._norm, self._centroids, self._chosen = norm, centroids.float(), chosen
         self._ids = order.view(len(centroids), -1)
-        self._rows = table[self._ids]
+        self._rows = table[self._ids].flatten(1)  # (C, V/C * D)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
         best = (normed @ self._centroids.T).topk(self._chosen).indices
-        found = self._rows[best].flatten(1, 2).float() @ normed[..., None]
+        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])  # an index takes five times as long
+        found = rows.float() @ normed[..., None]
         logits = normed.new_full((len(normed), self._ids.numel()), -torch.inf)
         return logits.scatter_(1, self._ids[best].flatten(1), found[..., 0])
