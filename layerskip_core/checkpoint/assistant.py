@@ -1,4 +1,4 @@
-"""The assistant beside a Gemma 4 model, as on the hub: the folder `assistant` in the model's own, where `import --drafter` puts
+"""The assistant beside a Gemma 4 model: the folder `assistant` in the model's own, where `import --drafter` puts
 it, or the folder NAME-assistant beside NAME.
 """
 
@@ -62,12 +62,12 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
         spec = replace(_beside(text, target), tied="lm_head.weight" not in files)
         hidden, clusters = values.backbone_hidden_size, values.num_centroids * values.use_ordered_embeddings
         require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)
-        take, chosen = (lambda name: files[name].read(name)), values.centroid_intermediate_top_k
-        made = Assistant(spec, hidden, clusters, chosen, settings | {"text_config": text}, take)
+        chosen, settings = values.centroid_intermediate_top_k, settings | {"text_config": text}
+        made = Assistant(spec, hidden, clusters, chosen, settings, lambda name: files[name].read(name))
         check_entries({name: files[name].entries[name] for name in made.shapes if name in files}, made.shapes, FLOATS)
         if clusters:
             require(spec.vocab % clusters == 0 and chosen <= clusters, "num_centroids", "a divisor of vocab_size", clusters)
-            ids = take(ORDER).long().sort().values if ORDER in files else None
+            ids = made.take(ORDER).long().sort().values if ORDER in files else None
             require(ids is not None and torch.equal(ids, torch.arange(spec.vocab)), ORDER, f"ids below {spec.vocab}", "others")
         return replace(made, model_fingerprint=files[INPUT].metadata.get(FINGERPRINT))
 

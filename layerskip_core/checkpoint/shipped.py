@@ -39,7 +39,6 @@ _SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, an
 }
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
-
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
 
 

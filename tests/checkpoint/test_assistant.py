@@ -183,6 +183,16 @@ def changed(folder, **values):
     path.write_text(json.dumps(config | values | {"text_config": config["text_config"] | values}))
 
 
+def test_a_configuration_of_an_older_transformers_is_completed(folder):
+    """As the released ones are written: without values by layer."""
+    expected, path = decoded(folder), folder.with_name("hub-assistant") / "config.json"
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    del text["per_layer_config"]
+    path.write_text(json.dumps(config | {"text_config": text | {"global_head_dim": 32}}))
+    assert decoded(folder) == expected
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

@@ -43,7 +43,6 @@ class NativeAssistant:
         dtype, unrounded = (torch.bfloat16, "bf16") if bf16 else (torch.float32, "fp32")
         fits = not any(width % GROUP_SIZE for width in widths)
         layer_kind, head_kind = (kind if fits and kind is not None else unrounded for kind in low_bits)
-
         weights = Weights(checked(lambda name: stored.take(name).to(dtype), stored.shapes), stored.shapes)
         engine = Engine(kernels, spec, embedding.dtype)
         engine.make_room(2 * target.hidden)
