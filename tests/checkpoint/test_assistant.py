@@ -20,6 +20,7 @@ from layerskip_core.checkpoint.shipped import STALE_ASSISTANT
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 PROMPT = prompt_of(20)
@@ -109,6 +110,25 @@ def test_logits_of_several_drafts_are_those_of_transformers(pair, length):
             assert known.sum() in (len(found), 3 * len(found) // 8)
             assert int(token) == int(right.argmax())
             assert float((found - right)[known].norm() / right[known].norm()) < 1e-4
+
+
+def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
+    """The state is that of the last accepted token, also where several rows draft at their own positions."""
+    folder, target, assistant = pair
+    backend, rounds = for_decoding(str(folder), "cpu", "fp32", PackingConfig(rounds_drafter=False)).backend, []
+    draft = ExitDrafter.draft
+
+    def recorded(drafter, context, limits, *ends):
+        found = draft(drafter, context, limits, *ends)
+        rounds.extend((list(ids), own[1:].tolist()) for ids, own in zip(context.ids, found.by_row(), strict=True))
+        return found
+
+    monkeypatch.setattr(ExitDrafter, "draft", recorded)
+    config = DecodingConfig("mtp", num_draft_tokens=2, max_new_tokens=6)
+    assert len([*decode_batch(backend, [prompt_of(9), PROMPT], config)]) == 2
+    assert len(rounds) > 6
+    for text, drafts in rounds:
+        assert drafts == [int(logits.argmax()) for logits in reference(target, assistant, text, len(drafts))]
 
 
 def test_it_is_found_beside_the_model_and_changes_no_output(pair):
