@@ -1,7 +1,6 @@
 """The figures of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,25 +90,6 @@ def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, An
         axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=style.get("linewidth"), capsize=2)
 
 
-def name_ends(axes: Any) -> None:
-    """Writes the name of each labelled line at the right, near its end and clear of the others."""
-    room, names, last = 0.055, [], -math.inf
-    lines = [
-        line for line in axes.lines if not line.get_label().startswith(("_child", "_nolegend_")) and len(line.get_xydata())
-    ]
-    for line in sorted(lines, key=lambda line: tuple(line.get_xydata()[-1][::-1])):
-        end = tuple(line.get_xydata()[-1])
-        last = max(axes.transAxes.inverted().transform(axes.transData.transform((0, end[1])))[1], last + room)
-        names.append([line.get_label(), end, last, line.get_color()])
-    most = 1.0
-    for end in reversed(names):  # names above the axes move down, and those below them as far as needed
-        end[2] = most = min(end[2], most)
-        most -= room
-    for name, end, level, colour in names:
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        axes.annotate(name, end, (1.04, level), textcoords="axes fraction", va="center", fontsize=7.5, arrowprops=line)
-
-
 def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
     """At most so many lines: those on the Pareto frontier, then the fastest; and a note on the choice."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
@@ -159,7 +139,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
     elif min(value for points in curves.values() for _, value in points) > 0:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes)
+    legend_above(axes)
     return figure
 
 
@@ -182,7 +162,7 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
     if lower:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes)
+    legend_above(axes)
     return figure
 
 
