@@ -167,9 +167,10 @@ class SweepConfig(MeasurementConfig):
         tuple[Share, ...] | None,
         Flag("Also early exits at each --exit-confidence.", None, "0.8,0.9,0.95 if exits were trained", "Decoding"),
     ] = None
-    quick: Annotated[bool, Flag("Measure only what is predicted to be fastest.", panel="Measurement")] = False
     packing: Annotated[PackingConfig, Without(("draft_model",))] = field(default_factory=PackingConfig)
-    search_skips: Annotated[bool, Flag("Also search the layers to skip of --strategy draft-and-verify.")] = False
+    search_skips: Annotated[
+        bool, Flag("Also search the layers to skip of --strategy draft-and-verify.", panel="Measurement")
+    ] = False
     generation: Annotated[
         DecodingOptions,
         Without(("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK)),

@@ -80,7 +80,7 @@ class Result:
     strategy: str = ""
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts; none of a setting that was only predicted
+    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts
     perplexity: float | None = None  # of a sweep, on the references, through the exit; strategies that draft have none
     acceptance_rate: float | None = None  # accepted / drafted
     mean_accepted_tokens: float | None = None  # per round
@@ -89,16 +89,13 @@ class Result:
     ttft_ms: float | None = None
     peak_memory_mb: float | None = None
     speedup: float | None = None  # in seconds per new token, prefill included, over autoregressive decoding in the same repeat
-    decode_speedup: float | None = None  # the same without prefill and first token
     identical_outputs: float | None = None  # the share of samples with the autoregressive tokens
     speedup_over_transformers: float | None = None  # over transformers' generate
     pareto: bool = False  # no other result is at least as good by the quality metric and as fast, and better in one of the two
     predicted_speedup: float | None = None  # by the cost model, from `pass_times_ms`, over the plain steps timed with them
-    predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None  # the share of the autoregressive tokens that the exit or the low-bit copy chooses too
     acceptance_by_position: tuple[float, ...] | None = None  # the share accepted at each position of a round, of those compared
-    time_split_ms: dict[str, float] = field(default_factory=dict)  # per token, by phase
     differences: tuple[Difference, ...] = ()  # where a strategy that drafts departs from the autoregressive tokens
     failures: tuple[Failure, ...] = ()
     draft_weights: Quantization | None = None  # of the copy whose first `exit_layer` layers draft; None: the model's own
@@ -138,18 +135,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class PredictionError:
-    """The cost model's error, predicted over measured speedup less 1, over `settings` settings."""
-
-    settings: int
-    median: float  # of the absolute values
-    largest: float
-    mean: float  # signed: above 0 the model was too optimistic
-
-
-@dataclass(frozen=True)
 class Answered:
-    """A prompt, its reference if it has one, and the answer of each result; None where it was not measured or failed."""
+    """A prompt, its reference if it has one, and the answer of each result; None where it failed."""
 
     prompt: str
     reference: str
@@ -164,7 +151,6 @@ class RunRecord:
     environment: dict[str, Any]  # the machine and the software; older versions wrote fewer of its keys
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
-    prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
     # Not part of the document:
     answered: tuple[Answered, ...] = ()

@@ -182,7 +182,7 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
 def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record: full depth and each exit alone. Raises ConfigError, LayerSkipError."""
     usual = SweepConfig()
-    for name in ("specs", "quick", "search_skips", "exit_confidences"):
+    for name in ("specs", "search_skips", "exit_confidences"):
         given = getattr(config, name)
         require(given == getattr(usual, name), name, f"{_HERE}, which measures exits alone", given)
     for exit_layer in config.exits:

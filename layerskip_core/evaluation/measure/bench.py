@@ -225,7 +225,7 @@ class StopString(Exception):
 
 
 class StepTimer(BaseStreamer):  # type: ignore[misc]
-    """Times `generate`'s steps as its streamer and by hooks: passes over K+1 tokens verify, those with fewer layers draft."""
+    """Times `generate`'s steps as its streamer; counts drafts by a hook: a pass of all layers over K+1 tokens verifies K."""
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
         self.ids: list[int] = []
@@ -235,19 +235,15 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         self._scanner = scanner
         self._prompt_seen = False
         self._drafted = 0
-        self._started = self._target_started = self._target_ended = 0.0
+        self._started = 0.0
 
     def __enter__(self) -> "StepTimer":
-        self._hooks = [
-            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._model.register_forward_hook(self._after),
-        ]
+        self._hook = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
         self._model.config.num_hidden_layers = self._num_layers  # a failed early-exit draft leaves it at the exit
 
     def put(self, value: torch.Tensor) -> None:
@@ -257,11 +253,8 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
             return
         seconds, tokens = time.perf_counter() - self._started, value.flatten().tolist()
         count, reason = self._scanner.cut(tokens)
-        draft = self._target_started - self._started if self._drafted else 0.0
-        spent = self._target_ended - self._target_started
-        prefill, verify = (0.0, spent) if self.steps else (spent, 0.0)
-        times = DecodeStats(prefill_seconds=prefill, draft_seconds=draft, verify_seconds=verify, total_seconds=seconds)
-        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + times
+        counts = step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count)
+        self.stats += replace(counts, total_seconds=seconds)
         self.steps.append(Step(count, seconds))
         self.ids += tokens[:count]
         if reason == "stop":
@@ -275,11 +268,6 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         if self._model.config.num_hidden_layers == self._num_layers:
             rows = (keywords["input_ids"] if "input_ids" in keywords else args[0]).shape[1]
             self._drafted = rows - (1 if self.steps else self.stats.prompt_tokens)
-            self._target_started = time.perf_counter()
-
-    def _after(self, *_: Any) -> None:
-        if self._model.config.num_hidden_layers == self._num_layers:
-            self._target_ended = time.perf_counter()
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
@@ -329,8 +317,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         count, reason = scanner.cut(verbose["tokens"])
         prefill = min(verbose["timings"]["prompt_ms"] / 1000, seconds)
         steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
-        stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
-        stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
+        stats = replace(step_counts(0, 0, count), sequences=1, prompt_tokens=len(prompt_ids), total_seconds=seconds)
         return Output(tuple(verbose["tokens"][:count]), "", steps, stats, reason)
 
     return complete

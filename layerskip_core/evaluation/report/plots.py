@@ -20,7 +20,7 @@ from ..metrics import lower_is_better
 from ..results import Result, RunRecord, drafts_name, result_name
 from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
-SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
+_SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
@@ -41,7 +41,6 @@ _STYLE = {
     "ytick.color": _INK,
     "legend.frameon": False,
 }
-_PHASES = ("prefill", "draft", "verify", "other")
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -57,9 +56,9 @@ def style(**settings: Any) -> Iterator[None]:
         yield
 
 
-def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = SIZE[1]) -> tuple[Figure, Any]:
+def new_figure(title: str, xlabel: str = "", ylabel: str = "") -> tuple[Figure, Any]:
     """A figure and its axes. The title is not drawn: the page shows it as the caption."""
-    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    figure = Figure(figsize=_SIZE, layout="constrained")
     figure.set_label(title)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
@@ -119,7 +118,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
-    """The figures that the record has data for, by name; the last one can be tall."""
+    """The figures that the record has data for, by name."""
     with style():
         drawn = {name: draw(record) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -195,23 +194,6 @@ def _acceptance_by_position(record: RunRecord) -> Figure | None:
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
 
 
-def _time_split(record: RunRecord) -> Figure | None:
-    timed = [result for result in record.results if result.time_split_ms]
-    if not timed:
-        return None
-    figure, axes = new_figure("Where the time goes", "milliseconds per token", height=max(SIZE[1], 0.6 + 0.2 * len(timed)))
-    ends = [0.0] * len(timed)
-    for number, phase in enumerate(_PHASES):
-        times = [result.time_split_ms.get(phase, 0.0) for result in timed]
-        axes.barh(range(len(timed)), times, left=ends, color=f"C{number}", label=phase)
-        ends = [end + time for end, time in zip(ends, times, strict=True)]
-    axes.set_yticks(range(len(timed)), map(result_name, timed), fontsize=7)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    legend_above(axes)
-    return figure
-
-
 def _perplexity(record: RunRecord) -> Figure | None:
     measured = {result.exit_layer: result.perplexity for result in record.results if result.perplexity is not None}
     full, line = measured.pop(None, None), list(measured.items())
@@ -285,5 +267,4 @@ FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
-    "time_split": _time_split,
 }
