@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from ..config.decoding import DecodingOptions, DraftProfile
+from ..config.decoding import DraftProfile
 from ..config.model import Quantization
 from ..config.resolution import EXACT, Policy
 from ..decoding import DecodeStats, StopReason
@@ -18,7 +18,6 @@ from ..files import append_lines, parse_json, read_bytes, whole_lines, write_fil
 
 ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
-FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
@@ -251,10 +250,3 @@ def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}
     return flat
-
-
-def found_skip(folder: Path) -> DecodingOptions | None:
-    """The layers to skip that an interrupted run in this folder found."""
-    lines = whole_lines(folder / JOURNAL, LayerSkipError)
-    settings = parse_json(lines[0], f"`resume`: {folder / JOURNAL}", LayerSkipError) if lines else {}
-    return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)

@@ -99,7 +99,7 @@ def test_the_page_has_the_columns_of_the_terminal():
     *_, head, poem, summed = Page(tables).rows
     assert head[:5] == ["strategy", "category", "R2", "EM", "accept"]
     assert (poem[:3], summed[:3]) == (["self-speculative", "poem", "50%"], ["self-speculative", "sum", "25%"])
-    harness = replace(FULL, config=FULL.config | {"task": {"task": "lm_eval:x"}})
+    harness = replace(FULL, config=FULL.config | {"task": {"task": "lm-eval:x"}})
     scored = replace(PLAIN, metrics={"x acc": 0.5}, stderr={"x acc": 0.05}, samples={"x": 9})
     assert Page(report_page(replace(harness, results=(scored,)), {}, [])).rows[1][:4] == ["x", "acc", "9", ".500±.050"]
 

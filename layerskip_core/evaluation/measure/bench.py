@@ -19,19 +19,18 @@ from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import GgufFile
-from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig, DecodingOptions
+from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as
 from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
 from ..metrics import scores_by_exit
-from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
+from ..results import Journal, Output, RunRecord, Step
 from ..tasks import Task
 from . import Baseline, Progress, depth_of, measure, own_output
 from .cost_model import bandwidth
 from .figures import environment, result_of
-from .skip_search import search_skips
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -47,12 +46,6 @@ def bench(
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
-    searched: DecodingOptions | None = None
-    if must_search(loaded, config):
-        searched = found_skip(folder) if folder is not None and resume else None
-        if searched is None:
-            searched, *_ = yield from search_skips(loaded, task, generation, next(iter(config.packing.draft_weights), None))
-        recommended = replace(recommended, skip=searched)
     config = replace(config, task=task.config, generation=generation)
     settings = strategies_of(loaded, config, recommended)
     speculative = resolve_as("self-speculative", generation, recommended, layers, config.packing)
@@ -65,8 +58,7 @@ def bench(
         made = {name: machine[name] for name in ("versions", "device_name", "threads", "dtype", "implementation")}
         files = " ".join(map(files_digest, filter(None, (loaded.name, config.packing.draft_model))))
         digests = {"model_files": files, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
-        head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {}) | digests
-        journal = Journal(folder, head | {"machine": made}, resume)
+        journal = Journal(folder, asdict(config) | own | digests | {"machine": made}, resume)
     depths = [depth_of(setting, layers) or layers for setting in settings]
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
     settings += [replace(speculative, strategy=name) for name in baselines]
@@ -93,7 +85,8 @@ def bench(
 
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
     """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
-    chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
+    skipping = ["draft-and-verify"] if config.generation.get("skip") else []
+    chosen = {*(config.strategies or suiting_strategies(loaded, config)), *skipping}
     for name in chosen & set(BESIDE) - loaded.backend.drafters.keys():
         require(False, "strategies", f"a list without {name} for a model without such a drafter", name)
     settings = []
@@ -116,11 +109,6 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
         *loaded.backend.drafters,
         *(["draft-model"] if loaded.backend.draft_model is not None else []),
     }
-
-
-def must_search(loaded: Decoder, config: BenchConfig) -> bool:
-    """Whether Draft & Verify runs without known layers to skip."""
-    return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:

@@ -18,7 +18,6 @@ from ..tasks import Task, other_rows
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, draft_profile, predict, side_of
 from .figures import Contest, contest, environment, finalists, recommend, result_of
-from .skip_search import search_skips
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
 _UNPREDICTED = (4, 8, 16)  # the same of drafters whose speed is not predicted: all are measured
@@ -41,18 +40,10 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     perplexity = scores_by_exit(losses)
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config, copies)
-    searched = dict[DecodingConfig, tuple[float, Prediction]]()  # agreement and prediction of the layers to skip
-    if config.search_skips:
-        weights = next(iter(config.packing.draft_weights), None)
-        options, share, prediction = yield from search_skips(loaded, task, generation, weights)
-        searched[decoding("draft-and-verify", {**generation, **options}, draft_weights=weights)] = share, prediction
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     timed = spread(task.examples, config.timed or 0)
     predictions, by_side, context = yield from predict(loaded, timed, predictable, plain)
     agreement = {each: by_side.get(side_of(each)) for each in settings if each.strategy == "early-exit" or each.draft_weights}
-    for setting, (share, prediction) in searched.items():
-        settings.append(setting)
-        agreement[setting], predictions[setting] = share, prediction
     if not config.specs:
         settings = _with_best_lengths(settings, predictions)
     settings = [plain, *settings]
