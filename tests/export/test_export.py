@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layerskip_core import load
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.loaded import Trainable, decoder_of
+from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.model import CheckConfig, Engine
 from layerskip_core.export.check import Drafted, DrafterCheck, check_drafter
-from layerskip_core.export.run import cut_config, cut_to_exit, instructions, recommended_length
+from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
@@ -106,17 +105,6 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path):
     assert "in the way is README.md, which layerskip did not write" in run(*exits, "1", "--engine", "vllm").err
     assert run(*exits, "1").code == 0
     assert (tmp_path / "draft" / "README.md").read_text() == "mine"
-
-
-def test_the_number_of_draft_tokens(with_block):
-    """A draft of acceptance a and cost c: 1 + a + ... + a^d tokens in the time 1 + d c, by Leviathan et al. (2023)."""
-    loaded = decoder_of(for_training(str(with_block), "cpu", "fp32"))
-    assert recommended_length(replace(loaded, info=replace(loaded.info, exit_layer=2, num_draft_tokens=9)), 2, 3)[0] == 9
-    assert recommended_length(loaded, 4, 4)[0] == 6
-    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
-    cost = (3 * layer + 300 * 32) / (6 * layer + 300 * 32)
-    rates = {drafts: (1 - 0.75 ** (drafts + 1)) / 0.25 / (1 + drafts * cost) for drafts in range(17)}
-    assert recommended_length(loaded, 2, 3)[0] == max(rates, key=rates.get)
 
 
 @pytest.mark.parametrize("engine", get_args(Engine))
