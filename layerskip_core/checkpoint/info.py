@@ -37,7 +37,7 @@ class _Config(msgspec.Struct, frozen=True):
 
 class _Block(msgspec.Struct, frozen=True):
     agreement: float | None = None
-    data: DataConfig | None = None
+    data: DataConfig | str | None = None  # older versions wrote the name alone
     validation: str | None = None
 
 
@@ -127,7 +127,7 @@ class CheckpointInfo:
     def trained_on(self) -> tuple[DataConfig | None, str | None]:
         """The data of the latest training, and that of its held-out losses: other data, or one of its splits."""
         for block in reversed(self._training.exit_blocks.values()):
-            if block.data is not None:
+            if isinstance(block.data, DataConfig):
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
 
