@@ -11,7 +11,7 @@ import pytest
 from cli.commands.sweep_exits import front
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
-from layerskip_core.evaluation.report.tables import TextTable, points_of, results_table
+from layerskip_core.evaluation.report.tables import points_of, results_table
 from layerskip_core.evaluation.results import Bounds, Difference, Failure, Recommendation, Result, RunRecord, read_record
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
@@ -152,24 +152,6 @@ def test_a_benchmark_says_what_drafted_and_how_near_the_memory_bandwidth_is():
     note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
     told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."
     assert told in note.splitlines()
-
-
-def test_columns_without_room_go_into_another_table():
-    table = TextTable(("", "one", "two", "three"), (("name", "1", "22222", "3"), ("x", "1", "2", "3")), "note")
-    # Widths with a space: 5, 4, 6, 6; the last column needs no space.
-    assert table.column_blocks(20) == [[0, 1, 2, 3]]
-    assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
-    assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
-    assert replace(table, spare=("two", "one")).column_blocks(14) == [[0, 1, 3]]
-    assert TextTable(("a|b",), (("c\nd",),), "").markdown().splitlines() == ["| a\\|b |", "| --- |", "| c d |", "", ""]
-    assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
-
-
-@pytest.mark.parametrize("record", [SWEEP, BENCH])
-def test_a_record_is_read_back_from_its_json(tmp_path, record):
-    file = tmp_path / "results.json"
-    file.write_text(to_json(record))
-    assert read_record(str(file)) == record
 
 
 @pytest.mark.parametrize("text", ["", "[]", to_json(BENCH), to_json(SWEEP).replace("182.4", '"fast"')])

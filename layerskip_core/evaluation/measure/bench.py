@@ -65,9 +65,10 @@ def bench(
     measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
     full = measured[0]
     stats = sum((output.stats for output in full.answers), DecodeStats())
-    if full.repeats and (tokens := float(full.times[3].sum())):
+    decoding = [step for outputs in full.repeats for output in outputs for step in output.steps[1:]]  # without prefills
+    if tokens := sum(step.tokens for step in decoding):
         positions = (stats.prompt_tokens + stats.new_tokens / 2) / max(stats.sequences, 1)
-        machine["bandwidth"] = bandwidth(loaded, float(full.times[2].sum()) / tokens, positions)
+        machine["bandwidth"] = bandwidth(loaded, sum(step.seconds for step in decoding) / tokens, positions)
     transformers = next((each for each in measured if each.setting.strategy == "transformers"), None)
     results = []
     for each in measured:

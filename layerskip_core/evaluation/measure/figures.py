@@ -60,10 +60,10 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
     result, stats = setting_of(measured.setting), sum((output.stats for output in answers), DecodeStats())
     figures: dict[str, Estimate] = {}
     if measured.repeats:
-        times, base = measured.times, full.times
-        figures["speedup"] = speed_ratio(base[:2], times[:2])
+        times = measured.times
+        figures["speedup"] = speed_ratio(full.times, times)
         if transformers is not None:
-            figures["speedup_over_transformers"] = speed_ratio(transformers.times[:2], times[:2])
+            figures["speedup_over_transformers"] = speed_ratio(transformers.times, times)
         result = replace(result, **_speeds(measured), tokens_per_second=estimate(torch.div, times[[1, 0]]).value)
     known = [output.error is None for output in full.answers]
     same = [there and mine.ids == other.ids for there, mine, other in zip(known, answers, full.answers, strict=True)]
