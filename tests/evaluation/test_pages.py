@@ -101,7 +101,7 @@ def test_the_page_has_the_columns_of_the_terminal():
     assert (poem[:3], summed[:3]) == (["self-speculative", "poem", "50%"], ["self-speculative", "sum", "25%"])
     harness = replace(FULL, config=FULL.config | {"task": {"task": "lm-eval:x"}})
     scored = replace(PLAIN, metrics={"x acc": 0.5}, stderr={"x acc": 0.05}, samples={"x": 9})
-    assert Page(report_page(replace(harness, results=(scored,)), {}, [])).rows[1][:4] == ["x", "acc", "9", ".500±.050"]
+    assert Page(report_page(replace(harness, results=(scored,)), {}, [])).rows[1][:4] == ["x", "acc", "9", "0.500±.050"]
 
 
 def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out():
