@@ -102,7 +102,7 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
     with pytest.raises(CheckpointError, match="cannot load model no/where"):
-        prepare(frozen(start_from="no/where"))
+        prepare(frozen(output=str(tmp_path / "other"), start_from="no/where"))
 
 
 def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
