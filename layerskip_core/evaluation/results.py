@@ -84,7 +84,6 @@ class Result:
     acceptance_rate: float | None = None  # accepted / drafted
     mean_accepted_tokens: float | None = None  # per round
     tokens_per_second: float | None = None
-    time_per_token_ms: dict[str, float | None] = field(default_factory=dict)  # p50 and p95
     ttft_ms: float | None = None
     peak_memory_mb: float | None = None
     speedup: float | None = None  # in seconds per new token, prefill included, over autoregressive decoding in the same repeat

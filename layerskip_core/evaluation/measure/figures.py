@@ -94,23 +94,10 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """Figures of steps: medians over the repeats."""
-    firsts, per_token = [], []
-    for outputs in measured.repeats:
-        firsts.append(median([output.steps[0].seconds for output in outputs if output.steps] or [math.nan]))
-        # The tokens of a step share its time equally.
-        steps = [step for output in outputs for step in output.steps[1:]]
-        per_token.append(sorted(step.seconds / step.tokens for step in steps for _ in range(step.tokens)) or [math.nan])
-    quantiles = {
-        name: finite(1000 * median(times[math.ceil(share * len(times)) - 1] for times in per_token))
-        for name, share in (("p50", 0.50), ("p95", 0.95))
-    }
+    """The median time of the first token (over prompts, then repeats), and the peak of memory."""
+    firsts = [[output.steps[0].seconds for output in outputs if output.steps] or [math.nan] for outputs in measured.repeats]
     peaks = [each.peak_memory_mb for outputs in measured.repeats for each in outputs if each.peak_memory_mb is not None]
-    return {
-        "time_per_token_ms": quantiles,
-        "ttft_ms": finite(1000 * median(firsts)),
-        "peak_memory_mb": max(peaks, default=None),
-    }
+    return {"ttft_ms": finite(1000 * median(map(median, firsts))), "peak_memory_mb": max(peaks, default=None)}
 
 
 def environment(loaded: Decoder) -> dict[str, Any]:
