@@ -1,6 +1,6 @@
 """Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import inf
@@ -41,7 +41,7 @@ from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
-from .save import NO_FILES, read_whole, save_checkpoint
+from .save import read_whole, save_checkpoint
 from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
 from .transformers_read import (
@@ -150,19 +150,11 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
 
 
-def import_checkpoint(
-    name: str,
-    output: str,
-    dtype: str,
-    files: Mapping[str, bytes] = NO_FILES,
-    change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
-    drafter: str | None = None,
-) -> tuple[torch.dtype, list[str]]:
+def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = None) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    `files` are written too, by name; `change` is applied to layerskip.json. `drafter`: one (folder or hub id) in
-    the EAGLE-3 layout, or a Gemma 4 model's assistant, instead of the model's own. `dtype`: as in `written_dtype`.
-    Returns the precision, and why files were left out.
+    `drafter`: one (folder or hub id) in the EAGLE-3 layout, or a Gemma 4 model's assistant, instead of the model's own.
+    `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -194,8 +186,8 @@ def import_checkpoint(
         for trained, how in details.pop(EXIT_BLOCKS, {}).items()
         if (given is None if trained == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
-    info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
+    info = replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {}))
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, sidecars)
     return precision, left_out
 
 

@@ -134,15 +134,8 @@ class Buffers:
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
             choices, most = rows * experts.choices, experts.count + experts.shared + 1
-            sizes = {
-                "choice_slots": choices,
-                "chosen": choices,
-                "slot_rows": choices,
-                "experts": most,
-                "first_slots": most,
-                "used": 1,
-            }
-            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
+            sizes = dict.fromkeys(("choice_slots", "chosen", "slot_rows"), choices) | {"experts": most, "first_slots": most}
+            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in (sizes | {"used": 1}).items()}
             sizes = {"logits": rows * (experts.count + experts.gates_shared), "weights": choices, "products": choices * hidden}
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
             for name, part in self._routing.items():
