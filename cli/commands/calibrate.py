@@ -16,6 +16,7 @@ from ..options import command
 def calibrate(
     config: CalibrationConfig,
     threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0,
+    clear: Annotated[bool, Flag("Only remove the weights kept for models whose folders cannot be written.")] = False,
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
 
@@ -23,10 +24,13 @@ def calibrate(
     """
     use_threads(threads)
     from layerskip_core.calibration import calibrate, output_folder
+    from layerskip_core.checkpoint.sidecars import cache_folder, clear_cache
     from layerskip_core.files import hold
 
     started = time.monotonic()
-    with hold(output_folder(config), "layerskip calibrate"), stage_bars() as show:
+    with hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"), stage_bars() as show:
+        if clear:
+            return narrate(f"removed {clear_cache()} files of int4 weights from {cache_folder()}")
         path = calibrate(config, lambda stage, total, done: show(stage, done, total, ""))
     narrate(f"saved int4 weights in {path} after {time.monotonic() - started:.0f} s")
     narrate(f"next: layerskip generate --model {shlex.quote(config.model)} --quantize int4")

@@ -104,6 +104,14 @@ def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
             path.unlink()
 
 
+def clear_cache() -> int:
+    """Returns the number of files that are gone. Needs the lock of the folder."""
+    paths = list(cache_folder().glob(f"*.{INT4_FILE}"))
+    for path in paths:
+        path.unlink()
+    return len(paths)
+
+
 class StoredInt4(NamedTuple):
     """Calibrated weights as rows of bytes, read when taken, and the share of places where the model chooses the same token."""
 
