@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import zip_longest
-from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,13 +79,14 @@ class DecodeStats:
         return DecodeStats(*(added(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
+@lru_cache  # most steps are alike
 def step_counts(
     drafted: int,
     accepted: int,
     new_tokens: int,
     drafter: str | None = None,
     layers: int | None = None,
-    survival: Sequence[float] = (),
+    survival: tuple[float, ...] = (),
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
@@ -297,11 +298,6 @@ class Row:
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
 
     @property
-    def before_stop(self) -> float:
-        """How many tokens a piece may have."""
-        return self.stop - self.filled if self.filled < self.stop else inf
-
-    @property
     def chooses(self) -> bool:
         """Whether it gets new tokens in this step: after drafts, or after all of its prompt."""
         lacks = self.lacks
@@ -319,7 +315,7 @@ class Row:
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
+        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, tuple(survival))
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:
             self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)

@@ -160,10 +160,9 @@ class Scheduler:
         `prefixes`: KV entries of texts that prompts may begin with; those of each request are added.
         """
         self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()  # first those that were set aside, the oldest first
         self._embeddings: deque[Embedding] = deque()
         self._groups: dict[Hashable, _Run] = {}  # by the settings that they share
-        self._aside: deque[Request] = deque()  # which were being decoded, the oldest first
         self._numbers = count()
 
     @property
@@ -174,7 +173,7 @@ class Scheduler:
     @property
     def held(self) -> int:
         """How many requests wait or are being decoded, embeddings included."""
-        return len(self._waiting) + len(self._embeddings) + len(self._aside) + self.running
+        return len(self._waiting) + len(self._embeddings) + self.running
 
     def add(self, request: Request | Embedding) -> None:
         if isinstance(request, Request):
@@ -183,11 +182,9 @@ class Scheduler:
 
     def cancel(self, request: Request | Embedding) -> bool:
         """Gives up a request; it gets no further update. Returns False if it is not here any more."""
-        queues: list[deque[Any]] = [self._queue(request), self._aside]
-        for queue in queues:
-            if request in queue:
-                queue.remove(request)
-                return True
+        if request in (queue := self._queue(request)):
+            queue.remove(request)
+            return True
         row = None if isinstance(request, Embedding) else request._row
         found = row is not None and any(run.rows.pop(row, None) for run in self._groups.values())
         if row is not None:
@@ -202,30 +199,30 @@ class Scheduler:
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
-        while not blocked and self._pending < _PREFILLED and self.running < self._batch_size and self._next_has_room():
+        while self._waiting and not blocked and self._takes_more and self._has_room(self._waiting[0]):
             done += self._take_in()
-        room = _PREFILLED
+        room: float = _PREFILLED
         for run in list(self._groups.values()):
             run.loop.piece = room
             if self._make_room(run):
-                before = run.loop.pending
                 done += run.advance()
-                room -= max(0, min(before - run.loop.pending, room))
+                room = run.loop.left
         self._forget_empty()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
         decoding = (request for run in self._groups.values() for request in run.rows.values())
-        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding, *self._aside]
-        for held in (self._waiting, self._embeddings, self._groups, self._aside):
+        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding]
+        for held in (self._waiting, self._embeddings, self._groups):
             held.clear()
         return _failed(requests, error)
 
     @property
-    def _pending(self) -> int:
-        """How many tokens of prompts have to run."""
-        return sum(run.loop.pending for run in self._groups.values())
+    def _takes_more(self) -> bool:
+        """Whether fewer requests run than may, and the next step has room for another's prompt."""
+        pending = sum(row.lacks for run in self._groups.values() for row in run.loop.active)
+        return pending < _PREFILLED and self.running < self._batch_size
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
@@ -241,11 +238,6 @@ class Scheduler:
             return []
         first.deliver(update)
         return [self._embeddings.popleft()]
-
-    def _next_has_room(self) -> bool:
-        """Whether a request waits for which there is memory; the oldest that was set aside first."""
-        queue = self._aside or self._waiting
-        return bool(queue) and self._has_room(queue[0])
 
     def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
@@ -270,12 +262,12 @@ class Scheduler:
                 return True
             row, youngest = max(others, key=lambda other: other[1].rows[other[0]]._number)
             youngest.loop.set_aside(row)
-            self._aside.appendleft(youngest.rows.pop(row))
+            self._waiting.appendleft(youngest.rows.pop(row))
         return False
 
     def _take_in(self) -> list[Request]:
         """The next request joins the loop with its settings. Returns the requests that an error ends."""
-        request = (self._aside or self._waiting).popleft()
+        request = self._waiting.popleft()
         decoder, config, run = self._decoder, request.config, None
         is_single = request.isolated or bool(config.exit_confidence) or decoder.backend.exact
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
@@ -289,7 +281,7 @@ class Scheduler:
                 row = run.loop.row(request.ids, config, decoder.ends_of(config), config.seed)
             run.loop.add(row)
         except BaseException as error:
-            if run is None or not run.loop.is_over:  # which is as before
+            if run is None or run.loop.active:  # which is as before
                 return _failed([request], error)
             self._groups.pop(key, None)
             return [*run.fail(error), *_failed([request], error)]

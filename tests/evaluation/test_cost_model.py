@@ -158,7 +158,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
                     hidden = model.embed(torch.tensor([known[:last]]))
                     model.run_layers(hidden, 0, LAYERS, cache.span(0, last))
                 draft = drafter.draft(context_of([known], torch.tensor(known[last:]), cache, [0], [last]), [block])
-            for choice, drafted, token in zip(choices[start:], draft.drafts.tolist(), ids[len(known) :], strict=False):
+            for choice, drafted, token in zip(choices[start:], draft.tokens[1:].tolist(), ids[len(known) :], strict=False):
                 assert choice == drafted
                 if drafted != token:
                     break

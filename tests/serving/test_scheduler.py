@@ -312,7 +312,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
             if step < len(gone):
                 scheduler.cancel(clients[gone[step]].request)
             scheduler.step()
-            waited, used = max(waited, len(scheduler._aside)), max(used, pool.used)
+            waited, used = max(waited, sum(request._row is not None for request in scheduler._waiting)), max(used, pool.used)
         assert not scheduler.held and waited and used <= pool.most and embedding[0].vector
         for number, client in enumerate(clients):
             if number not in gone:

@@ -134,12 +134,14 @@ def choose(
         chosen=chosen.data_ptr(),
         stop_count=len(kept),
     )
-    states = rows.new_empty(len(kept), *rows.shape)
+    reached = dict[int, Tensor]()
     if kept:
+        states = rows.new_empty(len(kept), *rows.shape)
         stops = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept))
         choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
+        reached = dict(zip(kept, states.unbind(), strict=True))
     engine.kernels.choose(
         *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
         *(buffers.call, choice, buffers.threads),
     )
-    return chosen, {layer: layers.carrying(state, tokens) for layer, state in zip(kept, states, strict=True)}
+    return chosen, {layer: layers.carrying(state, tokens) for layer, state in reached.items()}
