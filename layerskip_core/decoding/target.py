@@ -279,6 +279,11 @@ class Prefixes:
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
+    def gain(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+        """Whether a text has more in common with one of others, which will be kept, than with those that are."""
+        known = max((_common(text.ids, ids) for text in self._texts), default=0) if others else 0
+        return self._most_bytes > 0 and any(_common(other, ids) - known >= self._least for other in others)
+
     def drop(self) -> bool:
         """Forgets the text that was not used for the longest time. Returns False if there is none."""
         return bool(self._texts) and self._texts.pop(0) is not None
