@@ -217,7 +217,7 @@ class DecodingLoop:
         """A draft, the target's pass over it and over pieces of prompts, the tokens that it verifies, and those committed."""
         started = time.perf_counter()
         self._divide()
-        drafting = [index for index, row in enumerate(self.active) if not row.lacks]
+        drafting = [index for index, row in enumerate(self.active) if not row.fills]
         draft, instants = self._draft(drafting)
         output, tokens, bounds = self._pass(draft, drafting)
         rows, verified = [row for row in self.active if row.chooses], list[list[int]]()
@@ -227,7 +227,7 @@ class DecodingLoop:
         elif output.logits is not None:
             verified = self._sampler.verify(tokens, counts, draft.probs, output.logits, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
-        fills = len(drafting) < len(self.active) and any(row.lacks and row.runs for row in self.active)
+        fills = len(drafting) < len(self.active) and any(row.fills and row.runs for row in self.active)
         self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
         steps = self._committed(draft, output, dict(zip(rows, verified, strict=True)), bounds)
@@ -238,8 +238,9 @@ class DecodingLoop:
         """Between the rows, from the oldest on: how many tokens of texts, which have not run yet, the next step runs."""
         self.left = self.piece
         for row in self.active:
-            before_stop = row.stop - row.filled if row.filled < row.stop and self.piece < inf else inf
-            row.runs, row.drafts, row.source = int(min(row.lacks, self.left, before_stop)), 0, None
+            lacks, before_stop = row.lacks, row.stop - row.filled if row.filled < row.stop and self.piece < inf else inf
+            row.runs, row.drafts, row.source = int(min(lacks, self.left, before_stop)), 0, None
+            row.fills, row.chooses = lacks > 0, lacks == 0 or (lacks == row.runs and len(row.ids) == row.prompt_tokens)
             self.left -= row.runs
 
     def _draft(self, drafting: list[int]) -> tuple[Draft, tuple[Any, Any] | None]:
@@ -267,7 +268,7 @@ class DecodingLoop:
         return draft, instants
 
     def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, Tensor, list[int]]:
-        """The target's pass, the tokens that it scores (drafts, and the last ones before them), and where each row begins in it."""
+        """The target's pass, the tokens that it scores (drafts, and the last before them), and where each row begins in it."""
         rows = self.active
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
@@ -277,7 +278,7 @@ class DecodingLoop:
         drafts, device = iter(draft.by_row()), self._model.device
         parts = [
             torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
-            if row.lacks
+            if row.fills
             else next(drafts)
             for row in rows
         ]
@@ -307,20 +308,20 @@ class DecodingLoop:
         steps, staying, scored = list[RowStep](), list[int](), 0
         last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
         for index, row in enumerate(self.active):
-            ids, fills = verified.get(row, []), row.lacks > 0
+            ids = verified.get(row, [])
             if row.runs:
-                last[index] = bounds[index] + (row.runs if fills else len(ids)) - 1
+                last[index] = bounds[index] + (row.runs if row.fills else len(ids)) - 1
             if ids:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
                     self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
                 steps.append(row.commit(ids, output.layers, draft.survival, logits))
                 scored += row.drafts + 1
-                if fills:
+                if row.fills:
                     self._keep(index, row.ids[: row.prompt_tokens])
                 if self._earlier is not None and row.scanner.reason is not None:
                     self._earlier.add(row.ids, row.prompt_tokens)
-            row.filled = row.filled + row.runs if fills else len(row.ids) - 1
+            row.filled = row.filled + row.runs if row.fills else len(row.ids) - 1
             if row.runs and row.filled == row.stop:
                 self._keep(index, row.ids[: row.stop])
             if row.scanner.reason is None and not row.is_dropped:

@@ -268,11 +268,11 @@ class Row:
 
     It draws from a `generator` of its own, and a `processor` changes its logits, if its options do.
 
-    Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
-    which is None in a prefill.
+    Of the present step: `fills`, whether tokens run that the row lacks; `runs`, how many of its tokens are in the pass;
+    `drafts`, how many of these were drafted, by `source`, which is None in a prefill; `chooses`, whether it gets new tokens.
     """
 
-    runs, drafts = 0, 0
+    fills, chooses, runs, drafts = False, False, 0, 0
     source: str | None = None
 
     def __init__(
@@ -296,12 +296,6 @@ class Row:
     def lacks(self) -> int:
         """How many tokens must run before the row can have drafts: those of its prompt, or of a text that runs again."""
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it gets new tokens in this step: after drafts, or after all of its prompt."""
-        lacks = self.lacks
-        return lacks == 0 or (lacks == self.runs and len(self.ids) == self.prompt_tokens)
 
     @property
     def output(self) -> list[int]:

@@ -55,11 +55,10 @@ class Sampler:
     def verify(
         self, tokens: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[Row]
     ) -> list[list[int]]:
-        """Judges drafts by the target's logits (S, V) after the tokens (S,): a row's last one, then its drafts, `counts` in all.
-        Waits once for the device.
+        """Judges drafts by the target's logits (S, V) after tokens (S,), `counts` of each row: its last one, then its drafts.
 
-        `draft_probs` (S - B, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
-        the accepted drafts and the target's own token after them.
+        Waits once for the device. `draft_probs` (S - B, V) are what drafts were drawn from; None if they were chosen without
+        chance. Returns, by row, the accepted drafts and the target's own token after them.
         """
         if self.processes:
             ids = iter(tokens.tolist())

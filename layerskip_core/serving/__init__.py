@@ -234,12 +234,13 @@ class Scheduler:
                 return True
             if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
                 continue
-            others = [(row, other) for other in self._loops.values() if other.can_wait for row in other.active if row in self._decoding]
-            if len(others) < 2:  # then this one cannot go on
+            loops = {row: other for other in self._loops.values() if other.can_wait for row in other.active}
+            rows = loops.keys() & self._decoding
+            if len(rows) < 2:  # then this one cannot go on
                 return True
-            row, youngest = max(others, key=lambda other: self._decoding[other[0]]._number)
-            youngest.set_aside(row)
-            self._waiting.appendleft(self._decoding.pop(row))
+            youngest = max(rows, key=lambda row: self._decoding[row]._number)
+            loops[youngest].set_aside(youngest)
+            self._waiting.appendleft(self._decoding.pop(youngest))
         return False
 
     def _advance(self, loop: DecodingLoop) -> list[Request]:

@@ -100,7 +100,8 @@ def one_hot(*ids: int) -> torch.Tensor:
 
 def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
     drafts, choices = [[7, 8], [7, 8], [7, 8], [7], []], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
-    logits, counts, tokens = one_hot(*chain(*choices)), list(map(len, choices)), tensor([*chain(*([3, *own] for own in drafts))])
+    logits, counts = one_hot(*chain(*choices)), list(map(len, choices))
+    tokens = tensor([*chain(*([3, *own] for own in drafts))])
     verified = Sampler(DecodingConfig()).verify(tokens, counts, None, logits, drawing(range(5)))
     assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
     assert Sampler(DecodingConfig()).verify(tokens[:3], [3], None, logits[3:6], drawing([0])) == [[7, 5]]

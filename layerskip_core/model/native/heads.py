@@ -119,11 +119,8 @@ def choose(
     count = sum(places.counts)
     if start == 0 and layers.learned is not None:
         hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
-    if hidden is None:
-        tokens = tokens.contiguous()
-        rows = torch.empty(count, layers.embedding.shape[1])
-    else:
-        rows, tokens = layers.parted(hidden)
+    tokens = tokens.contiguous()
+    rows = torch.empty(count, layers.embedding.shape[1]) if hidden is None else layers.numbers(hidden)
     engine, buffers = layers.engine, layers.call_at(places)
     buffers.call.hidden, buffers.call.tokens = rows.data_ptr(), tokens.data_ptr()
     chosen = torch.empty(count, dtype=torch.long)

@@ -292,13 +292,14 @@ class NativeLayers(RepackedLayers):
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
-        rows, tokens = self.parted(hidden)
-        return self.carrying(self.called(rows, start, stop, places, only_kv, tokens=tokens), tokens)
+        if self.inputs is None:
+            return self.called(self.numbers(hidden), start, stop, places, only_kv)
+        tokens = hidden[:, self.spec.hidden :].flatten().long()
+        return self.carrying(self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens)
 
-    def parted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of hidden states their numbers (N, D), to be changed in place, and their tokens (N,), if they carry some."""
-        rows = hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return rows, hidden[:, self.spec.hidden :].flatten().long()
+    def numbers(self, hidden: Tensor) -> Tensor:
+        """Hidden states without the tokens that they may carry (N, D), to be changed in place."""
+        return hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def called(
         self,
