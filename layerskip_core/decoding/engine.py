@@ -248,7 +248,7 @@ class DecodingLoop:
         drafts.
         """
         rows, device = [self.active[index] for index in drafting], self._model.device
-        newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
+        newest = on_device([row.ids[-1] for row in rows], self._model)
         draft, instants = Draft(newest, (0,) * len(rows), source=_NOTHING), None
         limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
         if self._target.records and rows:
@@ -275,13 +275,8 @@ class DecodingLoop:
         if len(drafting) == sum(row.runs > 0 for row in rows):
             output = self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)
             return output, draft.tokens, bounds
-        drafts, device = iter(draft.by_row()), self._model.device
-        parts = [
-            torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
-            if row.fills
-            else next(drafts)
-            for row in rows
-        ]
+        drafts, fills = iter(draft.by_row()), ((row, row.ids[row.filled : row.filled + row.runs]) for row in rows)
+        parts = [on_device(ids, self._model) if row.fills else next(drafts) for row, ids in fills]
         ends = zip(rows, bounds[1:], strict=True)
         scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]
         whole = any(row.config.prompt_logprobs and not row.output for row in rows)

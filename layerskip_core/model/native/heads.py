@@ -118,7 +118,7 @@ def choose(
     """`Backend.choose` in one call, after the layers and the head."""
     count = sum(places.counts)
     if start == 0 and layers.learned is not None:
-        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
+        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places)
     tokens = tokens.contiguous()
     rows = torch.empty(count, layers.embedding.shape[1]) if hidden is None else layers.numbers(hidden)
     engine, buffers = layers.engine, layers.call_at(places)

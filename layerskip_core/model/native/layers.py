@@ -1,6 +1,7 @@
 """A chain of layers as the C kernels read them: a span of them is one call."""
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -341,10 +342,9 @@ class NativeLayers(RepackedLayers):
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         bounds = [0, rows] if rows else sorted({*places.bounds})
-        starts = (ctypes.c_int32 * len(bounds))(*bounds)
-        buffers.read = places.positions, pages, places.rows, starts
-        call.positions, call.pages, call.page_rows = (part.data_ptr() for part in buffers.read[:3])
-        call.starts, call.row_pages, call.sequences = ctypes.addressof(starts), pages.shape[1], len(bounds) - 1
+        buffers.read = *places.each, array("i", bounds), pages
+        call.positions, call.page_rows, call.starts = (part.buffer_info()[0] for part in buffers.read[:3])
+        call.pages, call.row_pages, call.sequences = pages.data_ptr(), pages.shape[1], len(bounds) - 1
         if self.inputs is not None:
             call.inputs = ctypes.addressof(self.inputs.structure)
         if self.spec.recurrence is not None:
