@@ -275,7 +275,8 @@ class DecodingLoop:
         if len(drafting) == sum(row.runs > 0 for row in rows):
             output = self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)
             return output, draft.tokens, bounds
-        drafts, fills = iter(draft.by_row()), ((row, row.ids[row.filled : row.filled + row.runs]) for row in rows)
+        drafts = iter(draft.by_row() if drafting else ())
+        fills = ((row, row.ids[row.filled : row.filled + row.runs]) for row in rows)
         parts = [on_device(ids, self._model) if row.fills else next(drafts) for row, ids in fills]
         ends = zip(rows, bounds[1:], strict=True)
         scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]

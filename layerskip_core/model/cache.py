@@ -145,6 +145,9 @@ class Places:
     def parts(self, most: int) -> Iterator["Places"]:
         """The same tokens in passes of at most so many, one after the other."""
         bounds = self.bounds
+        if 0 < bounds[-1] <= most:
+            yield self
+            return
         for first in range(0, bounds[-1], most):
             cuts = [min(max(bound - first, 0), most) for bound in bounds]
             done = [min(max(first - bound, 0), count) for bound, count in zip(bounds, self.counts, strict=False)]
@@ -200,9 +203,8 @@ class Places:
 
 def on_device(numbers: Sequence[int], like: "Tensor | Layers") -> Tensor:
     """Integers on the device of `like`, for which the host does not wait as for those of a list."""
-    return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(
-        like.device, non_blocking=True
-    )  # torch.tensor takes thrice as long
+    made = torch.from_numpy(np.array(numbers, dtype=np.int64))  # torch.tensor takes three times as long
+    return made.to(like.device, non_blocking=True)
 
 
 RunGrid = Callable[[Tensor, Tensor, int | None], Tensor]

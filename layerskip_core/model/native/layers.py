@@ -274,6 +274,7 @@ class NativeLayers(RepackedLayers):
         """`inputs`: what layers read of tokens; hidden states are then (..., D + 1), with the id of each."""
         super().__init__(spec, embedding, learned, layers, torch.float32)
         self.engine, self._pool, self.inputs = engine, pool, inputs
+        self._there = {index for index, layer in enumerate(layers) if layer is not None}
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
         for structure, size in zip(self._array, spec.sizes, strict=False):
             structure.shape = ctypes.addressof(engine.layer_shapes[size.head_dim])
@@ -327,7 +328,7 @@ class NativeLayers(RepackedLayers):
 
     def has(self, layers: Iterable[int]) -> bool:
         """Whether this copy has all of these layers."""
-        return all(0 <= layer < self.num_layers and self.layers[layer] is not None for layer in layers)
+        return self._there.issuperset(layers)
 
     def address(self, layer: int) -> int:
         """The address of a layer's C structure. The structures of later layers follow it."""
