@@ -151,10 +151,7 @@ class CalmTarget:
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                left, earlier = (
-                    torch.cat(self._left[written:count]),
-                    places.cache.span(self._begin + written, self._begin + count),
-                )
+                left, earlier = torch.cat(self._left[written:count]), places.cache.span(self._begin + written, places.starts[0])
                 self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
                     self._model.write_kv(left, block.layer, block.layer + 1, earlier)

@@ -64,7 +64,7 @@ class Request:
     isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
     streams: bool = True  # the text comes as it is verified, else all of it with the last update
     reused: int = 0  # the prompt's first tokens that needed no pass
-    _number: int = 0  # the older, the less
+    _number: int = field(default_factory=count().__next__)  # the older, the less
     _row: Row | None = None  # once it is being decoded
     _told: int = 0  # tokens of the answer that were delivered
 
@@ -137,7 +137,6 @@ class Scheduler:
         self._embeddings: deque[Embedding] = deque()
         self._loops: dict[Hashable, DecodingLoop] = {}  # by the settings that their rows share
         self._decoding: dict[Row, Request] = {}
-        self._numbers = count()
 
     @property
     def running(self) -> int:
@@ -150,8 +149,6 @@ class Scheduler:
         return len(self._waiting) + len(self._embeddings) + self.running
 
     def add(self, request: Request | Embedding) -> None:
-        if isinstance(request, Request):
-            request._number = next(self._numbers)
         self._queue(request).append(request)
 
     def cancel(self, request: Request | Embedding) -> bool:

@@ -62,11 +62,6 @@ class Context:
             starts[index] += ahead
         return Places(self.cache, starts, of_cache)
 
-    def permitted(self, index: int, tokens: list[int]) -> list[int]:
-        """Drafts for the row with this index, up to the first that its grammar forbids."""
-        processor = self.rows[index].processor
-        return tokens if processor is None or not tokens else processor.permitted(tokens)
-
     def forced(self, index: int, most: int) -> list[int]:
         """At most `most` tokens that must come next in this row, as its grammar has it."""
         processor = self.rows[index].processor

@@ -190,7 +190,8 @@ class LookupDrafter:
         tokens, evidence = found
         if not self._eos_ids.isdisjoint(tokens):
             tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
-        return context.permitted(index, tokens), evidence
+        processor = context.rows[index].processor
+        return tokens if processor is None or not tokens else processor.permitted(tokens), evidence
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:
