@@ -153,11 +153,6 @@ class DecodingLoop:
             self.active = []
             raise
 
-    @property
-    def can_wait(self) -> bool:
-        """Whether rows may be set aside: their texts, when they run again, have the KV entries that they have now."""
-        return self._target.decodes_like_prefill
-
     def spare(self) -> float:
         """How many more pages there may be than the next step needs."""
         self._divide()
@@ -190,7 +185,10 @@ class DecodingLoop:
                 self._cache, self.active = cache, [row]
 
     def set_aside(self, row: Row) -> None:
-        """Takes out a row, without its KV entries: when it is added again, its text runs again."""
+        """Takes out a row, without its KV entries: when it is added again, its text runs again.
+
+        Not for exits by confidence, where a text that runs again has other entries.
+        """
         row.prompt_logprobs = row.prompt_logprobs if row.output else []
         staying = [index for index, other in enumerate(self.active) if other is not row]
         self._stay(staying)

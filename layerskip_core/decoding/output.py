@@ -285,8 +285,7 @@ class Row:
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        processed = config, self.ids, len(prompt), scanner.eos_ids
-        self.processor = LogitsProcessor(*processed) if config.changes_logits else None
+        self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False  # it is gone after the next step
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for

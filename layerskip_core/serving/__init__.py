@@ -231,7 +231,7 @@ class Scheduler:
                 return True
             if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
                 continue
-            loops = {row: other for other in self._loops.values() if other.can_wait for row in other.active}
+            loops = {row: other for other in self._loops.values() for row in other.active if not row.config.exit_confidence}
             rows = loops.keys() & self._decoding
             if len(rows) < 2:  # then this one cannot go on
                 return True
