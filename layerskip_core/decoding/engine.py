@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
-from ..model.cache import Places
+from ..model.cache import Places, on_device
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -93,8 +93,10 @@ class DecodingLoop:
 
     Attributes:
         rows: those that it was made with.
+        active: those that are not finished yet, also of others that were added.
         piece: how many tokens of prompts a step runs at most, those of the oldest rows first. A prompt gives no new tokens
             before its end has run.
+        left: how many of these the last step did not need.
         reused_tokens: of the first prompt, that need no pass.
     """
 
@@ -123,7 +125,7 @@ class DecodingLoop:
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
-        self.piece: float = inf
+        self.piece = self.left = inf
         # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
         if drafter is None and config.strategy in DRAFTERS:
@@ -131,7 +133,7 @@ class DecodingLoop:
         self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
         self._recorder: Recorder | None = None  # once there are passes over drafts, if they are recorded
         self._seconds = defaultdict[str, Any](int)  # of DecodeStats
-        self._active, self._cache = list[Row](), model.new_cache(0)
+        self.active, self._cache = list[Row](), model.new_cache(0)
         self.rows = tuple(map(self.row, prompts, repeat(config), repeat(eos_ids), seeds or repeat(config.seed)))
         for row in self.rows:
             self.add(row)
@@ -141,31 +143,21 @@ class DecodingLoop:
         return self
 
     def __next__(self) -> list[RowStep]:
-        if not self._active:
+        if not self.active:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
             with torch.inference_mode():
                 return self._step()
         except BaseException:  # the rows may be changed in part
-            self._active = []
+            self.active = []
             raise
-
-    @property
-    def pending(self) -> int:
-        """How many tokens of prompts have not run yet."""
-        return sum(row.lacks for row in self._active)
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether rows may be set aside: their texts, when they run again, have the KV entries that they have now."""
-        return self._target.decodes_like_prefill
 
     def spare(self) -> float:
         """How many more pages there may be than the next step needs."""
         self._divide()
         more, most = 1 + self._num_draft_tokens, self._cache.max_positions
-        return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self._active])
+        return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self.active])
 
     def row(self, prompt: list[int], config: DecodingConfig, eos_ids: frozenset[int], seed: int) -> Row:
         """A prompt that may be added. Its settings are the loop's but for its limits, stop strings, and changes of its logits.
@@ -185,29 +177,27 @@ class DecodingLoop:
             cache, row.filled = known.begin(self._model, self._target, row.ids, end)
             row.stop = known.parting(self._model, self._target, row.ids, row.filled)
             cache.steps_back = self._num_draft_tokens
-            if self._active:
-                others, self._active = self._active, []  # if this fails, they may be changed in part
+            if self.active:
+                others, self.active = self.active, []  # if this fails, they may be changed in part
                 self._cache.join(cache)
-                self._active = [*others, row]
+                self.active = [*others, row]
             else:
-                self._cache, self._active = cache, [row]
+                self._cache, self.active = cache, [row]
 
     def set_aside(self, row: Row) -> None:
-        """Takes out a row, without its KV entries: when it is added again, its text runs again."""
+        """Takes out a row, without its KV entries: when it is added again, its text runs again.
+
+        Not for exits by confidence, where a text that runs again has other entries.
+        """
         row.prompt_logprobs = row.prompt_logprobs if row.output else []
-        staying = [index for index, other in enumerate(self._active) if other is not row]
+        staying = [index for index, other in enumerate(self.active) if other is not row]
         self._stay(staying)
         if not staying:
             self._cache.keep_rows(staying)  # its memory is for others at once
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no row is left."""
-        return not self._active
-
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
-        for index, row in enumerate(self._active):
+        for index, row in enumerate(self.active):
             if row.output and not row.lacks:
                 self._keep(index)
 
@@ -225,16 +215,17 @@ class DecodingLoop:
         """A draft, the target's pass over it and over pieces of prompts, the tokens that it verifies, and those committed."""
         started = time.perf_counter()
         self._divide()
-        drafting = [index for index, row in enumerate(self._active) if not row.lacks]
+        drafting = [index for index, row in enumerate(self.active) if not row.fills]
         draft, instants = self._draft(drafting)
-        output, bounds = self._pass(draft, drafting)
-        rows, verified = [row for row in self._active if row.chooses], list[list[int]]()
+        output, tokens, bounds = self._pass(draft, drafting)
+        rows, verified = [row for row in self.active if row.chooses], list[list[int]]()
+        counts = [1 + row.drafts for row in rows]
         if output.choices is not None:
-            verified = accepted_choices(draft.drafts, draft.counts, output.choices)
+            verified = accepted_choices(tokens, counts, output.choices)
         elif output.logits is not None:
-            verified = self._sampler.verify(draft.drafts, [row.drafts for row in rows], draft.probs, output.logits, rows)
+            verified = self._sampler.verify(tokens, counts, draft.probs, output.logits, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
-        fills = len(drafting) < len(self._active) and any(row.lacks and row.runs for row in self._active)
+        fills = len(drafting) < len(self.active) and any(row.fills and row.runs for row in self.active)
         self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
         steps = self._committed(draft, output, dict(zip(rows, verified, strict=True)), bounds)
@@ -243,17 +234,19 @@ class DecodingLoop:
 
     def _divide(self) -> None:
         """Between the rows, from the oldest on: how many tokens of texts, which have not run yet, the next step runs."""
-        room = self.piece
-        for row in self._active:
-            row.runs, row.drafts, row.source = int(min(row.lacks, room, row.before_stop if self.piece < inf else inf)), 0, None
-            room -= row.runs
+        self.left = self.piece
+        for row in self.active:
+            lacks, before_stop = row.lacks, row.stop - row.filled if row.filled < row.stop and self.piece < inf else inf
+            row.runs, row.drafts, row.source = int(min(lacks, self.left, before_stop)), 0, None
+            row.fills, row.chooses = lacks > 0, lacks == 0 or (lacks == row.runs and len(row.ids) == row.prompt_tokens)
+            self.left -= row.runs
 
     def _draft(self, drafting: list[int]) -> tuple[Draft, tuple[Any, Any] | None]:
         """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
         drafts.
         """
-        rows, device = [self._active[index] for index in drafting], self._model.device
-        newest = torch.tensor([row.ids[-1] for row in rows], dtype=torch.long).to(device, non_blocking=True)
+        rows, device = [self.active[index] for index in drafting], self._model.device
+        newest = on_device([row.ids[-1] for row in rows], self._model)
         draft, instants = Draft(newest, (0,) * len(rows), source=_NOTHING), None
         limits = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
         if self._target.records and rows:
@@ -262,7 +255,7 @@ class DecodingLoop:
                 self._recorder.counts, self._cache = self._seconds, self._recorder.cache
             self._recorder.reach(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
         if self._drafter is not None and max(limits, default=0) > 0:
-            filled, seconds = [row.filled for row in self._active], self._seconds["total_seconds"]
+            filled, seconds = [row.filled for row in self.active], self._seconds["total_seconds"]
             context = Context(rows, newest, self._cache, drafting, filled, seconds, self.piece, self._recorder)
             first = instant(device)
             draft = self._drafter.draft(context, limits)
@@ -272,28 +265,26 @@ class DecodingLoop:
             row.source = None if self._drafter is None else "lookup" if place in draft.lookups else draft.source
         return draft, instants
 
-    def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, list[int]]:
-        """The target's pass, and where the tokens of each row begin in it. It scores drafts and the ends of prompts."""
-        rows = self._active
+    def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, Tensor, list[int]]:
+        """The target's pass, the tokens that it scores (drafts, and the last before them), and where each row begins in it."""
+        rows = self.active
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
         if len(drafting) == sum(row.runs > 0 for row in rows):
-            return (self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)), bounds
-        drafts, device = iter(draft.by_row()), self._model.device
-        parts = [
-            torch.tensor(row.ids[row.filled : row.filled + row.runs], dtype=torch.long).to(device, non_blocking=True)
-            if row.lacks
-            else next(drafts)
-            for row in rows
-        ]
+            output = self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)
+            return output, draft.tokens, bounds
+        drafts = iter(draft.by_row() if drafting else ())
+        fills = ((row, row.ids[row.filled : row.filled + row.runs]) for row in rows)
+        parts = [on_device(ids, self._model) if row.fills else next(drafts) for row, ids in fills]
         ends = zip(rows, bounds[1:], strict=True)
         scored = [place for row, end in ends if row.chooses for place in range(end - row.drafts - 1, end)]
         whole = any(row.config.prompt_logprobs and not row.output for row in rows)
-        output = self._target.fill(torch.cat(parts), places, scored, whole)
+        tokens = torch.cat(parts)
+        output = self._target.fill(tokens, places, scored, whole)
         for index, row in enumerate(rows):
             if row.config.prompt_logprobs and not row.output and output.states is not None:
                 self._tell(row, output.states[bounds[index] : bounds[index + 1]])
-        return output, bounds
+        return output, tokens[on_device(scored, tokens)], bounds
 
     def _tell(self, row: Row, states: Tensor) -> None:
         """Adds the log probabilities of the prompt's tokens after those with these states; logits of so many places at once."""
@@ -310,21 +301,21 @@ class DecodingLoop:
         """The steps of the rows that got tokens. Those that are not finished go on: later tokens overwrite rejected drafts."""
         steps, staying, scored = list[RowStep](), list[int](), 0
         last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
-        for index, row in enumerate(self._active):
-            ids, fills = verified.get(row, []), row.lacks > 0
+        for index, row in enumerate(self.active):
+            ids = verified.get(row, [])
             if row.runs:
-                last[index] = bounds[index] + (row.runs if fills else len(ids)) - 1
+                last[index] = bounds[index] + (row.runs if row.fills else len(ids)) - 1
             if ids:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
                     self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
                 steps.append(row.commit(ids, output.layers, draft.survival, logits))
                 scored += row.drafts + 1
-                if fills:
+                if row.fills:
                     self._keep(index, row.ids[: row.prompt_tokens])
                 if self._earlier is not None and row.scanner.reason is not None:
                     self._earlier.add(row.ids, row.prompt_tokens)
-            row.filled = row.filled + row.runs if fills else len(row.ids) - 1
+            row.filled = row.filled + row.runs if row.fills else len(row.ids) - 1
             if row.runs and row.filled == row.stop:
                 self._keep(index, row.ids[: row.stop])
             if row.scanner.reason is None and not row.is_dropped:
@@ -333,13 +324,13 @@ class DecodingLoop:
                 self._keep(index)
         if self._target.exit_cache is not None and last:
             self._target.exit_cache.go_on(self._cache, last)
-        if len(staying) < len(self._active):
+        if len(staying) < len(self.active):
             self._stay(staying)
         return steps
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
-        row = self._active[index]
+        row = self.active[index]
         if prompt is not None or self._target.decodes_like_prefill:
             self._prefixes_of(row).keep(self._model, self._target, prompt or row.ids[:-1], self._cache, index)
 
@@ -349,9 +340,8 @@ class DecodingLoop:
 
     def _stay(self, rows: list[int]) -> None:
         """With these rows of the batch, by their indices."""
-        self._active = [self._active[index] for index in rows]
-        if not rows:
-            if self._recorder is not None:
-                self._recorder.give_back(self._model)
-            return
-        self._cache.keep_rows(rows)
+        self.active = [self.active[index] for index in rows]
+        if rows:
+            self._cache.keep_rows(rows)
+        elif self._recorder is not None:
+            self._recorder.give_back(self._model)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import zip_longest
-from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,13 +79,14 @@ class DecodeStats:
         return DecodeStats(*(added(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
+@lru_cache  # most steps are alike
 def step_counts(
     drafted: int,
     accepted: int,
     new_tokens: int,
     drafter: str | None = None,
     layers: int | None = None,
-    survival: Sequence[float] = (),
+    survival: tuple[float, ...] = (),
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
@@ -267,11 +268,11 @@ class Row:
 
     It draws from a `generator` of its own, and a `processor` changes its logits, if its options do.
 
-    Of the present step: `runs`, how many of its tokens are in the pass; `drafts`, how many of these were drafted, by `source`,
-    which is None in a prefill.
+    Of the present step: `fills`, whether tokens run that the row lacks; `runs`, how many of its tokens are in the pass;
+    `drafts`, how many of these were drafted, by `source`, which is None in a prefill; `chooses`, whether it gets new tokens.
     """
 
-    runs, drafts = 0, 0
+    fills, chooses, runs, drafts = False, False, 0, 0
     source: str | None = None
 
     def __init__(
@@ -284,8 +285,7 @@ class Row:
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        processed = config, self.ids, len(prompt), scanner.eos_ids
-        self.processor = LogitsProcessor(*processed) if config.changes_logits else None
+        self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False  # it is gone after the next step
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
@@ -295,17 +295,6 @@ class Row:
     def lacks(self) -> int:
         """How many tokens must run before the row can have drafts: those of its prompt, or of a text that runs again."""
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
-
-    @property
-    def before_stop(self) -> float:
-        """How many tokens a piece may have."""
-        return self.stop - self.filled if self.filled < self.stop else inf
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it gets new tokens in this step: after drafts, or after all of its prompt."""
-        lacks = self.lacks
-        return lacks == 0 or (lacks == self.runs and len(self.ids) == self.prompt_tokens)
 
     @property
     def output(self) -> list[int]:
@@ -319,7 +308,7 @@ class Row:
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, survival)
+        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, tuple(survival))
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:
             self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)

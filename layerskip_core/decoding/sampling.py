@@ -53,49 +53,46 @@ class Sampler:
         return most_probable(logits)
 
     def verify(
-        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[Row]
+        self, tokens: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence[Row]
     ) -> list[list[int]]:
-        """Judges the drafts (N,) of rows, `counts` of them each, row by row, by the target's logits (N + B, V): those of a row
-        have one place more. Waits once for the device.
+        """Judges drafts by the target's logits (S, V) after tokens (S,), `counts` of each row: its last one, then its drafts.
 
-        `draft_probs` (N, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row, the
-        accepted drafts and the target's own token after them.
+        Waits once for the device. `draft_probs` (S - B, V) are what drafts were drawn from; None if they were chosen without
+        chance. Returns, by row, the accepted drafts and the target's own token after them.
         """
-        places = [count + 1 for count in counts]
         if self.processes:
-            ids = iter(draft_ids.tolist())
-            drafted = [list(islice(ids, count)) for count in counts]
-            logits = self.processed(logits, drafted, places, rows)
+            ids = iter(tokens.tolist())
+            logits = self.processed(logits, [[*islice(ids, count)][1:] for count in counts], counts, rows)
         if self.is_greedy:
-            return accepted_choices(draft_ids, counts, self._best(logits))
-        target_probs = torch.split(probabilities(logits, self._config), places)
-        if not len(draft_ids):
+            return accepted_choices(tokens, counts, self._best(logits))
+        target_probs = torch.split(probabilities(logits, self._config), list(counts))
+        if max(counts) == 1:
             newest: list[list[int]]
             newest = torch.stack([draw(p, row.generator) for p, row in zip(target_probs, rows, strict=True)]).tolist()
             return newest
+        drafts = [own[1:] for own in torch.split(tokens, list(counts))]
         if draft_probs is None:  # the drafter was certain
-            draft_probs = F.one_hot(draft_ids, logits.shape[-1]).to(target_probs[0].dtype)
-        parts = zip(
-            torch.split(draft_ids, list(counts)), torch.split(draft_probs, list(counts)), target_probs, rows, strict=True
-        )
+            draft_probs = F.one_hot(torch.cat(drafts), logits.shape[-1]).to(target_probs[0].dtype)
+        parts = zip(drafts, torch.split(draft_probs, list(map(len, drafts))), target_probs, rows, strict=True)
         judged = [verify(ids, probs, target, row.generator) for ids, probs, target, row in parts]
-        told: list[int] = torch.cat((*judged, draft_ids)).tolist()
+        told: list[int] = torch.cat((*judged, *drafts)).tolist()
         verified, first = [], 2 * len(counts)
         for index, count in enumerate(counts):
             verified.append([*told[first : first + told[2 * index]], told[2 * index + 1]])
-            first += count
+            first += count - 1
         return verified
 
 
-def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
-    """Accepts the longest prefix of each row's drafts (N,) that are the target's choices (N + B,); returns as `verify`."""
-    verified, first, after = list[list[int]](), 0, sum(counts)
-    ids: list[int] = (torch.cat((draft_ids, choices)) if after else choices).tolist()
+def accepted_choices(tokens: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
+    """Accepts the longest prefix of each row's drafts that are the target's choices (S,); arguments and result as `verify`."""
+    if max(counts) == 1:
+        return [[chosen] for chosen in choices.tolist()]
+    (given, chosen), verified, first = torch.stack((tokens, choices)).tolist(), [], 0
     for count in counts:
-        drafts, chosen = ids[first : first + count], ids[after : after + count + 1]
-        accepted = next((index for index in range(count) if drafts[index] != chosen[index]), count)
-        verified.append(chosen[: accepted + 1])
-        first, after = first + count, after + count + 1
+        drafts, own = given[first + 1 : first + count], chosen[first : first + count]
+        accepted = next((index for index, draft in enumerate(drafts) if draft != own[index]), count - 1)
+        verified.append(own[: accepted + 1])
+        first += count
     return verified
 
 

@@ -154,10 +154,7 @@ class CalmTarget:
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):
             if (written := self._written[span]) < count:  # some tokens left below this span
-                left, earlier = (
-                    torch.cat(self._left[written:count]),
-                    places.cache.span(self._begin + written, self._begin + count),
-                )
+                left, earlier = torch.cat(self._left[written:count]), places.cache.span(self._begin + written, places.starts[0])
                 self._model.write_kv(left, start, stop, earlier)
                 if (block := self._blocks[stop]) is not None:
                     self._model.write_kv(left, block.layer, block.layer + 1, earlier)
@@ -281,6 +278,11 @@ class Prefixes:
         texts = (text for text in self._texts if text.written_by == (model, target.writes))
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
+
+    def gain(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+        """Whether a text has more in common with one of others, which will be kept, than with those that are."""
+        known = max((_common(text.ids, ids) for text in self._texts), default=0) if others else 0
+        return self._most_bytes > 0 and any(_common(other, ids) - known >= self._least for other in others)
 
     def drop(self) -> bool:
         """Forgets the text that was not used for the longest time. Returns False if there is none."""

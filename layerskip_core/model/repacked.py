@@ -49,9 +49,9 @@ class RepackedLayers(ABC):
             hidden = hidden.to(self.dtype)
         return hidden if self._scale == 1 else hidden * self._scale
 
-    def placed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def placed(self, hidden: Tensor, places: Places) -> Tensor:
         """The first layer's input, from embedded tokens (N, D)."""
-        return hidden if self.learned is None else hidden + self.learned[positions.to(self.device, non_blocking=True)]
+        return hidden if self.learned is None else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
     def row_bytes(self) -> int:
@@ -70,7 +70,7 @@ class RepackedLayers(ABC):
             assert 0 <= start <= stop <= self.num_layers
             if start == stop or not len(flat):
                 return hidden
-            flat = self.placed(flat, places.positions) if start == 0 else flat
+            flat = self.placed(flat, places) if start == 0 else flat
             return self.run(flat, start, stop, places).view(*hidden.shape[:-1], -1)
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:

@@ -331,11 +331,6 @@ class LayerSlots(NamedTuple):
     slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
     indices: tuple[Tensor, Tensor] | None  # rows and columns of all tokens, (B, 1) and (B, T)
 
-    def filled(self, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values at positions before `stop`, each (B, kv heads, S, head dim)."""
-        keys, values = self.all[..., :stop, :].unbind()
-        return keys, values
-
     def write(self, new: Tensor) -> None:
         """Stores the keys and values (2, B, kv heads, T, head dim) of the call's tokens."""
         if self.indices is None:

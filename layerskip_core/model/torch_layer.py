@@ -208,7 +208,7 @@ class TorchLayer:
             if space.single:
                 return mixed.view(space.rows, -1)
         else:
-            queries, (keys, values) = space.queries.flatten(2, 3), held.filled(step.stop)
+            queries, (keys, values) = space.queries.flatten(2, 3), held.all[..., : step.stop, :].unbind()
             if step.spans is None:
                 mask = None if mask is None else mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
                 mixed = self._attention(queries, keys, values, mask)

@@ -64,7 +64,7 @@ class Request:
     isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
     streams: bool = True  # the text comes as it is verified, else all of it with the last update
     reused: int = 0  # the prompt's first tokens that needed no pass
-    _number: int = 0  # the older, the less
+    _number: int = field(default_factory=count().__next__)  # the older, the less
     _row: Row | None = None  # once it is being decoded
     _told: int = 0  # tokens of the answer that were delivered
 
@@ -119,33 +119,6 @@ class Embedding:
         return held
 
 
-@dataclass(eq=False)
-class _Run:
-    """A loop, and its requests by row."""
-
-    loop: DecodingLoop
-    rows: dict[Row, Request]
-
-    def advance(self) -> list[Request]:
-        """A step. The requests that it ends leave `rows` and are returned: all of them if it fails."""
-        try:
-            steps = next(self.loop)
-            updates = [(step.row, self.rows[step.row].update(step)) for step in steps if step.row in self.rows]
-        except BaseException as error:  # a panic of the tokenizers library is not an Exception
-            return self.fail(error)
-        done = []
-        for row, update in updates:
-            request = self.rows[row]
-            if update.is_last:
-                done.append(self.rows.pop(row))
-            request.deliver(update)
-        return done
-
-    def fail(self, error: BaseException) -> list[Request]:
-        failed, self.rows = self.rows, {}
-        return _failed(failed.values(), error)
-
-
 class Scheduler:
     """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
 
@@ -160,40 +133,35 @@ class Scheduler:
         `prefixes`: KV entries of texts that prompts may begin with; those of each request are added.
         """
         self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()  # first those that were set aside, the oldest first
         self._embeddings: deque[Embedding] = deque()
-        self._groups: dict[Hashable, _Run] = {}  # by the settings that they share
-        self._aside: deque[Request] = deque()  # which were being decoded, the oldest first
-        self._numbers = count()
+        self._loops: dict[Hashable, DecodingLoop] = {}  # by the settings that their rows share
+        self._decoding: dict[Row, Request] = {}
 
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(run.rows) for run in self._groups.values())
+        return len(self._decoding)
 
     @property
     def held(self) -> int:
         """How many requests wait or are being decoded, embeddings included."""
-        return len(self._waiting) + len(self._embeddings) + len(self._aside) + self.running
+        return len(self._waiting) + len(self._embeddings) + self.running
 
     def add(self, request: Request | Embedding) -> None:
-        if isinstance(request, Request):
-            request._number = next(self._numbers)
         self._queue(request).append(request)
 
     def cancel(self, request: Request | Embedding) -> bool:
         """Gives up a request; it gets no further update. Returns False if it is not here any more."""
-        queues: list[deque[Any]] = [self._queue(request), self._aside]
-        for queue in queues:
-            if request in queue:
-                queue.remove(request)
-                return True
-        row = None if isinstance(request, Embedding) else request._row
-        found = row is not None and any(run.rows.pop(row, None) for run in self._groups.values())
-        if row is not None:
-            row.is_dropped = True
+        if request in (queue := self._queue(request)):
+            queue.remove(request)
+            return True
+        if isinstance(request, Embedding) or (row := request._row) is None:
+            return False
+        row.is_dropped = True
+        found = self._decoding.pop(row, None)
         self._forget_empty()
-        return found
+        return found is not None
 
     def step(self) -> list[Request | Embedding]:
         """Takes in requests that wait, and adds a step to every answer. Returns the requests that are finished.
@@ -202,30 +170,33 @@ class Scheduler:
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
-        while not blocked and self._pending < _PREFILLED and self.running < self._batch_size and self._next_has_room():
+        while self._waiting and not blocked and self._can_run(self._waiting[0]):
             done += self._take_in()
-        room = _PREFILLED
-        for run in list(self._groups.values()):
-            run.loop.piece = room
-            if self._make_room(run):
-                before = run.loop.pending
-                done += run.advance()
-                room -= max(0, min(before - run.loop.pending, room))
+        room: float = _PREFILLED
+        for loop in list(self._loops.values()):
+            loop.piece = room
+            if self._make_room(loop):
+                done += self._advance(loop)
+                room = loop.left
         self._forget_empty()
         return done
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        decoding = (request for run in self._groups.values() for request in run.rows.values())
-        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *decoding, *self._aside]
-        for held in (self._waiting, self._embeddings, self._groups, self._aside):
+        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *self._decoding.values()]
+        for held in (self._waiting, self._embeddings, self._decoding, self._loops):
             held.clear()
         return _failed(requests, error)
 
-    @property
-    def _pending(self) -> int:
-        """How many tokens of prompts have to run."""
-        return sum(run.loop.pending for run in self._groups.values())
+    def _can_run(self, request: Request) -> bool:
+        """Whether a request has a place among the others, the next step room for its prompt, and there is memory.
+
+        It waits for the KV entries of a prompt that begins as its own and is being read.
+        """
+        reading = [row for loop in self._loops.values() for row in loop.active if row.lacks]
+        if self.running >= self._batch_size or sum(row.lacks for row in reading) >= _PREFILLED:
+            return False
+        return not self._prefixes.gain(request.ids, [row.ids for row in reading]) and self._has_room(request)
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
@@ -242,11 +213,6 @@ class Scheduler:
         first.deliver(update)
         return [self._embeddings.popleft()]
 
-    def _next_has_room(self) -> bool:
-        """Whether a request waits for which there is memory; the oldest that was set aside first."""
-        queue = self._aside or self._waiting
-        return bool(queue) and self._has_room(queue[0])
-
     def _has_room(self, request: Request | Embedding) -> bool:
         """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
         cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
@@ -255,52 +221,75 @@ class Scheduler:
             pass
         return not self.running or cache.spare(stops) >= self.running
 
-    def _make_room(self, run: _Run) -> bool:
-        """Memory for a run's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
+    def _make_room(self, loop: DecodingLoop) -> bool:
+        """Memory for a loop's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
 
         Returns whether it has rows then.
         """
-        while run.rows:
-            if run.loop.spare() >= 0:
+        while loop.active:
+            if loop.spare() >= 0:
                 return True
             if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
                 continue
-            others = [(row, other) for other in self._groups.values() if other.loop.can_wait for row in other.rows]
-            if len(others) < 2:  # then this one cannot go on
+            loops = {row: other for other in self._loops.values() for row in other.active if not row.config.exit_confidence}
+            rows = loops.keys() & self._decoding
+            if len(rows) < 2:  # then this one cannot go on
                 return True
-            row, youngest = max(others, key=lambda other: other[1].rows[other[0]]._number)
-            youngest.loop.set_aside(row)
-            self._aside.appendleft(youngest.rows.pop(row))
+            youngest = max(rows, key=lambda row: self._decoding[row]._number)
+            loops[youngest].set_aside(youngest)
+            self._waiting.appendleft(self._decoding.pop(youngest))
         return False
+
+    def _advance(self, loop: DecodingLoop) -> list[Request]:
+        """A step of a loop. Returns the requests that it ends: all of them if it fails."""
+        rows = loop.active
+        try:
+            steps = next(loop)
+            updates = [(step.row, self._decoding[step.row].update(step)) for step in steps if step.row in self._decoding]
+        except BaseException as error:  # a panic of the tokenizers library is not an Exception
+            return self._fail(rows, error)
+        done = []
+        for row, update in updates:
+            request = self._decoding[row]
+            if update.is_last:
+                done.append(self._decoding.pop(row))
+            request.deliver(update)
+        return done
+
+    def _fail(self, rows: Iterable[Row], error: BaseException) -> list[Request]:
+        """Ends the requests of rows."""
+        return _failed([self._decoding.pop(row) for row in rows if row in self._decoding], error)
 
     def _take_in(self) -> list[Request]:
         """The next request joins the loop with its settings. Returns the requests that an error ends."""
-        request = (self._aside or self._waiting).popleft()
-        decoder, config, run = self._decoder, request.config, None
+        request = self._waiting.popleft()
+        decoder, config = self._decoder, request.config
         is_single = request.isolated or bool(config.exit_confidence) or decoder.backend.exact
         # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
         key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
+        loop = self._loops.get(key)
+        others = [] if loop is None else loop.active
         try:
-            if (run := self._groups.get(key)) is None:
+            ends = decoder.ends_of(config)
+            if loop is None:
                 options: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
-                ends = decoder.ends_of(config)
-                run = _Run(DecodingLoop(decoder.backend, [], config, ends, decoder.detokenize, **options), {})
+                loop = DecodingLoop(decoder.backend, [], config, ends, decoder.detokenize, **options)
             if (row := request._row) is None:
-                row = run.loop.row(request.ids, config, decoder.ends_of(config), config.seed)
-            run.loop.add(row)
+                row = loop.row(request.ids, config, ends, config.seed)
+            loop.add(row)
         except BaseException as error:
-            if run is None or not run.loop.is_over:  # which is as before
-                return _failed([request], error)
-            self._groups.pop(key, None)
-            return [*run.fail(error), *_failed([request], error)]
+            lost = [] if loop is not None and loop.active else others  # the loop is as before, or over
+            done = [*self._fail(lost, error), *_failed([request], error)]
+            self._forget_empty()
+            return done
         if request._row is None:
             request.reused = row.filled
-        request._row, self._groups[key], run.rows[row] = row, run, request
+        request._row, self._loops[key], self._decoding[row] = row, loop, request
         return []
 
     def _forget_empty(self) -> None:
-        for key in [key for key, run in self._groups.items() if not run.rows]:
-            del self._groups[key]
+        for key in [key for key, loop in self._loops.items() if self._decoding.keys().isdisjoint(loop.active)]:
+            del self._loops[key]
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:

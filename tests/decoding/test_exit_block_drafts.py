@@ -58,7 +58,7 @@ def recorded(loop, backend):
                 if count:
                     logits = first_logits(backend, list(context.ids[row]), int(made.source[-1])).double()
                     if made.probs is None:
-                        assert int(made.drafts[first]) == int(logits.argmax())
+                        assert int(made.tokens[first + row + 1]) == int(logits.argmax())
                     else:
                         torch.testing.assert_close(made.probs[first].double(), logits.softmax(-1), rtol=1e-3, atol=1e-5)
                     seen.append(row)

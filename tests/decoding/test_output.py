@@ -170,7 +170,7 @@ def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
 
 def test_the_calibration_error_weighs_the_gaps_between_foretold_and_seen():
     stats = (
-        step_counts(3, 2, 3, survival=[0.95, 0.85, 0.3]) + step_counts(2, 0, 1, survival=[0.92, 0.88]) + step_counts(0, 0, 1)
+        step_counts(3, 2, 3, survival=(0.95, 0.85, 0.3)) + step_counts(2, 0, 1, survival=(0.92, 0.88)) + step_counts(0, 0, 1)
     )
     assert stats.foretold == (0, 0, 0, 1, 0, 0, 0, 0, 2, 2)
     # Two above 0.9, two above 0.8 and one at 0.3: of them 1, 1 and 0 survived.

@@ -169,7 +169,7 @@ def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
     loop.piece = 70
     next(loop)
     row.is_dropped = True
-    assert next(loop) == [] and not loop.pending
+    assert next(loop) == [] and not loop.active
     again = decoded(backend, text, settings_of("exit"), shared)
     assert again.reused_tokens == 0 and ids_of(again) == ids_of(decoded(backend, text, settings_of("exit")))
 

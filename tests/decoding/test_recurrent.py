@@ -227,7 +227,7 @@ def test_a_full_pool_loses_nothing(model_type, name):
         scheduler.add(Request(prompt, config, updates.append))
     while scheduler.held:
         scheduler.step()
-        waited = max(waited, len(scheduler._aside))
+        waited = max(waited, sum(request._row is not None for request in scheduler._waiting))
         assert pool.used <= pool.most
     assert waited and ["".join(update.text for update in updates) for updates in told] == expected
     while prefixes.drop():

@@ -100,10 +100,11 @@ def one_hot(*ids: int) -> torch.Tensor:
 
 def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
     drafts, choices = [[7, 8], [7, 8], [7, 8], [7], []], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
-    logits, counts = one_hot(*chain(*choices)), list(map(len, drafts))
-    verified = Sampler(DecodingConfig()).verify(tensor([*chain(*drafts)]), counts, None, logits, drawing(range(5)))
+    logits, counts = one_hot(*chain(*choices)), list(map(len, choices))
+    tokens = tensor([*chain(*([3, *own] for own in drafts))])
+    verified = Sampler(DecodingConfig()).verify(tokens, counts, None, logits, drawing(range(5)))
     assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
-    assert Sampler(DecodingConfig()).verify(tensor(drafts[0]), [2], None, logits[3:6], drawing([0])) == [[7, 5]]
+    assert Sampler(DecodingConfig()).verify(tokens[:3], [3], None, logits[3:6], drawing([0])) == [[7, 5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

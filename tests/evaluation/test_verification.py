@@ -108,9 +108,9 @@ def _wrong_tokens(monkeypatch):
     """A verification that accepts its first draft, whatever the target says."""
     honest = accepted_choices
 
-    def careless(draft_ids, counts, choices):
-        ids = honest(draft_ids, counts, choices)
-        return [[int(draft_ids[0]), *ids[0][1:]]] if list(counts) == [1] else ids
+    def careless(tokens, counts, choices):
+        ids = honest(tokens, counts, choices)
+        return [[int(tokens[1]), *ids[0][1:]]] if list(counts) == [2] else ids
 
     for module in (engine, sampling):
         monkeypatch.setattr(module, "accepted_choices", careless)

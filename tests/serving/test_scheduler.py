@@ -205,7 +205,7 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
     for client in clients:
         scheduler.add(client.request)
     scheduler.step()
-    assert sorted(len(run.rows) for run in scheduler._groups.values()) == [1, 2, 3]  # with log probabilities, changed, plain
+    assert sorted(len(loop.active) for loop in scheduler._loops.values()) == [1, 2, 3]  # with log probabilities, changed, plain
     run(scheduler, [])
     for client in clients:
         expected, stats = alone(decoder, client.request.ids, client.request.config)
@@ -224,7 +224,7 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
         scheduler.add(client.request)
     assert scheduler.step() == [too_long.request]
     assert "at most 127 tokens, got 200" in str(too_long.updates[-1].error)
-    loop = next(run.loop for run in scheduler._groups.values() if len(run.rows) == 2)
+    loop = next(loop for loop in scheduler._loops.values() if len(loop.active) == 2)
     monkeypatch.setattr(loop, "_target", None)
     finished = scheduler.step()
     assert finished == [client.request for client in doomed]
@@ -244,7 +244,7 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
         scheduler.add(client.request)
         for _ in range(2):
             scheduler.step()
-            [loop] = [run.loop for run in scheduler._groups.values()]
+            [loop] = scheduler._loops.values()
             held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
     longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
     next(longest)
@@ -312,7 +312,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
             if step < len(gone):
                 scheduler.cancel(clients[gone[step]].request)
             scheduler.step()
-            waited, used = max(waited, len(scheduler._aside)), max(used, pool.used)
+            waited, used = max(waited, sum(request._row is not None for request in scheduler._waiting)), max(used, pool.used)
         assert not scheduler.held and waited and used <= pool.most and embedding[0].vector
         for number, client in enumerate(clients):
             if number not in gone:
@@ -395,3 +395,18 @@ def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     for client in (first, running, *following, *others):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
     assert {client.request.reused for client in following} == {20}
+
+
+def test_answers_to_one_prompt_read_it_once():
+    """Those that come together wait until it is read; a prompt with another beginning does not."""
+    decoder = decoder_of("native")
+    clients = [Client(prompt_of(100), replace(SPECULATIVE, temperature=HOT, seed=seed)) for seed in range(3)]
+    scheduler, other = Scheduler(decoder, 8, prefixes=Prefixes(1 << 30)), Client(prompt_of(90, 3), SPECULATIVE)
+    for client in (other, *clients):
+        scheduler.add(client.request)
+    scheduler.step()
+    assert scheduler.running == 2
+    run(scheduler, [])
+    assert [client.request.reused for client in (other, *clients)] == [0, 0, 99, 99]
+    for client in (other, *clients):
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]

@@ -6,7 +6,6 @@ A drafter is one module here, with a function `drafter(setup)`, and one line in 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import accumulate, chain
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +16,7 @@ from ...config.decoding import DRAFTERS, DecodingConfig
 from ...config.model import EXACT_TOKENS
 from ...errors import require
 from ...model.backend import Backend
-from ...model.cache import KVCache, Places, on_device
+from ...model.cache import KVCache, Places
 from ..graphs import Recorder
 from ..output import Row
 
@@ -65,11 +64,6 @@ class Context:
         places.origins = self.filled
         return places
 
-    def permitted(self, index: int, tokens: list[int]) -> list[int]:
-        """Drafts for the row with this index, up to the first that its grammar forbids."""
-        processor = self.rows[index].processor
-        return tokens if processor is None or not tokens else processor.permitted(tokens)
-
     def forced(self, index: int, most: int) -> list[int]:
         """At most `most` tokens that must come next in this row, as its grammar has it."""
         processor = self.rows[index].processor
@@ -94,15 +88,6 @@ class Draft:
     confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
     survival: Sequence[float] = ()  # of such a draft, by token: the estimated chance that it and all before it are accepted
     ran: Sequence[int] = ()  # by row: how many of its tokens have KV entries, of a draft by layers
-
-    @property
-    def drafts(self) -> Tensor:
-        """(N - B,), the drafts alone."""
-        if len(self.counts) == 1:
-            return self.tokens[1:]
-        ends = accumulate(1 + count for count in self.counts)
-        spans = (range(end - count, end) for end, count in zip(ends, self.counts, strict=True))
-        return self.tokens[on_device([*chain.from_iterable(spans)], self.tokens)]
 
     def by_row(self) -> tuple[Tensor, ...]:
         """Each row's tokens, (1 + K,)."""

@@ -4,7 +4,7 @@ Suffix decoding (Oliaro et al., 2024, arXiv 2411.04975) searches earlier answers
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import tensor
 
@@ -17,7 +17,7 @@ _LONGEST = 16  # tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
 # The same in earlier answers: a text that repeats one of them has the longest matches.
 _OF_ANSWERS, _LONGEST_OF_ANSWERS, _CANDIDATES_OF_ANSWERS = 3, 64, 4
-_END = -1  # after each answer
+_END = -1  # before each answer
 
 Found = list[tuple[list[int], int]]
 """By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
@@ -27,9 +27,7 @@ class History:
     """One row's tokens, indexed by every run of `shortest` of them."""
 
     def __init__(self, shortest: int) -> None:
-        self._shortest = shortest
-        self._ends: dict[tuple[int, ...], list[int]] = {}  # where the text goes on after each run
-        self._indexed = 0  # runs that end here or before are in the index
+        self._shortest, self._runs = shortest, _Runs(shortest)
 
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
         """At most `most` tokens that followed the longest match of the last ones, and their evidence; none and 0 for no match.
@@ -39,14 +37,11 @@ class History:
         reaches the end of the text goes on with itself, which continues a repetition. `ids` are those of the last call and
         what was added to them.
         """
-        size, end = self._shortest, len(ids)
-        for stop, run in _runs(ids, size, max(self._indexed + 1, size), end):
-            self._ends.setdefault(run, []).append(stop)
-        self._indexed = max(self._indexed, end - 1)
-        latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
-        _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size, max(size, _LONGEST))
-        period = end - start
-        return [ids[start + index % period] for index in range(most if latest else 0)], evidence
+        size, known = self._shortest, len(self._runs.ids)
+        self._runs.extend(ids[known:], known)
+        _, start, longest, evidence = _longest_match(ids, self._runs.after(ids, _CANDIDATES), size, max(size, _LONGEST))
+        period = len(ids) - start
+        return [ids[start + index % period] for index in range(most if longest else 0)], evidence
 
 
 class EarlierAnswers:
@@ -58,7 +53,7 @@ class EarlierAnswers:
 
     def __init__(self, most: int = REMEMBERED) -> None:
         self._most = most // 2  # tokens of a generation
-        self._newer, self._older = _Texts(), _Texts()
+        self._newer, self._older = _Runs(_OF_ANSWERS), _Runs(_OF_ANSWERS)
 
     def __len__(self) -> int:
         """Tokens that are kept."""
@@ -69,54 +64,48 @@ class EarlierAnswers:
         first = max(start - _LONGEST, 0)
         text = ids[first:]
         if len(self._newer.ids) + len(text) >= self._most:
-            self._newer, self._older = _Texts(), self._newer
+            self._newer, self._older = _Runs(_OF_ANSWERS), self._newer
         if len(text) < self._most:
-            self._newer.add(text, start - first)
+            self._newer.extend((_END, *text), len(self._newer.ids) + 1 + start - first)
 
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
         """At most `most` tokens, up to the end of an answer, and their evidence, as of `History.continuation`.
 
         Twice as many as match, at most: a short match soon goes on otherwise. Suffix decoding has such a limit.
         """
-        run = hash(tuple(ids[-_OF_ANSWERS:]))
-        places = self._newer.after(run, _CANDIDATES_OF_ANSWERS)
-        places += self._older.after(run, _CANDIDATES_OF_ANSWERS - len(places))
+        places = self._newer.after(ids, _CANDIDATES_OF_ANSWERS)
+        places += self._older.after(ids, _CANDIDATES_OF_ANSWERS - len(places))
         text, start, longest, evidence = _longest_match(ids, places, _OF_ANSWERS, _LONGEST_OF_ANSWERS)
         tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
 
-class _Texts:
-    """Texts one after another, and the places after each run of `_OF_ANSWERS` tokens as a list, the latest first."""
+class _Runs:
+    """Tokens, and the places after each run of `size` of them as a list, the latest first."""
 
-    def __init__(self) -> None:
-        self.ids = array("i")
+    def __init__(self, size: int) -> None:
+        self.ids, self._size = array("i"), size
         self._before = array("i")  # by place: the one before it in its list, or -1
         self._latest: dict[int, int] = {}  # by the run's hash; runs that share one are told apart when they are compared
 
-    def add(self, text: Sequence[int], first: int) -> None:
-        """Adds a text, in which the places from `first` on are found."""
-        offset = len(self.ids)
-        self.ids.extend((*text, _END))
-        self._before.extend((-1,) * (len(text) + 1))
-        for place, tokens in _runs(text, _OF_ANSWERS, max(first, _OF_ANSWERS), len(text)):
-            run = hash(tokens)
-            self._before[offset + place] = self._latest.get(run, -1)
-            self._latest[run] = offset + place
+    def extend(self, tokens: Sequence[int], first: int) -> None:
+        """Adds tokens, whose places from `first` on are found."""
+        ids, size, first = self.ids, self._size, max(first, self._size)
+        ids.extend(tokens)
+        self._before.extend((-1,) * len(tokens))
+        runs = zip(*(ids[first - size + index : len(ids) - size + index] for index in range(size)), strict=False)
+        for place, run in enumerate(map(hash, runs), first):
+            self._before[place] = self._latest.get(run, -1)
+            self._latest[run] = place
 
-    def after(self, run: int, count: int) -> list[tuple[Sequence[int], int]]:
-        """The latest `count` places after a run, with the texts that they are in."""
+    def after(self, ids: Sequence[int], count: int) -> list[tuple[Sequence[int], int]]:
+        """The latest `count` places after the last tokens of a text, with the tokens that they are in."""
         found: list[tuple[Sequence[int], int]] = []
-        place = self._latest.get(run, -1)
+        place = self._latest.get(hash(tuple(ids[-self._size :])), -1)
         while place >= 0 and len(found) < count:
             found.append((self.ids, place))
             place = self._before[place]
         return found
-
-
-def _runs(ids: Sequence[int], size: int, first: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The places from `first` on, below `end`, each with the `size` tokens before it."""
-    return enumerate(zip(*(ids[first - size + index : end - size + index] for index in range(size)), strict=False), first)
 
 
 def _longest_match(
@@ -201,7 +190,8 @@ class LookupDrafter:
         tokens, evidence = found
         if not self._eos_ids.isdisjoint(tokens):
             tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
-        return context.permitted(index, tokens), evidence
+        processor = context.rows[index].processor
+        return tokens if processor is None or not tokens else processor.permitted(tokens), evidence
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:

@@ -118,12 +118,9 @@ def choose(
     """`Backend.choose` in one call, after the layers and the head."""
     count = sum(places.counts)
     if start == 0 and layers.learned is not None:
-        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places.positions)
-    if hidden is None:
-        tokens = tokens.contiguous()
-        rows = torch.empty(count, layers.embedding.shape[1])
-    else:
-        rows, tokens = layers.parted(hidden)
+        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places)
+    tokens = tokens.contiguous()
+    rows = torch.empty(count, layers.embedding.shape[1]) if hidden is None else layers.numbers(hidden)
     engine, buffers = layers.engine, layers.call_at(places)
     buffers.call.hidden, buffers.call.tokens = rows.data_ptr(), tokens.data_ptr()
     chosen = torch.empty(count, dtype=torch.long)
@@ -134,12 +131,14 @@ def choose(
         chosen=chosen.data_ptr(),
         stop_count=len(kept),
     )
-    states = rows.new_empty(len(kept), *rows.shape)
+    reached = dict[int, Tensor]()
     if kept:
+        states = rows.new_empty(len(kept), *rows.shape)
         stops = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept))
         choice.stops, choice.states = ctypes.addressof(stops), states.data_ptr()
+        reached = dict(zip(kept, states.unbind(), strict=True))
     engine.kernels.choose(
         *(engine.shape, layers.address(start), stop - start, head.norm.structure, head.matrix.structure),
         *(buffers.call, choice, buffers.threads),
     )
-    return chosen, {layer: layers.carrying(state, tokens) for layer, state in zip(kept, states, strict=True)}
+    return chosen, {layer: layers.carrying(state, tokens) for layer, state in reached.items()}

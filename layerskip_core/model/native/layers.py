@@ -1,6 +1,7 @@
 """A chain of layers as the C kernels read them: a span of them is one call."""
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -273,6 +274,7 @@ class NativeLayers(RepackedLayers):
         """`inputs`: what layers read of tokens; hidden states are then (..., D + 1), with the id of each."""
         super().__init__(spec, embedding, learned, layers, torch.float32)
         self.engine, self._pool, self.inputs = engine, pool, inputs
+        self._there = {index for index, layer in enumerate(layers) if layer is not None}
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
         for structure, size in zip(self._array, spec.sizes, strict=False):
             structure.shape = ctypes.addressof(engine.layer_shapes[size.head_dim])
@@ -292,13 +294,14 @@ class NativeLayers(RepackedLayers):
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         assert self.has(range(start, stop))
-        rows, tokens = self.parted(hidden)
-        return self.carrying(self.called(rows, start, stop, places, only_kv, tokens=tokens), tokens)
+        if self.inputs is None:
+            return self.called(self.numbers(hidden), start, stop, places, only_kv)
+        tokens = hidden[:, self.spec.hidden :].flatten().long()
+        return self.carrying(self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens)
 
-    def parted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of hidden states their numbers (N, D), to be changed in place, and their tokens (N,), if they carry some."""
-        rows = hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return rows, hidden[:, self.spec.hidden :].flatten().long()
+    def numbers(self, hidden: Tensor) -> Tensor:
+        """Hidden states without the tokens that they may carry (N, D), to be changed in place."""
+        return hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def called(
         self,
@@ -325,7 +328,7 @@ class NativeLayers(RepackedLayers):
 
     def has(self, layers: Iterable[int]) -> bool:
         """Whether this copy has all of these layers."""
-        return all(0 <= layer < self.num_layers and self.layers[layer] is not None for layer in layers)
+        return self._there.issuperset(layers)
 
     def address(self, layer: int) -> int:
         """The address of a layer's C structure. The structures of later layers follow it."""
@@ -340,10 +343,9 @@ class NativeLayers(RepackedLayers):
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         bounds = [0, rows] if rows else sorted({*places.bounds})
-        starts = (ctypes.c_int32 * len(bounds))(*bounds)
-        buffers.read = places.positions, pages, places.rows, starts
-        call.positions, call.pages, call.page_rows = (part.data_ptr() for part in buffers.read[:3])
-        call.starts, call.row_pages, call.sequences = ctypes.addressof(starts), pages.shape[1], len(bounds) - 1
+        buffers.read = *places.each, array("i", bounds), pages
+        call.positions, call.page_rows, call.starts = (part.buffer_info()[0] for part in buffers.read[:3])
+        call.pages, call.row_pages, call.sequences = pages.data_ptr(), pages.shape[1], len(bounds) - 1
         if self.inputs is not None:
             call.inputs = ctypes.addressof(self.inputs.structure)
         if self.spec.recurrence is not None:
