@@ -18,7 +18,7 @@ from ...model.backend import Backend, DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from ..output import Row
 from . import Context, Draft, DrafterSetup
-from .bandit import Acceptance, Arm, Bandit, Calibration, DraftTimes, PassTimes, Step
+from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, DraftTimes, PassTimes, Speed, Step
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
 from .lookup import SHORTEST, LookupDrafter, copied
 
@@ -55,35 +55,30 @@ class AdaptiveDrafter:
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
         self._found: dict[Row, list[Found]] = {}  # in this round
-        self._rows: Sequence[Row] = ()  # of the last step
-        self._step: Step | None = None
-        self._draft = Draft(torch.tensor([]), ())
-        self._began = self._drafted_at = 0.0  # the loop's seconds before it; when it was drafted
-        self._is_timed = False
+        self._source = "lookup"  # or grammar
+        # The step, its draft, when both began and when the draft was done; None if it is not timed, or was already.
+        self._step, self._draft, self._began = Step(0), Draft(torch.tensor([]), ()), 0.0
+        self._drafted: float | None = None
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        rows = len(limits)
-        if self._step is not None and self._is_timed and context.rows[0] in self._rows:
-            self.bandit.observe(self._step, context.seconds - self._began)
-        looks = not self._by_clock or self.bandit.wants_drafts(rows)
-        step = self._step = Step(rows, looks)
-        self._rows, self._draft, self._began = context.rows, Draft(context.newest, (0,) * rows), context.seconds
-        if looks:
+        rows, self._began = len(limits), time.perf_counter()
+        step, is_timed = self.bandit.next_step(rows) if self._by_clock else Step(rows), self._by_clock
+        if rows < len(context.filled):  # the pass reads prompts too
+            step.speed, is_timed = Speed(), False
+        self._step, self._draft = step, Draft(context.newest, (0,) * rows)
+        if step.looks:
             self._find(context, limits)
             self._draft = self._best_draft(context, limits, step)
-        step.verified = len(self._draft.tokens)
-        self._is_timed = self._by_clock and rows == len(context.filled)  # else the pass reads prompts too
-        self._drafted_at = time.perf_counter()
+        step.verified, self._drafted = len(self._draft.tokens), time.perf_counter() if is_timed else None
         return self._draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
-        step = self._step
-        assert step is not None
-        if self._is_timed and not step.verify_seconds:
-            step.verify_seconds = time.perf_counter() - self._drafted_at
-            self.bandit.observe_passes(step)
-        step.tokens += len(verified)
+        step, now = self._step, time.perf_counter()
+        if self._drafted is not None:
+            self.bandit.observe(step, now - self._began, now - self._drafted)
+            self._drafted = None
+        step.speed.tokens += len(verified)
         for found in self._found.pop(row, ()):  # the target's choice judges them whether they were drafted or not
             pairs = list(zip(found.tokens, verified, strict=False))
             right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
@@ -101,16 +96,10 @@ class AdaptiveDrafter:
         forced = [[] if alone else context.forced(index, limit) for index, limit in enumerate(limits)]
         self._source = "grammar" if any(forced) else "lookup"
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
-        for row, must, by_kind in zip(context.rows, forced, lookups, strict=True):
-            self._found[row] = (
-                [Found(must, self.bandit.forced)]
-                if must
-                else [
-                    Found(tokens, self.bandit.lookup_acceptance(bool(recalled), evidence))
-                    for recalled, (tokens, evidence) in enumerate(by_kind)
-                    if tokens
-                ]
-            )
+        for row, must, found in zip(context.rows, forced, lookups, strict=True):
+            by_kind = [(tokens, self.bandit.lookup_acceptance(kind, evidence)) for kind, (tokens, evidence) in enumerate(found)]
+            candidates = [(must, self.bandit.forced)] if must else by_kind
+            self._found[row] = [Found(tokens, acceptance) for tokens, acceptance in candidates if tokens]
 
     def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
         plan = self.bandit.plan(len(limits), min(map(len, context.ids)))
@@ -143,7 +132,7 @@ class AdaptiveDrafter:
                     draft, most = found.tokens[:count], accepted
             drafts.append(draft)
             expected += most
-        return drafts, expected / (passes.of(len(rows) + sum(map(len, drafts))) + self.bandit.rest)
+        return drafts, expected / passes.of(len(rows) + sum(map(len, drafts)))
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
@@ -160,20 +149,18 @@ def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered:
     # Where logits are changed, drafts are no single calls of a kernel.
     key = f"{config.changes_logits} {config.num_draft_tokens} {', '.join(drafters)}"
     if key not in by_drafters:
-        known = config.profile.passes
+        known, times = config.profile.passes, DraftTimes()
         passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
-        kernels = DraftTimes()
-        arms = {name: _arm(name, drafter, model, config.profile, passes, kernels) for name, drafter in drafters.items()}
-        for arm in arms.values():
-            arm.tries = 0.0 if remembered else 1e9  # where nothing is measured, nothing is tried to be measured
+        tries = 0.0 if remembered else 1e9  # where nothing is measured, nothing is tried to be measured
+        arms = {name: _arm(name, each, model, config.profile, passes, times, tries) for name, each in drafters.items()}
         by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
     return by_drafters[key]
 
 
 def _arm(
-    name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes, kernels: DraftTimes
+    name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes, times: DraftTimes, tries: float
 ) -> Arm:
-    """With priors from the profile."""
+    """With priors from the profile, and from the weights that a step reads."""
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
@@ -187,19 +174,13 @@ def _arm(
     is_exit = exit_layer < spec.layers
     known = profile.drafts if profile.passes else {}  # without both the units would differ
     steps = passes.part(known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0)), part)
-    acceptance, of_exit = profile.acceptance.get(name), 1.0
-    if acceptance is None and is_exit:
-        of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE)
-    prior = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0) if acceptance is None else acceptance
-    return Arm(
-        name,
-        Acceptance(prior, prior, *(() if acceptance is None else (_STORED,))),
-        steps,
-        kernels,
-        1.0 if kind else 1 - exit_layer * layer,  # the target goes on from the exit
-        Calibration(*_CALIBRATIONS["" if is_exit else kind]),
-        reach=reach,
-    )
+    prior, strength = profile.acceptance.get(name), _STORED
+    if prior is None:
+        of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
+        prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
+    share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
+    calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
+    return Arm(name, Acceptance(prior, prior, strength), steps, times, share, calibration, tries, reach)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

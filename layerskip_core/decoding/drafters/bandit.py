@@ -1,9 +1,10 @@
-"""What adaptive drafting chooses by: averages of acceptance and a table of measured times, from which expected tokens per second.
+"""What adaptive drafting chooses by: averages of acceptance, a table of measured times, and expected tokens per second by both.
 
 Drafters are the arms of a bandit. An arm is judged by the upper end of what its acceptance may be (UCB: Auer et al., 2002), and
 by a shorter time the less it was tried, so that it is tried.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,7 +14,7 @@ from math import hypot, inf, log2, sqrt
 from ...model.backend import DraftEnds
 from ...model.spec import AnySpec
 
-_GUESS = 4.0  # drafts that a guessed acceptance counts as
+GUESS = 4.0  # drafts that a guessed acceptance counts as
 _MEMORY = 0.995  # weight of what was known of acceptance, per new draft
 _UNUSED = 0.999  # weight of what is known of an arm, per step without it
 _RECENT = 0.97  # weight of the times and steps that were known, per new one
@@ -23,7 +24,8 @@ _LEAST_STEPS = 0.25  # share of a draft's time that its steps take at least
 _UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be faster than expected; by less after each try
 _EXPLORED = 0.01  # what steps that look for drafts, or plain ones, may cost where the others give more
 _SETTLED, _COMPARED = 64, 8  # after so many choices, arms are compared in one of so many
-_FEW = 10  # steps of which no rate is known
+# Of fewer steps that look for drafts the speed is not known; until then one step of so many is plain.
+_FEW, _EVERY_AT_FIRST = 10, 16
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 _POWERS = 11  # of 2, whose passes have known times
 # Least evidence of a lookup in the row's own text; acceptance of its first token, and of further ones.
@@ -41,7 +43,7 @@ class Acceptance:
     Averages in which newer drafts count more, and a prior as `strength` drafts.
     """
 
-    def __init__(self, first: float, later: float, strength: float = _GUESS) -> None:
+    def __init__(self, first: float, later: float, strength: float = GUESS) -> None:
         self._priors, self._strength = (first, later), strength
         self._tested, self._accepted = [0.0, 0.0], [0.0, 0.0]
 
@@ -139,7 +141,10 @@ def _nearness(n: int) -> list[float]:
 
 
 class DraftTimes:
-    """A draft takes `overhead`, and `pace` times the prior time of its steps: least squares, in which newer drafts count more."""
+    """Of all drafters: a draft takes `overhead` and `pace` x the prior time of its steps, by least squares.
+
+    Newer drafts count more, and a draft without steps that takes no time counts half.
+    """
 
     def __init__(self) -> None:
         self.overhead, self.pace, self.tries = 0.0, 1.0, 0
@@ -153,9 +158,8 @@ class DraftTimes:
         terms = 1.0, steps, seconds, steps * steps, steps * seconds
         self._sums = [_RECENT * known + new for known, new in zip(self._sums, terms, strict=True)]
         count, x, y, xx, xy = self._sums
-        count += 0.5  # a draft without steps that takes no time counts half
-        self.pace = max((count * xy - x * y) / (count * xx - x * x), _LEAST_STEPS * xy / xx)
-        self.overhead = (y - self.pace * x) / count
+        self.pace = max(((count + 0.5) * xy - x * y) / ((count + 0.5) * xx - x * x), _LEAST_STEPS * xy / xx)
+        self.overhead = (y - self.pace * x) / (count + 0.5)
         if self.overhead < 0:
             self.overhead, self.pace = 0.0, xy / xx
 
@@ -164,7 +168,7 @@ class Calibration:
     """How far to trust a drafter's probability p: the draft is rejected with probability doubt * (1 - p)^power."""
 
     def __init__(self, doubt: float, power: int) -> None:
-        self.doubt, self.power, self._rejected, self._doubted = doubt, power, _GUESS * doubt, _GUESS
+        self.doubt, self.power, self._rejected, self._doubted = doubt, power, GUESS * doubt, GUESS
 
     def observe(self, accepted: int, probs: Sequence[float]) -> None:
         """Of drafts with these probabilities the first `accepted` were right, and the next one, if there is one, was wrong."""
@@ -182,71 +186,78 @@ class Arm:
     name: str
     acceptance: Acceptance
     steps: PassTimes  # of its layers, by the number of rows
-    kernels: DraftTimes  # of all arms with the same kernels
+    draft_times: DraftTimes
     share: float  # of a pass of the target that is left to verify its drafts
     calibration: Calibration
-    tries: float = 0.0  # measured drafts
-    reach: float = inf  # it drafts for texts of fewer tokens
+    tries: float  # measured drafts
+    reach: float  # it drafts for texts of fewer tokens
 
     def __post_init__(self) -> None:
         self.ahead = int(self.share < 1)  # steps besides one per draft: 1 where the target needs the last draft's state
 
     def step(self, rows: int, pace: float) -> float:
-        """The time of a step; as far as it was not tried, by that of arms with the same kernels, or by the target's `pace`."""
-        trust = self.tries / (self.tries + _GUESS)
-        pace = self.kernels.pace if self.kernels.tries else pace
-        return trust * self.steps.of(rows) + (1 - trust) * pace * self.steps.of(rows, prior=True)
+        """The time of a step; as far as it was not tried, by the `pace` of other drafters, or the target's if none was."""
+        trust, others = self.tries / (self.tries + GUESS), self.draft_times
+        usual = (others.pace if others.tries else pace) * self.steps.of(rows, prior=True)
+        return trust * self.steps.of(rows) + (1 - trust) * usual
 
     def observe(self, rows: int, drafts: int, seconds: float) -> None:
         count = drafts + self.ahead
         self.tries += 1
-        self.kernels.observe(count * self.steps.of(rows, prior=True), seconds)
-        self.steps.observe(rows, max(seconds - self.kernels.overhead, _LEAST_STEPS * seconds) / count)
+        self.draft_times.observe(count * self.steps.of(rows, prior=True), seconds)
+        self.steps.observe(rows, max(seconds - self.draft_times.overhead, _LEAST_STEPS * seconds) / count)
 
-    def fade(self, steps: int) -> None:
-        """After so many without it: its text may have been another one, or its times disturbed."""
-        self.acceptance.fade(_UNUSED**steps)
-        self.tries *= _UNUSED**steps
+    def fade(self, kept: float) -> None:
+        """Without it for some steps: their text may be another one, and the times before may have been disturbed."""
+        self.acceptance.fade(kept)
+        self.tries *= kept
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What drafts for the next steps of so many rows: `length` drafts, or as many as `ends` lets through."""
+    """What drafts in the next steps of so many rows: `length` drafts of each, or of one as many as `ends` lets through."""
 
     arm: Arm | None
+    length: int
+    ends: DraftEnds
     rate: float  # tokens per second that it may give
     made: int  # the number of the choice
-    length: int = 0
-    ends: DraftEnds = DraftEnds()
+
+
+@dataclass
+class Speed:
+    """Steps, their tokens and seconds; newer ones count more."""
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A step, whose tokens will be added."""
+        self.steps, self.seconds = _RECENT * self.steps + 1, _RECENT * self.seconds + seconds
+        self.tokens *= _RECENT
+
+
+@dataclass
+class _Speeds:
+    """Of about so many rows."""
+
+    drafting: Speed = field(default_factory=Speed)  # of steps that looked for drafts
+    plain: Speed = field(default_factory=Speed)
+    since: int = 0  # steps since the slower of the two was tried
 
 
 @dataclass
 class Step:
-    """A step of the loop, and how long its parts took."""
+    """A step of the loop."""
 
     rows: int
-    looked: bool  # for drafts
+    looks: bool = True  # for drafts
+    speed: Speed = field(default_factory=Speed)  # of which it is one
     arm: Arm | None = None  # that gave each row so many
     drafts: int = 0
     verified: int = 0  # tokens of the target's pass
-    tokens: int = 0  # that it gave
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-
-@dataclass
-class _Steps:
-    """Steps of about so many rows. By whether they looked for drafts: their number, tokens and seconds, newer ones counting more."""
-
-    sums: dict[bool, list[float]] = field(default_factory=lambda: {True: [0.0] * 3, False: [0.0] * 3})
-    since: int = 0  # the last that was explored
-    explored: int = 0
-
-    @property
-    def gain(self) -> float:
-        """Tokens per second of steps that look for drafts over those of the others; infinite if not known yet."""
-        (count, tokens, seconds), (plain, plain_tokens, plain_seconds) = self.sums[True], self.sums[False]
-        return tokens * plain_seconds / (seconds * plain_tokens) if count >= _FEW and plain else inf
+    draft_seconds: float = 0.0  # of the arm
 
 
 class Bandit:
@@ -254,80 +265,79 @@ class Bandit:
 
     def __init__(self, passes: PassTimes, arms: Mapping[str, Arm], most: int) -> None:
         """`passes`: of the target. `most`: drafts of a row."""
-        self.passes, self.arms, self.rest = passes, arms, 0.0  # of a step that looks for drafts: its time besides them and passes
+        self.passes, self.arms = passes, arms
         self._lookups = [
             [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
             for priors in (_LOOKUPS, _RECALLED)
         ]
-        self.forced = Acceptance(*_FORCED)
+        self.forced = Acceptance(*_FORCED)  # of what a grammar forces
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
-        self._steps: dict[int, _Steps] = {}  # by the number of binary digits of the rows
+        self._speeds = defaultdict[int, _Speeds](_Speeds)  # by the number of binary digits of the rows
         self._plans: dict[int, Plan] = {}  # by rows
         self._choices = self._compared = 0
 
-    def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
-        """Of continuations with so much evidence, see `History.continuation`; `recalled` from earlier answers or not."""
+    def lookup_acceptance(self, recalled: int, evidence: int) -> Acceptance:
+        """Of continuations with so much evidence, see `History.continuation`, in the row's text; with 1, in earlier ones."""
         return next(acceptance for least, acceptance in self._lookups[recalled] if evidence >= least)
 
-    def wants_drafts(self, rows: int) -> bool:
-        """Whether the next step shall look for drafts: if that gives more lately, or to find out whether it does."""
-        steps = self._steps.setdefault(rows.bit_length(), _Steps())
-        gain, steps.since = steps.gain, steps.since + 1
-        explores = steps.since >= min(max(abs(gain - 1) / _EXPLORED, 4), 16 * (1 + steps.explored))
-        if explores:
-            steps.since, steps.explored = 0, steps.explored + 1
-        return (gain >= 1) != explores
+    def next_step(self, rows: int) -> Step:
+        """One that looks for drafts or does not: what is faster, or now and then the other, to find out whether it is."""
+        known = self._speeds[rows.bit_length()]
+        one, other, gain, every = known.drafting, known.plain, inf, _EVERY_AT_FIRST
+        if one.steps >= _FEW and other.steps:
+            gain = one.tokens * other.seconds / (one.seconds * other.tokens)
+            every = min(max(abs(gain - 1) / _EXPLORED, 4), 128)
+        known.since += 1
+        if explores := known.since >= every:
+            known.since = 0
+        if (gain < 1) != explores:
+            return Step(rows, False, known.plain)
+        return Step(
+            rows, True, known.drafting if self._choices > _SETTLED else Speed()
+        )  # first tries say nothing of later ones
 
-    def observe_passes(self, step: Step) -> None:
-        """How long its drafts and its pass took."""
+    def observe(self, step: Step, seconds: float, verify_seconds: float) -> None:
+        """How long a step took from its beginning until its tokens were verified, and the part of that in the target's pass."""
         arm = step.arm
+        step.speed.add(seconds)
         if arm is None or arm.share == 1 or not self.passes.is_measured:
-            self.passes.observe(step.verified, step.verify_seconds / (arm.share if arm else 1.0))
+            self.passes.observe(step.verified, verify_seconds / (arm.share if arm else 1.0))
         else:
-            whole = self.passes.of(step.verified)
-            arm.share += _LEAST_WEIGHT * (min(step.verify_seconds / whole, 1.0) - arm.share)
+            arm.share += _LEAST_WEIGHT * (min(verify_seconds / self.passes.of(step.verified), 1.0) - arm.share)
         if arm is not None and step.drafts:
             arm.observe(step.rows, step.drafts, step.draft_seconds)
 
-    def observe(self, step: Step, seconds: float) -> None:
-        """How long the whole of it took."""
-        if not step.looked or self._choices > _SETTLED:  # the first tries say nothing of what is chosen later
-            sums = self._steps.setdefault(step.rows.bit_length(), _Steps()).sums[step.looked]
-            sums[:] = (_RECENT * known + new for known, new in zip(sums, (1.0, step.tokens, seconds), strict=True))
-        if step.looked and self.passes.is_measured:
-            most = _OUTLIER_FACTOR * self.rest + 0.1 * self.passes.of(1)  # what took longer was disturbed
-            self.rest += _LEAST_WEIGHT * (min(seconds - step.draft_seconds - step.verify_seconds, most) - self.rest)
-
-    def plan(self, rows: int, longest: int) -> Plan:
-        """For so many rows, the `longest` text of which has so many tokens."""
+    def plan(self, rows: int, shortest: int) -> Plan:
+        """For so many rows, the shortest text of which has so many tokens."""
         self._choices += 1
         plan = self._plans.get(rows)
-        if plan is not None and self._choices > _SETTLED and self._choices - plan.made < _COMPARED:
-            if plan.arm is None or longest < plan.arm.reach:
-                return plan
-        best, rate = None, rows / (self.passes.of(rows) + self.rest)
+        due = plan is None or self._choices <= _SETTLED or self._choices - plan.made >= _COMPARED
+        if plan is None or due or (plan.arm is not None and shortest >= plan.arm.reach):
+            plan = self._plans[rows] = self._best_plan(rows, shortest)
+        return plan
+
+    def _best_plan(self, rows: int, shortest: int) -> Plan:
+        best, rate = None, rows / self.passes.of(rows)
         for arm in self.arms.values():
-            if longest < arm.reach and (bound := self.best_length(arm, rows, at_best=True)[0]) > rate:
+            if shortest < arm.reach and (bound := self.best_length(arm, rows, at_best=True)[0]) > rate:
                 best, rate = arm, bound
+        kept, self._compared = _UNUSED ** (self._choices - self._compared), self._choices
         for arm in self.arms.values():
             if arm is not best:
-                arm.fade(self._choices - self._compared)
-        self._compared, plan = self._choices, Plan(best, rate, self._choices)
-        if best is not None:
-            expected, length = self.best_length(best, rows)
-            plan = Plan(best, rate, self._choices, length, self._ends(best, expected, length))
-        self._plans[rows] = plan
-        return plan
+                arm.fade(kept)
+        if best is None:
+            return Plan(None, 0, DraftEnds(), rate, self._choices)
+        expected, length = self.best_length(best, rows)
+        return Plan(best, length, self._ends(best, expected, length), rate, self._choices)
 
     def best_length(self, arm: Arm, rows: int, at_best: bool = False) -> tuple[float, int]:
         """The most tokens per second that this arm is expected to give, or gives `at_best`, and the drafts that give them."""
         means, best, length = arm.acceptance.means(at_best), 0.0, 0
         step = arm.step(rows, self.passes.pace)
         if at_best:
-            step /= 1 + _UNTRIED / (1 + arm.tries + arm.kernels.tries / _GUESS)
-        rest = self.rest + arm.kernels.overhead
+            step /= 1 + _UNTRIED / (1 + arm.tries + arm.draft_times.tries / GUESS)
         for drafts in self._lengths:
-            seconds = rest + (drafts + arm.ahead) * step + arm.share * self.passes.of(rows * (drafts + 1))
+            seconds = arm.draft_times.overhead + (drafts + arm.ahead) * step + arm.share * self.passes.of(rows * (drafts + 1))
             rate = rows * (1 + expected_accepted(means, drafts)) / seconds
             if rate <= best:
                 break
