@@ -132,7 +132,7 @@ class AdaptiveDrafter:
                     draft, most = found.tokens[:count], accepted
             drafts.append(draft)
             expected += most
-        return drafts, expected / passes.of(len(rows) + sum(map(len, drafts)))
+        return drafts, expected / (passes.of(len(rows) + sum(map(len, drafts))) + self.bandit.rest)
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()

@@ -265,7 +265,7 @@ class Bandit:
 
     def __init__(self, passes: PassTimes, arms: Mapping[str, Arm], most: int) -> None:
         """`passes`: of the target. `most`: drafts of a row."""
-        self.passes, self.arms = passes, arms
+        self.passes, self.arms, self.rest = passes, arms, 0.0  # of a step that looks for drafts: what is neither draft nor pass
         self._lookups = [
             [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
             for priors in (_LOOKUPS, _RECALLED)
@@ -306,6 +306,9 @@ class Bandit:
             arm.share += _LEAST_WEIGHT * (min(verify_seconds / self.passes.of(step.verified), 1.0) - arm.share)
         if arm is not None and step.drafts:
             arm.observe(step.rows, step.drafts, step.draft_seconds)
+        if step.looks:
+            most = _OUTLIER_FACTOR * self.rest + 0.1 * self.passes.of(1)  # what took longer was disturbed
+            self.rest += _LEAST_WEIGHT * (min(seconds - step.draft_seconds - verify_seconds, most) - self.rest)
 
     def plan(self, rows: int, shortest: int) -> Plan:
         """For so many rows, the shortest text of which has so many tokens."""
@@ -317,7 +320,7 @@ class Bandit:
         return plan
 
     def _best_plan(self, rows: int, shortest: int) -> Plan:
-        best, rate = None, rows / self.passes.of(rows)
+        best, rate = None, rows / (self.passes.of(rows) + self.rest)
         for arm in self.arms.values():
             if shortest < arm.reach and (bound := self.best_length(arm, rows, at_best=True)[0]) > rate:
                 best, rate = arm, bound
@@ -336,8 +339,9 @@ class Bandit:
         step = arm.step(rows, self.passes.pace)
         if at_best:
             step /= 1 + _UNTRIED / (1 + arm.tries + arm.draft_times.tries / GUESS)
+        other = self.rest + arm.draft_times.overhead
         for drafts in self._lengths:
-            seconds = arm.draft_times.overhead + (drafts + arm.ahead) * step + arm.share * self.passes.of(rows * (drafts + 1))
+            seconds = other + (drafts + arm.ahead) * step + arm.share * self.passes.of(rows * (drafts + 1))
             rate = rows * (1 + expected_accepted(means, drafts)) / seconds
             if rate <= best:
                 break
