@@ -262,8 +262,8 @@ class DecodingLoop:
                 self._recorder.counts, self._cache = self._seconds, self._recorder.cache
             self._recorder.reach(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
         if self._drafter is not None and max(limits, default=0) > 0:
-            filled = [row.filled for row in self._active]
-            context = Context(rows, newest, self._cache, drafting, filled, self.piece, self._recorder)
+            filled, seconds = [row.filled for row in self._active], self._seconds["total_seconds"]
+            context = Context(rows, newest, self._cache, drafting, filled, seconds, self.piece, self._recorder)
             first = instant(device)
             draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None

@@ -38,6 +38,7 @@ class Context:
     cache: KVCache  # the target's own
     indices: Sequence[int]  # of the rows in the cache, which may have others
     filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
+    seconds: float = 0.0  # that the steps before took, without the caller's time between them
     piece: float = inf  # tokens of texts that a step may run
     recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
     recorded: Tensor | None = None  # of a draft that is recorded: the positions (B, d+1) of its tokens, on the device

@@ -56,28 +56,34 @@ class AdaptiveDrafter:
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
         self._found: dict[Row, list[Found]] = {}  # in this round
         self._source = "lookup"  # or grammar
-        # The step, its draft, when both began and when the draft was done; None if it is not timed, or was already.
-        self._step, self._draft, self._began = Step(0), Draft(torch.tensor([]), ()), 0.0
-        self._drafted: float | None = None
+        self._step, self._draft, self._rows = Step(0), Draft(torch.tensor([]), ()), list[Row]()  # the last step
+        self._is_timed = False
+        self._drafted = 0.0  # when its draft was done; 0 after its pass
+        # The loop's seconds, without the caller's time: less those of the clock, and when the last pass was done.
+        self._offset = self._verified = 0.0
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        rows, self._began = len(limits), time.perf_counter()
-        step, is_timed = self.bandit.next_step(rows) if self._by_clock else Step(rows), self._by_clock
+        rows, self._offset = len(limits), context.seconds - time.perf_counter()
+        if context.rows[0] not in self._rows:  # there were other steps between
+            self._verified = context.seconds
+        step, self._is_timed = self.bandit.next_step(rows) if self._by_clock else Step(rows), self._by_clock
         if rows < len(context.filled):  # the pass reads prompts too
-            step.speed, is_timed = Speed(), False
-        self._step, self._draft = step, Draft(context.newest, (0,) * rows)
+            step.speed, self._is_timed = Speed(), False
+        self._step, self._draft, self._rows = step, Draft(context.newest, (0,) * rows), [*context.rows]
         if step.looks:
             self._find(context, limits)
             self._draft = self._best_draft(context, limits, step)
-        step.verified, self._drafted = len(self._draft.tokens), time.perf_counter() if is_timed else None
+        step.verified, self._drafted = len(self._draft.tokens), time.perf_counter()
         return self._draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
-        step, now = self._step, time.perf_counter()
-        if self._drafted is not None:
-            self.bandit.observe(step, now - self._began, now - self._drafted)
-            self._drafted = None
+        step = self._step
+        if self._drafted:
+            now, last = time.perf_counter(), self._verified
+            self._verified, passed, self._drafted = now + self._offset, now - self._drafted, 0.0
+            if self._is_timed:
+                self.bandit.observe(step, self._verified - last, passed)
         step.speed.tokens += len(verified)
         for found in self._found.pop(row, ()):  # the target's choice judges them whether they were drafted or not
             pairs = list(zip(found.tokens, verified, strict=False))
@@ -112,7 +118,7 @@ class AdaptiveDrafter:
         if isinstance(drafter := self._drafters[plan.arm.name], ModelDrafter):
             limits = drafter.follow(context, limits)
             followed = time.perf_counter()  # which takes its time once for a text
-            self._began, started = self._began + followed - started, followed
+            self._verified, started = self._verified + followed - started, followed
         draft = drafter.draft(context, limits, plan.ends if by_ends else DraftEnds())
         step.drafts, step.draft_seconds = max(draft.counts), time.perf_counter() - started
         return draft

@@ -297,7 +297,7 @@ class Bandit:
         )  # first tries say nothing of later ones
 
     def observe(self, step: Step, seconds: float, verify_seconds: float) -> None:
-        """How long a step took from its beginning until its tokens were verified, and the part of that in the target's pass."""
+        """How long a step took, from the pass before until its own was done, and how long its own."""
         arm = step.arm
         step.speed.add(seconds)
         if arm is None or arm.share == 1 or not self.passes.is_measured:
