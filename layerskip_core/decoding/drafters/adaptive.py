@@ -59,7 +59,7 @@ class AdaptiveDrafter:
         self._step, self._draft, self._rows = Step(0), Draft(torch.tensor([]), ()), list[Row]()  # the last step
         self._is_timed = False
         self._drafted = 0.0  # when its draft was done; 0 after its pass
-        # The loop's seconds, without the caller's time: less those of the clock, and when the last pass was done.
+        # The loop's seconds do not count the caller's time: less those of the clock, and when the last pass was done.
         self._offset = self._verified = 0.0
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:

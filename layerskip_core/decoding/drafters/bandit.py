@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from math import hypot, inf, log2, sqrt
+from math import ceil, hypot, inf, log2, sqrt
 
 from ...model.backend import DraftEnds
 from ...model.spec import AnySpec
@@ -226,25 +226,17 @@ class Plan:
 
 @dataclass
 class Speed:
-    """Steps, their tokens and seconds; newer ones count more."""
+    """Of steps of about so many rows, that look for drafts or do not; newer ones count more."""
 
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
+    since: int = 0  # steps of the other kind since this one, the slower, was tried
 
     def add(self, seconds: float) -> None:
-        """A step, whose tokens will be added."""
+        """A step, whose tokens are added to `tokens`."""
         self.steps, self.seconds = _RECENT * self.steps + 1, _RECENT * self.seconds + seconds
         self.tokens *= _RECENT
-
-
-@dataclass
-class _Speeds:
-    """Of about so many rows."""
-
-    drafting: Speed = field(default_factory=Speed)  # of steps that looked for drafts
-    plain: Speed = field(default_factory=Speed)
-    since: int = 0  # steps since the slower of the two was tried
 
 
 @dataclass
@@ -253,7 +245,7 @@ class Step:
 
     rows: int
     looks: bool = True  # for drafts
-    speed: Speed = field(default_factory=Speed)  # of which it is one
+    speed: Speed = field(default_factory=Speed)  # of such steps
     arm: Arm | None = None  # that gave each row so many
     drafts: int = 0
     verified: int = 0  # tokens of the target's pass
@@ -272,7 +264,8 @@ class Bandit:
         ]
         self.forced = Acceptance(*_FORCED)  # of what a grammar forces
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
-        self._speeds = defaultdict[int, _Speeds](_Speeds)  # by the number of binary digits of the rows
+        # By the number of binary digits of the rows, and whether steps look for drafts.
+        self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
         self._plans: dict[int, Plan] = {}  # by rows
         self._choices = self._compared = 0
 
@@ -282,19 +275,16 @@ class Bandit:
 
     def next_step(self, rows: int) -> Step:
         """One that looks for drafts or does not: what is faster, or now and then the other, to find out whether it is."""
-        known = self._speeds[rows.bit_length()]
-        one, other, gain, every = known.drafting, known.plain, inf, _EVERY_AT_FIRST
-        if one.steps >= _FEW and other.steps:
-            gain = one.tokens * other.seconds / (one.seconds * other.tokens)
+        looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
+        gain, every = inf, _EVERY_AT_FIRST
+        if looking.steps >= _FEW and plain.steps:
+            gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
             every = min(max(abs(gain - 1) / _EXPLORED, 4), 128)
-        known.since += 1
-        if explores := known.since >= every:
-            known.since = 0
-        if (gain < 1) != explores:
-            return Step(rows, False, known.plain)
-        return Step(
-            rows, True, known.drafting if self._choices > _SETTLED else Speed()
-        )  # first tries say nothing of later ones
+        slower = looking if gain < 1 else plain
+        slower.since = (slower.since + 1) % ceil(every)
+        if (gain < 1) == (slower.since > 0):
+            return Step(rows, False, plain)
+        return Step(rows, True, looking if self._choices > _SETTLED else Speed())  # first tries say nothing of later ones
 
     def observe(self, step: Step, seconds: float, verify_seconds: float) -> None:
         """How long a step took, from the pass before until its own was done, and how long its own."""
