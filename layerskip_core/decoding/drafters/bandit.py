@@ -25,7 +25,7 @@ _UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be fast
 _EXPLORED = 0.01  # what steps that look for drafts, or plain ones, may cost where the others give more
 _SETTLED, _COMPARED = 64, 8  # after so many choices, arms are compared in one of so many
 # Of fewer steps that look for drafts the speed is not known; until then one step of so many is plain.
-_FEW, _EVERY_AT_FIRST = 10, 16
+_FEW, _EVERY_AT_FIRST = 16, 16.0
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
 _POWERS = 11  # of 2, whose passes have known times
 # Least evidence of a lookup in the row's own text; acceptance of its first token, and of further ones.
@@ -279,7 +279,7 @@ class Bandit:
         gain, every = inf, _EVERY_AT_FIRST
         if looking.steps >= _FEW and plain.steps:
             gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-            every = min(max(abs(gain - 1) / _EXPLORED, 4), 128)
+            every = min(max(abs(gain - 1) / _EXPLORED, 4), 16 if gain < 1 else 128)  # the next text may be another one
         slower = looking if gain < 1 else plain
         slower.since = (slower.since + 1) % ceil(every)
         if (gain < 1) == (slower.since > 0):
