@@ -50,8 +50,8 @@ class AdaptiveDrafter:
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by their names in reports."""
         # Off the CPU drafts are still running when the host has started them all, and a look at their probabilities would wait.
-        self._drafters, self._looks = drafters, setup.config.temperature == 0 and setup.model.device.type == "cpu"
-        self._by_clock = self._looks and setup.model.batch_invariant
+        self._drafters, self._reads_probs = drafters, setup.config.temperature == 0 and setup.model.device.type == "cpu"
+        self._by_clock = self._reads_probs and setup.model.batch_invariant
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
         self._found: dict[Row, list[Found]] = {}  # in this round
@@ -98,7 +98,7 @@ class AdaptiveDrafter:
     def _find(self, context: Context, limits: Sequence[int]) -> None:
         """What a grammar forces, else what followed in the row's own text and in earlier answers."""
         # Alone, a row's drafter runs through what is forced, and goes on after it.
-        alone = len(limits) == 1 and self._looks and bool(self._drafters)
+        alone = len(limits) == 1 and self._reads_probs and bool(self._drafters)
         forced = [[] if alone else context.forced(index, limit) for index, limit in enumerate(limits)]
         self._source = "grammar" if any(forced) else "lookup"
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
@@ -112,7 +112,7 @@ class AdaptiveDrafter:
         looked_up, rate = self._looked_up(context.rows, plan.rate)
         if plan.arm is None or rate > plan.rate:
             return copied(context, looked_up, self._source)
-        step.arm, by_ends = plan.arm, self._looks and len(limits) == 1
+        step.arm, by_ends = plan.arm, self._reads_probs and len(limits) == 1
         limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
         started = time.perf_counter()
         if isinstance(drafter := self._drafters[plan.arm.name], ModelDrafter):
