@@ -176,7 +176,7 @@ class Calibration:
         kept = _MEMORY ** len(tested)
         self._rejected = kept * self._rejected + (len(tested) > accepted)
         self._doubted = kept * self._doubted + sum([(1 - prob) ** power for prob in tested])
-        self.doubt = min(self._rejected / self._doubted, 1.0)
+        self.doubt = min(self._rejected / max(self._doubted, 1e-9), 1.0)
 
 
 @dataclass(eq=False)
