@@ -196,10 +196,10 @@ class Arm:
         self.ahead = int(self.share < 1)  # steps besides one per draft: 1 where the target needs the last draft's state
 
     def step(self, rows: int, pace: float) -> float:
-        """The time of a step; as far as it was not tried, by the `pace` of other drafters, or the target's if none was."""
+        """The time of a step; as far as it was not tried, by the pace of other drafters, or the target's if that is less."""
         trust, others = self.tries / (self.tries + GUESS), self.draft_times
-        usual = (others.pace if others.tries else pace) * self.steps.of(rows, prior=True)
-        return trust * self.steps.of(rows) + (1 - trust) * usual
+        usual = min(others.pace, pace) if others.tries else pace
+        return trust * self.steps.of(rows) + (1 - trust) * usual * self.steps.of(rows, prior=True)
 
     def observe(self, rows: int, drafts: int, seconds: float) -> None:
         count = drafts + self.ahead
